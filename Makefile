@@ -1,0 +1,65 @@
+# Everything works from a bare clone with Python >= 3.11 and make. `make help` lists the targets.
+# PY=python3 uses an environment that is there already, in place of .venv (for example on a GPU node).
+# WORKERS is the number of test processes; with a GPU it is 0 (one process), since timings need the GPU alone.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && command -v $$p && break; done)
+VENV := .venv
+PY ?= $(VENV)/bin/python
+READY := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.ready)
+WORKERS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 0 || echo 2)
+SUITE ?= all
+LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lab test unit notebooks lint html gpu record clean
+
+help:
+	@echo 'make lab        JupyterLab on the notebooks (LAB_ARGS="--no-browser --port=8888")'
+	@echo 'make test       tests and notebooks, all that needs no GPU (ARGS="-k roofline" narrows the tests)'
+	@echo 'make lint       ruff (lint, format) and mypy'
+	@echo 'make notebooks  runs every notebook, top to bottom'
+	@echo 'make html       the notebooks, executed, as pages under build/html'
+	@echo 'make gpu        on a GPU: the gpu tests, then every recording made again'
+	@echo 'make record SUITE=sum_reduce   on a GPU: one recording made again'
+
+setup: $(READY)
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo 'moelab needs Python >= 3.11 and found none on PATH; give one: make PYTHON=/path/to/python3' >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV) || { echo 'no virtual environment (on Debian and Ubuntu: install python3-venv)' >&2; exit 1; }
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	mkdir -p $(LAB_SETTINGS)
+	echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' > $(LAB_SETTINGS)/overrides.json
+	touch $@
+
+lab: $(READY)
+	$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_welcome.ipynb \
+		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
+
+test: unit notebooks
+
+unit: $(READY)
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu' tests $(ARGS)
+
+notebooks: $(READY)
+	$(if $(filter-out 0 1,$(WORKERS)),OMP_NUM_THREADS=1) $(PY) -m pytest -n $(WORKERS) --dist worksteal \
+		--nbmake --nbmake-timeout=120 notebooks
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+html: $(READY)
+	PLOTLY_RENDERER=notebook $(PY) -m nbconvert --execute --to html --output-dir build/html notebooks/*.ipynb
+
+gpu: $(READY)
+	$(PY) -m pytest -m gpu tests $(ARGS)
+	$(PY) -m moelab record all
+
+record: $(READY)
+	$(PY) -m moelab record $(SUITE)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

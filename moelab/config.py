@@ -1,0 +1,369 @@
+"""Kernel configurations: their fields, their rules of validity, and what they cost on a chip.
+
+`violations` is the one statement of the rules; the tuner, the loader and every launcher call it. What is
+legal but never wins (too many accumulators a thread) is kept apart, in `prunings`: a launcher takes such a
+config, a tuner need not try it.
+
+Field names are those of the JSON files that sglang and vLLM load; SPLIT_K is moelab's own addition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from moelab.errors import ConfigError, SharedMemoryError, UnknownNameError, nearest_names
+
+DTYPE_BYTES: Mapping[str, int] = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int8": 1,
+}
+"""Bytes per element of every dtype that moelab names, spelled as torch spells it."""
+
+MIN_DOT_BLOCK = 16
+"""Smallest M, N and K of a `tl.dot` operand (Triton's language reference)."""
+
+NUM_WARPS = (1, 2, 4, 8, 16)
+"""Warps per program that Triton's launcher and the peers' files know."""
+
+MAX_ACCUMULATORS_PER_THREAD = 128
+"""float32 accumulators a thread can hold before a tile spills. With the shared-memory limit of sm_90 the rule cuts
+the peers' grid of 1920 to 1256."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a chip's architecture allows one program (thread block).
+
+    name: "sm_90", "gfx942", ... as Triton names it; shared_memory_per_block: bytes;
+    threads_per_warp: 32, or 64 on gfx; max_threads_per_block: threads;
+    wide_dot_warps: values of num_warps with which `tl.dot` reads both operands from shared memory (wgmma on
+    sm_90, tcgen05 on sm_100), which takes one pipeline buffer more than mma.sync; empty where there is no
+    such dot;
+    barrier_bytes: shared memory of such a dot's barriers.
+    """
+
+    name: str
+    shared_memory_per_block: int
+    threads_per_warp: int = 32
+    max_threads_per_block: int = 1024
+    wide_dot_warps: tuple[int, ...] = ()
+    barrier_bytes: int = 0
+
+    @property
+    def is_amd(self) -> bool:
+        """Whether this is a ROCm target, whose configs carry waves_per_eu, matrix_instr_nonkdim and kpack."""
+        return self.name.startswith("gfx")
+
+
+# Limits: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability" (opt-in maximum
+# per block), and the LDS size of AMD's CDNA3 and CDNA4 instruction-set documents.
+TARGETS: Mapping[str, Target] = {
+    t.name: t
+    for t in (
+        Target("sm_80", 166912),
+        Target("sm_86", 101376),
+        Target("sm_89", 101376),
+        Target("sm_90", 232448, wide_dot_warps=(4, 8, 16)),
+        Target("sm_100", 232448, wide_dot_warps=(4, 8), barrier_bytes=16),
+        Target("sm_120", 101376),
+        Target("gfx942", 65536, threads_per_warp=64),
+        Target("gfx950", 163840, threads_per_warp=64),
+    )
+}
+"""Architectures by Triton's name."""
+
+_OPTIONAL = ("SPLIT_K", "waves_per_eu", "matrix_instr_nonkdim", "kpack")
+_COMPILER_CHOSEN = ("num_warps", "num_stages")
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Meta-parameters of one grouped-GEMM launch; all are counts, the BLOCK_SIZE_* in elements.
+
+    A program computes a BLOCK_SIZE_M x BLOCK_SIZE_N tile of the output, BLOCK_SIZE_K of the inner dimension
+    at a time; GROUP_SIZE_M row blocks share a column of weights before the next column starts. num_warps and
+    num_stages default to Triton's own choice on NVIDIA (4 and 3), which is what a file without them gets.
+    SPLIT_K programs share one tile's inner dimension. The last three are AMD's and None elsewhere.
+    """
+
+    BLOCK_SIZE_M: int
+    BLOCK_SIZE_N: int
+    BLOCK_SIZE_K: int
+    GROUP_SIZE_M: int
+    num_warps: int = 4
+    num_stages: int = 3
+    SPLIT_K: int = 1
+    waves_per_eu: int | None = None
+    matrix_instr_nonkdim: int | None = None
+    kpack: int | None = None
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> KernelConfig:
+        """Read one entry of a config file.
+
+        Raises ConfigError naming every missing key, unknown key, and value that is not an integer (a bool, a
+        float or a string is not one). Values are not judged further: see `check`.
+        """
+        if not isinstance(entry, Mapping):
+            raise ConfigError(
+                f"A kernel config must be a JSON object of integers, got {type(entry).__name__}."
+            )
+        problems = _json_problems(entry)
+        if problems:
+            raise ConfigError(
+                f"Not a kernel config: {'; '.join(problems)}. Expected integers under "
+                f"{', '.join(_REQUIRED)}, and optionally {', '.join((*_COMPILER_CHOSEN, *_OPTIONAL))}. "
+                "Correct the entry, or tune the shape again."
+            )
+        return cls(**dict(entry))
+
+    def to_json(self) -> dict[str, int]:
+        """The entry as sglang writes it: SPLIT_K and AMD's keys only where they are set away from the default."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.SPLIT_K == 1:
+            del values["SPLIT_K"]
+        return {k: v for k, v in values.items() if v is not None}
+
+    def short(self) -> str:
+        """A label for tables and plots, e.g. "16x64x128 g1 w4 s3", with " k2" for SPLIT_K = 2."""
+        label = f"{self.BLOCK_SIZE_M}x{self.BLOCK_SIZE_N}x{self.BLOCK_SIZE_K} g{self.GROUP_SIZE_M}"
+        label += f" w{self.num_warps} s{self.num_stages}"
+        if self.SPLIT_K != 1:
+            label += f" k{self.SPLIT_K}"
+        return label + (f" e{self.waves_per_eu}" if self.waves_per_eu is not None else "")
+
+
+_KEYS = tuple(f.name for f in fields(KernelConfig))
+_REQUIRED = tuple(k for k in _KEYS if k not in (*_OPTIONAL, *_COMPILER_CHOSEN))
+
+
+def _json_problems(entry: Mapping[str, Any]) -> list[str]:
+    problems = [f"missing key {key!r}" for key in _REQUIRED if key not in entry]
+    for key, value in entry.items():
+        if key not in _KEYS:
+            problems.append(f"unknown key {key!r}{nearest_names(str(key), _KEYS)}")
+        elif type(value) is not int:  # bool is a subclass of int and would pass isinstance
+            problems.append(f"{key} is {value!r} ({type(value).__name__}), not an integer")
+    return problems
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes per element of `dtype` (torch's spelling, with or without "torch."). Raises UnknownNameError."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPE_BYTES:
+        raise UnknownNameError(
+            f"Unknown dtype {name!r}.{nearest_names(name, DTYPE_BYTES)} Expected one of {', '.join(DTYPE_BYTES)}."
+        )
+    return DTYPE_BYTES[name]
+
+
+def get_target(target: str | Target) -> Target:
+    """The Target of that name ("sm_90", "gfx942"), or `target` itself. Raises UnknownNameError."""
+    if isinstance(target, Target):
+        return target
+    if target not in TARGETS:
+        raise UnknownNameError(
+            f"Unknown target {target!r}.{nearest_names(str(target), TARGETS)} Expected one of {', '.join(TARGETS)}; "
+            "for another chip pass a Target with its limits."
+        )
+    return TARGETS[target]
+
+
+def shared_memory_bytes(config: KernelConfig, dtype: str, target: str | Target, *, tf32: bool = False) -> int:
+    """Shared memory in bytes that one program of the exchange kernel takes for operands of `dtype`.
+
+    tile = (BLOCK_SIZE_M + BLOCK_SIZE_N) * BLOCK_SIZE_K * bytes. The pipeline keeps num_stages - 1 tiles where
+    the dot reads registers (mma.sync, AMD), num_stages where it reads shared memory itself: sm_90 and sm_100,
+    from 64 rows and four warps (sm_100: not with sixteen), in 8- and 16-bit dtypes and in float32 under TF32
+    (`tf32`).
+    Source: `metadata.shared` of Triton 3.7.1, compiled ahead of time for sm_80/90/100/120 and gfx942/950:
+    exact for BLOCK_SIZE_K >= 32 and num_stages >= 2. Two bounds are loose: with BLOCK_SIZE_K = 16 the
+    epilogue's scratch can be the larger one (up to the output tile, under every limit here), and AMD with one
+    stage may need less.
+    """
+    target, element = get_target(target), dtype_bytes(dtype)
+    a_bytes = config.BLOCK_SIZE_M * config.BLOCK_SIZE_K * element
+    b_bytes = config.BLOCK_SIZE_N * config.BLOCK_SIZE_K * element
+    if target.is_amd and config.num_stages == 1:
+        return max(
+            a_bytes, b_bytes
+        )  # not pipelined: the operands pass through one buffer, one after the other
+    takes_wide = element <= 2 or (element == 4 and tf32)
+    if takes_wide and config.BLOCK_SIZE_M >= 64 and config.num_warps in target.wide_dot_warps:
+        return config.num_stages * (a_bytes + b_bytes) + target.barrier_bytes
+    return max(1, config.num_stages - 1) * (a_bytes + b_bytes)
+
+
+def accumulators_per_thread(config: KernelConfig, target: str | Target = "sm_90") -> float:
+    """float32 accumulators that each thread of a program holds: BLOCK_SIZE_M * BLOCK_SIZE_N / threads."""
+    threads = config.num_warps * get_target(target).threads_per_warp
+    return config.BLOCK_SIZE_M * config.BLOCK_SIZE_N / threads
+
+
+def prunings(config: KernelConfig, *, target: str | Target = "sm_90") -> tuple[str, ...]:
+    """Reasons why a legal config cannot win, so that a tuner need not time it; empty if there are none."""
+    held = accumulators_per_thread(config, target)
+    if held <= MAX_ACCUMULATORS_PER_THREAD:
+        return ()
+    return (
+        f"{held:g} accumulators a thread, over {MAX_ACCUMULATORS_PER_THREAD}: "
+        f"the {config.BLOCK_SIZE_M}x{config.BLOCK_SIZE_N} tile spills with {config.num_warps} warps",
+    )
+
+
+def _is_power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
+
+
+def _field_violations(config: KernelConfig, *, uses_dot: bool) -> list[str]:
+    broken = []
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if type(value) is not int and not (value is None and f.default is None):
+            broken.append(f"{f.name} is {value!r} ({type(value).__name__}), not an integer")
+    if broken:
+        return broken
+    smallest = MIN_DOT_BLOCK if uses_dot else 1
+    for name in ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K"):
+        value = getattr(config, name)
+        if not _is_power_of_two(value):
+            broken.append(f"{name} = {value} is not a power of two (tl.arange takes no other length)")
+        elif value < smallest:
+            broken.append(f"{name} = {value} is under {smallest} (the smallest side of a tl.dot)")
+    if config.GROUP_SIZE_M < 1:
+        broken.append(f"GROUP_SIZE_M = {config.GROUP_SIZE_M} is under 1")
+    if config.num_warps not in NUM_WARPS:
+        broken.append(f"num_warps = {config.num_warps} is not one of {', '.join(map(str, NUM_WARPS))}")
+    if config.num_stages < 1:
+        broken.append(f"num_stages = {config.num_stages} is under 1")
+    # Any count would compute right; powers of two keep each part's share of K a whole number of blocks for
+    # the sizes models have, and keep the number of compiled kernels, and the tuner's space, small.
+    if not _is_power_of_two(config.SPLIT_K):
+        broken.append(f"SPLIT_K = {config.SPLIT_K} is not a positive power of two")
+    return broken + _amd_violations(config)
+
+
+def _amd_violations(config: KernelConfig) -> list[str]:
+    broken = []
+    if config.waves_per_eu is not None and not 0 <= config.waves_per_eu <= 8:
+        broken.append(f"waves_per_eu = {config.waves_per_eu} is not in 0 ... 8 (0 lets the compiler choose)")
+    if config.matrix_instr_nonkdim is not None and config.matrix_instr_nonkdim not in (0, 16, 32):
+        broken.append(f"matrix_instr_nonkdim = {config.matrix_instr_nonkdim} is not 0, 16 or 32")
+    if config.kpack is not None and config.kpack not in (1, 2):
+        broken.append(f"kpack = {config.kpack} is not 1 or 2")
+    return broken
+
+
+def _block_shape_violations(config: KernelConfig, block_shape: tuple[int, int] | None) -> list[str]:
+    if block_shape is None or not all(block_shape):
+        return []
+    block_n, block_k = block_shape
+    broken = []
+    if block_k % config.BLOCK_SIZE_K:
+        broken.append(
+            f"BLOCK_SIZE_K = {config.BLOCK_SIZE_K} does not divide the quantisation block's {block_k}: "
+            "one K step would need two scales"
+        )
+    if block_n % config.BLOCK_SIZE_N and config.BLOCK_SIZE_N % block_n:
+        broken.append(
+            f"BLOCK_SIZE_N = {config.BLOCK_SIZE_N} and the quantisation block's {block_n} do not divide"
+        )
+    return broken
+
+
+def _thread_violations(config: KernelConfig, target: Target) -> list[str]:
+    threads = config.num_warps * target.threads_per_warp
+    if threads <= target.max_threads_per_block:
+        return []
+    return [
+        f"{config.num_warps} warps are {threads} threads, over {target.name}'s {target.max_threads_per_block}"
+    ]
+
+
+def _shared_memory_violations(config: KernelConfig, dtype: str, target: Target, tf32: bool) -> list[str]:
+    needs = shared_memory_bytes(config, dtype, target, tf32=tf32)
+    if needs <= target.shared_memory_per_block:
+        return []
+    return [
+        f"needs {needs} bytes of shared memory in {dtype}, {target.name} gives a block "
+        f"{target.shared_memory_per_block}: lower num_stages or a BLOCK_SIZE"
+    ]
+
+
+def violations(
+    config: KernelConfig,
+    *,
+    dtype: str = "bfloat16",
+    target: str | Target | None = None,
+    block_shape: tuple[int, int] | None = None,
+    uses_dot: bool = True,
+    tf32: bool = False,
+) -> tuple[str, ...]:
+    """Every rule of validity that `config` breaks, one sentence each; empty if it is valid.
+
+    dtype: the operands', torch's spelling. target: the chip ("sm_90"); None leaves out what depends on it
+    (shared memory, threads per block). block_shape: (n, k) of block-quantised weights. uses_dot: False for
+    kernels that multiply and sum without `tl.dot`, whose blocks may be under 16. Raises UnknownNameError for
+    an unknown dtype or target.
+    """
+    dtype_bytes(dtype)
+    chip = get_target(target) if target is not None else None
+    broken = _field_violations(config, uses_dot=uses_dot)
+    if broken:
+        return tuple(broken)  # sizes of a malformed config mean nothing
+    broken += _block_shape_violations(config, block_shape)
+    if chip is not None:
+        broken += _thread_violations(config, chip)
+        broken += _shared_memory_violations(config, dtype, chip, tf32)
+    return tuple(broken)
+
+
+def check(
+    config: KernelConfig,
+    *,
+    dtype: str = "bfloat16",
+    target: str | Target | None = None,
+    block_shape: tuple[int, int] | None = None,
+    uses_dot: bool = True,
+    tf32: bool = False,
+) -> None:
+    """Raise if `config` breaks a rule of `violations` (same arguments), naming every one it breaks.
+
+    SharedMemoryError where shared memory is the only thing wrong, ConfigError otherwise.
+    """
+    broken = violations(
+        config, dtype=dtype, target=target, block_shape=block_shape, uses_dot=uses_dot, tf32=tf32
+    )
+    if not broken:
+        return
+    only_memory = all("of shared memory" in b for b in broken)
+    error = SharedMemoryError if only_memory else ConfigError
+    raise error(
+        f"The config {config.short()} cannot run{f' on {get_target(target).name}' if target is not None else ''}: "
+        f"{'; '.join(broken)}. Change those fields, or pass config=None for the tuned or default one."
+    )
+
+
+def default_config(num_tokens: int, num_experts: int, dtype: str = "bfloat16") -> KernelConfig:
+    """The config used where no file has one: sglang's rule for unquantised weights, so that both agree.
+
+    num_tokens <= num_experts: 16x32x64, GROUP_SIZE_M 1; more tokens: 64x64x32, GROUP_SIZE_M 8. Warps and
+    stages are Triton's own (4 and 3). The rule is the same for every dtype here, and fits every target up to
+    float64 (64 KiB). Raises ConfigError for sizes under 1, UnknownNameError for an unknown dtype.
+    """
+    dtype_bytes(dtype)
+    if num_tokens < 1 or num_experts < 1:
+        raise ConfigError(
+            f"A config needs num_tokens >= 1 and num_experts >= 1, got {num_tokens} and {num_experts}. "
+            "An empty batch launches no kernel."
+        )
+    if num_tokens <= num_experts:
+        return KernelConfig(16, 32, 64, 1)
+    return KernelConfig(64, 64, 32, 8)

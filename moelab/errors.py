@@ -1,0 +1,84 @@
+"""The errors that moelab raises on purpose.
+
+Each message says three things: what was wrong, what was expected, and what to do about it.
+Every class also derives from the built-in exception that a caller would try first, so
+`except ValueError` keeps working for someone who has never read this file.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MoelabError(Exception):
+    """Base of every error that moelab raises on purpose."""
+
+
+class ShapeError(MoelabError, ValueError):
+    """A tensor's rank or size, or a model's sizes, do not fit together."""
+
+
+class ShardError(ShapeError):
+    """A size is not divisible by the tensor- or expert-parallel degree asked for."""
+
+
+class DtypeError(MoelabError, TypeError):
+    """A dtype that the operation does not take, or dtypes that differ where they must agree."""
+
+
+class DeviceError(MoelabError, ValueError):
+    """A tensor lies on the wrong device, or tensors lie on different ones."""
+
+
+class LayoutError(MoelabError, ValueError):
+    """A tensor is not contiguous, or not aligned, where the kernel needs it to be."""
+
+
+class RoutingError(MoelabError, ValueError):
+    """Expert ids out of range, top_k over the number of experts, or a routing file nobody can use."""
+
+
+class ConfigError(MoelabError, ValueError):
+    """A kernel configuration that breaks a rule of validity."""
+
+
+class SharedMemoryError(ConfigError):
+    """A kernel configuration that needs more shared memory than the chip gives one block."""
+
+
+class ConfigFileError(MoelabError, ValueError):
+    """A tuned-config file that cannot be read as one."""
+
+
+class UnknownArchitectureError(MoelabError, LookupError):
+    """A config.json whose MoE sizes allow no reading, or more than one."""
+
+    __str__ = Exception.__str__  # LookupError's KeyError-like repr would hide line breaks
+
+
+class UnknownModelError(MoelabError, LookupError):
+    """A name that is neither a preset, nor a path to a config.json, nor a Hugging Face id at hand."""
+
+
+class UnknownNameError(MoelabError, LookupError):
+    """A name outside an explicit table: an implementation, a routing, a suite, a device."""
+
+
+class RecordingError(MoelabError, ValueError):
+    """A recording that is missing, truncated, of another schema, or holds values that are no numbers."""
+
+
+class RuntimeModeError(MoelabError, RuntimeError):
+    """What was asked cannot run here: no GPU, bf16 under Triton's interpreter, a package that is missing."""
+
+
+class PrecisionError(MoelabError, AssertionError):
+    """A result is further from float64 than its tolerance policy allows."""
+
+
+def nearest_names(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Return ` Did you mean a, b?` for the known names closest to `name`, or an empty string."""
+    lowered = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(name.lower(), lowered, n=count, cutoff=0.45)
+    return f" Did you mean {', '.join(lowered[c] for c in close)}?" if close else ""

@@ -1,0 +1,84 @@
+"""Seeded, variance-scaled tensors for a shape, so that results are finite and errors mean something."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moelab import runtime
+from moelab.routing import Routing, make_routing
+from moelab.shapes import MoEShape
+
+
+@dataclass(frozen=True)
+class MoEInputs:
+    """Inputs of one fused MoE layer on one rank.
+
+    hidden_states (M, H); w13 (E, 2N, H), gate rows, then up rows ((E, N, H) for an activation without a gate);
+    w2 (E, H, N); topk_weights (M, k) float32; topk_ids (M, k) int32; b13 (E, 2N) and b2 (E, H), or None.
+    """
+
+    hidden_states: Tensor
+    w13: Tensor
+    w2: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor
+    b13: Tensor | None = None
+    b2: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> MoEInputs:
+        """The same inputs with every tensor but the routing cast to `dtype`."""
+        cast = {name: getattr(self, name) for name in ("hidden_states", "w13", "w2", "b13", "b2")}
+        cast = {name: t if t is None else t.to(dtype) for name, t in cast.items()}
+        return MoEInputs(topk_weights=self.topk_weights, topk_ids=self.topk_ids, **cast)
+
+
+def random_tensor(size: tuple[int, ...], std: float, *, dtype: torch.dtype, device: str, seed: int) -> Tensor:
+    """Normal values of standard deviation `std`, drawn in float32 on the device and rounded to `dtype`.
+
+    Weights are drawn expert by expert, so that a large tensor needs no float32 copy of itself.
+    """
+    generator = torch.Generator(device=device).manual_seed(seed)
+    out = torch.empty(size, dtype=dtype, device=device)
+    for part in out if len(size) > 2 else (out,):
+        part.copy_(torch.randn(part.shape, generator=generator, device=device) * std)
+    return out
+
+
+def make_inputs(
+    shape: MoEShape,
+    num_tokens: int,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    routing: str | Routing = "uniform",
+    bias: bool = False,
+) -> MoEInputs:
+    """Random inputs for `shape` and `num_tokens`.
+
+    hidden_states ~ N(0, 1); w13 and w2 ~ N(0, 1/fan_in), so that every intermediate is of order one; biases
+    ~ N(0, 0.01). dtype defaults to the shape's, device to where kernels run. The same arguments give the same
+    tensors on the same device type.
+    """
+    device = device or runtime.current().device
+    dtype = dtype or runtime.torch_dtype(shape.dtype)
+    E, H, N = shape.num_experts, shape.hidden_size, shape.moe_intermediate_size
+    rows = (2 if shape.gated else 1) * N
+    if isinstance(routing, str):
+        routing = make_routing(routing, num_tokens, E, shape.top_k, seed=seed, device=device)
+
+    def draw(offset: int, std: float, *size: int) -> Tensor:
+        return random_tensor(size, std, dtype=dtype, device=device, seed=seed * 8 + offset)
+
+    return MoEInputs(
+        hidden_states=draw(0, 1.0, num_tokens, H),
+        w13=draw(1, H**-0.5, E, rows, H),
+        w2=draw(2, N**-0.5, E, H, N),
+        topk_weights=routing.topk_weights,
+        topk_ids=routing.topk_ids,
+        b13=draw(3, 0.1, E, rows) if bias else None,
+        b2=draw(4, 0.1, E, H) if bias else None,
+    )

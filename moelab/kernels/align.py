@@ -1,0 +1,189 @@
+"""moe_align_block_size on the device: sort (token, slot) pairs by expert, each expert padded to BLOCK_SIZE_M rows.
+
+Three ways, all deterministic, none synchronising with the host:
+- `align_pairs` gives every pair a block of its own: nothing to sort, for batches so small that experts rarely meet;
+- one launch, where a program's histogram holds every pair;
+- two launches (count, then place), for anything larger.
+"""
+
+from __future__ import annotations
+
+from moelab import runtime
+
+runtime.prepare_triton()
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from moelab.errors import DtypeError, ShapeError  # noqa: E402
+from moelab.kernels import checks  # noqa: E402
+from moelab.routing import Alignment, max_padded_pairs  # noqa: E402
+
+# One program reads this many pairs at a time; below it one launch does everything.
+_CHUNK = 2048
+
+
+@triton.jit
+def _bucket(ids, num_experts):
+    """Experts of other ranks (-1) share the last bucket."""
+    return tl.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+
+
+@triton.jit
+def _place(
+    ids_ptr, sorted_ptr, expert_ids_ptr, total_ptr, counts, num_pairs, num_experts,
+    BLOCK_SIZE: tl.constexpr, BUCKETS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Write one bucket's run of pairs, its padding and its blocks' expert, given every bucket's count."""
+    bucket = tl.program_id(0)
+    lanes = tl.arange(0, BUCKETS)
+    padded = (counts + BLOCK_SIZE - 1) // BLOCK_SIZE * BLOCK_SIZE
+    start = tl.sum(tl.where(lanes < bucket, padded, 0), axis=0)
+    count = tl.sum(tl.where(lanes == bucket, counts, 0), axis=0)
+    end = start + (count + BLOCK_SIZE - 1) // BLOCK_SIZE * BLOCK_SIZE
+    if bucket == num_experts:
+        tl.store(total_ptr, end)
+    offs = tl.arange(0, CHUNK)
+    placed = start
+    for first in range(0, num_pairs, CHUNK):
+        pairs = first + offs
+        inside = pairs < num_pairs
+        ids = tl.load(ids_ptr + pairs, mask=inside, other=0)
+        mine = inside & (_bucket(ids, num_experts) == bucket)
+        rank = tl.cumsum(mine.to(tl.int32), axis=0)
+        tl.store(sorted_ptr + placed + rank - 1, pairs, mask=mine)
+        placed += tl.sum(mine.to(tl.int32), axis=0)
+    rest = tl.arange(0, BLOCK_SIZE)
+    tl.store(sorted_ptr + placed + rest, tl.full((BLOCK_SIZE,), 0, tl.int32) + num_pairs, mask=placed + rest < end)
+    expert = tl.where(bucket < num_experts, bucket, -1)
+    first_block = start // BLOCK_SIZE
+    num_blocks = (end - start) // BLOCK_SIZE
+    for first in range(0, num_blocks, CHUNK):
+        tl.store(expert_ids_ptr + first_block + first + offs, expert, mask=first + offs < num_blocks)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_experts"])
+def _align_small_kernel(
+    ids_ptr, sorted_ptr, expert_ids_ptr, total_ptr, num_pairs, num_experts,
+    BLOCK_SIZE: tl.constexpr, BUCKETS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One program per bucket, each counting all pairs for itself: for num_pairs <= CHUNK."""
+    pairs = tl.arange(0, CHUNK)
+    inside = pairs < num_pairs
+    bucket = _bucket(tl.load(ids_ptr + pairs, mask=inside, other=0), num_experts)
+    # Lanes past num_pairs count in a bin that no bucket uses: BUCKETS > num_experts + 1.
+    counts = tl.histogram(tl.where(inside, bucket, BUCKETS - 1), BUCKETS)
+    counts = tl.where(tl.arange(0, BUCKETS) <= num_experts, counts, 0)
+    _place(ids_ptr, sorted_ptr, expert_ids_ptr, total_ptr, counts, num_pairs, num_experts, BLOCK_SIZE, BUCKETS, CHUNK)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_experts"])
+def _count_kernel(ids_ptr, counts_ptr, num_pairs, num_experts, CHUNK: tl.constexpr):
+    """counts[bucket] = pairs of that bucket; one program per bucket."""
+    bucket = tl.program_id(0)
+    offs = tl.arange(0, CHUNK)
+    total = tl.zeros((CHUNK,), dtype=tl.int32)
+    for first in range(0, num_pairs, CHUNK):
+        inside = first + offs < num_pairs
+        ids = tl.load(ids_ptr + first + offs, mask=inside, other=0)
+        total += (inside & (_bucket(ids, num_experts) == bucket)).to(tl.int32)
+    tl.store(counts_ptr + bucket, tl.sum(total, axis=0))
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_experts"])
+def _place_kernel(
+    ids_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, total_ptr, num_pairs, num_experts,
+    BLOCK_SIZE: tl.constexpr, BUCKETS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Place one bucket's pairs, from the counts of `_count_kernel`."""
+    lanes = tl.arange(0, BUCKETS)
+    counts = tl.load(counts_ptr + lanes, mask=lanes <= num_experts, other=0)
+    _place(ids_ptr, sorted_ptr, expert_ids_ptr, total_ptr, counts, num_pairs, num_experts, BLOCK_SIZE, BUCKETS, CHUNK)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_experts"])
+def _align_pairs_kernel(
+    ids_ptr, sorted_ptr, expert_ids_ptr, total_ptr, num_pairs, num_experts, BLOCK_SIZE: tl.constexpr
+):
+    """Block i holds pair i and padding."""
+    pair = tl.program_id(0)
+    rows = tl.arange(0, BLOCK_SIZE)
+    tl.store(sorted_ptr + pair * BLOCK_SIZE + rows, tl.where(rows == 0, pair, num_pairs))
+    expert = tl.load(ids_ptr + pair)
+    tl.store(expert_ids_ptr + pair, tl.where((expert >= 0) & (expert < num_experts), expert, -1))
+    if pair == 0:
+        tl.store(total_ptr, num_pairs * BLOCK_SIZE)
+
+
+def _check(topk_ids: Tensor, block_size: int, num_experts: int) -> None:
+    checks.check_kernel_device("topk_ids", topk_ids)
+    checks.check_shape("topk_ids", topk_ids, ("num_tokens", "top_k"))
+    checks.check_together(topk_ids=topk_ids)
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        raise DtypeError(f"topk_ids is {topk_ids.dtype}. Expected int32 or int64. Cast it with .int().")
+    if block_size < 1 or block_size & (block_size - 1) or num_experts < 1:
+        raise ShapeError(
+            f"block_size = {block_size}, num_experts = {num_experts}. Expected a power of two and at least one expert. "
+            "Pass the config's BLOCK_SIZE_M and the number of this rank's experts."
+        )
+
+
+def _allocate(length: int, block_size: int, device: torch.device) -> Alignment:
+    buffer = torch.empty(length + length // block_size + 1, dtype=torch.int32, device=device)
+    blocks = length // block_size
+    return Alignment(buffer[:length], buffer[length : length + blocks], buffer[length + blocks :], block_size)
+
+
+def align_pairs(topk_ids: Tensor, block_size: int, num_experts: int) -> Alignment:
+    """A block for every pair, in pair order: no sort. An expert that two pairs name is read twice.
+
+    Arguments, result and errors as in `moe_align_block_size`.
+    """
+    _check(topk_ids, block_size, num_experts)
+    num_pairs = topk_ids.numel()
+    result = _allocate(num_pairs * block_size, block_size, topk_ids.device)
+    if num_pairs == 0:
+        result.num_tokens_post_padded.zero_()
+        return result
+    _align_pairs_kernel[(num_pairs,)](
+        topk_ids, result.sorted_token_ids, result.expert_ids, result.num_tokens_post_padded,
+        num_pairs, num_experts, block_size, num_warps=1,
+    )  # fmt: skip
+    return result
+
+
+def moe_align_block_size(topk_ids: Tensor, block_size: int, num_experts: int) -> Alignment:
+    """Sort pairs by expert (stable) and pad each expert's run to a multiple of block_size.
+
+    topk_ids: (num_tokens, top_k) int32 or int64, contiguous; ids outside [0, num_experts) are another rank's, and
+    come last in blocks of expert -1. Equals routing.moe_align_block_size_ref up to num_tokens_post_padded; entries
+    past it are not written. Raises ShapeError, DtypeError, DeviceError, LayoutError, RuntimeModeError.
+    """
+    _check(topk_ids, block_size, num_experts)
+    num_pairs = topk_ids.numel()
+    result = _allocate(max_padded_pairs(num_pairs, block_size, num_experts), block_size, topk_ids.device)
+    if num_pairs == 0:
+        result.num_tokens_post_padded.zero_()
+        return result
+    buckets = triton.next_power_of_2(num_experts + 2)
+    grid = (num_experts + 1,)
+    outputs = (result.sorted_token_ids, result.expert_ids, result.num_tokens_post_padded)
+    if num_pairs <= _CHUNK:
+        chunk = next(size for size in (128, 512, _CHUNK) if num_pairs <= size)
+        _align_small_kernel[grid](topk_ids, *outputs, num_pairs, num_experts, block_size, buckets, chunk, num_warps=4)
+        return result
+    counts = torch.empty(num_experts + 1, dtype=torch.int32, device=topk_ids.device)
+    _count_kernel[grid](topk_ids, counts, num_pairs, num_experts, _CHUNK, num_warps=8)
+    _place_kernel[grid](topk_ids, counts, *outputs, num_pairs, num_experts, block_size, buckets, _CHUNK, num_warps=8)
+    return result
+
+
+def align(topk_ids: Tensor, block_size: int, num_experts: int) -> Alignment:
+    """`align_pairs` where a quarter as many pairs as experts can hardly meet, else `moe_align_block_size`.
+
+    The quarter is vLLM's rule (0.33.0): at num_pairs = E/4 uniform routing repeats few experts.
+    """
+    small = topk_ids.numel() * 4 <= num_experts
+    return (align_pairs if small else moe_align_block_size)(topk_ids, block_size, num_experts)

@@ -1,0 +1,95 @@
+"""What every launcher asks of its tensors, and of the configuration it is handed, before anything is launched."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from moelab import config as config_room
+from moelab import runtime
+from moelab.config import TARGETS, KernelConfig, Target
+from moelab.errors import DeviceError, DtypeError, LayoutError, ShapeError
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
+    """Raise ShapeError unless the tensor's sizes match; a string stands for any size and names it."""
+    found = tuple(tensor.shape)
+    fits = len(found) == len(expected) and all(
+        isinstance(want, str) or want == size for want, size in zip(expected, found, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(size) for size in expected)
+        raise ShapeError(
+            f"{name} has shape {found}. Expected ({wanted}). Reshape it, or check that weights and inputs belong together."
+        )
+
+
+def check_dtype(name: str, tensor: Tensor, expected: Iterable[torch.dtype]) -> None:
+    """Raise DtypeError unless the tensor's dtype is one of `expected`."""
+    expected = tuple(expected)
+    if tensor.dtype not in expected:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in expected)
+        found = str(tensor.dtype).removeprefix("torch.")
+        raise DtypeError(f"{name} is {found}. Expected {wanted}. Cast it with .to(...), or cast the others to match.")
+
+
+def check_together(**tensors: Tensor | None) -> None:
+    """Raise DeviceError or LayoutError unless all tensors lie on one device and are contiguous (None is skipped)."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first_name, first = next(iter(given.items()))
+    for name, tensor in given.items():
+        if tensor.device != first.device:
+            raise DeviceError(
+                f"{name} is on {tensor.device} and {first_name} on {first.device}. Expected one device. Move them together."
+            )
+        if not tensor.is_contiguous():
+            raise LayoutError(
+                f"{name} has strides {tensor.stride()} for shape {tuple(tensor.shape)}. Expected a contiguous tensor. "
+                "Call .contiguous() once, outside the hot path."
+            )
+
+
+def check_kernel_device(name: str, tensor: Tensor) -> None:
+    """Raise RuntimeModeError or DeviceError unless Triton kernels take this tensor in this process."""
+    mode = runtime.require_kernels(tensor.dtype)
+    if tensor.device.type != mode.device:
+        raise DeviceError(
+            f"{name} is on {tensor.device}, but kernels run on {mode.device} here ({mode.reason}). "
+            f"Expected a {mode.device} tensor. Move it there."
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def checked_config(config: KernelConfig, dtype: torch.dtype) -> KernelConfig:
+    """The config itself, once it has passed the rules for this dtype and this device (ConfigError otherwise)."""
+    config_room.check(config, dtype=str(dtype).removeprefix("torch."), target=current_target())
+    return config
+
+
+@functools.cache
+def current_target() -> Target | None:
+    """The current GPU as config.py knows it, or with the limits its driver reports; None without a GPU."""
+    if runtime.current().mode != "gpu":
+        return None
+    properties = torch.cuda.get_device_properties()
+    if torch.version.hip:
+        name = properties.gcnArchName.split(":")[0]
+    else:
+        name = f"sm_{properties.major}{properties.minor}"
+    return TARGETS.get(name) or Target(
+        name, properties.shared_memory_per_block_optin, threads_per_warp=properties.warp_size
+    )
+
+
+def launch_options(config: KernelConfig) -> dict[str, int]:
+    """num_warps, num_stages and, where set, AMD's options, as a Triton launch takes them."""
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if torch.version.hip:
+        amd = {name: getattr(config, name) for name in ("waves_per_eu", "matrix_instr_nonkdim", "kpack")}
+        options |= {name: value for name, value in amd.items() if value is not None}
+    return options

@@ -1,0 +1,171 @@
+"""The exchange kernel: each expert's rows times its weight, over rows sorted by expert and padded to tiles.
+
+It keeps the meta-parameters, tile order and rounding points of the fused MoE kernel that sglang and vLLM run
+(sglang 0.5.23, fused_moe_kernel), so that a config tuned here serves there, and theirs serve here. It asks for
+contiguous tensors where theirs takes strides: fewer arguments, less host time.
+"""
+
+from __future__ import annotations
+
+from moelab import runtime
+
+runtime.prepare_triton()
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from moelab.config import KernelConfig  # noqa: E402
+from moelab.errors import ConfigError, ShapeError  # noqa: E402
+from moelab.kernels import checks  # noqa: E402
+from moelab.kernels.tiles import dot_loop, grouped_tile, store_rows  # noqa: E402
+from moelab.routing import Alignment  # noqa: E402
+
+
+# num_pairs and num_rows follow the batch size: specialising them would mean another compile per batch size.
+@triton.jit(do_not_specialize=["num_pairs", "num_rows"])
+def _grouped_gemm_kernel(
+    a_ptr,
+    w_ptr,
+    c_ptr,
+    bias_ptr,
+    topk_weights_ptr,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
+    num_tokens_post_padded_ptr,
+    N,
+    K,
+    num_pairs,
+    num_rows,
+    TOP_K: tl.constexpr,
+    BLOCK_SIZE_M: tl.constexpr,
+    BLOCK_SIZE_N: tl.constexpr,
+    BLOCK_SIZE_K: tl.constexpr,
+    GROUP_SIZE_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """One (BLOCK_SIZE_M, BLOCK_SIZE_N) tile of c: one expert's rows times its weight."""
+    pid_m, pid_n = grouped_tile(
+        tl.program_id(0), tl.cdiv(num_rows, BLOCK_SIZE_M), tl.cdiv(N, BLOCK_SIZE_N), GROUP_SIZE_M
+    )
+    if pid_m * BLOCK_SIZE_M >= tl.load(num_tokens_post_padded_ptr):
+        return
+    pair = tl.load(sorted_token_ids_ptr + pid_m * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M)).to(tl.int64)
+    row_mask = pair < num_pairs
+    offs_n = pid_n * BLOCK_SIZE_N + tl.arange(0, BLOCK_SIZE_N)
+    expert = tl.load(expert_ids_ptr + pid_m).to(tl.int64)
+    if expert < 0:  # another rank's expert: its share of the sum is zero here
+        zeros = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), dtype=c_ptr.dtype.element_ty)
+        store_rows(c_ptr, pair, row_mask, offs_n, N, zeros)
+        return
+    offs_k = tl.arange(0, BLOCK_SIZE_K)
+    a_ptrs = a_ptr + (pair // TOP_K)[:, None] * K + offs_k[None, :]
+    # int64: E * N * K passes 2^31 at 256 experts of 2048 x 7168. Columns past N wrap, and are never stored.
+    w_ptrs = w_ptr + expert * N * K + (offs_n % N).to(tl.int64)[None, :] * K + offs_k[:, None]
+    wide = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
+    acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), dtype=wide)
+    acc = dot_loop(a_ptrs, w_ptrs, acc, K, row_mask, BLOCK_SIZE_K, EVEN_K)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + expert * N + offs_n, mask=offs_n < N, other=0.0).to(wide)[None, :]
+    if topk_weights_ptr is not None:
+        acc *= tl.load(topk_weights_ptr + pair, mask=row_mask, other=0.0).to(wide)[:, None]
+    store_rows(c_ptr, pair, row_mask, offs_n, N, acc)
+
+
+def grouped_gemm(
+    a: Tensor,
+    w: Tensor,
+    alignment: Alignment,
+    config: KernelConfig,
+    *,
+    num_pairs: int,
+    top_k: int,
+    bias: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """c[pair] = a[pair // top_k] @ w[expert of pair].T (+ bias) (* weight), accumulated in float32 (float64 for float64).
+
+    a: (num_pairs / top_k, K); GEMM1 passes the layer's top_k, GEMM2 passes 1 with one row per pair.
+    w: (E, N, K), a's dtype: bfloat16, float16, float32 (IEEE products, not TF32) or float64.
+    alignment: pairs sorted by expert under config.BLOCK_SIZE_M; pairs of expert -1 get zeros.
+    bias: (E, N), a's dtype. topk_weights: num_pairs float32 values, multiplied in the epilogue, after the bias.
+    Returns c (num_pairs, N) in a's dtype, every row written. Deterministic.
+    Raises ShapeError, DtypeError, DeviceError, LayoutError, ConfigError, SharedMemoryError, RuntimeModeError.
+    """
+    experts, N, K = _check(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
+    if out is None:
+        out = torch.empty((num_pairs, N), dtype=a.dtype, device=a.device)
+    if num_pairs == 0:
+        return out
+    # With fewer pairs than a block has rows, at most one block per pair is in use.
+    num_rows = min(alignment.sorted_token_ids.shape[0], num_pairs * config.BLOCK_SIZE_M)
+    grid = (triton.cdiv(num_rows, config.BLOCK_SIZE_M) * triton.cdiv(N, config.BLOCK_SIZE_N),)
+    _grouped_gemm_kernel[grid](
+        a,
+        w,
+        out,
+        bias,
+        topk_weights,
+        alignment.sorted_token_ids,
+        alignment.expert_ids,
+        alignment.num_tokens_post_padded,
+        N,
+        K,
+        num_pairs,
+        num_rows,
+        TOP_K=top_k,
+        BLOCK_SIZE_M=config.BLOCK_SIZE_M,
+        BLOCK_SIZE_N=config.BLOCK_SIZE_N,
+        BLOCK_SIZE_K=config.BLOCK_SIZE_K,
+        GROUP_SIZE_M=config.GROUP_SIZE_M,
+        EVEN_K=K % config.BLOCK_SIZE_K == 0,
+        **checks.launch_options(config),
+    )
+    return out
+
+
+def _check(
+    a: Tensor,
+    w: Tensor,
+    alignment: Alignment,
+    config: KernelConfig,
+    num_pairs: int,
+    top_k: int,
+    bias: Tensor | None,
+    topk_weights: Tensor | None,
+) -> tuple[int, int, int]:
+    checks.check_kernel_device("a", a)
+    checks.check_dtype("a", a, checks.FLOATS)
+    checks.check_shape("w", w, ("E", "N", "K"))
+    experts, N, K = w.shape
+    if num_pairs % top_k:
+        raise ShapeError(
+            f"{num_pairs} pairs are no multiple of top_k = {top_k}. Expected num_tokens * top_k. Pass top_k=1 for GEMM2."
+        )
+    checks.check_shape("a", a, (num_pairs // top_k, K))
+    checks.check_dtype("w", w, (a.dtype,))
+    checks.check_together(a=a, w=w, bias=bias, topk_weights=topk_weights, sorted_token_ids=alignment.sorted_token_ids)
+    if bias is not None:
+        checks.check_shape("bias", bias, (experts, N))
+        checks.check_dtype("bias", bias, (a.dtype,))
+    if topk_weights is not None:
+        checks.check_dtype("topk_weights", topk_weights, (torch.float32,))
+        if topk_weights.numel() != num_pairs:
+            raise ShapeError(
+                f"topk_weights holds {topk_weights.numel()} values for {num_pairs} pairs. Expected one per pair. "
+                "Pass the (num_tokens, top_k) weights of this batch."
+            )
+    checks.checked_config(config, a.dtype)
+    if config.SPLIT_K != 1:
+        raise ConfigError(
+            f"grouped_gemm got SPLIT_K = {config.SPLIT_K}. Expected 1: this kernel sums K in one program. "
+            "Use a Split-K kernel, or dataclasses.replace(config, SPLIT_K=1)."
+        )
+    if alignment.block_size != config.BLOCK_SIZE_M:
+        raise ConfigError(
+            f"Rows are aligned to {alignment.block_size} but the config's BLOCK_SIZE_M is {config.BLOCK_SIZE_M}. "
+            "Expected the same: one sort serves both GEMMs. Align again, or give both GEMMs one BLOCK_SIZE_M."
+        )
+    return experts, N, K

@@ -1,0 +1,171 @@
+"""moe_sum_reduce: (num_tokens, top_k, hidden) summed over top_k, times routed_scaling_factor, five ways.
+
+`triton_f32` keeps the accumulator of upstream's Triton kernel, float32 whatever the input, to show what that costs
+in float64; the others accumulate in a type at least as wide as the input's.
+"""
+
+from __future__ import annotations
+
+from moelab import runtime
+
+runtime.prepare_triton()
+
+import functools  # noqa: E402
+import importlib.util  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from moelab.errors import ShapeError, UnknownNameError, nearest_names  # noqa: E402
+from moelab.kernels import checks, sum_reduce_cuda  # noqa: E402
+
+# Slots summed in straight-line code, all their loads in flight; more go through a loop.
+_MAX_UNROLLED_TOP_K = 32
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _sum_reduce_f32_kernel(x_ptr, out_ptr, scale, num_tokens, top_k, hidden, BLOCK_COLS: tl.constexpr):
+    """One token, BLOCK_COLS columns, float32 accumulator: upstream's precision and its launch (sglang #10654)."""
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    mask = cols < hidden
+    acc = tl.zeros((BLOCK_COLS,), dtype=tl.float32)
+    for slot in range(0, top_k):
+        acc += tl.load(x_ptr + (token * top_k + slot) * hidden + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * hidden + cols, (acc * scale).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _sum_reduce_kernel(
+    x_ptr,
+    out_ptr,
+    num_tokens,
+    hidden,
+    SCALE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """BLOCK_ROWS tokens, BLOCK_COLS columns, accumulated in float32, or in float64 for float64.
+
+    SCALE is a constant because Triton passes a float argument as float32: 0.3 would be off by 1.2e-8.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    mask = (rows < num_tokens)[:, None] & (cols < hidden)[None, :]
+    wide = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    ptrs = x_ptr + (rows * TOP_K * hidden)[:, None] + cols[None, :]
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=wide)
+    if UNROLL:
+        for _ in tl.static_range(TOP_K):
+            acc += tl.load(ptrs, mask=mask, other=0.0).to(wide)
+            ptrs += hidden
+    else:
+        for _ in range(0, TOP_K):
+            acc += tl.load(ptrs, mask=mask, other=0.0).to(wide)
+            ptrs += hidden
+    out_ptrs = out_ptr + (rows * hidden)[:, None] + cols[None, :]
+    tl.store(out_ptrs, (acc * SCALE).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _torch(x: Tensor, scale: float, out: Tensor) -> Tensor:
+    torch.sum(x, dim=1, out=out)
+    return out.mul_(scale)
+
+
+@functools.cache
+def _compiled_sum() -> Callable[[Tensor, float], Tensor]:
+    return torch.compile(lambda x, scale: torch.sum(x * scale, dim=1), dynamic=True)
+
+
+def _compiled(x: Tensor, scale: float, out: Tensor) -> Tensor:
+    return out.copy_(_compiled_sum()(x, scale))
+
+
+def _triton_f32(x: Tensor, scale: float, out: Tensor) -> Tensor:
+    checks.check_kernel_device("x", x)
+    num_tokens, top_k, hidden = x.shape
+    grid = (num_tokens, triton.cdiv(hidden, 2048))
+    _sum_reduce_f32_kernel[grid](x, out, scale, num_tokens, top_k, hidden, BLOCK_COLS=2048, num_warps=16, num_stages=1)
+    return out
+
+
+def triton_tile(num_tokens: int, hidden: int, itemsize: int) -> tuple[int, int, int]:
+    """(BLOCK_ROWS, BLOCK_COLS, num_warps), from a sweep on an H200 over the sizes of the suite `sum_reduce`.
+
+    Below 2048 tokens single-warp programs of one 16-byte load a thread fill the chip best; above it 8 warps do, with
+    two loads a thread where a row has 8 KiB to give.
+    """
+    values = 16 // itemsize
+    num_warps = 1 if num_tokens < 2048 else 8
+    loads = 2 if num_warps == 8 and hidden * itemsize >= 8192 else 1
+    return 1, min(triton.next_power_of_2(hidden), 32 * num_warps * values * loads), num_warps
+
+
+def _triton(x: Tensor, scale: float, out: Tensor, tile: tuple[int, int, int] | None = None) -> Tensor:
+    checks.check_kernel_device("x", x)
+    num_tokens, top_k, hidden = x.shape
+    rows, cols, num_warps = tile or triton_tile(num_tokens, hidden, x.element_size())
+    grid = (triton.cdiv(num_tokens, rows), triton.cdiv(hidden, cols))
+    _sum_reduce_kernel[grid](
+        x, out, num_tokens, hidden, float(scale), top_k, rows, cols, top_k <= _MAX_UNROLLED_TOP_K, num_warps=num_warps
+    )
+    return out
+
+
+def _cuda(x: Tensor, scale: float, out: Tensor) -> Tensor:
+    sum_reduce_cuda.launch(x, out, scale)
+    return out
+
+
+SUM_REDUCE: dict[str, Callable[[Tensor, float, Tensor], Tensor]] = {
+    "torch": _torch,
+    "compiled": _compiled,
+    "triton_f32": _triton_f32,
+    "triton": _triton,
+    "cuda": _cuda,
+}
+
+
+def available_sum_reduce(dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+    """The names in SUM_REDUCE that run in this process on `dtype`."""
+    mode = runtime.current().mode
+    names = ["torch", "compiled"]
+    if mode == "gpu" or (mode == "interpreter" and dtype != torch.bfloat16):
+        names += ["triton_f32", "triton"]
+    if mode == "gpu" and torch.version.cuda and importlib.util.find_spec("cuda") is not None:
+        names += ["cuda"]
+    return tuple(names)
+
+
+def sum_reduce(
+    x: Tensor, routed_scaling_factor: float = 1.0, *, impl: str = "triton", out: Tensor | None = None
+) -> Tensor:
+    """out[t, h] = routed_scaling_factor * sum over slots of x[t, slot, h].
+
+    x: (num_tokens, top_k, hidden), contiguous, bfloat16, float16, float32 or float64; out: (num_tokens, hidden).
+    impl: "torch" (sum, then multiply, each rounded to x's dtype), "compiled" (torch.compile of sum(x * scale)),
+    "triton_f32" (upstream's float32 accumulator), "triton" (wide accumulator), "cuda" (the same in CUDA C++).
+    All are deterministic. Raises ShapeError, DtypeError, DeviceError, LayoutError, UnknownNameError, and
+    RuntimeModeError where the implementation cannot run here.
+    """
+    if impl not in SUM_REDUCE:
+        raise UnknownNameError(
+            f"Unknown sum_reduce implementation {impl!r}. Expected one of {list(SUM_REDUCE)}."
+            f"{nearest_names(impl, SUM_REDUCE)} Name one of them."
+        )
+    checks.check_shape("x", x, ("num_tokens", "top_k", "hidden"))
+    checks.check_dtype("x", x, checks.FLOATS)
+    num_tokens, top_k, hidden = x.shape
+    if top_k < 1:
+        raise ShapeError(f"x has shape {tuple(x.shape)}. Expected top_k >= 1. Nothing is there to sum.")
+    if out is None:
+        out = x.new_empty((num_tokens, hidden))
+    checks.check_shape("out", out, (num_tokens, hidden))
+    checks.check_dtype("out", out, (x.dtype,))
+    checks.check_together(x=x, out=out)
+    return out if out.numel() == 0 else SUM_REDUCE[impl](x, routed_scaling_factor, out)

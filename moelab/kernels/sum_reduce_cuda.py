@@ -1,0 +1,132 @@
+"""Compiles sum_reduce.cu through NVRTC (NVIDIA's cuda.core), and launches it on torch's current stream.
+
+Compiling needs no GPU and no driver: `compile_kernel("sm_90", ...)` works on a laptop, and the tests do it there.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moelab import runtime
+from moelab.errors import RuntimeModeError
+
+SOURCE = Path(__file__).with_name("sum_reduce.cu")
+STORAGE = {
+    torch.bfloat16: ("__nv_bfloat16", "float"),
+    torch.float16: ("__half", "float"),
+    torch.float32: ("float", "float"),
+    torch.float64: ("double", "double"),
+}
+# Slots held in registers at once: 16 loads of 16 bytes are 64 registers; beyond that the loop runs by four.
+_MAX_UNROLLED_TOP_K = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a size is cut: values a thread loads at once, threads a block, tokens a thread sums, slots unrolled (0: none)."""
+
+    vec: int
+    threads: int
+    tokens: int
+    top_k: int
+
+    def expression(self, dtype: torch.dtype) -> str:
+        """The template instance to compile, as NVRTC names it."""
+        storage, wide = STORAGE[dtype]
+        return f"sum_reduce<{storage}, {wide}, {self.vec}, {self.top_k}, {self.tokens}>"
+
+
+def plan(num_tokens: int, top_k: int, hidden: int, dtype: torch.dtype, *, aligned: bool = True) -> Plan:
+    """The plan for a size: 16-byte loads where every row starts on 16 bytes, else the widest that divides hidden.
+
+    aligned: whether x and out start on 16 bytes.
+    """
+    vec = 16 // dtype.itemsize if aligned else 1
+    while hidden % vec:
+        vec //= 2
+    columns = -(-hidden // vec)
+    # From a sweep on an H200 over the sizes of the suite `sum_reduce`: many small blocks while tokens are few, one
+    # block a row once there are enough.
+    most = 64 if num_tokens < 256 else 1024
+    threads = min(most, -(-columns // 32) * 32)
+    return Plan(vec, threads, 1, top_k if top_k <= _MAX_UNROLLED_TOP_K else 0)
+
+
+def _cuda_core() -> Any:
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
+        raise RuntimeModeError(
+            "sum_reduce's 'cuda' implementation needs NVIDIA's cuda.core and NVRTC. Expected the extra `cuda`. "
+            "Install it with `pip install moelab[cuda]`, or use 'triton'."
+        )
+    import cuda.core
+
+    return cuda.core
+
+
+def _include_paths() -> list[str]:
+    from cuda.pathfinder import find_nvidia_header_directory
+
+    found = [find_nvidia_header_directory(name) for name in ("cudart", "nvcc")]
+    return list(dict.fromkeys(path for path in found if path))
+
+
+@functools.cache
+def compile_kernel(arch: str, expression: str) -> tuple[Any, str]:
+    """Compile one template instance for `arch` ("sm_80", "sm_90", "sm_100"): (object code, mangled name's key)."""
+    core = _cuda_core()
+    options = core.ProgramOptions(arch=arch, std="c++17", include_path=_include_paths())
+    program = core.Program(SOURCE.read_text(), code_type="c++", options=options)
+    return program.compile("cubin", name_expressions=(expression,)), expression
+
+
+@functools.cache
+def _kernel(device_index: int, expression: str) -> tuple[Any, Any]:
+    core = _cuda_core()
+    device = core.Device(device_index)
+    device.set_current()
+    code, name = compile_kernel(f"sm_{device.arch}", expression)
+    return device, code.get_kernel(name)
+
+
+class _TorchStream:
+    """torch's current stream, in the protocol that cuda.core reads."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._handle = stream.cuda_stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return (0, self._handle)
+
+
+def launch(x: Tensor, out: Tensor, routed_scaling_factor: float, cut: Plan | None = None) -> None:
+    """out[t, h] = routed_scaling_factor * sum over slots of x[t, slot, h], on checked, contiguous CUDA tensors."""
+    runtime.require_cuda("sum_reduce's 'cuda' implementation")
+    num_tokens, top_k, hidden = x.shape
+    core = _cuda_core()
+    aligned = x.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
+    cut = cut or plan(num_tokens, top_k, hidden, x.dtype, aligned=aligned)
+    device, kernel = _kernel(x.device.index or 0, cut.expression(x.dtype))
+    stream = device.create_stream(_TorchStream(torch.cuda.current_stream(x.device)))
+    grid = (-(-num_tokens // cut.tokens), -(-hidden // (cut.vec * cut.threads)), 1)
+    scale = _scalar(routed_scaling_factor, x.dtype)
+    config = core.LaunchConfig(grid=grid, block=(cut.threads, 1, 1))
+    core.launch(stream, config, kernel, x.data_ptr(), out.data_ptr(), *_integers(num_tokens, top_k, hidden), scale)
+
+
+def _scalar(value: float, dtype: torch.dtype) -> Any:
+    import ctypes
+
+    return ctypes.c_double(value) if dtype == torch.float64 else ctypes.c_float(value)
+
+
+def _integers(num_tokens: int, top_k: int, hidden: int) -> tuple[Any, Any, Any]:
+    import ctypes
+
+    return ctypes.c_longlong(num_tokens), ctypes.c_int(top_k), ctypes.c_longlong(hidden)

@@ -1,0 +1,116 @@
+"""Small jit helpers that kernel bodies are made of."""
+
+from __future__ import annotations
+
+from moelab import runtime
+
+runtime.prepare_triton()
+
+import triton  # noqa: E402  (the interpreter decision comes first)
+import triton.language as tl  # noqa: E402
+
+
+@triton.jit
+def grouped_tile(pid, num_pid_m, num_pid_n, GROUP_SIZE_M: tl.constexpr):
+    """Tile (pid_m, pid_n) of a program: columns of GROUP_SIZE_M row blocks, so that weights are reused in L2."""
+    pids_per_group = GROUP_SIZE_M * num_pid_n
+    first_m = (pid // pids_per_group) * GROUP_SIZE_M
+    rows = min(num_pid_m - first_m, GROUP_SIZE_M)
+    pid_m = first_m + (pid % pids_per_group) % rows
+    pid_n = (pid % pids_per_group) // rows
+    return pid_m, pid_n
+
+
+@triton.jit
+def two_sum(a, b):
+    """a + b rounded, and exactly what the rounding lost (Knuth, TAOCP volume 2, section 4.2.2, theorem B)."""
+    total = a + b
+    b_kept = total - a
+    return total, (a - (total - b_kept)) + (b - b_kept)
+
+
+@triton.jit
+def dot_loop(a_ptrs, w_ptrs, acc, K, row_mask, BLOCK_SIZE_K: tl.constexpr, EVEN_K: tl.constexpr):
+    """acc + a @ w over K, a (BM, BK) by row pointers, w (BK, BN).
+
+    float32 and float64 have no tensor-core accumulator to follow: their blocks of K are added with compensation,
+    which costs six additions a block and keeps the error below that of torch's own product. float32 operands
+    multiply in IEEE, not TF32.
+    """
+    offs_k = tl.arange(0, BLOCK_SIZE_K)
+    compensated: tl.constexpr = a_ptrs.dtype.element_ty == acc.dtype
+    lost = tl.zeros_like(acc)
+    for k in range(0, tl.cdiv(K, BLOCK_SIZE_K)):
+        if EVEN_K:
+            a = tl.load(a_ptrs, mask=row_mask[:, None], other=0.0)
+            w = tl.load(w_ptrs)
+        else:
+            k_mask = offs_k < K - k * BLOCK_SIZE_K
+            a = tl.load(a_ptrs, mask=row_mask[:, None] & k_mask[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=k_mask[:, None], other=0.0)
+        if compensated:
+            acc, rest = two_sum(acc, tl.dot(a, w, input_precision="ieee", out_dtype=acc.dtype))
+            lost += rest
+        else:
+            acc = tl.dot(a, w, acc, out_dtype=acc.dtype)
+        a_ptrs += BLOCK_SIZE_K
+        w_ptrs += BLOCK_SIZE_K
+    if compensated:
+        acc += lost
+    return acc
+
+
+@triton.jit
+def store_rows(c_ptr, rows, row_mask, offs_n, N, values):
+    """c[rows, offs_n] = values, c (any, N). rows is int64: pairs * N passes 2^31 at 65,536 pairs of 32,768."""
+    mask = row_mask[:, None] & (offs_n < N)[None, :]
+    tl.store(c_ptr + rows[:, None] * N + offs_n[None, :], values.to(c_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) in x's own dtype, float64 included."""
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def erf_gelu(x):
+    """0.5 x (1 + erf(x / sqrt 2))."""
+    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def tanh_gelu(x):
+    """GELU's tanh form, tanh(u) written as 2 sigmoid(2u) - 1; source: Hendrycks and Gimpel, arXiv 1606.08415."""
+    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x * sigmoid(2 * inner)
+
+
+@triton.jit
+def gated_activation(gate, up, ACTIVATION: tl.constexpr):
+    """activation(gate) * up, in the wide dtype of its arguments."""
+    if ACTIVATION == "silu":
+        return gate * sigmoid(gate) * up
+    elif ACTIVATION == "gelu":
+        return erf_gelu(gate) * up
+    elif ACTIVATION == "gelu_tanh":
+        return tanh_gelu(gate) * up
+    else:
+        tl.static_assert(ACTIVATION == "swiglu_oai", "unknown gated activation")
+        gate = tl.minimum(gate, 7.0)
+        up = tl.minimum(tl.maximum(up, -7.0), 7.0)
+        return (up + 1) * gate * sigmoid(1.702 * gate)
+
+
+@triton.jit
+def plain_activation(x, ACTIVATION: tl.constexpr):
+    """activation(x) without a gate."""
+    if ACTIVATION == "silu":
+        return x * sigmoid(x)
+    elif ACTIVATION == "gelu":
+        return erf_gelu(x)
+    elif ACTIVATION == "gelu_tanh":
+        return tanh_gelu(x)
+    else:
+        tl.static_assert(ACTIVATION == "relu2", "unknown activation")
+        return tl.maximum(x, 0.0) * tl.maximum(x, 0.0)

@@ -1,0 +1,286 @@
+"""Error against float64, and the one policy that says whether it is small enough.
+
+A result is judged by its error against a float64 reference of the same (low-precision) inputs, and the bound
+is
+twice the error that torch itself makes in the same dtype: never a tolerance raised by hand until it passes.
+
+float64 results need a reference with more digits than they have: `sum_reduce_double_double` gives one for the
+sum-reduce, at any size. Where there is none (the whole layer), compare with torch's own float64 result, as
+sglang #10654 did: torch's error is then zero by construction, and the bound is `tiny` alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from moelab.errors import DtypeError, PrecisionError, ShapeError, UnknownNameError
+
+UPSTREAM_TOLERANCE: Mapping[str, float] = {
+    "float64": 1e-12,
+    "float32": 1e-6,
+    "bfloat16": 1e-2,
+    "float16": 1e-2,
+}
+"""atol = rtol of the sum-reduce check in sglang #10654, by dtype."""
+
+TINY_ULP = 1.0
+"""`tiny` of the policy, in ULP of the dtype at the reference's largest magnitude: where torch happens to round every
+output right, a contender's last rounding may still fall the other way."""
+
+
+@dataclass(frozen=True)
+class ErrorReport:
+    """How far a result is from its reference.
+
+    max_abs, mean_abs: |out - ref|. max_rel: max_abs over the largest |ref|. rel_fro: Frobenius norm of out -
+    ref over that of ref. max_ulp, mean_ulp: |out - ref| in spacings of `dtype` at |ref|. finite: no NaN or
+    infinity on either side; where there is one, every error is infinite. n: elements compared. dtype: the
+    result's.
+    """
+
+    max_abs: float
+    mean_abs: float
+    max_rel: float
+    rel_fro: float
+    max_ulp: float
+    mean_ulp: float
+    finite: bool
+    n: int
+    dtype: str
+
+
+def _dtype_of(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise DtypeError(
+            f"{dtype!r} is not a floating-point dtype. Expected one of {', '.join(UPSTREAM_TOLERANCE)}."
+        )
+    return found
+
+
+def ulp(value: torch.Tensor, dtype: torch.dtype | str) -> torch.Tensor:
+    """Spacing of `dtype` at |value|: float64, of value's shape; value: any float tensor, finite.
+
+    The gap between neighbours in the binade [2^e, 2^(e+1)) that holds |value|: 2^e * eps, and never less than
+    the smallest subnormal, which is the gap from zero to the end of the first normal binade. A power of two
+    gets the gap above it. Values past the dtype's range get the spacing of its last binade.
+    """
+    info = torch.finfo(_dtype_of(dtype))
+    magnitude = value.detach().to(torch.float64).abs()
+    _, exponent = torch.frexp(magnitude.clamp(min=info.smallest_normal, max=info.max))
+    power = exponent.to(torch.float64) - 1.0 + math.log2(info.eps)  # frexp's mantissa lies in [0.5, 1)
+    return torch.exp2(power)
+
+
+def error(out: torch.Tensor, ref_f64: torch.Tensor, dtype: torch.dtype | str | None = None) -> ErrorReport:
+    """Measure `out` (any float dtype) against `ref_f64` (float64, the same shape), on out's device.
+
+    dtype: whose spacing a ULP is; default out's own. Raises ShapeError for shapes that differ, DtypeError for
+    a reference that is not float64. Not-finite values are reported, not raised: `check` refuses them.
+    """
+    if out.shape != ref_f64.shape:
+        raise ShapeError(
+            f"out is {tuple(out.shape)}, the reference {tuple(ref_f64.shape)}. Expected the same shape."
+        )
+    if ref_f64.dtype != torch.float64:
+        raise DtypeError(
+            f"The reference is {ref_f64.dtype}. Expected torch.float64: compute it from inputs cast up."
+        )
+    unit = _dtype_of(dtype if dtype is not None else out.dtype)
+    name = str(unit).removeprefix("torch.")
+    ref = ref_f64.detach().to(out.device)
+    got = out.detach().to(torch.float64)
+    if out.numel() == 0:
+        return ErrorReport(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, True, 0, name)
+    if not (torch.isfinite(got).all() and torch.isfinite(ref).all()):
+        inf = math.inf
+        return ErrorReport(inf, inf, inf, inf, inf, inf, False, out.numel(), name)
+    difference = (got - ref).abs()
+    in_ulp = difference / ulp(ref, unit)
+    max_abs = difference.max().item()
+    return ErrorReport(
+        max_abs=max_abs,
+        mean_abs=difference.mean().item(),
+        max_rel=_ratio(max_abs, ref.abs().max().item()),
+        rel_fro=_ratio(torch.linalg.vector_norm(difference).item(), torch.linalg.vector_norm(ref).item()),
+        max_ulp=in_ulp.max().item(),
+        mean_ulp=in_ulp.mean().item(),
+        finite=True,
+        n=out.numel(),
+        dtype=name,
+    )
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    if denominator:
+        return numerator / denominator
+    return math.inf if numerator else 0.0
+
+
+# --- the policy ---------------------------------------------------------------------------------------------
+
+
+def tolerance(torch_out: torch.Tensor, ref_f64: torch.Tensor, tiny: float | None = None) -> float:
+    """The bound on a contender's largest absolute error: 2 * torch's own + tiny.
+
+    torch_out: torch's result in the contender's dtype, from the same inputs. tiny: absolute; default TINY_ULP
+    spacings of that dtype at the reference's largest magnitude. Raises PrecisionError where torch's own
+    result,
+    or the reference, is not finite: there is then nothing to judge by.
+    """
+    own = error(torch_out, ref_f64)
+    if not own.finite:
+        raise PrecisionError(
+            "torch's own result, or the float64 reference, holds NaN or infinity: nothing can be judged by it. "
+            "Draw inputs whose result fits the dtype."
+        )
+    if tiny is None:
+        largest = ref_f64.detach().abs().max() if ref_f64.numel() else torch.zeros((), dtype=torch.float64)
+        tiny = TINY_ULP * ulp(largest, own.dtype).item()
+    return 2.0 * own.max_abs + tiny
+
+
+def passes(
+    out: torch.Tensor, torch_out: torch.Tensor, ref_f64: torch.Tensor, tiny: float | None = None
+) -> bool:
+    """Whether `out` is finite, of torch_out's dtype, and within `tolerance` of the float64 reference."""
+    return _verdict(out, torch_out, ref_f64, tiny) is None
+
+
+def check(
+    out: torch.Tensor,
+    torch_out: torch.Tensor,
+    ref_f64: torch.Tensor,
+    *,
+    name: str = "the result",
+    tiny: float | None = None,
+) -> ErrorReport:
+    """Return the error of `out`; raise PrecisionError, with figures, where `passes` is false."""
+    problem = _verdict(out, torch_out, ref_f64, tiny)
+    if problem:
+        raise PrecisionError(
+            f"{name}: {problem}. Look for a wrong mask, index or accumulator type before timing it."
+        )
+    return error(out, ref_f64)
+
+
+def _verdict(
+    out: torch.Tensor, torch_out: torch.Tensor, ref_f64: torch.Tensor, tiny: float | None
+) -> str | None:
+    if out.dtype != torch_out.dtype:
+        return (
+            f"is {out.dtype} where torch gives {torch_out.dtype}; a bound in another dtype would say nothing"
+        )
+    bound = tolerance(torch_out, ref_f64, tiny)
+    report = error(out, ref_f64)
+    if not report.finite:
+        return "holds NaN or infinity"
+    if report.max_abs <= bound:
+        return None
+    return (
+        f"is off by {report.max_abs:.3g} ({report.max_ulp:.3g} ULP) at worst, over the bound of {bound:.3g} "
+        f"= twice torch's own error in {report.dtype} and a rounding"
+    )
+
+
+def upstream_check(out: torch.Tensor, torch_out: torch.Tensor) -> bool:
+    """The fixed check of sglang #10654: allclose to torch's result, atol = rtol from UPSTREAM_TOLERANCE.
+
+    NaN never passes, not even where torch has one too. Raises UnknownNameError for a dtype the table lacks.
+    """
+    name = str(torch_out.dtype).removeprefix("torch.")
+    if name not in UPSTREAM_TOLERANCE:
+        raise UnknownNameError(
+            f"Upstream gives no tolerance for {name}. It has {', '.join(UPSTREAM_TOLERANCE)}."
+        )
+    if out.shape != torch_out.shape or out.dtype != torch_out.dtype:
+        raise ShapeError(
+            f"Cannot compare {out.dtype} {tuple(out.shape)} with {torch_out.dtype} {tuple(torch_out.shape)}. "
+            "Expected the same dtype and shape."
+        )
+    bound = UPSTREAM_TOLERANCE[name]
+    return torch.allclose(out.to(torch.float64), torch_out.to(torch.float64), atol=bound, rtol=bound)
+
+
+def compare(
+    contenders: Mapping[str, torch.Tensor],
+    ref_f64: torch.Tensor,
+    torch_name: str = "torch",
+    tiny: float | None = None,
+) -> list[dict[str, Any]]:
+    """One row per contender, side by side: its ErrorReport's fields, and both verdicts.
+
+    Columns besides ErrorReport's: name; bound, passes (the policy); max_abs_from_torch, upstream_tolerance,
+    upstream_passes (the fixed check). contenders[torch_name] is torch's result; all have its dtype. Raises
+    UnknownNameError if it is missing.
+    """
+    if torch_name not in contenders:
+        raise UnknownNameError(
+            f"No {torch_name!r} among {', '.join(contenders)}: the bound comes from torch's own result."
+        )
+    torch_out = contenders[torch_name]
+    bound = tolerance(torch_out, ref_f64, tiny)
+    rows = []
+    for name, out in contenders.items():
+        report = error(out, ref_f64)
+        rows.append(
+            {
+                "name": name,
+                **asdict(report),
+                "bound": bound,
+                "passes": passes(out, torch_out, ref_f64, tiny),
+                "max_abs_from_torch": error(out, torch_out.to(torch.float64)).max_abs,
+                "upstream_tolerance": UPSTREAM_TOLERANCE.get(report.dtype),
+                "upstream_passes": upstream_check(out, torch_out)
+                if report.dtype in UPSTREAM_TOLERANCE
+                else None,
+            }
+        )
+    return rows
+
+
+# --- a reference for float64 --------------------------------------------------------------------------------
+
+
+def _two_sum(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rounded a + b and its exact rounding error (Knuth, TAOCP 2, 4.2.2)."""
+    total = a + b
+    b_part = total - a
+    return total, (a - (total - b_part)) + (b - b_part)
+
+
+def _split(value: Any) -> tuple[Any, Any]:
+    scaled = value * 134217729.0  # 2^27 + 1 cuts 53 bits into two halves whose products are exact
+    high = scaled - (scaled - value)
+    return high, value - high
+
+
+def _two_product(a: torch.Tensor, b: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rounded a * b and its exact rounding error (Dekker, Numer. Math. 18, 1971)."""
+    product = a * b
+    (a_high, a_low), (b_high, b_low) = _split(a), _split(b)
+    return product, a_low * b_low - (((product - a_high * b_high) - a_low * b_high) - a_high * b_low)
+
+
+def sum_reduce_double_double(x: torch.Tensor, routed_scaling_factor: float = 1.0) -> torch.Tensor:
+    """x (M, k, H), any float dtype, summed over k and scaled: (M, H) float64 on x's device, right to the last bit.
+
+    Sum and product carry their rounding errors along (about 32 decimal digits) and are rounded once, at the
+    end, so that float64 contenders can be judged too; exact but for near-ties of that rounding. Magnitudes
+    must stay under 1e290. Raises ShapeError unless x has three axes.
+    """
+    if x.dim() != 3:
+        raise ShapeError(f"x has shape {tuple(x.shape)}. Expected (num_tokens, top_k, hidden_size).")
+    total = torch.zeros(x.shape[0], x.shape[2], dtype=torch.float64, device=x.device)
+    lost = torch.zeros_like(total)
+    for slot in x.detach().unbind(1):
+        total, rounding = _two_sum(total, slot.to(torch.float64))
+        lost += rounding
+    total, lost = _two_sum(total, lost)
+    product, rounding = _two_product(total, float(routed_scaling_factor))
+    return product + (rounding + lost * routed_scaling_factor)

@@ -1,0 +1,225 @@
+"""Where am I: which device runs kernels, under which versions, and where the data lies.
+
+`prepare_triton` decides between the GPU and Triton's interpreter. Triton reads TRITON_INTERPRET once, while it
+is imported, so every module that imports triton calls `prepare_triton` first; after that the choice is fixed
+for the life of the process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moelab.errors import DtypeError, RuntimeModeError
+
+Mode = Literal["gpu", "interpreter", "none"]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What runs kernels in this process.
+
+    mode: "gpu" (compiled kernels), "interpreter" (Triton's interpreter on CPU tensors) or "none".
+    device: the torch device type that inputs must be on, "cuda" or "cpu" (ROCm also calls itself "cuda").
+    device_name: as the driver gives it, e.g. "NVIDIA H200"; "cpu" without a GPU.
+    reason: one sentence on why this mode was chosen.
+    """
+
+    mode: Mode
+    device: str
+    device_name: str
+    reason: str
+
+
+def _gpu_name() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+@functools.cache
+def prepare_triton() -> Runtime:
+    """Decide how Triton kernels run here, and set TRITON_INTERPRET accordingly; call before `import triton`.
+
+    A TRITON_INTERPRET that is already in the environment is obeyed. TRITON_DEFAULT_FP_FUSION is fixed to 1
+    unless set, because Triton 3.10 changes its default and the fusion of multiply and add changes rounding.
+    """
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    if importlib.util.find_spec("triton") is None:
+        return Runtime("none", "cpu", "cpu", "the package triton is not installed")
+    if "triton" in sys.modules:
+        return _already_imported()
+    asked = os.environ.get("TRITON_INTERPRET")
+    if asked is not None and asked.strip().lower() in ("1", "true", "yes", "on"):
+        return Runtime("interpreter", "cpu", "cpu", f"TRITON_INTERPRET={asked} is set")
+    gpu = _gpu_name()
+    if gpu:
+        return Runtime("gpu", "cuda", gpu, f"torch sees {gpu}")
+    if asked is not None:
+        return Runtime("none", "cpu", "cpu", f"TRITON_INTERPRET={asked} is set and torch sees no GPU")
+    os.environ["TRITON_INTERPRET"] = "1"
+    return Runtime("interpreter", "cpu", "cpu", "torch sees no GPU, so Triton's interpreter runs the kernels")
+
+
+def _already_imported() -> Runtime:
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return Runtime("interpreter", "cpu", "cpu", "triton was imported with TRITON_INTERPRET=1")
+    gpu = _gpu_name()
+    if gpu:
+        return Runtime("gpu", "cuda", gpu, f"torch sees {gpu}")
+    return Runtime(
+        "none", "cpu", "cpu", "triton was imported before moelab, without TRITON_INTERPRET=1, and torch sees no GPU"
+    )
+
+
+def current() -> Runtime:
+    """The runtime of this process (decides it if nothing has yet)."""
+    return prepare_triton()
+
+
+def require_kernels(dtype: Any = None) -> Runtime:
+    """Return the runtime if Triton kernels of `dtype` (a torch dtype) can run here.
+
+    Raises RuntimeModeError where they cannot: no triton, no GPU with the interpreter off, or bfloat16 under the
+    interpreter, whose bf16 arithmetic returns wrong numbers without saying so.
+    """
+    runtime = prepare_triton()
+    if runtime.mode == "none":
+        raise RuntimeModeError(
+            f"Triton kernels cannot run in this process: {runtime.reason}. Expected a GPU or Triton's interpreter. "
+            "Install triton, or start Python with TRITON_INTERPRET=1 in the environment, or import moelab before triton."
+        )
+    if runtime.mode == "interpreter" and dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        if name == "bfloat16" or name.startswith("float8"):
+            raise RuntimeModeError(
+                f"{name} under Triton's interpreter gives wrong numbers silently, so moelab refuses it. "
+                "Expected float16, float32 or float64 here. Cast the inputs, or run on a GPU."
+            )
+    return runtime
+
+
+def require_cuda(what: str) -> None:
+    """Raise RuntimeModeError unless an NVIDIA GPU is at hand; `what` names the thing that needs one."""
+    import torch
+
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        raise RuntimeModeError(
+            f"{what} needs an NVIDIA GPU and a CUDA build of torch; this process has "
+            f"{'ROCm' if torch.version.hip else 'no GPU'}. Use another implementation, for example 'triton' or 'torch'."
+        )
+
+
+def torch_dtype(name: str) -> Any:
+    """The torch dtype of that name ("bfloat16", "float16", "float32", "float64"). Raises DtypeError otherwise."""
+    import torch
+
+    known = {"bfloat16", "float16", "float32", "float64"}
+    if name not in known:
+        raise DtypeError(f"Unknown dtype {name!r}. Expected one of {sorted(known)}. Give the name as torch spells it.")
+    return getattr(torch, name)
+
+
+def device_key(name: str | None = None) -> str:
+    """The device name as config files spell it: "NVIDIA H200" -> "NVIDIA_H200"."""
+    return (name if name is not None else current().device_name).replace(" ", "_")
+
+
+def triton_key(version: str | None = None) -> str:
+    """The folder of configs for a Triton version: "3.6.0+git1234" -> "triton_3_6_0"."""
+    version = version or _version("triton") or "unknown"
+    return "triton_" + "_".join(re.split(r"[+-]", version)[0].split(".")[:3])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what decides a kernel's speed and rounding; None where a package is absent."""
+    import torch
+
+    from moelab import __version__
+
+    return {
+        "moelab": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda or (f"hip {torch.version.hip}" if torch.version.hip else None),
+        "driver": _driver(),
+    }
+
+
+@functools.cache
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with "+changes" if tracked files differ; MOELAB_GIT_COMMIT overrides."""
+    told = os.environ.get("MOELAB_GIT_COMMIT")
+    root = repo_root()
+    if told or root is None:
+        return told or None
+    try:
+        git = ["git", "-C", str(root)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if dirty.stdout.strip() else "")
+
+
+def provenance(seed: int | None = None) -> dict[str, Any]:
+    """What a recording must carry about its origin: GPU, driver, versions, commit, date (UTC), seed."""
+    return {
+        "gpu": current().device_name,
+        "mode": current().mode,
+        **versions(),
+        "git_commit": git_commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "seed": seed,
+    }
+
+
+def repo_root() -> Path | None:
+    """The checkout's folder, or None when moelab is installed from a wheel."""
+    root = Path(__file__).resolve().parent.parent
+    return root if (root / "pyproject.toml").is_file() and (root / "data").is_dir() else None
+
+
+def _share(name: str, variable: str) -> Path:
+    if os.environ.get(variable):
+        return Path(os.environ[variable]).expanduser()
+    root = repo_root()
+    return root / name if root else Path(__file__).resolve().parent / "_share" / name
+
+
+def data_dir() -> Path:
+    """Where models/, devices/, recordings/ and upstream/ lie; MOELAB_DATA_DIR overrides."""
+    return _share("data", "MOELAB_DATA_DIR")
+
+
+def config_dir() -> Path:
+    """Where the triton_X_Y_Z/ folders of tuned configs lie; MOELAB_CONFIG_DIR overrides."""
+    return _share("configs", "MOELAB_CONFIG_DIR")

@@ -1,0 +1,34 @@
+"""What `moelab record SUITE` measures: a function per suite, which checks, times, and returns a Recording."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from moelab import recordings
+from moelab.errors import UnknownNameError, nearest_names
+from moelab.recordings import Recording
+from moelab.suites import ceilings, layer_classic, sum_reduce
+
+SUITES: dict[str, Callable[[], Recording]] = {
+    "ceilings": ceilings.record,
+    "sum_reduce_precision": sum_reduce.record_precision,
+    "sum_reduce": sum_reduce.record_speed,
+    "layer_classic": layer_classic.record,
+}
+
+
+def record(suites: Sequence[str], out: Path | None = None) -> list[Path]:
+    """Run suites one after another, writing each recording as soon as it is done; "all" means every suite.
+
+    out: folder of the files; None is data/recordings. Raises UnknownNameError before anything runs, and
+    RuntimeModeError where a suite needs a GPU.
+    """
+    names = list(SUITES) if "all" in suites else list(suites)
+    for name in names:
+        if name not in SUITES:
+            raise UnknownNameError(
+                f"Unknown suite {name!r}. Expected 'all' or one of {list(SUITES)}.{nearest_names(name, SUITES)} "
+                "Name suites to record."
+            )
+    return [recordings.write(SUITES[name](), None if out is None else out / f"{name}.json") for name in names]

@@ -1,0 +1,160 @@
+"""The classic layer (GEMM1, activation, GEMM2, sum-reduce) beside sglang's, shape by shape and config by config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moelab import precision, roofline, runtime
+from moelab.config import KernelConfig, default_config
+from moelab.errors import RecordingError
+from moelab.fused_moe import fused_moe
+from moelab.inputs import MoEInputs, make_inputs, random_tensor
+from moelab.kernels.activation import activation
+from moelab.kernels.align import align
+from moelab.kernels.grouped_gemm import grouped_gemm
+from moelab.kernels.sum_reduce import sum_reduce
+from moelab.measure import Protocol, measure
+from moelab.recordings import Recording
+from moelab.reference import fused_moe_ref
+from moelab.routing import make_routing
+from moelab.shapes import MoEShape, load_model
+
+# Preset and sharding of each shape that data/upstream/h200_sglang.json names.
+SHAPES = {
+    "qwen3-30b-a3b/tp1": ("qwen3-30b-a3b", 1),
+    "scout/tp4": ("llama-4-scout", 4),
+    "lfm2-8b/tp1": ("lfm2-8b-a1b", 1),
+    "deepseek-v3/tp8": ("deepseek-v3", 8),
+}
+
+
+def peer_rows() -> list[dict[str, Any]]:
+    """sglang's rows: name, M, floor, and per config its microseconds, as data/upstream/h200_sglang.json has them."""
+    path = runtime.data_dir() / "upstream" / "h200_sglang.json"
+    try:
+        return json.loads(path.read_text())["rows"]
+    except (OSError, ValueError, KeyError) as error:
+        raise RecordingError(
+            f"Cannot read {path}: {error}. Expected sglang's rows. Restore the file from git."
+        ) from error
+
+
+def shape_of(name: str) -> MoEShape:
+    """The sharded shape behind a name of SHAPES, without fused shared experts, as the peers' file was measured."""
+    model, tp_size = SHAPES[name]
+    return load_model(model, tp_size=tp_size, disable_shared_experts_fusion=True)
+
+
+def configs_of(row: dict[str, Any], shape: MoEShape) -> dict[str, KernelConfig]:
+    """The configs that sglang was timed under in this row: its default, and where it has them, shipped and tuned."""
+    configs = {"default": default_config(row["M"], shape.num_experts)}
+    for name in ("shipped", "tuned"):
+        if row.get(f"{name}_cfg"):
+            configs[name] = KernelConfig.from_json(row[f"{name}_cfg"])
+    return configs
+
+
+class Layer:
+    """Tensors of one shape and batch size: one set of weights, `rotations` routings and activations."""
+
+    def __init__(self, shape: MoEShape, num_tokens: int, rotations: int, weights: MoEInputs) -> None:
+        self.shape, self.num_tokens, self.weights = shape, num_tokens, weights
+        E, H, k = shape.num_experts, shape.hidden_size, shape.top_k
+        device, dtype = weights.w13.device.type, weights.w13.dtype
+        self.routings = [make_routing("uniform", num_tokens, E, k, seed=i, device=device) for i in range(rotations)]
+        self.states = [
+            random_tensor((num_tokens, H), 1.0, dtype=dtype, device=device, seed=100 + i) for i in range(rotations)
+        ]
+
+    def experts_touched(self) -> float:
+        """Mean over rotations."""
+        return sum(r.experts_touched() for r in self.routings) / len(self.routings)
+
+    def contender(self, config: KernelConfig) -> Callable[[int], torch.Tensor]:
+        """The layer under one config, its alignment made beforehand, as sglang's rows were timed."""
+        shape, w = self.shape, self.weights
+        aligned = [align(r.topk_ids, config.BLOCK_SIZE_M, shape.num_experts) for r in self.routings]
+        pairs = self.num_tokens * shape.top_k
+
+        def run(i: int) -> torch.Tensor:
+            h = grouped_gemm(self.states[i], w.w13, aligned[i], config, num_pairs=pairs, top_k=shape.top_k)
+            h = activation(h, shape.activation, gated=shape.gated)
+            weights = self.routings[i].topk_weights
+            y = grouped_gemm(h, w.w2, aligned[i], config, num_pairs=pairs, top_k=1, topk_weights=weights)
+            return sum_reduce(y.view(self.num_tokens, shape.top_k, -1))
+
+        return run
+
+    def whole(self, config: KernelConfig) -> Callable[[int], torch.Tensor]:
+        """The public op under one config, alignment included."""
+        w = self.weights
+
+        def run(i: int) -> torch.Tensor:
+            r = self.routings[i]
+            return fused_moe(
+                self.states[i], w.w13, w.w2, topk_weights=r.topk_weights, topk_ids=r.topk_ids, config=config
+            )
+
+        return run
+
+    def check(self, out: torch.Tensor, rows: int = 64) -> dict[str, float]:
+        """Hold the first tokens of rotation 0 against float64 (PrecisionError if over twice torch's error)."""
+        w, ids, weights = self.weights, self.routings[0].topk_ids[:rows], self.routings[0].topk_weights[:rows]
+        x = self.states[0][:rows]
+        plain = fused_moe_ref(x, w.w13, w.w2, weights, ids)
+        exact = fused_moe_ref(x.double(), w.w13.double(), w.w2.double(), weights, ids)
+        name = f"classic layer {self.shape.name}, {self.num_tokens} tokens"
+        report = precision.check(out[:rows], plain, exact, name=name)
+        return {"max_abs_error": report.max_abs, "rel_error": report.rel_fro}
+
+
+def record(names: tuple[str, ...] = tuple(SHAPES)) -> Recording:
+    """Every row of sglang's file: the same shape, batch size and configs, checked, then timed interleaved."""
+    runtime.require_cuda("the suite 'layer_classic'")
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        shape = shape_of(name)
+        weights = make_inputs(shape, 1)
+        for peer in (row for row in peer_rows() if row["name"] == name):
+            rows += _rows(name, shape, weights, peer)
+        del weights
+        torch.cuda.empty_cache()
+    return Recording("layer_classic", runtime.provenance(seed=0), protocol_for(1).describe(), tuple(rows))
+
+
+def protocol_for(num_tokens: int) -> Protocol:
+    """8 rotated routings and activations, 3 from 4096 tokens: what sglang's rows were timed with."""
+    return Protocol(rotations=3 if num_tokens >= 4096 else 8, rounds=25, graph_us=1000.0)
+
+
+def _rows(name: str, shape: MoEShape, weights: MoEInputs, peer: dict[str, Any]) -> list[dict[str, Any]]:
+    num_tokens = peer["M"]
+    protocol = protocol_for(num_tokens)
+    layer = Layer(shape, num_tokens, protocol.rotations, weights)
+    configs = configs_of(peer, shape)
+    contenders = {label: layer.contender(config) for label, config in configs.items()}
+    errors = {label: layer.check(run(0)) for label, run in contenders.items()}
+    if "tuned" in configs:
+        contenders["tuned, with alignment"] = layer.whole(configs["tuned"])
+        configs["tuned, with alignment"] = configs["tuned"]
+        errors["tuned, with alignment"] = layer.check(contenders["tuned, with alignment"](0))
+    touched = layer.experts_touched()
+    cost = roofline.layer_cost(shape, num_tokens, experts_touched=touched)
+    return [
+        {
+            "shape": name,
+            "num_tokens": num_tokens,
+            "config_name": label,
+            "config": configs[label].to_json(),
+            "experts_touched": touched,
+            "bytes": cost.bytes,
+            "flops": cost.flops,
+            **errors[label],
+            "samples_us": list(result.samples_us),
+        }
+        for label, result in measure(contenders, protocol).items()
+    ]

@@ -1,0 +1,232 @@
+"""A real JupyterLab, driven in a real chromium: the helper of the browser tests.
+
+    with lab(folder) as server, page(server) as tab:
+        tab.open("01_roofline.ipynb")
+        tab.run_all()
+        tab.select("Model", "mixtral-8x7b")
+
+Nothing is slept for: every wait is for something that can be seen in the page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from playwright.sync_api import Locator, Page, Route, sync_playwright
+
+TIMEOUT_S = 90
+SETTINGS = {
+    # no "would you like to get news" popup over the page, no look-up of newer versions
+    "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    # cells out of sight stay in the page, so that every figure can be waited for
+    "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
+}
+# The errors among the outputs of the open notebook, each as "NameError: ...".
+CELL_ERRORS = """() => [...window.jupyterapp.shell.currentWidget.content.model.cells]
+    .flatMap(cell => cell.toJSON().outputs ?? [])
+    .filter(output => output.output_type === 'error')
+    .map(output => `${output.ename}: ${output.evalue}`)"""
+# What a plotly figure draws, as text; calcdata holds plain numbers even where the data came as packed arrays.
+DRAWN = "plot => JSON.stringify(plot.calcdata.map(trace => trace.map(point => [point.x, point.y])))"
+
+
+def find_chromium() -> str | None:
+    """The path of a chromium or Chrome on PATH, or None."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running JupyterLab: its address with no trailing slash, and its token."""
+
+    url: str
+    token: str
+
+
+def _settings(folder: Path) -> None:
+    for name, values in SETTINGS.items():
+        path = folder / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait_until_up(server: Server, process: subprocess.Popen, log: Path) -> None:
+    request = urllib.request.Request(f"{server.url}/api/status?token={server.token}")
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(request, timeout=5).close()
+            return
+        time.sleep(0.2)
+    raise RuntimeError(f"JupyterLab did not come up within {TIMEOUT_S} s:\n{log.read_text()[-4000:]}")
+
+
+@contextlib.contextmanager
+def lab(root: Path, state: Path) -> Iterator[Server]:
+    """Serve `root` with JupyterLab; settings, workspaces and logs go into the throwaway folder `state`."""
+    _settings(state / "settings")
+    server = Server(f"http://127.0.0.1:{_free_port()}", secrets.token_hex(16))
+    log = state / "lab.log"
+    places = {
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "IPYTHONDIR": "ipython",
+    }
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"]
+    command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={urlsplit(server.url).port}"]
+    command += ["--ServerApp.port_retries=0", f"--ServerApp.root_dir={root}"]
+    command += [f"--IdentityProvider.token={server.token}", "--LabApp.extension_manager=readonly"]
+    environment = os.environ | {name: str(state / place) for name, place in places.items()}
+    with log.open("w") as out:
+        process = subprocess.Popen(command, cwd=root, env=environment, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        _wait_until_up(server, process, log)
+        yield server
+    finally:
+        process.terminate()  # JupyterLab shuts its kernels down with it
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@dataclass
+class Tab:
+    """One page of a JupyterLab, with its console's errors and the requests that would leave the machine."""
+
+    page: Page
+    server: Server
+    console_errors: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+
+    def watch(self) -> None:
+        """Record console errors and page errors; block and record every request to another host."""
+        self.page.on("console", lambda m: self.console_errors.append(m.text) if m.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.console_errors.append(str(error)))
+        self.page.on("websocket", lambda socket: self._is_local(socket.url))
+        self.page.context.route("**/*", self._local_only)
+
+    def _is_local(self, url: str) -> bool:
+        parts = urlsplit(url)
+        local = parts.scheme in ("data", "blob", "about") or parts.netloc == urlsplit(self.server.url).netloc
+        if not local:
+            self.outside.append(url)
+        return local
+
+    def _local_only(self, route: Route) -> None:
+        if self._is_local(route.request.url):
+            route.continue_()
+        else:
+            route.abort()
+
+    def open(self, notebook: str) -> None:
+        """Open a notebook, given relative to the server's root, and wait for its cells and an idle kernel."""
+        self.page.goto(f"{self.server.url}/lab/tree/{notebook}?token={self.server.token}&reset")
+        self.page.wait_for_selector(".jp-Notebook .jp-Cell")
+        self.page.wait_for_function(
+            "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+        )
+
+    def run_all(self) -> None:
+        """Run every cell, wait until all are done; RuntimeError names the errors of the cells that failed."""
+        self.page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        self.page.wait_for_function(
+            "window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'"
+        )
+        errors = self.page.evaluate(CELL_ERRORS)
+        if errors:
+            raise RuntimeError(f"cells failed in the browser: {errors}")
+
+    def control(self, description: str) -> Locator:
+        """The widget with that description."""
+        label = self.page.locator(".widget-label", has_text=re.compile(rf"^{re.escape(description)}:?$"))
+        return label.first.locator("xpath=..")
+
+    def options(self, description: str) -> list[str]:
+        """The options of a dropdown."""
+        return self.control(description).locator("select option").all_inner_texts()
+
+    def select(self, description: str, option: str) -> None:
+        """Choose an option of a dropdown."""
+        self.control(description).locator("select").select_option(label=option)
+
+    def step_slider(self, description: str) -> str:
+        """Move a slider by one step, as the arrow key does; its readout afterwards."""
+        control = self.control(description)
+        readout = control.locator(".widget-readout")
+        before = readout.inner_text()
+        handle = control.locator(".noUi-handle").first
+        at_end = handle.get_attribute("aria-valuenow") == handle.get_attribute("aria-valuemax")
+        handle.press("ArrowLeft" if at_end else "ArrowRight")
+        self.page.wait_for_function(
+            "([node, before]) => node.innerText !== before", arg=[readout.element_handle(), before]
+        )
+        return readout.inner_text()
+
+    def figure(self, near: str) -> Figure:
+        """The figure that the widgets redraw: the last one in the cell that holds the control `near`."""
+        cell = self.page.locator(".jp-Cell", has=self.control(near))
+        return Figure(cell)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """The last plotly figure of a notebook cell."""
+
+    cell: Locator
+
+    def title(self) -> str:
+        """The title; waits until the figure is drawn."""
+        return self.cell.locator(".js-plotly-plot").last.locator(".gtitle").text_content() or ""
+
+    def data(self) -> str:
+        """The drawn traces as text, to be compared."""
+        return self.cell.locator(".js-plotly-plot").last.evaluate(DRAWN)
+
+    def wait_for_title(self, *parts: str) -> str:
+        """Wait until the title holds every part, whatever its case; the title. Times out otherwise."""
+        title = self.cell.locator(".js-plotly-plot .gtitle")
+        for part in parts:
+            title = title.filter(has_text=re.compile(rf"(?<![\w.]){re.escape(part)}(?![\w.])", re.I))
+        title.last.wait_for()
+        return title.last.text_content() or ""
+
+
+@contextlib.contextmanager
+def page(server: Server, chromium: str) -> Iterator[Tab]:
+    """A page in a headless chromium, watched for errors and for requests that would leave the machine."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        try:
+            tab = Tab(browser.new_page(viewport={"width": 1400, "height": 1000}), server)
+            tab.page.set_default_timeout(TIMEOUT_S * 1000)
+            tab.watch()
+            yield tab
+        finally:
+            browser.close()
