@@ -112,9 +112,7 @@ class KernelConfig:
         float or a string is not one). Values are not judged further: see `check`.
         """
         if not isinstance(entry, Mapping):
-            raise ConfigError(
-                f"A kernel config must be a JSON object of integers, got {type(entry).__name__}."
-            )
+            raise ConfigError(f"A kernel config must be a JSON object of integers, got {type(entry).__name__}.")
         problems = _json_problems(entry)
         if problems:
             raise ConfigError(
@@ -192,9 +190,7 @@ def shared_memory_bytes(config: KernelConfig, dtype: str, target: str | Target, 
     a_bytes = config.BLOCK_SIZE_M * config.BLOCK_SIZE_K * element
     b_bytes = config.BLOCK_SIZE_N * config.BLOCK_SIZE_K * element
     if target.is_amd and config.num_stages == 1:
-        return max(
-            a_bytes, b_bytes
-        )  # not pipelined: the operands pass through one buffer, one after the other
+        return max(a_bytes, b_bytes)  # not pipelined: the operands pass through one buffer, one after the other
     takes_wide = element <= 2 or (element == 4 and tf32)
     if takes_wide and config.BLOCK_SIZE_M >= 64 and config.num_warps in target.wide_dot_warps:
         return config.num_stages * (a_bytes + b_bytes) + target.barrier_bytes
@@ -272,29 +268,22 @@ def _block_shape_violations(config: KernelConfig, block_shape: tuple[int, int] |
             "one K step would need two scales"
         )
     if block_n % config.BLOCK_SIZE_N and config.BLOCK_SIZE_N % block_n:
-        broken.append(
-            f"BLOCK_SIZE_N = {config.BLOCK_SIZE_N} and the quantisation block's {block_n} do not divide"
-        )
+        broken.append(f"BLOCK_SIZE_N = {config.BLOCK_SIZE_N} and the quantisation block's {block_n} do not divide")
     return broken
 
 
-def _thread_violations(config: KernelConfig, target: Target) -> list[str]:
-    threads = config.num_warps * target.threads_per_warp
-    if threads <= target.max_threads_per_block:
-        return []
-    return [
-        f"{config.num_warps} warps are {threads} threads, over {target.name}'s {target.max_threads_per_block}"
-    ]
-
-
-def _shared_memory_violations(config: KernelConfig, dtype: str, target: Target, tf32: bool) -> list[str]:
-    needs = shared_memory_bytes(config, dtype, target, tf32=tf32)
-    if needs <= target.shared_memory_per_block:
-        return []
-    return [
-        f"needs {needs} bytes of shared memory in {dtype}, {target.name} gives a block "
-        f"{target.shared_memory_per_block}: lower num_stages or a BLOCK_SIZE"
-    ]
+def _chip_violations(config: KernelConfig, dtype: str, target: Target, tf32: bool) -> list[str]:
+    broken = []
+    threads, limit = config.num_warps * target.threads_per_warp, target.max_threads_per_block
+    if threads > limit:
+        broken.append(f"{config.num_warps} warps are {threads} threads, over {target.name}'s {limit}")
+    needs, limit = shared_memory_bytes(config, dtype, target, tf32=tf32), target.shared_memory_per_block
+    if needs > limit:
+        broken.append(
+            f"needs {needs} bytes of shared memory in {dtype}, {target.name} gives a block {limit}: "
+            "lower num_stages or a BLOCK_SIZE"
+        )
+    return broken
 
 
 def violations(
@@ -320,8 +309,7 @@ def violations(
         return tuple(broken)  # sizes of a malformed config mean nothing
     broken += _block_shape_violations(config, block_shape)
     if chip is not None:
-        broken += _thread_violations(config, chip)
-        broken += _shared_memory_violations(config, dtype, chip, tf32)
+        broken += _chip_violations(config, dtype, chip, tf32)
     return tuple(broken)
 
 
@@ -338,9 +326,7 @@ def check(
 
     SharedMemoryError where shared memory is the only thing wrong, ConfigError otherwise.
     """
-    broken = violations(
-        config, dtype=dtype, target=target, block_shape=block_shape, uses_dot=uses_dot, tf32=tf32
-    )
+    broken = violations(config, dtype=dtype, target=target, block_shape=block_shape, uses_dot=uses_dot, tf32=tf32)
     if not broken:
         return
     only_memory = all("of shared memory" in b for b in broken)

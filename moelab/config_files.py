@@ -86,10 +86,8 @@ def file_name(
             f"Unknown dtype selector {dtype_selector!r}.{nearest_names(dtype_selector, DTYPE_SELECTORS)} "
             f"Expected one of {', '.join(DTYPE_SELECTORS)}, or None for bfloat16 and float16."
         )
-    block = tuple(block_shape) if block_shape else None
-    return FileName(
-        num_experts, moe_intermediate_size, device, dtype_selector, block, per_channel_quant, down
-    ).text()
+    block = (block_shape[0], block_shape[1]) if block_shape else None
+    return FileName(num_experts, moe_intermediate_size, device, dtype_selector, block, per_channel_quant, down).text()
 
 
 def dtype_selector(dtype: str) -> str | None:
@@ -135,9 +133,7 @@ def read_config_file(path: str | Path) -> dict[int, KernelConfig]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
     except OSError as error:
-        raise ConfigFileError(
-            f"Cannot read {path}: {error.strerror}. Check the folder and the name."
-        ) from error
+        raise ConfigFileError(f"Cannot read {path}: {error.strerror}. Check the folder and the name.") from error
     except (ValueError, RecursionError) as error:
         raise ConfigFileError(
             f"{path} is not JSON: {error}. It may be cut short; restore it from git or tune the shape again."
@@ -187,9 +183,7 @@ def write_config_file(path: str | Path, configs: Mapping[int, KernelConfig]) -> 
         raise ConfigFileError(f"There is nothing to write to {path}. Expected at least one batch size.")
     wrong = [key for key in configs if type(key) is not int or key < 1]
     if wrong:
-        raise ConfigFileError(
-            f"The batch size {wrong[0]!r} cannot be a key of {path}. Expected an integer >= 1."
-        )
+        raise ConfigFileError(f"The batch size {wrong[0]!r} cannot be a key of {path}. Expected an integer >= 1.")
     for config in configs.values():
         check(config)
     entries = {str(key): configs[key].to_json() for key in sorted(configs)}
@@ -239,11 +233,12 @@ class Lookup:
 
 
 def nearest_key(keys: Mapping[int, Any] | list[int], num_tokens: int) -> int:
-    """The batch size nearest to num_tokens; of two equally near, the one listed first. Raises ConfigFileError if none."""
+    """The batch size nearest to num_tokens; of two equally near, the one listed first.
+
+    Raises ConfigFileError if there is none.
+    """
     if not keys:
-        raise ConfigFileError(
-            "There is no batch size to choose from. Expected a config file with at least one."
-        )
+        raise ConfigFileError("There is no batch size to choose from. Expected a config file with at least one.")
     return min(keys, key=lambda key: abs(key - num_tokens))
 
 
@@ -283,13 +278,9 @@ def lookup(
     broken file is never skipped in silence.
     """
     if rules not in RULES:
-        raise UnknownNameError(
-            f"Unknown rules {rules!r}.{nearest_names(rules, RULES)} Known: {', '.join(RULES)}."
-        )
+        raise UnknownNameError(f"Unknown rules {rules!r}.{nearest_names(rules, RULES)} Known: {', '.join(RULES)}.")
     if num_tokens < 1:
-        raise ConfigFileError(
-            f"num_tokens is {num_tokens}. Expected 1 or more: an empty batch needs no config."
-        )
+        raise ConfigFileError(f"num_tokens is {num_tokens}. Expected 1 or more: an empty batch needs no config.")
 
     def name(down: bool) -> str:
         return file_name(
@@ -304,9 +295,7 @@ def lookup(
             return _from_file(path, num_tokens, steps)
     config = default_config(num_tokens, num_experts)
     relation = "at most" if num_tokens <= num_experts else "more than"
-    reason = (
-        f"no file was found; batch {num_tokens} is {relation} the {num_experts} experts, so {config.short()}"
-    )
+    reason = f"no file was found; batch {num_tokens} is {relation} the {num_experts} experts, so {config.short()}"
     return Lookup(config, None, None, True, (*steps, Step("default rule", "used", reason)))
 
 
@@ -330,9 +319,7 @@ def _candidates(
         stand_in = "; no _down file exists, so GEMM2 takes the up file's config" if index else ""
         for place in (exact, *others):
             kind = (
-                "the Triton version in use"
-                if place == exact
-                else "another Triton version, so it may not be the best"
+                "the Triton version in use" if place == exact else "another Triton version, so it may not be the best"
             )
             path = place / name
             if path.is_file():

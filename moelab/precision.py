@@ -1,8 +1,7 @@
 """Error against float64, and the one policy that says whether it is small enough.
 
 A result is judged by its error against a float64 reference of the same (low-precision) inputs, and the bound
-is
-twice the error that torch itself makes in the same dtype: never a tolerance raised by hand until it passes.
+is twice the error that torch itself makes in the same dtype: never a tolerance raised by hand until it passes.
 
 float64 results need a reference with more digits than they have: `sum_reduce_double_double` gives one for the
 sum-reduce, at any size. Where there is none (the whole layer), compare with torch's own float64 result, as
@@ -57,9 +56,7 @@ class ErrorReport:
 def _dtype_of(dtype: torch.dtype | str) -> torch.dtype:
     found = getattr(torch, str(dtype).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise DtypeError(
-            f"{dtype!r} is not a floating-point dtype. Expected one of {', '.join(UPSTREAM_TOLERANCE)}."
-        )
+        raise DtypeError(f"{dtype!r} is not a floating-point dtype. Expected one of {', '.join(UPSTREAM_TOLERANCE)}.")
     return found
 
 
@@ -84,13 +81,9 @@ def error(out: torch.Tensor, ref_f64: torch.Tensor, dtype: torch.dtype | str | N
     a reference that is not float64. Not-finite values are reported, not raised: `check` refuses them.
     """
     if out.shape != ref_f64.shape:
-        raise ShapeError(
-            f"out is {tuple(out.shape)}, the reference {tuple(ref_f64.shape)}. Expected the same shape."
-        )
+        raise ShapeError(f"out is {tuple(out.shape)}, the reference {tuple(ref_f64.shape)}. Expected the same shape.")
     if ref_f64.dtype != torch.float64:
-        raise DtypeError(
-            f"The reference is {ref_f64.dtype}. Expected torch.float64: compute it from inputs cast up."
-        )
+        raise DtypeError(f"The reference is {ref_f64.dtype}. Expected torch.float64: compute it from inputs cast up.")
     unit = _dtype_of(dtype if dtype is not None else out.dtype)
     name = str(unit).removeprefix("torch.")
     ref = ref_f64.detach().to(out.device)
@@ -130,8 +123,7 @@ def tolerance(torch_out: torch.Tensor, ref_f64: torch.Tensor, tiny: float | None
 
     torch_out: torch's result in the contender's dtype, from the same inputs. tiny: absolute; default TINY_ULP
     spacings of that dtype at the reference's largest magnitude. Raises PrecisionError where torch's own
-    result,
-    or the reference, is not finite: there is then nothing to judge by.
+    result, or the reference, is not finite: there is then nothing to judge by.
     """
     own = error(torch_out, ref_f64)
     if not own.finite:
@@ -145,9 +137,7 @@ def tolerance(torch_out: torch.Tensor, ref_f64: torch.Tensor, tiny: float | None
     return 2.0 * own.max_abs + tiny
 
 
-def passes(
-    out: torch.Tensor, torch_out: torch.Tensor, ref_f64: torch.Tensor, tiny: float | None = None
-) -> bool:
+def passes(out: torch.Tensor, torch_out: torch.Tensor, ref_f64: torch.Tensor, tiny: float | None = None) -> bool:
     """Whether `out` is finite, of torch_out's dtype, and within `tolerance` of the float64 reference."""
     return _verdict(out, torch_out, ref_f64, tiny) is None
 
@@ -163,19 +153,13 @@ def check(
     """Return the error of `out`; raise PrecisionError, with figures, where `passes` is false."""
     problem = _verdict(out, torch_out, ref_f64, tiny)
     if problem:
-        raise PrecisionError(
-            f"{name}: {problem}. Look for a wrong mask, index or accumulator type before timing it."
-        )
+        raise PrecisionError(f"{name}: {problem}. Look for a wrong mask, index or accumulator type before timing it.")
     return error(out, ref_f64)
 
 
-def _verdict(
-    out: torch.Tensor, torch_out: torch.Tensor, ref_f64: torch.Tensor, tiny: float | None
-) -> str | None:
+def _verdict(out: torch.Tensor, torch_out: torch.Tensor, ref_f64: torch.Tensor, tiny: float | None) -> str | None:
     if out.dtype != torch_out.dtype:
-        return (
-            f"is {out.dtype} where torch gives {torch_out.dtype}; a bound in another dtype would say nothing"
-        )
+        return f"is {out.dtype} where torch gives {torch_out.dtype}; a bound in another dtype would say nothing"
     bound = tolerance(torch_out, ref_f64, tiny)
     report = error(out, ref_f64)
     if not report.finite:
@@ -195,9 +179,7 @@ def upstream_check(out: torch.Tensor, torch_out: torch.Tensor) -> bool:
     """
     name = str(torch_out.dtype).removeprefix("torch.")
     if name not in UPSTREAM_TOLERANCE:
-        raise UnknownNameError(
-            f"Upstream gives no tolerance for {name}. It has {', '.join(UPSTREAM_TOLERANCE)}."
-        )
+        raise UnknownNameError(f"Upstream gives no tolerance for {name}. It has {', '.join(UPSTREAM_TOLERANCE)}.")
     if out.shape != torch_out.shape or out.dtype != torch_out.dtype:
         raise ShapeError(
             f"Cannot compare {out.dtype} {tuple(out.shape)} with {torch_out.dtype} {tuple(torch_out.shape)}. "
@@ -236,9 +218,7 @@ def compare(
                 "passes": passes(out, torch_out, ref_f64, tiny),
                 "max_abs_from_torch": error(out, torch_out.to(torch.float64)).max_abs,
                 "upstream_tolerance": UPSTREAM_TOLERANCE.get(report.dtype),
-                "upstream_passes": upstream_check(out, torch_out)
-                if report.dtype in UPSTREAM_TOLERANCE
-                else None,
+                "upstream_passes": upstream_check(out, torch_out) if report.dtype in UPSTREAM_TOLERANCE else None,
             }
         )
     return rows

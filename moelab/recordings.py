@@ -108,9 +108,7 @@ def load(suite: str | Path) -> Recording:
             f"The recording {path} is not strict JSON: {error}. It may be cut short. {remedy}"
         ) from error
     _require_content(content, f"The recording {path}", remedy)
-    return Recording(
-        content["suite"], content["provenance"], content["protocol"], tuple(content["rows"]), path
-    )
+    return Recording(content["suite"], content["provenance"], content["protocol"], tuple(content["rows"]), path)
 
 
 def write(recording: Recording, path: str | Path | None = None) -> Path:
@@ -126,9 +124,7 @@ def write(recording: Recording, path: str | Path | None = None) -> Path:
         "protocol": dict(recording.protocol),
         "rows": [dict(row) for row in recording.rows],
     }
-    _require_content(
-        content, f"The recording {recording.suite!r}", "Nothing was written; measure those rows again."
-    )
+    _require_content(content, f"The recording {recording.suite!r}", "Nothing was written; measure those rows again.")
     target = Path(path) if path is not None else recordings_dir() / f"{recording.suite}.json"
     write_atomically(target, _encode(content))
     return target

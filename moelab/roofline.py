@@ -184,9 +184,7 @@ def layer_cost(shape: MoEShape, num_tokens: int, experts_touched: float | None =
     _require_tokens(num_tokens)
     touched = _expected_touched(shape, num_tokens) if experts_touched is None else experts_touched
     if not 0 <= touched <= shape.num_experts:
-        raise RoutingError(
-            f"experts_touched is {touched} of {shape.num_experts} experts. Count distinct ids in range."
-        )
+        raise RoutingError(f"experts_touched is {touched} of {shape.num_experts} experts. Count distinct ids in range.")
     element = dtype_bytes(shape.dtype)
     matrices = 3 if shape.gated else 2
     size = shape.moe_intermediate_size * shape.hidden_size
@@ -198,9 +196,7 @@ def layer_cost(shape: MoEShape, num_tokens: int, experts_touched: float | None =
     )
 
 
-def gemm_cost(
-    shape: MoEShape, num_tokens: int, which: Literal[1, 2], experts_touched: float | None = None
-) -> Cost:
+def gemm_cost(shape: MoEShape, num_tokens: int, which: Literal[1, 2], experts_touched: float | None = None) -> Cost:
     """One grouped GEMM as a launch of its own: weights of the experts touched, each input row once, each output row.
 
     GEMM1: (M, H) in, (M k, 2N) out (N without a gate). GEMM2: (M k, N) in, (M k, H) out.
@@ -232,9 +228,7 @@ def sum_reduce_cost(num_tokens: int, top_k: int, hidden_size: int, dtype: str = 
     return Cost(outputs * top_k, 0.0, outputs * (top_k + 1) * dtype_bytes(dtype))
 
 
-def layer_breakdown(
-    shape: MoEShape, num_tokens: int, experts_touched: float | None = None
-) -> dict[str, Cost]:
+def layer_breakdown(shape: MoEShape, num_tokens: int, experts_touched: float | None = None) -> dict[str, Cost]:
     """The four launches of the classic layer, each with its own traffic: "gemm1", "activation", "gemm2", "sum_reduce".
 
     Their bytes sum to more than `layer_cost`'s: the difference is what fusion could save. Alignment is not

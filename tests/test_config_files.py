@@ -68,7 +68,14 @@ def test_names_round_trip(name: cf.FileName) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "config.json", "E=8,N=16.json", "E=8,N=16,device_name=.json", "E=8,N=16,device_name=X", "E=,N=1,device_name=X.json"],
+    [
+        "",
+        "config.json",
+        "E=8,N=16.json",
+        "E=8,N=16,device_name=.json",
+        "E=8,N=16,device_name=X",
+        "E=,N=1,device_name=X.json",
+    ],
 )
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(ConfigFileError, match="not a config file's name"):

@@ -26,7 +26,10 @@ PROVENANCE = {
     "date": "2026-11-21",
     "moelab": "0.1.0",
 }
-ROWS = ({"impl": "triton", "num_tokens": 1, "samples_us": [1.25, 1.5]}, {"impl": "torch", "num_tokens": 1, "error": 0.0})
+ROWS = (
+    {"impl": "triton", "num_tokens": 1, "samples_us": [1.25, 1.5]},
+    {"impl": "torch", "num_tokens": 1, "error": 0.0},
+)
 GOOD = Recording("sum_reduce", PROVENANCE, {"kind": "graph", "rotations": 8}, ROWS)
 
 
@@ -52,7 +55,9 @@ json_rows = st.dictionaries(st.text().filter(lambda key: key != "samples_us"), j
 
 @given(st.lists(json_rows, min_size=1, max_size=4))
 def test_any_row_of_json_values_comes_back(rows: list[dict]) -> None:
-    content = json.loads(recordings._encode({"schema": 1, "suite": "s", "provenance": {}, "protocol": {}, "rows": rows}))
+    content = json.loads(
+        recordings._encode({"schema": 1, "suite": "s", "provenance": {}, "protocol": {}, "rows": rows})
+    )
     assert content["rows"] == rows
 
 
@@ -100,7 +105,9 @@ def test_no_rows_and_odd_suite_names(tmp_path: Path) -> None:
 
 
 def _edited(**changes: object) -> str:
-    text = recordings._encode({"schema": 1, **{k: getattr(GOOD, k) for k in ("suite", "provenance", "protocol")}, "rows": ROWS})
+    text = recordings._encode(
+        {"schema": 1, **{k: getattr(GOOD, k) for k in ("suite", "provenance", "protocol")}, "rows": ROWS}
+    )
     return json.dumps(json.loads(text) | changes)
 
 

@@ -206,7 +206,7 @@ def test_every_device_has_a_sourced_datasheet(device: str) -> None:
 
 
 def test_unknown_devices_kinds_and_dtypes() -> None:
-    with pytest.raises(UnknownNameError, match="Did you mean .*NVIDIA_H200"):
+    with pytest.raises(UnknownNameError, match=r"Did you mean .*NVIDIA_H200"):
         roofline.load_ceilings("NVIDIA_H20O")
     with pytest.raises(UnknownNameError, match="It has: datasheet"):
         roofline.load_ceilings("NVIDIA_B200", kind="measured")

@@ -89,26 +89,29 @@ class Layer:
 
         return run
 
-    def whole(self, config: KernelConfig) -> Callable[[int], torch.Tensor]:
-        """The public op under one config, alignment included."""
-        w = self.weights
+    def whole(
+        self, config: KernelConfig | None, *, down_config: KernelConfig | None = None, impl: str = "triton"
+    ) -> Callable[[int], torch.Tensor]:
+        """The public op under one config (another for GEMM2 if given), alignment included."""
+        shape, w = self.shape, self.weights
 
         def run(i: int) -> torch.Tensor:
             r = self.routings[i]
             return fused_moe(
-                self.states[i], w.w13, w.w2, topk_weights=r.topk_weights, topk_ids=r.topk_ids, config=config
-            )
+                self.states[i], w.w13, w.w2, topk_weights=r.topk_weights, topk_ids=r.topk_ids, impl=impl,
+                config=config, down_config=down_config, activation=shape.activation, gated=shape.gated,
+            )  # fmt: skip
 
         return run
 
-    def check(self, out: torch.Tensor, rows: int = 64) -> dict[str, float]:
+    def check(self, out: torch.Tensor, rows: int = 64, name: str = "classic layer") -> dict[str, float]:
         """Hold the first tokens of rotation 0 against float64 (PrecisionError if over twice torch's error)."""
         w, ids, weights = self.weights, self.routings[0].topk_ids[:rows], self.routings[0].topk_weights[:rows]
-        x = self.states[0][:rows]
-        plain = fused_moe_ref(x, w.w13, w.w2, weights, ids)
-        exact = fused_moe_ref(x.double(), w.w13.double(), w.w2.double(), weights, ids)
-        name = f"classic layer {self.shape.name}, {self.num_tokens} tokens"
-        report = precision.check(out[:rows], plain, exact, name=name)
+        x, kind, gated = self.states[0][:rows], self.shape.activation, self.shape.gated
+        plain = fused_moe_ref(x, w.w13, w.w2, weights, ids, activation=kind, gated=gated)
+        exact = fused_moe_ref(x.double(), w.w13.double(), w.w2.double(), weights, ids, activation=kind, gated=gated)
+        what = f"{name}, {self.shape.name}, {self.num_tokens} tokens"
+        report = precision.check(out[:rows], plain, exact, name=what)
         return {"max_abs_error": report.max_abs, "rel_error": report.rel_fro}
 
 

@@ -1,0 +1,388 @@
+"""The command line: `moelab shape | explain | bench | record | models`. Thin: each command calls a room and prints.
+
+Exit status: 0 done, 1 a problem was found, 2 bad use or something that cannot run here, 130 interrupted. Results go
+to stdout, everything else to stderr. Heavy rooms (torch, triton) are imported by the commands that need them, so that
+`moelab --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moelab.errors import DeviceError, MoelabError, RuntimeModeError
+
+if TYPE_CHECKING:
+    from moelab.config_files import Lookup
+    from moelab.shapes import MoEShape
+
+app = typer.Typer(
+    name="moelab",
+    help="A research workbench for fused Mixture-of-Experts kernels.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Option("--model", help="A preset, a Hugging Face id, or the path of a config.json.")]
+TpSize = Annotated[int, typer.Option("--tp-size", min=1, help="Ranks that share the layer.")]
+EpSize = Annotated[int, typer.Option("--ep-size", min=1, help="Of them, how many divide the experts.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16, float32; default: the model's.")]
+Device = Annotated[str | None, typer.Option("--device", help='"NVIDIA H200"; default: the GPU of this machine.')]
+NoFusion = Annotated[
+    bool, typer.Option("--disable-shared-experts-fusion", help="Leave shared experts out, as sglang's switch does.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status; an error that moelab raises on purpose is one paragraph."""
+    try:
+        app(args=argv, prog_name="moelab")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        print("moelab: interrupted", file=sys.stderr)
+        return 130
+    except (MoelabError, OSError) as error:
+        print(f"moelab: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from moelab import __version__
+
+        print(f"moelab {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """The presets: experts E, top-k, hidden size H and intermediate size N of the whole model."""
+    from moelab.shapes import preset, preset_names
+
+    # As the model's config.json has them: what sglang fuses is a matter of serving, and `moelab shape` shows it.
+    shapes = [preset(name, disable_shared_experts_fusion=True) for name in preset_names()]
+    rows = [
+        {
+            "preset": s.name, "E": s.num_experts, "k": s.top_k, "H": s.hidden_size, "N": s.moe_intermediate_size,
+            "activation": s.activation if s.gated else f"{s.activation}, no gate", "architecture": s.architecture,
+        }
+        for s in shapes
+    ]  # fmt: skip
+    _show_rows(rows, as_json)
+
+
+@app.command()
+def shape(
+    model: Model,
+    tp_size: TpSize = 1,
+    ep_size: EpSize = 1,
+    dtype: Dtype = None,
+    disable_shared_experts_fusion: NoFusion = False,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sizes of the layer on one rank, where they were read, and the names of its config files."""
+    from moelab.config_files import dtype_selector, file_name
+
+    found = _load(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
+    known = device or _this_gpu()
+    selector = dtype_selector(found.dtype)
+    names = [
+        file_name(found.num_experts, found.moe_intermediate_size, known or "<device>", selector, down=down)
+        for down in (False, True)
+    ]
+    answer = _sizes(found) | {
+        "weight_bytes": _weight_bytes(found), "keys_used": list(found.keys_used),
+        "config_file": names[0], "config_file_down": names[1], "device": known,
+    }  # fmt: skip
+    if as_json:
+        _print_json(answer)
+        return
+    answer["weight_bytes"] = f"{answer['weight_bytes']:,} ({answer['weight_bytes'] / 2**30:.2f} GiB a layer)"
+    answer["device"] = known or "none here: pass --device; <device> stands for it"
+    print(_listing(answer))
+
+
+@app.command()
+def explain(
+    model: Model,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Tokens in the batch.")],
+    tp_size: TpSize = 1,
+    ep_size: EpSize = 1,
+    dtype: Dtype = None,
+    disable_shared_experts_fusion: NoFusion = False,
+    device: Device = None,
+    triton_version: Annotated[
+        str | None, typer.Option("--triton-version", help='"3.6.0"; default: the installed one.')
+    ] = None,
+    rules: Annotated[str, typer.Option("--rules", help="Whose loader: moelab (its rules are sglang's).")] = "moelab",
+    config_dir: Annotated[
+        Path | None, typer.Option("--config-dir", help="Holds triton_X_Y_Z folders; default: moelab's own.")
+    ] = None,
+    down: Annotated[bool, typer.Option("--down", help="The config of GEMM2.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Which config file and batch size a kernel gets, and why. Exit status 1 if the device cannot run that config."""
+    from moelab.config_files import dtype_selector, lookup
+
+    found = _load(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
+    device = device or _this_gpu()
+    if device is None:
+        raise DeviceError(
+            "No GPU here whose configs could be looked up. Expected a device's name. Pass --device, for example "
+            "--device 'NVIDIA H200'."
+        )
+    answer = lookup(
+        found.num_experts, found.moe_intermediate_size, device,
+        num_tokens=batch_size, triton_version=triton_version or _installed_triton(), down=down,
+        dtype_selector=dtype_selector(found.dtype), config_dir=config_dir, rules=rules,
+    )  # fmt: skip
+    problems = _problems(answer, found, device)
+    if as_json:
+        _print_json(_lookup_json(answer, problems))
+    else:
+        _print_lookup(answer, problems)
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    model: Model,
+    tp_size: TpSize = 1,
+    dtype: Dtype = None,
+    disable_shared_experts_fusion: NoFusion = False,
+    impl: Annotated[
+        list[str] | None, typer.Option("--impl", help="An implementation of fused_moe; repeat. Default: all.")
+    ] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option("--batch-size", min=1, help="Tokens; repeat. Default: 1, 16, 256.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """On a GPU: check implementations of the layer against float64, then time them against each other."""
+    found = _load(model, tp_size, 1, dtype, disable_shared_experts_fusion)
+    from moelab.fused_moe import IMPLEMENTATIONS
+    from moelab.suites import bench as suite
+
+    with _naming_memory(found):
+        results = suite.bench(found, batch_size or [1, 16, 256], impl or list(IMPLEMENTATIONS))
+    if as_json:
+        _print_json([_bench_json(found, result) for result in results])
+        return
+    for result in results:
+        _print_bench(found, result)
+
+
+@app.command()
+def record(
+    suite: Annotated[list[str] | None, typer.Argument(metavar="SUITE...", help="Suites, or: all.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the files; default: data/recordings.")] = None,
+    list_them: Annotated[bool, typer.Option("--list", help="List the suites and what was recorded.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a data set again and write it, with its provenance. Exit status 1 if --list finds a broken file."""
+    if list_them:
+        broken = _list_suites(as_json)
+        raise typer.Exit(int(broken))
+    if not suite:
+        raise typer.BadParameter("name a suite, or: all. `moelab record --list` lists them.")
+    from moelab import runtime, suites
+
+    if runtime.current().mode != "gpu" and out is None:
+        raise RuntimeModeError(
+            f"Recording here ({runtime.current().reason}) would put numbers of this machine in the place of a GPU's. "
+            "Expected a GPU, or a folder of its own. Pass --out DIR."
+        )
+    _show_rows([{"wrote": str(path)} for path in suites.record(suite, out)], as_json)
+
+
+# --- what the commands share --------------------------------------------------------------------------------------
+
+
+def _load(model: str, tp_size: int, ep_size: int, dtype: str | None, disable_fusion: bool) -> MoEShape:
+    from moelab.shapes import load_model
+
+    return load_model(
+        model, tp_size=tp_size, ep_size=ep_size, dtype=dtype, disable_shared_experts_fusion=disable_fusion
+    )
+
+
+def _this_gpu() -> str | None:
+    from moelab import runtime
+
+    mode = runtime.current()
+    return mode.device_name if mode.mode == "gpu" else None
+
+
+def _installed_triton() -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        raise RuntimeModeError(
+            "Triton is not installed here. Expected the version whose configs to look for. Pass --triton-version 3.6.0."
+        ) from None
+
+
+def _sizes(found: MoEShape) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(found) | {"keys_used": None, "w13_shape": list(found.w13_shape), "w2_shape": list(found.w2_shape)}
+
+
+def _weight_bytes(found: MoEShape) -> int:
+    import math
+
+    from moelab.config import dtype_bytes
+
+    return (math.prod(found.w13_shape) + math.prod(found.w2_shape)) * dtype_bytes(found.dtype)
+
+
+def _problems(answer: Lookup, found: MoEShape, device: str) -> list[str]:
+    """What the device cannot do with the config; nothing where data/devices does not know the device."""
+    from moelab.config import violations
+    from moelab.roofline import device_data, device_names
+
+    if answer.config is None or device.replace(" ", "_") not in device_names():
+        return []
+    return list(violations(answer.config, dtype=found.dtype, target=device_data(device).get("target")))
+
+
+def _lookup_json(answer: Lookup, problems: Sequence[str]) -> dict[str, Any]:
+    return {
+        "config": answer.config.to_json() if answer.config else None,
+        "path": str(answer.path) if answer.path else None,
+        "key": answer.key,
+        "is_default": answer.is_default,
+        "steps": [{"what": s.what, "result": s.result, "reason": s.reason} for s in answer.steps],
+        "problems": list(problems),
+    }
+
+
+def _print_lookup(answer: Lookup, problems: Sequence[str]) -> None:
+    for number, step in enumerate(answer.steps, 1):
+        print(f"{number}. {step.what}: {step.result}\n     {step.reason}")
+    if answer.config is not None:
+        print(f"\nconfig  {answer.config.short()}  {json.dumps(answer.config.to_json())}")
+    for problem in problems:
+        print(f"problem: {problem}")
+
+
+@contextlib.contextmanager
+def _naming_memory(found: MoEShape) -> Iterator[None]:
+    """Turn torch's out-of-memory error into one that names the layer's weights and says what to do."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RuntimeModeError(
+            f"The GPU's memory does not hold weights of {_weight_bytes(found):,} bytes and a float64 copy to check "
+            "against. Expected a smaller shard. Raise --tp-size, or lower --batch-size."
+        ) from error
+
+
+# --- printing -----------------------------------------------------------------------------------------------------
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _show_rows(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    if as_json:
+        _print_json(rows)
+    else:
+        print(_table(rows))
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows under their keys; numbers to the right, the rest to the left."""
+    columns = list(rows[0])
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(text) for text in column) for column in zip(columns, *cells, strict=True)]
+    right = [all(isinstance(row.get(c), int | float | None) for row in rows) for c in columns]
+    lines = [
+        "  ".join(t.rjust(w) if r else t.ljust(w) for t, w, r in zip(line, widths, right, strict=True)).rstrip()
+        for line in [columns, *cells]
+    ]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _listing(values: Mapping[str, Any]) -> str:
+    width = max(map(len, values))
+    shown = {name: ", ".join(map(str, v)) if isinstance(v, list | tuple) else v for name, v in values.items()}
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
+
+
+def _list_suites(as_json: bool) -> bool:
+    """Print suites and recordings; whether a file is broken."""
+    from moelab import recordings, suites
+
+    found = {item.suite: item for item in recordings.list_recordings()}
+    rows: list[dict[str, Any]] = []
+    for name in sorted({*suites.SUITES, *found}):
+        item = found.get(name)
+        text = "not recorded" if item is None else item.recording.source() if item.recording else f"BROKEN {item.error}"
+        count = len(item.recording.rows) if item and item.recording else None
+        rows.append({"suite": name, "rows": count, "recording": text})
+    _show_rows(rows, as_json)
+    return any(item.error for item in found.values())
+
+
+def _bench_json(found: MoEShape, result: Any) -> dict[str, Any]:
+    return {
+        "shape": _sizes(found), "num_tokens": result.num_tokens, "floor_us": result.floor_us,
+        "ceilings": result.ceilings, "config": _lookup_json(result.config, ()),
+        "down_config": _lookup_json(result.down, ()), "rows": list(result.rows),
+    }  # fmt: skip
+
+
+def _print_bench(found: MoEShape, result: Any) -> None:
+    floor = "no floor" if result.floor_us is None else f"floor {result.floor_us:.2f} us"
+    print(f"{found.name}, tp_size {found.tp_size}, {found.dtype}, {result.num_tokens} tokens: {floor}")
+    print(f"floor: {result.ceilings}")
+    used = result.config
+    print(f"triton: {used.config.short()} from {used.path or 'the default rule'}")
+    rows = [
+        {
+            "impl": row["impl"],
+            "median us": row.get("median_us"),
+            "95 % interval": f"{row['low_us']:.2f} ... {row['high_us']:.2f}" if "low_us" in row else "-",
+            "floor / time": f"{row['floor_fraction']:.0%}" if row.get("floor_fraction") else "-",
+            "max error": row["max_abs_error"],
+            "": "tie with the fastest" if row.get("tie") else row.get("note", ""),
+        }
+        for row in result.rows
+    ]
+    print(textwrap.indent(_table(rows), "  ") + "\n")

@@ -1,0 +1,229 @@
+"""Compile every Triton kernel ahead of time, for chips that are not here, and say what it takes of them.
+
+`python -m moelab.kernels.aot` prints the table (--json for machines). It needs no GPU, but a process of its own:
+where Triton was imported for its interpreter there is no compiler left, so it sets TRITON_INTERPRET=0 first.
+"""
+
+from __future__ import annotations
+
+import os
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "0"
+
+import json  # noqa: E402
+import re  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+from collections.abc import Iterable, Mapping  # noqa: E402
+from dataclasses import asdict, dataclass, field  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+from moelab import runtime  # noqa: E402
+from moelab.config import TARGETS, KernelConfig, shared_memory_bytes  # noqa: E402
+from moelab.errors import RuntimeModeError, UnknownNameError  # noqa: E402
+
+CHECKED_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel instance: pointer and integer arguments by Triton's type names, constants, launch options.
+
+    aligned: arguments known to be multiples of 16, as Triton finds them to be at launch.
+    config: the config behind it, for kernels whose shared memory config.py predicts, and its dtype.
+    """
+
+    label: str
+    kernel: str
+    arguments: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int
+    num_stages: int = 3
+    aligned: frozenset[str] = field(default_factory=frozenset)
+    config: KernelConfig | None = None
+    dtype: str = ""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes: bytes of shared memory a block, registers a thread, bytes spilled a thread."""
+
+    label: str
+    target: str
+    shared_bytes: int
+    shared_limit: int
+    predicted_shared_bytes: int | None
+    registers: int
+    spilled_bytes: int
+
+
+# The shapes of a program that the shipped and default configs use; one per way the compiler takes (16 rows:
+# mma.sync; 64 and more: wgmma on sm_90).
+GEMM_CONFIGS = (
+    KernelConfig(16, 32, 64, 1, 4, 3),
+    KernelConfig(64, 64, 32, 8, 4, 3),
+    KernelConfig(64, 128, 64, 16, 4, 3),
+    KernelConfig(128, 128, 64, 16, 8, 2),
+)
+_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_GEMM_ALIGNED = frozenset(("a_ptr", "w_ptr", "c_ptr", "sorted_token_ids_ptr", "N", "K"))
+
+
+def gemm_case(config: KernelConfig, dtype: str, *, bias: bool = False, even_k: bool = True) -> Case:
+    """grouped_gemm as GEMM2 launches it (routed weight in the epilogue)."""
+    pointer = "*" + _TYPES[dtype]
+    arguments = {name: pointer for name in ("a_ptr", "w_ptr", "c_ptr")}
+    arguments |= {"bias_ptr": pointer} if bias else {}
+    arguments |= {"topk_weights_ptr": "*fp32"}
+    arguments |= dict.fromkeys(("sorted_token_ids_ptr", "expert_ids_ptr", "num_tokens_post_padded_ptr"), "*i32")
+    arguments |= dict.fromkeys(("N", "K", "num_pairs", "num_rows"), "i32")
+    constants = {
+        name: getattr(config, name) for name in ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M")
+    }
+    constants |= {"TOP_K": 1, "EVEN_K": even_k} | ({} if bias else {"bias_ptr": None})
+    label = f"grouped_gemm {dtype} {config.short()}{' bias' if bias else ''}{'' if even_k else ' ragged K'}"
+    return Case(
+        label, "moelab.kernels.grouped_gemm:_grouped_gemm_kernel", arguments, constants,
+        config.num_warps, config.num_stages, _GEMM_ALIGNED, config, dtype,
+    )  # fmt: skip
+
+
+def _elementwise_cases(dtype: str) -> list[Case]:
+    pointer = "*" + {**_TYPES, "float64": "fp64"}[dtype]
+    pair = {"x_ptr": pointer, "out_ptr": pointer}
+    aligned = frozenset(("x_ptr", "out_ptr", "hidden", "N"))
+    room = "moelab.kernels."
+    tile = {"BLOCK_ROWS": 1, "BLOCK_COLS": 1024}
+    swiglu = {"ACTIVATION": "silu", "GATED": True, **tile}
+    wide = {"SCALE": 0.3, "TOP_K": 8, "UNROLL": True, **tile}
+    upstream = {**pair, "scale": "fp32", "num_tokens": "i32", "top_k": "i32", "hidden": "i32"}
+    return [
+        Case(f"activation {dtype}", room + "activation:_activation_kernel", {**pair, "num_rows": "i32", "N": "i32"},
+             swiglu, 4, aligned=aligned),
+        Case(f"sum_reduce {dtype}", room + "sum_reduce:_sum_reduce_kernel",
+             {**pair, "num_tokens": "i32", "hidden": "i32"}, wide, 4, aligned=aligned),
+        Case(f"sum_reduce f32 {dtype}", room + "sum_reduce:_sum_reduce_f32_kernel", upstream, {"BLOCK_COLS": 2048},
+             16, 1, aligned),
+    ]  # fmt: skip
+
+
+def _align_cases() -> list[Case]:
+    outputs = dict.fromkeys(("sorted_ptr", "expert_ids_ptr", "total_ptr"), "*i32")
+    sizes = {"num_pairs": "i32", "num_experts": "i32"}
+    room, constants = "moelab.kernels.align:", {"BLOCK_SIZE": 64, "BUCKETS": 256, "CHUNK": 2048}
+    ids = {"ids_ptr": "*i32"}
+    return [
+        Case("align small", room + "_align_small_kernel", {**ids, **outputs, **sizes}, constants, 4),
+        Case("align count", room + "_count_kernel", {**ids, "counts_ptr": "*i32", **sizes}, {"CHUNK": 2048}, 8),
+        Case("align place", room + "_place_kernel", {**ids, "counts_ptr": "*i32", **outputs, **sizes}, constants, 8),
+        Case("align pairs", room + "_align_pairs_kernel", {**ids, **outputs, **sizes}, {"BLOCK_SIZE": 64}, 1),
+    ]  # fmt: skip
+
+
+def cases() -> list[Case]:
+    """Every Triton kernel, in the dtypes and configs that are claimed to compile everywhere."""
+    gemms = [gemm_case(config, dtype) for config in GEMM_CONFIGS for dtype in ("bfloat16", "float16")]
+    gemms += [gemm_case(GEMM_CONFIGS[0], "float32"), gemm_case(GEMM_CONFIGS[1], "bfloat16", bias=True, even_k=False)]
+    plain = [case for dtype in (*_TYPES, "float64") for case in _elementwise_cases(dtype)]
+    return gemms + plain + _align_cases()
+
+
+def compile_case(case: Case, target: str) -> Resources:
+    """Compile one case for one target ("sm_90", "gfx942") and read what it takes.
+
+    Raises RuntimeModeError in a process whose Triton interprets, UnknownNameError for another target; what the
+    compiler raises passes through.
+    """
+    runtime.prepare_triton()
+    import triton
+    from triton.compiler import ASTSource
+
+    if triton.knobs.runtime.interpret:
+        raise RuntimeModeError(
+            "Triton was imported for its interpreter in this process. Expected TRITON_INTERPRET=0. "
+            "Run `python -m moelab.kernels.aot`, which starts its own."
+        )
+    kernel = _kernel(case.kernel)
+    names = kernel.arg_names
+    signature = {name: case.arguments.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in case.constants.items()}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned if name in case.arguments}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
+        target=_gpu_target(target),
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+    )
+    registers, spilled = _amd_usage(compiled.asm) if target.startswith("gfx") else _nvidia_usage(compiled.asm["cubin"])
+    predicted = None
+    if case.config is not None:
+        predicted = shared_memory_bytes(case.config, case.dtype, target)
+    limit = TARGETS[target].shared_memory_per_block
+    return Resources(case.label, target, compiled.metadata.shared, limit, predicted, registers, spilled)
+
+
+def _kernel(path: str) -> Any:
+    import importlib
+
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _gpu_target(target: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    if target not in TARGETS:
+        raise UnknownNameError(f"Unknown target {target!r}. Expected one of {', '.join(TARGETS)}. Name one of them.")
+    return GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+
+
+def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, stack bytes) from the cuobjdump in Triton's wheel; these kernels use their stack for spills only."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        printed = subprocess.run(
+            [str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
+    if found is None:
+        raise RuntimeModeError(f"cuobjdump printed no usage: {printed[:200]!r}. Expected REG and STACK. Update triton.")
+    return int(found[1]), int(found[2])
+
+
+def _amd_usage(asm: Mapping[str, Any]) -> tuple[int, int]:
+    """(vector registers, bytes of the private segment) from the assembly's metadata."""
+    text = asm["amdgcn"]
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
+    private = re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)
+    if registers is None or private is None:
+        raise RuntimeModeError("The assembly names no register counts. Expected AMD's metadata. Update triton.")
+    return int(registers[1]), int(private[1])
+
+
+def table(targets: Iterable[str] = CHECKED_TARGETS) -> list[Resources]:
+    """Every case on every target."""
+    return [compile_case(case, target) for case in cases() for target in targets]
+
+
+def main() -> None:
+    """Print the table, as text or JSON."""
+    rows = table()
+    if "--json" in sys.argv:
+        print(json.dumps([asdict(row) for row in rows]))
+        return
+    print(f"{'kernel':<44} {'target':<7} {'shared':>7} {'limit':>7} {'regs':>5} {'spilled':>7}")
+    for row in rows:
+        print(
+            f"{row.label:<44} {row.target:<7} {row.shared_bytes:>7} {row.shared_limit:>7} "
+            f"{row.registers:>5} {row.spilled_bytes:>7}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""Errors against float64: what a ULP is, the upstream table reproduced, and why one kernel fails."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moelab.plots.panel import Panel, Row
+from moelab.plots.style import GREY, Look, grid, look, number, powers, series
+
+FRACTION_BITS = {"bfloat16": 7, "float16": 10, "float32": 23, "float64": 52}
+"""Stored fraction bits of a dtype: the spacing in [2^e, 2^(e+1)) is 2^(e - bits)."""
+
+SMALLEST_EXPONENT = {"bfloat16": -126, "float16": -14, "float32": -126, "float64": -1022}
+
+
+def spacing(value: float, dtype: str) -> float:
+    """One ULP of `dtype` at |value| > 0: the gap to the next number above, subnormals included."""
+    exponent = max(math.frexp(abs(value))[1] - 1, SMALLEST_EXPONENT[dtype])
+    return 2.0 ** (exponent - FRACTION_BITS[dtype])
+
+
+def ulp(dtypes: Sequence[str] = tuple(FRACTION_BITS), bits: int = 4) -> Panel:
+    """Left: a toy format with `bits` - 2 fraction bits on the number line. Right: one ULP by magnitude, per dtype."""
+    figure = grid("One ULP: the gap between neighbouring numbers", "arithmetic; left: a toy format with 2 fraction bits, so "
+                  "that single numbers can be seen", titles=["numbers of the toy format", "one ULP of real formats"])  # fmt: skip
+    toy = [2.0**e * (1 + f / 4) for e in range(-2, 3) for f in range(4)] + [8.0]
+    figure.add_scatter(x=toy, y=[0.0] * len(toy), mode="markers", marker={**look("triton").marker(16), "symbol": "line-ns"},
+                       showlegend=False, row=1, col=1, hovertemplate="%{x}")  # fmt: skip
+    for e in range(-1, 3):
+        start, gap = 2.0**e, 2.0 ** (e - 2)
+        text = f"from {start:g}: gap {gap:g}"
+        figure.add_annotation(x=start, y=0.12 + 0.2 * (e + 1), text=text, showarrow=False, xanchor="left", row=1, col=1)
+        figure.add_scatter(x=[start, start + gap], y=[0.05 + 0.2 * (e + 1)] * 2, mode="lines", showlegend=False, row=1, col=1,
+                           line={"color": look("torch").color, "width": 4})  # fmt: skip
+    figure.update_yaxes(visible=False, range=[-0.15, 0.95], row=1, col=1)
+    figure.update_xaxes(title="value", tickvals=[0.25, 1, 2, 4, 8], range=[0, 8.4], row=1, col=1)
+    table = []
+    for dtype, style in series(list(dtypes)).items():
+        xs = [2.0 ** (e / 4) for e in range(-56, 57)]
+        ys = [spacing(x, dtype) for x in xs]
+        figure.add_scatter(x=xs, y=ys, name=dtype, mode="lines", line={**style.line(), "shape": "hv"}, row=1, col=2)
+        table.append({"dtype": dtype, "fraction bits": FRACTION_BITS[dtype], "one ULP at 1": spacing(1.0, dtype),
+                      "at 1000": spacing(1000.0, dtype), "at 0.001": spacing(0.001, dtype)})  # fmt: skip
+    figure.update_xaxes(title="|value|", row=1, col=2, **powers(1e-4, 2e4))
+    figure.update_yaxes(title="one ULP", row=1, col=2, **powers(1e-21, 1e3))
+    one = {row["dtype"]: row["one ULP at 1"] for row in table}
+    sentence = (
+        f"**The same absolute error is many ULP of a fine format and a fraction of one of a coarse one:** at 1, an error of "
+        f"{number(one['float32'])} is 1 ULP of float32, {number(one['float32'] / one['float64'])} of float64 and "
+        f"{number(one['float32'] / one['bfloat16'])} of bfloat16. Rounding a result right costs at most half a ULP."
+    )
+    return Panel(figure, table, sentence)
+
+
+def _symbols(verdict: bool | None) -> str:
+    return {True: "✓", False: "✗", None: ""}[verdict]
+
+
+def _upstream_rows(reported: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """sglang's reported table in the columns of precision_rows."""
+    dtype = reported["dtype"]
+    return [{"dtype": dtype, "impl": row["name"], "max_abs_from_torch": row["max_abs_difference"],
+             "upstream_tolerance": reported["tolerance"][dtype], "upstream_passes": row["passes"]}
+            for row in reported["rows"]]  # fmt: skip
+
+
+def checks(recorded: Sequence[Row], live: Sequence[Row], reported: Mapping[str, Any], source: str, live_source: str) -> Panel:
+    """Both checks in every dtype: upstream's fixed tolerance (above), twice torch's own error (below); 1 is the limit.
+
+    recorded, live: rows of suites.sum_reduce.precision_rows. reported: data/upstream/sum_reduce_precision.json.
+    """
+    dtypes = list(dict.fromkeys(row["dtype"] for row in recorded))
+    titles = [f"{d}<br>fixed tolerance {reported['tolerance'][d]:g}" for d in dtypes]
+    titles += [f"{d}<br>bound: twice torch’s own error" for d in dtypes]
+    figure = grid("Sum-reduce, two ways to judge it", f"filled: {source}<br>hollow: {live_source}; star: reported in "
+                  f"{reported['source']}; ✓ ✗: the check’s own verdict", titles=titles, rows=2, shared_y=True,
+                  height=680)  # fmt: skip
+    sets = {"recorded": (recorded, False), "live here": (live, True), "reported": (_upstream_rows(reported), False)}
+    impls = [impl for impl in ("torch", "compiled", "triton_f32", "triton", "cuda") if any(r["impl"] == impl for r in recorded)]
+    for name, (rows, hollow) in sets.items():
+        for index, dtype in enumerate(dtypes):
+            for line, (error, bound, verdict) in enumerate(_JUDGED, start=1):
+                chosen = [r for r in rows if r["dtype"] == dtype and r.get(bound) and r.get(error)]
+                _judged(figure, name, chosen, hollow, (error, bound, verdict), (line, index + 1))
+    for axis in range(1, 2 * len(dtypes) + 1):
+        figure.update_layout({f"xaxis{axis if axis > 1 else ''}": {"categoryorder": "array", "categoryarray": impls}})
+    figure.add_hline(1.0, line={"color": GREY, "dash": "dash"})
+    figure.update_xaxes(tickangle=-45, type="category", range=[-0.6, len(impls) - 0.4])
+    figure.update_yaxes(**powers(1e-4, 1e10))
+    figure.update_yaxes(title="max |out − torch| / tolerance", row=1, col=1)
+    figure.update_yaxes(title="max |out − exact| / bound", row=2, col=1)
+    return Panel(figure, check_table(recorded, live, reported), _check_sentence(recorded, reported))
+
+
+_JUDGED = (
+    ("max_abs_from_torch", "upstream_tolerance", "upstream_passes"),
+    ("max_abs", "bound", "passes"),
+)
+
+
+def _judged(figure: Any, name: str, rows: list[Any], hollow: bool, keys: tuple[str, str, str], place: tuple[int, int]) -> None:
+    error, bound, verdict = keys
+    for row in rows:
+        style: Look = look(row["impl"])
+        marker = style.marker(9 if not hollow else 14, hollow=hollow)
+        if name == "reported":
+            marker = {"symbol": "star-open", "size": 12, "color": GREY, "line": {"width": 1.5}}
+        figure.add_scatter(
+            x=[row["impl"]], y=[row[error] / row[bound]], mode="markers+text" if name == "recorded" else "markers",
+            text=[_symbols(row[verdict])], textposition="middle right", marker=marker, showlegend=False, name=name,
+            row=place[0], col=place[1], hovertemplate=f"{row['impl']}, {name}: {row[error]:.3g}, limit {row[bound]:.3g}",
+        )  # fmt: skip
+
+
+def check_table(recorded: Sequence[Row], live: Sequence[Row], reported: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per dtype and implementation: differences from torch, errors against float64, both verdicts."""
+    theirs = {(row["dtype"], row["impl"]): row for row in _upstream_rows(reported)}
+    here = {(row["dtype"], row["impl"]): row for row in live}
+    table = []
+    for row in recorded:
+        key = row["dtype"], row["impl"]
+        table.append(
+            {
+                "dtype": row["dtype"],
+                "implementation": row["impl"],
+                "|out − torch|, reported": theirs.get(key, {}).get("max_abs_from_torch"),
+                "recorded": row["max_abs_from_torch"],
+                "live": here.get(key, {}).get("max_abs_from_torch"),
+                "tolerance": row["upstream_tolerance"],
+                "upstream passes": row["upstream_passes"],
+                "|out − exact|, recorded": row["max_abs"],
+                "live ": here.get(key, {}).get("max_abs"),
+                "bound": row["bound"],
+                "policy passes": row["passes"],
+                "99 % ULP, live": here.get(key, {}).get("p99_ulp"),
+            }
+        )
+    return table
+
+
+def _check_sentence(recorded: Sequence[Row], reported: Mapping[str, Any]) -> str:
+    failing = [(r["dtype"], r["impl"]) for r in recorded if not r["upstream_passes"]]
+    ours = [(r["dtype"], r["impl"]) for r in recorded if not r["passes"]]
+
+    def said(pairs: list[tuple[str, str]]) -> str:
+        return ", ".join(f"{impl} in {dtype}" for dtype, impl in pairs) or "nothing"
+
+    theirs = [(reported["dtype"], row["name"]) for row in reported["rows"] if not row["passes"]]
+    agree = "as reported" if [p for p in failing if p[0] == reported["dtype"]] == theirs else "unlike what was reported"
+    text = f"**In {reported['dtype']} the fixed tolerance fails {said([p for p in failing if p[0] == reported['dtype']])}, {agree}.** "
+    text += f"Over all dtypes it fails {said(failing)}; our policy fails {said(ours)}. "
+    same = "Both agree here" if failing == ours else "They disagree here"
+    slack = {d: max(r["upstream_tolerance"] / r["max_abs_from_torch"] for r in recorded
+                    if r["dtype"] == d and r["upstream_passes"] and r["max_abs_from_torch"])
+             for d in dict.fromkeys(r["dtype"] for r in recorded)}  # fmt: skip
+    loosest = max(slack, key=lambda d: slack[d])
+    return text + (
+        f"{same}, but a fixed tolerance fits no dtype by design: in {loosest} a passing kernel could be "
+        f"{number(slack[loosest])} times worse and still pass; twice torch’s own error moves with dtype and size. (upstream "
+        "allows atol + rtol × |value|: a point above 1 may pass.)"
+    )
+
+
+def error_distribution(errors: Mapping[str, Sequence[float]], source: str) -> Panel:
+    """Histogram of log10 |out - exact| per implementation; an exact result is counted at the left edge."""
+    edge = -19.0
+    figure = grid("Every error of one run, in float64", source)
+    table: list[dict[str, Any]] = []
+    for name, values in errors.items():
+        logs = [max(edge, math.log10(v)) if v > 0 else edge for v in values]
+        figure.add_histogram(x=logs, name=name, xbins={"start": edge, "end": -5, "size": 0.2}, opacity=0.75,
+                             histnorm="percent", marker={"color": look(name).color})  # fmt: skip
+        ordered = sorted(values)
+        table.append({"implementation": name, "exact results": sum(v == 0 for v in values) / len(values),
+                      "median error": ordered[len(ordered) // 2], "99 %": ordered[int(0.99 * (len(ordered) - 1))],
+                      "largest": ordered[-1]})  # fmt: skip
+    for value, text in ((2.0**-24, "float32: half a ULP at 1"), (2.0**-53, "float64: half a ULP at 1")):
+        figure.add_vline(math.log10(value), line={"color": GREY, "dash": "dash"}, annotation_text=text,
+                         annotation_position="top right")  # fmt: skip
+    ticks = list(range(-18, -4, 2))
+    figure.update_xaxes(title="|out − exact|", tickvals=ticks, ticktext=[f"10<sup>−{-t}</sup>" for t in ticks])
+    figure.update_yaxes(title="share of results, %")
+    figure.update_layout(barmode="overlay")
+    largest = max(table, key=lambda row: row["largest"])
+    least = min(table, key=lambda row: row["largest"])
+    sentence = (
+        f"**{largest['implementation']}’s median error is {number(largest['median error'])}, at float32’s rounding, though input "
+        f"and output are float64;** the best, {least['implementation']}, has {number(least['median error'])}. The largest errors "
+        f"are a factor of {number(largest['largest'] / least['largest'])} apart: an accumulator’s, not a bug’s."
+    )
+    return Panel(figure, table, sentence)
+
+
+def error_by_magnitude(reference: Sequence[float], errors: Mapping[str, Sequence[float]], dtype: str, source: str) -> Panel:
+    """Error against |exact value|, with lines at half a ULP and one ULP of the dtype."""
+    figure = grid(f"Why the largest ULP explodes: error by magnitude, {dtype}", source)
+    low = min((abs(r) for r in reference if r), default=1e-6)
+    high = max(abs(r) for r in reference)
+    floor = spacing(low, dtype) / 100
+    table = []
+    for name, values in errors.items():
+        figure.add_scatter(x=[abs(r) for r in reference], y=[max(v, floor) for v in values], name=name, mode="markers",
+                           marker={**look(name).marker(4), "opacity": 0.55})  # fmt: skip
+        ulps = sorted(v / spacing(r, dtype) for v, r in zip(values, reference, strict=True) if r)
+        table.append({"implementation": name, "mean ULP": sum(ulps) / len(ulps), "median ULP": ulps[len(ulps) // 2],
+                      "99 % ULP": ulps[int(0.99 * (len(ulps) - 1))], "largest ULP": ulps[-1],
+                      "largest error": max(values)})  # fmt: skip
+    xs = [low * (high / low) ** (i / 200) for i in range(201)]
+    figure.add_scatter(x=xs, y=[spacing(x, dtype) for x in xs], name="one ULP", mode="lines",
+                       line={**look("floor").line(), "shape": "hv"})  # fmt: skip
+    top = max(max(v) for v in errors.values())
+    figure.update_xaxes(title="|exact value|", **powers(low / 1.2, high * 1.2))
+    figure.update_yaxes(title="|out − exact|", **powers(floor / 2, top * 3))
+    worst = max(table, key=lambda row: row["largest ULP"])
+    sentence = (
+        f"**Errors do not shrink with the sum, ULPs do:** where the {dtype} terms cancel to {number(low)}, a rounding made at "
+        f"size 1 counts as {number(worst['largest ULP'])} ULP ({worst['implementation']}), while its 99th percentile is "
+        f"{number(worst['99 % ULP'])} and its median {number(worst['median ULP'])}. Judge by the percentile or by absolute error."
+    )
+    return Panel(figure, table, sentence)
+
+
+def whole_op(rows: Sequence[Row], source: str) -> Panel:
+    """Error of the whole layer over its bound, per dtype and implementation; 1 is the limit."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    figure = grid("The whole layer against float64", source, titles=dtypes, shared_y=True, height=400)
+    for col, dtype in enumerate(dtypes, start=1):
+        for row in (r for r in rows if r["dtype"] == dtype):
+            figure.add_scatter(x=[row["name"]], y=[row["max_abs"] / row["bound"]], mode="markers+text", name=row["name"],
+                               text=[_symbols(row["passes"])], textposition="middle right", showlegend=False,
+                               marker=look(row["name"]).marker(12), row=1, col=col)  # fmt: skip
+    figure.add_hline(1.0, line={"color": GREY, "dash": "dash"})
+    figure.update_xaxes(type="category", range=[-0.6, max(len({r["name"] for r in rows}) - 0.4, 1)])
+    figure.update_yaxes(range=[0, max(1.15, *(r["max_abs"] / r["bound"] * 1.1 for r in rows))])
+    figure.update_yaxes(title="max |out − exact| / bound", col=1)
+    table = [{"dtype": r["dtype"], "implementation": r["name"], "max |out − exact|": r["max_abs"], "bound": r["bound"],
+              "relative (Frobenius)": r["rel_fro"], "mean ULP": r["mean_ulp"], "99 % ULP": r.get("p99_ulp"),
+              "passes": r["passes"]} for r in rows]  # fmt: skip
+    failing = [f"{r['name']} in {r['dtype']}" for r in rows if not r["passes"]]
+    worst = max(rows, key=lambda r: r["max_abs"] / r["bound"])
+    sentence = (
+        f"**{'All pass' if not failing else 'Failing: ' + ', '.join(failing)}.** The closest to its bound is {worst['name']} in "
+        f"{worst['dtype']}, at {worst['max_abs'] / worst['bound']:.0%} of it."
+    )
+    return Panel(figure, table, sentence)
+
+
+def verdicts(recorded: Sequence[Row]) -> Panel:
+    """Which implementation passes where, as a table: policy, then upstream's check."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in recorded))
+    impls = list(dict.fromkeys(row["impl"] for row in recorded))
+    cell = {(r["impl"], r["dtype"]): f"{_symbols(r['passes'])} / {_symbols(r['upstream_passes'])}" for r in recorded}
+    table = [{"policy / upstream": impl} | {d: cell.get((impl, d), "–") for d in dtypes} for impl in impls]
+    clean = [impl for impl in impls if all(r["passes"] for r in recorded if r["impl"] == impl)]
+    best = {d: min((r for r in recorded if r["dtype"] == d), key=lambda r: r["mean_abs"])["impl"] for d in dtypes}
+    ties = {d: [r["impl"] for r in recorded if r["dtype"] == d and r["mean_abs"] <= 1.001 * min(
+        s["mean_abs"] for s in recorded if s["dtype"] == d)] for d in best}  # fmt: skip
+    said = "; ".join(f"{d}: {' = '.join(names)}" for d, names in ties.items())
+    sentence = f"**Right in every dtype: {', '.join(clean)}.** Smallest mean error: {said}."
+    return Panel(None, table, sentence)

@@ -1,0 +1,195 @@
+"""Ceilings, floors, experts touched, padding and the work of each launch: arithmetic, drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import plotly.graph_objects as go
+
+from moelab import roofline
+from moelab.errors import ShardError
+from moelab.plots.panel import Panel, Row, timing
+from moelab.plots.style import GREY, error_bars, grid, log_axis, look, number, series
+from moelab.recordings import Recording
+from moelab.roofline import Ceilings
+from moelab.shapes import MoEShape, load_model
+
+BATCHES = tuple(2**i for i in range(14))
+"""1 ... 8192 tokens."""
+
+LAUNCHES = {"gemm1": "GEMM1", "activation": "activation", "gemm2": "GEMM2", "sum_reduce": "sum-reduce"}
+
+
+def recorded_ceilings(recording: Recording) -> Ceilings:
+    """The recorded copy bandwidth and bfloat16 product as Ceilings."""
+    rate = {row["what"]: row["per_second"] for row in recording.rows}
+    return Ceilings(rate["copy"], rate["product"], recording.provenance["gpu"], recording.source())
+
+
+def ceilings(recording: Recording, datasheet: Ceilings, floors: Ceilings) -> Panel:
+    """What the GPU reached (copy, read, product) beside its datasheet and the round figures that floors use."""
+    figure = grid("What the GPU can do at most", recording.source(), titles=["memory", "bfloat16 product"], height=380)
+    table = []
+    for row in recording.rows:
+        product = row["what"] == "product"
+        unit, scale = ("TFLOP/s", 1e12) if product else ("TB/s", 1e12)
+        low, high = timing(row).interval_us
+        work = row["FLOP" if product else "bytes"] / scale * 1e6
+        rate, sheet = row["per_second"] / scale, (datasheet.flops_per_s if product else datasheet.copy_bytes_per_s) / scale
+        used = (floors.flops_per_s if product else floors.copy_bytes_per_s) / scale
+        bar = go.Bar(
+            x=[row["what"]], y=[rate], error_y=error_bars([rate], [work / high], [work / low]), width=0.5,
+            marker={"color": look("triton").color}, showlegend=False, name=row["what"],
+            text=[f"{number(rate)} {unit}"], textposition="inside", insidetextanchor="middle",
+        )  # fmt: skip
+        figure.add_trace(bar, row=1, col=2 if product else 1)
+        table.append({"what": row["what"], "unit": unit, "recorded": rate, "95 % low": work / high, "95 % high": work / low,
+                      "used for floors": used, "datasheet": sheet, "recorded / datasheet": rate / sheet})  # fmt: skip
+    for col, (fact, unit) in enumerate((("copy_bytes_per_s", "TB/s"), ("flops_per_s", "TFLOP/s")), start=1):
+        for ceiling, dash, what in ((datasheet, "dash", "datasheet"), (floors, "dot", "used for floors")):
+            value = getattr(ceiling, fact) / 1e12
+            label = {"annotation_text": f"{what} {number(value)}", "annotation_position": "top left"}
+            figure.add_hline(value, line={"color": GREY, "dash": dash}, row=1, col=col, **label)
+        top = getattr(datasheet, fact) / 1e12 * 1.15
+        figure.update_yaxes(title=unit, range=[0, top], row=1, col=col)
+    share = {row["what"]: row["recorded / datasheet"] for row in table}
+    ridge = recorded_ceilings(recording).ridge_flop_per_byte
+    sentence = (
+        f"**A copy reaches {share['copy']:.0%} of the datasheet's bandwidth, a large product {share['product']:.0%} of its "
+        f"FLOP rate.** Work with less than {ridge:.0f} FLOP per byte is limited by memory, work with more by arithmetic."
+    )
+    return Panel(figure, table, sentence)
+
+
+def floors(shapes: Mapping[str, MoEShape], at: Ceilings, batches: Sequence[int] = BATCHES) -> Panel:
+    """The layer's floor by batch, one line per shape; a hollow marker is on the compute side."""
+    figure = grid("No layer can be faster than this", f"arithmetic: bytes / {at.copy_bytes_per_s / 1e12:g} TB/s or FLOP / "
+                  f"{at.flops_per_s / 1e12:g} TFLOP/s, whichever takes longer; bfloat16, uniform routing")  # fmt: skip
+    table: list[Row] = []
+    turns = {}
+    for name, style in series(list(shapes)).items():
+        found = [roofline.floor_us(roofline.layer_cost(shapes[name], b), at) for b in batches]
+        symbols = [style.symbol + ("-open" if f.side == "compute" else "") for f in found]
+        figure.add_scatter(
+            x=list(batches), y=[f.us for f in found], name=name, mode="lines+markers", line=style.line(),
+            marker={**style.marker(9), "symbol": symbols}, customdata=[f.side for f in found],
+            hovertemplate="batch %{x}: %{y:.3g} µs, %{customdata}-bound",
+        )  # fmt: skip
+        table.append({"floor, µs": name} | {f"{b}": f.us for b, f in zip(batches, found, strict=True)})
+        turns[name] = next((b for b, f in zip(batches, found, strict=True) if f.side == "compute"), None)
+    figure.update_xaxes(title="batch, tokens", **log_axis(batches))
+    figure.update_yaxes(title="floor of the layer, µs", type="log", dtick=1)
+    figure.update_layout(legend={"title": {"text": "filled: memory-bound<br>hollow: compute-bound"}})
+    parts = [f"{name} from {turn} tokens" if turn else f"{name} never, up to {batches[-1]}" for name, turn in turns.items()]
+    sentence = f"**Every shape starts memory-bound.** Arithmetic takes over (of the batches drawn): {'; '.join(parts)}."
+    return Panel(figure, table, sentence)
+
+
+def touched(shapes: Mapping[str, MoEShape], drawn: Sequence[Row]) -> Panel:
+    """Experts touched by batch: expected under uniform routing (lines), and routings really drawn (markers).
+
+    drawn: rows of shape, routing ("uniform", "zipf", ...), num_tokens, touched (mean over seeds).
+    """
+    names = list(dict.fromkeys(row["shape"] for row in drawn))
+    figure = grid("How many experts a batch wakes", "lines: expected under uniform routing, E (1 − (1 − k/E)<sup>M</sup>); "
+                  "markers: routings drawn here, mean over seeds", titles=names, shared_y=True)  # fmt: skip
+    routings = list(dict.fromkeys(row["routing"] for row in drawn))
+    table: list[Row] = []
+    batches = sorted({row["num_tokens"] for row in drawn})
+    for col, name in enumerate(names, start=1):
+        shape = shapes[name]
+        expected = {b: roofline.experts_touched(shape.num_experts, shape.top_k, b) / shape.num_experts for b in batches}
+        figure.add_scatter(x=batches, y=list(expected.values()), mode="lines", name="expected", showlegend=col == 1,
+                           line=look("floor").line(), row=1, col=col)  # fmt: skip
+        table.append({"share of experts": name, "routing": "expected"} | {str(b): expected[b] for b in batches})
+        for routing, style in series(routings).items():
+            found = {r["num_tokens"]: r["touched"] / shape.num_experts for r in drawn
+                     if r["shape"] == name and r["routing"] == routing}  # fmt: skip
+            figure.add_scatter(x=list(found), y=list(found.values()), mode="markers", name=routing, row=1, col=col,
+                               marker=style.marker(8, hollow=True), showlegend=col == 1)  # fmt: skip
+            table.append({"share of experts": name, "routing": routing} | {str(b): v for b, v in found.items()})
+        figure.update_xaxes(title="batch, tokens", row=1, col=col, **log_axis(batches), tickangle=0)
+    figure.update_yaxes(title="share of experts touched", range=[0, 1.04], tickformat=".0%", col=1)
+    uniform = [row for row in drawn if row["routing"] == "uniform"]
+    gap = max(abs(r["touched"] / roofline.experts_touched(shapes[r["shape"]].num_experts, shapes[r["shape"]].top_k,
+              r["num_tokens"]) - 1) for r in uniform)  # fmt: skip
+    fewest = min((r for r in table if r["routing"] != "expected"), key=lambda r: r[str(batches[len(batches) // 2])])
+    middle = str(batches[len(batches) // 2])
+    sentence = (
+        f"**The formula is right to {gap:.0%} for uniform routings; skew wakes fewer experts.** At {middle} tokens "
+        f"{fewest['routing']} routing touches {fewest[middle]:.0%} of {fewest['share of experts']}'s experts, so fewer "
+        "weights are read and the floor is lower: a benchmark must say which routing it drew."
+    )
+    return Panel(figure, table, sentence)
+
+
+def padding(name: str, shape: MoEShape, blocks: Sequence[int], batches: Sequence[int] = BATCHES) -> Panel:
+    """Rows computed per row that exists, by batch, one line per BLOCK_SIZE_M (expected, uniform routing)."""
+    figure = grid(f"Rows computed for nothing: {name}", "arithmetic: expected under uniform routing; each expert's rows are "
+                  "rounded up to BLOCK_SIZE_M")  # fmt: skip
+    table: list[Row] = []
+    for block, style in series(list(blocks)).items():
+        waste = [roofline.padding_waste(shape, b, block).waste for b in batches]
+        figure.add_scatter(x=list(batches), y=waste, mode="lines+markers", name=str(block), line=style.line(),
+                           marker=style.marker(), hovertemplate="batch %{x}: %{y:.3g} rows per useful row")  # fmt: skip
+        table.append({"BLOCK_SIZE_M": block} | {str(b): w for b, w in zip(batches, waste, strict=True)})
+    figure.update_xaxes(title="batch, tokens", **log_axis(batches))
+    figure.update_yaxes(title="rows computed / rows that exist", type="log", tickvals=[1, 2, 4, 8, 16, 32, 64, 128])
+    figure.update_layout(legend={"title": {"text": "BLOCK_SIZE_M"}})
+    first, last = table[0], table[-1]
+    half = {row["BLOCK_SIZE_M"]: next((b for b in batches if row[str(b)] < 1.5), None) for row in table}
+    said = ", ".join(f"{block}: {b or f'not by {batches[-1]}'}" for block, b in half.items())
+    sentence = (
+        f"**At one token a tile of {last['BLOCK_SIZE_M']} rows computes {number(last[str(batches[0])])} rows for each real one, "
+        f"a tile of {first['BLOCK_SIZE_M']} {number(first[str(batches[0])])}.** In decode that is free, since memory is the "
+        f"limit; in prefill it is time. Tokens from which under half a row is wasted per real one, by BLOCK_SIZE_M: {said}."
+    )
+    return Panel(figure, table, sentence)
+
+
+def breakdown(name: str, shape: MoEShape, peers: Sequence[Row], at: Ceilings, source: str) -> Panel:
+    """Each launch's floor beside what sglang's launch took (g1, act, g2, red), as shares of the fused layer's floor."""
+    figure = grid(f"Where the time of four launches goes: {name}", f"floors: arithmetic, each launch with its own traffic; "
+                  f"measured: {source}", titles=["floor of each launch", "sglang, each launch timed alone"],
+                  shared_y=True)  # fmt: skip
+    keys = {"gemm1": "g1", "activation": "act", "gemm2": "g2", "sum_reduce": "red"}
+    rows = [row for row in peers if row["name"] == name]
+    batches = [str(row["M"]) for row in rows]
+    table: list[dict[str, object]] = [{"batch": row["M"]} for row in rows]
+    for launch, style in series(list(LAUNCHES)).items():
+        ideal, measured = [], []
+        for row, out in zip(rows, table, strict=True):
+            whole = roofline.floor_us(roofline.layer_cost(shape, row["M"], row["uniq"]), at).us
+            cost = roofline.layer_breakdown(shape, row["M"], row["uniq"])[launch]
+            floor = roofline.floor_us(cost, at).us
+            ideal.append(floor / whole)
+            measured.append(row[keys[launch]] / whole)
+            out |= {"layer floor, µs": whole, f"{LAUNCHES[launch]} floor, µs": floor, f"{LAUNCHES[launch]}, µs": row[keys[launch]]}
+        for col, heights in ((1, ideal), (2, measured)):
+            bar = go.Bar(x=batches, y=heights, name=LAUNCHES[launch], marker={"color": style.color}, showlegend=col == 1)
+            figure.add_trace(bar, row=1, col=col)
+    figure.add_hline(1.0, line={"color": GREY, "dash": "dot"})
+    figure.update_layout(barmode="stack", legend={"traceorder": "reversed"})
+    figure.update_xaxes(title="batch, tokens", type="category")
+    figure.update_yaxes(title="time / floor of the fused layer", col=1)
+    small = [sum(float(r[f"{LAUNCHES[k]}, µs"]) for k in ("activation", "sum_reduce")) /
+             sum(float(r[f"{LAUNCHES[k]}, µs"]) for k in LAUNCHES) for r in table]  # fmt: skip
+    ideal_last = sum(float(table[-1][f"{label} floor, µs"]) for label in LAUNCHES.values())
+    sentence = (
+        f"**Activation and sum-reduce are {min(small):.0%} to {max(small):.0%} of the launches' time.** At batch {batches[-1]} "
+        f"the four floors add up to {ideal_last / float(table[-1]['layer floor, µs']):.2f} times the fused layer's: the "
+        "difference is traffic of intermediates, which fusion would save."
+    )
+    return Panel(figure, table, sentence)
+
+
+def tp_choices(model: str, degrees: Sequence[int] = (1, 2, 4, 8, 16)) -> list[int]:
+    """The tensor-parallel degrees that divide a model's experts; the others are left out."""
+    fitting = []
+    for degree in degrees:
+        try:
+            load_model(model, tp_size=degree)
+        except ShardError:
+            continue
+        fitting.append(degree)
+    return fitting

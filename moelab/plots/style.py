@@ -1,0 +1,181 @@
+"""How every figure looks: one colour, marker and dash per implementation, units on every axis, light and dark pages.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; marker and dash say the same a second time.
+Backgrounds are transparent and text is mid-grey (contrast over 4 on white and on JupyterLab's dark #111), so that one
+figure serves both themes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+GREY = "#7b7b7b"
+GRID = "rgba(128, 128, 128, 0.25)"
+CLEAR = "rgba(0, 0, 0, 0)"
+BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
+SKY, PURPLE, BRONZE = "#56B4E9", "#CC79A7", "#9A6A3A"
+HEIGHT = 440
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one series is drawn: colour, marker symbol, line dash (plotly's names)."""
+
+    color: str
+    symbol: str
+    dash: str
+
+    def line(self, width: float = 2.0) -> dict[str, Any]:
+        """For a trace's `line`."""
+        return {"color": self.color, "dash": self.dash, "width": width}
+
+    def marker(self, size: float = 8, *, hollow: bool = False) -> dict[str, Any]:
+        """For a trace's `marker`."""
+        symbol = f"{self.symbol}-open" if hollow else self.symbol
+        return {"color": self.color, "symbol": symbol, "size": size, "line": {"width": 1.5, "color": self.color}}
+
+
+LOOKS: Mapping[str, Look] = {
+    "torch": Look(VERMILLION, "circle", "solid"),
+    "compiled": Look(PURPLE, "square", "dash"),
+    "triton_f32": Look(ORANGE, "x", "dashdot"),
+    "triton": Look(BLUE, "diamond", "solid"),
+    "cuda": Look(GREEN, "triangle-up", "solid"),
+    "sglang": Look(SKY, "star", "dot"),
+    "floor": Look(GREY, "line-ew", "dot"),
+}
+"""Implementations, the peer, and the floor."""
+
+SERIES = (
+    Look(BLUE, "circle", "solid"),
+    Look(ORANGE, "square", "dash"),
+    Look(GREEN, "diamond", "dashdot"),
+    Look(PURPLE, "triangle-up", "longdash"),
+    Look(BRONZE, "triangle-down", "dot"),
+    Look(SKY, "pentagon", "longdashdot"),
+)
+"""For series that are no implementations: shapes, block sizes, dtypes."""
+
+
+def look(name: str) -> Look:
+    """The look of an implementation; one of SERIES, always the same, for a name that is not in LOOKS."""
+    return LOOKS.get(name) or SERIES[sum(name.encode()) % len(SERIES)]
+
+
+def series(names: Sequence[Any]) -> dict[Any, Look]:
+    """A look for each of at most six names, in order."""
+    return dict(zip(names, SERIES, strict=False))
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A value as a table shows it: `digits` significant ones, an exponent only beyond 1e-3 ... 1e6."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    if isinstance(value, int) or not isinstance(value, float):
+        return str(value)
+    if value != 0 and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
+    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    return f"{value:.{max(0, digits - whole)}f}" if whole else f"{value:.{digits}g}"
+
+
+def grid(
+    title: str,
+    source: str,
+    *,
+    titles: Sequence[str] = (),
+    rows: int = 1,
+    height: int = HEIGHT,
+    shared_y: bool = False,
+    gap: float | None = None,
+) -> go.Figure:
+    """An empty figure of rows x (len(titles) / rows) plots, with its source as the subtitle ("<br>" breaks it)."""
+    cols = max(1, len(titles) // rows)
+    spacing = gap if gap is not None else (0.03 if shared_y else 0.09)
+    figure = make_subplots(
+        rows=rows,
+        cols=cols,
+        subplot_titles=list(titles) if len(titles) > 1 else None,
+        shared_yaxes=shared_y,
+        horizontal_spacing=spacing if cols > 1 else 0.0,
+        vertical_spacing=0.17 if rows > 1 else 0.0,
+    )
+    lines = 1 + source.count("<br>")
+    plot_titles = 24 if len(titles) > 1 else 0
+    figure.update_layout(
+        title={
+            "text": title,
+            "font": {"size": 17},
+            "subtitle": {"text": source, "font": {"size": 12, "color": GREY}},
+            "x": 0.0,
+            "xref": "container",
+            "pad": {"l": 12},
+            "yref": "container",
+            "y": 1 - 24 / height,
+        },
+        font={"size": 12, "color": GREY},
+        paper_bgcolor=CLEAR,
+        plot_bgcolor=CLEAR,
+        colorway=[each.color for each in SERIES],
+        height=height,
+        margin={"l": 70, "r": 30, "t": 56 + 16 * lines + plot_titles, "b": 60},
+        legend={"bgcolor": CLEAR, "font": {"size": 12}, "tracegroupgap": 4},
+        hoverlabel={"font": {"size": 12}},
+        bargap=0.25,
+    )
+    axis = {"gridcolor": GRID, "linecolor": GREY, "zerolinecolor": GRID, "showline": True, "ticks": "outside"}
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis)
+    figure.update_annotations(font={"size": 13, "color": GREY})
+    return figure
+
+
+def log_axis(values: Sequence[float], *, labels: bool = True) -> dict[str, Any]:
+    """A log axis whose ticks are the values themselves (batch sizes, as a rule)."""
+    shown = [str(v) for v in values] if labels else None
+    return {"type": "log", "tickvals": list(values), "ticktext": shown, "minor": {"showgrid": False}}
+
+
+def powers(low: float, high: float) -> dict[str, Any]:
+    """A log axis over [low, high], one labelled tick per power of ten that lies in it."""
+    import math
+
+    exponents = range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)
+    step = max(1, len(exponents) // 8)
+    ticks = [10.0**e for e in exponents if e % step == 0]
+    return {
+        "type": "log",
+        "range": [math.log10(low), math.log10(high)],
+        "tickvals": ticks,
+        "ticktext": [_power(t) for t in ticks],
+    }
+
+
+def _power(value: float) -> str:
+    exact = round(value, 12)
+    return f"{exact:g}" if 1e-3 <= value < 1e5 else f"10<sup>{len(f'{value:.0f}') - 1}</sup>" if value > 1 else _small(value)
+
+
+def _small(value: float) -> str:
+    import math
+
+    return f"10<sup>−{-round(math.log10(value))}</sup>"
+
+
+def error_bars(middle: Sequence[float], low: Sequence[float], high: Sequence[float]) -> dict[str, Any]:
+    """Asymmetric bars from interval ends, for a trace's `error_y`."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [h - m for m, h in zip(middle, high, strict=True)],
+        "arrayminus": [m - l for m, l in zip(middle, low, strict=True)],
+        "thickness": 1.2,
+        "width": 3,
+    }

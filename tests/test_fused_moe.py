@@ -1,0 +1,184 @@
+"""The public op: every implementation against float64, no silent fallback, torch.compile and CUDA graphs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from moe_cases import CASES, LARGE_CASES, TILE, Case, judge
+
+from moelab.config import KernelConfig
+from moelab.errors import ConfigError, RoutingError, ShapeError, UnknownNameError
+from moelab.fused_moe import IMPLEMENTATIONS, available_implementations, fused_moe
+from moelab.inputs import MoEInputs
+
+HERE = [torch.float16, torch.float32, torch.float64]
+
+
+def call(case: Case, i: MoEInputs, impl: str, **more: object) -> torch.Tensor:
+    options = {**case.options, **more}
+    return fused_moe(
+        i.hidden_states, i.w13, i.w2, topk_weights=i.topk_weights, topk_ids=i.topk_ids, b13=i.b13, b2=i.b2,
+        impl=impl, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", HERE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_against_float64(impl: str, case: Case, dtype: torch.dtype, device: str) -> None:
+    inputs = case.inputs(dtype, device)
+    judge(case, inputs, call(case, inputs, impl, config=TILE if impl == "triton" else None))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[6], CASES[7], CASES[8]], ids=str)
+def test_compiled_against_float64(case: Case, dtype: torch.dtype, device: str) -> None:
+    inputs = case.inputs(dtype, device)
+    judge(case, inputs, call(case, inputs, "compiled"))
+
+
+def test_compiled_once_against_float64(device: str) -> None:
+    inputs = CASES[5].inputs(torch.bfloat16, device)  # 264 and 40 are whole 16-byte rows: torch's grouped product
+    judge(CASES[5], inputs, call(CASES[5], inputs, "compiled"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *HERE[:2]], ids=str)
+@pytest.mark.parametrize("case", CASES + LARGE_CASES, ids=str)
+@pytest.mark.parametrize("impl", ["triton", "torch", "compiled"])
+def test_on_the_gpu_against_float64(impl: str, case: Case, dtype: torch.dtype) -> None:
+    inputs = case.inputs(dtype, "cuda")
+    judge(case, inputs, call(case, inputs, impl))
+
+
+def test_both_gemms_take_their_own_config(device: str) -> None:
+    case = CASES[4]
+    inputs = case.inputs(torch.float32, device)
+    judge(case, inputs, call(case, inputs, "triton", config=TILE, down_config=KernelConfig(16, 64, 32, 1)))
+    with pytest.raises(ConfigError, match="BLOCK_SIZE_M = 16 and down_config 32"):
+        call(case, inputs, "triton", config=TILE, down_config=KernelConfig(32, 64, 32, 1))
+
+
+def test_repeated_runs_are_bitwise_equal(device: str) -> None:
+    inputs = CASES[3].inputs(torch.float16, device)
+    first = call(CASES[3], inputs, "triton", config=TILE)
+    assert all(torch.equal(first, call(CASES[3], inputs, "triton", config=TILE)) for _ in range(3))
+
+
+def test_router_logits_are_routed(device: str) -> None:
+    case = CASES[1]
+    i = case.inputs(torch.float32, device)
+    logits = torch.randn(case.num_tokens, case.num_experts, device=device)
+    weights, ids = torch.softmax(logits, -1).topk(2, -1)
+    expected = call(case, replace(i, topk_ids=ids.int(), topk_weights=weights / weights.sum(-1, keepdim=True)), "torch")
+    out = fused_moe(i.hidden_states, i.w13, i.w2, router_logits=logits, top_k=2, impl="torch")
+    torch.testing.assert_close(out, expected)
+
+
+def test_no_tokens_is_no_work(device: str) -> None:
+    i = replace(CASES[0], num_tokens=0).inputs(torch.float32, device)
+    for impl in available_implementations():
+        assert call(CASES[0], i, impl).shape == (0, CASES[0].hidden)
+
+
+def test_a_kernel_of_ones_own_is_one_dict_entry(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setitem(IMPLEMENTATIONS, "mine", lambda call: torch.full_like(call.hidden_states, 7.0))
+    assert (call(CASES[0], CASES[0].inputs(torch.float32, device), "mine") == 7).all()
+
+
+def test_through_torch_compile_in_one_graph(device: str) -> None:
+    case = CASES[6]
+    inputs = case.inputs(torch.float32, device)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return call(case, replace(inputs, hidden_states=x * 2), "triton", config=TILE) + 1
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(inputs.hidden_states), layer(inputs.hidden_states))
+
+
+def test_the_custom_op_keeps_torchs_rules(device: str) -> None:
+    i = CASES[2].inputs(torch.float32, device)
+    arguments = (
+        i.hidden_states, i.w13, i.w2, i.topk_weights, i.topk_ids, None, None, "triton",
+        [16, 32, 64, 4, 4, 3, 1, -1, -1, -1], [], "silu", True, 1.0, False,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.moelab.fused_moe.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["triton", "compiled"])
+@pytest.mark.parametrize("num_tokens", [1, 3, 64, 600])
+def test_in_a_cuda_graph_with_a_routing_that_changes(impl: str, num_tokens: int) -> None:
+    case = Case("graph", num_tokens, 16, 4, 256, 128)
+    first, second = case.inputs(torch.bfloat16, "cuda"), replace(case, routing="zipf").inputs(torch.bfloat16, "cuda")
+    call(case, first, impl)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(case, first, impl)
+    first.topk_ids.copy_(second.topk_ids)
+    first.hidden_states.copy_(second.hidden_states)
+    graph.replay()
+    judge(case, first, out)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda i: {"topk_ids": i.topk_ids + 99}, RoutingError, "Expert ids span"),
+        (lambda i: {"topk_ids": i.topk_ids[:, :1].contiguous()}, ShapeError, "topk_weights has shape"),
+        (lambda i: {"w2": i.w2[:, :, :-1].contiguous()}, ShapeError, "w2 has shape"),
+    ],
+)
+def test_wrong_calls(change: object, error: type[Exception], words: str, device: str) -> None:
+    inputs = CASES[1].inputs(torch.float32, device)
+    with pytest.raises(error, match=words):
+        call(CASES[1], replace(inputs, **change(inputs)), "torch", **{"check_routing": True})
+
+
+def test_a_routing_must_be_given_once(device: str) -> None:
+    i = CASES[1].inputs(torch.float32, device)
+    with pytest.raises(RoutingError, match="No routing given"):
+        fused_moe(i.hidden_states, i.w13, i.w2)
+    with pytest.raises(RoutingError, match="router_logits came with"):
+        fused_moe(i.hidden_states, i.w13, i.w2, router_logits=torch.zeros(1, 8), topk_ids=i.topk_ids)
+    with pytest.raises(UnknownNameError, match="triton"):
+        call(CASES[1], i, "tritn")
+
+
+@pytest.mark.gpu
+def test_weights_past_2_to_31_elements() -> None:
+    """w13 of 2^31 + elements: the last experts lie past what an int32 offset reaches."""
+    case = Case("past 2^31", 16, 260, 2, 4096, 1024)  # w13: 260 * 2048 * 4096 = 2.18e9
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    assert inputs.w13.numel() > 2**31
+    ids = torch.arange(228, 260, device="cuda", dtype=torch.int32).view(16, 2)
+    inputs = replace(inputs, topk_ids=ids)
+    judge_last_experts(case, inputs, call(case, inputs, "triton"))
+
+
+def judge_last_experts(case: Case, inputs: MoEInputs, out: torch.Tensor) -> None:
+    """`judge` on the experts that are named only, so that float64 copies of the weights stay small."""
+    first = int(inputs.topk_ids.min())
+    own = replace(
+        inputs, w13=inputs.w13[first:].clone(), w2=inputs.w2[first:].clone(), topk_ids=inputs.topk_ids - first
+    )
+    judge(case, own, out)
+
+
+@pytest.mark.gpu
+def test_outputs_past_2_to_31_elements() -> None:
+    """GEMM2's output (M * k, H) of 2^31 + elements; the last tokens are checked."""
+    case = Case("rows past 2^31", 70_000, 4, 4, 8192, 64)
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    assert 70_000 * 4 * 8192 > 2**31
+    out = call(case, inputs, "triton")[-32:]
+    tail = replace(
+        inputs, hidden_states=inputs.hidden_states[-32:], topk_ids=inputs.topk_ids[-32:],
+        topk_weights=inputs.topk_weights[-32:],
+    )  # fmt: skip
+    judge(case, tail, out)

@@ -1,0 +1,94 @@
+"""The exchange kernel alone: every row written, its order independent of GROUP_SIZE_M, its rules stated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moelab import precision
+from moelab.config import KernelConfig
+from moelab.errors import ConfigError, ShapeError
+from moelab.kernels.align import align, align_pairs, moe_align_block_size
+from moelab.kernels.grouped_gemm import grouped_gemm
+from moelab.reference import grouped_gemm_ref
+from moelab.routing import make_routing
+
+
+def problem(num_tokens: int, E: int, k: int, N: int, K: int, dtype: torch.dtype, device: str) -> tuple:
+    generator = torch.Generator(device=device).manual_seed(0)
+    a = torch.randn(num_tokens, K, generator=generator, device=device).to(dtype)
+    w = (torch.randn(E, N, K, generator=generator, device=device) * K**-0.5).to(dtype)
+    routing = make_routing("zipf", num_tokens, E, k, seed=2, device=device)
+    return a, w, routing
+
+
+def judge(out: torch.Tensor, a: torch.Tensor, w: torch.Tensor, ids: torch.Tensor, **options: object) -> None:
+    wide = {name: value.double() for name, value in options.items() if isinstance(value, torch.Tensor)}
+    exact = grouped_gemm_ref(a.double(), w.double(), ids, **{**options, **wide})
+    tiny = a.shape[1] * 2.0**-53 * float(exact.abs().max()) if a.dtype == torch.float64 else None
+    precision.check(out, grouped_gemm_ref(a, w, ids, **options), exact, tiny=tiny)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("group", [1, 3, 64])
+def test_gemm1_with_bias_and_weights(dtype: torch.dtype, group: int, device: str) -> None:
+    a, w, r = problem(11, 5, 2, 72, 100, dtype, device)
+    bias = torch.randn(5, 72, device=device).to(dtype)
+    config = KernelConfig(16, 32, 32, group)
+    out = torch.full((22, 72), float("nan"), dtype=dtype, device=device)
+    grouped_gemm(
+        a, w, align(r.topk_ids, 16, 5), config, num_pairs=22, top_k=2, bias=bias, topk_weights=r.topk_weights, out=out
+    )
+    judge(out, a, w, r.topk_ids, top_k=2, bias=bias, topk_weights=r.topk_weights)
+
+
+def test_ways_of_aligning_give_one_result(device: str) -> None:
+    a, w, r = problem(9, 4, 2, 40, 64, torch.float32, device)
+    config = KernelConfig(16, 32, 64, 1)
+    outs = [
+        grouped_gemm(a, w, way(r.topk_ids, 16, 4), config, num_pairs=18, top_k=2)
+        for way in (align_pairs, moe_align_block_size)
+    ]
+    for out in outs:
+        judge(out, a, w, r.topk_ids, top_k=2)
+    if device == "cuda":  # the interpreter's products come from BLAS, whose rounding depends on a row's place
+        assert torch.equal(*outs)
+
+
+def test_foreign_rows_are_zero_not_unwritten(device: str) -> None:
+    a, w, r = problem(8, 4, 2, 40, 64, torch.float32, device)
+    ids = torch.where(r.topk_ids == r.topk_ids[0, 0], -1, r.topk_ids)
+    out = torch.full((16, 40), float("nan"), device=device)
+    bias = torch.ones(4, 40, device=device)
+    grouped_gemm(a, w, align(ids, 16, 4), KernelConfig(16, 32, 64, 1), num_pairs=16, top_k=2, bias=bias, out=out)
+    foreign = ids.flatten() < 0
+    assert foreign.any() and (out[foreign] == 0).all() and not out.isnan().any()
+
+
+def test_rules_of_the_launcher(device: str) -> None:
+    a, w, r = problem(4, 4, 2, 32, 64, torch.float32, device)
+    aligned = align(r.topk_ids, 16, 4)
+    with pytest.raises(ConfigError, match="aligned to 16 but the config's BLOCK_SIZE_M is 32"):
+        grouped_gemm(a, w, aligned, KernelConfig(32, 32, 64, 1), num_pairs=8, top_k=2)
+    with pytest.raises(ConfigError, match="SPLIT_K = 2"):
+        grouped_gemm(a, w, aligned, KernelConfig(16, 32, 64, 1, SPLIT_K=2), num_pairs=8, top_k=2)
+    with pytest.raises(ShapeError, match="no multiple of top_k"):
+        grouped_gemm(a, w, aligned, KernelConfig(16, 32, 64, 1), num_pairs=8, top_k=3)
+    with pytest.raises(ShapeError, match="topk_weights holds"):
+        grouped_gemm(
+            a, w, aligned, KernelConfig(16, 32, 64, 1), num_pairs=8, top_k=2, topk_weights=torch.ones(3, device=device)
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [KernelConfig(16, 64, 128, 1, 4, 4), KernelConfig(64, 64, 32, 8), KernelConfig(128, 128, 32, 16, 8, 3)],
+    ids=KernelConfig.short,
+)
+def test_on_the_gpu(dtype: torch.dtype, config: KernelConfig) -> None:
+    a, w, r = problem(300, 8, 2, 200, 328, dtype, "cuda")
+    aligned = align(r.topk_ids, config.BLOCK_SIZE_M, 8)
+    out = grouped_gemm(a, w, aligned, config, num_pairs=600, top_k=2, topk_weights=r.topk_weights)
+    judge(out, a, w, r.topk_ids, top_k=2, topk_weights=r.topk_weights)

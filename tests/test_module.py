@@ -1,0 +1,135 @@
+"""FusedMoE against transformers' own experts blocks, in every layout that they store."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from moelab import runtime
+from moelab.errors import ShapeError, UnknownNameError
+from moelab.module import FusedMoE
+from moelab.routing import make_routing
+from moelab.shapes import MoEShape
+
+E, K, H, N = 4, 2, 32, 16
+
+
+class Fused(nn.Module):
+    """An experts block as transformers 5 stores it: rows out of the product first, or last with `transposed`."""
+
+    def __init__(self, *, transposed: bool = False, interleaved: bool = False, bias: bool = False) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def parameter(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(size, generator=generator) * 0.2)
+
+        self.gate_up_proj = parameter(*((E, H, 2 * N) if transposed else (E, 2 * N, H)))
+        self.down_proj = parameter(*((E, N, H) if transposed else (E, H, N)))
+        if bias:
+            self.gate_up_proj_bias, self.down_proj_bias = parameter(E, 2 * N), parameter(E, H)
+        self.transposed, self.is_concatenated = transposed, not interleaved
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for t in range(x.shape[0]):
+            for slot, expert in enumerate(ids[t].tolist()):
+                up_w, down_w = self.gate_up_proj[expert], self.down_proj[expert]
+                up_w, down_w = (up_w.T, down_w.T) if self.transposed else (up_w, down_w)
+                h = up_w @ x[t]
+                h = h + self.gate_up_proj_bias[expert] if hasattr(self, "gate_up_proj_bias") else h
+                gate, up = h.chunk(2) if self.is_concatenated else (h[::2], h[1::2])
+                y = down_w @ (self.act_fn(gate) * up)
+                y = y + self.down_proj_bias[expert] if hasattr(self, "down_proj_bias") else y
+                out[t] += weights[t, slot] * y
+        return out
+
+
+def compare(block: nn.Module, module: FusedMoE) -> None:
+    device = runtime.current().device
+    routing = make_routing("uniform", 6, E, K, device=device)
+    x = torch.randn(6, H, device=device)
+    expected = block.to(device)(x, routing.topk_ids, routing.topk_weights)
+    out = module.to(device)(x, topk_ids=routing.topk_ids, topk_weights=routing.topk_weights)
+    torch.testing.assert_close(out, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_fused_layouts(transposed: bool, interleaved: bool, bias: bool) -> None:
+    block = Fused(transposed=transposed, interleaved=interleaved, bias=bias)
+    compare(block, FusedMoE.from_hf(block, top_k=K))
+
+
+def test_one_set_of_weights_per_expert() -> None:
+    block = Fused()
+    for names in (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")):
+        state = {}
+        for e in range(E):
+            parts = (*block.gate_up_proj[e].chunk(2), block.down_proj[e])
+            state |= {f"experts.{e}.{name}.weight": part for name, part in zip(names, parts, strict=True)}
+        compare(block, FusedMoE.from_hf(state, top_k=K, activation="silu"))
+
+
+@pytest.mark.slow
+def test_transformers_own_blocks() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers.models.gpt_oss import configuration_gpt_oss, modeling_gpt_oss
+    from transformers.models.nemotron_h import configuration_nemotron_h, modeling_nemotron_h
+    from transformers.models.qwen3_moe import configuration_qwen3_moe, modeling_qwen3_moe
+
+    sizes = {"hidden_size": H, "num_experts_per_tok": K}
+    qwen = configuration_qwen3_moe.Qwen3MoeConfig(num_experts=E, moe_intermediate_size=N, **sizes)
+    oss = configuration_gpt_oss.GptOssConfig(num_local_experts=E, intermediate_size=N, **sizes)
+    nemotron = configuration_nemotron_h.NemotronHConfig(n_routed_experts=E, moe_intermediate_size=N, **sizes)
+    blocks = [
+        (modeling_qwen3_moe.Qwen3MoeExperts(qwen), None),
+        (modeling_gpt_oss.GptOssExperts(oss), "swiglu_oai"),
+        (modeling_nemotron_h.NemotronHExperts(nemotron), None),
+    ]
+    for block, activation in blocks:
+        for parameter in block.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        compare(Ids64(block), FusedMoE.from_hf(block, top_k=K, activation=activation))
+
+
+class Ids64(nn.Module):
+    """transformers indexes with int64."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return self.block(x, ids.long(), weights)
+
+
+def test_blocks_that_are_none() -> None:
+    good = dict(Fused().state_dict())
+    with pytest.raises(ShapeError, match="do not belong together"):
+        FusedMoE.from_hf({**good, "down_proj": torch.zeros(E, H, N + 1)}, top_k=K, activation="silu")
+    with pytest.raises(ShapeError, match="besides its expert weights"):
+        FusedMoE.from_hf({**good, "norm.weight": torch.zeros(H)}, top_k=K, activation="silu")
+    with pytest.raises(ShapeError, match="interleaved=True"):
+        FusedMoE.from_hf({**good, "gate_up_proj_bias": torch.zeros(E, 2 * N)}, top_k=K, activation="silu")
+    with pytest.raises(UnknownNameError, match="Pass activation="):
+        FusedMoE.from_hf(good, top_k=K)
+    with pytest.raises(ShapeError, match="experts 0, 1, 2"):
+        FusedMoE.from_hf({"0.w1.weight": torch.zeros(N, H)}, top_k=K, activation="silu")
+
+
+def test_from_shape_and_router_logits() -> None:
+    device = runtime.current().device
+    shape = MoEShape.from_sizes(num_experts=E, top_k=K, hidden_size=H, moe_intermediate_size=N)
+    module = FusedMoE.from_shape(shape, dtype=torch.float32, device=device)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(2, 3, H, device=device)
+    logits = torch.randn(6, E, device=device)
+    weights, ids = torch.softmax(logits, -1).topk(K, -1)
+    direct = module(x, topk_weights=weights / weights.sum(-1, keepdim=True), topk_ids=ids.int())
+    torch.testing.assert_close(module(x, logits), direct)
+    assert direct.shape == x.shape and "E=4, k=2, H=32" in repr(module)

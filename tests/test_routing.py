@@ -1,0 +1,167 @@
+"""Routing rules against hand-made cases, laws of alignment, and routing files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moelab.errors import RoutingError, ShapeError, UnknownNameError
+from moelab.routing import (
+    ROUTINGS,
+    check_ids,
+    count_experts,
+    expected_experts_touched,
+    grouped_topk,
+    load_routing,
+    make_routing,
+    max_padded_pairs,
+    moe_align_block_size_ref,
+    sigmoid_topk,
+    softmax_topk,
+)
+
+
+def test_softmax_topk_by_hand() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
+    weights, ids = softmax_topk(logits, 2)
+    assert ids.tolist() == [[1, 2]] and ids.dtype == torch.int32
+    e = torch.tensor([3.0, 2.0]).exp()
+    torch.testing.assert_close(weights, (e / e.sum())[None])
+    plain, _ = softmax_topk(logits, 2, renormalize=False)
+    torch.testing.assert_close(plain, torch.softmax(logits, -1)[:, [1, 2]])
+
+
+def test_a_bias_chooses_but_does_not_weigh() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    weights, ids = sigmoid_topk(logits, 1, correction_bias=torch.tensor([0.0, 0.0, 5.0]))
+    assert ids.item() == 2
+    torch.testing.assert_close(weights, torch.sigmoid(torch.tensor([[0.0]])))
+
+
+def test_groups_keep_their_best_and_drop_the_rest() -> None:
+    # Groups (0, 1), (2, 3), (4, 5); the best group by its best expert is the last, then the first.
+    logits = torch.tensor([[5.0, -9.0, 4.9, 4.8, 6.0, -9.0]])
+    _, ids = grouped_topk(logits, 2, num_groups=3, top_k_groups=2)
+    assert sorted(ids[0].tolist()) == [0, 4]
+    # With a bias a group's score is the sum of its two best: then the middle group wins over the first.
+    _, ids = grouped_topk(logits, 2, num_groups=3, top_k_groups=1, score="sigmoid", correction_bias=torch.zeros(6))
+    assert sorted(ids[0].tolist()) == [2, 3]
+
+
+@given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 9))
+def test_one_group_is_no_group(seed: int, num_experts: int, num_tokens: int) -> None:
+    logits = torch.randn(num_tokens, num_experts, generator=torch.Generator().manual_seed(seed))
+    top_k = 1 + seed % num_experts
+    grouped, plain = grouped_topk(logits, top_k), softmax_topk(logits, top_k)
+    if top_k > 1:
+        torch.testing.assert_close(grouped[0], plain[0])
+    assert torch.equal(grouped[1], plain[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (dict(top_k=5), "top_k = 5 with 4 experts"),
+        (dict(top_k=0), "top_k = 0"),
+        (dict(top_k=1, num_groups=3), "groups"),
+        (dict(top_k=3, num_groups=2, top_k_groups=1), "hold 2 experts"),
+    ],
+)
+def test_routings_that_cannot_be(arguments: dict, words: str) -> None:
+    with pytest.raises(RoutingError, match=words):
+        grouped_topk(torch.zeros(2, 4), **arguments)
+
+
+def test_logits_of_another_rank() -> None:
+    with pytest.raises(ShapeError, match="num_tokens, num_experts"):
+        softmax_topk(torch.zeros(2, 3, 4), 1)
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(1, 1, 1), (3, 8, 8), (600, 60, 4), (0, 4, 2)])
+def test_made_routings_are_valid_and_repeat(name: str, num_tokens: int, num_experts: int, top_k: int) -> None:
+    routing = make_routing(name, num_tokens, num_experts, top_k, seed=3)
+    check_ids(routing.topk_ids, num_experts)
+    assert routing.topk_ids.shape == (num_tokens, top_k)
+    torch.testing.assert_close(routing.topk_weights.sum(1), torch.ones(num_tokens))
+    again = make_routing(name, num_tokens, num_experts, top_k, seed=3)
+    assert torch.equal(routing.topk_ids, again.topk_ids) and torch.equal(routing.topk_weights, again.topk_weights)
+
+
+def test_zipf_is_skewed_and_uniform_is_not() -> None:
+    counts = {name: make_routing(name, 4000, 32, 2, seed=1).tokens_per_expert() for name in ("uniform", "zipf")}
+    assert counts["zipf"].max() > 3 * counts["uniform"].max()
+
+
+def test_expected_experts_touched_is_the_mean_of_uniform_routings() -> None:
+    drawn = [make_routing("uniform", 20, 64, 4, seed=s).experts_touched() for s in range(300)]
+    expected = expected_experts_touched(64, 4, 20)
+    standard_error = np.std(drawn) / len(drawn) ** 0.5
+    assert abs(np.mean(drawn) - expected) < 4 * standard_error
+
+
+@given(st.integers(1, 9), st.integers(1, 40), st.sampled_from([1, 4, 16]), st.integers(0, 2**31), st.floats(0, 1))
+def test_alignment_law(num_experts: int, num_tokens: int, block: int, seed: int, foreign: float) -> None:
+    """Every pair stands once, in a block of its expert; runs are stable, padded, and within the bound."""
+    routing = make_routing("zipf", num_tokens, num_experts, 1 + seed % num_experts, seed=seed)
+    rng = np.random.default_rng(seed)
+    ids = routing.topk_ids.clone()
+    ids[torch.from_numpy(rng.random(ids.shape) < foreign)] = -1
+    flat, pairs = ids.flatten(), ids.numel()
+    aligned = moe_align_block_size_ref(ids, block, num_experts)
+    total = int(aligned.num_tokens_post_padded)
+    assert total % block == 0 and total <= aligned.sorted_token_ids.numel() == max_padded_pairs(
+        pairs, block, num_experts
+    )
+    blocks = aligned.sorted_token_ids[:total].view(-1, block)
+    for expert, block_rows in zip(aligned.expert_ids[: total // block].tolist(), blocks.tolist(), strict=True):
+        own = [pair for pair in block_rows if pair < pairs]
+        assert own and own == sorted(own) and all(int(flat[pair]) == expert for pair in own)
+    used = [pair for pair in aligned.sorted_token_ids[:total].tolist() if pair < pairs]
+    assert sorted(used) == list(range(pairs))
+
+
+def test_counts_leave_foreign_experts_out() -> None:
+    assert count_experts(torch.tensor([[0, 2], [2, -1], [9, 1]]), 3).tolist() == [1, 1, 2]
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt"])
+def test_recorded_ids_come_back(tmp_path: Path, suffix: str) -> None:
+    ids = make_routing("zipf", 10, 16, 4).topk_ids
+    path = tmp_path / f"ids{suffix}"
+    torch.save(ids, path) if suffix == ".pt" else np.save(path, ids.numpy())
+    routing = load_routing(path, 16)
+    assert torch.equal(routing.topk_ids, ids) and routing.name == path.name
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (np.zeros((2, 2, 2), np.int32), "int"),
+        (np.zeros((4, 2), np.float32), "float32"),
+        (np.array([[0, 16]]), r"\[0, 16\]"),
+        (np.array([[3, 3]]), "twice"),
+    ],
+)
+def test_recorded_ids_that_nobody_can_use(tmp_path: Path, content: np.ndarray, words: str) -> None:
+    np.save(tmp_path / "ids.npy", content)
+    with pytest.raises(RoutingError, match=words):
+        load_routing(tmp_path / "ids.npy", 16)
+
+
+def test_a_truncated_routing_file(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.zeros((100, 2), np.int32))
+    whole = (tmp_path / "ids.npy").read_bytes()
+    (tmp_path / "ids.npy").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(RoutingError, match="Record topk_ids again"):
+        load_routing(tmp_path / "ids.npy", 16)
+
+
+def test_unknown_routing_offers_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="uniform"):
+        make_routing("unifrom", 4, 4, 1)

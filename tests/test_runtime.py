@@ -1,0 +1,78 @@
+"""Where kernels run is decided once, before triton is imported, and told with its reason."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moelab import runtime
+from moelab.errors import DtypeError, RuntimeModeError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(code: str, **environment: str) -> str:
+    """What a fresh Python prints, without this session's TRITON_INTERPRET."""
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    clean |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment}
+    return subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True).stdout
+
+
+def test_without_a_gpu_the_interpreter_is_chosen_before_triton_is_imported() -> None:
+    code = "from moelab.kernels import tiles; import triton; print(triton.knobs.runtime.interpret)"
+    assert run(code).strip() == "True"
+
+
+def test_an_explicit_choice_is_obeyed() -> None:
+    code = "from moelab import runtime; print(runtime.current().mode)"
+    assert run(code, TRITON_INTERPRET="1").strip() == "interpreter"
+    assert run(code, TRITON_INTERPRET="0").strip() == "none"
+
+
+def test_triton_imported_first_leaves_no_kernels_and_says_so() -> None:
+    code = (
+        "import triton\nfrom moelab import runtime\nfrom moelab.errors import RuntimeModeError\n"
+        "try: runtime.require_kernels()\nexcept RuntimeModeError as e: print(e)"
+    )
+    printed = run(code)
+    assert "triton was imported before moelab" in printed and "TRITON_INTERPRET=1" in printed
+
+
+@pytest.mark.skipif(runtime.current().mode != "interpreter", reason="about the interpreter")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_dtypes_that_the_interpreter_gets_wrong_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(RuntimeModeError, match="wrong numbers"):
+        runtime.require_kernels(dtype)
+    for fine in (torch.float16, torch.float32, torch.float64):
+        assert runtime.require_kernels(fine).mode == "interpreter"
+
+
+def test_keys_are_spelled_as_config_files_spell_them() -> None:
+    assert runtime.device_key("NVIDIA H100 80GB HBM3") == "NVIDIA_H100_80GB_HBM3"
+    assert runtime.triton_key("3.6.0+git8a1c2d3") == "triton_3_6_0"
+    assert runtime.triton_key("3.5.1") == "triton_3_5_1"
+
+
+def test_provenance_names_what_a_recording_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOELAB_GIT_COMMIT", "abc123")
+    found = runtime.provenance(seed=7)
+    assert found["git_commit"] == "abc123" and found["seed"] == 7 and found["torch"] == torch.__version__
+    assert len(found["date"].split("-")) == 3
+
+
+def test_folders_are_the_checkouts_unless_overridden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("MOELAB_DATA_DIR", raising=False)
+    assert runtime.data_dir() == ROOT / "data"
+    monkeypatch.setenv("MOELAB_DATA_DIR", str(tmp_path))
+    assert runtime.data_dir() == tmp_path
+
+
+def test_unknown_dtype_names_the_known_ones() -> None:
+    assert runtime.torch_dtype("bfloat16") is torch.bfloat16
+    with pytest.raises(DtypeError, match="float16"):
+        runtime.torch_dtype("bf16")
