@@ -29,10 +29,7 @@ _HOMES = {
     "MoelabError": "errors",
 }
 
-_ROOMS = (
-    "errors runtime shapes config routing inputs reference kernels fused_moe module precision measure roofline recordings "
-    "config_files suites plots widgets cli"
-).split()
+_ROOMS = ["errors", "runtime", "shapes", "config", "routing", "inputs", "reference", "kernels", "fused_moe", "module", "precision", "measure", "roofline", "recordings", "config_files", "suites", "plots", "widgets", "cli"]
 
 __all__ = sorted([*_HOMES, "__version__"])
 

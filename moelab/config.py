@@ -112,7 +112,10 @@ class KernelConfig:
         float or a string is not one). Values are not judged further: see `check`.
         """
         if not isinstance(entry, Mapping):
-            raise ConfigError(f"A kernel config must be a JSON object of integers, got {type(entry).__name__}.")
+            raise ConfigError(
+                f"A kernel config must be a JSON object, not a {type(entry).__name__}. Expected one of integers. "
+                "Correct the entry."
+            )
         problems = _json_problems(entry)
         if problems:
             raise ConfigError(
@@ -157,7 +160,8 @@ def dtype_bytes(dtype: str) -> int:
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPE_BYTES:
         raise UnknownNameError(
-            f"Unknown dtype {name!r}.{nearest_names(name, DTYPE_BYTES)} Expected one of {', '.join(DTYPE_BYTES)}."
+            f"Unknown dtype {name!r}.{nearest_names(name, DTYPE_BYTES)} Expected one of {', '.join(DTYPE_BYTES)}. Name "
+            "one."
         )
     return DTYPE_BYTES[name]
 
@@ -169,7 +173,7 @@ def get_target(target: str | Target) -> Target:
     if target not in TARGETS:
         raise UnknownNameError(
             f"Unknown target {target!r}.{nearest_names(str(target), TARGETS)} Expected one of {', '.join(TARGETS)}; "
-            "for another chip pass a Target with its limits."
+            "or pass a Target with the limits of another chip."
         )
     return TARGETS[target]
 
@@ -333,7 +337,8 @@ def check(
     error = SharedMemoryError if only_memory else ConfigError
     raise error(
         f"The config {config.short()} cannot run{f' on {get_target(target).name}' if target is not None else ''}: "
-        f"{'; '.join(broken)}. Change those fields, or pass config=None for the tuned or default one."
+        f"{'; '.join(broken)}. Expected a config without that. Change those fields, or pass config=None for the tuned "
+        "or default one."
     )
 
 
@@ -347,8 +352,9 @@ def default_config(num_tokens: int, num_experts: int, dtype: str = "bfloat16") -
     dtype_bytes(dtype)
     if num_tokens < 1 or num_experts < 1:
         raise ConfigError(
-            f"A config needs num_tokens >= 1 and num_experts >= 1, got {num_tokens} and {num_experts}. "
-            "An empty batch launches no kernel."
+            f"No config for num_tokens = {num_tokens} and num_experts = {num_experts}. Expected 1 or more of each: an "
+            "empty "
+            "batch launches no kernel. Skip the call."
         )
     if num_tokens <= num_experts:
         return KernelConfig(16, 32, 64, 1)

@@ -73,18 +73,21 @@ def file_name(
     """
     if num_experts < 1 or moe_intermediate_size < 1:
         raise ConfigFileError(
-            f"A config file is named by E >= 1 and N >= 1, got E={num_experts}, N={moe_intermediate_size}."
+            f"No config file is named by E={num_experts}, N={moe_intermediate_size}. Expected 1 or more of each. Take "
+            "them from "
+            "a MoEShape."
         )
     device = device_name.strip().replace(" ", "_")
     if not device or "," in device or "/" in device:
         raise ConfigFileError(
             f"The device name {device_name!r} cannot stand in a file name. Expected one such as 'NVIDIA H200'; "
-            "moelab.runtime.device_key() gives this machine's."
+            "take this machine's from moelab.runtime.device_key()."
         )
     if dtype_selector is not None and dtype_selector not in DTYPE_SELECTORS:
         raise UnknownNameError(
             f"Unknown dtype selector {dtype_selector!r}.{nearest_names(dtype_selector, DTYPE_SELECTORS)} "
-            f"Expected one of {', '.join(DTYPE_SELECTORS)}, or None for bfloat16 and float16."
+            f"Expected one of {', '.join(DTYPE_SELECTORS)}, or None for bfloat16 and float16. Name one, or see "
+            "dtype_selector()."
         )
     block = (block_shape[0], block_shape[1]) if block_shape else None
     return FileName(num_experts, moe_intermediate_size, device, dtype_selector, block, per_channel_quant, down).text()
@@ -104,7 +107,8 @@ def parse_file_name(name: str) -> FileName:
     if not match:
         raise ConfigFileError(
             f"{name!r} is not a config file's name. Expected E=<experts>,N=<intermediate size per rank>,"
-            "device_name=<device>[,dtype=<selector>][,block_shape=[n, k]][,per_channel_quant=True][_down].json"
+            "device_name=<device>[,dtype=<selector>][,block_shape=[n, k]][,per_channel_quant=True][_down].json. "
+            "Rename it; file_name() builds one."
         )
     found = match.groupdict()
     block = (int(found["block_n"]), int(found["block_k"])) if found["block_n"] else None
@@ -133,19 +137,24 @@ def read_config_file(path: str | Path) -> dict[int, KernelConfig]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
     except OSError as error:
-        raise ConfigFileError(f"Cannot read {path}: {error.strerror}. Check the folder and the name.") from error
+        raise ConfigFileError(
+            f"Cannot read {path}: {error.strerror}. Expected a config file. Check the folder and the name."
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ConfigFileError(
-            f"{path} is not JSON: {error}. It may be cut short; restore it from git or tune the shape again."
+            f"{path} is not JSON: {error}. Expected a whole file; it may be cut short. Restore it from git or tune the "
+            "shape again."
         ) from error
     if not isinstance(content, dict):
-        raise ConfigFileError(f"{path} holds a JSON {type(content).__name__}. Expected batch size -> config.")
+        raise ConfigFileError(
+            f"{path} holds a JSON {type(content).__name__}. Expected batch size -> config. Restore it from git."
+        )
     content.pop("triton_version", None)  # vLLM writes it, and skips it when reading
     configs = {}
     for key, entry in content.items():
         configs[_batch_key(key, path)] = _entry(key, entry, path)
     if not configs:
-        raise ConfigFileError(f"{path} holds no batch size. Expected at least one; tune the shape again.")
+        raise ConfigFileError(f"{path} holds no batch size. Expected at least one. Tune the shape again.")
     return configs
 
 
@@ -159,7 +168,9 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _batch_key(key: str, path: Path) -> int:
     if not re.fullmatch(r"[1-9][0-9]*", key):
-        raise ConfigFileError(f"{path} has the batch size {key!r}. Expected a positive integer in digits.")
+        raise ConfigFileError(
+            f"{path} has the batch size {key!r}. Expected a positive integer in digits. Correct the key."
+        )
     return int(key)
 
 
@@ -180,10 +191,12 @@ def write_config_file(path: str | Path, configs: Mapping[int, KernelConfig]) -> 
 
     path = Path(path)
     if not configs:
-        raise ConfigFileError(f"There is nothing to write to {path}. Expected at least one batch size.")
+        raise ConfigFileError(f"There is nothing to write to {path}. Expected at least one batch size. Pass one.")
     wrong = [key for key in configs if type(key) is not int or key < 1]
     if wrong:
-        raise ConfigFileError(f"The batch size {wrong[0]!r} cannot be a key of {path}. Expected an integer >= 1.")
+        raise ConfigFileError(
+            f"The batch size {wrong[0]!r} cannot be a key of {path}. Expected an integer >= 1. Correct the key."
+        )
     for config in configs.values():
         check(config)
     entries = {str(key): configs[key].to_json() for key in sorted(configs)}
@@ -238,7 +251,9 @@ def nearest_key(keys: Mapping[int, Any] | list[int], num_tokens: int) -> int:
     Raises ConfigFileError if there is none.
     """
     if not keys:
-        raise ConfigFileError("There is no batch size to choose from. Expected a config file with at least one.")
+        raise ConfigFileError(
+            "There is no batch size to choose from. Expected a config file with at least one. Tune the shape."
+        )
     return min(keys, key=lambda key: abs(key - num_tokens))
 
 
@@ -278,9 +293,13 @@ def lookup(
     broken file is never skipped in silence.
     """
     if rules not in RULES:
-        raise UnknownNameError(f"Unknown rules {rules!r}.{nearest_names(rules, RULES)} Known: {', '.join(RULES)}.")
+        raise UnknownNameError(
+            f"Unknown rules {rules!r}.{nearest_names(rules, RULES)} Expected one of {', '.join(RULES)}. Name one."
+        )
     if num_tokens < 1:
-        raise ConfigFileError(f"num_tokens is {num_tokens}. Expected 1 or more: an empty batch needs no config.")
+        raise ConfigFileError(
+            f"num_tokens is {num_tokens}. Expected 1 or more: an empty batch needs no config. Skip the call."
+        )
 
     def name(down: bool) -> str:
         return file_name(

@@ -166,7 +166,8 @@ def _compiled_layer(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def compiled_layer(call: MoECall) -> Callable[..., Tensor]:
-    """What `compiled` compiles: torch's grouped product, which takes bfloat16 rows of whole 16 bytes, else `_dense_layer`."""
+    """What `compiled` compiles: torch's grouped product, which takes bfloat16 rows of whole 16 bytes, else "
+    "`_dense_layer`."""
     sizes = (*call.w13.shape[1:], *call.w2.shape[1:])
     grouped = call.hidden_states.dtype == torch.bfloat16 and not any(size % 8 for size in sizes)
     return _grouped_mm_layer if grouped else _dense_layer
@@ -259,7 +260,8 @@ def _route(
 ) -> tuple[Tensor, Tensor]:
     if weights is not None or ids is not None or top_k is None:
         raise RoutingError(
-            "router_logits came with topk_weights or topk_ids, or without top_k. Expected router_logits and top_k alone. "
+            "router_logits came with topk_weights or topk_ids, or without top_k. Expected router_logits and top_k "
+            "alone. "
             "For another rule than softmax, call a function of moelab.routing and pass its result."
         )
     if logits.ndim == 2 and logits.shape[0] != x.shape[0]:
@@ -280,7 +282,8 @@ def _check_call(call: MoECall) -> None:
     rows = w13.shape[1]
     if call.gated and rows % 2:
         raise ShapeError(
-            f"w13 has {rows} rows an expert. Expected an even number, gate rows and then up rows. Pass gated=False for none."
+            f"w13 has {rows} rows an expert. Expected an even number, gate rows and then up rows. Pass gated=False for "
+            "none."
         )
     checks.check_shape("w2", w2, (w13.shape[0], x.shape[1], rows // 2 if call.gated else rows))
     checks.check_shape("topk_ids", ids, (x.shape[0], "top_k"))

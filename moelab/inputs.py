@@ -36,14 +36,17 @@ class MoEInputs:
 
 
 def random_tensor(size: tuple[int, ...], std: float, *, dtype: torch.dtype, device: str, seed: int) -> Tensor:
-    """Normal values of standard deviation `std`, drawn in float32 on the device and rounded to `dtype`.
+    """Normal values of standard deviation `std`, drawn in float32 (float64 for float64) and rounded to `dtype`.
 
-    Weights are drawn expert by expert, so that a large tensor needs no float32 copy of itself.
+    Drawn in pieces of at most 2^26 values, so that a large tensor needs no float32 copy of itself.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
     out = torch.empty(size, dtype=dtype, device=device)
-    for part in out if len(size) > 2 else (out,):
-        part.copy_(torch.randn(part.shape, generator=generator, device=device) * std)
+    # Not float32 for float64: a float64 sum of float32 values is exact, and would hide every error.
+    wide = torch.promote_types(dtype, torch.float32)
+    rows = max(1, 2**26 // max(1, out[:1].numel()))
+    for part in out.split(rows):
+        part.copy_(torch.randn(part.shape, generator=generator, device=device, dtype=wide) * std)
     return out
 
 

@@ -44,17 +44,17 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UnknownModelError(
-            f"{file} does not exist. Give the path of a config.json, or of its folder."
+            f"{file} does not exist. Expected a file. Give the path of a config.json, or of its folder."
         ) from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise ConfigFileError(
             f"{file} is not valid JSON ({error}). Expected a model's whole config.json: fetch it again."
         ) from None
     except OSError as error:
-        raise ConfigFileError(f"{file} cannot be read ({error.strerror}).") from None
+        raise ConfigFileError(f"{file} cannot be read ({error.strerror}). Expected a file. Check its rights.") from None
     if not isinstance(config, dict):
         raise ConfigFileError(
-            f"{file} holds a {type(config).__name__}, expected the JSON object of a config.json."
+            f"{file} holds a {type(config).__name__}, expected the JSON object of a config.json. Fetch it again."
         )
     return config
 
@@ -171,8 +171,8 @@ class _Reader:
 
     def fail_dense(self, why: str) -> NoReturn:
         raise UnknownArchitectureError(
-            f"{_label(self.config) or 'This config'} has no MoE layers: {why}. moelab works on "
-            "mixture-of-experts layers only; give the config of a model that has them."
+            f"{_label(self.config) or 'This config'} has no MoE layers: {why}. Expected "
+            "mixture-of-experts layers. Give the config of a model that has them."
         )
 
     def value(self, spec: str) -> Any:
@@ -280,8 +280,8 @@ def _unreadable(config: Mapping[str, Any], why: str) -> UnknownArchitectureError
     near = nearest_names(label, BY_NAME) if label not in BY_NAME else ""
     return UnknownArchitectureError(
         f"Cannot read the MoE sizes of {label or 'a config without architectures and model_type'}: {why}.\n"
-        f"Known architectures: {known}.{near}\n"
-        "To give the sizes by hand, in Python: MoEShape.from_sizes(num_experts=128, top_k=8, "
+        f"Expected one of the known architectures: {known}.{near}\n"
+        "Give the sizes by hand; in Python: MoEShape.from_sizes(num_experts=128, top_k=8, "
         "hidden_size=2048, moe_intermediate_size=768); on the command line: write them to a file as "
         '{"num_experts": 128, "num_experts_per_tok": 8, "hidden_size": 2048, "moe_intermediate_size": 768, '
         '"hidden_act": "silu"} and pass its path as --model.'

@@ -32,12 +32,17 @@ TINY_ULP = 1.0
 output right, a contender's last rounding may still fall the other way."""
 
 
+# A percentile of more values than this is taken from every n-th of them: a sort of 2^31 would not fit beside them.
+_PERCENTILE_SAMPLE = 1 << 24
+
+
 @dataclass(frozen=True)
 class ErrorReport:
     """How far a result is from its reference.
 
     max_abs, mean_abs: |out - ref|. max_rel: max_abs over the largest |ref|. rel_fro: Frobenius norm of out -
-    ref over that of ref. max_ulp, mean_ulp: |out - ref| in spacings of `dtype` at |ref|. finite: no NaN or
+    ref over that of ref. max_ulp, mean_ulp, p99_ulp (99th percentile): |out - ref| in spacings of `dtype` at |ref|;
+    where sums cancel to near zero max_ulp explodes, and the percentile says more. finite: no NaN or
     infinity on either side; where there is one, every error is infinite. n: elements compared. dtype: the
     result's.
     """
@@ -48,6 +53,7 @@ class ErrorReport:
     rel_fro: float
     max_ulp: float
     mean_ulp: float
+    p99_ulp: float
     finite: bool
     n: int
     dtype: str
@@ -56,7 +62,9 @@ class ErrorReport:
 def _dtype_of(dtype: torch.dtype | str) -> torch.dtype:
     found = getattr(torch, str(dtype).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise DtypeError(f"{dtype!r} is not a floating-point dtype. Expected one of {', '.join(UPSTREAM_TOLERANCE)}.")
+        raise DtypeError(
+            f"{dtype!r} is not a floating-point dtype. Expected one of {', '.join(UPSTREAM_TOLERANCE)}. Cast it."
+        )
     return found
 
 
@@ -81,18 +89,21 @@ def error(out: torch.Tensor, ref_f64: torch.Tensor, dtype: torch.dtype | str | N
     a reference that is not float64. Not-finite values are reported, not raised: `check` refuses them.
     """
     if out.shape != ref_f64.shape:
-        raise ShapeError(f"out is {tuple(out.shape)}, the reference {tuple(ref_f64.shape)}. Expected the same shape.")
+        raise ShapeError(
+            f"out is {tuple(out.shape)}, the reference {tuple(ref_f64.shape)}. Expected the same shape. Compare like "
+            "with like."
+        )
     if ref_f64.dtype != torch.float64:
-        raise DtypeError(f"The reference is {ref_f64.dtype}. Expected torch.float64: compute it from inputs cast up.")
+        raise DtypeError(f"The reference is {ref_f64.dtype}. Expected torch.float64. Compute it from inputs cast up.")
     unit = _dtype_of(dtype if dtype is not None else out.dtype)
     name = str(unit).removeprefix("torch.")
     ref = ref_f64.detach().to(out.device)
     got = out.detach().to(torch.float64)
     if out.numel() == 0:
-        return ErrorReport(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, True, 0, name)
+        return ErrorReport(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, True, 0, name)
     if not (torch.isfinite(got).all() and torch.isfinite(ref).all()):
         inf = math.inf
-        return ErrorReport(inf, inf, inf, inf, inf, inf, False, out.numel(), name)
+        return ErrorReport(inf, inf, inf, inf, inf, inf, inf, False, out.numel(), name)
     difference = (got - ref).abs()
     in_ulp = difference / ulp(ref, unit)
     max_abs = difference.max().item()
@@ -103,10 +114,16 @@ def error(out: torch.Tensor, ref_f64: torch.Tensor, dtype: torch.dtype | str | N
         rel_fro=_ratio(torch.linalg.vector_norm(difference).item(), torch.linalg.vector_norm(ref).item()),
         max_ulp=in_ulp.max().item(),
         mean_ulp=in_ulp.mean().item(),
+        p99_ulp=_percentile_99(in_ulp),
         finite=True,
         n=out.numel(),
         dtype=name,
     )
+
+
+def _percentile_99(values: torch.Tensor) -> float:
+    few = values.flatten()[:: 1 + values.numel() // _PERCENTILE_SAMPLE]
+    return few.kthvalue(math.ceil(0.99 * few.numel())).values.item()
 
 
 def _ratio(numerator: float, denominator: float) -> float:
@@ -129,7 +146,7 @@ def tolerance(torch_out: torch.Tensor, ref_f64: torch.Tensor, tiny: float | None
     if not own.finite:
         raise PrecisionError(
             "torch's own result, or the float64 reference, holds NaN or infinity: nothing can be judged by it. "
-            "Draw inputs whose result fits the dtype."
+            "Expected finite values. Draw inputs whose result fits the dtype."
         )
     if tiny is None:
         largest = ref_f64.detach().abs().max() if ref_f64.numel() else torch.zeros((), dtype=torch.float64)
@@ -153,7 +170,10 @@ def check(
     """Return the error of `out`; raise PrecisionError, with figures, where `passes` is false."""
     problem = _verdict(out, torch_out, ref_f64, tiny)
     if problem:
-        raise PrecisionError(f"{name}: {problem}. Look for a wrong mask, index or accumulator type before timing it.")
+        raise PrecisionError(
+            f"{name}: {problem}. Expected a result as near to float64 as torch's is. Look for a wrong mask, index or "
+            "accumulator type before timing it."
+        )
     return error(out, ref_f64)
 
 
@@ -179,11 +199,13 @@ def upstream_check(out: torch.Tensor, torch_out: torch.Tensor) -> bool:
     """
     name = str(torch_out.dtype).removeprefix("torch.")
     if name not in UPSTREAM_TOLERANCE:
-        raise UnknownNameError(f"Upstream gives no tolerance for {name}. It has {', '.join(UPSTREAM_TOLERANCE)}.")
+        raise UnknownNameError(
+            f"Upstream gives no tolerance for {name}. Expected {' or '.join(UPSTREAM_TOLERANCE)}. Use `check`."
+        )
     if out.shape != torch_out.shape or out.dtype != torch_out.dtype:
         raise ShapeError(
             f"Cannot compare {out.dtype} {tuple(out.shape)} with {torch_out.dtype} {tuple(torch_out.shape)}. "
-            "Expected the same dtype and shape."
+            "Expected the same dtype and shape. Compare like with like."
         )
     bound = UPSTREAM_TOLERANCE[name]
     return torch.allclose(out.to(torch.float64), torch_out.to(torch.float64), atol=bound, rtol=bound)
@@ -203,7 +225,8 @@ def compare(
     """
     if torch_name not in contenders:
         raise UnknownNameError(
-            f"No {torch_name!r} among {', '.join(contenders)}: the bound comes from torch's own result."
+            f"No {torch_name!r} among {', '.join(contenders)}. Expected torch's own result: the bound comes from it. "
+            "Add it."
         )
     torch_out = contenders[torch_name]
     bound = tolerance(torch_out, ref_f64, tiny)
@@ -255,7 +278,7 @@ def sum_reduce_double_double(x: torch.Tensor, routed_scaling_factor: float = 1.0
     must stay under 1e290. Raises ShapeError unless x has three axes.
     """
     if x.dim() != 3:
-        raise ShapeError(f"x has shape {tuple(x.shape)}. Expected (num_tokens, top_k, hidden_size).")
+        raise ShapeError(f"x has shape {tuple(x.shape)}. Expected (num_tokens, top_k, hidden_size). Reshape it.")
     total = torch.zeros(x.shape[0], x.shape[2], dtype=torch.float64, device=x.device)
     lost = torch.zeros_like(total)
     for slot in x.detach().unbind(1):

@@ -97,15 +97,15 @@ def load(suite: str | Path) -> Recording:
         known = sorted(p.stem for p in path.parent.glob("*.json"))
         raise RecordingError(
             f"There is no recording at {path}.{nearest_names(path.stem, known)} "
-            f"Recordings there: {', '.join(known) or 'none'}. {remedy}"
+            f"Expected one of those there: {', '.join(known) or 'none yet'}. {remedy}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecordingError(f"Cannot read the recording {path}: {error}. {remedy}") from error
+        raise RecordingError(f"Cannot read the recording {path}: {error}. Expected a JSON file. {remedy}") from error
     try:
         content = json.loads(text, parse_constant=_refuse_constant)
     except ValueError as error:
         raise RecordingError(
-            f"The recording {path} is not strict JSON: {error}. It may be cut short. {remedy}"
+            f"The recording {path} is not strict JSON: {error}. Expected a whole file; it may be cut short. {remedy}"
         ) from error
     _require_content(content, f"The recording {path}", remedy)
     return Recording(content["suite"], content["provenance"], content["protocol"], tuple(content["rows"]), path)
@@ -124,7 +124,7 @@ def write(recording: Recording, path: str | Path | None = None) -> Path:
         "protocol": dict(recording.protocol),
         "rows": [dict(row) for row in recording.rows],
     }
-    _require_content(content, f"The recording {recording.suite!r}", "Nothing was written; measure those rows again.")
+    _require_content(content, f"The recording {recording.suite!r}", "Nothing was written. Measure those rows again.")
     target = Path(path) if path is not None else recordings_dir() / f"{recording.suite}.json"
     write_atomically(target, _encode(content))
     return target
@@ -176,7 +176,9 @@ def _refuse_constant(name: str) -> float:
 def _require_content(content: Any, what: str, remedy: str) -> None:
     problem = _problem(content)
     if problem:
-        raise RecordingError(f"{what} {problem}. {remedy}")
+        raise RecordingError(
+            f"{what} {problem}. Expected schema {SCHEMA}: provenance, protocol, and rows of finite values. {remedy}"
+        )
 
 
 def _problem(content: Any) -> str | None:

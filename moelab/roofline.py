@@ -92,13 +92,15 @@ def device_data(device: str = "NVIDIA_H200") -> Mapping[str, Any]:
     path = _devices_dir() / f"{key}.json"
     if key not in device_names():
         raise UnknownNameError(
-            f"No ceilings for the device {device!r}.{nearest_names(key, device_names())} Known: "
+            f"No ceilings for the device {device!r}.{nearest_names(key, device_names())} Expected one of "
             f"{', '.join(device_names())}. Add {path.name} to data/devices, or build a Ceilings by hand."
         )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise MoelabError(f"{path} is not JSON: {error}. Restore it from git.") from error
+        raise MoelabError(
+            f"{path} is not JSON: {error}. Expected the ceilings of a device. Restore it from git."
+        ) from error
 
 
 def load_ceilings(device: str = "NVIDIA_H200", kind: Kind = "measured", dtype: str = "bfloat16") -> Ceilings:
@@ -111,14 +113,15 @@ def load_ceilings(device: str = "NVIDIA_H200", kind: Kind = "measured", dtype: s
     data = device_data(device)
     if kind not in data["ceilings"]:
         raise UnknownNameError(
-            f"No {kind!r} ceilings for {data['device']}. It has: {', '.join(data['ceilings'])}. "
+            f"No {kind!r} ceilings for {data['device']}. Expected one of {', '.join(data['ceilings'])}. "
             "Pass one of those as kind=, or measure them on that device."
         )
     entry = data["ceilings"][kind]
     name = str(dtype).removeprefix("torch.")
     if name not in entry["flops_per_s"]:
         raise UnknownNameError(
-            f"No {kind} FLOP rate in {name} for {data['device']}. It has: {', '.join(entry['flops_per_s'])}."
+            f"No {kind} FLOP rate in {name} for {data['device']}. Expected one of {', '.join(entry['flops_per_s'])}. "
+            "Name one."
         )
     return Ceilings(entry["copy_bytes_per_s"], entry["flops_per_s"][name], data["device"], entry["source"])
 
@@ -135,7 +138,7 @@ def floor_us(cost: Cost, ceilings: Ceilings) -> Floor:
 
 def _require_tokens(num_tokens: int, what: str = "num_tokens") -> None:
     if num_tokens < 0:
-        raise ShapeError(f"{what} is {num_tokens}. Expected 0 or more.")
+        raise ShapeError(f"{what} is {num_tokens}. Expected 0 or more. Correct it.")
 
 
 def experts_touched(num_experts: int, top_k: int, num_tokens: int) -> float:
@@ -184,7 +187,9 @@ def layer_cost(shape: MoEShape, num_tokens: int, experts_touched: float | None =
     _require_tokens(num_tokens)
     touched = _expected_touched(shape, num_tokens) if experts_touched is None else experts_touched
     if not 0 <= touched <= shape.num_experts:
-        raise RoutingError(f"experts_touched is {touched} of {shape.num_experts} experts. Count distinct ids in range.")
+        raise RoutingError(
+            f"experts_touched is {touched} of {shape.num_experts} experts. Expected at most all. Count distinct ids."
+        )
     element = dtype_bytes(shape.dtype)
     matrices = 3 if shape.gated else 2
     size = shape.moe_intermediate_size * shape.hidden_size
@@ -278,13 +283,13 @@ def realised_padding(counts: Sequence[int], block_size_m: int) -> Padding:
     """The padding of a routing that happened: `counts` holds each expert's number of rows."""
     _require_block(block_size_m)
     if any(count < 0 for count in counts):
-        raise RoutingError(f"counts holds {min(counts)}. Expected each expert's number of rows, 0 or more.")
+        raise RoutingError(f"counts holds {min(counts)}. Expected 0 or more rows an expert. Count them again.")
     return Padding(float(sum(counts)), float(sum(_round_up(int(c), block_size_m) for c in counts)))
 
 
 def _require_block(block_size_m: int) -> None:
     if block_size_m < 1:
-        raise ShapeError(f"block_size_m is {block_size_m}. Expected 1 or more.")
+        raise ShapeError(f"block_size_m is {block_size_m}. Expected 1 or more. Correct it.")
 
 
 def _round_up(count: int, block: int) -> int:

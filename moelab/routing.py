@@ -6,6 +6,7 @@ CUDA graph. Kernels that do the same work faster live in moelab.kernels.align; t
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +82,8 @@ def _check_top_k(num_experts: int, top_k: int) -> None:
 def _check_logits(logits: Tensor, top_k: int) -> None:
     if logits.ndim != 2:
         raise ShapeError(
-            f"Router logits have shape {tuple(logits.shape)}. Expected (num_tokens, num_experts). Flatten the batch first."
+            f"Router logits have shape {tuple(logits.shape)}. Expected (num_tokens, num_experts). Flatten the batch "
+            "first."
         )
     _check_top_k(logits.shape[1], top_k)
 
@@ -201,7 +203,7 @@ def make_routing(
     if name not in ROUTINGS:
         raise UnknownNameError(
             f"Unknown routing {name!r}. Expected one of {sorted(ROUTINGS)}.{nearest_names(name, ROUTINGS)} "
-            "For topk_ids recorded from a server use load_routing(path)."
+            "Name one of them, or use load_routing(path) for topk_ids recorded from a server."
         )
     _check_top_k(num_experts, top_k)
     rng = np.random.default_rng(seed)
@@ -225,9 +227,11 @@ def load_routing(path: str | Path, num_experts: int, *, device: str | torch.devi
     path = Path(path)
     try:
         ids = torch.load(path, weights_only=True) if path.suffix == ".pt" else torch.from_numpy(np.load(path))
-    except (OSError, ValueError, EOFError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
+        # torch's own text would suggest weights_only=False, which runs whatever code the file holds.
+        why = error if isinstance(error, OSError) else type(error).__name__
         raise RoutingError(
-            f"Cannot read a routing from {path}: {error}. Expected .npy or .pt holding (num_tokens, top_k) integer ids. "
+            f"Cannot read a routing from {path}: {why}. Expected .npy or .pt holding (num_tokens, top_k) integer ids. "
             "Record topk_ids again."
         ) from error
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
@@ -248,7 +252,8 @@ def check_ids(topk_ids: Tensor, num_experts: int) -> None:
     low, high = int(topk_ids.min()), int(topk_ids.max())
     if low < -1 or high >= num_experts:
         raise RoutingError(
-            f"Expert ids span [{low}, {high}] with {num_experts} experts. Expected ids in [0, {num_experts}), or -1 for "
+            f"Expert ids span [{low}, {high}] with {num_experts} experts. Expected ids in [0, {num_experts}), or -1 "
+            "for "
             "an expert of another rank. Map global ids to this rank's first."
         )
     ordered = topk_ids.sort(dim=1).values

@@ -99,7 +99,8 @@ def require_kernels(dtype: Any = None) -> Runtime:
     if runtime.mode == "none":
         raise RuntimeModeError(
             f"Triton kernels cannot run in this process: {runtime.reason}. Expected a GPU or Triton's interpreter. "
-            "Install triton, or start Python with TRITON_INTERPRET=1 in the environment, or import moelab before triton."
+            "Install triton, or start Python with TRITON_INTERPRET=1 in the environment, or import moelab before "
+            "triton."
         )
     if runtime.mode == "interpreter" and dtype is not None:
         name = str(dtype).removeprefix("torch.")
@@ -118,7 +119,8 @@ def require_cuda(what: str) -> None:
     if not torch.cuda.is_available() or torch.version.cuda is None:
         raise RuntimeModeError(
             f"{what} needs an NVIDIA GPU and a CUDA build of torch; this process has "
-            f"{'ROCm' if torch.version.hip else 'no GPU'}. Use another implementation, for example 'triton' or 'torch'."
+            f"{'ROCm' if torch.version.hip else 'no GPU'}. Expected both. Run it on a GPU node, or use 'triton' or "
+            "'torch'."
         )
 
 

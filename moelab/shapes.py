@@ -85,12 +85,14 @@ class MoEShape:
         if self.num_routed_experts < 1:
             raise ShapeError(
                 f"num_experts is {self.num_experts}, of which {self.num_shared_experts_fused} are fused "
-                "shared experts: no routed expert is left. Expected num_experts > num_shared_experts_fused."
+                "shared experts: no routed expert is left. Expected num_experts > num_shared_experts_fused. Raise "
+                "num_experts."
             )
         everywhere = self.num_routed_experts * self.ep_size + self.num_shared_experts_fused
         if self.top_k > everywhere:
             raise ShapeError(
-                f"top_k is {self.top_k}, but the model has only {everywhere} experts. Expected at most that."
+                f"top_k is {self.top_k}, but the model has only {everywhere} experts. Expected at most that. Lower "
+                "top_k."
             )
 
     @property
@@ -213,7 +215,7 @@ def preset(name: str, *, disable_shared_experts_fusion: bool = False) -> MoEShap
     if stem is None:
         raise UnknownModelError(
             f"No preset is called {name!r}.{nearest_names(name, preset_names())} "
-            f"Presets: {', '.join(preset_names())}."
+            f"Expected one of {', '.join(preset_names())}. Name one of them, or give load_model a config.json."
         )
     return MoEShape.from_config(
         _models_dir() / f"{stem}.json", name=stem, disable_shared_experts_fusion=disable_shared_experts_fusion
@@ -274,13 +276,15 @@ def _from_hugging_face(model: str) -> Path:
     if model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith(("/", ".json")):
         raise UnknownModelError(
             f"{model!r} is neither a preset, nor an existing path, nor a Hugging Face id (owner/name)."
-            f"{nearest_names(model, preset_names())} Presets: {', '.join(preset_names())}."
+            f"{nearest_names(model, preset_names())} Expected one of the three. Presets: {', '.join(preset_names())}. "
+            "Name one of them, or give the path of a config.json."
         )
     try:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
     except ImportError:
         raise UnknownModelError(
-            f"{model!r} is no preset, and fetching it from Hugging Face needs: pip install 'moelab[hf]'; "
+            f"{model!r} is no preset, and fetching it from Hugging Face takes a package that is not here. Expected the "
+            "extra hf. Install it: pip install 'moelab[hf]'; "
             f"or give the path of its config.json.{nearest_names(model, preset_names())}"
         ) from None
     try:
@@ -290,7 +294,8 @@ def _from_hugging_face(model: str) -> Path:
         Exception
     ) as error:  # the hub's own errors, its transport's, and invalid ids: all mean "not at hand"
         raise UnknownModelError(
-            f"The config.json of {model!r} could not be fetched from Hugging Face ({type(error).__name__}). "
+            f"The config.json of {model!r} could not be fetched from Hugging Face ({type(error).__name__}). Expected "
+            "an id that is there. "
             "Check the id and the network, or give the path of a config.json."
             f"{nearest_names(model, preset_names())}"
         ) from error
@@ -309,12 +314,12 @@ def _name_of(config: object, content: Mapping[str, Any]) -> str | None:
 
 def _require_count(name: str, value: object, *, at_least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ShapeError(f"{name} is {value!r}. Expected a whole number of at least {at_least}.")
+        raise ShapeError(f"{name} is {value!r}. Expected a whole number of at least {at_least}. Correct it.")
 
 
 def _indivisible(size_name: str, size: int, degree_name: str, degree: int) -> str:
     fitting = [str(d) for d in range(1, min(size, _MAX_DEGREE) + 1) if size % d == 0]
     return (
         f"{size_name} is {size}, which {degree_name} = {degree} does not divide. "
-        f"{degree_name} that divide it, up to {_MAX_DEGREE}: {', '.join(fitting)}."
+        f"Expected a divisor; up to {_MAX_DEGREE} they are {', '.join(fitting)}. Choose one of them."
     )

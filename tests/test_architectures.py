@@ -293,7 +293,7 @@ def test_no_guess(label: str) -> None:
     with pytest.raises(UnknownArchitectureError, match=why) as caught:
         read_model_config(config)
     message = str(caught.value)
-    assert "Known architectures: Qwen2MoeForCausalLM" in message
+    assert "known architectures: Qwen2MoeForCausalLM" in message
     assert "MoEShape.from_sizes(" in message and "--model" in message
 
 

@@ -61,8 +61,8 @@ def test_help_names_every_command(run) -> None:
     ("arguments", "words"),
     [
         (["shape"], ["Missing option '--model'"]),
-        (["shape", "--model", "mixtral-8x7b", "--tp-size", "0"], ["--tp-size", "0"]),
-        (["shape", "--model", "mixtral-8x7b", "--tp-size", "two"], ["two", "integer"]),
+        (["shape", "--model", "mixtral-8x7b", "--tp-size", "0"], ["--tp-size", "greater than or equal to 1"]),
+        (["shape", "--model", "mixtral-8x7b", "--tp-size", "two"], ["--tp-size", "integer"]),
         (["shapes"], ["No such command 'shapes'"]),
         (["explain", "--model", "mixtral-8x7b"], ["Missing option '--batch-size'"]),
         (["record"], ["name a suite"]),

@@ -233,7 +233,7 @@ def test_a_broken_file_is_not_skipped(tmp_path: Path) -> None:
 
 
 def test_bad_questions(tmp_path: Path) -> None:
-    with pytest.raises(UnknownNameError, match="Known: moelab"):
+    with pytest.raises(UnknownNameError, match="Expected one of moelab"):
         cf.lookup(4, 8, "X", num_tokens=3, triton_version="3.6.0", rules="tgi", config_dir=tmp_path)
     with pytest.raises(ConfigFileError, match="num_tokens is 0"):
         cf.lookup(4, 8, "X", num_tokens=0, triton_version="3.6.0", config_dir=tmp_path)

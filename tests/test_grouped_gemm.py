@@ -84,7 +84,7 @@ def test_rules_of_the_launcher(device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "config",
-    [KernelConfig(16, 64, 128, 1, 4, 4), KernelConfig(64, 64, 32, 8), KernelConfig(128, 128, 32, 16, 8, 3)],
+    [KernelConfig(16, 64, 64, 1, 4, 4), KernelConfig(64, 64, 32, 8), KernelConfig(128, 128, 32, 16, 8, 3)],
     ids=KernelConfig.short,
 )
 def test_on_the_gpu(dtype: torch.dtype, config: KernelConfig) -> None:

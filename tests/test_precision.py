@@ -69,6 +69,16 @@ def test_error_by_hand() -> None:
     assert precision.error(out, ref).max_ulp == 1.0 / 2**-22
 
 
+def test_the_percentile_is_no_outliers() -> None:
+    """200 values off by one ULP of float32 at 1, two of them (1 %) next to a reference that cancelled to nothing."""
+    ref = torch.ones(200, dtype=torch.float64)
+    ref[:2] = 1e-9
+    report = precision.error((ref + 2**-23).float(), ref)
+    assert report.p99_ulp == 1.0
+    assert report.max_ulp > 1e6
+    assert precision.error((ref + 2**-23).float()[:100], ref[:100]).p99_ulp > 1e6  # now 2 % of them are
+
+
 def test_zero_reference_and_empty() -> None:
     zero = torch.zeros(2, dtype=torch.float64)
     assert precision.error(zero, zero).max_rel == 0.0

@@ -11,19 +11,19 @@ import os
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "0"
 
-import json  # noqa: E402
-import re  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-import tempfile  # noqa: E402
-from collections.abc import Iterable, Mapping  # noqa: E402
-from dataclasses import asdict, dataclass, field  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
-from moelab import runtime  # noqa: E402
-from moelab.config import TARGETS, KernelConfig, shared_memory_bytes  # noqa: E402
-from moelab.errors import RuntimeModeError, UnknownNameError  # noqa: E402
+from moelab import runtime
+from moelab.config import TARGETS, KernelConfig, shared_memory_bytes
+from moelab.errors import RuntimeModeError, UnknownNameError
 
 CHECKED_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 

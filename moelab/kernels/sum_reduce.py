@@ -162,7 +162,7 @@ def sum_reduce(
     checks.check_dtype("x", x, checks.FLOATS)
     num_tokens, top_k, hidden = x.shape
     if top_k < 1:
-        raise ShapeError(f"x has shape {tuple(x.shape)}. Expected top_k >= 1. Nothing is there to sum.")
+        raise ShapeError(f"x has shape {tuple(x.shape)}. Expected top_k >= 1. Pass at least one slot.")
     if out is None:
         out = x.new_empty((num_tokens, hidden))
     checks.check_shape("out", out, (num_tokens, hidden))

@@ -149,7 +149,8 @@ def _check_sentence(recorded: Sequence[Row], reported: Mapping[str, Any]) -> str
 
     theirs = [(reported["dtype"], row["name"]) for row in reported["rows"] if not row["passes"]]
     agree = "as reported" if [p for p in failing if p[0] == reported["dtype"]] == theirs else "unlike what was reported"
-    text = f"**In {reported['dtype']} the fixed tolerance fails {said([p for p in failing if p[0] == reported['dtype']])}, {agree}.** "
+    names = ", ".join(impl for dtype, impl in failing if dtype == reported["dtype"]) or "nothing"
+    text = f"**In {reported['dtype']} the fixed tolerance fails {names}, {agree}.** "
     text += f"Over all dtypes it fails {said(failing)}; our policy fails {said(ours)}. "
     same = "Both agree here" if failing == ours else "They disagree here"
     slack = {d: max(r["upstream_tolerance"] / r["max_abs_from_torch"] for r in recorded

@@ -140,8 +140,8 @@ def padding(name: str, shape: MoEShape, blocks: Sequence[int], batches: Sequence
     half = {row["BLOCK_SIZE_M"]: next((b for b in batches if row[str(b)] < 1.5), None) for row in table}
     said = ", ".join(f"{block}: {b or f'not by {batches[-1]}'}" for block, b in half.items())
     sentence = (
-        f"**At one token a tile of {last['BLOCK_SIZE_M']} rows computes {number(last[str(batches[0])])} rows for each real one, "
-        f"a tile of {first['BLOCK_SIZE_M']} {number(first[str(batches[0])])}.** In decode that is free, since memory is the "
+        f"**At one token a tile of {last['BLOCK_SIZE_M']} rows computes {last[str(batches[0])]:.0f} rows for each real one, "
+        f"a tile of {first['BLOCK_SIZE_M']} computes {first[str(batches[0])]:.0f}.** In decode that is free, since memory is the "
         f"limit; in prefill it is time. Tokens from which under half a row is wasted per real one, by BLOCK_SIZE_M: {said}."
     )
     return Panel(figure, table, sentence)
@@ -178,7 +178,8 @@ def breakdown(name: str, shape: MoEShape, peers: Sequence[Row], at: Ceilings, so
     sentence = (
         f"**Activation and sum-reduce are {min(small):.0%} to {max(small):.0%} of the launches' time.** At batch {batches[-1]} "
         f"the four floors add up to {ideal_last / float(table[-1]['layer floor, µs']):.2f} times the fused layer's: the "
-        "difference is traffic of intermediates, which fusion would save."
+        "difference is traffic of intermediates, which fusion would save. (A launch whose input still lies in the L2 can "
+        "beat the floor it would have from memory.)"
     )
     return Panel(figure, table, sentence)
 

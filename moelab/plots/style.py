@@ -80,6 +80,7 @@ def number(value: Any, digits: int = 3) -> str:
         return "yes" if value else "NO"
     if isinstance(value, int) or not isinstance(value, float):
         return str(value)
+    value = float(f"{value:.{digits}g}") if abs(value) < 10**digits else value
     if value != 0 and not 1e-3 <= abs(value) < 1e6:
         return f"{value:.{digits - 1}e}"
     whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0

@@ -66,8 +66,8 @@ def _shares(recording: Recording, copy_bytes_per_s: float, dtype: str) -> list[d
         times = {impl: timing(rows[impl]) for impl in ORDER if impl in rows}
         moved = next(iter(rows.values()))["bytes"]
         shares = {impl: moved / copy_bytes_per_s * 1e6 / m.median_us for impl, m in times.items()}
-        table.append({"tokens": tokens, "top_k": top_k, "hidden": hidden, "MB": moved / 1e6}
-                     | {f"{impl}, share of copy": share for impl, share in shares.items()}
+        table.append({"tokens × top_k × hidden": f"{tokens} × {top_k} × {hidden}", "MB": moved / 1e6}
+                     | {f"{impl}, % of copy": 100 * share for impl, share in shares.items()}
                      | {"fastest": " = ".join(fastest(times))})  # fmt: skip
     return table
 
@@ -85,7 +85,7 @@ def _verdict(recording: Recording, copy_bytes_per_s: float, dtype: str) -> str:
     wins = {impl: sum(impl in row["fastest"].split(" = ") for row in table) for impl in ORDER}
     said = ", ".join(f"{impl} {count}" for impl, count in wins.items() if count)
     last = table[-1]
-    shares = {impl: last.get(f"{impl}, share of copy") for impl in ORDER if f"{impl}, share of copy" in last}
+    shares = {impl: last[f"{impl}, % of copy"] / 100 for impl in ORDER if f"{impl}, % of copy" in last}
     best = max(shares, key=lambda impl: shares[impl])
     return (
         f"**Fastest, ties included, of {len(table)} sizes: {said}.** {_crossover(recording, dtype)} At the largest size "

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moelab import precision, roofline, runtime
+from moelab.inputs import random_tensor
 from moelab.kernels.sum_reduce import SUM_REDUCE, available_sum_reduce, sum_reduce
 from moelab.measure import Protocol, measure
 from moelab.recordings import Recording
@@ -40,9 +41,7 @@ def precision_rows(
     rows = []
     for name in dtypes:
         dtype = runtime.torch_dtype(name)
-        generator = torch.Generator(device=device).manual_seed(seed)
-        draw = torch.float64 if dtype == torch.float64 else torch.float32
-        x = torch.randn(num_tokens, top_k, hidden, generator=generator, device=device, dtype=draw).to(dtype)
+        x = random_tensor((num_tokens, top_k, hidden), 1.0, dtype=dtype, device=device, seed=seed)
         outs = {impl: sum_reduce(x, scale, impl=impl) for impl in available_sum_reduce(dtype)}
         size = {"num_tokens": num_tokens, "top_k": top_k, "hidden": hidden, "scale": scale}
         for row in precision.compare(outs, precision.sum_reduce_double_double(x, scale)):
@@ -81,11 +80,8 @@ def _speed_rows(dtype: torch.dtype, num_tokens: int, top_k: int, hidden: int) ->
     # Three times the L2 between two uses of an input; below 64 inputs of that size the whole set fits the L2,
     # as GEMM2's output does when the sum follows it at once.
     rotations = max(2, min(64, -(-180_000_000 // int(cost.bytes))))
-    device = runtime.current().device
-    generator = torch.Generator(device=device).manual_seed(0)
-    xs = [
-        torch.randn(num_tokens, top_k, hidden, generator=generator, device=device).to(dtype) for _ in range(rotations)
-    ]
+    device, size = runtime.current().device, (num_tokens, top_k, hidden)
+    xs = [random_tensor(size, 1.0, dtype=dtype, device=device, seed=i) for i in range(rotations)]
     outs = [x.new_empty((num_tokens, hidden)) for x in xs]
     check_all(torch.cat(xs[: -(-256 // num_tokens)])[:256])
     impls = available_sum_reduce(dtype)

@@ -1,0 +1,86 @@
+"""A panel that follows its controls.
+
+The drawing function is called when a control changes, and its result assigned to `Output.outputs`. Neither
+`interact` nor `with output:` is used: both swallow exceptions, so that a test run of the notebook would pass over a
+broken figure. Here an exception leaves through the assignment that caused it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ipywidgets as widgets
+
+from moelab.plots import explorer as plots_explorer
+from moelab.plots import pipeline as plots_pipeline
+from moelab.plots.panel import Panel
+from moelab.plots.roofline import BATCHES, tp_choices
+from moelab.roofline import Ceilings
+from moelab.shapes import preset_names
+
+
+def interactive_panel(draw: Callable[..., Panel], controls: Mapping[str, widgets.Widget]) -> widgets.VBox:
+    """The controls in a row, and draw(**values) below, drawn now and whenever a value changes.
+
+    controls: argument name of `draw` -> widget, each with a description. What `draw` raises passes through.
+    """
+    output = widgets.Output()
+
+    def redraw(_: object = None) -> None:
+        panel = draw(**{name: control.value for name, control in controls.items()})
+        output.outputs = tuple(_display_data(bundle) for bundle in panel.bundles())
+
+    redraw()
+    for control in controls.values():
+        control.observe(redraw, "value")
+    row = widgets.HBox(list(controls.values()), layout=widgets.Layout(flex_flow="row wrap"))
+    return widgets.VBox([row, output])
+
+
+def _display_data(bundle: Mapping[str, Any]) -> dict[str, Any]:
+    return {"output_type": "display_data", "data": dict(bundle), "metadata": {}}
+
+
+def _dropdown(description: str, options: Sequence[Any], value: Any) -> widgets.Dropdown:
+    return widgets.Dropdown(options=list(options), value=value, description=description)
+
+
+def _slider(description: str, options: Sequence[int], value: int) -> widgets.SelectionSlider:
+    shown = [(str(option), option) for option in options]
+    return widgets.SelectionSlider(options=shown, value=value, description=description, continuous_update=False)
+
+
+def explorer(at: Ceilings, model: str = "qwen3-30b-a3b", tp_size: int = 1, num_tokens: int = 64) -> widgets.VBox:
+    """`plots.explorer.explore` with Model, TP and Batch to choose; degrees that do not divide a model are not offered."""
+    models = _dropdown("Model", preset_names(), model)
+    degrees = _dropdown("TP", tp_choices(model), tp_size)
+    batch = _slider("Batch", BATCHES, num_tokens)
+
+    def offer(change: Mapping[str, Any]) -> None:
+        fitting = tp_choices(change["new"])
+        kept = degrees.value if degrees.value in fitting else fitting[0]
+        with degrees.hold_trait_notifications():
+            degrees.options = fitting
+            degrees.value = kept
+
+    models.observe(offer, "value")  # before the redraw of interactive_panel, which would see a degree that does not divide
+    return interactive_panel(
+        lambda model, tp_size, num_tokens: plots_explorer.explore(model, tp_size, num_tokens, at),
+        {"model": models, "tp_size": degrees, "num_tokens": batch},
+    )
+
+
+def padding_picture(
+    aligned: Callable[[int], tuple[Sequence[int], Sequence[int]]], blocks: Sequence[int], top_k: int, num_pairs: int
+) -> widgets.VBox:
+    """`plots.pipeline.alignment` with BLOCK_SIZE_M to choose.
+
+    aligned(block_size): the used part of sorted_token_ids, and expert_ids, as plain lists.
+    """
+
+    def draw(block_size: int) -> Panel:
+        sorted_token_ids, expert_ids = aligned(block_size)
+        return plots_pipeline.alignment(sorted_token_ids, expert_ids, block_size, top_k, num_pairs)
+
+    return interactive_panel(draw, {"block_size": _slider("Block rows", blocks, blocks[0])})
