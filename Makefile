@@ -12,7 +12,7 @@ SUITE ?= all
 LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test unit notebooks lint html gpu record clean
+.PHONY: help setup lab test unit notebooks lint html pictures gpu record clean
 
 help:
 	@echo 'make lab        JupyterLab on the notebooks (LAB_ARGS="--no-browser --port=8888")'
@@ -20,6 +20,7 @@ help:
 	@echo 'make lint       ruff (lint, format) and mypy'
 	@echo 'make notebooks  runs every notebook, top to bottom'
 	@echo 'make html       the notebooks, executed, as pages under build/html'
+	@echo 'make pictures   docs/*.png and the README figures, from data/recordings (needs chromium)'
 	@echo 'make gpu        on a GPU: the gpu tests, then every recording made again'
 	@echo 'make record SUITE=sum_reduce   on a GPU: one recording made again'
 
@@ -53,6 +54,9 @@ lint: $(READY)
 
 html: $(READY)
 	PLOTLY_RENDERER=notebook $(PY) -m nbconvert --execute --to html --output-dir build/html notebooks/*.ipynb
+
+pictures: $(READY)
+	$(PY) -m moelab.plots.pictures
 
 gpu: $(READY)
 	$(PY) -m pytest -m gpu tests $(ARGS)

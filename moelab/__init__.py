@@ -29,7 +29,10 @@ _HOMES = {
     "MoelabError": "errors",
 }
 
-_ROOMS = ["errors", "runtime", "shapes", "config", "routing", "inputs", "reference", "kernels", "fused_moe", "module", "precision", "measure", "roofline", "recordings", "config_files", "suites", "plots", "widgets", "cli"]
+_ROOMS = frozenset(
+    """errors runtime architectures model_config shapes config routing inputs reference kernels fused_moe module
+    precision measure roofline recordings config_files suites plots widgets cli""".split()  # noqa: SIM905
+)
 
 __all__ = sorted([*_HOMES, "__version__"])
 

@@ -352,9 +352,8 @@ def default_config(num_tokens: int, num_experts: int, dtype: str = "bfloat16") -
     dtype_bytes(dtype)
     if num_tokens < 1 or num_experts < 1:
         raise ConfigError(
-            f"No config for num_tokens = {num_tokens} and num_experts = {num_experts}. Expected 1 or more of each: an "
-            "empty "
-            "batch launches no kernel. Skip the call."
+            f"No config for num_tokens = {num_tokens} and num_experts = {num_experts}. Expected num_tokens >= 1 "
+            "and num_experts >= 1: an empty batch launches no kernel. Skip the call."
         )
     if num_tokens <= num_experts:
         return KernelConfig(16, 32, 64, 1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,9 +65,8 @@ def _triton(call: MoECall) -> Tensor:
     up, down = call_configs(call)
     num_pairs = call.topk_ids.numel()
     alignment = align(call.topk_ids, up.BLOCK_SIZE_M, call.num_experts)
-    weights_up, weights_down = call.topk_weights, None
-    if not call.apply_router_weight_on_input:
-        weights_up, weights_down = None, call.topk_weights
+    weights_up = call.topk_weights if call.apply_router_weight_on_input else None
+    weights_down = None if call.apply_router_weight_on_input else call.topk_weights
     h = grouped_gemm(
         call.hidden_states, call.w13, alignment, up,
         num_pairs=num_pairs, top_k=call.top_k, bias=call.b13, topk_weights=weights_up,
@@ -315,8 +315,8 @@ def _pack(config: KernelConfig | None) -> list[int]:
 
 
 def _unpack(values: list[int]) -> KernelConfig | None:
-    named = dict(zip(_CONFIG_FIELDS, values, strict=False))
-    return KernelConfig(**{name: None if value == -1 else value for name, value in named.items()}) if values else None
+    named: dict[str, Any] = dict(zip(_CONFIG_FIELDS, (None if v == -1 else v for v in values), strict=False))
+    return KernelConfig(**named) if values else None
 
 
 @torch.library.custom_op("moelab::fused_moe", mutates_args=())

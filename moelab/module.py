@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +40,9 @@ class FusedMoE(nn.Module):
     ) -> None:
         super().__init__()
         rows = (2 if gated else 1) * moe_intermediate_size
-        options = {"dtype": dtype, "device": device}
 
         def empty(*size: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(size, **options), requires_grad=False)
+            return nn.Parameter(torch.empty(size, dtype=dtype, device=device), requires_grad=False)
 
         self.w13 = empty(num_experts, rows, hidden_size)
         self.w2 = empty(num_experts, hidden_size, moe_intermediate_size)
@@ -54,7 +54,7 @@ class FusedMoE(nn.Module):
         self.down_config: KernelConfig | None = None
 
     @classmethod
-    def from_shape(cls, shape: MoEShape, *, bias: bool = False, **options: object) -> FusedMoE:
+    def from_shape(cls, shape: MoEShape, *, bias: bool = False, **options: Any) -> FusedMoE:
         """An empty module of a shape's sizes and activation."""
         return cls(
             shape.num_experts, shape.top_k, shape.hidden_size, shape.moe_intermediate_size,
@@ -69,16 +69,16 @@ class FusedMoE(nn.Module):
         top_k: int,
         activation: str | None = None,
         interleaved: bool | None = None,
-        **options: object,
+        **options: Any,
     ) -> FusedMoE:
         """A module with the weights of a Hugging Face experts block, or of its state dict.
 
         Understands fused tensors, `gate_up_proj` and `down_proj` (Mixtral, Qwen3-MoE and others in transformers 5;
         transposed in Llama-4 and gpt-oss), `up_proj` and `down_proj` without a gate (NemotronH), and one set per expert
         (`0.gate_proj.weight`, `0.up_proj.weight`, `0.down_proj.weight`, or Mixtral's w1, w3, w2).
-        activation: the model's ("swiglu_oai" for gpt-oss); None asks the block's act_fn. interleaved: whether gate and up rows alternate, as in
-        gpt-oss; None asks the block, and where biases come as bare tensors, which gpt-oss has and others have too,
-        raises rather than guess.
+        activation: the model's ("swiglu_oai" for gpt-oss); None asks the block's act_fn.
+        interleaved: whether gate and up rows alternate, as in gpt-oss; None asks the block, and where biases come as
+        bare tensors, which gpt-oss has and others have too, raises rather than guess.
         Raises ShapeError where the tensors are none of these, or more than these (a norm after the experts, say),
         UnknownNameError where the activation cannot be told.
         """

@@ -253,8 +253,7 @@ def check_ids(topk_ids: Tensor, num_experts: int) -> None:
     if low < -1 or high >= num_experts:
         raise RoutingError(
             f"Expert ids span [{low}, {high}] with {num_experts} experts. Expected ids in [0, {num_experts}), or -1 "
-            "for "
-            "an expert of another rank. Map global ids to this rank's first."
+            "for an expert of another rank. Map global ids to this rank's first."
         )
     ordered = topk_ids.sort(dim=1).values
     if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):

@@ -26,8 +26,8 @@ def in_a_compiler(code: str) -> str:
 
 @pytest.fixture(scope="module")
 def table() -> list[dict]:
-    code = "import json, dataclasses; from moelab.kernels import aot; print(json.dumps([dataclasses.asdict(r) for r in aot.table()]))"
-    return json.loads(in_a_compiler(code))
+    code = "import json; from dataclasses import asdict; from moelab.kernels import aot; "
+    return json.loads(in_a_compiler(code + "print(json.dumps([asdict(row) for row in aot.table()]))"))
 
 
 def test_every_kernel_on_every_target(table: list[dict]) -> None:

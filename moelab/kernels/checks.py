@@ -77,13 +77,10 @@ def current_target() -> Target | None:
     if runtime.current().mode != "gpu":
         return None
     properties = torch.cuda.get_device_properties()
-    if torch.version.hip:
-        name = properties.gcnArchName.split(":")[0]
-    else:
-        name = f"sm_{properties.major}{properties.minor}"
-    return TARGETS.get(name) or Target(
-        name, properties.shared_memory_per_block_optin, threads_per_warp=properties.warp_size
-    )
+    nvidia = f"sm_{properties.major}{properties.minor}"
+    name = properties.gcnArchName.split(":")[0] if torch.version.hip else nvidia
+    limit = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return TARGETS.get(name) or Target(name, limit, threads_per_warp=properties.warp_size)
 
 
 def launch_options(config: KernelConfig) -> dict[str, int]:

@@ -94,7 +94,7 @@ def grouped_gemm(
     Returns c (num_pairs, N) in a's dtype, every row written. Deterministic.
     Raises ShapeError, DtypeError, DeviceError, LayoutError, ConfigError, SharedMemoryError, RuntimeModeError.
     """
-    experts, N, K = _check(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
+    N, K = _check(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
     if out is None:
         out = torch.empty((num_pairs, N), dtype=a.dtype, device=a.device)
     if num_pairs == 0:
@@ -135,7 +135,7 @@ def _check(
     top_k: int,
     bias: Tensor | None,
     topk_weights: Tensor | None,
-) -> tuple[int, int, int]:
+) -> tuple[int, int]:
     checks.check_kernel_device("a", a)
     checks.check_dtype("a", a, checks.FLOATS)
     checks.check_shape("w", w, ("E", "N", "K"))
@@ -168,4 +168,4 @@ def _check(
             f"Rows are aligned to {alignment.block_size} but the config's BLOCK_SIZE_M is {config.BLOCK_SIZE_M}. "
             "Expected the same: one sort serves both GEMMs. Align again, or give both GEMMs one BLOCK_SIZE_M."
         )
-    return experts, N, K
+    return N, K

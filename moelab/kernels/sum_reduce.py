@@ -95,15 +95,19 @@ def _triton_f32(x: Tensor, scale: float, out: Tensor) -> Tensor:
 
 
 def triton_tile(num_tokens: int, hidden: int, itemsize: int) -> tuple[int, int, int]:
-    """(BLOCK_ROWS, BLOCK_COLS, num_warps), from a sweep on an H200 over the sizes of the suite `sum_reduce`.
+    """(BLOCK_ROWS, BLOCK_COLS, num_warps), from sweeps on an H200 over the sizes of the suite `sum_reduce`.
 
-    Below 2048 tokens single-warp programs of one 16-byte load a thread fill the chip best; above it 8 warps do, with
-    two loads a thread where a row has 8 KiB to give.
+    While tokens are few, single-warp programs of one 16-byte load a thread fill the chip best. With many, rows of at
+    most 4 KiB do best as one program of 8-byte loads, longer rows with 8 warps and one 16-byte load a thread, two
+    where a row has 8 KiB to give.
     """
-    values = 16 // itemsize
-    num_warps = 1 if num_tokens < 2048 else 8
-    loads = 2 if num_warps == 8 and hidden * itemsize >= 8192 else 1
-    return 1, min(triton.next_power_of_2(hidden), 32 * num_warps * values * loads), num_warps
+    row_bytes, values = hidden * itemsize, 16 // itemsize
+    cols = triton.next_power_of_2(hidden)
+    if num_tokens < (1024 if row_bytes <= 4096 else 2048):
+        return 1, min(cols, 32 * values), 1
+    if row_bytes <= 4096:
+        return 1, cols, max(1, min(16, cols * itemsize // (32 * 8)))
+    return 1, min(cols, 32 * 8 * values * (2 if row_bytes >= 8192 else 1)), 8
 
 
 def _triton(x: Tensor, scale: float, out: Tensor, tile: tuple[int, int, int] | None = None) -> Tensor:

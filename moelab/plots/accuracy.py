@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moelab.plots.panel import Panel, Row
-from moelab.plots.style import GREY, Look, grid, look, number, powers, series
+from moelab.plots.style import GREY, GRID, LOOKS, Look, grid, look, number, powers, series
 
 FRACTION_BITS = {"bfloat16": 7, "float16": 10, "float32": 23, "float64": 52}
 """Stored fraction bits of a dtype: the spacing in [2^e, 2^(e+1)) is 2^(e - bits)."""
+
+BIN = 0.2
+"""Width of a histogram bin, in powers of ten."""
 
 SMALLEST_EXPONENT = {"bfloat16": -126, "float16": -14, "float32": -126, "float64": -1022}
 
@@ -21,8 +25,8 @@ def spacing(value: float, dtype: str) -> float:
     return 2.0 ** (exponent - FRACTION_BITS[dtype])
 
 
-def ulp(dtypes: Sequence[str] = tuple(FRACTION_BITS), bits: int = 4) -> Panel:
-    """Left: a toy format with `bits` - 2 fraction bits on the number line. Right: one ULP by magnitude, per dtype."""
+def ulp(dtypes: Sequence[str] = tuple(FRACTION_BITS)) -> Panel:
+    """Left: a toy format with two fraction bits on the number line. Right: one ULP by magnitude, per dtype."""
     figure = grid("One ULP: the gap between neighbouring numbers", "arithmetic; left: a toy format with 2 fraction bits, so "
                   "that single numbers can be seen", titles=["numbers of the toy format", "one ULP of real formats"])  # fmt: skip
     toy = [2.0**e * (1 + f / 4) for e in range(-2, 3) for f in range(4)] + [8.0]
@@ -66,7 +70,9 @@ def _upstream_rows(reported: Mapping[str, Any]) -> list[dict[str, Any]]:
             for row in reported["rows"]]  # fmt: skip
 
 
-def checks(recorded: Sequence[Row], live: Sequence[Row], reported: Mapping[str, Any], source: str, live_source: str) -> Panel:
+def checks(
+    recorded: Sequence[Row], live: Sequence[Row], reported: Mapping[str, Any], source: str, live_source: str
+) -> Panel:
     """Both checks in every dtype: upstream's fixed tolerance (above), twice torch's own error (below); 1 is the limit.
 
     recorded, live: rows of suites.sum_reduce.precision_rows. reported: data/upstream/sum_reduce_precision.json.
@@ -74,11 +80,15 @@ def checks(recorded: Sequence[Row], live: Sequence[Row], reported: Mapping[str, 
     dtypes = list(dict.fromkeys(row["dtype"] for row in recorded))
     titles = [f"{d}<br>fixed tolerance {reported['tolerance'][d]:g}" for d in dtypes]
     titles += [f"{d}<br>bound: twice torch’s own error" for d in dtypes]
-    figure = grid("Sum-reduce, two ways to judge it", f"filled: {source}<br>hollow: {live_source}; star: reported in "
+    figure = grid("Sum-reduce, two ways to judge it", f"filled: {source}<br>{f'hollow: {live_source}; ' if live else ''}star: reported in "
                   f"{reported['source']}; ✓ ✗: the check’s own verdict", titles=titles, rows=2, shared_y=True,
                   height=680)  # fmt: skip
     sets = {"recorded": (recorded, False), "live here": (live, True), "reported": (_upstream_rows(reported), False)}
-    impls = [impl for impl in ("torch", "compiled", "triton_f32", "triton", "cuda") if any(r["impl"] == impl for r in recorded)]
+    impls = [
+        impl
+        for impl in ("torch", "compiled", "triton_f32", "triton", "cuda")
+        if any(r["impl"] == impl for r in recorded)
+    ]
     for name, (rows, hollow) in sets.items():
         for index, dtype in enumerate(dtypes):
             for line, (error, bound, verdict) in enumerate(_JUDGED, start=1):
@@ -88,6 +98,7 @@ def checks(recorded: Sequence[Row], live: Sequence[Row], reported: Mapping[str, 
         figure.update_layout({f"xaxis{axis if axis > 1 else ''}": {"categoryorder": "array", "categoryarray": impls}})
     figure.add_hline(1.0, line={"color": GREY, "dash": "dash"})
     figure.update_xaxes(tickangle=-45, type="category", range=[-0.6, len(impls) - 0.4])
+    figure.update_xaxes(showticklabels=False, row=1)
     figure.update_yaxes(**powers(1e-4, 1e10))
     figure.update_yaxes(title="max |out − torch| / tolerance", row=1, col=1)
     figure.update_yaxes(title="max |out − exact| / bound", row=2, col=1)
@@ -100,7 +111,9 @@ _JUDGED = (
 )
 
 
-def _judged(figure: Any, name: str, rows: list[Any], hollow: bool, keys: tuple[str, str, str], place: tuple[int, int]) -> None:
+def _judged(
+    figure: Any, name: str, rows: list[Any], hollow: bool, keys: tuple[str, str, str], place: tuple[int, int]
+) -> None:
     error, bound, verdict = keys
     for row in rows:
         style: Look = look(row["impl"])
@@ -109,13 +122,13 @@ def _judged(figure: Any, name: str, rows: list[Any], hollow: bool, keys: tuple[s
             marker = {"symbol": "star-open", "size": 12, "color": GREY, "line": {"width": 1.5}}
         figure.add_scatter(
             x=[row["impl"]], y=[row[error] / row[bound]], mode="markers+text" if name == "recorded" else "markers",
-            text=[_symbols(row[verdict])], textposition="middle right", marker=marker, showlegend=False, name=name,
+            text=["\u2003" + _symbols(row[verdict])], textposition="middle right", marker=marker, showlegend=False, name=name,
             row=place[0], col=place[1], hovertemplate=f"{row['impl']}, {name}: {row[error]:.3g}, limit {row[bound]:.3g}",
         )  # fmt: skip
 
 
 def check_table(recorded: Sequence[Row], live: Sequence[Row], reported: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per dtype and implementation: differences from torch, errors against float64, both verdicts."""
+    """One row per dtype and implementation: largest |out - torch| and |out - exact|, limits, both verdicts."""
     theirs = {(row["dtype"], row["impl"]): row for row in _upstream_rows(reported)}
     here = {(row["dtype"], row["impl"]): row for row in live}
     table = []
@@ -125,13 +138,13 @@ def check_table(recorded: Sequence[Row], live: Sequence[Row], reported: Mapping[
             {
                 "dtype": row["dtype"],
                 "implementation": row["impl"],
-                "|out − torch|, reported": theirs.get(key, {}).get("max_abs_from_torch"),
-                "recorded": row["max_abs_from_torch"],
-                "live": here.get(key, {}).get("max_abs_from_torch"),
+                "Δtorch, reported": theirs.get(key, {}).get("max_abs_from_torch"),
+                "Δtorch, recorded": row["max_abs_from_torch"],
+                "Δtorch, live": here.get(key, {}).get("max_abs_from_torch"),
                 "tolerance": row["upstream_tolerance"],
                 "upstream passes": row["upstream_passes"],
-                "|out − exact|, recorded": row["max_abs"],
-                "live ": here.get(key, {}).get("max_abs"),
+                "Δexact, recorded": row["max_abs"],
+                "Δexact, live": here.get(key, {}).get("max_abs"),
                 "bound": row["bound"],
                 "policy passes": row["passes"],
                 "99 % ULP, live": here.get(key, {}).get("p99_ulp"),
@@ -171,8 +184,12 @@ def error_distribution(errors: Mapping[str, Sequence[float]], source: str) -> Pa
     table: list[dict[str, Any]] = []
     for name, values in errors.items():
         logs = [max(edge, math.log10(v)) if v > 0 else edge for v in values]
-        figure.add_histogram(x=logs, name=name, xbins={"start": edge, "end": -5, "size": 0.2}, opacity=0.75,
-                             histnorm="percent", marker={"color": look(name).color})  # fmt: skip
+        counts = Counter(round((v - edge) / BIN) for v in logs)
+        xs = [edge + BIN * i for i in range(round((-5 - edge) / BIN))]
+        ys = [100 * counts[i] / len(logs) for i in range(len(xs))]
+        line = {**look(name).line(2 + 2 * (len(errors) - len(table))), "shape": "hvh", "dash": "solid"}
+        figure.add_scatter(x=xs, y=ys, name=name, mode="lines", line=line, fill="tozeroy" if not table else None,
+                           fillcolor=GRID)  # fmt: skip
         ordered = sorted(values)
         table.append({"implementation": name, "exact results": sum(v == 0 for v in values) / len(values),
                       "median error": ordered[len(ordered) // 2], "99 %": ordered[int(0.99 * (len(ordered) - 1))],
@@ -181,9 +198,11 @@ def error_distribution(errors: Mapping[str, Sequence[float]], source: str) -> Pa
         figure.add_vline(math.log10(value), line={"color": GREY, "dash": "dash"}, annotation_text=text,
                          annotation_position="top right")  # fmt: skip
     ticks = list(range(-18, -4, 2))
-    figure.update_xaxes(title="|out − exact|", tickvals=ticks, ticktext=[f"10<sup>−{-t}</sup>" for t in ticks])
+    names = ["0", *(f"10<sup>−{-t}</sup>" for t in ticks)]
+    figure.update_xaxes(
+        title="|out − exact| (0: exact)", tickvals=[edge, *ticks], ticktext=names, range=[edge - 0.3, -5]
+    )
     figure.update_yaxes(title="share of results, %")
-    figure.update_layout(barmode="overlay")
     largest = max(table, key=lambda row: row["largest"])
     least = min(table, key=lambda row: row["largest"])
     sentence = (
@@ -194,16 +213,18 @@ def error_distribution(errors: Mapping[str, Sequence[float]], source: str) -> Pa
     return Panel(figure, table, sentence)
 
 
-def error_by_magnitude(reference: Sequence[float], errors: Mapping[str, Sequence[float]], dtype: str, source: str) -> Panel:
+def error_by_magnitude(
+    reference: Sequence[float], errors: Mapping[str, Sequence[float]], dtype: str, source: str
+) -> Panel:
     """Error against |exact value|, with lines at half a ULP and one ULP of the dtype."""
     figure = grid(f"Why the largest ULP explodes: error by magnitude, {dtype}", source)
     low = min((abs(r) for r in reference if r), default=1e-6)
     high = max(abs(r) for r in reference)
-    floor = spacing(low, dtype) / 100
+    floor = spacing(low, dtype) / 100  # where an exact result is drawn
     table = []
     for name, values in errors.items():
         figure.add_scatter(x=[abs(r) for r in reference], y=[max(v, floor) for v in values], name=name, mode="markers",
-                           marker={**look(name).marker(4), "opacity": 0.55})  # fmt: skip
+                           marker={**look(name).marker(9 if not table else 4, hollow=not table), "opacity": 0.6})  # fmt: skip
         ulps = sorted(v / spacing(r, dtype) for v, r in zip(values, reference, strict=True) if r)
         table.append({"implementation": name, "mean ULP": sum(ulps) / len(ulps), "median ULP": ulps[len(ulps) // 2],
                       "99 % ULP": ulps[int(0.99 * (len(ulps) - 1))], "largest ULP": ulps[-1],
@@ -213,7 +234,7 @@ def error_by_magnitude(reference: Sequence[float], errors: Mapping[str, Sequence
                        line={**look("floor").line(), "shape": "hv"})  # fmt: skip
     top = max(max(v) for v in errors.values())
     figure.update_xaxes(title="|exact value|", **powers(low / 1.2, high * 1.2))
-    figure.update_yaxes(title="|out − exact|", **powers(floor / 2, top * 3))
+    figure.update_yaxes(title="|out − exact| (lowest row: exact)", **powers(floor / 2, top * 3))
     worst = max(table, key=lambda row: row["largest ULP"])
     sentence = (
         f"**Errors do not shrink with the sum, ULPs do:** where the {dtype} terms cancel to {number(low)}, a rounding made at "
@@ -230,10 +251,13 @@ def whole_op(rows: Sequence[Row], source: str) -> Panel:
     for col, dtype in enumerate(dtypes, start=1):
         for row in (r for r in rows if r["dtype"] == dtype):
             figure.add_scatter(x=[row["name"]], y=[row["max_abs"] / row["bound"]], mode="markers+text", name=row["name"],
-                               text=[_symbols(row["passes"])], textposition="middle right", showlegend=False,
+                               text=["\u2003" + _symbols(row["passes"])], textposition="middle right", showlegend=False,
                                marker=look(row["name"]).marker(12), row=1, col=col)  # fmt: skip
     figure.add_hline(1.0, line={"color": GREY, "dash": "dash"})
-    figure.update_xaxes(type="category", range=[-0.6, max(len({r["name"] for r in rows}) - 0.4, 1)])
+    order = list(LOOKS)
+    names = sorted({r["name"] for r in rows}, key=lambda n: order.index(n) if n in order else len(order))
+    axis = {"type": "category", "categoryorder": "array", "categoryarray": names, "range": [-0.6, len(names) - 0.4]}
+    figure.update_xaxes(**axis)
     figure.update_yaxes(range=[0, max(1.15, *(r["max_abs"] / r["bound"] * 1.1 for r in rows))])
     figure.update_yaxes(title="max |out − exact| / bound", col=1)
     table = [{"dtype": r["dtype"], "implementation": r["name"], "max |out − exact|": r["max_abs"], "bound": r["bound"],
@@ -243,7 +267,8 @@ def whole_op(rows: Sequence[Row], source: str) -> Panel:
     worst = max(rows, key=lambda r: r["max_abs"] / r["bound"])
     sentence = (
         f"**{'All pass' if not failing else 'Failing: ' + ', '.join(failing)}.** The closest to its bound is {worst['name']} in "
-        f"{worst['dtype']}, at {worst['max_abs'] / worst['bound']:.0%} of it."
+        f"{worst['dtype']}, at {worst['max_abs'] / worst['bound']:.0%} of it. An empty column: that implementation refuses "
+        "the dtype here."
     )
     return Panel(figure, table, sentence)
 

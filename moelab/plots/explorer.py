@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from moelab import config_files, roofline
 from moelab.plots.panel import Panel, Row
-from moelab.plots.roofline import BATCHES, LAUNCHES
-from moelab.plots.style import GREY, grid, log_axis, look, number, powers, series
+from moelab.plots.roofline import BATCHES, LAUNCHES, tp_choices
+from moelab.plots.style import BRONZE, GREY, grid, log_axis, number, powers, series
 from moelab.roofline import Ceilings
 from moelab.shapes import MoEShape, load_model
 
@@ -30,10 +30,12 @@ def explore(model: str, tp_size: int, num_tokens: int, at: Ceilings, batches: Se
         series([0, 1]).values(),
         strict=True,
     ):
-        figure.add_scatter(x=list(batches), y=values, name=f"{side} side", mode="lines", line=style.line(), row=1, col=1)
+        figure.add_scatter(
+            x=list(batches), y=values, name=f"{side} side", mode="lines", line=style.line(), row=1, col=1
+        )
     figure.add_scatter(
         x=[num_tokens], y=[chosen.us], name="floor at this batch", mode="markers", row=1, col=1,
-        marker={"size": 14, "symbol": "circle-open", "color": look("torch").color, "line": {"width": 3}},
+        marker={"size": 14, "symbol": "circle-open", "color": GREY, "line": {"width": 3}},
     )  # fmt: skip
     launches = {
         LAUNCHES[launch]: roofline.floor_us(cost, at).us
@@ -41,7 +43,7 @@ def explore(model: str, tp_size: int, num_tokens: int, at: Ceilings, batches: Se
     }
     figure.add_bar(
         x=list(launches), y=list(launches.values()), name="floor of each launch", showlegend=False, row=1, col=2,
-        marker={"color": look("cuda").color}, text=[number(v) for v in launches.values()], textposition="outside",
+        marker={"color": BRONZE}, text=[number(v) for v in launches.values()], textposition="outside",
         textfont={"color": GREY}, cliponaxis=False,
     )  # fmt: skip
     everything = [v for f in found for v in (f.memory_us, f.compute_us)]
@@ -70,6 +72,7 @@ def _table(shape: MoEShape, num_tokens: int, at: Ceilings) -> list[Row]:
         ("bytes", f"{number(cost.bytes / 1e6)} MB"),
         ("arithmetic", f"{number(cost.flops / 1e9)} GFLOP, {number(cost.intensity)} FLOP/byte"),
     ]
+    rows.insert(0, ("TP degrees that divide it", ", ".join(map(str, tp_choices(shape.name)))))
     if looked.config is not None:
         waste = roofline.padding_waste(shape, num_tokens, looked.config.BLOCK_SIZE_M).waste
         rows.append(("config (rows x columns x inner, group, warps, stages)", looked.config.short()))

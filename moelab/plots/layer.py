@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from moelab import roofline
 from moelab.plots.panel import Panel, Row, geometric_mean, timing
-from moelab.plots.style import GREY, error_bars, grid, log_axis, look, number, powers, series
+from moelab.plots.style import GREY, SERIES, error_bars, grid, log_axis, look, powers, series
 from moelab.recordings import Recording
 from moelab.roofline import Ceilings, Cost
 
@@ -38,12 +38,12 @@ def where_time_goes(recording: Recording, shape: str, at: Ceilings, config_name:
                   f"at {at.copy_bytes_per_s / 1e12:g} TB/s and {at.flops_per_s / 1e12:g} TFLOP/s")  # fmt: skip
     sides = {"reading weights and activations": [row["bytes"] / at.copy_bytes_per_s * 1e6 for row in rows],
              "arithmetic": [row["flops"] / at.flops_per_s * 1e6 for row in rows]}  # fmt: skip
-    for (name, values), style in zip(sides.items(), series([0, 1]).values(), strict=True):
+    for (name, values), style in zip(sides.items(), (SERIES[1], SERIES[3]), strict=True):
         line = {"color": style.color, "dash": "dot", "width": 2}
         figure.add_scatter(x=batches, y=values, name=f"at least: {name}", mode="lines", line=line)
     medians = [f["us"] for f in found]
     bars = error_bars(medians, [f["low_us"] for f in found], [f["high_us"] for f in found])
-    style = look("cuda")
+    style = look("triton")
     figure.add_scatter(x=batches, y=medians, error_y=bars, name="measured layer", mode="lines+markers",
                        line=style.line(), marker=style.marker())  # fmt: skip
     figure.update_xaxes(title="batch, tokens", **log_axis(batches))
@@ -62,8 +62,9 @@ def where_time_goes(recording: Recording, shape: str, at: Ceilings, config_name:
 
 def roof(recording: Recording, measured: Ceilings, datasheet: Ceilings, config_name: str = "tuned") -> Panel:
     """Measured layers on the roof: FLOP per byte against FLOP/s, log-log; batch sizes run along each line."""
-    figure = grid("Measured layers on the roof", f"{recording.source()}, config “{config_name}”; intensity from bytes and FLOP "
-                  "that the layer needs at least", height=520)  # fmt: skip
+    figure = grid("Measured layers on the roof", f"{recording.source()}, config “{config_name}”; intensity from the bytes and FLOP "
+                  f"that the layer needs at least;<br>each line runs from batch {_batches(recording)[0]} (lower left) to batch "
+                  f"{_batches(recording)[-1]}", height=540)  # fmt: skip
     rows = recording.select(config_name=config_name)
     points = [row["flops"] / row["bytes"] for row in rows]
     low, high = min(points) / 2, max(points) * 3
@@ -77,8 +78,7 @@ def roof(recording: Recording, measured: Ceilings, datasheet: Ceilings, config_n
         xs = [r["flops"] / r["bytes"] for r in mine]
         rates = [r["flops"] / timing(r).median_us / 1e6 for r in mine]
         tops = [min(x * measured.copy_bytes_per_s, measured.flops_per_s) / 1e12 for x in xs]
-        labels = [str(r["num_tokens"]) if i in (0, len(mine) - 1) else "" for i, r in enumerate(mine)]
-        figure.add_scatter(x=xs, y=rates, name=shape, mode="lines+markers+text", text=labels, textposition="bottom right",
+        figure.add_scatter(x=xs, y=rates, name=shape, mode="lines+markers",
                            line=style.line(1.2), marker=style.marker(9), customdata=[r["num_tokens"] for r in mine],
                            hovertemplate="batch %{customdata}: %{x:.3g} FLOP/byte, %{y:.3g} TFLOP/s")  # fmt: skip
         table.append({"share of the roof": shape}
@@ -93,7 +93,7 @@ def roof(recording: Recording, measured: Ceilings, datasheet: Ceilings, config_n
         f"batch {best_batch}).** A share over 100 % says that a copy kernel is no perfect ceiling for reads, or that the L2 helped."
         if best > 1
         else f"**Of the recorded roof the layers reach {worst:.0%} ({worst_shape}, batch {worst_batch}) to {best:.0%} "
-        f"({best_shape}, batch {best_batch}).** Labels are the first and the last batch size of each line."
+        f"({best_shape}, batch {best_batch}).** The gap to the roof widens where arithmetic takes over."
     )
     return Panel(figure, table, sentence)
 
@@ -161,11 +161,11 @@ def versus_sglang(recording: Recording, peers: Sequence[Row], peer_source: str) 
             table.append({"moelab / sglang": shape, "config": name, "geometric mean": geometric_mean(middle)}
                          | {str(x): y for x, y in zip(xs, middle, strict=True)})  # fmt: skip
             ratios += middle
-        figure.update_xaxes(title="batch, tokens", row=1, col=col, **log_axis(_batches(recording)), tickangle=-60)
+        figure.update_xaxes(title="batch, tokens", row=1, col=col, **log_axis(_batches(recording)), tickangle=-45)
     figure.add_hline(1.0, line={"color": GREY, "dash": "dot"})
     span = max(0.1, *(abs(math.log(r)) for r in ratios)) * 1.15
     figure.update_yaxes(type="log", range=[-span / math.log(10), span / math.log(10)],
-                        tickvals=[0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.4, 1.7])  # fmt: skip
+                        tickvals=[0.7, 0.8, 0.85, 0.9, 0.95, 1, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 1.7])  # fmt: skip
     figure.update_yaxes(title="moelab time / sglang time", col=1)
     mean = geometric_mean(ratios)
     close = sum(abs(r - 1) <= 0.05 for r in ratios)
@@ -179,8 +179,3 @@ def versus_sglang(recording: Recording, peers: Sequence[Row], peer_source: str) 
 
 def _batches(recording: Recording) -> list[int]:
     return sorted({row["num_tokens"] for row in recording.rows})
-
-
-def peer_text(peers: Mapping[str, Any]) -> str:
-    """The source line of a file in data/upstream."""
-    return f"{number(peers['source'])}"

@@ -66,13 +66,17 @@ def table_html(rows: Sequence[Row]) -> str:
     numeric = {c: all(isinstance(row.get(c), int | float | None) for row in rows) for c in columns}
     align = {c: "right" if numeric[c] else "left" for c in columns}
 
+    wrap = "; white-space: nowrap"
+
     def cell(tag: str, column: str, value: str) -> str:
-        return f'<{tag} style="text-align: {align[column]}">{html.escape(value)}</{tag}>'
+        return f'<{tag} style="text-align: {align[column]}{wrap if tag == "td" else ""}">{html.escape(value)}</{tag}>'
 
     head = "".join(cell("th", c, c) for c in columns)
     body = "".join("<tr>" + "".join(cell("td", c, number(row.get(c))) for c in columns) + "</tr>" for row in rows)
-    box = "max-height: 340px; overflow: auto; margin: 4px 0 12px 0"
-    return f'<div style="{box}"><table style="margin: 0"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    box = "max-height: 520px; overflow: auto; margin: 4px 0 12px 0"
+    return (
+        f'<div style="{box}"><table style="margin: 0"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def table_text(rows: Sequence[Row]) -> str:

@@ -21,7 +21,7 @@ def routing(topk_ids: Sequence[Sequence[int]], topk_weights: Sequence[Sequence[f
     for token, (ids, weights) in enumerate(zip(topk_ids, topk_weights, strict=True)):
         figure.add_scatter(
             x=list(ids), y=[token] * len(ids), mode="markers+text", text=[f"{w:.2f}" for w in weights], name=f"token {token}",
-            marker={"symbol": "square", "size": 34, "color": _token_color(token)}, textfont={"color": "white", "size": 12},
+            marker={"symbol": "square", "size": 34, "color": _token_color(token)}, textfont={"color": _text_color(token), "size": 12},
             showlegend=False, hovertemplate=f"token {token}, expert %{{x}}: weight %{{text}}",
         )  # fmt: skip
     figure.update_xaxes(tickvals=list(range(num_experts)), ticktext=[f"expert {e}" for e in range(num_experts)],
@@ -39,7 +39,9 @@ def routing(topk_ids: Sequence[Sequence[int]], topk_weights: Sequence[Sequence[f
     return Panel(figure, table, sentence)
 
 
-def alignment(sorted_token_ids: Sequence[int], expert_ids: Sequence[int], block_size: int, top_k: int, num_pairs: int) -> Panel:
+def alignment(
+    sorted_token_ids: Sequence[int], expert_ids: Sequence[int], block_size: int, top_k: int, num_pairs: int
+) -> Panel:
     """One row per block of BLOCK_SIZE_M rows: which token fills each, and which rows are padding.
 
     sorted_token_ids: the used part of Alignment.sorted_token_ids, padding being num_pairs; expert_ids: per block.
@@ -51,16 +53,20 @@ def alignment(sorted_token_ids: Sequence[int], expert_ids: Sequence[int], block_
                   height=150 + 36 * max(4, len(blocks)))  # fmt: skip
     size = 30 if block_size <= 16 else 14
     for token in sorted({pair // top_k for pair in sorted_token_ids if pair < num_pairs}):
-        places = [(b, r) for b, rows in enumerate(blocks) for r, p in enumerate(rows) if p < num_pairs and p // top_k == token]
+        places = [
+            (b, r) for b, rows in enumerate(blocks) for r, p in enumerate(rows) if p < num_pairs and p // top_k == token
+        ]
         figure.add_scatter(
             x=[r for _, r in places], y=[b for b, _ in places], mode="markers+text", text=[f"t{token}"] * len(places),
-            marker={"symbol": "square", "size": size, "color": _token_color(token)}, textfont={"color": "white", "size": 11},
+            marker={"symbol": "square", "size": size, "color": _token_color(token)}, textfont={"color": _text_color(token), "size": 11},
             name=f"token {token}", showlegend=False,
         )  # fmt: skip
     empty = [(b, r) for b, rows in enumerate(blocks) for r, p in enumerate(rows) if p >= num_pairs]
     figure.add_scatter(x=[r for _, r in empty], y=[b for b, _ in empty], mode="markers", name="padding", showlegend=False,
                        marker={"symbol": "x-thin", "size": 9, "line": {"width": 1.2, "color": GREY}})  # fmt: skip
-    figure.update_xaxes(title="row within the block", range=[-0.6, max(block_size, 4) - 0.4], dtick=max(1, block_size // 16))
+    figure.update_xaxes(
+        title="row within the block", range=[-0.6, max(block_size, 4) - 0.4], dtick=max(1, block_size // 16)
+    )
     figure.update_yaxes(tickvals=list(range(len(blocks))), ticktext=[f"block {b}: expert {e}" for b, e in enumerate(experts)],
                         range=[len(blocks) - 0.4, -0.6])  # fmt: skip
     figure.update_layout(margin={"l": 130})
@@ -90,7 +96,9 @@ def values(stages: Mapping[str, Sequence[Sequence[float]]], topk_ids: Sequence[S
                           hovertemplate="%{y}, column %{x}: %{z:.3f}<extra>" + name + "</extra>", xgap=0.5, ygap=0.5)  # fmt: skip
         figure.add_trace(heat, row=1, col=col)
         figure.update_yaxes(autorange="reversed", row=1, col=col, ticks="", showline=False)
-        figure.update_xaxes(showticklabels=False, ticks="", showline=False, title=f"{len(rows)} × {len(rows[0])}", row=1, col=col)
+        figure.update_xaxes(
+            showticklabels=False, ticks="", showline=False, title=f"{len(rows)} × {len(rows[0])}", row=1, col=col
+        )
         flat = [v for row in rows for v in row]
         table.append({"stage": name, "rows": len(rows), "columns": len(rows[0]), "smallest": min(flat), "largest": max(flat),
                       "root mean square": (sum(v * v for v in flat) / len(flat)) ** 0.5})  # fmt: skip
@@ -122,7 +130,17 @@ def where(runtime: Any, versions: Mapping[str, Any], recordings: Sequence[Any]) 
         "none": "No kernel can run here; everything shown comes from recordings.",
     }[runtime.mode]
     sound = sum(each.recording is not None for each in recordings)
-    return Panel(None, rows, f"**You are on {runtime.device_name} (mode: {runtime.mode}), with {sound} recordings.** {live}")
+    return Panel(
+        None, rows, f"**You are on {runtime.device_name} (mode: {runtime.mode}), with {sound} recordings.** {live}"
+    )
+
+
+def _text_color(token: int) -> str:
+    """Black or white, whichever stands out more on the token's colour (relative luminance as in WCAG 2)."""
+    channels = [int(_token_color(token)[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "black" if luminance > 0.179 else "white"
 
 
 def _token_color(token: int) -> str:

@@ -35,10 +35,13 @@ def ceilings(recording: Recording, datasheet: Ceilings, floors: Ceilings) -> Pan
         unit, scale = ("TFLOP/s", 1e12) if product else ("TB/s", 1e12)
         low, high = timing(row).interval_us
         work = row["FLOP" if product else "bytes"] / scale * 1e6
-        rate, sheet = row["per_second"] / scale, (datasheet.flops_per_s if product else datasheet.copy_bytes_per_s) / scale
+        rate, sheet = (
+            row["per_second"] / scale,
+            (datasheet.flops_per_s if product else datasheet.copy_bytes_per_s) / scale,
+        )
         used = (floors.flops_per_s if product else floors.copy_bytes_per_s) / scale
         bar = go.Bar(
-            x=[row["what"]], y=[rate], error_y=error_bars([rate], [work / high], [work / low]), width=0.5,
+            x=[row["what"]], y=[rate], error_y=error_bars([rate], [work / high], [work / low]), width=0.3 if product else 0.5,
             marker={"color": look("triton").color}, showlegend=False, name=row["what"],
             text=[f"{number(rate)} {unit}"], textposition="inside", insidetextanchor="middle",
         )  # fmt: skip
@@ -78,9 +81,11 @@ def floors(shapes: Mapping[str, MoEShape], at: Ceilings, batches: Sequence[int] 
         table.append({"floor, µs": name} | {f"{b}": f.us for b, f in zip(batches, found, strict=True)})
         turns[name] = next((b for b, f in zip(batches, found, strict=True) if f.side == "compute"), None)
     figure.update_xaxes(title="batch, tokens", **log_axis(batches))
-    figure.update_yaxes(title="floor of the layer, µs", type="log", dtick=1)
+    figure.update_yaxes(title="floor of the layer, µs", type="log", tickvals=[10, 20, 50, 100, 200, 500, 1000, 2000])
     figure.update_layout(legend={"title": {"text": "filled: memory-bound<br>hollow: compute-bound"}})
-    parts = [f"{name} from {turn} tokens" if turn else f"{name} never, up to {batches[-1]}" for name, turn in turns.items()]
+    parts = [
+        f"{name} from {turn} tokens" if turn else f"{name} never, up to {batches[-1]}" for name, turn in turns.items()
+    ]
     sentence = f"**Every shape starts memory-bound.** Arithmetic takes over (of the batches drawn): {'; '.join(parts)}."
     return Panel(figure, table, sentence)
 
@@ -164,9 +169,15 @@ def breakdown(name: str, shape: MoEShape, peers: Sequence[Row], at: Ceilings, so
             floor = roofline.floor_us(cost, at).us
             ideal.append(floor / whole)
             measured.append(row[keys[launch]] / whole)
-            out |= {"layer floor, µs": whole, f"{LAUNCHES[launch]} floor, µs": floor, f"{LAUNCHES[launch]}, µs": row[keys[launch]]}
+            out |= {
+                "layer floor, µs": whole,
+                f"{LAUNCHES[launch]} floor, µs": floor,
+                f"{LAUNCHES[launch]}, µs": row[keys[launch]],
+            }
         for col, heights in ((1, ideal), (2, measured)):
-            bar = go.Bar(x=batches, y=heights, name=LAUNCHES[launch], marker={"color": style.color}, showlegend=col == 1)
+            bar = go.Bar(
+                x=batches, y=heights, name=LAUNCHES[launch], marker={"color": style.color}, showlegend=col == 1
+            )
             figure.add_trace(bar, row=1, col=col)
     figure.add_hline(1.0, line={"color": GREY, "dash": "dot"})
     figure.update_layout(barmode="stack", legend={"traceorder": "reversed"})

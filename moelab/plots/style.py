@@ -7,8 +7,10 @@ figure serves both themes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import plotly.graph_objects as go
@@ -126,7 +128,7 @@ def grid(
         plot_bgcolor=CLEAR,
         colorway=[each.color for each in SERIES],
         height=height,
-        margin={"l": 70, "r": 30, "t": 56 + 16 * lines + plot_titles, "b": 60},
+        margin={"l": 70, "r": 30, "t": 64 + 16 * lines + plot_titles, "b": 60},
         legend={"bgcolor": CLEAR, "font": {"size": 12}, "tracegroupgap": 4},
         hoverlabel={"font": {"size": 12}},
         bargap=0.25,
@@ -138,18 +140,20 @@ def grid(
     return figure
 
 
-def log_axis(values: Sequence[float], *, labels: bool = True) -> dict[str, Any]:
-    """A log axis whose ticks are the values themselves (batch sizes, as a rule)."""
-    shown = [str(v) for v in values] if labels else None
+def log_axis(values: Sequence[float]) -> dict[str, Any]:
+    """A log axis whose ticks are the values themselves (batch sizes, as a rule).
+
+    Steps of a factor under 3 beside wider ones lose the label of their lower end, which would overlap.
+    """
+    wide = any(b >= 3 * a for a, b in pairwise(values))
+    shown = ["" if wide and b < 3 * a else str(a) for a, b in pairwise(values)] + [str(v) for v in values[-1:]]
     return {"type": "log", "tickvals": list(values), "ticktext": shown, "minor": {"showgrid": False}}
 
 
 def powers(low: float, high: float) -> dict[str, Any]:
     """A log axis over [low, high], one labelled tick per power of ten that lies in it."""
-    import math
-
     exponents = range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)
-    step = max(1, len(exponents) // 8)
+    step = max(1, round(len(exponents) / 7))
     ticks = [10.0**e for e in exponents if e % step == 0]
     return {
         "type": "log",
@@ -160,14 +164,10 @@ def powers(low: float, high: float) -> dict[str, Any]:
 
 
 def _power(value: float) -> str:
-    exact = round(value, 12)
-    return f"{exact:g}" if 1e-3 <= value < 1e5 else f"10<sup>{len(f'{value:.0f}') - 1}</sup>" if value > 1 else _small(value)
-
-
-def _small(value: float) -> str:
-    import math
-
-    return f"10<sup>−{-round(math.log10(value))}</sup>"
+    exponent = round(math.log10(value))
+    if abs(exponent) <= 3:
+        return f"{round(value, 3):g}"
+    return f"10<sup>{'−' if exponent < 0 else ''}{abs(exponent)}</sup>"
 
 
 def error_bars(middle: Sequence[float], low: Sequence[float], high: Sequence[float]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moelab.plots.panel import Panel, Row, timing
-from moelab.plots.style import error_bars, grid, log_axis, look
+from moelab.plots.style import error_bars, grid, log_axis, look, powers
 from moelab.recordings import Recording
 
 ORDER = ("torch", "compiled", "triton_f32", "triton", "cuda")
@@ -16,7 +16,9 @@ def _cases(recording: Recording, dtype: str) -> list[tuple[int, int]]:
     return list(dict.fromkeys((row["top_k"], row["hidden"]) for row in recording.select(dtype=dtype)))
 
 
-def speed(recording: Recording, copy_bytes_per_s: float, dtype: str, peers: Sequence[Row] = (), peer_source: str = "") -> Panel:
+def speed(
+    recording: Recording, copy_bytes_per_s: float, dtype: str, peers: Sequence[Row] = (), peer_source: str = ""
+) -> Panel:
     """Time by number of tokens, one plot per (top_k, hidden), with the floor: bytes over the copy bandwidth.
 
     peers: rows of data/upstream/h200_sum_reduce.json; sglang's Triton kernel is drawn from them.
@@ -33,7 +35,9 @@ def speed(recording: Recording, copy_bytes_per_s: float, dtype: str, peers: Sequ
         for impl in ORDER:
             rows = sorted((r for r in mine if r["impl"] == impl), key=lambda r: r["num_tokens"])
             middle = [timing(r).median_us for r in rows]
-            bars = error_bars(middle, [timing(r).interval_us[0] for r in rows], [timing(r).interval_us[1] for r in rows])
+            bars = error_bars(
+                middle, [timing(r).interval_us[0] for r in rows], [timing(r).interval_us[1] for r in rows]
+            )
             figure.add_scatter(x=[r["num_tokens"] for r in rows], y=middle, error_y=bars, name=impl, mode="lines+markers",
                                line=look(impl).line(1.5), marker=look(impl).marker(7), legendgroup=impl,
                                showlegend=col == 1, **place)  # fmt: skip
@@ -45,8 +49,10 @@ def speed(recording: Recording, copy_bytes_per_s: float, dtype: str, peers: Sequ
         floor = {r["num_tokens"]: r["bytes"] / copy_bytes_per_s * 1e6 for r in mine}
         figure.add_scatter(x=sorted(floor), y=[floor[t] for t in sorted(floor)], name="floor", mode="lines",
                            line=look("floor").line(), legendgroup="floor", showlegend=col == 1, **place)  # fmt: skip
-    figure.update_xaxes(title="tokens", **log_axis(tokens), tickangle=-60)
-    figure.update_yaxes(type="log", dtick=1)
+    figure.update_xaxes(title="tokens", **log_axis(tokens), tickangle=-45)
+    medians = [timing(row).median_us for row in recording.select(dtype=dtype)]
+    least = min(row["bytes"] for row in recording.select(dtype=dtype)) / copy_bytes_per_s * 1e6
+    figure.update_yaxes(**powers(least / 1.5, max(medians) * 1.5))
     figure.update_yaxes(title="µs per call", col=1)
     return Panel(figure, _shares(recording, copy_bytes_per_s, dtype), _verdict(recording, copy_bytes_per_s, dtype))
 

@@ -64,7 +64,9 @@ def explorer(at: Ceilings, model: str = "qwen3-30b-a3b", tp_size: int = 1, num_t
             degrees.options = fitting
             degrees.value = kept
 
-    models.observe(offer, "value")  # before the redraw of interactive_panel, which would see a degree that does not divide
+    models.observe(
+        offer, "value"
+    )  # before the redraw of interactive_panel, which would see a degree that does not divide
     return interactive_panel(
         lambda model, tp_size, num_tokens: plots_explorer.explore(model, tp_size, num_tokens, at),
         {"model": models, "tp_size": degrees, "num_tokens": batch},
@@ -83,4 +85,4 @@ def padding_picture(
         sorted_token_ids, expert_ids = aligned(block_size)
         return plots_pipeline.alignment(sorted_token_ids, expert_ids, block_size, top_k, num_pairs)
 
-    return interactive_panel(draw, {"block_size": _slider("Block rows", blocks, blocks[0])})
+    return interactive_panel(draw, {"block_size": _slider("Block rows", blocks, blocks[-1])})

@@ -1,0 +1,178 @@
+"""The README's pictures and figures, made from recordings: `make pictures`, or `python -m moelab.plots.pictures`.
+
+Pictures go to docs/*.png (plotly through kaleido and the system's chromium), their sentences and numbers into README.md
+between the markers `figures` and `end of figures`. The text needs no browser, so a test holds it against the recordings.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+
+from moelab import recordings, roofline, runtime
+from moelab.errors import MoelabError, RecordingError, RuntimeModeError
+from moelab.plots import accuracy, layer, sum_reduce
+from moelab.plots.panel import Panel, Row, columns_of
+from moelab.plots.roofline import recorded_ceilings
+from moelab.plots.style import number
+
+WIDTH = 900
+"""Pixels: GitHub's column; files have twice as many for sharp text."""
+
+CHARACTERS, LINE_PIXELS = 130, 16
+"""Of a subtitle in 12 px type: what fits into WIDTH, and the height of a line."""
+
+START, END = "<!-- figures: made by `make pictures`, do not edit -->", "<!-- end of figures -->"
+
+
+def panels() -> dict[str, Panel]:
+    """Picture name -> its panel, for every picture whose recording is there; nothing is measured."""
+    found = {item.suite: item.recording for item in recordings.list_recordings() if item.recording}
+    made: dict[str, Panel] = {}
+    ceilings = found.get("ceilings")
+    if "layer_classic" in found and ceilings:
+        peers = _upstream("h200_sglang")
+        at = roofline.load_ceilings(_device(ceilings), "floors")
+        datasheet = roofline.load_ceilings(_device(ceilings), "datasheet")
+        made["roofline"] = layer.roof(found["layer_classic"], recorded_ceilings(ceilings), datasheet)
+        made["layer"] = layer.time_over_floor(found["layer_classic"], peers["rows"], at, peers["source"])
+    if "sum_reduce" in found and ceilings:
+        peers = _upstream("h200_sum_reduce")
+        copy = recorded_ceilings(ceilings).copy_bytes_per_s
+        made["sum_reduce"] = sum_reduce.speed(found["sum_reduce"], copy, "bfloat16", peers["rows"], peers["source"])
+    if "sum_reduce_precision" in found:
+        recorded = found["sum_reduce_precision"]
+        reported = _upstream("sum_reduce_precision")
+        made["accuracy"] = accuracy.checks(recorded.rows, [], reported, recorded.source(), "")
+    return made
+
+
+HEADINGS = {
+    "roofline": "The classic layer on the roof",
+    "layer": "The classic layer over its floor, beside sglang’s",
+    "sum_reduce": "Sum-reduce, five ways",
+    "accuracy": "Which of them is right",
+}
+ALT = {
+    "roofline": "FLOP per byte against TFLOP/s reached, four MoE layers under the roof of an H200",
+    "layer": "time over floor by batch size, four MoE layers, three configs, beside sglang",
+    "sum_reduce": "microseconds by number of tokens, five implementations and the floor",
+    "accuracy": "error over tolerance for five implementations in four dtypes, by two rules",
+}
+
+
+def text(made: Mapping[str, Panel]) -> str:
+    """The README's block: for each picture a heading, the picture, its sentence, and a folded table of its numbers."""
+    parts = [START]
+    for name, panel in made.items():
+        parts += [
+            f"### {HEADINGS[name]}",
+            f'<img src="docs/{name}.png" width="{WIDTH}" alt="{ALT[name]}">',
+            panel.sentence,
+            f"<details><summary>The numbers</summary>\n\n{markdown(panel.table)}\n\n</details>",
+        ]
+    parts += ["### What was measured where", markdown(origins())]
+    return "\n\n".join([*parts, END])
+
+
+def origins() -> list[Row]:
+    """One row per recording: what, how much, and where it comes from."""
+    listed = [item.recording for item in recordings.list_recordings() if item.recording]
+    return [
+        {
+            "recording": f"[{each.suite}](data/recordings/{each.suite}.json)",
+            "rows": len(each.rows),
+            **{key: each.provenance[key] for key in ("gpu", "torch", "triton", "cuda", "driver", "date")},
+        }
+        for each in listed
+    ]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A Markdown table, numbers to three digits, without columns that are empty."""
+    columns = [c for c in columns_of(rows) if any(row.get(c) is not None for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([number(row.get(c)) for c in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def replaced(readme: str, block: str) -> str:
+    """The README with its block replaced. Raises MoelabError where the markers are missing."""
+    head, found, rest = readme.partition(START)
+    _, ended, tail = rest.partition(END)
+    if not found or not ended:
+        raise MoelabError(f"README.md has no {START} ... {END}. Expected both markers, once. Restore them from git.")
+    return head + block + tail
+
+
+def on_white(figure: go.Figure) -> go.Figure:
+    """A copy for paper: white, dark text, the subtitle broken at the column's width, labels of series on all sides."""
+    drawn = go.Figure(figure)
+    dark = {"color": "#24292f"}
+    said = str(drawn.layout.title.subtitle.text or "").split("<br>")
+    lines = [line for part in said for line in textwrap.wrap(part, CHARACTERS)]
+    more = LINE_PIXELS * (len(lines) - len(said))
+    height, top = drawn.layout.height + more, drawn.layout.margin.t + more
+    drawn.update_layout(
+        paper_bgcolor="white", plot_bgcolor="white", font=dark, height=height, margin={"t": top},
+        title={"y": 1 - 24 / height, "subtitle": {"font": dark, "text": "<br>".join(lines)}},
+    )  # fmt: skip
+    drawn.update_annotations(font=dark)
+    for index, trace in enumerate(t for t in drawn.data if t.type == "scatter" and t.mode == "lines+markers+text"):
+        trace.textposition = ("bottom right", "top left", "top right", "bottom left")[index % 4]
+    return drawn
+
+
+def draw(made: Mapping[str, Panel], folder: Path) -> list[Path]:
+    """Write <folder>/<name>.png. Raises RuntimeModeError where kaleido or a chromium is missing."""
+    if not any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):
+        raise RuntimeModeError(
+            "No chromium on PATH, which draws the pictures. Expected chromium or google-chrome. Install it (Debian: "
+            "`apt-get install chromium fonts-dejavu-core`)."
+        )
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for name, panel in made.items():
+        if panel.figure is None:
+            continue
+        path = folder / f"{name}.png"
+        figure = on_white(panel.figure)
+        figure.write_image(path, width=WIDTH, scale=2)
+        paths.append(path)
+    return paths
+
+
+def main() -> int:
+    """Write the README's block, then the pictures."""
+    root = runtime.repo_root()
+    if root is None:
+        raise RuntimeModeError("This is no checkout. Expected one, with its README.md. Clone the repository: use git.")
+    made = panels()
+    if not made:
+        raise RecordingError("No recording to draw. Expected some in data/recordings. Record them: `make record`.")
+    readme = root / "README.md"
+    recordings.write_atomically(readme, replaced(readme.read_text(encoding="utf-8"), text(made)))
+    for path in draw(made, root / "docs"):
+        print(f"wrote {path.relative_to(root)}")
+    return 0
+
+
+def _device(ceilings: recordings.Recording) -> str:
+    return runtime.device_key(str(ceilings.provenance["gpu"]))
+
+
+def _upstream(name: str) -> dict[str, Any]:
+    return json.loads((runtime.data_dir() / "upstream" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except MoelabError as error:
+        sys.exit(f"moelab: {error}")

@@ -1,0 +1,95 @@
+"""The README keeps its word: its code runs, its output is real, its figures are the recordings'."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moelab import cli, recordings
+from moelab.errors import MoelabError
+from moelab.plots import pictures
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(kind: str, text: str = README) -> list[str]:
+    """The contents of fenced blocks of a kind."""
+    return re.findall(rf"^```{kind}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def sessions(text: str = README) -> list[tuple[str, str]]:
+    """(command, output) of every console block."""
+    found = [block.partition("\n") for block in blocks("console", text)]
+    return [(first.removeprefix("$ "), output) for first, _, output in found]
+
+
+def test_python_blocks_run() -> None:
+    code = blocks("python")
+    assert code
+    for block in code:
+        done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=ROOT, timeout=200)
+        assert done.returncode == 0 and done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("command", "output"), sessions(), ids=lambda value: value.splitlines()[0][:60])
+def test_console_output_is_real(command: str, output: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name, *arguments = shlex.split(command)
+    status = cli.main(arguments)
+    assert (name, status) == ("moelab", 0)
+    assert capsys.readouterr().out == output, "the README quotes another output: paste what the command prints"
+
+
+def test_figures_are_those_of_the_recordings() -> None:
+    made = pictures.panels()
+    assert made, "no recording to draw"
+    message = "the README's figures are behind data/recordings or moelab/plots: run `make pictures`"
+    assert pictures.replaced(README, pictures.text(made)) == README, message
+
+
+def test_stale_figures_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sample of one recording changed, and the text differs."""
+    recorded = recordings.load("layer_classic")
+    slower = {**recorded.rows[2], "samples_us": [2 * s for s in recorded.rows[2]["samples_us"]]}
+    changed = recordings.Recording(
+        recorded.suite, recorded.provenance, recorded.protocol, (*recorded.rows[:2], slower, *recorded.rows[3:])
+    )
+    before = pictures.text(pictures.panels())
+    monkeypatch.setattr(recordings, "recordings_dir", lambda: tmp_path)
+    for item in ("ceilings", "layer_classic"):
+        source = ROOT / "data" / "recordings" / f"{item}.json"
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    same = pictures.text(pictures.panels())
+    recordings.write(changed, tmp_path / "layer_classic.json")
+    assert before != same != pictures.text(pictures.panels())
+
+
+def test_readme_without_markers_is_refused() -> None:
+    with pytest.raises(MoelabError, match="Expected both markers"):
+        pictures.replaced("# moelab", "block")
+
+
+def test_pictures_and_links_are_there() -> None:
+    names = re.findall(r'<img src="([^"]+)"', README)
+    assert names and all((ROOT / name).read_bytes().startswith(b"\x89PNG") for name in names)
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert links and [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_commands_of_the_table_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--help"])
+    known = capsys.readouterr().out
+    named = set(re.findall(r"^\| `moelab (\w+)", README, flags=re.MULTILINE))
+    assert named == set(re.findall(r"^  ([a-z]+)  ", known, flags=re.MULTILINE))
+
+
+def test_pictures_are_drawn_on_white() -> None:
+    panel = pictures.panels()["layer"]
+    drawn = pictures.on_white(panel.figure)
+    assert drawn.layout.paper_bgcolor == "white" and panel.figure.layout.paper_bgcolor != "white"
+    assert all(len(line) <= pictures.CHARACTERS for line in drawn.layout.title.subtitle.text.split("<br>"))
