@@ -12,7 +12,7 @@ SUITE ?= all
 LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test unit notebooks lint html pictures gpu record clean
+.PHONY: help setup lab test unit notebooks lint html pictures gpu record configs clean
 
 help:
 	@echo 'make lab        JupyterLab on the notebooks (LAB_ARGS="--no-browser --port=8888")'
@@ -22,6 +22,7 @@ help:
 	@echo 'make html       the notebooks, executed, as pages under build/html'
 	@echo 'make pictures   docs/*.png and the README figures, from data/recordings (needs chromium)'
 	@echo 'make gpu        on a GPU: the gpu tests, then every recording made again'
+	@echo 'make configs    configs/ from the recording layer_classic: the fastest config of each batch size'
 	@echo 'make record SUITE=sum_reduce   on a GPU: one recording made again'
 
 setup: $(READY)
@@ -64,6 +65,10 @@ gpu: $(READY)
 
 record: $(READY)
 	$(PY) -m moelab record $(SUITE)
+
+configs: $(READY)
+	$(PY) -c "from moelab import recordings; from moelab.suites.layer_classic import write_configs; \
+		print(*write_configs(recordings.load('layer_classic')), sep='\n')"
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

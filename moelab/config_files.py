@@ -337,12 +337,11 @@ def _candidates(
     for index, name in enumerate(names):
         stand_in = "; no _down file exists, so GEMM2 takes the up file's config" if index else ""
         for place in (exact, *others):
-            kind = (
-                "the Triton version in use" if place == exact else "another Triton version, so it may not be the best"
-            )
+            kind = "the Triton version in use" if place == exact else "another Triton version"
+            doubt = "" if place == exact else ", so it may not be the best"
             path = place / name
             if path.is_file():
-                yield path, Step(f"{place.name}/{name}", "found", f"it is for {kind}{stand_in}")
+                yield path, Step(f"{place.name}/{name}", "found", f"it is for {kind}{doubt}{stand_in}")
             else:
                 yield None, Step(f"{place.name}/{name}", "absent", f"there is no such file for {kind}")
 

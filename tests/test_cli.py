@@ -66,6 +66,8 @@ def test_help_names_every_command(run) -> None:
         (["shapes"], ["No such command 'shapes'"]),
         (["explain", "--model", "mixtral-8x7b"], ["Missing option '--batch-size'"]),
         (["record"], ["name a suite"]),
+        (["explain", "--model", "mixtral-8x7b", "--batch-size", "1", "--triton-version", "3.6"], ["three numbers"]),
+        (["explain", "--model", "mixtral-8x7b", "--batch-size", "1", *H200, "--config-dir", "no/such"], ["no/such"]),
         # what a room refuses
         (["shape", "--model", "qwen3-30b"], ["qwen3-30b-a3b", "Did you mean"]),
         (["shape", "--model", "mixtral-8x7b", "--tp-size", "3"], ["does not divide", "2, 4"]),

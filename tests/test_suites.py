@@ -75,3 +75,23 @@ def test_unknown_suites_run_nothing() -> None:
 def test_suites_that_time_need_a_gpu(name: str) -> None:
     with pytest.raises(RuntimeModeError, match="NVIDIA GPU"):
         suites.record([name])
+
+
+def test_the_shipped_configs_are_the_fastest_recorded(tmp_path: Path) -> None:
+    written = layer_classic.write_configs(recordings.load("layer_classic"), tmp_path)
+    assert len(written) == len(layer_classic.SHAPES)
+    for path in written:
+        shipped = runtime.config_dir() / path.relative_to(tmp_path)
+        assert shipped.read_text() == path.read_text(), f"{path.name}: run `make configs`"
+
+
+def test_the_fastest_config_is_the_lowest_median(small: None) -> None:
+    rows = [
+        {"shape": "s", "num_tokens": 1, "config_name": name, "config": KernelConfig(16, 32, 64, group).to_json(),
+         "samples_us": samples}
+        for name, group, samples in (
+            ("default", 1, [3.0, 1.0, 9.0]), ("tuned", 2, [2.0, 2.0, 50.0]), ("tuned, with alignment", 3, [0.1]),
+        )
+    ]  # fmt: skip
+    made = recordings.Recording("layer_classic", {}, {}, tuple(rows))
+    assert layer_classic.fastest_configs(made)["s"][1].GROUP_SIZE_M == 2

@@ -3,7 +3,7 @@
 Three ways, all deterministic, none synchronising with the host:
 - `align_pairs` gives every pair a block of its own: nothing to sort, for batches so small that experts rarely meet;
 - one launch, where a program's histogram holds every pair;
-- two launches (count, then place), for anything larger.
+- three launches (count chunks, scan, place), for anything larger.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from moelab.errors import DtypeError, ShapeError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.routing import Alignment, max_padded_pairs  # noqa: E402
 
-# One program reads this many pairs at a time; below it one launch does everything.
-_CHUNK = 2048
+# Up to this many pairs one launch does everything; above it chunks are counted, scanned and placed apart.
+_ONE_LAUNCH = 2048
+_CHUNK = 512
 
 
 @triton.jit
@@ -32,36 +33,30 @@ def _bucket(ids, num_experts):
 
 
 @triton.jit
-def _place(
-    ids_ptr, sorted_ptr, expert_ids_ptr, total_ptr, counts, num_pairs, num_experts,
-    BLOCK_SIZE: tl.constexpr, BUCKETS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Write one bucket's run of pairs, its padding and its blocks' expert, given every bucket's count."""
-    bucket = tl.program_id(0)
+def _bucket_span(counts, bucket, BLOCK_SIZE: tl.constexpr, BUCKETS: tl.constexpr):
+    """(first row, rows in use, end of the padded run) of one bucket, given every bucket's count."""
     lanes = tl.arange(0, BUCKETS)
     padded = (counts + BLOCK_SIZE - 1) // BLOCK_SIZE * BLOCK_SIZE
     start = tl.sum(tl.where(lanes < bucket, padded, 0), axis=0)
     count = tl.sum(tl.where(lanes == bucket, counts, 0), axis=0)
-    end = start + (count + BLOCK_SIZE - 1) // BLOCK_SIZE * BLOCK_SIZE
+    return start, count, start + (count + BLOCK_SIZE - 1) // BLOCK_SIZE * BLOCK_SIZE
+
+
+@triton.jit
+def _finish_bucket(
+    sorted_ptr, expert_ids_ptr, total_ptr, bucket, start, count, end, num_pairs, num_experts,
+    BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Write a bucket's padding, its blocks' expert, and, from the last bucket, the total."""
+    rest = start + count + tl.arange(0, BLOCK_SIZE)
+    tl.store(sorted_ptr + rest, tl.full((BLOCK_SIZE,), 0, tl.int32) + num_pairs, mask=rest < end)
+    blocks = (end - start) // BLOCK_SIZE
+    expert = tl.where(bucket < num_experts, bucket, -1)
+    for first in range(0, blocks, CHUNK):
+        block = first + tl.arange(0, CHUNK)
+        tl.store(expert_ids_ptr + start // BLOCK_SIZE + block, expert, mask=block < blocks)
     if bucket == num_experts:
         tl.store(total_ptr, end)
-    offs = tl.arange(0, CHUNK)
-    placed = start
-    for first in range(0, num_pairs, CHUNK):
-        pairs = first + offs
-        inside = pairs < num_pairs
-        ids = tl.load(ids_ptr + pairs, mask=inside, other=0)
-        mine = inside & (_bucket(ids, num_experts) == bucket)
-        rank = tl.cumsum(mine.to(tl.int32), axis=0)
-        tl.store(sorted_ptr + placed + rank - 1, pairs, mask=mine)
-        placed += tl.sum(mine.to(tl.int32), axis=0)
-    rest = tl.arange(0, BLOCK_SIZE)
-    tl.store(sorted_ptr + placed + rest, tl.full((BLOCK_SIZE,), 0, tl.int32) + num_pairs, mask=placed + rest < end)
-    expert = tl.where(bucket < num_experts, bucket, -1)
-    first_block = start // BLOCK_SIZE
-    num_blocks = (end - start) // BLOCK_SIZE
-    for first in range(0, num_blocks, CHUNK):
-        tl.store(expert_ids_ptr + first_block + first + offs, expert, mask=first + offs < num_blocks)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_experts"])
@@ -70,37 +65,76 @@ def _align_small_kernel(
     BLOCK_SIZE: tl.constexpr, BUCKETS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program per bucket, each counting all pairs for itself: for num_pairs <= CHUNK."""
+    bucket = tl.program_id(0)
     pairs = tl.arange(0, CHUNK)
     inside = pairs < num_pairs
-    bucket = _bucket(tl.load(ids_ptr + pairs, mask=inside, other=0), num_experts)
+    found = _bucket(tl.load(ids_ptr + pairs, mask=inside, other=0), num_experts)
     # Lanes past num_pairs count in a bin that no bucket uses: BUCKETS > num_experts + 1.
-    counts = tl.histogram(tl.where(inside, bucket, BUCKETS - 1), BUCKETS)
+    counts = tl.histogram(tl.where(inside, found, BUCKETS - 1), BUCKETS)
     counts = tl.where(tl.arange(0, BUCKETS) <= num_experts, counts, 0)
-    _place(ids_ptr, sorted_ptr, expert_ids_ptr, total_ptr, counts, num_pairs, num_experts, BLOCK_SIZE, BUCKETS, CHUNK)
+    start, count, end = _bucket_span(counts, bucket, BLOCK_SIZE, BUCKETS)
+    mine = inside & (found == bucket)
+    tl.store(sorted_ptr + start + tl.cumsum(mine.to(tl.int32), axis=0) - 1, pairs, mask=mine)
+    _finish_bucket(
+        sorted_ptr, expert_ids_ptr, total_ptr, bucket, start, count, end, num_pairs, num_experts, BLOCK_SIZE, CHUNK
+    )
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_experts"])
-def _count_kernel(ids_ptr, counts_ptr, num_pairs, num_experts, CHUNK: tl.constexpr):
-    """counts[bucket] = pairs of that bucket; one program per bucket."""
-    bucket = tl.program_id(0)
-    offs = tl.arange(0, CHUNK)
-    total = tl.zeros((CHUNK,), dtype=tl.int32)
-    for first in range(0, num_pairs, CHUNK):
-        inside = first + offs < num_pairs
-        ids = tl.load(ids_ptr + first + offs, mask=inside, other=0)
-        total += (inside & (_bucket(ids, num_experts) == bucket)).to(tl.int32)
-    tl.store(counts_ptr + bucket, tl.sum(total, axis=0))
-
-
-@triton.jit(do_not_specialize=["num_pairs", "num_experts"])
-def _place_kernel(
-    ids_ptr, counts_ptr, sorted_ptr, expert_ids_ptr, total_ptr, num_pairs, num_experts,
-    BLOCK_SIZE: tl.constexpr, BUCKETS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Place one bucket's pairs, from the counts of `_count_kernel`."""
+def _count_kernel(ids_ptr, counts_ptr, num_pairs, num_experts, BUCKETS: tl.constexpr, CHUNK: tl.constexpr):
+    """counts[chunk, bucket]: the pairs of each bucket in one chunk."""
+    chunk = tl.program_id(0)
+    pairs = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = pairs < num_pairs
+    found = _bucket(tl.load(ids_ptr + pairs, mask=inside, other=0), num_experts)
+    counts = tl.histogram(tl.where(inside, found, BUCKETS - 1), BUCKETS)
     lanes = tl.arange(0, BUCKETS)
-    counts = tl.load(counts_ptr + lanes, mask=lanes <= num_experts, other=0)
-    _place(ids_ptr, sorted_ptr, expert_ids_ptr, total_ptr, counts, num_pairs, num_experts, BLOCK_SIZE, BUCKETS, CHUNK)
+    tl.store(counts_ptr + chunk * BUCKETS + lanes, tl.where(lanes <= num_experts, counts, 0))
+
+
+@triton.jit(do_not_specialize=["num_chunks"])
+def _scan_kernel(counts_ptr, totals_ptr, num_chunks, BUCKETS: tl.constexpr, ROWS: tl.constexpr):
+    """Replace counts[chunk, bucket] by the pairs of that bucket in earlier chunks; totals[bucket]. One program a bucket."""
+    bucket = tl.program_id(0)
+    before = 0
+    for first in range(0, num_chunks, ROWS):
+        chunk = first + tl.arange(0, ROWS)
+        ptrs = counts_ptr + chunk * BUCKETS + bucket
+        counts = tl.load(ptrs, mask=chunk < num_chunks, other=0)
+        tl.store(ptrs, before + tl.cumsum(counts, axis=0) - counts, mask=chunk < num_chunks)
+        before += tl.sum(counts, axis=0)
+    tl.store(totals_ptr + bucket, before)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_experts", "num_chunks"])
+def _place_kernel(
+    ids_ptr, before_ptr, totals_ptr, sorted_ptr, expert_ids_ptr, total_ptr, num_pairs, num_experts, num_chunks,
+    BLOCK_SIZE: tl.constexpr, BUCKETS: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Programs below num_chunks place a chunk's pairs; the others finish a bucket each."""
+    chunk = tl.program_id(0)
+    lanes = tl.arange(0, BUCKETS)
+    totals = tl.load(totals_ptr + lanes, mask=lanes <= num_experts, other=0)
+    if chunk >= num_chunks:
+        bucket = chunk - num_chunks
+        start, count, end = _bucket_span(totals, bucket, BLOCK_SIZE, BUCKETS)
+        _finish_bucket(
+            sorted_ptr, expert_ids_ptr, total_ptr, bucket, start, count, end, num_pairs, num_experts, BLOCK_SIZE, CHUNK
+        )
+        return
+    padded = (totals + BLOCK_SIZE - 1) // BLOCK_SIZE * BLOCK_SIZE
+    starts = tl.cumsum(padded, axis=0) - padded + tl.load(before_ptr + chunk * BUCKETS + lanes)
+    pairs = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = pairs < num_pairs
+    found = _bucket(tl.load(ids_ptr + pairs, mask=inside, other=0), num_experts)
+    # A pair's rank is how many earlier pairs of its chunk share its bucket: compared COLUMNS at a time.
+    rank = tl.zeros((CHUNK,), dtype=tl.int32)
+    for first in range(0, CHUNK, COLUMNS):
+        other_pairs = chunk * CHUNK + first + tl.arange(0, COLUMNS)
+        other = _bucket(tl.load(ids_ptr + other_pairs, mask=other_pairs < num_pairs, other=0), num_experts)
+        earlier = (other[None, :] == found[:, None]) & (other_pairs[None, :] < pairs[:, None])
+        rank += tl.sum(earlier.to(tl.int32), axis=1)
+    tl.store(sorted_ptr + tl.gather(starts, found, axis=0) + rank, pairs, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_experts"])
@@ -170,13 +204,18 @@ def moe_align_block_size(topk_ids: Tensor, block_size: int, num_experts: int) ->
     buckets = triton.next_power_of_2(num_experts + 2)
     grid = (num_experts + 1,)
     outputs = (result.sorted_token_ids, result.expert_ids, result.num_tokens_post_padded)
-    if num_pairs <= _CHUNK:
-        chunk = next(size for size in (128, 512, _CHUNK) if num_pairs <= size)
+    if num_pairs <= _ONE_LAUNCH:
+        chunk = next(size for size in (128, 512, _ONE_LAUNCH) if num_pairs <= size)
         _align_small_kernel[grid](topk_ids, *outputs, num_pairs, num_experts, block_size, buckets, chunk, num_warps=4)
         return result
-    counts = torch.empty(num_experts + 1, dtype=torch.int32, device=topk_ids.device)
-    _count_kernel[grid](topk_ids, counts, num_pairs, num_experts, _CHUNK, num_warps=8)
-    _place_kernel[grid](topk_ids, counts, *outputs, num_pairs, num_experts, block_size, buckets, _CHUNK, num_warps=8)
+    chunks = triton.cdiv(num_pairs, _CHUNK)
+    counts = torch.empty((chunks + 1, buckets), dtype=torch.int32, device=topk_ids.device)
+    totals = counts[chunks]
+    _count_kernel[(chunks,)](topk_ids, counts, num_pairs, num_experts, buckets, _CHUNK, num_warps=4)
+    _scan_kernel[grid](counts, totals, chunks, buckets, 128, num_warps=4)
+    _place_kernel[(chunks + num_experts + 1,)](
+        topk_ids, counts, totals, *outputs, num_pairs, num_experts, chunks, block_size, buckets, _CHUNK, 32, num_warps=8
+    )
     return result
 
 

@@ -113,12 +113,17 @@ def _elementwise_cases(dtype: str) -> list[Case]:
 def _align_cases() -> list[Case]:
     outputs = dict.fromkeys(("sorted_ptr", "expert_ids_ptr", "total_ptr"), "*i32")
     sizes = {"num_pairs": "i32", "num_experts": "i32"}
-    room, constants = "moelab.kernels.align:", {"BLOCK_SIZE": 64, "BUCKETS": 256, "CHUNK": 2048}
-    ids = {"ids_ptr": "*i32"}
+    room, ids, counts = "moelab.kernels.align:", {"ids_ptr": "*i32"}, {"counts_ptr": "*i32"}
+    small = {"BLOCK_SIZE": 64, "BUCKETS": 256, "CHUNK": 2048}
+    tables = {"before_ptr": "*i32", "totals_ptr": "*i32"}
+    chunks = {"num_chunks": "i32"}
     return [
-        Case("align small", room + "_align_small_kernel", {**ids, **outputs, **sizes}, constants, 4),
-        Case("align count", room + "_count_kernel", {**ids, "counts_ptr": "*i32", **sizes}, {"CHUNK": 2048}, 8),
-        Case("align place", room + "_place_kernel", {**ids, "counts_ptr": "*i32", **outputs, **sizes}, constants, 8),
+        Case("align small", room + "_align_small_kernel", {**ids, **outputs, **sizes}, small, 4),
+        Case("align count", room + "_count_kernel", {**ids, **counts, **sizes}, {"BUCKETS": 256, "CHUNK": 512}, 4),
+        Case("align scan", room + "_scan_kernel", {**counts, "totals_ptr": "*i32", **chunks},
+             {"BUCKETS": 256, "ROWS": 128}, 4),
+        Case("align place", room + "_place_kernel", {**ids, **tables, **outputs, **sizes, **chunks},
+             {**small, "CHUNK": 512, "COLUMNS": 32}, 8),
         Case("align pairs", room + "_align_pairs_kernel", {**ids, **outputs, **sizes}, {"BLOCK_SIZE": 64}, 1),
     ]  # fmt: skip
 

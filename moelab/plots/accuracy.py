@@ -80,7 +80,8 @@ def checks(
     dtypes = list(dict.fromkeys(row["dtype"] for row in recorded))
     titles = [f"{d}<br>fixed tolerance {reported['tolerance'][d]:g}" for d in dtypes]
     titles += [f"{d}<br>bound: twice torch’s own error" for d in dtypes]
-    figure = grid("Sum-reduce, two ways to judge it", f"filled: {source}<br>{f'hollow: {live_source}; ' if live else ''}star: reported in "
+    figure = grid("Sum-reduce, two ways to judge it", f"filled: {source}<br>"
+                  f"{f'hollow: {live_source}; ' if live else ''}star: reported in "
                   f"{reported['source']}; ✓ ✗: the check’s own verdict", titles=titles, rows=2, shared_y=True,
                   height=680)  # fmt: skip
     sets = {"recorded": (recorded, False), "live here": (live, True), "reported": (_upstream_rows(reported), False)}

@@ -62,9 +62,9 @@ def where_time_goes(recording: Recording, shape: str, at: Ceilings, config_name:
 
 def roof(recording: Recording, measured: Ceilings, datasheet: Ceilings, config_name: str = "tuned") -> Panel:
     """Measured layers on the roof: FLOP per byte against FLOP/s, log-log; batch sizes run along each line."""
-    figure = grid("Measured layers on the roof", f"{recording.source()}, config “{config_name}”; intensity from the bytes and FLOP "
-                  f"that the layer needs at least;<br>each line runs from batch {_batches(recording)[0]} (lower left) to batch "
-                  f"{_batches(recording)[-1]}", height=540)  # fmt: skip
+    figure = grid("Measured layers on the roof", f"{recording.source()}, config “{config_name}”; intensity from the bytes "
+                  f"and FLOP that the layer needs at least;<br>each line runs from batch {_batches(recording)[0]} "
+                  f"(lower left) to batch {_batches(recording)[-1]}", height=540)  # fmt: skip
     rows = recording.select(config_name=config_name)
     points = [row["flops"] / row["bytes"] for row in rows]
     low, high = min(points) / 2, max(points) * 3
@@ -90,10 +90,11 @@ def roof(recording: Recording, measured: Ceilings, datasheet: Ceilings, config_n
     (best, best_shape, best_batch), (worst, worst_shape, worst_batch) = max(shares), min(shares)
     sentence = (
         f"**Of the recorded roof the layers reach {worst:.0%} ({worst_shape}, batch {worst_batch}) to {best:.0%} ({best_shape}, "
-        f"batch {best_batch}).** A share over 100 % says that a copy kernel is no perfect ceiling for reads, or that the L2 helped."
+        f"batch {best_batch}).** A share over 100 % says that a copy is no perfect ceiling for reads, or that the L2 helped."
         if best > 1
         else f"**Of the recorded roof the layers reach {worst:.0%} ({worst_shape}, batch {worst_batch}) to {best:.0%} "
-        f"({best_shape}, batch {best_batch}).** The gap to the roof widens where arithmetic takes over."
+        f"({best_shape}, batch {best_batch}).** Worst at batch {_batches(recording)[0]}: "
+        f"{min(v for v, _, b in shares if b == str(_batches(recording)[0])):.0%}."
     )
     return Panel(figure, table, sentence)
 
@@ -101,11 +102,13 @@ def roof(recording: Recording, measured: Ceilings, datasheet: Ceilings, config_n
 def time_over_floor(recording: Recording, peers: Sequence[Row], at: Ceilings, peer_source: str) -> Panel:
     """Time over floor by batch, one plot per shape: ours as lines with intervals, sglang's as hollow markers."""
     shapes = _shapes(recording)
+    rows_of_plots = 1 if len(shapes) <= 2 else 2
+    cols = math.ceil(len(shapes) / rows_of_plots)
     figure = grid("Time over floor", f"lines: {recording.source()}, 95 % intervals; hollow: {peer_source}", titles=shapes,
-                  rows=2, shared_y=True, height=640)  # fmt: skip
+                  rows=rows_of_plots, shared_y=True, height=80 + 280 * rows_of_plots)  # fmt: skip
     table: list[Row] = []
     for index, shape in enumerate(shapes):
-        place = {"row": index // 2 + 1, "col": index % 2 + 1}
+        place = {"row": index // cols + 1, "col": index % cols + 1}
         for name, style in series(CONFIGS).items():
             rows = sorted(recording.select(shape=shape, config_name=name), key=lambda r: r["num_tokens"])
             if not rows:
@@ -124,7 +127,7 @@ def time_over_floor(recording: Recording, peers: Sequence[Row], at: Ceilings, pe
         batches = sorted({row["num_tokens"] for row in recording.select(shape=shape)})
         figure.update_xaxes(**log_axis(batches), **place)
     figure.add_hline(1.0, line={"color": GREY, "dash": "dot"})
-    figure.update_xaxes(title="batch, tokens", row=2)
+    figure.update_xaxes(title="batch, tokens", row=rows_of_plots)
     figure.update_yaxes(type="log", tickvals=[1, 1.5, 2, 3, 5, 10])
     figure.update_yaxes(title="time / floor", col=1)
     means = {name: geometric_mean([v for row in table if row["config"] == name for v in row.values() if isinstance(v, float)])

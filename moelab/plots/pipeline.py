@@ -21,7 +21,8 @@ def routing(topk_ids: Sequence[Sequence[int]], topk_weights: Sequence[Sequence[f
     for token, (ids, weights) in enumerate(zip(topk_ids, topk_weights, strict=True)):
         figure.add_scatter(
             x=list(ids), y=[token] * len(ids), mode="markers+text", text=[f"{w:.2f}" for w in weights], name=f"token {token}",
-            marker={"symbol": "square", "size": 34, "color": _token_color(token)}, textfont={"color": _text_color(token), "size": 12},
+            marker={"symbol": "square", "size": 34, "color": _token_color(token)},
+            textfont={"color": _text_color(token), "size": 12},
             showlegend=False, hovertemplate=f"token {token}, expert %{{x}}: weight %{{text}}",
         )  # fmt: skip
     figure.update_xaxes(tickvals=list(range(num_experts)), ticktext=[f"expert {e}" for e in range(num_experts)],
@@ -58,7 +59,8 @@ def alignment(
         ]
         figure.add_scatter(
             x=[r for _, r in places], y=[b for b, _ in places], mode="markers+text", text=[f"t{token}"] * len(places),
-            marker={"symbol": "square", "size": size, "color": _token_color(token)}, textfont={"color": _text_color(token), "size": 11},
+            marker={"symbol": "square", "size": size, "color": _token_color(token)},
+            textfont={"color": _text_color(token), "size": 11},
             name=f"token {token}", showlegend=False,
         )  # fmt: skip
     empty = [(b, r) for b, rows in enumerate(blocks) for r, p in enumerate(rows) if p >= num_pairs]
@@ -70,7 +72,8 @@ def alignment(
     figure.update_yaxes(tickvals=list(range(len(blocks))), ticktext=[f"block {b}: expert {e}" for b, e in enumerate(experts)],
                         range=[len(blocks) - 0.4, -0.6])  # fmt: skip
     figure.update_layout(margin={"l": 130})
-    table = [{"block": b, "expert": e, "rows in use": sum(p < num_pairs for p in rows), "padding": sum(p >= num_pairs for p in rows)}
+    table = [{"block": b, "expert": e, "rows in use": sum(p < num_pairs for p in rows),
+              "padding": sum(p >= num_pairs for p in rows)}
              for b, (e, rows) in enumerate(zip(experts, blocks, strict=True))]  # fmt: skip
     total = len(sorted_token_ids)
     sentence = (
@@ -105,8 +108,8 @@ def values(stages: Mapping[str, Sequence[Sequence[float]]], topk_ids: Sequence[S
     first, last = table[0], table[-1]
     most = max(table, key=lambda row: row["rows"] * row["columns"])
     sentence = (
-        f"**{first['rows']} × {first['columns']} values go in and {last['rows']} × {last['columns']} come out; in between it is up to "
-        f"{most['rows']} × {most['columns']} ({most['stage']}).** Each token’s row is repeated once per expert, so "
+        f"**{first['rows']} × {first['columns']} values go in and {last['rows']} × {last['columns']} come out; in between it is "
+        f"up to {most['rows']} × {most['columns']} ({most['stage']}).** Each token’s row is repeated once per expert, so "
         "intermediates are top_k times as tall: traffic that a fused kernel would not make."
     )
     return Panel(figure, table, sentence)

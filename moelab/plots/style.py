@@ -100,7 +100,7 @@ def grid(
     gap: float | None = None,
 ) -> go.Figure:
     """An empty figure of rows x (len(titles) / rows) plots, with its source as the subtitle ("<br>" breaks it)."""
-    cols = max(1, len(titles) // rows)
+    cols = max(1, math.ceil(len(titles) / rows))
     spacing = gap if gap is not None else (0.03 if shared_y else 0.09)
     figure = make_subplots(
         rows=rows,
@@ -176,7 +176,7 @@ def error_bars(middle: Sequence[float], low: Sequence[float], high: Sequence[flo
         "type": "data",
         "symmetric": False,
         "array": [h - m for m, h in zip(middle, high, strict=True)],
-        "arrayminus": [m - l for m, l in zip(middle, low, strict=True)],
+        "arrayminus": [m - below for m, below in zip(middle, low, strict=True)],
         "thickness": 1.2,
         "width": 3,
     }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from moelab import precision, roofline, runtime
+from moelab import config_files, precision, roofline, runtime
 from moelab.config import KernelConfig, default_config
 from moelab.errors import RecordingError
 from moelab.fused_moe import fused_moe
@@ -17,7 +18,7 @@ from moelab.kernels.activation import activation
 from moelab.kernels.align import align
 from moelab.kernels.grouped_gemm import grouped_gemm
 from moelab.kernels.sum_reduce import sum_reduce
-from moelab.measure import Protocol, measure
+from moelab.measure import Measurement, Protocol, measure
 from moelab.recordings import Recording
 from moelab.reference import fused_moe_ref
 from moelab.routing import make_routing
@@ -161,3 +162,34 @@ def _rows(name: str, shape: MoEShape, weights: MoEInputs, peer: dict[str, Any]) 
         }
         for label, result in measure(contenders, protocol).items()
     ]
+
+
+def fastest_configs(recording: Recording) -> dict[str, dict[int, KernelConfig]]:
+    """For each shape and batch size of a `layer_classic` recording, the config with the lowest median.
+
+    Candidates are those that the recording timed: sglang's default and, where there are any, shipped and searched ones.
+    """
+    fastest: dict[str, dict[int, tuple[float, KernelConfig]]] = {}
+    for row in recording.rows:
+        if "alignment" in row["config_name"]:
+            continue
+        median = Measurement(row["config_name"], tuple(row["samples_us"])).median_us
+        held = fastest.setdefault(row["shape"], {})
+        if row["num_tokens"] not in held or median < held[row["num_tokens"]][0]:
+            held[row["num_tokens"]] = (median, KernelConfig.from_json(row["config"]))
+    return {name: {m: config for m, (_, config) in found.items()} for name, found in fastest.items()}
+
+
+def write_configs(recording: Recording, folder: Path | None = None) -> list[Path]:
+    """Write `fastest_configs` under the names that loaders look for, into the recording's triton_X_Y_Z folder.
+
+    folder: where the triton_X_Y_Z folders lie; None is the checkout's configs/.
+    """
+    home = (folder or runtime.config_dir()) / runtime.triton_key(recording.provenance["triton"])
+    device = runtime.device_key(recording.provenance["gpu"])
+    paths = []
+    for name, configs in fastest_configs(recording).items():
+        shape = shape_of(name)
+        file = config_files.file_name(shape.num_experts, shape.moe_intermediate_size, device)
+        paths.append(config_files.write_config_file(home / file, configs))
+    return paths

@@ -8,15 +8,15 @@ to stdout, everything else to stderr. Heavy rooms (torch, triton) are imported b
 from __future__ import annotations
 
 import contextlib
-import json
+import re
 import sys
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moelab.cli import printing
 from moelab.errors import DeviceError, MoelabError, RuntimeModeError
 
 if TYPE_CHECKING:
@@ -67,6 +67,13 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+def _full_version(version: str | None) -> str | None:
+    """Folders are named by three numbers: "3.6" would silently match none of them."""
+    if version is not None and not re.match(r"\d+\.\d+\.\d+", version):
+        raise typer.BadParameter(f"{version!r} is not a whole version. Expected three numbers, such as 3.6.0.")
+    return version
+
+
 @app.callback()
 def _root(
     version: Annotated[
@@ -90,7 +97,7 @@ def models(as_json: AsJson = False) -> None:
         }
         for s in shapes
     ]  # fmt: skip
-    _show_rows(rows, as_json)
+    printing.show_rows(rows, as_json)
 
 
 @app.command()
@@ -113,16 +120,16 @@ def shape(
         file_name(found.num_experts, found.moe_intermediate_size, known or "<device>", selector, down=down)
         for down in (False, True)
     ]
-    answer = _sizes(found) | {
-        "weight_bytes": _weight_bytes(found), "keys_used": list(found.keys_used),
+    answer = printing.sizes(found) | {
+        "weight_bytes": printing.weight_bytes(found), "keys_used": list(found.keys_used),
         "config_file": names[0], "config_file_down": names[1], "device": known,
     }  # fmt: skip
     if as_json:
-        _print_json(answer)
+        printing.print_json(answer)
         return
     answer["weight_bytes"] = f"{answer['weight_bytes']:,} ({answer['weight_bytes'] / 2**30:.2f} GiB a layer)"
     answer["device"] = known or "none here: pass --device; <device> stands for it"
-    print(_listing(answer))
+    print(printing.listing(answer))
 
 
 @app.command()
@@ -135,11 +142,15 @@ def explain(
     disable_shared_experts_fusion: NoFusion = False,
     device: Device = None,
     triton_version: Annotated[
-        str | None, typer.Option("--triton-version", help='"3.6.0"; default: the installed one.')
+        str | None,
+        typer.Option("--triton-version", callback=_full_version, help="As 3.6.0; default: the installed one."),
     ] = None,
     rules: Annotated[str, typer.Option("--rules", help="Whose loader: moelab (its rules are sglang's).")] = "moelab",
     config_dir: Annotated[
-        Path | None, typer.Option("--config-dir", help="Holds triton_X_Y_Z folders; default: moelab's own.")
+        Path | None,
+        typer.Option(
+            "--config-dir", exists=True, file_okay=False, help="Holds triton_X_Y_Z folders; default: moelab's."
+        ),
     ] = None,
     down: Annotated[bool, typer.Option("--down", help="The config of GEMM2.")] = False,
     as_json: AsJson = False,
@@ -161,9 +172,9 @@ def explain(
     )  # fmt: skip
     problems = _problems(answer, found, device)
     if as_json:
-        _print_json(_lookup_json(answer, problems))
+        printing.print_json(printing.lookup_json(answer, problems))
     else:
-        _print_lookup(answer, problems)
+        printing.print_lookup(answer, problems)
     if problems:
         raise typer.Exit(1)
 
@@ -190,10 +201,10 @@ def bench(
     with _naming_memory(found):
         results = suite.bench(found, batch_size or [1, 16, 256], impl or list(IMPLEMENTATIONS))
     if as_json:
-        _print_json([_bench_json(found, result) for result in results])
+        printing.print_json([printing.bench_json(found, result) for result in results])
         return
     for result in results:
-        _print_bench(found, result)
+        printing.print_bench(found, result)
 
 
 @app.command()
@@ -205,7 +216,7 @@ def record(
 ) -> None:
     """Measure a data set again and write it, with its provenance. Exit status 1 if --list finds a broken file."""
     if list_them:
-        broken = _list_suites(as_json)
+        broken = printing.list_suites(as_json)
         raise typer.Exit(int(broken))
     if not suite:
         raise typer.BadParameter("name a suite, or: all. `moelab record --list` lists them.")
@@ -216,7 +227,7 @@ def record(
             f"Recording here ({runtime.current().reason}) would put numbers of this machine in the place of a GPU's. "
             "Expected a GPU, or a folder of its own. Pass --out DIR."
         )
-    _show_rows([{"wrote": str(path)} for path in suites.record(suite, out)], as_json)
+    printing.show_rows([{"wrote": str(path)} for path in suites.record(suite, out)], as_json)
 
 
 # --- what the commands share --------------------------------------------------------------------------------------
@@ -248,20 +259,6 @@ def _installed_triton() -> str:
         ) from None
 
 
-def _sizes(found: MoEShape) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(found) | {"keys_used": None, "w13_shape": list(found.w13_shape), "w2_shape": list(found.w2_shape)}
-
-
-def _weight_bytes(found: MoEShape) -> int:
-    import math
-
-    from moelab.config import dtype_bytes
-
-    return (math.prod(found.w13_shape) + math.prod(found.w2_shape)) * dtype_bytes(found.dtype)
-
-
 def _problems(answer: Lookup, found: MoEShape, device: str) -> list[str]:
     """What the device cannot do with the config; nothing where data/devices does not know the device."""
     from moelab.config import violations
@@ -270,26 +267,6 @@ def _problems(answer: Lookup, found: MoEShape, device: str) -> list[str]:
     if answer.config is None or device.replace(" ", "_") not in device_names():
         return []
     return list(violations(answer.config, dtype=found.dtype, target=device_data(device).get("target")))
-
-
-def _lookup_json(answer: Lookup, problems: Sequence[str]) -> dict[str, Any]:
-    return {
-        "config": answer.config.to_json() if answer.config else None,
-        "path": str(answer.path) if answer.path else None,
-        "key": answer.key,
-        "is_default": answer.is_default,
-        "steps": [{"what": s.what, "result": s.result, "reason": s.reason} for s in answer.steps],
-        "problems": list(problems),
-    }
-
-
-def _print_lookup(answer: Lookup, problems: Sequence[str]) -> None:
-    for number, step in enumerate(answer.steps, 1):
-        print(f"{number}. {step.what}: {step.result}\n     {step.reason}")
-    if answer.config is not None:
-        print(f"\nconfig  {answer.config.short()}  {json.dumps(answer.config.to_json())}")
-    for problem in problems:
-        print(f"problem: {problem}")
 
 
 @contextlib.contextmanager
@@ -301,88 +278,6 @@ def _naming_memory(found: MoEShape) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise RuntimeModeError(
-            f"The GPU's memory does not hold weights of {_weight_bytes(found):,} bytes and a float64 copy to check "
+            f"The GPU's memory does not hold weights of {printing.weight_bytes(found):,} bytes and a float64 copy to check "
             "against. Expected a smaller shard. Raise --tp-size, or lower --batch-size."
         ) from error
-
-
-# --- printing -----------------------------------------------------------------------------------------------------
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, allow_nan=False))
-
-
-def _show_rows(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
-    if as_json:
-        _print_json(rows)
-    else:
-        print(_table(rows))
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows under their keys; numbers to the right, the rest to the left."""
-    columns = list(rows[0])
-    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
-    widths = [max(len(text) for text in column) for column in zip(columns, *cells, strict=True)]
-    right = [all(isinstance(row.get(c), int | float | None) for row in rows) for c in columns]
-    lines = [
-        "  ".join(t.rjust(w) if r else t.ljust(w) for t, w, r in zip(line, widths, right, strict=True)).rstrip()
-        for line in [columns, *cells]
-    ]
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _listing(values: Mapping[str, Any]) -> str:
-    width = max(map(len, values))
-    shown = {name: ", ".join(map(str, v)) if isinstance(v, list | tuple) else v for name, v in values.items()}
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
-
-
-def _list_suites(as_json: bool) -> bool:
-    """Print suites and recordings; whether a file is broken."""
-    from moelab import recordings, suites
-
-    found = {item.suite: item for item in recordings.list_recordings()}
-    rows: list[dict[str, Any]] = []
-    for name in sorted({*suites.SUITES, *found}):
-        item = found.get(name)
-        text = "not recorded" if item is None else item.recording.source() if item.recording else f"BROKEN {item.error}"
-        count = len(item.recording.rows) if item and item.recording else None
-        rows.append({"suite": name, "rows": count, "recording": text})
-    _show_rows(rows, as_json)
-    return any(item.error for item in found.values())
-
-
-def _bench_json(found: MoEShape, result: Any) -> dict[str, Any]:
-    return {
-        "shape": _sizes(found), "num_tokens": result.num_tokens, "floor_us": result.floor_us,
-        "ceilings": result.ceilings, "config": _lookup_json(result.config, ()),
-        "down_config": _lookup_json(result.down, ()), "rows": list(result.rows),
-    }  # fmt: skip
-
-
-def _print_bench(found: MoEShape, result: Any) -> None:
-    floor = "no floor" if result.floor_us is None else f"floor {result.floor_us:.2f} us"
-    print(f"{found.name}, tp_size {found.tp_size}, {found.dtype}, {result.num_tokens} tokens: {floor}")
-    print(f"floor: {result.ceilings}")
-    used = result.config
-    print(f"triton: {used.config.short()} from {used.path or 'the default rule'}")
-    rows = [
-        {
-            "impl": row["impl"],
-            "median us": row.get("median_us"),
-            "95 % interval": f"{row['low_us']:.2f} ... {row['high_us']:.2f}" if "low_us" in row else "-",
-            "floor / time": f"{row['floor_fraction']:.0%}" if row.get("floor_fraction") else "-",
-            "max error": row["max_abs_error"],
-            "": "tie with the fastest" if row.get("tie") else row.get("note", ""),
-        }
-        for row in result.rows
-    ]
-    print(textwrap.indent(_table(rows), "  ") + "\n")

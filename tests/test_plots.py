@@ -1,0 +1,261 @@
+"""plots: every panel has units, a source, a table and a sentence that its numbers give; edge cases draw too."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+
+from moelab import recordings, roofline, runtime
+from moelab.plots import Panel, accuracy, explorer, layer, pipeline, sum_reduce
+from moelab.plots import roofline as floors
+from moelab.plots.panel import geometric_mean, table_html, table_text, timing
+from moelab.plots.style import LOOKS, look, number, powers
+from moelab.recordings import Recording
+from moelab.roofline import load_ceilings
+from moelab.shapes import load_model
+
+AT = load_ceilings("NVIDIA_H200", "floors")
+DATASHEET = load_ceilings("NVIDIA_H200", "datasheet")
+QWEN = load_model("qwen3-30b-a3b")
+SHAPES = {"qwen3-30b-a3b/tp1": QWEN, "deepseek-v3/tp8": load_model("deepseek-v3", tp_size=8)}
+
+
+def upstream(name: str) -> dict:
+    return json.loads((runtime.data_dir() / "upstream" / f"{name}.json").read_text())
+
+
+PEERS, SUMS, REPORTED = upstream("h200_sglang"), upstream("h200_sum_reduce"), upstream("sum_reduce_precision")
+PROVENANCE = {"gpu": "NVIDIA Test", "triton": "3.6.0", "date": "2026-01-02"}
+
+
+def recording(rows: list[dict], suite: str = "made_up") -> Recording:
+    return Recording(suite, PROVENANCE, {}, tuple(rows))
+
+
+def layer_rows(scale: float = 1.0) -> list[dict]:
+    """Rows of layer_classic whose time is `scale` times sglang's, +-1 %."""
+    rows = []
+    for peer in PEERS["rows"]:
+        if peer["name"] in SHAPES:
+            cost = roofline.layer_cost(SHAPES[peer["name"]], peer["M"])
+            for config in layer.CONFIGS:
+                if peer.get(config):
+                    samples = [peer[config] * scale * (1 + 0.01 * math.sin(i)) for i in range(9)]
+                    rows.append({"shape": peer["name"], "num_tokens": peer["M"], "config_name": config, "flops": cost.flops,
+                                 "bytes": cost.bytes, "samples_us": samples})  # fmt: skip
+    return rows
+
+
+def speed_rows(times: dict[str, Callable[[float], float]]) -> list[dict]:
+    """Rows of sum_reduce with time = times[impl](bytes), three samples with no spread to speak of."""
+    rows = []
+    for tokens in (1, 64, 4096):
+        moved = tokens * 9 * 2048 * 2
+        rows += [{"dtype": "bfloat16", "impl": impl, "num_tokens": tokens, "top_k": 8, "hidden": 2048, "bytes": moved,
+                  "rotations": 2, "samples_us": [time(moved)] * 3} for impl, time in times.items()]  # fmt: skip
+    return rows
+
+
+SPEED = speed_rows({"torch": lambda b: 3 + b / 2e6, "triton": lambda b: 1 + b / 4e6, "cuda": lambda b: 2 + b / 4.2e6})
+ROUTED = [[0, 1], [1, 2], [3, 1]]
+DRAWN = [
+    {"shape": name, "routing": "uniform", "num_tokens": tokens, "touched": 5.0} for name in SHAPES for tokens in (1, 64)
+]
+CEILINGS = [
+    {"what": "copy", "bytes": 4e9, "per_second": 4e12, "samples_us": [1000.0] * 7},
+    {"what": "read", "bytes": 4e9, "per_second": 4e12, "samples_us": [1000.0] * 7},
+    {"what": "product", "FLOP": 7e11, "per_second": 7e14, "samples_us": [1000.0] * 7},
+]
+JUDGED = [
+    {"dtype": d, "impl": i, "max_abs": e, "mean_abs": e / 9, "bound": 1e-14, "passes": e < 1e-14, "max_abs_from_torch": e,
+     "upstream_tolerance": 1e-12, "upstream_passes": e < 1e-12}
+    for d in ("float64", "float32") for i, e in (("torch", 1e-15), ("triton_f32", 1e-7), ("cuda", 2e-15))
+]  # fmt: skip
+LAYERS = [{"dtype": "float32", "name": n, "max_abs": 1e-6, "bound": 2e-6, "rel_fro": 1e-6, "mean_ulp": 1.0, "passes": True}
+          for n in ("torch", "triton", "mine")]  # fmt: skip
+
+PANELS: dict[str, Callable[[], Panel]] = {
+    "ceilings": lambda: floors.ceilings(recording(CEILINGS), DATASHEET, AT),
+    "floors": lambda: floors.floors(SHAPES, AT),
+    "touched": lambda: floors.touched(SHAPES, DRAWN),
+    "padding": lambda: floors.padding("qwen", QWEN, [16, 64], (1, 64, 1024)),
+    "breakdown": lambda: floors.breakdown("qwen3-30b-a3b/tp1", QWEN, PEERS["rows"], AT, PEERS["source"]),
+    "where_time_goes": lambda: layer.where_time_goes(recording(layer_rows()), "qwen3-30b-a3b/tp1", AT),
+    "roof": lambda: layer.roof(recording(layer_rows()), AT, DATASHEET),
+    "time_over_floor": lambda: layer.time_over_floor(recording(layer_rows()), PEERS["rows"], AT, PEERS["source"]),
+    "versus_sglang": lambda: layer.versus_sglang(recording(layer_rows()), PEERS["rows"], PEERS["source"]),
+    "explore": lambda: explorer.explore("qwen3-30b-a3b", 2, 64, AT),
+    "speed": lambda: sum_reduce.speed(recording(SPEED), 4.2e12, "bfloat16", SUMS["rows"], SUMS["source"]),
+    "ulp": accuracy.ulp,
+    "checks": lambda: accuracy.checks(JUDGED, JUDGED[:1], REPORTED, "recorded", "live"),
+    "distribution": lambda: accuracy.error_distribution({"torch": [0.0, 1e-16], "triton_f32": [1e-8, 2e-7]}, "live"),
+    "magnitude": lambda: accuracy.error_by_magnitude([1.0, -1e-3], {"torch": [0.0, 1e-16]}, "float64", "live"),
+    "whole_op": lambda: accuracy.whole_op(LAYERS, "live"),
+}
+PICTURES = {
+    "routing": lambda: pipeline.routing(ROUTED, [[0.5, 0.5]] * 3, 4),
+    "alignment": lambda: pipeline.alignment([0, 6, 1, 2], [0, 1], 2, 2, 6),
+    "values": lambda: pipeline.values({"in": [[1.0]] * 3, "pairs": [[2.0]] * 6}, ROUTED),
+}
+
+
+@pytest.mark.parametrize("draw", [*PANELS.values(), *PICTURES.values()], ids=[*PANELS, *PICTURES])
+def test_every_panel_is_whole(draw: Callable[[], Panel]) -> None:
+    """A title, a source, a conclusion, a table, JSON without NaN, and a width that follows the cell."""
+    panel = draw()
+    layout = panel.figure.layout
+    assert layout.title.text and layout.title.subtitle.text
+    assert layout.width is None and layout.paper_bgcolor == "rgba(0, 0, 0, 0)"
+    assert panel.sentence.startswith("**") and panel.sentence.endswith((".", ")", ".**"))
+    assert panel.table and len(panel.frame()) == len(panel.table)
+    text = json.dumps(panel.bundles(), allow_nan=False)
+    assert "NaN" not in text and "nan" not in panel.sentence
+    assert [next(iter(b)).split("/")[1] for b in panel.bundles()] == ["vnd.plotly.v1+json", "markdown", "html"]
+
+
+@pytest.mark.parametrize("draw", PANELS.values(), ids=PANELS)
+def test_every_axis_says_what_it_is(draw: Callable[[], Panel]) -> None:
+    """Each visible axis has a title, or shares its scale with one that has; bars over names need none."""
+    figure = draw().figure
+    for kind in ("yaxis", "xaxis"):
+        axes = [axis for name, axis in figure.to_dict()["layout"].items() if name.startswith(kind)]
+        titled = [a for a in axes if a.get("title", {}).get("text")]
+        bare = [a for a in axes if a not in titled and a.get("visible", True)]
+        by_name = {a.get("type") for a in bare} <= {"category", None} or all(a.get("matches") for a in bare)
+        assert titled or by_name, f"no {kind} with a title"
+
+
+def test_looks_are_told_apart() -> None:
+    drawn = [(each.color, each.symbol) for name, each in LOOKS.items()]
+    assert len({color for color, _ in drawn}) == len({symbol for _, symbol in drawn}) == len(LOOKS)
+    assert look("my_kernel") == look("my_kernel")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.99996, "1.00"), (1234.5, "1234"), (12.34, "12.3"), (0.0001, "1.00e-04"), (0.0, "0"), (None, "–"), (False, "NO"),
+     (7, "7"), (3e7, "3.00e+07"), (-2.5, "-2.50"), ("a<b", "a<b")],
+)  # fmt: skip
+def test_number(value: object, text: str) -> None:
+    assert number(value) == text
+
+
+def test_powers_label_whole_decades() -> None:
+    axis = powers(1e-4, 2e4)
+    assert dict(zip(axis["tickvals"], axis["ticktext"], strict=True))[1e-4] == "10<sup>−4</sup>"
+    assert all(math.log10(t) == pytest.approx(round(math.log10(t))) for t in axis["tickvals"])
+
+
+def test_tables_escape_and_line_up() -> None:
+    rows = [{"name": "<b>", "x": 1.0}, {"name": "c", "y": None}]
+    assert "&lt;b&gt;" in table_html(rows) and "<b>" not in table_html(rows)
+    assert table_text(rows).splitlines()[0].split() == ["name", "x", "y"]
+
+
+# --- sentences follow the numbers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [0.8, 1.0, 1.3])
+def test_versus_sglang_says_the_geometric_mean(scale: float) -> None:
+    panel = layer.versus_sglang(recording(layer_rows(scale)), PEERS["rows"], "source")
+    expected = geometric_mean([timing(row).median_us / _peer(row) for row in layer_rows(scale)])
+    assert f"{expected:.3f} times" in panel.sentence
+
+
+def _peer(row: dict) -> float:
+    return next(
+        p[row["config_name"]] for p in PEERS["rows"] if (p["name"], p["M"]) == (row["shape"], row["num_tokens"])
+    )
+
+
+def test_error_bars_are_the_interval() -> None:
+    panel = layer.where_time_goes(recording(layer_rows()), "qwen3-30b-a3b/tp1", AT)
+    measured = next(trace for trace in panel.figure.data if trace.name == "measured layer")
+    row = next(r for r in layer_rows() if r["config_name"] == "tuned")
+    low, high = timing(row).interval_us
+    assert measured.y[0] - measured.error_y.arrayminus[0] == pytest.approx(low)
+    assert measured.y[0] + measured.error_y.array[0] == pytest.approx(high)
+
+
+def test_overlapping_intervals_are_a_tie() -> None:
+    def row(impl: str, samples: list[float]) -> dict:
+        return {"impl": impl, "samples_us": samples}
+
+    times = {"triton": timing(row("triton", [1.0, 1.1, 1.2])), "cuda": timing(row("cuda", [1.15, 1.25, 1.3]))}
+    assert sum_reduce.fastest(times) == ["triton", "cuda"]
+    times["cuda"] = timing(row("cuda", [1.25, 1.3, 1.35]))
+    assert sum_reduce.fastest(times) == ["triton"]
+
+
+def test_crossover_is_found_and_denied() -> None:
+    assert "cuda from 4096 × 8 × 2048" in sum_reduce.speed(recording(SPEED), 4e12, "bfloat16").sentence
+    always = speed_rows({"triton": lambda b: 1.0, "cuda": lambda b: 2.0})
+    assert "no crossover" in sum_reduce.speed(recording(always), 4e12, "bfloat16").sentence
+    same = speed_rows({"triton": lambda b: 1.0, "cuda": lambda b: 1.0})
+    assert "tie at every size" in sum_reduce.speed(recording(same), 4e12, "bfloat16").sentence
+    alone = speed_rows({"torch": lambda b: 1.0})
+    assert "does not hold both" in sum_reduce.speed(recording(alone), 4e12, "bfloat16").sentence
+
+
+def test_checks_name_the_failing_one() -> None:
+    sentence = accuracy.checks(JUDGED, [], REPORTED, "r", "l").sentence
+    assert "fails triton_f32, as reported" in sentence and "triton_f32 in float32" in sentence
+    clean = [row | {"passes": True, "upstream_passes": True} for row in JUDGED]
+    assert "fails nothing, unlike what was reported" in accuracy.checks(clean, [], REPORTED, "r", "l").sentence
+    assert "Right in every dtype: torch, cuda." in accuracy.verdicts(JUDGED).sentence
+
+
+def test_whole_op_names_a_failure() -> None:
+    failing = [LAYERS[0], LAYERS[1] | {"passes": False, "max_abs": 1.0}]
+    assert "Failing: triton in float32" in accuracy.whole_op(failing, "live").sentence
+
+
+@pytest.mark.parametrize("dtype", accuracy.FRACTION_BITS)
+def test_spacing_is_that_of_precision(dtype: str) -> None:
+    """plots computes a ULP without torch; it must be the same ULP, subnormals included."""
+    import torch
+
+    from moelab import precision
+
+    for value in (1.0, 0.75, 3.0, 1e-3, 1000.0, 1e-7, 2.0**-24):
+        ref = precision.ulp(torch.tensor([value], dtype=torch.float64), dtype).item()
+        assert accuracy.spacing(value, dtype) == ref
+
+
+def test_floors_are_rooflines() -> None:
+    panel = floors.floors({"q": QWEN}, AT, (1, 64))
+    assert panel.table[0]["64"] == roofline.floor_us(roofline.layer_cost(QWEN, 64), AT).us
+    assert "q never, up to 64" in panel.sentence
+
+
+def test_tp_choices_divide() -> None:
+    """dbrx's 10752 divides by all; a size with an odd factor does not, and is left out, not raised."""
+    for model in ("dbrx", "qwen1.5-moe-a2.7b", "gpt-oss-20b"):
+        fitting = floors.tp_choices(model)
+        size = load_model(model).moe_intermediate_size
+        assert fitting == [d for d in (1, 2, 4, 8, 16) if size % d == 0]
+    assert len(floors.tp_choices("qwen1.5-moe-a2.7b", (1, 2, 3, 5))) < 4
+
+
+@pytest.mark.parametrize("name", ["layer_classic", "ceilings", "sum_reduce", "sum_reduce_precision"])
+def test_shipped_recordings_draw(name: str) -> None:
+    found = recordings.load(name)
+    draw = {
+        "layer_classic": lambda: layer.roof(found, AT, DATASHEET),
+        "ceilings": lambda: floors.ceilings(found, DATASHEET, AT),
+        "sum_reduce": lambda: sum_reduce.speed(found, 4.2e12, "bfloat16", SUMS["rows"], SUMS["source"]),
+        "sum_reduce_precision": lambda: accuracy.checks(found.rows, [], REPORTED, found.source(), ""),
+    }[name]
+    panel = draw()
+    assert found.source() in panel.figure.layout.title.subtitle.text
+    json.dumps(panel.bundles(), allow_nan=False)
+
+
+def test_where_speaks_of_a_broken_recording() -> None:
+    listed = recordings.ListedRecording("x", runtime.data_dir(), None, "cut short")
+    panel = pipeline.where(dataclasses.replace(runtime.current(), mode="none"), {"torch": None}, [listed])
+    assert "with 0 recordings" in panel.sentence and any("cut short" in str(row) for row in panel.table)
