@@ -226,7 +226,7 @@ def fused_moe(
     """
     _check_impl(impl)
     if router_logits is not None:
-        topk_weights, topk_ids = _route(router_logits, topk_weights, topk_ids, top_k, renormalize, hidden_states)
+        topk_weights, topk_ids = _route(router_logits, topk_weights, topk_ids, top_k, renormalize, hidden_states, w13)
     if topk_weights is None or topk_ids is None:
         raise RoutingError(
             "No routing given. Expected topk_weights and topk_ids, or router_logits and top_k. Pass one of the pairs."
@@ -256,18 +256,25 @@ def _check_impl(impl: str) -> None:
 
 
 def _route(
-    logits: Tensor, weights: Tensor | None, ids: Tensor | None, top_k: int | None, renormalize: bool, x: Tensor
+    logits: Tensor,
+    weights: Tensor | None,
+    ids: Tensor | None,
+    top_k: int | None,
+    renormalize: bool,
+    x: Tensor,
+    w13: Tensor,
 ) -> tuple[Tensor, Tensor]:
     if weights is not None or ids is not None or top_k is None:
         raise RoutingError(
             "router_logits came with topk_weights or topk_ids, or without top_k. Expected router_logits and top_k "
-            "alone. "
-            "For another rule than softmax, call a function of moelab.routing and pass its result."
+            "alone. For another rule than softmax, call a function of moelab.routing and pass its result."
         )
-    if logits.ndim == 2 and logits.shape[0] != x.shape[0]:
+    # A column too many would route to an expert that w13 lacks, which counts as another rank's: a sum too small.
+    wanted = (*x.shape[:1], *w13.shape[:1])
+    if logits.ndim == 2 and tuple(logits.shape) != wanted:
         raise ShapeError(
-            f"router_logits has {logits.shape[0]} rows for {x.shape[0]} tokens. Expected one per token. "
-            "Route the tokens that you pass."
+            f"router_logits has shape {tuple(logits.shape)}. Expected {wanted}: a row per token, a column per expert of "
+            "w13. Route the tokens that you pass; under expert parallelism pass topk_ids, mapped to this rank's experts."
         )
     return softmax_topk(logits, top_k, renormalize=renormalize)
 

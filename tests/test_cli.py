@@ -61,8 +61,8 @@ def test_help_names_every_command(run) -> None:
     ("arguments", "words"),
     [
         (["shape"], ["Missing option '--model'"]),
-        (["shape", "--model", "mixtral-8x7b", "--tp-size", "0"], ["--tp-size", "greater than or equal to 1"]),
-        (["shape", "--model", "mixtral-8x7b", "--tp-size", "two"], ["--tp-size", "integer"]),
+        (["shape", "--model", "mixtral-8x7b", "--tp-size", "0"], ["Invalid value for '--tp-size'"]),
+        (["shape", "--model", "mixtral-8x7b", "--tp-size", "two"], ["Invalid value for '--tp-size'", "valid integer"]),
         (["shapes"], ["No such command 'shapes'"]),
         (["explain", "--model", "mixtral-8x7b"], ["Missing option '--batch-size'"]),
         (["record"], ["name a suite"]),
@@ -261,6 +261,24 @@ def test_bench_rows_say_who_ties_and_who_was_not_timed() -> None:
     assert rows[0]["floor_fraction"] == pytest.approx(0.5) and rows[0]["median_us"] == pytest.approx(11.2)
     assert "not timed" in rows[3]["note"] and "CUDA graph" in rows[3]["note"] and "median_us" not in rows[3]
     assert bench.rows_of(impls, errors, found, floor=None)[0]["floor_fraction"] is None
+
+
+def test_bench_prints_floor_configs_ties_and_notes(capsys: pytest.CaptureFixture[str]) -> None:
+    from moelab.cli import printing
+    from moelab.suites import bench
+
+    shape = shapes.preset("qwen3-30b-a3b")
+    found = {name: Measurement(name, tuple(10 + i / 10 for i in range(25))) for name in ("triton", "compiled")}
+    errors = {name: {"max_abs_error": 0.003, "rel_error": 0.1} for name in (*found, "torch")}
+    rows = tuple(bench.rows_of(list(errors), errors, found, 5.6))
+    used = config_files.lookup(128, 768, "NVIDIA H200", num_tokens=16, triton_version="3.6.0")
+    printing.print_bench(shape, bench.Result(16, 5.6, "somebody", used, used, rows))
+    lines = capsys.readouterr().out.splitlines()
+    assert "qwen3-30b-a3b" in lines[0] and "16 tokens: floor 5.60 us" in lines[0]
+    assert used.config is not None and used.config.short() in lines[1] and "GEMM2" in lines[2]
+    assert [line.split()[0] for line in lines[3:7]] == ["impl", "triton", "compiled", "torch"]
+    assert "11.20" in lines[4] and "50%" in lines[4] and "tie" not in lines[4]
+    assert "tie with the fastest" in lines[5] and "not timed" in lines[6]
 
 
 def test_bench_floor_of_a_known_and_of_an_unknown_device() -> None:

@@ -70,6 +70,14 @@ def test_the_walk_is_there() -> None:
     assert all(re.fullmatch(r"\d\d_[a-z0-9_]+", name) for name in names)
 
 
+def test_the_map_names_every_notebook() -> None:
+    """00_welcome links each notebook that is there, and none of them as planned."""
+    welcome = nbformat.read(ROOT / "notebooks" / "00_welcome.ipynb", as_version=4)
+    text = "\n".join(cell.source for cell in welcome.cells if cell.cell_type == "markdown")
+    assert [path.stem for path in NOTEBOOKS if f"({path.name})" not in text] == []
+    assert [path.stem for path in NOTEBOOKS if f"{path.stem} (planned)" in text] == []
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_keeps_the_rules(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)

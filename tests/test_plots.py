@@ -201,6 +201,15 @@ def test_crossover_is_found_and_denied() -> None:
     assert "does not hold both" in sum_reduce.speed(recording(alone), 4e12, "bfloat16").sentence
 
 
+def test_losing_to_upstreams_launch_is_said() -> None:
+    both = {"triton": lambda b: 2.0, "cuda": lambda b: 3.0}
+    slow = speed_rows({**both, "triton_f32": lambda b: 1.0 if b > 1e6 else 5.0})
+    said = sum_reduce.speed(recording(slow), 4e12, "bfloat16").sentence
+    assert "at 2 of 3 sizes (64 × 8 × 2048, 4096 × 8 × 2048)" in said
+    tied = speed_rows({**both, "triton_f32": lambda b: 2.0})
+    assert "at none of 3 sizes" in sum_reduce.speed(recording(tied), 4e12, "bfloat16").sentence
+
+
 def test_checks_name_the_failing_one() -> None:
     sentence = accuracy.checks(JUDGED, [], REPORTED, "r", "l").sentence
     assert "fails triton_f32, as reported" in sentence and "triton_f32 in float32" in sentence

@@ -203,6 +203,7 @@ def bench(
     if as_json:
         printing.print_json([printing.bench_json(found, result) for result in results])
         return
+    print(f"floors: {results[0].ceilings}\n")
     for result in results:
         printing.print_bench(found, result)
 

@@ -118,14 +118,13 @@ def print_bench(found: MoEShape, result: Result) -> None:
     """One batch size of a bench as a table, with its floor and the configs that were used."""
     floor = "no floor" if result.floor_us is None else f"floor {result.floor_us:.2f} us"
     print(f"{found.name}, tp_size {found.tp_size}, {found.dtype}, {result.num_tokens} tokens: {floor}")
-    print(f"floor: {result.ceilings}")
     for label, used in (("GEMM1", result.config), ("GEMM2", result.down)):
         if used.config is not None:
             print(f"triton, {label}: {used.config.short()} from {used.path or 'the default rule'}")
     rows = [
         {
             "impl": row["impl"],
-            "median us": row.get("median_us"),
+            "median us": f"{row['median_us']:.2f}" if "median_us" in row else "-",
             "95 % interval": f"{row['low_us']:.2f} ... {row['high_us']:.2f}" if "low_us" in row else "-",
             "floor / time": f"{row['floor_fraction']:.0%}" if row.get("floor_fraction") else "-",
             "max error": row["max_abs_error"],

@@ -118,12 +118,12 @@ def _align_cases() -> list[Case]:
     tables = {"before_ptr": "*i32", "totals_ptr": "*i32"}
     chunks = {"num_chunks": "i32"}
     return [
-        Case("align small", room + "_align_small_kernel", {**ids, **outputs, **sizes}, small, 4),
-        Case("align count", room + "_count_kernel", {**ids, **counts, **sizes}, {"BUCKETS": 256, "CHUNK": 512}, 4),
+        Case("align small", room + "_align_small_kernel", {**ids, **outputs, **sizes}, small, 8),
+        Case("align count", room + "_count_kernel", {**ids, **counts, **sizes}, {"BUCKETS": 256, "CHUNK": 128}, 4),
         Case("align scan", room + "_scan_kernel", {**counts, "totals_ptr": "*i32", **chunks},
              {"BUCKETS": 256, "ROWS": 128}, 4),
         Case("align place", room + "_place_kernel", {**ids, **tables, **outputs, **sizes, **chunks},
-             {**small, "CHUNK": 512, "COLUMNS": 32}, 8),
+             {**small, "CHUNK": 128, "COLUMNS": 32}, 8),
         Case("align pairs", room + "_align_pairs_kernel", {**ids, **outputs, **sizes}, {"BLOCK_SIZE": 64}, 1),
     ]  # fmt: skip
 

@@ -13,6 +13,9 @@ from moelab.plots.style import GREY, GRID, LOOKS, Look, grid, look, number, powe
 FRACTION_BITS = {"bfloat16": 7, "float16": 10, "float32": 23, "float64": 52}
 """Stored fraction bits of a dtype: the spacing in [2^e, 2^(e+1)) is 2^(e - bits)."""
 
+VERDICT_HEIGHT = 1e11
+"""Where the verdicts stand, above every error over its limit."""
+
 BIN = 0.2
 """Width of a histogram bin, in powers of ten."""
 
@@ -82,7 +85,7 @@ def checks(
     titles += [f"{d}<br>bound: twice torch’s own error" for d in dtypes]
     figure = grid("Sum-reduce, two ways to judge it", f"filled: {source}<br>"
                   f"{f'hollow: {live_source}; ' if live else ''}star: reported in "
-                  f"{reported['source']}; ✓ ✗: the check’s own verdict", titles=titles, rows=2, shared_y=True,
+                  f"{reported['source']}; ✓ ✗ along the top: verdict on the recorded one", titles=titles, rows=2, shared_y=True,
                   height=680)  # fmt: skip
     sets = {"recorded": (recorded, False), "live here": (live, True), "reported": (_upstream_rows(reported), False)}
     impls = [
@@ -100,7 +103,7 @@ def checks(
     figure.add_hline(1.0, line={"color": GREY, "dash": "dash"})
     figure.update_xaxes(tickangle=-45, type="category", range=[-0.6, len(impls) - 0.4])
     figure.update_xaxes(showticklabels=False, row=1)
-    figure.update_yaxes(**powers(1e-4, 1e10))
+    figure.update_yaxes(**powers(1e-4, 10 * VERDICT_HEIGHT))
     figure.update_yaxes(title="max |out − torch| / tolerance", row=1, col=1)
     figure.update_yaxes(title="max |out − exact| / bound", row=2, col=1)
     return Panel(figure, check_table(recorded, live, reported), _check_sentence(recorded, reported))
@@ -122,9 +125,13 @@ def _judged(
         if name == "reported":
             marker = {"symbol": "star-open", "size": 12, "color": GREY, "line": {"width": 1.5}}
         figure.add_scatter(
-            x=[row["impl"]], y=[row[error] / row[bound]], mode="markers+text" if name == "recorded" else "markers",
-            text=["\u2003" + _symbols(row[verdict])], textposition="middle right", marker=marker, showlegend=False, name=name,
+            x=[row["impl"]], y=[row[error] / row[bound]], mode="markers", marker=marker, showlegend=False, name=name,
             row=place[0], col=place[1], hovertemplate=f"{row['impl']}, {name}: {row[error]:.3g}, limit {row[bound]:.3g}",
+        )  # fmt: skip
+    if name == "recorded":
+        figure.add_scatter(
+            x=[row["impl"] for row in rows], y=[VERDICT_HEIGHT] * len(rows), mode="text", showlegend=False, hoverinfo="skip",
+            text=[_symbols(row[verdict]) for row in rows], textfont={"size": 14}, row=place[0], col=place[1],
         )  # fmt: skip
 
 
@@ -186,9 +193,9 @@ def error_distribution(errors: Mapping[str, Sequence[float]], source: str) -> Pa
     for name, values in errors.items():
         logs = [max(edge, math.log10(v)) if v > 0 else edge for v in values]
         counts = Counter(round((v - edge) / BIN) for v in logs)
-        xs = [edge + BIN * i for i in range(round((-5 - edge) / BIN))]
-        ys = [100 * counts[i] / len(logs) for i in range(len(xs))]
-        line = {**look(name).line(2 + 2 * (len(errors) - len(table))), "shape": "hvh", "dash": "solid"}
+        bins = range(min(counts) - 1, max(counts) + 2)
+        xs, ys = [edge + BIN * i for i in bins], [100 * counts[i] / len(logs) for i in bins]
+        line = {**look(name).line(1.5 + 1.5 * (len(errors) - len(table))), "shape": "hvh", "dash": "solid"}
         figure.add_scatter(x=xs, y=ys, name=name, mode="lines", line=line, fill="tozeroy" if not table else None,
                            fillcolor=GRID)  # fmt: skip
         ordered = sorted(values)
@@ -222,7 +229,7 @@ def error_by_magnitude(
     low = min((abs(r) for r in reference if r), default=1e-6)
     high = max(abs(r) for r in reference)
     floor = spacing(low, dtype) / 100  # where an exact result is drawn
-    table = []
+    table: list[dict[str, Any]] = []
     for name, values in errors.items():
         figure.add_scatter(x=[abs(r) for r in reference], y=[max(v, floor) for v in values], name=name, mode="markers",
                            marker={**look(name).marker(9 if not table else 4, hollow=not table), "opacity": 0.6})  # fmt: skip

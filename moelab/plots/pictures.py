@@ -26,7 +26,7 @@ from moelab.plots.style import number
 WIDTH = 900
 """Pixels: GitHub's column; files have twice as many for sharp text."""
 
-CHARACTERS, LINE_PIXELS = 130, 16
+CHARACTERS, LINE_PIXELS = 150, 16
 """Of a subtitle in 12 px type: what fits into WIDTH, and the height of a line."""
 
 START, END = "<!-- figures: made by `make pictures`, do not edit -->", "<!-- end of figures -->"
@@ -112,7 +112,7 @@ def replaced(readme: str, block: str) -> str:
 
 
 def on_white(figure: go.Figure) -> go.Figure:
-    """A copy for paper: white, dark text, the subtitle broken at the column's width, labels of series on all sides."""
+    """A copy for paper: white, dark text, the subtitle broken at the column's width."""
     drawn = go.Figure(figure)
     dark = {"color": "#24292f"}
     said = str(drawn.layout.title.subtitle.text or "").split("<br>")
@@ -124,8 +124,6 @@ def on_white(figure: go.Figure) -> go.Figure:
         title={"y": 1 - 24 / height, "subtitle": {"font": dark, "text": "<br>".join(lines)}},
     )  # fmt: skip
     drawn.update_annotations(font=dark)
-    for index, trace in enumerate(t for t in drawn.data if t.type == "scatter" and t.mode == "lines+markers+text"):
-        trace.textposition = ("bottom right", "top left", "top right", "bottom left")[index % 4]
     return drawn
 
 
@@ -136,15 +134,14 @@ def draw(made: Mapping[str, Panel], folder: Path) -> list[Path]:
             "No chromium on PATH, which draws the pictures. Expected chromium or google-chrome. Install it (Debian: "
             "`apt-get install chromium fonts-dejavu-core`)."
         )
+    import plotly.io
+
     folder.mkdir(exist_ok=True)
-    paths = []
-    for name, panel in made.items():
-        if panel.figure is None:
-            continue
-        path = folder / f"{name}.png"
-        figure = on_white(panel.figure)
-        figure.write_image(path, width=WIDTH, scale=2)
-        paths.append(path)
+    drawn = {name: on_white(panel.figure) for name, panel in made.items() if panel.figure is not None}
+    paths = [folder / f"{name}.png" for name in drawn]
+    figures = list(drawn.values())
+    heights = [figure.layout.height for figure in figures]
+    plotly.io.write_images(figures, paths, width=WIDTH, height=heights, scale=2)  # one browser for all
     return paths
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -160,7 +161,7 @@ def breakdown(name: str, shape: MoEShape, peers: Sequence[Row], at: Ceilings, so
     keys = {"gemm1": "g1", "activation": "act", "gemm2": "g2", "sum_reduce": "red"}
     rows = [row for row in peers if row["name"] == name]
     batches = [str(row["M"]) for row in rows]
-    table: list[dict[str, object]] = [{"batch": row["M"]} for row in rows]
+    table: list[dict[str, Any]] = [{"batch": row["M"]} for row in rows]
     for launch, style in series(list(LAUNCHES)).items():
         ideal, measured = [], []
         for row, out in zip(rows, table, strict=True):
@@ -183,12 +184,12 @@ def breakdown(name: str, shape: MoEShape, peers: Sequence[Row], at: Ceilings, so
     figure.update_layout(barmode="stack", legend={"traceorder": "reversed"})
     figure.update_xaxes(title="batch, tokens", type="category")
     figure.update_yaxes(title="time / floor of the fused layer", col=1)
-    small = [sum(float(r[f"{LAUNCHES[k]}, µs"]) for k in ("activation", "sum_reduce")) /
-             sum(float(r[f"{LAUNCHES[k]}, µs"]) for k in LAUNCHES) for r in table]  # fmt: skip
-    ideal_last = sum(float(table[-1][f"{label} floor, µs"]) for label in LAUNCHES.values())
+    small = [sum(r[f"{LAUNCHES[k]}, µs"] for k in ("activation", "sum_reduce")) /
+             sum(r[f"{LAUNCHES[k]}, µs"] for k in LAUNCHES) for r in table]  # fmt: skip
+    ideal_last = sum(table[-1][f"{label} floor, µs"] for label in LAUNCHES.values())
     sentence = (
         f"**Activation and sum-reduce are {min(small):.0%} to {max(small):.0%} of the launches' time.** At batch {batches[-1]} "
-        f"the four floors add up to {ideal_last / float(table[-1]['layer floor, µs']):.2f} times the fused layer's: the "
+        f"the four floors add up to {ideal_last / table[-1]['layer floor, µs']:.2f} times the fused layer's: the "
         "difference is traffic of intermediates, which fusion would save. (A launch whose input still lies in the L2 can "
         "beat the floor it would have from memory.)"
     )

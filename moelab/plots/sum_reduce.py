@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import plotly.graph_objects as go
 
 from moelab.plots.panel import Panel, Row, timing
 from moelab.plots.style import error_bars, grid, log_axis, look, powers
@@ -19,42 +21,67 @@ def _cases(recording: Recording, dtype: str) -> list[tuple[int, int]]:
 def speed(
     recording: Recording, copy_bytes_per_s: float, dtype: str, peers: Sequence[Row] = (), peer_source: str = ""
 ) -> Panel:
-    """Time by number of tokens, one plot per (top_k, hidden), with the floor: bytes over the copy bandwidth.
+    """Above, time by number of tokens with the floor (bytes over the copy bandwidth); below, share of that bandwidth.
 
-    peers: rows of data/upstream/h200_sum_reduce.json; sglang's Triton kernel is drawn from them.
+    One column per (top_k, hidden). peers: rows of data/upstream/h200_sum_reduce.json; sglang's Triton kernel is drawn
+    from them.
     """
     cases = _cases(recording, dtype)
     source = f"{recording.source()}, 95 % intervals; floor: bytes / {copy_bytes_per_s / 1e12:.3g} TB/s"
     source += f"<br>sglang: {peer_source}" if peers else ""
     titles = [f"top_k {k}, hidden {h}" for k, h in cases]
-    figure = grid(f"Sum-reduce in {dtype}", source, titles=titles, shared_y=True, height=500)
-    tokens = sorted({row["num_tokens"] for row in recording.select(dtype=dtype)})
+    figure = grid(
+        f"Sum-reduce in {dtype}", source, titles=[*titles, *[""] * len(titles)], rows=2, shared_y=True, height=740
+    )
+    ours = recording.select(dtype=dtype)
+    tokens = sorted({row["num_tokens"] for row in ours})
     for col, (top_k, hidden) in enumerate(cases, start=1):
-        place = {"row": 1, "col": col}
-        mine = recording.select(dtype=dtype, top_k=top_k, hidden=hidden)
+        mine = [row for row in ours if (row["top_k"], row["hidden"]) == (top_k, hidden)]
+        floor = {row["num_tokens"]: row["bytes"] / copy_bytes_per_s * 1e6 for row in mine}
         for impl in ORDER:
-            rows = sorted((r for r in mine if r["impl"] == impl), key=lambda r: r["num_tokens"])
-            middle = [timing(r).median_us for r in rows]
-            bars = error_bars(
-                middle, [timing(r).interval_us[0] for r in rows], [timing(r).interval_us[1] for r in rows]
-            )
-            figure.add_scatter(x=[r["num_tokens"] for r in rows], y=middle, error_y=bars, name=impl, mode="lines+markers",
-                               line=look(impl).line(1.5), marker=look(impl).marker(7), legendgroup=impl,
-                               showlegend=col == 1, **place)  # fmt: skip
-        theirs = [r for r in peers if (r["dt"], r["k"], r["H"]) == (dtype, top_k, hidden) and r["T"] in tokens]
-        if theirs:
-            figure.add_scatter(x=[r["T"] for r in theirs], y=[r["sg_triton"] for r in theirs], name="sglang’s Triton kernel",
-                               mode="markers", marker=look("sglang").marker(11, hollow=True), legendgroup="sglang",
-                               showlegend=col == 1, **place)  # fmt: skip
-        floor = {r["num_tokens"]: r["bytes"] / copy_bytes_per_s * 1e6 for r in mine}
+            _implementation(figure, col, impl, [row for row in mine if row["impl"] == impl], floor)
+        theirs = {
+            row["T"]: row["sg_triton"] for row in peers if (row["dt"], row["k"], row["H"]) == (dtype, top_k, hidden)
+        }
+        _peer(figure, col, {t: us for t, us in theirs.items() if t in floor}, floor)
         figure.add_scatter(x=sorted(floor), y=[floor[t] for t in sorted(floor)], name="floor", mode="lines",
-                           line=look("floor").line(), legendgroup="floor", showlegend=col == 1, **place)  # fmt: skip
-    figure.update_xaxes(title="tokens", **log_axis(tokens), tickangle=-45)
-    medians = [timing(row).median_us for row in recording.select(dtype=dtype)]
-    least = min(row["bytes"] for row in recording.select(dtype=dtype)) / copy_bytes_per_s * 1e6
-    figure.update_yaxes(**powers(least / 1.5, max(medians) * 1.5))
-    figure.update_yaxes(title="µs per call", col=1)
+                           line=look("floor").line(), legendgroup="floor", showlegend=col == 1, row=1, col=col)  # fmt: skip
+    figure.add_hline(100.0, line=look("floor").line(), row=2)
+    figure.update_xaxes(**log_axis(tokens), tickangle=-45)
+    figure.update_xaxes(title="tokens", row=2)
+    least, longest = min(row["bytes"] for row in ours) / copy_bytes_per_s * 1e6, max(max(r["samples_us"]) for r in ours)
+    figure.update_yaxes(**powers(least / 1.5, longest * 1.5), row=1)
+    best = max(row["bytes"] / copy_bytes_per_s * 1e8 / timing(row).median_us for row in ours)
+    figure.update_yaxes(range=[0, max(110, 1.05 * best)], row=2)
+    figure.update_yaxes(title="µs per call", row=1, col=1)
+    figure.update_yaxes(title="% of copy bandwidth", row=2, col=1)
     return Panel(figure, _shares(recording, copy_bytes_per_s, dtype), _verdict(recording, copy_bytes_per_s, dtype))
+
+
+def _implementation(figure: go.Figure, col: int, impl: str, rows: Sequence[Row], floor: Mapping[int, float]) -> None:
+    """One implementation's line in both plots of a column, with its 95 % intervals."""
+    rows = sorted(rows, key=lambda row: row["num_tokens"])
+    if not rows:
+        return
+    tokens, times = [row["num_tokens"] for row in rows], [timing(row) for row in rows]
+    middle = [each.median_us for each in times]
+    low, high = [each.interval_us[0] for each in times], [each.interval_us[1] for each in times]
+    share = [100 * floor[t] / us for t, us in zip(tokens, middle, strict=True)]
+    shares = [[100 * floor[t] / us for t, us in zip(tokens, ends, strict=True)] for ends in (high, low)]
+    drawn = ((1, middle, error_bars(middle, low, high)), (2, share, error_bars(share, *shares)))
+    for line, values, bars in drawn:
+        figure.add_scatter(x=tokens, y=values, error_y=bars, name=impl, mode="lines+markers", line=look(impl).line(1.5),
+                           marker=look(impl).marker(7), legendgroup=impl, showlegend=(line, col) == (1, 1), row=line,
+                           col=col)  # fmt: skip
+
+
+def _peer(figure: go.Figure, col: int, theirs: Mapping[int, float], floor: Mapping[int, float]) -> None:
+    share = {tokens: 100 * floor[tokens] / us for tokens, us in theirs.items()}
+    for line, values in ((1, theirs), (2, share)):
+        if values:
+            figure.add_scatter(x=list(values), y=list(values.values()), name="sglang’s Triton kernel", mode="markers",
+                               marker=look("sglang").marker(11, hollow=True), legendgroup="sglang",
+                               showlegend=(line, col) == (1, 1), row=line, col=col)  # fmt: skip
 
 
 def _sizes(recording: Recording, dtype: str) -> list[tuple[tuple[int, int, int], dict[str, Any]]]:
@@ -94,11 +121,31 @@ def _verdict(recording: Recording, copy_bytes_per_s: float, dtype: str) -> str:
     shares = {impl: last[f"{impl}, % of copy"] / 100 for impl in ORDER if f"{impl}, % of copy" in last}
     best = max(shares, key=lambda impl: shares[impl])
     return (
-        f"**Fastest, ties included, of {len(table)} sizes: {said}.** {_crossover(recording, dtype)} At the largest size "
+        f"**Fastest, ties included, of {len(table)} sizes: {said}.** {_crossover(recording, dtype)} {_beside_upstream(recording, dtype)} At the largest size "
         f"({last['MB']:.0f} MB) {best} reaches {shares[best]:.0%} of the copy bandwidth, "
         + ", ".join(f"{impl} {share:.0%}" for impl, share in shares.items() if impl != best)
-        + "."
+        + (". (Over 100 %: a copy writes as much as it reads, a sum mostly reads.)" if shares[best] > 1 else ".")
     )
+
+
+def _beside_upstream(recording: Recording, dtype: str) -> str:
+    """At which sizes the better of triton and cuda loses to triton_f32, upstream's launch in the same run; ties do not."""
+    from moelab.measure import tie
+
+    lost, compared = [], 0
+    for (tokens, top_k, hidden), rows in _sizes(recording, dtype):
+        times = {impl: timing(rows[impl]) for impl in ("triton", "cuda", "triton_f32") if impl in rows}
+        upstream = times.pop("triton_f32", None)
+        if upstream is None or not times:
+            continue
+        compared += 1
+        best = min(times.values(), key=lambda each: each.median_us)
+        if best.median_us > upstream.median_us and not tie(best, upstream):
+            lost.append(f"{tokens} × {top_k} × {hidden}")
+    if not compared:
+        return "The recording does not hold triton_f32 beside triton or cuda."
+    where = f"at {len(lost)} of {compared} sizes ({', '.join(lost)})" if lost else f"at none of {compared} sizes"
+    return f"The better of triton and cuda is slower than triton_f32, upstream’s launch in the same run, {where}."
 
 
 def _crossover(recording: Recording, dtype: str) -> str:
