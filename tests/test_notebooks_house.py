@@ -14,9 +14,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 CELL_LINES = 15
 FUNCTION_LINES = 10
 # An exception inside these passes nbmake, and they can stall a run for the whole cell timeout.
-UNSAFE = re.compile(
-    r"\b(interact|interact_manual|interactive|interactive_output)\(|^\s*with \w*out\w*:", re.M
-)
+UNSAFE = re.compile(r"\b(interact|interact_manual|interactive|interactive_output)\(|^\s*with \w*out\w*:", re.M)
 
 
 def code_of(cell: nbformat.NotebookNode) -> str:

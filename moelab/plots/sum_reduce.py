@@ -121,7 +121,8 @@ def _verdict(recording: Recording, copy_bytes_per_s: float, dtype: str) -> str:
     shares = {impl: last[f"{impl}, % of copy"] / 100 for impl in ORDER if f"{impl}, % of copy" in last}
     best = max(shares, key=lambda impl: shares[impl])
     return (
-        f"**Fastest, ties included, of {len(table)} sizes: {said}.** {_crossover(recording, dtype)} {_beside_upstream(recording, dtype)} At the largest size "
+        f"**Fastest, ties included, of {len(table)} sizes: {said}.** {_crossover(recording, dtype)} "
+        f"{_beside_upstream(recording, dtype)} At the largest size "
         f"({last['MB']:.0f} MB) {best} reaches {shares[best]:.0%} of the copy bandwidth, "
         + ", ".join(f"{impl} {share:.0%}" for impl, share in shares.items() if impl != best)
         + (". (Over 100 %: a copy writes as much as it reads, a sum mostly reads.)" if shares[best] > 1 else ".")
