@@ -171,8 +171,7 @@ TABLE: tuple[Architecture, ...] = (
     ),
     # DeepSeek's spelling: n_routed_experts, and leading dense layers sized by intermediate_size.
     Architecture(
-        "DeepseekV3ForCausalLM DeepseekV32ForCausalLM MistralLarge3ForCausalLM deepseek_v3 deepseek_v32 "
-        "kimi_k2",
+        "DeepseekV3ForCausalLM DeepseekV32ForCausalLM MistralLarge3ForCausalLM deepseek_v3 deepseek_v32 kimi_k2",
         num_experts=_ROUTED,
         fuses_shared_expert=True,
     ),

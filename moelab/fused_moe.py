@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelab import runtime
+from moelab import runtime, torch_layers
 from moelab.config import KernelConfig, default_config
 from moelab.errors import ConfigError, RoutingError, ShapeError, UnknownNameError, nearest_names
-from moelab.reference import activation_ref, check_activation
+from moelab.reference import check_activation
 from moelab.routing import check_ids, softmax_topk
 
 
@@ -91,94 +91,28 @@ def call_configs(call: MoECall) -> tuple[KernelConfig, KernelConfig]:
     return up, down
 
 
-def _weighted(call: MoECall, x: Tensor, weights: Tensor, on_input: bool) -> Tensor:
-    return x * weights.unsqueeze(-1) if call.apply_router_weight_on_input == on_input else x
+def _tensors(call: MoECall) -> tuple[Any, ...]:
+    """The arguments that every layer of moelab.torch_layers takes."""
+    return (
+        call.hidden_states, call.w13, call.w2, call.topk_weights, call.topk_ids, call.b13, call.b2,
+        call.activation, call.gated, call.routed_scaling_factor, call.apply_router_weight_on_input,
+    )  # fmt: skip
 
 
 def _torch(call: MoECall) -> Tensor:
     """A loop over experts in eager torch. Synchronises with the host for each expert: no CUDA graph takes it."""
-    wide = torch.promote_types(call.hidden_states.dtype, torch.float32)
-    out = torch.zeros(call.hidden_states.shape, dtype=wide, device=call.hidden_states.device)
-    for expert in range(call.num_experts):
-        token, slot = torch.where(call.topk_ids == expert)
-        if token.numel() == 0:
-            continue
-        weights = call.topk_weights[token, slot].to(wide)
-        h = call.hidden_states[token] @ call.w13[expert].T
-        h = h if call.b13 is None else h + call.b13[expert]
-        h = _weighted(call, h, weights, on_input=True).to(call.hidden_states.dtype)
-        h = activation_ref(h, call.activation, gated=call.gated)
-        y = h @ call.w2[expert].T
-        y = y if call.b2 is None else y + call.b2[expert]
-        out.index_add_(0, token, _weighted(call, y, weights, on_input=False).to(call.hidden_states.dtype).to(wide))
-    return (out * call.routed_scaling_factor).to(call.hidden_states.dtype)
-
-
-def _grouped_mm_layer(
-    x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, b13: Tensor | None, b2: Tensor | None,
-    activation: str, gated: bool, scale: float, on_input: bool,
-) -> Tensor:  # fmt: skip
-    """Static shapes throughout: sort pairs by expert, torch's grouped product twice, unsort, sum."""
-    num_experts, top_k = w13.shape[0], ids.shape[1]
-    flat = ids.flatten()
-    foreign = (flat < 0) | (flat >= num_experts)
-    bucket = torch.where(foreign, num_experts - 1, flat)  # computed in vain by the last expert, and then zeroed
-    order = bucket.argsort(stable=True)
-    expert = bucket[order]
-    ends = (torch.arange(num_experts, device=x.device).unsqueeze(1) >= expert.unsqueeze(0)).sum(1).int()
-    pair_weights = weights.flatten()[order].unsqueeze(1)
-    h = torch.nn.functional.grouped_mm(x[order // top_k], w13.transpose(1, 2), offs=ends)
-    h = h if b13 is None else h + b13[expert]
-    h = (h * pair_weights).to(x.dtype) if on_input else h
-    h = activation_ref(h, activation, gated=gated)
-    y = torch.nn.functional.grouped_mm(h, w2.transpose(1, 2), offs=ends)
-    y = y if b2 is None else y + b2[expert]
-    y = y if on_input else (y * pair_weights).to(x.dtype)
-    y = torch.where(foreign[order].unsqueeze(1), 0.0, y)
-    pairs = torch.zeros_like(y).index_copy(0, order, y).view(*ids.shape, -1)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return (pairs.to(wide).sum(1) * scale).to(x.dtype)
-
-
-def _dense_layer(
-    x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, b13: Tensor | None, b2: Tensor | None,
-    activation: str, gated: bool, scale: float, on_input: bool,
-) -> Tensor:  # fmt: skip
-    """Every expert on every token, then the chosen ones kept: E / k times the arithmetic, in any dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    experts = torch.arange(w13.shape[0], device=x.device)
-    chosen = ids.unsqueeze(-1) == experts  # (M, k, E)
-    combine = (weights.unsqueeze(-1) * chosen).sum(1).T.unsqueeze(-1).to(wide)  # (E, M, 1)
-    h = x.unsqueeze(0) @ w13.transpose(1, 2)
-    h = h if b13 is None else h + b13.unsqueeze(1)
-    h = (h * combine).to(x.dtype) if on_input else h
-    h = activation_ref(h, activation, gated=gated)
-    y = h @ w2.transpose(1, 2)
-    y = y if b2 is None else y + b2.unsqueeze(1)
-    y = y if on_input else (y * combine).to(x.dtype)
-    y = torch.where(chosen.any(1).T.unsqueeze(-1), y, 0.0)
-    return (y.to(wide).sum(0) * scale).to(x.dtype)
+    return torch_layers.loop_layer(*_tensors(call))
 
 
 @functools.cache
-def _compiled_layer(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _compile(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(layer, dynamic=True)
 
 
-def compiled_layer(call: MoECall) -> Callable[..., Tensor]:
-    """What `compiled` compiles: torch's grouped product, which takes bfloat16 rows of whole 16 bytes, else "
-    "`_dense_layer`."""
-    sizes = (*call.w13.shape[1:], *call.w2.shape[1:])
-    grouped = call.hidden_states.dtype == torch.bfloat16 and not any(size % 8 for size in sizes)
-    return _grouped_mm_layer if grouped else _dense_layer
-
-
 def _compiled(call: MoECall) -> Tensor:
-    """torch.compile of `compiled_layer`; takes CUDA graphs."""
-    return _compiled_layer(compiled_layer(call))(
-        call.hidden_states, call.w13, call.w2, call.topk_weights, call.topk_ids, call.b13, call.b2,
-        call.activation, call.gated, call.routed_scaling_factor, call.apply_router_weight_on_input,
-    )  # fmt: skip
+    """torch.compile of `torch_layers.static_layer`; takes CUDA graphs."""
+    layer = torch_layers.static_layer(call.hidden_states.dtype, call.w13, call.w2)
+    return _compile(layer)(*_tensors(call))
 
 
 IMPLEMENTATIONS: dict[str, Callable[[MoECall], Tensor]] = {

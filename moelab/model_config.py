@@ -100,11 +100,7 @@ def _find_row(config: Mapping[str, Any]) -> tuple[Architecture, str, bool]:
     found = list(_sections_with_experts(config, "", 0))
     if len(found) != 1:
         places = ", ".join(path or "top level" for path, _ in found)
-        why = (
-            f"experts are described in {len(found)} places ({places})"
-            if found
-            else "no key of it counts experts"
-        )
+        why = f"experts are described in {len(found)} places ({places})" if found else "no key of it counts experts"
         raise _unreadable(config, f"it is not in the table, and {why}")
     path, row = found[0]
     if row.nested and isinstance(_get(config, f"{path}.{row.nested}"), Mapping):
@@ -127,9 +123,7 @@ def _label(config: Mapping[str, Any]) -> str:
     return next(iter(_names(config)), "")
 
 
-def _sections_with_experts(
-    config: Mapping[str, Any], path: str, depth: int
-) -> Iterator[tuple[str, Architecture]]:
+def _sections_with_experts(config: Mapping[str, Any], path: str, depth: int) -> Iterator[tuple[str, Architecture]]:
     """Yield (path, row) of every section that counts experts, or that a row names (then none inside it)."""
     row = _known_row(config) if depth else None
     counts = any(config.get(key) is not None for key in GENERIC.num_experts.split("|"))
@@ -160,9 +154,7 @@ def _dtype_of(config: Mapping[str, Any]) -> str | None:
 class _Reader:
     """Reads one section by one row, and remembers which keys it used."""
 
-    def __init__(
-        self, config: Mapping[str, Any], section: Mapping[str, Any], path: str, row: Architecture
-    ) -> None:
+    def __init__(self, config: Mapping[str, Any], section: Mapping[str, Any], path: str, row: Architecture) -> None:
         self.config, self.section, self.path, self.row = config, section, path, row
         self.keys_used: list[str] = []
 
@@ -183,9 +175,7 @@ class _Reader:
             found = {key: value for key in group.split("|") if (value := self._entry(key)) is not None}
             values = list(found.values())
             if any(value != values[0] for value in values):
-                self.fail(
-                    f"its keys disagree: {', '.join(f'{key} = {value}' for key, value in found.items())}"
-                )
+                self.fail(f"its keys disagree: {', '.join(f'{key} = {value}' for key, value in found.items())}")
             if found:
                 key = next(iter(found))
                 self.keys_used.append(f"{self.path}.{key}" if self.path else key)
@@ -209,11 +199,7 @@ class _Reader:
             self.fail_dense("its number of experts is null")
         if value is None:
             self.fail(f"it has no {spec.replace('|', ' or ')}{self._hint(field)}")
-        if (
-            not isinstance(value, int)
-            or isinstance(value, bool)
-            or value < (0 if field == "num_experts" else 1)
-        ):
+        if not isinstance(value, int) or isinstance(value, bool) or value < (0 if field == "num_experts" else 1):
             self.fail(f"{self.keys_used[-1]} is {value!r}, not a positive whole number")
         return value
 
@@ -249,9 +235,7 @@ class _Reader:
     def require_unambiguous(self) -> None:
         present = [key for key in AMBIGUOUS if self.section.get(key)]
         if present:
-            self.fail(
-                f"it is not in the table and sets {', '.join(present)}, whose effect only its code tells"
-            )
+            self.fail(f"it is not in the table and sets {', '.join(present)}, whose effect only its code tells")
 
     def require_moe_layers(self) -> None:
         """Raise if the config itself says that no layer has experts."""

@@ -145,6 +145,11 @@ def triton_key(version: str | None = None) -> str:
     return "triton_" + "_".join(re.split(r"[+-]", version)[0].split(".")[:3])
 
 
+def triton_version() -> str | None:
+    """The installed Triton's version, e.g. "3.6.0"; None without one."""
+    return _version("triton")
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -37,9 +37,7 @@ def dtype_name(dtype: object) -> str:
     name = str(dtype).removeprefix("torch.").lower()
     if name not in DTYPES:
         known = ", ".join(sorted(set(DTYPES.values())))
-        raise DtypeError(
-            f"dtype {dtype!s} is not one that moelab takes. Expected one of {known}: pass dtype=."
-        )
+        raise DtypeError(f"dtype {dtype!s} is not one that moelab takes. Expected one of {known}: pass dtype=.")
     return DTYPES[name]
 
 
@@ -195,9 +193,7 @@ class MoEShape:
         ep_size: int = 1,
     ) -> MoEShape:
         """A layer by the whole model's sizes, then sharded. Raises ShapeError, ShardError, DtypeError."""
-        whole = cls(
-            name, num_experts, top_k, hidden_size, moe_intermediate_size, dtype_name(dtype), activation, gated
-        )
+        whole = cls(name, num_experts, top_k, hidden_size, moe_intermediate_size, dtype_name(dtype), activation, gated)
         return whole.shard(tp_size, ep_size)
 
 
@@ -290,9 +286,7 @@ def _from_hugging_face(model: str) -> Path:
     try:
         cached = try_to_load_from_cache(model, "config.json")
         return Path(cached if isinstance(cached, str) else hf_hub_download(model, "config.json"))
-    except (
-        Exception
-    ) as error:  # the hub's own errors, its transport's, and invalid ids: all mean "not at hand"
+    except Exception as error:  # the hub's own errors, its transport's, and invalid ids: all mean "not at hand"
         raise UnknownModelError(
             f"The config.json of {model!r} could not be fetched from Hugging Face ({type(error).__name__}). Expected "
             "an id that is there. "

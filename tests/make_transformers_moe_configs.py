@@ -42,9 +42,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
         "d_model": 6144,
     },
-    "deepseek_ocr2": {
-        "text_config": {"num_experts_per_tok": 6, "mlp_layer_types": ["dense"] + ["sparse"] * 31}
-    },
+    "deepseek_ocr2": {"text_config": {"num_experts_per_tok": 6, "mlp_layer_types": ["dense"] + ["sparse"] * 31}},
     "deepseek_ocr2_text": {"num_experts_per_tok": 6, "mlp_layer_types": ["dense"] + ["sparse"] * 31},
     "deepseek_v2": {"num_experts_per_tok": 6},
     "diffusion_gemma": {"text_config": _GEMMA},
@@ -135,9 +133,7 @@ def _sizes_of(module: Any, kind: str, weights: dict[str, tuple[int, ...]]) -> di
         hidden, inner = (a, b) if (c, d) == ((2 if gated else 1) * b, a) else (b, a)  # else stored transposed
         return _row(experts, hidden, inner, _activation(module), gated)
     if kind == "DbrxExpertGLU":
-        return _row(
-            module.moe_num_experts, weights["w1"][1], weights["w1"][0] // module.moe_num_experts, "silu", True
-        )
+        return _row(module.moe_num_experts, weights["w1"][1], weights["w1"][0] // module.moe_num_experts, "silu", True)
     if kind == "JetMoeMoE":
         experts, hidden, inner = module.output_linear.weight.shape
         gated = module.input_linear.weight.shape[1] == 2 * inner
@@ -146,9 +142,7 @@ def _sizes_of(module: Any, kind: str, weights: dict[str, tuple[int, ...]]) -> di
         experts = [child for name, child in module.named_children() if name.startswith("expert_")]
         linear = getattr(experts[0], "wi", None) or experts[0].fc1
         act = getattr(experts[0], "act", None) or experts[0].act_fn
-        return _row(
-            len(experts), linear.in_features, linear.out_features, _ACTIVATION[type(act).__name__], False
-        )
+        return _row(len(experts), linear.in_features, linear.out_features, _ACTIVATION[type(act).__name__], False)
     return None
 
 
@@ -171,11 +165,7 @@ def _top_k(modules: dict[str, Any], path: str, config: Any) -> int:
     parent = path
     while parent:
         for child, module in modules.items():
-            if (
-                child.startswith(parent)
-                and "self_att" not in child
-                and isinstance(getattr(module, "top_k", None), int)
-            ):
+            if child.startswith(parent) and "self_att" not in child and isinstance(getattr(module, "top_k", None), int):
                 return module.top_k
         parent = parent.rpartition(".")[0]
     kind = type(config).__name__
@@ -200,14 +190,8 @@ def models_of(config: Any) -> Iterator[Any]:
     for file in sorted(folder.glob("modeling_*.py")):
         module = importlib.import_module(f"{package}.{file.stem}")
         classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, PreTrainedModel)]
-        own = [
-            c
-            for c in classes
-            if c.__module__ == module.__name__ and not c.__name__.endswith("PreTrainedModel")
-        ]
-        yield from sorted(
-            own, key=lambda c: ("For" not in c.__name__, "TokenC" in c.__name__, len(c.__name__))
-        )
+        own = [c for c in classes if c.__module__ == module.__name__ and not c.__name__.endswith("PreTrainedModel")]
+        yield from sorted(own, key=lambda c: ("For" not in c.__name__, "TokenC" in c.__name__, len(c.__name__)))
 
 
 def build(config: Any) -> tuple[str, dict[str, Any]]:
@@ -217,9 +201,7 @@ def build(config: Any) -> tuple[str, dict[str, Any]]:
     if config.model_type == "qwen3_omni_moe":  # its language model is the thinker
         return "Qwen3OmniMoeForConditionalGeneration", build(config.thinker_config)[1]
     if config.model_type == "qwen3_omni_moe_talker_text":
-        config.shared_expert_intermediate_size = (
-            768  # read by its modelling code, missing from its config class
-        )
+        config.shared_expert_intermediate_size = 768  # read by its modelling code, missing from its config class
     problems = []
     for cls in models_of(config):
         if not isinstance(cls.config_class, type) or cls.config_class is type(config):
@@ -262,9 +244,7 @@ def cases() -> Iterator[dict[str, Any]]:
             yield {"model_type": model_type, "config": kept(config.to_dict()), "error": error}
             continue
         if model_type == "dbrx":
-            config.attn_config.rope_theta = (
-                500000.0  # read by its modelling code, missing from its config class
-            )
+            config.attn_config.rope_theta = 500000.0  # read by its modelling code, missing from its config class
         architecture, expected = build(config)
         config.architectures = [architecture]
         yield {"model_type": model_type, "config": kept(config.to_dict()), "expected": expected}

@@ -20,9 +20,7 @@ from moelab.errors import ConfigFileError, UnknownArchitectureError, UnknownMode
 from moelab.model_config import load_config_file, read_model_config
 
 HERE = Path(__file__).parent
-CASES: list[dict[str, Any]] = json.loads((HERE / "data" / "transformers_moe_configs.json").read_text())[
-    "cases"
-]
+CASES: list[dict[str, Any]] = json.loads((HERE / "data" / "transformers_moe_configs.json").read_text())["cases"]
 QWEN3 = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",

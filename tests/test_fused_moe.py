@@ -10,8 +10,9 @@ from moe_cases import CASES, LARGE_CASES, TILE, Case, judge
 
 from moelab.config import KernelConfig
 from moelab.errors import ConfigError, RoutingError, ShapeError, UnknownNameError
-from moelab.fused_moe import IMPLEMENTATIONS, MoECall, available_implementations, compiled_layer, fused_moe
+from moelab.fused_moe import IMPLEMENTATIONS, available_implementations, fused_moe
 from moelab.inputs import MoEInputs
+from moelab.torch_layers import static_layer
 
 HERE = [torch.float16, torch.float32, torch.float64]
 
@@ -58,11 +59,7 @@ def test_on_the_gpu_against_float64(impl: str, case: Case, dtype: torch.dtype) -
 
 def eager_layer(case: Case, i: MoEInputs) -> torch.Tensor:
     """What `compiled` compiles, uncompiled."""
-    made = MoECall(
-        i.hidden_states, i.w13, i.w2, i.topk_weights, i.topk_ids, i.b13, i.b2, case.activation, case.gated,
-        case.scale, case.on_input, None, None,
-    )  # fmt: skip
-    return compiled_layer(made)(
+    return static_layer(i.w13.dtype, i.w13, i.w2)(
         i.hidden_states, i.w13, i.w2, i.topk_weights, i.topk_ids, i.b13, i.b2,
         case.activation, case.gated, case.scale, case.on_input,
     )  # fmt: skip

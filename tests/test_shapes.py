@@ -132,9 +132,7 @@ def test_activations_that_differ() -> None:
 )
 def test_shared_experts_fusion(name: str, fused: int) -> None:
     on, off = preset(name), preset(name, disable_shared_experts_fusion=True)
-    assert (on.num_experts - off.num_experts, on.top_k - off.top_k, on.num_shared_experts_fused) == (
-        fused,
-    ) * 3
+    assert (on.num_experts - off.num_experts, on.top_k - off.top_k, on.num_shared_experts_fused) == (fused,) * 3
     assert off.num_shared_experts_fused == 0 and on.num_routed_experts == off.num_experts
 
 
@@ -193,9 +191,7 @@ def test_the_ranks_together_hold_the_model(shape: MoEShape, layout: tuple[int, i
 
 
 @given(shapes(), layouts(), layouts())
-def test_degrees_count_from_the_whole_model(
-    shape: MoEShape, first: tuple[int, int], second: tuple[int, int]
-) -> None:
+def test_degrees_count_from_the_whole_model(shape: MoEShape, first: tuple[int, int], second: tuple[int, int]) -> None:
     assert shape.shard(*first).shard(*second) == shape.shard(*second)
     assert shape.shard(*first).shard(1) == shape
     assert shape.shard(1) == shape
@@ -315,9 +311,7 @@ def test_a_hugging_face_id_from_the_local_cache(tmp_path: Path, monkeypatch: pyt
     hub = pytest.importorskip("huggingface_hub")
     file = tmp_path / "config.json"
     file.write_text(json.dumps(DEEPSEEK))
-    monkeypatch.setattr(
-        hub, "try_to_load_from_cache", lambda repo, name: str(file) if repo == "me/mine" else None
-    )
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda repo, name: str(file) if repo == "me/mine" else None)
     assert e_k_h_n(load_model("me/mine", tp_size=8)) == (257, 9, 7168, 256)
     assert load_model("me/mine").name == "me/mine"
 

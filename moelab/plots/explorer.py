@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moelab import config_files, roofline
+from moelab import config_files, roofline, runtime
 from moelab.plots.panel import Panel, Row
 from moelab.plots.roofline import BATCHES, LAUNCHES, tp_choices
 from moelab.plots.style import BRONZE, GREY, grid, log_axis, number, powers, series
@@ -57,7 +57,11 @@ def explore(model: str, tp_size: int, num_tokens: int, at: Ceilings, batches: Se
 
 def _lookup(shape: MoEShape, num_tokens: int, at: Ceilings) -> config_files.Lookup:
     return config_files.lookup(
-        shape.num_experts, shape.moe_intermediate_size, at.device, num_tokens=num_tokens, triton_version="3.6.0"
+        shape.num_experts,
+        shape.moe_intermediate_size,
+        at.device,
+        num_tokens=num_tokens,
+        triton_version=runtime.triton_version() or "",
     )
 
 
