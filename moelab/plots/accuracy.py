@@ -85,8 +85,9 @@ def checks(
     titles += [f"{d}<br>bound: twice torch’s own error" for d in dtypes]
     figure = grid("Sum-reduce, two ways to judge it", f"filled: {source}<br>"
                   f"{f'hollow: {live_source}; ' if live else ''}star: reported in "
-                  f"{reported['source']}; ✓ ✗ along the top: verdict on the recorded one", titles=titles, rows=2, shared_y=True,
-                  height=680)  # fmt: skip
+                  f"{reported['source']}; ✓ ✗ along the top: verdict on the recorded one<br>"
+                  "(upper row: its tolerance grows with |torch|, so a mark over the line may pass)",
+                  titles=titles, rows=2, shared_y=True, height=700)  # fmt: skip
     sets = {"recorded": (recorded, False), "live here": (live, True), "reported": (_upstream_rows(reported), False)}
     impls = [
         impl
