@@ -32,6 +32,9 @@ MIN_DOT_BLOCK = 16
 NUM_WARPS = (1, 2, 4, 8, 16)
 """Warps per program that Triton's launcher and the peers' files know."""
 
+MAX_GROUP_SIZE_M = 65536
+"""Row blocks in a group, times column blocks, is computed in int32: 65,536 leaves room for 32,767 column blocks."""
+
 MAX_ACCUMULATORS_PER_THREAD = 128
 """float32 accumulators a thread can hold before a tile spills. With the shared-memory limit of sm_90 the rule cuts
 the peers' grid of 1920 to 1256."""
@@ -237,8 +240,8 @@ def _field_violations(config: KernelConfig, *, uses_dot: bool) -> list[str]:
             broken.append(f"{name} = {value} is not a power of two (tl.arange takes no other length)")
         elif value < smallest:
             broken.append(f"{name} = {value} is under {smallest} (the smallest side of a tl.dot)")
-    if config.GROUP_SIZE_M < 1:
-        broken.append(f"GROUP_SIZE_M = {config.GROUP_SIZE_M} is under 1")
+    if not 1 <= config.GROUP_SIZE_M <= MAX_GROUP_SIZE_M:
+        broken.append(f"GROUP_SIZE_M = {config.GROUP_SIZE_M} is not in 1 ... {MAX_GROUP_SIZE_M}")
     if config.num_warps not in NUM_WARPS:
         broken.append(f"num_warps = {config.num_warps} is not one of {', '.join(map(str, NUM_WARPS))}")
     if config.num_stages < 1:

@@ -80,5 +80,5 @@ class PrecisionError(MoelabError, AssertionError):
 def nearest_names(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return ` Did you mean a, b?` for the known names closest to `name`, or an empty string."""
     lowered = {k.lower(): k for k in known}
-    close = difflib.get_close_matches(name.lower(), lowered, n=count, cutoff=0.45)
+    close = difflib.get_close_matches(str(name).lower(), lowered, n=count, cutoff=0.45)
     return f" Did you mean {', '.join(lowered[c] for c in close)}?" if close else ""

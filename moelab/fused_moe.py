@@ -19,7 +19,14 @@ from torch import Tensor
 
 from moelab import runtime, torch_layers
 from moelab.config import KernelConfig, default_config
-from moelab.errors import ConfigError, RoutingError, ShapeError, UnknownNameError, nearest_names
+from moelab.errors import (
+    ConfigError,
+    RoutingError,
+    RuntimeModeError,
+    ShapeError,
+    UnknownNameError,
+    nearest_names,
+)
 from moelab.reference import check_activation
 from moelab.routing import check_ids, softmax_topk
 
@@ -150,17 +157,24 @@ def fused_moe(
     Routing: either topk_weights (M, k) float32 and topk_ids (M, k) int32, ids of -1 being another rank's experts, or
     router_logits (M, E) with top_k (softmax, then top-k, weights renormalised unless told otherwise).
     impl: a name in IMPLEMENTATIONS: "triton" (default), "torch", "compiled".
-    config, down_config: for GEMM1 and GEMM2 ("triton"); without them sglang's default rule.
+    config, down_config: for GEMM1 and GEMM2 of "triton", without them sglang's default rule; torch's own forms have
+    nothing to configure.
     check_routing: look for ids out of range. None means always on CPU, and never on a GPU, where it would
     synchronise with the host.
-    Returns (M, H) in hidden_states' dtype. Deterministic.
+    Returns (M, H) in hidden_states' dtype. Deterministic. Only "torch" and "compiled" have a backward.
 
     Raises UnknownNameError, ShapeError, DtypeError, DeviceError, LayoutError, RoutingError, ConfigError,
     SharedMemoryError or RuntimeModeError, each saying what was expected.
     """
     _check_impl(impl)
+    _check_configs(config, down_config)
     if router_logits is not None:
         topk_weights, topk_ids = _route(router_logits, topk_weights, topk_ids, top_k, renormalize, hidden_states, w13)
+    elif top_k is not None and topk_ids is not None and top_k != topk_ids.shape[-1]:
+        raise RoutingError(
+            f"top_k = {top_k} but topk_ids has shape {tuple(topk_ids.shape)}. Expected top_k columns. Leave top_k out: it "
+            "goes with router_logits."
+        )
     if topk_weights is None or topk_ids is None:
         raise RoutingError(
             "No routing given. Expected topk_weights and topk_ids, or router_logits and top_k. Pass one of the pairs."
@@ -172,6 +186,7 @@ def fused_moe(
     check_activation(activation, gated)
     _check_call(call)
     compiling = torch.compiler.is_compiling()
+    _check_grad(call, impl, compiling)
     if check_routing or (check_routing is None and not compiling and hidden_states.device.type == "cpu"):
         check_ids(topk_ids, w13.shape[0])
     if call.num_tokens == 0:
@@ -187,6 +202,28 @@ def _check_impl(impl: str) -> None:
             f"Unknown implementation {impl!r}. Expected one of {list(IMPLEMENTATIONS)}."
             f"{nearest_names(impl, IMPLEMENTATIONS)} Add your own to moelab.fused_moe.IMPLEMENTATIONS."
         )
+
+
+def _check_configs(*configs: KernelConfig | None) -> None:
+    for config in configs:
+        if config is not None and not isinstance(config, KernelConfig):
+            raise ConfigError(
+                f"config is a {type(config).__name__}. Expected a KernelConfig or None. Build one with "
+                "KernelConfig.from_json(entry)."
+            )
+
+
+def _check_grad(call: MoECall, impl: str, compiling: bool) -> None:
+    """Refuse to lose a gradient: only plain torch has a backward."""
+    if not torch.is_grad_enabled() or (impl in ("torch", "compiled") and not compiling):
+        return
+    tensors = {"hidden_states": call.hidden_states, "w13": call.w13, "w2": call.w2, "topk_weights": call.topk_weights}
+    for name, tensor in tensors.items():
+        if tensor.requires_grad:
+            raise RuntimeModeError(
+                f"{name} requires a gradient, and impl={impl!r} has no backward. Expected inference. Call it under "
+                "torch.no_grad() or torch.inference_mode(), or use impl='torch' outside torch.compile."
+            )
 
 
 def _route(
@@ -281,6 +318,8 @@ def _fused_moe_op(
         hidden_states, w13, w2, topk_weights, topk_ids, b13, b2, activation, gated,
         routed_scaling_factor, apply_router_weight_on_input, _unpack(config), _unpack(down_config),
     )  # fmt: skip
+    if hidden_states.device.type == "cpu":
+        check_ids(topk_ids, w13.shape[0])
     return IMPLEMENTATIONS[impl](call)
 
 

@@ -50,6 +50,22 @@ def random_tensor(size: tuple[int, ...], std: float, *, dtype: torch.dtype, devi
     return out
 
 
+def routing_for(
+    shape: MoEShape, num_tokens: int, name: str = "uniform", *, seed: int = 0, device: str = "cpu"
+) -> Routing:
+    """A routing as the first rank of `shape` sees it: `make_routing` over the model's routed experts.
+
+    Under expert parallelism the other ranks' experts become -1. Fused shared experts, the last of the rank's, get every
+    token, with weight 1.
+    """
+    local, shared = shape.num_routed_experts, shape.num_shared_experts_fused
+    drawn = make_routing(name, num_tokens, local * shape.ep_size, shape.top_k - shared, seed=seed, device=device)
+    ids = torch.where(drawn.topk_ids < local, drawn.topk_ids, -1)
+    always = torch.arange(local, local + shared, dtype=torch.int32, device=device).expand(num_tokens, shared)
+    weights = torch.cat([drawn.topk_weights, torch.ones(num_tokens, shared, device=device)], dim=1)
+    return Routing(torch.cat([ids, always], dim=1).contiguous(), weights, shape.num_experts, name)
+
+
 def make_inputs(
     shape: MoEShape,
     num_tokens: int,
@@ -63,15 +79,15 @@ def make_inputs(
     """Random inputs for `shape` and `num_tokens`.
 
     hidden_states ~ N(0, 1); w13 and w2 ~ N(0, 1/fan_in), so that every intermediate is of order one; biases
-    ~ N(0, 0.01). dtype defaults to the shape's, device to where kernels run. The same arguments give the same
-    tensors on the same device type.
+    ~ N(0, 0.01). A routing's name draws `routing_for` the shape. dtype defaults to the shape's, device to where
+    kernels run. The same arguments give the same tensors on the same device type.
     """
     device = device or runtime.current().device
     dtype = dtype or runtime.torch_dtype(shape.dtype)
     E, H, N = shape.num_experts, shape.hidden_size, shape.moe_intermediate_size
     rows = (2 if shape.gated else 1) * N
     if isinstance(routing, str):
-        routing = make_routing(routing, num_tokens, E, shape.top_k, seed=seed, device=device)
+        routing = routing_for(shape, num_tokens, routing, seed=seed, device=device)
 
     def draw(offset: int, std: float, *size: int) -> Tensor:
         return random_tensor(size, std, dtype=dtype, device=device, seed=seed * 8 + offset)

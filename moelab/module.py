@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from moelab.config import KernelConfig
-from moelab.errors import ShapeError, UnknownNameError
+from moelab.errors import RoutingError, ShapeError, UnknownNameError
 from moelab.fused_moe import fused_moe
+from moelab.reference import check_activation
 from moelab.shapes import MoEShape
 
 
@@ -35,10 +37,17 @@ class FusedMoE(nn.Module):
         impl: str = "triton",
         routed_scaling_factor: float = 1.0,
         renormalize: bool = True,
+        apply_router_weight_on_input: bool = False,
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device | None = None,
     ) -> None:
         super().__init__()
+        check_activation(activation, gated)
+        if not 1 <= top_k <= num_experts:
+            raise RoutingError(
+                f"top_k = {top_k} with {num_experts} experts. Expected 1 <= top_k <= num_experts. Take it from the model's "
+                "config.json."
+            )
         rows = (2 if gated else 1) * moe_intermediate_size
 
         def empty(*size: int) -> nn.Parameter:
@@ -50,6 +59,7 @@ class FusedMoE(nn.Module):
         self.b2 = empty(num_experts, hidden_size) if bias else None
         self.top_k, self.activation, self.gated = top_k, activation, gated
         self.impl, self.routed_scaling_factor, self.renormalize = impl, routed_scaling_factor, renormalize
+        self.apply_router_weight_on_input = apply_router_weight_on_input
         self.config: KernelConfig | None = None
         self.down_config: KernelConfig | None = None
 
@@ -69,6 +79,7 @@ class FusedMoE(nn.Module):
         top_k: int,
         activation: str | None = None,
         interleaved: bool | None = None,
+        transposed: bool | None = None,
         **options: Any,
     ) -> FusedMoE:
         """A module with the weights of a Hugging Face experts block, or of its state dict.
@@ -79,15 +90,21 @@ class FusedMoE(nn.Module):
         activation: the model's ("swiglu_oai" for gpt-oss); None asks the block's act_fn.
         interleaved: whether gate and up rows alternate, as in gpt-oss; None asks the block, and where biases come as
         bare tensors, which gpt-oss has and others have too, raises rather than guess.
+        transposed: whether the block stores (E, H, 2N) and (E, N, H); None asks the block or the sizes, which tell
+        wherever there is a gate.
+        Llama-4 weighs the input of its experts: pass apply_router_weight_on_input=True.
         Raises ShapeError where the tensors are none of these, or more than these (a norm after the experts, say),
         UnknownNameError where the activation cannot be told.
         """
         activation = activation or _asks_activation(block)
+        _refuse_other_clamp(block, activation)
         state = dict(block.state_dict()) if isinstance(block, nn.Module) else dict(block)
         state = {key.removeprefix("experts."): tensor for key, tensor in state.items()}
         if interleaved is None:
             interleaved = _asks_interleaved(block, state)
-        tensors = _fused(state) if _named(state, "down_proj") is not None else _per_expert(state)
+        if transposed is None:
+            transposed = getattr(block, "is_transposed", None)
+        tensors = _fused(state, transposed) if _named(state, "down_proj") is not None else _per_expert(state)
         if interleaved:
             for name in ("w13", "b13"):
                 if name in tensors:
@@ -119,6 +136,7 @@ class FusedMoE(nn.Module):
             impl=self.impl, config=self.config, down_config=self.down_config,
             activation=self.activation, gated=self.gated, b13=self.b13, b2=self.b2,
             routed_scaling_factor=self.routed_scaling_factor,
+            apply_router_weight_on_input=self.apply_router_weight_on_input,
         )  # fmt: skip
         return out.view(hidden_states.shape)
 
@@ -148,6 +166,19 @@ def _asks_activation(block: nn.Module | Mapping[str, Tensor]) -> str:
     return _ACTIVATIONS[found]
 
 
+def _refuse_other_clamp(block: nn.Module | Mapping[str, Tensor], activation: str) -> None:
+    """swiglu_oai clamps at 7 with alpha 1.702, the others not at all: refuse a block whose own numbers differ."""
+    expected = {"limit": 7.0, "swiglu_limit": 7.0, "alpha": 1.702} if activation == "swiglu_oai" else {"alpha": 1.0}
+    for name in ("limit", "swiglu_limit", "alpha"):
+        found = getattr(block, name, None)
+        if not isinstance(found, int | float) or math.isinf(found) or found == expected.get(name):
+            continue
+        raise UnknownNameError(
+            f"The block clamps or scales its activation ({name} = {found}), and {activation!r} has "
+            f"{expected.get(name, 'no such number')}. Expected a block whose activation moelab has. Use the block itself."
+        )
+
+
 def _refuse_leftovers(state: Mapping[str, Tensor], used: set[str]) -> None:
     if set(state) - used:
         raise ShapeError(
@@ -167,10 +198,19 @@ def _asks_interleaved(block: nn.Module | Mapping[str, Tensor], state: Mapping[st
     return False
 
 
+def _refuse_twice(roles: list[Any]) -> None:
+    twice = sorted({str(role) for role in roles if roles.count(role) > 1})
+    if twice:
+        raise ShapeError(
+            f"The tensors hold {', '.join(twice[:4])} more than once. Expected one layer's experts. Pass the state dict of one "
+            "experts block."
+        )
+
+
 _FUSED_NAMES = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 
 
-def _fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _fused(state: Mapping[str, Tensor], transposed: bool | None) -> dict[str, Tensor]:
     gated = _named(state, "gate_up_proj") is not None
     w13, w2 = _named(state, "gate_up_proj" if gated else "up_proj"), _named(state, "down_proj")
     if w13 is None or w2 is None or w13.ndim != 3 or w2.ndim != 3:
@@ -179,18 +219,27 @@ def _fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             "Pass the experts block itself, not the layer around it."
         )
     _refuse_leftovers(state, {key for key in state if key.split(".")[-1] in _FUSED_NAMES})
-    if _is_transposed(w13, w2, 2 if gated else 1):
+    _refuse_twice([key.split(".")[-1] for key in state])
+    if _is_transposed(w13, w2, 2 if gated else 1, transposed):
         w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
     biases = {"b13": _named(state, "gate_up_proj_bias"), "b2": _named(state, "down_proj_bias")}
     return {"w13": w13, "w2": w2} | {name: bias for name, bias in biases.items() if bias is not None}
 
 
-def _is_transposed(w13: Tensor, w2: Tensor, halves: int) -> bool:
-    """Whether the block stores (E, H, 2N) and (E, N, H); with a gate no sizes fit both readings."""
-    if w13.shape[2] == w2.shape[1] and w13.shape[1] == halves * w2.shape[2]:
-        return False
-    if w13.shape[1] == w2.shape[2] and w13.shape[2] == halves * w2.shape[1]:
-        return True
+def _is_transposed(w13: Tensor, w2: Tensor, halves: int, told: bool | None) -> bool:
+    """Whether the block stores (E, H, 2N) and (E, N, H); with a gate no sizes fit both readings, without one both do."""
+    straight = w13.shape[2] == w2.shape[1] and w13.shape[1] == halves * w2.shape[2]
+    turned = w13.shape[1] == w2.shape[2] and w13.shape[2] == halves * w2.shape[1]
+    fits = {False: straight, True: turned}
+    if told is None and straight and turned:
+        raise ShapeError(
+            f"up_proj {tuple(w13.shape)} and down_proj {tuple(w2.shape)} fit both ways of storing them. Expected to be "
+            "told. Pass transposed=False for (E, N, H), transposed=True for (E, H, N)."
+        )
+    if told is None and (straight or turned):
+        return turned
+    if told is not None and fits[told]:
+        return told
     raise ShapeError(
         f"The first weight {tuple(w13.shape)} and down_proj {tuple(w2.shape)} do not belong together. Expected "
         "(E, 2N, H) and (E, H, N), or both transposed. Check that both come from one layer."
@@ -203,6 +252,7 @@ _ROLES = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_
 
 def _per_expert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, dict[int, Tensor]] = {"gate": {}, "up": {}, "down": {}}
+    _refuse_twice([(_ROLES[m[2]], m[1]) for key in state if (m := _PER_EXPERT.search(key))])
     for key, tensor in state.items():
         match = _PER_EXPERT.search(key)
         if match:
@@ -214,5 +264,10 @@ def _per_expert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             f"The block holds {sorted(state)[:8]}. Expected gate_up_proj and down_proj, or gate, up and down weights for "
             "experts 0, 1, 2, ... Pass the experts block itself, not the layer around it."
         )
+    for role, part in found.items():
+        if len({tuple(tensor.shape) for tensor in part.values()}) > 1:
+            raise ShapeError(
+                f"The {role} weights differ in shape from expert to expert. Expected one shape. Check the state dict."
+            )
     gate, up, down = (torch.stack([part[i] for i in range(count)]) for part in found.values())
     return {"w13": torch.cat([gate, up], dim=1), "w2": down}

@@ -55,12 +55,15 @@ class Alignment:
     sorted_token_ids: (P,) int32, flat pair index token * top_k + slot; padding holds num_tokens * top_k.
     expert_ids: (P / block_size,) int32, the expert of each block; -1 where its rows are another rank's.
     num_tokens_post_padded: (1,) int32, how many entries of sorted_token_ids are in use.
+    block_size: rows of a block. num_pairs, num_experts: what was aligned, and to how many experts.
     """
 
     sorted_token_ids: Tensor
     expert_ids: Tensor
     num_tokens_post_padded: Tensor
     block_size: int
+    num_pairs: int
+    num_experts: int
 
 
 def count_experts(topk_ids: Tensor, num_experts: int) -> Tensor:
@@ -72,7 +75,7 @@ def count_experts(topk_ids: Tensor, num_experts: int) -> Tensor:
 
 
 def _check_top_k(num_experts: int, top_k: int) -> None:
-    if not 1 <= top_k <= num_experts:
+    if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
         raise RoutingError(
             f"top_k = {top_k} with {num_experts} experts. Expected 1 <= top_k <= num_experts, "
             "since a token goes to an expert at most once. Lower top_k."
@@ -128,12 +131,13 @@ def grouped_topk(
 
     A group's score is its best expert's without a bias, and the sum of its two best with one, as in the
     DeepSeek-V2 and -V3 reports (arXiv 2405.04434 section 2.1.2, arXiv 2412.19437 section 2.1.2).
-    Shapes and dtypes as in `softmax_topk`. Raises RoutingError where the groups do not divide the experts, or
+    Shapes and dtypes as in `softmax_topk`; with top_k = 1 weights are not renormalised, as in those models, whose
+    single weight would become 1. Raises RoutingError where the groups do not divide the experts, or
     the chosen groups hold fewer than top_k experts.
     """
     _check_logits(logits, top_k)
     num_experts = logits.shape[1]
-    if num_experts % num_groups or not 1 <= top_k_groups <= num_groups:
+    if num_groups < 1 or num_experts % num_groups or not 1 <= top_k_groups <= num_groups:
         raise RoutingError(
             f"{num_groups} groups ({top_k_groups} chosen) over {num_experts} experts. Expected groups that divide the "
             "experts, and 1 <= top_k_groups <= num_groups. Take n_group and topk_group from the model's config.json."
@@ -142,6 +146,11 @@ def grouped_topk(
         raise RoutingError(
             f"top_k = {top_k} but {top_k_groups} groups hold {top_k_groups * (num_experts // num_groups)} experts. "
             "Expected top_k experts to choose from. Raise top_k_groups."
+        )
+    if correction_bias is not None and correction_bias.shape != (num_experts,):
+        raise ShapeError(
+            f"correction_bias has shape {tuple(correction_bias.shape)}. Expected ({num_experts},): one value an expert. "
+            "Pass the layer's e_score_correction_bias."
         )
     scores = _scores(logits, score)
     choice = scores if correction_bias is None else scores + correction_bias.float()
@@ -206,6 +215,8 @@ def make_routing(
             "Name one of them, or use load_routing(path) for topk_ids recorded from a server."
         )
     _check_top_k(num_experts, top_k)
+    if num_tokens < 0:
+        raise RoutingError(f"num_tokens = {num_tokens}. Expected 0 or more. Pass the batch size.")
     rng = np.random.default_rng(seed)
     ids = _topk_by_popularity(ROUTINGS[name](num_experts, rng), num_tokens, top_k, rng)
     weights = rng.uniform(0.1, 1.0, size=ids.shape)
@@ -304,4 +315,4 @@ def moe_align_block_size_ref(topk_ids: Tensor, block_size: int, num_experts: int
     starts = torch.arange(0, length, block_size, device=device)
     expert_ids = torch.searchsorted(ends, starts, right=True)
     expert_ids = torch.where(expert_ids >= num_experts, -1, expert_ids).int()
-    return Alignment(sorted_token_ids, expert_ids, ends[-1:].int(), block_size)
+    return Alignment(sorted_token_ids, expert_ids, ends[-1:].int(), block_size, num_pairs, num_experts)

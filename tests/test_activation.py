@@ -41,6 +41,15 @@ def test_far_tails_stay_finite(device: str) -> None:
         assert torch.isfinite(activation(x, kind)).all()
 
 
+@pytest.mark.parametrize(("kind", "gated"), KINDS)
+def test_nan_stays_nan(kind: str, gated: bool, device: str) -> None:
+    """A clamp that drops NaN would hide a broken layer; in bf16 or float32, on a GPU above all."""
+    for place in (0, 1):
+        x = torch.ones(1, 2, device=device)
+        x[0, place] = float("nan")
+        assert activation(x, kind, gated=gated).isnan().any()
+
+
 def test_swiglu_oai_clamps_as_gpt_oss_does(device: str) -> None:
     out = activation(torch.tensor([[9.0, -9.0, 9.0, -9.0]], device=device), "swiglu_oai")
     expected = torch.tensor(

@@ -59,6 +59,16 @@ def test_small_batches_of_many_experts_are_not_sorted(device: str) -> None:
     assert align(ids, 16, 31).expert_ids.tolist() == sorted(ids.flatten().tolist())
 
 
+@pytest.mark.parametrize("num_tokens", [1, 40, 1500])  # a block a pair, one launch, three launches
+def test_int64_ids_are_ids(num_tokens: int, device: str) -> None:
+    ids = make_routing("zipf", num_tokens, 32, 2, seed=4, device=device).topk_ids
+    narrow, wide = align(ids, 16, 32), align(ids.long(), 16, 32)
+    total = int(narrow.num_tokens_post_padded)
+    assert int(wide.num_tokens_post_padded) == total
+    assert torch.equal(narrow.sorted_token_ids[:total], wide.sorted_token_ids[:total])
+    assert torch.equal(narrow.expert_ids[: total // 16], wide.expert_ids[: total // 16])
+
+
 def test_no_pairs(device: str) -> None:
     empty = torch.empty(0, 4, dtype=torch.int32, device=device)
     assert moe_align_block_size(empty, 16, 8).num_tokens_post_padded.item() == 0

@@ -9,7 +9,7 @@ import torch
 from moe_cases import CASES, LARGE_CASES, TILE, Case, judge
 
 from moelab.config import KernelConfig
-from moelab.errors import ConfigError, RoutingError, ShapeError, UnknownNameError
+from moelab.errors import ConfigError, RoutingError, RuntimeModeError, ShapeError, UnknownNameError
 from moelab.fused_moe import IMPLEMENTATIONS, available_implementations, fused_moe
 from moelab.inputs import MoEInputs
 from moelab.torch_layers import static_layer
@@ -109,6 +109,44 @@ def test_through_torch_compile_in_one_graph(device: str) -> None:
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(inputs.hidden_states), layer(inputs.hidden_states))
+
+
+def test_through_torch_compile_with_batches_that_change(device: str) -> None:
+    case = CASES[1]
+    fixed = case.inputs(torch.float32, device)
+
+    def layer(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return fused_moe(x, fixed.w13, fixed.w2, topk_weights=weights, topk_ids=ids, config=TILE)
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for num_tokens in (2, 5, 9):
+        i = replace(case, num_tokens=num_tokens).inputs(torch.float32, device)
+        arguments = i.hidden_states, i.topk_ids, i.topk_weights
+        assert torch.equal(compiled(*arguments), layer(*arguments))
+
+
+def test_both_configs_reach_the_custom_op(device: str) -> None:
+    inputs = CASES[1].inputs(torch.float32, device)
+    down = KernelConfig(32, 64, 32, 1)
+    with pytest.raises(Exception, match="BLOCK_SIZE_M = 16 and down_config 32"):
+        torch.compile(lambda: call(CASES[1], inputs, "triton", config=TILE, down_config=down), backend="aot_eager")()
+
+
+def test_no_gradient_is_lost_in_silence(device: str) -> None:
+    inputs = CASES[1].inputs(torch.float32, device)
+    inputs.w2.requires_grad_()
+    with pytest.raises(RuntimeModeError, match=r"w2 requires a gradient.*torch.no_grad"):
+        call(CASES[1], inputs, "triton", config=TILE)
+    assert call(CASES[1], inputs, "torch").requires_grad
+    with torch.no_grad():
+        call(CASES[1], inputs, "triton", config=TILE)
+
+
+def test_ids_are_checked_on_cpu_under_torch_compile_too() -> None:
+    inputs = CASES[1].inputs(torch.float32, "cpu")
+    wrong = replace(inputs, topk_ids=inputs.topk_ids + 99)
+    with pytest.raises(RoutingError, match="Expert ids span"):
+        torch.compile(lambda: call(CASES[1], wrong, "triton", config=TILE), backend="aot_eager")()
 
 
 def test_the_custom_op_keeps_torchs_rules(device: str) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moelab import precision
+from moelab import precision, runtime
 from moelab.config import KernelConfig
-from moelab.errors import ConfigError, ShapeError
+from moelab.errors import ConfigError, DtypeError, LayoutError, ShapeError
 from moelab.kernels.align import align, align_pairs, moe_align_block_size
 from moelab.kernels.grouped_gemm import grouped_gemm
+from moelab.kernels.tiles import grouped_tile, tl, triton
 from moelab.reference import grouped_gemm_ref
 from moelab.routing import make_routing
 
@@ -78,6 +79,79 @@ def test_rules_of_the_launcher(device: str) -> None:
         grouped_gemm(
             a, w, aligned, KernelConfig(16, 32, 64, 1), num_pairs=8, top_k=2, topk_weights=torch.ones(3, device=device)
         )
+
+
+def test_out_and_alignment_must_fit(device: str) -> None:
+    a, w, r = problem(4, 4, 2, 32, 64, torch.float32, device)
+    config, aligned = KernelConfig(16, 32, 64, 1), align(r.topk_ids, 16, 4)
+
+    def call(alignment: object = aligned, top_k: int = 2, num_pairs: int = 8, out: torch.Tensor | None = None) -> None:
+        grouped_gemm(a, w, alignment, config, num_pairs=num_pairs, top_k=top_k, out=out)
+
+    with pytest.raises(ShapeError, match="out has shape"):
+        call(out=torch.empty(7, 32, device=device))
+    with pytest.raises(DtypeError, match="out is float16"):
+        call(out=torch.empty(8, 32, device=device, dtype=torch.float16))
+    with pytest.raises(LayoutError, match="contiguous"):
+        call(out=torch.empty(32, 8, device=device).T)
+    with pytest.raises(ShapeError, match="8 pairs to 5 experts"):
+        call(align(r.topk_ids, 16, 5))
+    with pytest.raises(ShapeError, match="4 pairs to 4 experts"):
+        call(align(r.topk_ids[:2], 16, 4))
+    with pytest.raises(ShapeError, match="top_k = 0"):
+        call(top_k=0)
+
+
+def test_blocks_of_k_are_added_with_compensation(device: str) -> None:
+    """2^24 + 1 + 1 + ...: a plain float32 sum of the blocks stays at 2^24."""
+    K, block = 16 * 64, 16
+    a = torch.zeros(1, K, device=device)
+    a[0, ::block] = 1.0
+    a[0, 0] = 2.0**24
+    w = torch.ones(1, 16, K, device=device)
+    ids = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    out = grouped_gemm(a, w, align(ids, 16, 1), KernelConfig(16, 16, block, 1), num_pairs=1, top_k=1)
+    assert out.unique().tolist() == [2.0**24 + 64]  # 2^24 + 63 exactly, rounded to even
+
+
+def test_overflow_is_infinite_as_in_torch(device: str) -> None:
+    a = torch.full((1, 64), 1e38, device=device)
+    w = torch.ones(1, 16, 64, device=device)
+    ids = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    out = grouped_gemm(a, w, align(ids, 16, 1), KernelConfig(16, 16, 16, 1), num_pairs=1, top_k=1)
+    assert torch.isposinf(out).all()
+
+
+def test_weights_past_2_to_31_elements_without_a_gpu() -> None:
+    """The last of 524,290 experts of 64 x 64 lies past 2^31 elements; memory that nobody writes is never taken."""
+    if runtime.current().mode != "interpreter":
+        pytest.skip("on a GPU test_fused_moe has its own")
+    experts = 2**31 // 64**2 + 2
+    w = torch.empty(experts, 64, 64, dtype=torch.float16)
+    w[-1] = torch.eye(64)
+    a = torch.randn(1, 64).half()
+    ids = torch.full((1, 1), experts - 1, dtype=torch.int32)
+    out = grouped_gemm(a, w, align_pairs(ids, 16, experts), KernelConfig(16, 64, 64, 1), num_pairs=1, top_k=1)
+    assert torch.equal(out, a)
+
+
+@triton.jit
+def _tile_order_kernel(out_ptr, num_pid_m, num_pid_n, GROUP_SIZE_M: tl.constexpr):
+    pid = tl.program_id(0)
+    pid_m, pid_n = grouped_tile(pid, num_pid_m, num_pid_n, GROUP_SIZE_M)
+    tl.store(out_ptr + 2 * pid, pid_m)
+    tl.store(out_ptr + 2 * pid + 1, pid_n)
+
+
+@pytest.mark.parametrize(("rows", "cols", "group"), [(5, 3, 1), (5, 3, 2), (4, 2, 16), (7, 1, 3)])
+def test_tiles_run_down_groups_of_rows(rows: int, cols: int, group: int, device: str) -> None:
+    """The order of the peers' kernel: GROUP_SIZE_M row blocks, column by column, then the next group."""
+    found = torch.empty(rows * cols, 2, dtype=torch.int32, device=device)
+    _tile_order_kernel[(rows * cols,)](found, rows, cols, group)
+    expected = [
+        [m, n] for start in range(0, rows, group) for n in range(cols) for m in range(start, min(rows, start + group))
+    ]
+    assert found.tolist() == expected
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moelab import measure as measure_room
 from moelab import runtime
 from moelab.errors import RecordingError, RuntimeModeError
 from moelab.measure import Measurement, Protocol, measure, median_interval, rotations_for, tie
@@ -65,6 +66,22 @@ def test_rotations_pass_three_caches_within_bounds(bytes_per_call: float) -> Non
 def test_without_a_gpu_nothing_is_timed() -> None:
     with pytest.raises(RuntimeModeError, match="read a recording instead"):
         measure({"x": lambda _: None})
+
+
+def test_a_sample_is_a_replay_over_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Graph:
+        def __init__(self, us: float) -> None:
+            self.us = us
+
+        def replay(self) -> float:
+            return self.us
+
+    graphs = {"a": (Graph(100.0), 4), "b": (Graph(90.0), 30)}
+    monkeypatch.setattr(measure_room, "_capture", lambda contender, protocol: graphs[contender])
+    monkeypatch.setattr(measure_room, "_elapsed_us", lambda work: work())
+    monkeypatch.setattr(runtime, "current", lambda: runtime.Runtime("gpu", "cuda", "a fake", "a test"))
+    found = measure({"a": "a", "b": "b"}, Protocol(rounds=3))
+    assert found["a"].samples_us == (25.0,) * 3 and found["b"].samples_us == (3.0,) * 3
 
 
 @pytest.mark.gpu

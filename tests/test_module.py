@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from moelab import runtime
-from moelab.errors import ShapeError, UnknownNameError
+from moelab.errors import RoutingError, ShapeError, UnknownNameError
 from moelab.module import FusedMoE
+from moelab.reference import fused_moe_ref
 from moelab.routing import make_routing
 from moelab.shapes import MoEShape
 
@@ -107,7 +108,49 @@ class Ids64(nn.Module):
         return self.block(x, ids.long(), weights)
 
 
+def test_without_a_gate_the_block_must_tell_how_it_stores() -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        "up_proj": torch.randn(E, H, N, generator=generator),
+        "down_proj": torch.randn(E, N, H, generator=generator),
+    }
+    with pytest.raises(ShapeError, match="transposed=True"):
+        FusedMoE.from_hf(state, top_k=K, activation="relu2")
+    turned = FusedMoE.from_hf(state, top_k=K, activation="relu2", transposed=True)
+    assert turned.w13.shape == (E, N, H) and torch.equal(turned.w13.cpu(), state["up_proj"].transpose(1, 2))
+    assert FusedMoE.from_hf(state, top_k=K, activation="relu2", transposed=False).w13.shape == (E, H, N)
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+def test_weights_on_the_input(on_input: bool) -> None:
+    device = runtime.current().device
+    module = FusedMoE.from_hf(Fused(), top_k=K, apply_router_weight_on_input=on_input).to(device)
+    routing = make_routing("uniform", 6, E, K, device=device)
+    x = torch.randn(6, H, device=device)
+    out = module(x, topk_ids=routing.topk_ids, topk_weights=routing.topk_weights)
+    expected = fused_moe_ref(
+        x, module.w13, module.w2, routing.topk_weights, routing.topk_ids, apply_router_weight_on_input=on_input
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_activation_with_numbers_of_its_own_is_refused() -> None:
+    block = Fused()
+    block.limit = 3.0
+    with pytest.raises(UnknownNameError, match="limit = 3"):
+        FusedMoE.from_hf(block, top_k=K)
+    block.limit, block.alpha = 7.0, 1.702
+    assert FusedMoE.from_hf(block, top_k=K, activation="swiglu_oai").activation == "swiglu_oai"
+    block.limit, block.alpha = float("inf"), 1.0
+    assert FusedMoE.from_hf(block, top_k=K).activation == "silu"
+
+
 def test_blocks_that_are_none() -> None:
+    two_layers = {f"layers.{i}.experts.{k}": v for i in (0, 1) for k, v in Fused().state_dict().items()}
+    with pytest.raises(ShapeError, match="more than once"):
+        FusedMoE.from_hf(two_layers, top_k=K, activation="silu")
+    with pytest.raises(RoutingError, match="top_k = 9"):
+        FusedMoE.from_hf(Fused(), top_k=9)
     good = dict(Fused().state_dict())
     with pytest.raises(ShapeError, match="do not belong together"):
         FusedMoE.from_hf({**good, "down_proj": torch.zeros(E, H, N + 1)}, top_k=K, activation="silu")

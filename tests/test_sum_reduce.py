@@ -95,8 +95,8 @@ def test_the_float32_accumulator_fails_in_float64_and_the_wide_one_does_not(devi
 def test_powers_of_two_scale_exactly(num_tokens: int, top_k: int, hidden: int, scale: float) -> None:
     """Scaling the input by 2 scales the output by exactly 2, whatever routed_scaling_factor is."""
     x = torch.randn(num_tokens, top_k, hidden, dtype=torch.float64, device=runtime.current().device)
-    assert torch.equal(sum_reduce(2 * x, 0.3), 2 * sum_reduce(x, 0.3))
-    assert torch.equal(sum_reduce(x, 0.5), sum_reduce(x, 1.0) / 2)
+    assert torch.equal(sum_reduce(2 * x, scale), 2 * sum_reduce(x, scale))
+    assert torch.equal(sum_reduce(x, scale / 2), sum_reduce(x, scale) / 2)
 
 
 def test_wrong_calls(device: str) -> None:

@@ -29,8 +29,8 @@ _CHUNK = 128
 
 @triton.jit
 def _bucket(ids, num_experts):
-    """Experts of other ranks (-1) share the last bucket."""
-    return tl.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+    """The bucket of each id, int32 whatever the ids are: experts of other ranks (-1) share the last one."""
+    return tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
 
 
 @triton.jit
@@ -165,10 +165,11 @@ def _check(topk_ids: Tensor, block_size: int, num_experts: int) -> None:
         )
 
 
-def _allocate(length: int, block_size: int, device: torch.device) -> Alignment:
+def _allocate(length: int, block_size: int, num_pairs: int, num_experts: int, device: torch.device) -> Alignment:
     buffer = torch.empty(length + length // block_size + 1, dtype=torch.int32, device=device)
     blocks = length // block_size
-    return Alignment(buffer[:length], buffer[length : length + blocks], buffer[length + blocks :], block_size)
+    parts = buffer[:length], buffer[length : length + blocks], buffer[length + blocks :]
+    return Alignment(*parts, block_size, num_pairs, num_experts)
 
 
 def align_pairs(topk_ids: Tensor, block_size: int, num_experts: int) -> Alignment:
@@ -178,7 +179,7 @@ def align_pairs(topk_ids: Tensor, block_size: int, num_experts: int) -> Alignmen
     """
     _check(topk_ids, block_size, num_experts)
     num_pairs = topk_ids.numel()
-    result = _allocate(num_pairs * block_size, block_size, topk_ids.device)
+    result = _allocate(num_pairs * block_size, block_size, num_pairs, num_experts, topk_ids.device)
     if num_pairs == 0:
         result.num_tokens_post_padded.zero_()
         return result
@@ -198,7 +199,8 @@ def moe_align_block_size(topk_ids: Tensor, block_size: int, num_experts: int) ->
     """
     _check(topk_ids, block_size, num_experts)
     num_pairs = topk_ids.numel()
-    result = _allocate(max_padded_pairs(num_pairs, block_size, num_experts), block_size, topk_ids.device)
+    length = max_padded_pairs(num_pairs, block_size, num_experts)
+    result = _allocate(length, block_size, num_pairs, num_experts, topk_ids.device)
     if num_pairs == 0:
         result.num_tokens_post_padded.zero_()
         return result

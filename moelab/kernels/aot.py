@@ -72,8 +72,8 @@ _TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _GEMM_ALIGNED = frozenset(("a_ptr", "w_ptr", "c_ptr", "sorted_token_ids_ptr", "N", "K"))
 
 
-def gemm_case(config: KernelConfig, dtype: str, *, bias: bool = False, even_k: bool = True) -> Case:
-    """grouped_gemm as GEMM2 launches it (routed weight in the epilogue)."""
+def gemm_case(config: KernelConfig, dtype: str, *, bias: bool = False, even_k: bool = True, top_k: int = 1) -> Case:
+    """grouped_gemm with the routed weight in the epilogue; GEMM2 has top_k 1, GEMM1 the layer's."""
     pointer = "*" + _TYPES[dtype]
     arguments = {name: pointer for name in ("a_ptr", "w_ptr", "c_ptr")}
     arguments |= {"bias_ptr": pointer} if bias else {}
@@ -83,8 +83,9 @@ def gemm_case(config: KernelConfig, dtype: str, *, bias: bool = False, even_k: b
     constants = {
         name: getattr(config, name) for name in ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M")
     }
-    constants |= {"TOP_K": 1, "EVEN_K": even_k} | ({} if bias else {"bias_ptr": None})
-    label = f"grouped_gemm {dtype} {config.short()}{' bias' if bias else ''}{'' if even_k else ' ragged K'}"
+    constants |= {"TOP_K": top_k, "EVEN_K": even_k} | ({} if bias else {"bias_ptr": None})
+    notes = f"{f' top_k {top_k}' if top_k > 1 else ''}{' bias' if bias else ''}{'' if even_k else ' ragged K'}"
+    label = f"grouped_gemm {dtype} {config.short()}{notes}"
     return Case(
         label, "moelab.kernels.grouped_gemm:_grouped_gemm_kernel", arguments, constants,
         config.num_warps, config.num_stages, _GEMM_ALIGNED, config, dtype,
@@ -98,42 +99,45 @@ def _elementwise_cases(dtype: str) -> list[Case]:
     room = "moelab.kernels."
     tile = {"BLOCK_ROWS": 1, "BLOCK_COLS": 1024}
     swiglu = {"ACTIVATION": "silu", "GATED": True, **tile}
-    wide = {"SCALE": 0.3, "TOP_K": 8, "UNROLL": True, **tile}
+    wide = {"SCALE": 0.3, "TOP_K": 8, "UNROLL": True, "BLOCK_COLS": 1024}
     upstream = {**pair, "scale": "fp32", "num_tokens": "i32", "top_k": "i32", "hidden": "i32"}
     return [
         Case(f"activation {dtype}", room + "activation:_activation_kernel", {**pair, "num_rows": "i32", "N": "i32"},
              swiglu, 4, aligned=aligned),
         Case(f"sum_reduce {dtype}", room + "sum_reduce:_sum_reduce_kernel",
-             {**pair, "num_tokens": "i32", "hidden": "i32"}, wide, 4, aligned=aligned),
+             {**pair, "hidden": "i32"}, wide, 4, aligned=aligned),
         Case(f"sum_reduce f32 {dtype}", room + "sum_reduce:_sum_reduce_f32_kernel", upstream, {"BLOCK_COLS": 2048},
              16, 1, aligned),
     ]  # fmt: skip
 
 
-def _align_cases() -> list[Case]:
+def _align_cases(id_type: str) -> list[Case]:
     outputs = dict.fromkeys(("sorted_ptr", "expert_ids_ptr", "total_ptr"), "*i32")
     sizes = {"num_pairs": "i32", "num_experts": "i32"}
-    room, ids, counts = "moelab.kernels.align:", {"ids_ptr": "*i32"}, {"counts_ptr": "*i32"}
+    room, ids, counts = "moelab.kernels.align:", {"ids_ptr": f"*{id_type}"}, {"counts_ptr": "*i32"}
     small = {"BLOCK_SIZE": 64, "BUCKETS": 256, "CHUNK": 2048}
     tables = {"before_ptr": "*i32", "totals_ptr": "*i32"}
     chunks = {"num_chunks": "i32"}
     return [
-        Case("align small", room + "_align_small_kernel", {**ids, **outputs, **sizes}, small, 8),
-        Case("align count", room + "_count_kernel", {**ids, **counts, **sizes}, {"BUCKETS": 256, "CHUNK": 128}, 4),
-        Case("align scan", room + "_scan_kernel", {**counts, "totals_ptr": "*i32", **chunks},
+        Case(f"align small {id_type}", room + "_align_small_kernel", {**ids, **outputs, **sizes}, small, 8),
+        Case(f"align count {id_type}", room + "_count_kernel", {**ids, **counts, **sizes}, {"BUCKETS": 256, "CHUNK": 128}, 4),
+        Case(f"align scan {id_type}", room + "_scan_kernel", {**counts, "totals_ptr": "*i32", **chunks},
              {"BUCKETS": 256, "ROWS": 128}, 4),
-        Case("align place", room + "_place_kernel", {**ids, **tables, **outputs, **sizes, **chunks},
+        Case(f"align place {id_type}", room + "_place_kernel", {**ids, **tables, **outputs, **sizes, **chunks},
              {**small, "CHUNK": 128, "COLUMNS": 32}, 8),
-        Case("align pairs", room + "_align_pairs_kernel", {**ids, **outputs, **sizes}, {"BLOCK_SIZE": 64}, 1),
+        Case(f"align pairs {id_type}", room + "_align_pairs_kernel", {**ids, **outputs, **sizes}, {"BLOCK_SIZE": 64}, 1),
     ]  # fmt: skip
 
 
 def cases() -> list[Case]:
     """Every Triton kernel, in the dtypes and configs that are claimed to compile everywhere."""
     gemms = [gemm_case(config, dtype) for config in GEMM_CONFIGS for dtype in ("bfloat16", "float16")]
-    gemms += [gemm_case(GEMM_CONFIGS[0], "float32"), gemm_case(GEMM_CONFIGS[1], "bfloat16", bias=True, even_k=False)]
+    gemms += [
+        gemm_case(GEMM_CONFIGS[0], "float32"),
+        gemm_case(GEMM_CONFIGS[1], "bfloat16", bias=True, even_k=False, top_k=8),
+    ]
     plain = [case for dtype in (*_TYPES, "float64") for case in _elementwise_cases(dtype)]
-    return gemms + plain + _align_cases()
+    return gemms + plain + [case for ids in ("i32", "i64") for case in _align_cases(ids)]
 
 
 def compile_case(case: Case, target: str) -> Resources:

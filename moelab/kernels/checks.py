@@ -62,6 +62,11 @@ def check_kernel_device(name: str, tensor: Tensor) -> None:
             f"{name} is on {tensor.device}, but kernels run on {mode.device} here ({mode.reason}). "
             f"Expected a {mode.device} tensor. Move it there."
         )
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        raise DeviceError(
+            f"{name} is on {tensor.device}, but the current device is cuda:{torch.cuda.current_device()}. Expected the "
+            "current one: Triton launches there. Wrap the call in `with torch.cuda.device(tensor.device)`."
+        )
 
 
 @functools.lru_cache(maxsize=4096)

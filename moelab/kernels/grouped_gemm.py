@@ -1,8 +1,9 @@
 """The exchange kernel: each expert's rows times its weight, over rows sorted by expert and padded to tiles.
 
 It keeps the meta-parameters, tile order and rounding points of the fused MoE kernel that sglang and vLLM run
-(sglang 0.5.23, fused_moe_kernel), so that a config tuned here serves there, and theirs serve here. It asks for
-contiguous tensors where theirs takes strides: fewer arguments, less host time.
+(sglang 0.5.23, fused_moe_kernel), so that a config tuned here serves there, and theirs serve here; in float32 and
+float64, which those do not serve, it rounds less. It asks for contiguous tensors where theirs takes strides: fewer
+arguments, less host time.
 """
 
 from __future__ import annotations
@@ -97,6 +98,10 @@ def grouped_gemm(
     N, K = _check(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
     if out is None:
         out = torch.empty((num_pairs, N), dtype=a.dtype, device=a.device)
+    else:
+        checks.check_shape("out", out, (num_pairs, N))
+        checks.check_dtype("out", out, (a.dtype,))
+        checks.check_together(a=a, out=out)
     if num_pairs == 0:
         return out
     # With fewer pairs than a block has rows, at most one block per pair is in use.
@@ -140,7 +145,7 @@ def _check(
     checks.check_dtype("a", a, checks.FLOATS)
     checks.check_shape("w", w, ("E", "N", "K"))
     experts, N, K = w.shape
-    if num_pairs % top_k:
+    if top_k < 1 or num_pairs % top_k:
         raise ShapeError(
             f"{num_pairs} pairs are no multiple of top_k = {top_k}. Expected num_tokens * top_k. Pass top_k=1 for GEMM2."
         )
@@ -162,6 +167,11 @@ def _check(
         raise ConfigError(
             f"grouped_gemm got SPLIT_K = {config.SPLIT_K}. Expected 1: this kernel sums K in one program. "
             "Use a Split-K kernel, or dataclasses.replace(config, SPLIT_K=1)."
+        )
+    if (alignment.num_pairs, alignment.num_experts) != (num_pairs, experts):
+        raise ShapeError(
+            f"The alignment is of {alignment.num_pairs} pairs to {alignment.num_experts} experts, the call of {num_pairs} "
+            f"pairs to {experts}. Expected the same. Align this batch's topk_ids to w's experts."
         )
     if alignment.block_size != config.BLOCK_SIZE_M:
         raise ConfigError(

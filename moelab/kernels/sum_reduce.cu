@@ -1,8 +1,7 @@
 // moe_sum_reduce: out[t][h] = scale * sum over slots of x[t][slot][h].
 //
 // T is the storage type, ACC what the sum is held in (float; double for double), VEC how many values one thread
-// loads at once, TOP_K the number of slots, or 0 where it is known only at run time, and TOKENS how many tokens
-// one thread sums. Tokens run along grid.x, which may hold 2^31 - 1 blocks (grid.y and grid.z stop at 65,535), and
+// loads at once, and TOP_K the number of slots, or 0 where it is known only at run time. Tokens run along grid.x, which may hold 2^31 - 1 blocks (grid.y and grid.z stop at 65,535), and
 // every offset is 64-bit.
 //
 // Compiled by moelab/kernels/sum_reduce_cuda.py through NVRTC; plain nvcc compiles it too.
@@ -41,42 +40,36 @@ __device__ __forceinline__ __half narrow<__half, float>(float x) {
     return __float2half_rn(x);
 }
 
-template <typename T, typename ACC, int VEC, int TOP_K, int TOKENS>
-__global__ void sum_reduce(const T* __restrict__ x, T* __restrict__ out, long long num_tokens, int top_k,
-                           long long hidden, ACC scale) {
+template <typename T, typename ACC, int VEC, int TOP_K>
+__global__ void sum_reduce(const T* __restrict__ x, T* __restrict__ out, int top_k, long long hidden, ACC scale) {
     const long long column = (static_cast<long long>(blockIdx.y) * blockDim.x + threadIdx.x) * VEC;
     if (column >= hidden) return;
-    const long long first = static_cast<long long>(blockIdx.x) * TOKENS;
+    const long long token = blockIdx.x;
     const int slots = TOP_K > 0 ? TOP_K : top_k;
+    const T* row = x + token * slots * hidden + column;
+    ACC sum[VEC];
 #pragma unroll
-    for (int i = 0; i < TOKENS; ++i) {
-        const long long token = first + i;
-        if (token >= num_tokens) return;
-        const T* row = x + token * slots * hidden + column;
-        ACC sum[VEC];
+    for (int v = 0; v < VEC; ++v) sum[v] = ACC(0);
+    if constexpr (TOP_K > 0) {
+        // All loads are issued before the first is used: TOP_K 16-byte loads in flight for each thread.
+        Pack<T, VEC> loaded[TOP_K];
 #pragma unroll
-        for (int v = 0; v < VEC; ++v) sum[v] = ACC(0);
-        if constexpr (TOP_K > 0) {
-            // All loads are issued before the first is used: TOP_K 16-byte loads in flight for each thread.
-            Pack<T, VEC> loaded[TOP_K];
+        for (int slot = 0; slot < TOP_K; ++slot)
+            loaded[slot] = *reinterpret_cast<const Pack<T, VEC>*>(row + slot * hidden);
 #pragma unroll
-            for (int slot = 0; slot < TOP_K; ++slot)
-                loaded[slot] = *reinterpret_cast<const Pack<T, VEC>*>(row + slot * hidden);
+        for (int slot = 0; slot < TOP_K; ++slot)
 #pragma unroll
-            for (int slot = 0; slot < TOP_K; ++slot)
-#pragma unroll
-                for (int v = 0; v < VEC; ++v) sum[v] += widen<ACC>(loaded[slot].value[v]);
-        } else {
+            for (int v = 0; v < VEC; ++v) sum[v] += widen<ACC>(loaded[slot].value[v]);
+    } else {
 #pragma unroll 4
-            for (int slot = 0; slot < slots; ++slot) {
-                const Pack<T, VEC> loaded = *reinterpret_cast<const Pack<T, VEC>*>(row + slot * hidden);
+        for (int slot = 0; slot < slots; ++slot) {
+            const Pack<T, VEC> loaded = *reinterpret_cast<const Pack<T, VEC>*>(row + slot * hidden);
 #pragma unroll
-                for (int v = 0; v < VEC; ++v) sum[v] += widen<ACC>(loaded.value[v]);
-            }
+            for (int v = 0; v < VEC; ++v) sum[v] += widen<ACC>(loaded.value[v]);
         }
-        Pack<T, VEC> result;
-#pragma unroll
-        for (int v = 0; v < VEC; ++v) result.value[v] = narrow<T>(sum[v] * scale);
-        *reinterpret_cast<Pack<T, VEC>*>(out + token * hidden + column) = result;
     }
+    Pack<T, VEC> result;
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) result.value[v] = narrow<T>(sum[v] * scale);
+    *reinterpret_cast<Pack<T, VEC>*>(out + token * hidden + column) = result;
 }

@@ -19,7 +19,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from moelab.errors import ShapeError, UnknownNameError, nearest_names  # noqa: E402
+from moelab.errors import RuntimeModeError, ShapeError, UnknownNameError, nearest_names  # noqa: E402
 from moelab.kernels import checks, sum_reduce_cuda  # noqa: E402
 
 # Slots summed in straight-line code, all their loads in flight; more go through a loop.
@@ -38,28 +38,26 @@ def _sum_reduce_f32_kernel(x_ptr, out_ptr, scale, num_tokens, top_k, hidden, BLO
     tl.store(out_ptr + token * hidden + cols, (acc * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit
 def _sum_reduce_kernel(
     x_ptr,
     out_ptr,
-    num_tokens,
     hidden,
     SCALE: tl.constexpr,
     TOP_K: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """BLOCK_ROWS tokens, BLOCK_COLS columns, accumulated in float32, or in float64 for float64.
+    """One token, BLOCK_COLS columns, accumulated in float32, or in float64 for float64.
 
     SCALE is a constant because Triton passes a float argument as float32: 0.3 would be off by 1.2e-8.
     """
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    token = tl.program_id(0).to(tl.int64)  # int64: tokens * TOP_K * hidden passes 2^31 at 32,768 of 8 x 8192
     cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    mask = (rows < num_tokens)[:, None] & (cols < hidden)[None, :]
+    mask = cols < hidden
     wide = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    ptrs = x_ptr + (rows * TOP_K * hidden)[:, None] + cols[None, :]
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=wide)
+    ptrs = x_ptr + token * TOP_K * hidden + cols
+    acc = tl.zeros((BLOCK_COLS,), dtype=wide)
     if UNROLL:
         for _ in tl.static_range(TOP_K):
             acc += tl.load(ptrs, mask=mask, other=0.0).to(wide)
@@ -68,8 +66,7 @@ def _sum_reduce_kernel(
         for _ in range(0, TOP_K):
             acc += tl.load(ptrs, mask=mask, other=0.0).to(wide)
             ptrs += hidden
-    out_ptrs = out_ptr + (rows * hidden)[:, None] + cols[None, :]
-    tl.store(out_ptrs, (acc * SCALE).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + token * hidden + cols, (acc * SCALE).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def _torch(x: Tensor, scale: float, out: Tensor) -> Tensor:
@@ -94,8 +91,8 @@ def _triton_f32(x: Tensor, scale: float, out: Tensor) -> Tensor:
     return out
 
 
-def triton_tile(num_tokens: int, hidden: int, itemsize: int) -> tuple[int, int, int]:
-    """(BLOCK_ROWS, BLOCK_COLS, num_warps), from sweeps on an H200 over the sizes of the suite `sum_reduce`.
+def triton_tile(num_tokens: int, hidden: int, itemsize: int) -> tuple[int, int]:
+    """(BLOCK_COLS, num_warps), from sweeps on an H200 over the sizes of the suite `sum_reduce`.
 
     While tokens are few, single-warp programs of one 16-byte load a thread fill the chip best. With many, rows of at
     most 4 KiB do best as one program of 8-byte loads, longer rows with 8 warps and one 16-byte load a thread, two
@@ -104,20 +101,19 @@ def triton_tile(num_tokens: int, hidden: int, itemsize: int) -> tuple[int, int, 
     row_bytes, values = hidden * itemsize, 16 // itemsize
     cols = triton.next_power_of_2(hidden)
     if num_tokens < (1024 if row_bytes <= 4096 else 2048):
-        return 1, min(cols, 32 * values), 1
+        return min(cols, 32 * values), 1
     if row_bytes <= 4096:
-        return 1, cols, max(1, min(16, cols * itemsize // (32 * 8)))
-    return 1, min(cols, 32 * 8 * values * (2 if row_bytes >= 8192 else 1)), 8
+        return cols, max(1, min(16, cols * itemsize // (32 * 8)))
+    return min(cols, 32 * 8 * values * (2 if row_bytes >= 8192 else 1)), 8
 
 
-def _triton(x: Tensor, scale: float, out: Tensor, tile: tuple[int, int, int] | None = None) -> Tensor:
+def _triton(x: Tensor, scale: float, out: Tensor) -> Tensor:
     checks.check_kernel_device("x", x)
     num_tokens, top_k, hidden = x.shape
-    rows, cols, num_warps = tile or triton_tile(num_tokens, hidden, x.element_size())
-    grid = (triton.cdiv(num_tokens, rows), triton.cdiv(hidden, cols))
-    _sum_reduce_kernel[grid](
-        x, out, num_tokens, hidden, float(scale), top_k, rows, cols, top_k <= _MAX_UNROLLED_TOP_K, num_warps=num_warps
-    )
+    cols, num_warps = triton_tile(num_tokens, hidden, x.element_size())
+    grid = (num_tokens, triton.cdiv(hidden, cols))
+    unroll = top_k <= _MAX_UNROLLED_TOP_K
+    _sum_reduce_kernel[grid](x, out, hidden, float(scale), top_k, cols, unroll, num_warps=num_warps)
     return out
 
 
@@ -165,6 +161,11 @@ def sum_reduce(
     checks.check_shape("x", x, ("num_tokens", "top_k", "hidden"))
     checks.check_dtype("x", x, checks.FLOATS)
     num_tokens, top_k, hidden = x.shape
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeModeError(
+            "x requires a gradient, and sum_reduce has no backward. Expected inference. Call it under torch.no_grad(), or "
+            "use torch.sum."
+        )
     if top_k < 1:
         raise ShapeError(f"x has shape {tuple(x.shape)}. Expected top_k >= 1. Pass at least one slot.")
     if out is None:

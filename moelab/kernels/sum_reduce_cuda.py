@@ -5,6 +5,7 @@ Compiling needs no GPU and no driver: `compile_kernel("sm_90", ...)` works on a 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 from dataclasses import dataclass
@@ -30,17 +31,16 @@ _MAX_UNROLLED_TOP_K = 16
 
 @dataclass(frozen=True)
 class Plan:
-    """How a size is cut: values a thread loads at once, threads a block, tokens a thread sums, slots unrolled (0: none)."""
+    """How a size is cut: values a thread loads at once, threads a block, slots unrolled (0: none)."""
 
     vec: int
     threads: int
-    tokens: int
     top_k: int
 
     def expression(self, dtype: torch.dtype) -> str:
         """The template instance to compile, as NVRTC names it."""
         storage, wide = STORAGE[dtype]
-        return f"sum_reduce<{storage}, {wide}, {self.vec}, {self.top_k}, {self.tokens}>"
+        return f"sum_reduce<{storage}, {wide}, {self.vec}, {self.top_k}>"
 
 
 def plan(num_tokens: int, top_k: int, hidden: int, dtype: torch.dtype, *, aligned: bool = True) -> Plan:
@@ -56,7 +56,7 @@ def plan(num_tokens: int, top_k: int, hidden: int, dtype: torch.dtype, *, aligne
     # block a row once there are enough.
     most = 64 if num_tokens < 256 else 1024
     threads = min(most, -(-columns // 32) * 32)
-    return Plan(vec, threads, 1, top_k if top_k <= _MAX_UNROLLED_TOP_K else 0)
+    return Plan(vec, threads, top_k if top_k <= _MAX_UNROLLED_TOP_K else 0)
 
 
 def _cuda_core() -> Any:
@@ -105,28 +105,17 @@ class _TorchStream:
         return (0, self._handle)
 
 
-def launch(x: Tensor, out: Tensor, routed_scaling_factor: float, cut: Plan | None = None) -> None:
+def launch(x: Tensor, out: Tensor, routed_scaling_factor: float) -> None:
     """out[t, h] = routed_scaling_factor * sum over slots of x[t, slot, h], on checked, contiguous CUDA tensors."""
     runtime.require_cuda("sum_reduce's 'cuda' implementation")
     num_tokens, top_k, hidden = x.shape
     core = _cuda_core()
     aligned = x.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
-    cut = cut or plan(num_tokens, top_k, hidden, x.dtype, aligned=aligned)
+    cut = plan(num_tokens, top_k, hidden, x.dtype, aligned=aligned)
     device, kernel = _kernel(x.device.index or 0, cut.expression(x.dtype))
     stream = device.create_stream(_TorchStream(torch.cuda.current_stream(x.device)))
-    grid = (-(-num_tokens // cut.tokens), -(-hidden // (cut.vec * cut.threads)), 1)
-    scale = _scalar(routed_scaling_factor, x.dtype)
+    grid = (num_tokens, -(-hidden // (cut.vec * cut.threads)), 1)
     config = core.LaunchConfig(grid=grid, block=(cut.threads, 1, 1))
-    core.launch(stream, config, kernel, x.data_ptr(), out.data_ptr(), *_integers(num_tokens, top_k, hidden), scale)
-
-
-def _scalar(value: float, dtype: torch.dtype) -> Any:
-    import ctypes
-
-    return ctypes.c_double(value) if dtype == torch.float64 else ctypes.c_float(value)
-
-
-def _integers(num_tokens: int, top_k: int, hidden: int) -> tuple[Any, Any, Any]:
-    import ctypes
-
-    return ctypes.c_longlong(num_tokens), ctypes.c_int(top_k), ctypes.c_longlong(hidden)
+    scalar = ctypes.c_double if x.dtype == torch.float64 else ctypes.c_float
+    sizes = ctypes.c_int(top_k), ctypes.c_longlong(hidden)
+    core.launch(stream, config, kernel, x.data_ptr(), out.data_ptr(), *sizes, scalar(routed_scaling_factor))

@@ -56,7 +56,7 @@ def dot_loop(a_ptrs, w_ptrs, acc, K, row_mask, BLOCK_SIZE_K: tl.constexpr, EVEN_
         a_ptrs += BLOCK_SIZE_K
         w_ptrs += BLOCK_SIZE_K
     if compensated:
-        acc += lost
+        acc += tl.where(lost == lost, lost, 0.0)  # an overflowed sum is infinite, and what it lost no number
     return acc
 
 
@@ -97,8 +97,9 @@ def gated_activation(gate, up, ACTIVATION: tl.constexpr):
         return tanh_gelu(gate) * up
     else:
         tl.static_assert(ACTIVATION == "swiglu_oai", "unknown gated activation")
-        gate = tl.minimum(gate, 7.0)
-        up = tl.minimum(tl.maximum(up, -7.0), 7.0)
+        gate = tl.minimum(gate, 7.0, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.maximum(up, -7.0, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.minimum(up, 7.0, propagate_nan=tl.PropagateNan.ALL)
         return (up + 1) * gate * sigmoid(1.702 * gate)
 
 
@@ -113,4 +114,5 @@ def plain_activation(x, ACTIVATION: tl.constexpr):
         return tanh_gelu(x)
     else:
         tl.static_assert(ACTIVATION == "relu2", "unknown activation")
-        return tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+        positive = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return positive * positive

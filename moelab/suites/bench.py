@@ -10,10 +10,9 @@ from moelab import recordings, roofline, runtime
 from moelab.config_files import Lookup, dtype_selector, lookup
 from moelab.errors import RuntimeModeError, UnknownNameError, nearest_names
 from moelab.fused_moe import IMPLEMENTATIONS
-from moelab.inputs import make_inputs
 from moelab.measure import Measurement, measure, tie
 from moelab.shapes import MoEShape
-from moelab.suites.layer_classic import Layer, protocol_for
+from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
 
 NOT_CAPTURABLE: Mapping[str, str] = {
     "torch": "not timed: it asks the host which tokens each expert got, so no CUDA graph takes it",
@@ -43,7 +42,7 @@ def bench(shape: MoEShape, batch_sizes: Sequence[int], impls: Sequence[str], *, 
     """
     _require_known(impls)
     require_gpu()
-    weights = make_inputs(shape, 1, seed=seed)
+    weights = weight_sets(shape, seed)
     results = []
     for num_tokens in batch_sizes:
         protocol = protocol_for(num_tokens)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,14 @@ from moelab import config_files, precision, roofline, runtime
 from moelab.config import KernelConfig, default_config
 from moelab.errors import RecordingError
 from moelab.fused_moe import fused_moe
-from moelab.inputs import MoEInputs, make_inputs, random_tensor
+from moelab.inputs import MoEInputs, make_inputs, random_tensor, routing_for
 from moelab.kernels.activation import activation
 from moelab.kernels.align import align
 from moelab.kernels.grouped_gemm import grouped_gemm
 from moelab.kernels.sum_reduce import sum_reduce
-from moelab.measure import Measurement, Protocol, measure
+from moelab.measure import Measurement, Protocol, measure, rotations_for
 from moelab.recordings import Recording
 from moelab.reference import fused_moe_ref
-from moelab.routing import make_routing
 from moelab.shapes import MoEShape, load_model
 
 # Preset and sharding of each shape that data/upstream/h200_sglang.json names.
@@ -59,17 +59,24 @@ def configs_of(row: dict[str, Any], shape: MoEShape) -> dict[str, KernelConfig]:
     return configs
 
 
-class Layer:
-    """Tensors of one shape and batch size: one set of weights, `rotations` routings and activations."""
+def weight_sets(shape: MoEShape, seed: int = 0) -> list[MoEInputs]:
+    """As many sets of weights as make one round pass three times the L2 cache: one, unless the shard is small."""
+    element = runtime.torch_dtype(shape.dtype).itemsize
+    sizes = math.prod(shape.w13_shape) + math.prod(shape.w2_shape)
+    count = rotations_for(sizes * element, at_least=1, at_most=8)
+    return [make_inputs(shape, 1, seed=seed + i) for i in range(count)]
 
-    def __init__(self, shape: MoEShape, num_tokens: int, rotations: int, weights: MoEInputs) -> None:
-        self.shape, self.num_tokens, self.weights = shape, num_tokens, weights
-        E, H, k = shape.num_experts, shape.hidden_size, shape.top_k
-        device, dtype = weights.w13.device.type, weights.w13.dtype
-        self.routings = [make_routing("uniform", num_tokens, E, k, seed=i, device=device) for i in range(rotations)]
-        self.states = [
-            random_tensor((num_tokens, H), 1.0, dtype=dtype, device=device, seed=100 + i) for i in range(rotations)
-        ]
+
+class Layer:
+    """Tensors of one shape and batch size: `rotations` routings and activations, and the sets of weights in turn."""
+
+    def __init__(self, shape: MoEShape, num_tokens: int, rotations: int, weights: Sequence[MoEInputs]) -> None:
+        self.shape, self.num_tokens = shape, num_tokens
+        device, dtype = weights[0].w13.device.type, weights[0].w13.dtype
+        self.weights = [weights[i % len(weights)] for i in range(rotations)]
+        self.routings = [routing_for(shape, num_tokens, seed=i, device=device) for i in range(rotations)]
+        size = (num_tokens, shape.hidden_size)
+        self.states = [random_tensor(size, 1.0, dtype=dtype, device=device, seed=100 + i) for i in range(rotations)]
 
     def experts_touched(self) -> float:
         """Mean over rotations."""
@@ -77,11 +84,12 @@ class Layer:
 
     def contender(self, config: KernelConfig) -> Callable[[int], torch.Tensor]:
         """The layer under one config, its alignment made beforehand, as sglang's rows were timed."""
-        shape, w = self.shape, self.weights
+        shape = self.shape
         aligned = [align(r.topk_ids, config.BLOCK_SIZE_M, shape.num_experts) for r in self.routings]
         pairs = self.num_tokens * shape.top_k
 
         def run(i: int) -> torch.Tensor:
+            w = self.weights[i]
             h = grouped_gemm(self.states[i], w.w13, aligned[i], config, num_pairs=pairs, top_k=shape.top_k)
             h = activation(h, shape.activation, gated=shape.gated)
             weights = self.routings[i].topk_weights
@@ -94,10 +102,10 @@ class Layer:
         self, config: KernelConfig | None, *, down_config: KernelConfig | None = None, impl: str = "triton"
     ) -> Callable[[int], torch.Tensor]:
         """The public op under one config (another for GEMM2 if given), alignment included."""
-        shape, w = self.shape, self.weights
+        shape = self.shape
 
         def run(i: int) -> torch.Tensor:
-            r = self.routings[i]
+            r, w = self.routings[i], self.weights[i]
             return fused_moe(
                 self.states[i], w.w13, w.w2, topk_weights=r.topk_weights, topk_ids=r.topk_ids, impl=impl,
                 config=config, down_config=down_config, activation=shape.activation, gated=shape.gated,
@@ -105,15 +113,26 @@ class Layer:
 
         return run
 
-    def check(self, out: torch.Tensor, rows: int = 64, name: str = "classic layer") -> dict[str, float]:
-        """Hold the first tokens of rotation 0 against float64 (PrecisionError if over twice torch's error)."""
-        w, ids, weights = self.weights, self.routings[0].topk_ids[:rows], self.routings[0].topk_weights[:rows]
-        x, kind, gated = self.states[0][:rows], self.shape.activation, self.shape.gated
-        plain = fused_moe_ref(x, w.w13, w.w2, weights, ids, activation=kind, gated=gated)
-        exact = fused_moe_ref(x.double(), w.w13.double(), w.w2.double(), weights, ids, activation=kind, gated=gated)
+    def check(self, out: torch.Tensor, name: str = "classic layer") -> dict[str, float]:
+        """Hold tokens from the head, middle and tail of rotation 0 against float64.
+
+        Raises PrecisionError where they are further off than twice torch's error.
+        """
+        rows = sample_rows(self.num_tokens).to(out.device)
+        w, routing = self.weights[0], self.routings[0]
+        x, ids, weights = self.states[0][rows], routing.topk_ids[rows], routing.topk_weights[rows]
+        options: dict[str, Any] = {"activation": self.shape.activation, "gated": self.shape.gated}
+        plain = fused_moe_ref(x, w.w13, w.w2, weights, ids, **options)
+        exact = fused_moe_ref(x.double(), w.w13.double(), w.w2.double(), weights, ids, **options)
         what = f"{name}, {self.shape.name}, {self.num_tokens} tokens"
-        report = precision.check(out[:rows], plain, exact, name=what)
+        report = precision.check(out[rows], plain, exact, name=what)
         return {"max_abs_error": report.max_abs, "rel_error": report.rel_fro}
+
+
+def sample_rows(count: int, each: int = 24) -> torch.Tensor:
+    """Indices of up to `each` rows from the head, the middle and the tail of `count`."""
+    starts = (0, max(0, count // 2 - each // 2), max(0, count - each))
+    return torch.cat([torch.arange(start, min(count, start + each)) for start in starts]).unique()
 
 
 def record(names: tuple[str, ...] = tuple(SHAPES)) -> Recording:
@@ -122,12 +141,13 @@ def record(names: tuple[str, ...] = tuple(SHAPES)) -> Recording:
     rows: list[dict[str, Any]] = []
     for name in names:
         shape = shape_of(name)
-        weights = make_inputs(shape, 1)
+        weights = weight_sets(shape)
         for peer in (row for row in peer_rows() if row["name"] == name):
             rows += _rows(name, shape, weights, peer)
         del weights
         torch.cuda.empty_cache()
-    return Recording("layer_classic", runtime.provenance(seed=0), protocol_for(1).describe(), tuple(rows))
+    protocol = protocol_for(1).describe() | {"rotations": "in each row"}
+    return Recording("layer_classic", runtime.provenance(seed=0), protocol, tuple(rows))
 
 
 def protocol_for(num_tokens: int) -> Protocol:
@@ -135,7 +155,7 @@ def protocol_for(num_tokens: int) -> Protocol:
     return Protocol(rotations=3 if num_tokens >= 4096 else 8, rounds=25, graph_us=1000.0)
 
 
-def _rows(name: str, shape: MoEShape, weights: MoEInputs, peer: dict[str, Any]) -> list[dict[str, Any]]:
+def _rows(name: str, shape: MoEShape, weights: Sequence[MoEInputs], peer: dict[str, Any]) -> list[dict[str, Any]]:
     num_tokens = peer["M"]
     protocol = protocol_for(num_tokens)
     layer = Layer(shape, num_tokens, protocol.rotations, weights)
@@ -157,6 +177,7 @@ def _rows(name: str, shape: MoEShape, weights: MoEInputs, peer: dict[str, Any]) 
             "experts_touched": touched,
             "bytes": cost.bytes,
             "flops": cost.flops,
+            "rotations": protocol.rotations,
             **errors[label],
             "samples_us": list(result.samples_us),
         }
