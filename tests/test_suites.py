@@ -68,6 +68,9 @@ def test_the_issues_shapes_are_the_peers() -> None:
 def test_unknown_suites_run_nothing() -> None:
     with pytest.raises(UnknownNameError, match="sum_reduce"):
         suites.record(["ceilings", "sum_reduse"])
+    with pytest.raises(UnknownNameError, match="sum_reduse"):
+        suites.suite_names(["all", "sum_reduse"])
+    assert suites.suite_names(["all"]) == list(suites.SUITES)
 
 
 @pytest.mark.skipif(runtime.current().mode == "gpu", reason="about machines without a GPU")

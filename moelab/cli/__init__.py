@@ -223,6 +223,7 @@ def record(
         raise typer.BadParameter("name a suite, or: all. `moelab record --list` lists them.")
     from moelab import runtime, suites
 
+    suites.suite_names(suite)
     if runtime.current().mode != "gpu" and out is None:
         raise RuntimeModeError(
             f"Recording here ({runtime.current().reason}) would put numbers of this machine in the place of a GPU's. "

@@ -24,11 +24,16 @@ def record(suites: Sequence[str], out: Path | None = None) -> list[Path]:
     out: folder of the files; None is data/recordings. Raises UnknownNameError before anything runs, and
     RuntimeModeError where a suite needs a GPU.
     """
-    names = list(SUITES) if "all" in suites else list(suites)
-    for name in names:
-        if name not in SUITES:
+    names = suite_names(suites)
+    return [recordings.write(SUITES[name](), None if out is None else out / f"{name}.json") for name in names]
+
+
+def suite_names(asked: Sequence[str]) -> list[str]:
+    """The suites asked for, "all" spelled out. Raises UnknownNameError for a name outside SUITES."""
+    for name in asked:
+        if name != "all" and name not in SUITES:
             raise UnknownNameError(
                 f"Unknown suite {name!r}. Expected 'all' or one of {list(SUITES)}.{nearest_names(name, SUITES)} "
                 "Name suites to record."
             )
-    return [recordings.write(SUITES[name](), None if out is None else out / f"{name}.json") for name in names]
+    return list(SUITES) if "all" in asked else list(asked)
