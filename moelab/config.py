@@ -279,6 +279,16 @@ def _block_shape_violations(config: KernelConfig, block_shape: tuple[int, int] |
     return broken
 
 
+def _split_violations(config: KernelConfig, K: int) -> list[str]:
+    blocks = -(-K // config.BLOCK_SIZE_K)
+    if blocks >= config.SPLIT_K or config.SPLIT_K == 1:
+        return []
+    return [
+        f"SPLIT_K = {config.SPLIT_K} leaves empty slices: K = {K} has {blocks} "
+        f"block{'s' if blocks > 1 else ''} of BLOCK_SIZE_K = {config.BLOCK_SIZE_K}"
+    ]
+
+
 def _chip_violations(config: KernelConfig, dtype: str, target: Target, tf32: bool) -> list[str]:
     broken = []
     threads, limit = config.num_warps * target.threads_per_warp, target.max_threads_per_block
@@ -301,13 +311,15 @@ def violations(
     block_shape: tuple[int, int] | None = None,
     uses_dot: bool = True,
     tf32: bool = False,
+    K: int | None = None,
 ) -> tuple[str, ...]:
     """Every rule of validity that `config` breaks, one sentence each; empty if it is valid.
 
     dtype: the operands', torch's spelling. target: the chip ("sm_90"); None leaves out what depends on it
     (shared memory, threads per block). block_shape: (n, k) of block-quantised weights. uses_dot: False for
-    kernels that multiply and sum without `tl.dot`, whose blocks may be under 16. Raises UnknownNameError for
-    an unknown dtype or target.
+    kernels that multiply and sum without `tl.dot`, whose blocks may be under 16. K: the inner size, which must
+    give every one of SPLIT_K programs a block; None leaves that out. Raises UnknownNameError for an unknown
+    dtype or target.
     """
     dtype_bytes(dtype)
     chip = get_target(target) if target is not None else None
@@ -315,6 +327,7 @@ def violations(
     if broken:
         return tuple(broken)  # sizes of a malformed config mean nothing
     broken += _block_shape_violations(config, block_shape)
+    broken += [] if K is None else _split_violations(config, K)
     if chip is not None:
         broken += _chip_violations(config, dtype, chip, tf32)
     return tuple(broken)
@@ -328,12 +341,13 @@ def check(
     block_shape: tuple[int, int] | None = None,
     uses_dot: bool = True,
     tf32: bool = False,
+    K: int | None = None,
 ) -> None:
     """Raise if `config` breaks a rule of `violations` (same arguments), naming every one it breaks.
 
     SharedMemoryError where shared memory is the only thing wrong, ConfigError otherwise.
     """
-    broken = violations(config, dtype=dtype, target=target, block_shape=block_shape, uses_dot=uses_dot, tf32=tf32)
+    broken = violations(config, dtype=dtype, target=target, block_shape=block_shape, uses_dot=uses_dot, tf32=tf32, K=K)
     if not broken:
         return
     only_memory = all("of shared memory" in b for b in broken)

@@ -47,6 +47,10 @@ class SharedMemoryError(ConfigError):
     """A kernel configuration that needs more shared memory than the chip gives one block."""
 
 
+class WorkspaceError(MoelabError, MemoryError):
+    """A kernel's workspace does not fit the memory that is left, or is smaller than the kernel needs."""
+
+
 class ConfigFileError(MoelabError, ValueError):
     """A tuned-config file that cannot be read as one."""
 

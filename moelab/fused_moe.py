@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moelab import runtime, torch_layers
-from moelab.config import KernelConfig, default_config
+from moelab.config import KernelConfig
 from moelab.errors import (
     ConfigError,
     RoutingError,
@@ -27,75 +27,9 @@ from moelab.errors import (
     UnknownNameError,
     nearest_names,
 )
+from moelab.pipelines import PIPELINES, MoECall
 from moelab.reference import check_activation
 from moelab.routing import check_ids, softmax_topk
-
-
-@dataclass(frozen=True)
-class MoECall:
-    """One checked call, as implementations get it. Shapes as in moelab.inputs.MoEInputs."""
-
-    hidden_states: Tensor
-    w13: Tensor
-    w2: Tensor
-    topk_weights: Tensor
-    topk_ids: Tensor
-    b13: Tensor | None
-    b2: Tensor | None
-    activation: str
-    gated: bool
-    routed_scaling_factor: float
-    apply_router_weight_on_input: bool
-    config: KernelConfig | None
-    down_config: KernelConfig | None
-
-    @property
-    def num_tokens(self) -> int:
-        return self.topk_ids.shape[0]
-
-    @property
-    def top_k(self) -> int:
-        return self.topk_ids.shape[1]
-
-    @property
-    def num_experts(self) -> int:
-        return self.w13.shape[0]
-
-
-def _triton(call: MoECall) -> Tensor:
-    """align, GEMM1, activation, GEMM2, sum-reduce: the pipeline of sglang and vLLM, five launches."""
-    from moelab.kernels.activation import activation
-    from moelab.kernels.align import align
-    from moelab.kernels.grouped_gemm import grouped_gemm
-    from moelab.kernels.sum_reduce import sum_reduce
-
-    up, down = call_configs(call)
-    num_pairs = call.topk_ids.numel()
-    alignment = align(call.topk_ids, up.BLOCK_SIZE_M, call.num_experts)
-    weights_up = call.topk_weights if call.apply_router_weight_on_input else None
-    weights_down = None if call.apply_router_weight_on_input else call.topk_weights
-    h = grouped_gemm(
-        call.hidden_states, call.w13, alignment, up,
-        num_pairs=num_pairs, top_k=call.top_k, bias=call.b13, topk_weights=weights_up,
-    )  # fmt: skip
-    h = activation(h, call.activation, gated=call.gated)
-    y = grouped_gemm(h, call.w2, alignment, down, num_pairs=num_pairs, top_k=1, bias=call.b2, topk_weights=weights_down)
-    return sum_reduce(y.view(call.num_tokens, call.top_k, -1), call.routed_scaling_factor, impl="triton")
-
-
-def call_configs(call: MoECall) -> tuple[KernelConfig, KernelConfig]:
-    """The configs of GEMM1 and GEMM2: as given, else sglang's default rule. Raises ConfigError if their rows differ.
-
-    Tuned files are looked up by name, with moelab.config_files.lookup, and passed in: the op itself reads no files.
-    """
-    up = call.config or default_config(call.num_tokens, call.num_experts)
-    down = call.down_config or up
-    if up.BLOCK_SIZE_M != down.BLOCK_SIZE_M:
-        raise ConfigError(
-            f"config has BLOCK_SIZE_M = {up.BLOCK_SIZE_M} and down_config {down.BLOCK_SIZE_M}. Expected the same: one "
-            "sort by expert serves both GEMMs. Tune the two under one BLOCK_SIZE_M."
-        )
-    return up, down
 
 
 def _tensors(call: MoECall) -> tuple[Any, ...]:
@@ -123,7 +57,7 @@ def _compiled(call: MoECall) -> Tensor:
 
 
 IMPLEMENTATIONS: dict[str, Callable[[MoECall], Tensor]] = {
-    "triton": _triton,
+    **PIPELINES,
     "torch": _torch,
     "compiled": _compiled,
 }
@@ -156,12 +90,13 @@ def fused_moe(
     rows, or (E, N, H) with gated=False; w2: (E, H, N); b13 (E, 2N) and b2 (E, H) optional; all in one dtype.
     Routing: either topk_weights (M, k) float32 and topk_ids (M, k) int32, ids of -1 being another rank's experts, or
     router_logits (M, E) with top_k (softmax, then top-k, weights renormalised unless told otherwise).
-    impl: a name in IMPLEMENTATIONS: "triton" (default), "torch", "compiled".
-    config, down_config: for GEMM1 and GEMM2 of "triton", without them sglang's default rule; torch's own forms have
-    nothing to configure.
+    impl: a name in IMPLEMENTATIONS: "triton" (default), "split_k_atomic", "split_k_workspace", "torch", "compiled".
+    config, down_config: for GEMM1 and GEMM2 of those made of kernels, without them sglang's default rule, and the first
+    for both where only it is given; the Split-K ones take SPLIT_K from each. Torch's own forms have nothing to configure.
     check_routing: look for ids out of range. None means always on CPU, and never on a GPU, where it would
     synchronise with the host.
-    Returns (M, H) in hidden_states' dtype. Deterministic. Only "torch" and "compiled" have a backward.
+    Returns (M, H) in hidden_states' dtype. Deterministic, but for "split_k_atomic" on a GPU. Only "torch" and "compiled"
+    have a backward.
 
     Raises UnknownNameError, ShapeError, DtypeError, DeviceError, LayoutError, RoutingError, ConfigError,
     SharedMemoryError or RuntimeModeError, each saying what was expected.
@@ -340,4 +275,4 @@ def available_implementations(dtype: torch.dtype = torch.float32) -> tuple[str, 
     """The names in IMPLEMENTATIONS that run in this process on `dtype`, built-in ones only judged."""
     mode = runtime.current().mode
     triton_runs = mode == "gpu" or (mode == "interpreter" and dtype != torch.bfloat16)
-    return tuple(name for name in IMPLEMENTATIONS if name != "triton" or triton_runs)
+    return tuple(name for name in IMPLEMENTATIONS if name not in PIPELINES or triton_runs)

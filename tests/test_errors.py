@@ -44,11 +44,14 @@ from moelab.errors import (
     UnknownArchitectureError,
     UnknownModelError,
     UnknownNameError,
+    WorkspaceError,
 )
 from moelab.fused_moe import IMPLEMENTATIONS, fused_moe
 from moelab.kernels.activation import activation
 from moelab.kernels.align import align
 from moelab.kernels.grouped_gemm import grouped_gemm
+from moelab.kernels.split_k_atomic import split_k_atomic_f32
+from moelab.kernels.split_k_workspace import new_workspace, split_k_workspace
 from moelab.kernels.sum_reduce import sum_reduce
 from moelab.measure import measure, median_interval
 
@@ -74,12 +77,12 @@ def moe(impl: str = "triton", **changes: object) -> torch.Tensor:
     return fused_moe(**(good | given), impl=impl)
 
 
-def gemm(a=None, alignment_rows: int = 16, **changes: object) -> torch.Tensor:
-    """grouped_gemm on good inputs, some of them replaced."""
+def gemm(a=None, alignment_rows: int = 16, way: Callable = grouped_gemm, **changes: object) -> torch.Tensor:
+    """A grouped GEMM on good inputs, some of them replaced."""
     good = inputs.make_inputs(SHAPE, 5, device=DEVICE)
     aligned = align(good.topk_ids, alignment_rows, 4)
     given = {"config": CONFIG, "num_pairs": 10, "top_k": 2, **changes}
-    return grouped_gemm(good.hidden_states if a is None else a, good.w13, aligned, **given)
+    return way(good.hidden_states if a is None else a, good.w13, aligned, **given)
 
 
 def x(*size: int, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> torch.Tensor:
@@ -228,6 +231,54 @@ CONFIGS = [
         lambda _: gemm(config=KernelConfig(16, 16, 16, 1, SPLIT_K=2)),
         ConfigError,
         ("SPLIT_K = 2",),
+    ),
+    Row(
+        "SPLIT_K with empty slices",
+        lambda _: gemm(way=split_k_atomic_f32, config=KernelConfig(16, 16, 16, 1, SPLIT_K=4)),
+        ConfigError,
+        ("SPLIT_K = 4", "empty slices", "K = 32 has 2 blocks"),
+    ),
+    Row(
+        "SPLIT_K with empty slices of GEMM2",
+        lambda _: moe("split_k_workspace", config=KernelConfig(16, 16, 16, 1, SPLIT_K=2)),
+        ConfigError,
+        ("SPLIT_K = 2", "K = 16 has 1 block of"),
+    ),
+    Row(
+        "SPLIT_K under one",
+        lambda _: gemm(way=split_k_workspace, config=KernelConfig(16, 16, 16, 1, SPLIT_K=-2)),
+        ConfigError,
+        ("SPLIT_K = -2", "positive power of two"),
+    ),
+    Row(
+        "SPLIT_K of three",
+        lambda _: gemm(way=split_k_atomic_f32, config=KernelConfig(16, 16, 16, 1, SPLIT_K=3)),
+        ConfigError,
+        ("SPLIT_K = 3",),
+    ),
+    Row(
+        "SPLIT_K in int16",
+        lambda _: gemm(way=split_k_workspace, config=KernelConfig(16, 16, 16, 1, SPLIT_K=torch.tensor(2).short())),
+        ConfigError,
+        ("SPLIT_K is tensor(2, dtype=torch.int16)", "not an integer"),
+    ),
+    Row(
+        "a workspace that does not fit",
+        lambda _: new_workspace(16, 2**40, 4096, torch.float32, DEVICE),
+        WorkspaceError,
+        (str(16 * 2**40 * 4096 * 4), "16 slices"),
+    ),
+    Row(
+        "a workspace too small",
+        lambda _: gemm(way=split_k_workspace, workspace=x(3)),
+        WorkspaceError,
+        ("12 bytes", "1280 bytes"),
+    ),
+    Row(
+        "a workspace in another dtype",
+        lambda _: gemm(way=split_k_workspace, workspace=x(999, dtype=torch.float64)),
+        DtypeError,
+        ("workspace is float64", "float32"),
     ),
     Row("rows aligned for another config", lambda _: gemm(alignment_rows=32), ConfigError, ("aligned to 32", "is 16")),
     Row(

@@ -33,6 +33,41 @@ def test_against_float64(impl: str, case: Case, dtype: torch.dtype, device: str)
     judge(case, inputs, call(case, inputs, impl, config=TILE if impl == "triton" else None))
 
 
+SPLIT_IMPLS = ["split_k_atomic", "split_k_workspace"]
+
+
+def split_configs(case: Case, most: int = 2) -> dict[str, KernelConfig]:
+    """Tiles for GEMM1 and GEMM2, each with up to `most` parts of its inner size and none of them empty."""
+    tile = KernelConfig(16, 32, 32, 4, 4, 3)
+    up, down = (min(most, 1 << ((-(-K // 32)).bit_length() - 1)) for K in (case.hidden, case.inner))
+    return {"config": replace(tile, SPLIT_K=up), "down_config": replace(tile, SPLIT_K=down)}
+
+
+@pytest.mark.parametrize("dtype", HERE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("impl", SPLIT_IMPLS)
+def test_split_k_against_float64(impl: str, case: Case, dtype: torch.dtype, device: str) -> None:
+    inputs = case.inputs(dtype, device)
+    judge(case, inputs, call(case, inputs, impl, **split_configs(case)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *HERE[:2]], ids=str)
+@pytest.mark.parametrize("case", CASES + LARGE_CASES, ids=str)
+@pytest.mark.parametrize("impl", SPLIT_IMPLS)
+def test_split_k_on_the_gpu_against_float64(impl: str, case: Case, dtype: torch.dtype) -> None:
+    inputs = case.inputs(dtype, "cuda")
+    judge(case, inputs, call(case, inputs, impl, **split_configs(case, most=16)))
+    judge(case, inputs, call(case, inputs, impl))  # without a config: SPLIT_K is 1
+
+
+def test_a_split_of_nothing_is_named(device: str) -> None:
+    case = CASES[1]  # inner 48: one block of 64
+    inputs = case.inputs(torch.float32, device)
+    with pytest.raises(ConfigError, match="leaves empty slices: K = 48 has 1 block of BLOCK_SIZE_K = 64"):
+        call(case, inputs, "split_k_workspace", config=replace(TILE, SPLIT_K=2))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", [CASES[0], CASES[6], CASES[7], CASES[8]], ids=str)
@@ -73,10 +108,12 @@ def test_both_gemms_take_their_own_config(device: str) -> None:
         call(case, inputs, "triton", config=TILE, down_config=KernelConfig(32, 64, 32, 1))
 
 
-def test_repeated_runs_are_bitwise_equal(device: str) -> None:
+@pytest.mark.parametrize("impl", ["triton", "split_k_workspace"])
+def test_repeated_runs_are_bitwise_equal(impl: str, device: str) -> None:
     inputs = CASES[3].inputs(torch.float16, device)
-    first = call(CASES[3], inputs, "triton", config=TILE)
-    assert all(torch.equal(first, call(CASES[3], inputs, "triton", config=TILE)) for _ in range(3))
+    configs = {"config": TILE} if impl == "triton" else split_configs(CASES[3])
+    first = call(CASES[3], inputs, impl, **configs)
+    assert all(torch.equal(first, call(CASES[3], inputs, impl, **configs)) for _ in range(3))
 
 
 def test_router_logits_are_routed(device: str) -> None:
@@ -159,7 +196,7 @@ def test_the_custom_op_keeps_torchs_rules(device: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["triton", "compiled"])
+@pytest.mark.parametrize("impl", ["triton", "compiled", *SPLIT_IMPLS])
 @pytest.mark.parametrize("num_tokens", [1, 3, 64, 600])
 def test_in_a_cuda_graph_with_a_routing_that_changes(impl: str, num_tokens: int) -> None:
     case = Case("graph", num_tokens, 16, 4, 256, 128)

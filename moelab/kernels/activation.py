@@ -6,6 +6,7 @@ from moelab import runtime
 
 runtime.prepare_triton()
 
+import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -46,12 +47,20 @@ def _activation_kernel(
     tl.store(out_ptr + rows[:, None] * N + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def activation(x: Tensor, kind: str = "silu", *, gated: bool = True, out: Tensor | None = None) -> Tensor:
+def activation(
+    x: Tensor,
+    kind: str = "silu",
+    *,
+    gated: bool = True,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """(rows, 2N) -> (rows, N), kind(first half) * second half; without a gate (rows, N) -> (rows, N).
 
     kind: "silu", "gelu" (erf), "gelu_tanh", gated only "swiglu_oai", ungated only "relu2". x: bfloat16, float16,
-    float32 or float64, contiguous. Deterministic. Raises UnknownNameError, ShapeError, DtypeError, DeviceError,
-    LayoutError, RuntimeModeError.
+    float32 or float64, contiguous. dtype: the result's, x's own unless told otherwise: float32 sums of a Split-K GEMM
+    are rounded to the layer's dtype here, once. Deterministic. Raises UnknownNameError, ShapeError, DtypeError,
+    DeviceError, LayoutError, RuntimeModeError.
     """
     check_activation(kind, gated)
     checks.check_kernel_device("x", x)
@@ -64,9 +73,11 @@ def activation(x: Tensor, kind: str = "silu", *, gated: bool = True, out: Tensor
         )
     N = width // 2 if gated else width
     if out is None:
-        out = x.new_empty((rows, N))
+        out = x.new_empty((rows, N), dtype=dtype)
+    if out.dtype != x.dtype:
+        checks.check_kernel_device("out", out)
     checks.check_shape("out", out, (rows, N))
-    checks.check_dtype("out", out, (x.dtype,))
+    checks.check_dtype("out", out, (dtype or x.dtype,))
     checks.check_together(x=x, out=out)
     if out.numel() == 0:
         return out

@@ -68,16 +68,17 @@ GEMM_CONFIGS = (
     KernelConfig(64, 128, 64, 16, 4, 3),
     KernelConfig(128, 128, 64, 16, 8, 2),
 )
+SPLIT_K_CONFIGS = (KernelConfig(16, 32, 64, 1, 4, 3, SPLIT_K=4), KernelConfig(64, 64, 32, 8, 4, 3, SPLIT_K=2))
 _TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _GEMM_ALIGNED = frozenset(("a_ptr", "w_ptr", "c_ptr", "sorted_token_ids_ptr", "N", "K"))
 
 
-def gemm_case(config: KernelConfig, dtype: str, *, bias: bool = False, even_k: bool = True, top_k: int = 1) -> Case:
-    """grouped_gemm with the routed weight in the epilogue; GEMM2 has top_k 1, GEMM1 the layer's."""
+def _gemm_parts(
+    config: KernelConfig, dtype: str, *, bias: bool, even_k: bool, top_k: int = 1
+) -> tuple[dict[str, str], dict[str, Any], str]:
+    """Arguments and constants that every grouped GEMM has, and its label; the output is another matter."""
     pointer = "*" + _TYPES[dtype]
-    arguments = {name: pointer for name in ("a_ptr", "w_ptr", "c_ptr")}
-    arguments |= {"bias_ptr": pointer} if bias else {}
-    arguments |= {"topk_weights_ptr": "*fp32"}
+    arguments = {"a_ptr": pointer, "w_ptr": pointer} | ({"bias_ptr": pointer} if bias else {})
     arguments |= dict.fromkeys(("sorted_token_ids_ptr", "expert_ids_ptr", "num_tokens_post_padded_ptr"), "*i32")
     arguments |= dict.fromkeys(("N", "K", "num_pairs", "num_rows"), "i32")
     constants = {
@@ -85,10 +86,46 @@ def gemm_case(config: KernelConfig, dtype: str, *, bias: bool = False, even_k: b
     }
     constants |= {"TOP_K": top_k, "EVEN_K": even_k} | ({} if bias else {"bias_ptr": None})
     notes = f"{f' top_k {top_k}' if top_k > 1 else ''}{' bias' if bias else ''}{'' if even_k else ' ragged K'}"
-    label = f"grouped_gemm {dtype} {config.short()}{notes}"
+    return arguments, constants, f"{dtype} {config.short()}{notes}"
+
+
+def gemm_case(config: KernelConfig, dtype: str, *, bias: bool = False, even_k: bool = True, top_k: int = 1) -> Case:
+    """grouped_gemm with the routed weight in the epilogue; GEMM2 has top_k 1, GEMM1 the layer's."""
+    arguments, constants, label = _gemm_parts(config, dtype, bias=bias, even_k=even_k, top_k=top_k)
+    arguments |= {"c_ptr": "*" + _TYPES[dtype], "topk_weights_ptr": "*fp32"}
     return Case(
-        label, "moelab.kernels.grouped_gemm:_grouped_gemm_kernel", arguments, constants,
+        f"grouped_gemm {label}", "moelab.kernels.grouped_gemm:_grouped_gemm_kernel", arguments, constants,
         config.num_warps, config.num_stages, _GEMM_ALIGNED, config, dtype,
+    )  # fmt: skip
+
+
+def split_k_cases(config: KernelConfig, dtype: str, *, bias: bool = False, even_k: bool = True) -> list[Case]:
+    """The Split-K GEMMs, adding into float32 and into `dtype` (GEMM2's sum over 8 slots with them), and by workspace."""
+    arguments, constants, shape = _gemm_parts(config, dtype, bias=bias, even_k=even_k)
+    constants |= {"SPLIT_K": config.SPLIT_K}
+    atomic, room = "moelab.kernels.split_k_atomic:_split_k_atomic_kernel", "moelab.kernels.split_k_workspace:"
+    found = [
+        Case(
+            f"split_k_atomic_{name} {shape}", atomic, arguments | {"c_ptr": "*" + _TYPES[out], "topk_weights_ptr": "*fp32"},
+            constants | {"PAIRS_PER_ROW": 8}, config.num_warps, config.num_stages, _GEMM_ALIGNED, config, dtype,
+        )
+        for name, out in (("f32", "float32"), ("out", dtype))
+    ]  # fmt: skip
+    partial = Case(
+        f"split_k_workspace {shape}", room + "_split_k_partial_kernel", arguments | {"workspace_ptr": "*fp32"},
+        constants, config.num_warps, config.num_stages, _GEMM_ALIGNED | {"workspace_ptr"}, config, dtype,
+    )  # fmt: skip
+    return [*found, partial]
+
+
+def _split_k_reduce_case(dtype: str) -> Case:
+    wide = {"float64": "*fp64"}.get(dtype, "*fp32")
+    return Case(
+        f"split_k_reduce {dtype}", "moelab.kernels.split_k_workspace:_split_k_reduce_kernel",
+        {"workspace_ptr": wide, "out_ptr": "*" + {**_TYPES, "float64": "fp64"}[dtype], "topk_weights_ptr": "*fp32",
+         "num_pairs": "i32", "N": "i32"},
+        {"SPLIT_K": 16, "ACTIVATION": "silu", "GATED": True, "BLOCK_ROWS": 1, "BLOCK_COLS": 512},
+        4, aligned=frozenset(("workspace_ptr", "out_ptr", "N")),
     )  # fmt: skip
 
 
@@ -136,8 +173,15 @@ def cases() -> list[Case]:
         gemm_case(GEMM_CONFIGS[0], "float32"),
         gemm_case(GEMM_CONFIGS[1], "bfloat16", bias=True, even_k=False, top_k=8),
     ]
+    splits = [
+        case for config in SPLIT_K_CONFIGS for dtype in ("bfloat16", "float16") for case in split_k_cases(config, dtype)
+    ]
+    splits += split_k_cases(SPLIT_K_CONFIGS[0], "float32") + split_k_cases(
+        SPLIT_K_CONFIGS[1], "float16", bias=True, even_k=False
+    )
     plain = [case for dtype in (*_TYPES, "float64") for case in _elementwise_cases(dtype)]
-    return gemms + plain + [case for ids in ("i32", "i64") for case in _align_cases(ids)]
+    plain += [_split_k_reduce_case(dtype) for dtype in (*_TYPES, "float64")]
+    return gemms + splits + plain + [case for ids in ("i32", "i64") for case in _align_cases(ids)]
 
 
 def compile_case(case: Case, target: str) -> Resources:

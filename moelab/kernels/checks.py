@@ -11,7 +11,8 @@ from torch import Tensor
 from moelab import config as config_room
 from moelab import runtime
 from moelab.config import TARGETS, KernelConfig, Target
-from moelab.errors import DeviceError, DtypeError, LayoutError, ShapeError
+from moelab.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError
+from moelab.routing import Alignment
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -70,9 +71,9 @@ def check_kernel_device(name: str, tensor: Tensor) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def checked_config(config: KernelConfig, dtype: torch.dtype) -> KernelConfig:
-    """The config itself, once it has passed the rules for this dtype and this device (ConfigError otherwise)."""
-    config_room.check(config, dtype=str(dtype).removeprefix("torch."), target=current_target())
+def checked_config(config: KernelConfig, dtype: torch.dtype, K: int | None = None) -> KernelConfig:
+    """The config itself, once it has passed the rules for this dtype, device and inner size (ConfigError otherwise)."""
+    config_room.check(config, dtype=str(dtype).removeprefix("torch."), target=current_target(), K=K)
     return config
 
 
@@ -95,3 +96,59 @@ def launch_options(config: KernelConfig) -> dict[str, int]:
         amd = {name: getattr(config, name) for name in ("waves_per_eu", "matrix_instr_nonkdim", "kpack")}
         options |= {name: value for name, value in amd.items() if value is not None}
     return options
+
+
+def check_gemm(
+    a: Tensor,
+    w: Tensor,
+    alignment: Alignment,
+    config: KernelConfig,
+    num_pairs: int,
+    top_k: int,
+    bias: Tensor | None,
+    topk_weights: Tensor | None,
+) -> tuple[int, int]:
+    """(N, K) of a grouped product whose operands, alignment and config fit together; raises what its launcher names."""
+    check_kernel_device("a", a)
+    check_dtype("a", a, FLOATS)
+    check_shape("w", w, ("E", "N", "K"))
+    experts, N, K = w.shape
+    if top_k < 1 or num_pairs % top_k:
+        raise ShapeError(
+            f"{num_pairs} pairs are no multiple of top_k = {top_k}. Expected num_tokens * top_k. Pass top_k=1 for GEMM2."
+        )
+    check_shape("a", a, (num_pairs // top_k, K))
+    check_dtype("w", w, (a.dtype,))
+    check_together(a=a, w=w, bias=bias, topk_weights=topk_weights, sorted_token_ids=alignment.sorted_token_ids)
+    if bias is not None:
+        check_shape("bias", bias, (experts, N))
+        check_dtype("bias", bias, (a.dtype,))
+    if topk_weights is not None:
+        check_dtype("topk_weights", topk_weights, (torch.float32,))
+        if topk_weights.numel() != num_pairs:
+            raise ShapeError(
+                f"topk_weights holds {topk_weights.numel()} values for {num_pairs} pairs. Expected one per pair. "
+                "Pass the (num_tokens, top_k) weights of this batch."
+            )
+    checked_config(config, a.dtype, K)
+    if (alignment.num_pairs, alignment.num_experts) != (num_pairs, experts):
+        raise ShapeError(
+            f"The alignment is of {alignment.num_pairs} pairs to {alignment.num_experts} experts, the call of {num_pairs} "
+            f"pairs to {experts}. Expected the same. Align this batch's topk_ids to w's experts."
+        )
+    if alignment.block_size != config.BLOCK_SIZE_M:
+        raise ConfigError(
+            f"Rows are aligned to {alignment.block_size} but the config's BLOCK_SIZE_M is {config.BLOCK_SIZE_M}. "
+            "Expected the same: one sort serves both GEMMs. Align again, or give both GEMMs one BLOCK_SIZE_M."
+        )
+    return N, K
+
+
+def rows_in_use(alignment: Alignment, num_pairs: int) -> int:
+    """Rows a grid must cover: with fewer pairs than a block has rows, at most one block per pair is in use."""
+    return min(alignment.sorted_token_ids.shape[0], num_pairs * alignment.block_size)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, float64 for float64: what the kernels sum in."""
+    return torch.promote_types(dtype, torch.float32)

@@ -18,7 +18,7 @@ import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moelab.config import KernelConfig  # noqa: E402
-from moelab.errors import ConfigError, ShapeError  # noqa: E402
+from moelab.errors import ConfigError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.tiles import dot_loop, grouped_tile, store_rows  # noqa: E402
 from moelab.routing import Alignment  # noqa: E402
@@ -66,7 +66,7 @@ def _grouped_gemm_kernel(
     w_ptrs = w_ptr + expert * N * K + (offs_n % N).to(tl.int64)[None, :] * K + offs_k[:, None]
     wide = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), dtype=wide)
-    acc = dot_loop(a_ptrs, w_ptrs, acc, K, row_mask, BLOCK_SIZE_K, EVEN_K)
+    acc = dot_loop(a_ptrs, w_ptrs, acc, K, row_mask, 0, 1, BLOCK_SIZE_K, EVEN_K)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + expert * N + offs_n, mask=offs_n < N, other=0.0).to(wide)[None, :]
     if topk_weights_ptr is not None:
@@ -95,7 +95,12 @@ def grouped_gemm(
     Returns c (num_pairs, N) in a's dtype, every row written. Deterministic.
     Raises ShapeError, DtypeError, DeviceError, LayoutError, ConfigError, SharedMemoryError, RuntimeModeError.
     """
-    N, K = _check(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
+    N, K = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
+    if config.SPLIT_K != 1:
+        raise ConfigError(
+            f"grouped_gemm got SPLIT_K = {config.SPLIT_K}. Expected 1: this kernel sums K in one program. "
+            "Use a Split-K kernel, or dataclasses.replace(config, SPLIT_K=1)."
+        )
     if out is None:
         out = torch.empty((num_pairs, N), dtype=a.dtype, device=a.device)
     else:
@@ -104,8 +109,7 @@ def grouped_gemm(
         checks.check_together(a=a, out=out)
     if num_pairs == 0:
         return out
-    # With fewer pairs than a block has rows, at most one block per pair is in use.
-    num_rows = min(alignment.sorted_token_ids.shape[0], num_pairs * config.BLOCK_SIZE_M)
+    num_rows = checks.rows_in_use(alignment, num_pairs)
     grid = (triton.cdiv(num_rows, config.BLOCK_SIZE_M) * triton.cdiv(N, config.BLOCK_SIZE_N),)
     _grouped_gemm_kernel[grid](
         a,
@@ -129,53 +133,3 @@ def grouped_gemm(
         **checks.launch_options(config),
     )
     return out
-
-
-def _check(
-    a: Tensor,
-    w: Tensor,
-    alignment: Alignment,
-    config: KernelConfig,
-    num_pairs: int,
-    top_k: int,
-    bias: Tensor | None,
-    topk_weights: Tensor | None,
-) -> tuple[int, int]:
-    checks.check_kernel_device("a", a)
-    checks.check_dtype("a", a, checks.FLOATS)
-    checks.check_shape("w", w, ("E", "N", "K"))
-    experts, N, K = w.shape
-    if top_k < 1 or num_pairs % top_k:
-        raise ShapeError(
-            f"{num_pairs} pairs are no multiple of top_k = {top_k}. Expected num_tokens * top_k. Pass top_k=1 for GEMM2."
-        )
-    checks.check_shape("a", a, (num_pairs // top_k, K))
-    checks.check_dtype("w", w, (a.dtype,))
-    checks.check_together(a=a, w=w, bias=bias, topk_weights=topk_weights, sorted_token_ids=alignment.sorted_token_ids)
-    if bias is not None:
-        checks.check_shape("bias", bias, (experts, N))
-        checks.check_dtype("bias", bias, (a.dtype,))
-    if topk_weights is not None:
-        checks.check_dtype("topk_weights", topk_weights, (torch.float32,))
-        if topk_weights.numel() != num_pairs:
-            raise ShapeError(
-                f"topk_weights holds {topk_weights.numel()} values for {num_pairs} pairs. Expected one per pair. "
-                "Pass the (num_tokens, top_k) weights of this batch."
-            )
-    checks.checked_config(config, a.dtype)
-    if config.SPLIT_K != 1:
-        raise ConfigError(
-            f"grouped_gemm got SPLIT_K = {config.SPLIT_K}. Expected 1: this kernel sums K in one program. "
-            "Use a Split-K kernel, or dataclasses.replace(config, SPLIT_K=1)."
-        )
-    if (alignment.num_pairs, alignment.num_experts) != (num_pairs, experts):
-        raise ShapeError(
-            f"The alignment is of {alignment.num_pairs} pairs to {alignment.num_experts} experts, the call of {num_pairs} "
-            f"pairs to {experts}. Expected the same. Align this batch's topk_ids to w's experts."
-        )
-    if alignment.block_size != config.BLOCK_SIZE_M:
-        raise ConfigError(
-            f"Rows are aligned to {alignment.block_size} but the config's BLOCK_SIZE_M is {config.BLOCK_SIZE_M}. "
-            "Expected the same: one sort serves both GEMMs. Align again, or give both GEMMs one BLOCK_SIZE_M."
-        )
-    return N, K

@@ -30,8 +30,12 @@ def two_sum(a, b):
 
 
 @triton.jit
-def dot_loop(a_ptrs, w_ptrs, acc, K, row_mask, BLOCK_SIZE_K: tl.constexpr, EVEN_K: tl.constexpr):
-    """acc + a @ w over K, a (BM, BK) by row pointers, w (BK, BN).
+def dot_loop(
+    a_ptrs, w_ptrs, acc, K, row_mask, first, STEP: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, EVEN_K: tl.constexpr
+):
+    """acc + a @ w over K's blocks first, first + STEP, ..., a (BM, BK) by row pointers, w (BK, BN).
+
+    The pointers start at block `first`; all of K is first = 0, STEP = 1.
 
     float32 and float64 have no tensor-core accumulator to follow: their blocks of K are added with compensation,
     which costs six additions a block and keeps the error below that of torch's own product. float32 operands
@@ -40,7 +44,7 @@ def dot_loop(a_ptrs, w_ptrs, acc, K, row_mask, BLOCK_SIZE_K: tl.constexpr, EVEN_
     offs_k = tl.arange(0, BLOCK_SIZE_K)
     compensated: tl.constexpr = a_ptrs.dtype.element_ty == acc.dtype
     lost = tl.zeros_like(acc)
-    for k in range(0, tl.cdiv(K, BLOCK_SIZE_K)):
+    for k in range(first, tl.cdiv(K, BLOCK_SIZE_K), STEP):
         if EVEN_K:
             a = tl.load(a_ptrs, mask=row_mask[:, None], other=0.0)
             w = tl.load(w_ptrs)
@@ -53,8 +57,8 @@ def dot_loop(a_ptrs, w_ptrs, acc, K, row_mask, BLOCK_SIZE_K: tl.constexpr, EVEN_
             lost += rest
         else:
             acc = tl.dot(a, w, acc, out_dtype=acc.dtype)
-        a_ptrs += BLOCK_SIZE_K
-        w_ptrs += BLOCK_SIZE_K
+        a_ptrs += BLOCK_SIZE_K * STEP
+        w_ptrs += BLOCK_SIZE_K * STEP
     if compensated:
         acc += tl.where(lost == lost, lost, 0.0)  # an overflowed sum is infinite, and what it lost no number
     return acc

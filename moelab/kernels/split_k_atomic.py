@@ -1,0 +1,175 @@
+"""Split-K with atomics: SPLIT_K programs share a tile's inner dimension and add their partial sums where they meet.
+
+Not deterministic on a GPU for SPLIT_K > 1 or pairs_per_row > 1: the order of the additions is the order in which
+programs finish. `split_k_workspace` is the deterministic one. Idea: sglang #9486, which added in the output's dtype
+only, with int32 strides.
+"""
+
+from __future__ import annotations
+
+from moelab import runtime
+
+runtime.prepare_triton()
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from moelab.config import KernelConfig  # noqa: E402
+from moelab.errors import ShapeError  # noqa: E402
+from moelab.kernels import checks  # noqa: E402
+from moelab.kernels.tiles import dot_loop, grouped_tile  # noqa: E402
+from moelab.routing import Alignment  # noqa: E402
+
+
+# num_pairs and num_rows follow the batch size: specialising them would mean another compile per batch size.
+@triton.jit(do_not_specialize=["num_pairs", "num_rows"])
+def _split_k_atomic_kernel(
+    a_ptr,
+    w_ptr,
+    c_ptr,
+    bias_ptr,
+    topk_weights_ptr,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
+    num_tokens_post_padded_ptr,
+    N,
+    K,
+    num_pairs,
+    num_rows,
+    TOP_K: tl.constexpr,
+    PAIRS_PER_ROW: tl.constexpr,
+    BLOCK_SIZE_M: tl.constexpr,
+    BLOCK_SIZE_N: tl.constexpr,
+    BLOCK_SIZE_K: tl.constexpr,
+    GROUP_SIZE_M: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """Add every SPLIT_K-th block of K of one (BLOCK_SIZE_M, BLOCK_SIZE_N) tile to c, which holds zeros at the start."""
+    # Neighbours share a tile: its rows are read from L2, and its sums meet there.
+    split = tl.program_id(0) % SPLIT_K
+    pid_m, pid_n = grouped_tile(
+        tl.program_id(0) // SPLIT_K, tl.cdiv(num_rows, BLOCK_SIZE_M), tl.cdiv(N, BLOCK_SIZE_N), GROUP_SIZE_M
+    )
+    if pid_m * BLOCK_SIZE_M >= tl.load(num_tokens_post_padded_ptr):
+        return
+    expert = tl.load(expert_ids_ptr + pid_m).to(tl.int64)
+    if expert < 0:  # another rank's expert: its share of the sum is the zero that is there
+        return
+    pair = tl.load(sorted_token_ids_ptr + pid_m * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M)).to(tl.int64)
+    row_mask = pair < num_pairs
+    offs_n = pid_n * BLOCK_SIZE_N + tl.arange(0, BLOCK_SIZE_N)
+    offs_k = split * BLOCK_SIZE_K + tl.arange(0, BLOCK_SIZE_K)
+    a_ptrs = a_ptr + (pair // TOP_K)[:, None] * K + offs_k[None, :]
+    # int64: E * N * K passes 2^31 at 256 experts of 2048 x 7168. Columns past N wrap, and are never added.
+    w_ptrs = w_ptr + expert * N * K + (offs_n % N).to(tl.int64)[None, :] * K + offs_k[:, None]
+    wide = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
+    acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), dtype=wide)
+    acc = dot_loop(a_ptrs, w_ptrs, acc, K, row_mask, split, SPLIT_K, BLOCK_SIZE_K, EVEN_K)
+    if bias_ptr is not None:
+        mine = (offs_n < N) & (split == 0)  # once, not once a split
+        acc += tl.load(bias_ptr + expert * N + offs_n, mask=mine, other=0.0).to(wide)[None, :]
+    if topk_weights_ptr is not None:
+        acc *= tl.load(topk_weights_ptr + pair, mask=row_mask, other=0.0).to(wide)[:, None]
+    # Relaxed: nothing is read back before the kernel ends. The default, acq_rel, puts a fence behind every vector.
+    c_ptrs = c_ptr + (pair // PAIRS_PER_ROW)[:, None] * N + offs_n[None, :]
+    mask = row_mask[:, None] & (offs_n < N)[None, :]
+    tl.atomic_add(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=mask, sem="relaxed")
+
+
+def split_k_atomic_f32(
+    a: Tensor,
+    w: Tensor,
+    alignment: Alignment,
+    config: KernelConfig,
+    *,
+    num_pairs: int,
+    top_k: int,
+    bias: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+    pairs_per_row: int = 1,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`grouped_gemm` with config.SPLIT_K programs a tile, their partial sums added into float32 (float64 for float64).
+
+    Arguments, dtypes and errors as in grouped_gemm; every partial sum carries the routed weight. config.SPLIT_K may be
+    1, and not over the number of K's blocks (ConfigError). pairs_per_row: pairs that share a row of the result: 1, or
+    the layer's top_k, which makes GEMM2's sum over slots part of the same additions.
+    Returns (num_pairs / pairs_per_row, N), zeroed here and then added to. Not deterministic on a GPU.
+    """
+    dtype = checks.accumulator_dtype(a.dtype)
+    return _launch(a, w, alignment, config, num_pairs, top_k, bias, topk_weights, pairs_per_row, out, dtype)
+
+
+def split_k_atomic_out(
+    a: Tensor,
+    w: Tensor,
+    alignment: Alignment,
+    config: KernelConfig,
+    *,
+    num_pairs: int,
+    top_k: int,
+    bias: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+    pairs_per_row: int = 1,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`split_k_atomic_f32` adding in a's dtype: half the traffic in 16 bits, and a rounding for every partial sum."""
+    return _launch(a, w, alignment, config, num_pairs, top_k, bias, topk_weights, pairs_per_row, out, a.dtype)
+
+
+def _launch(
+    a: Tensor,
+    w: Tensor,
+    alignment: Alignment,
+    config: KernelConfig,
+    num_pairs: int,
+    top_k: int,
+    bias: Tensor | None,
+    topk_weights: Tensor | None,
+    pairs_per_row: int,
+    out: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    N, K = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
+    if pairs_per_row < 1 or num_pairs % pairs_per_row:
+        raise ShapeError(
+            f"{num_pairs} pairs do not divide into rows of {pairs_per_row}. Expected 1, or the layer's top_k. "
+            "Pass pairs_per_row=1 for a row per pair."
+        )
+    if out is None:
+        out = torch.empty((num_pairs // pairs_per_row, N), dtype=dtype, device=a.device)
+    checks.check_shape("out", out, (num_pairs // pairs_per_row, N))
+    checks.check_dtype("out", out, (dtype,))
+    checks.check_together(a=a, out=out)
+    out.zero_()
+    if num_pairs == 0:
+        return out
+    num_rows = checks.rows_in_use(alignment, num_pairs)
+    tiles = triton.cdiv(num_rows, config.BLOCK_SIZE_M) * triton.cdiv(N, config.BLOCK_SIZE_N)
+    _split_k_atomic_kernel[(tiles * config.SPLIT_K,)](
+        a,
+        w,
+        out,
+        bias,
+        topk_weights,
+        alignment.sorted_token_ids,
+        alignment.expert_ids,
+        alignment.num_tokens_post_padded,
+        N,
+        K,
+        num_pairs,
+        num_rows,
+        TOP_K=top_k,
+        PAIRS_PER_ROW=pairs_per_row,
+        BLOCK_SIZE_M=config.BLOCK_SIZE_M,
+        BLOCK_SIZE_N=config.BLOCK_SIZE_N,
+        BLOCK_SIZE_K=config.BLOCK_SIZE_K,
+        GROUP_SIZE_M=config.GROUP_SIZE_M,
+        SPLIT_K=config.SPLIT_K,
+        EVEN_K=K % config.BLOCK_SIZE_K == 0,
+        **checks.launch_options(config),
+    )
+    return out
