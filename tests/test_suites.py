@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from moelab import recordings, runtime, suites
+from moelab import config, recordings, runtime, suites
 from moelab.config import KernelConfig
-from moelab.errors import PrecisionError, RuntimeModeError, UnknownNameError
+from moelab.errors import PrecisionError, RecordingError, RuntimeModeError, UnknownNameError
 from moelab.measure import Measurement
 from moelab.shapes import MoEShape
-from moelab.suites import layer_classic, sum_reduce
+from moelab.suites import layer_classic, split_k, stages, sum_reduce
 
 SMALL = MoEShape.from_sizes(num_experts=4, top_k=2, hidden_size=64, moe_intermediate_size=32, dtype="float32")
 
@@ -24,7 +25,7 @@ def fake_measure(contenders: dict, protocol: object) -> dict:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in (layer_classic, sum_reduce):
+    for room in (layer_classic, split_k, sum_reduce):
         monkeypatch.setattr(room, "measure", fake_measure)
     monkeypatch.setattr(runtime, "require_cuda", lambda what: None)
     monkeypatch.setattr(layer_classic, "shape_of", lambda name: SMALL)
@@ -55,6 +56,64 @@ def test_precision_rows_reproduce_the_upstream_verdicts() -> None:
     assert verdicts.pop("triton_f32") is False and all(verdicts.values()) and "compiled" in verdicts
 
 
+LONG = MoEShape.from_sizes(num_experts=4, top_k=2, hidden_size=192, moe_intermediate_size=96, dtype="float32")
+
+
+@pytest.fixture
+def short(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Split-K suite on LONG, with one tile to choose from and three runs to tell apart."""
+    every, spread = split_k.candidates, split_k.spread
+    monkeypatch.setattr(split_k, "shape_of", lambda name: LONG)
+    monkeypatch.setattr(split_k, "candidates", lambda rows, K, split: every(rows, K, split)[2:3])
+    monkeypatch.setattr(split_k, "spread", lambda run: spread(run, runs=3))
+
+
+def test_the_split_k_suite_writes_what_loads(short: None, tmp_path: Path) -> None:
+    parts = [split_k.record(("deepseek-v3/tp16",), (batch,)) for batch in (1, 3)]
+    made = split_k.merge(parts)
+    loaded = recordings.load(recordings.write(made, tmp_path / "split_k.json"))
+    assert len(loaded.rows) == 2 * 2 * 16
+    timed = [row for row in loaded.rows if "skipped" not in row]
+    # K = 192 and 96 are 3 and 2 blocks of 64: classic, and three variants under SPLIT_K = 1 and 2.
+    assert len(timed) == 2 * 2 * 7 and all(row["samples_us"] == [1.0, 2.0, 3.0] for row in timed)
+    assert all("empty slices" in row["skipped"] for row in loaded.rows if "skipped" in row)
+    assert {(row["variant"], row["split_k"]) for row in timed} == {
+        ("classic", 1), *((v, s) for v in stages.VARIANTS[1:] for s in (1, 2)),
+    }  # fmt: skip
+    assert all(row["within_bound"] and row["distinct"] == 1 and row["spread_abs"] == 0 for row in timed)
+    other = recordings.Recording("split_k", made.provenance | {"gpu": "another"}, {}, ())
+    with pytest.raises(RecordingError, match="differ in gpu"):
+        split_k.merge([made, other])
+
+
+def test_the_split_k_suite_times_what_it_has_checked(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = stages.split_k_atomic_f32
+    monkeypatch.setattr(stages, "split_k_atomic_f32", lambda *args, **given: right(*args, **given) * 1.001)
+    with pytest.raises(PrecisionError, match="atomic_f32, SPLIT_K = "):
+        split_k.record(("deepseek-v3/tp16",), (2,))
+
+
+def test_runs_that_differ_are_counted(device: str) -> None:
+    outs = iter([torch.ones(3, 4, device=device) + (i % 3) * 2**-20 for i in range(6)])
+    assert split_k.spread(lambda _: next(outs), runs=6) == {"runs": 6, "distinct": 3, "spread_abs": 2**-19}
+
+
+def test_the_split_k_map_covers_the_issue() -> None:
+    for name in layer_classic.SHAPES:
+        model = layer_classic.SHAPES[name][0]
+        whole, fine = (split_k.shape_of(f"{model}/tp{tp}") for tp in (1, split_k.FINEST[model]))
+        assert whole.moe_intermediate_size == fine.moe_intermediate_size * split_k.FINEST[model]
+        assert fine.moe_intermediate_size >= 64 and fine.moe_intermediate_size % 16 == 0
+    assert {split_k.shape_of(n).hidden_size for n in split_k.SHAPES if n.startswith("upstream")} == {4096, 8192}
+    for rows, K in ((1, 7168), (32, 4096), (1024, 8192)):
+        tiles = [tile for split in split_k.SPLITS for tile in split_k.candidates(rows, K, split)]
+        assert {tile.SPLIT_K for tile in tiles} == set(split_k.SPLITS)
+        for tile in tiles:
+            config.check(tile, dtype="bfloat16", target="sm_90")
+    with pytest.raises(UnknownNameError, match="deepseek-v3/tp16"):
+        split_k.shape_of("deepseek-v3/tp17")
+
+
 def test_the_issues_shapes_are_the_peers() -> None:
     sizes = {"qwen3-30b-a3b/tp1": (128, 8, 2048, 768), "scout/tp4": (16, 1, 5120, 2048)}
     sizes |= {"lfm2-8b/tp1": (32, 4, 2048, 1792), "deepseek-v3/tp8": (256, 8, 7168, 256)}
@@ -74,7 +133,7 @@ def test_unknown_suites_run_nothing() -> None:
 
 
 @pytest.mark.skipif(runtime.current().mode == "gpu", reason="about machines without a GPU")
-@pytest.mark.parametrize("name", ["ceilings", "sum_reduce", "layer_classic"])
+@pytest.mark.parametrize("name", ["ceilings", "sum_reduce", "layer_classic", "split_k"])
 def test_suites_that_time_need_a_gpu(name: str) -> None:
     with pytest.raises(RuntimeModeError, match="NVIDIA GPU"):
         suites.record([name])

@@ -8,13 +8,14 @@ from pathlib import Path
 from moelab import recordings
 from moelab.errors import UnknownNameError, nearest_names
 from moelab.recordings import Recording
-from moelab.suites import ceilings, layer_classic, sum_reduce
+from moelab.suites import ceilings, layer_classic, split_k, sum_reduce
 
 SUITES: dict[str, Callable[[], Recording]] = {
     "ceilings": ceilings.record,
     "sum_reduce_precision": sum_reduce.record_precision,
     "sum_reduce": sum_reduce.record_speed,
     "layer_classic": layer_classic.record,
+    "split_k": split_k.record,
 }
 
 

@@ -1,0 +1,126 @@
+"""One GEMM of a layer alone, from its input to what the next step reads, by any of the kernels that compute it.
+
+`up` is GEMM1 and the activation, `down` is GEMM2 and the sum over slots: zeroing, second kernels and roundings are part
+of each, so that kernels whose bare products differ in dtype or rows compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moelab import runtime
+from moelab.config import KernelConfig
+from moelab.inputs import random_tensor
+from moelab.kernels.activation import activation
+from moelab.kernels.align import align
+from moelab.kernels.grouped_gemm import grouped_gemm
+from moelab.kernels.split_k_atomic import split_k_atomic_f32, split_k_atomic_out
+from moelab.kernels.split_k_workspace import new_workspace, split_k_workspace
+from moelab.kernels.sum_reduce import sum_reduce
+from moelab.measure import rotations_for
+from moelab.reference import activation_ref, grouped_gemm_ref
+from moelab.routing import Alignment, expected_experts_touched, make_routing
+from moelab.shapes import MoEShape
+
+Contender = Callable[[int], Tensor]
+VARIANTS = ("classic", "atomic_f32", "atomic_out", "workspace")
+MAX_SPLIT_K = 16
+
+
+class Stage:
+    """One GEMM of a layer at one batch size, with inputs enough that weights come from memory.
+
+    name: "up" or "down". weights: sets of (E, N, K), rotated. a: (num_tokens, K), or (pairs, K) for "down".
+    """
+
+    def __init__(self, name: str, shape: MoEShape, num_tokens: int, weights: Sequence[Tensor]) -> None:
+        self.name, self.shape, self.num_tokens, self.weights = name, shape, num_tokens, weights
+        first = weights[0]
+        self.dtype, device = first.dtype, first.device.type
+        E, self.N, self.K = first.shape
+        self.pairs = num_tokens * shape.top_k
+        self.touched = expected_experts_touched(E, shape.top_k, num_tokens)
+        self.weight_bytes = self.touched * self.N * self.K * first.element_size()
+        self.rotations = max(min(len(weights), 8), rotations_for(self.weight_bytes, at_most=48))
+        self.routings = [
+            make_routing("uniform", num_tokens, E, shape.top_k, seed=i, device=device) for i in range(self.rotations)
+        ]
+        rows, std = (num_tokens, 1.0) if name == "up" else (self.pairs, 0.5)
+        self.a = [
+            random_tensor((rows, self.K), std, dtype=self.dtype, device=device, seed=100 + i)
+            for i in range(self.rotations)
+        ]
+        self.workspace = new_workspace(MAX_SPLIT_K, self.pairs, self.N, self.dtype, device)
+        self._aligned: dict[int, list[Alignment]] = {}
+
+    def aligned(self, block_size: int) -> list[Alignment]:
+        """One alignment per rotation, made once: every variant reads the same."""
+        if block_size not in self._aligned:
+            E = self.shape.num_experts
+            self._aligned[block_size] = [align(r.topk_ids, block_size, E) for r in self.routings]
+        return self._aligned[block_size]
+
+    def contender(self, variant: str, config: KernelConfig) -> Contender:
+        """The stage by one variant and config, as `measure` takes it."""
+        aligned, run = self.aligned(config.BLOCK_SIZE_M), (_up if self.name == "up" else _down)
+        return lambda i: run(self, variant, config, aligned[i], i)
+
+
+def _up(stage: Stage, variant: str, config: KernelConfig, aligned: Alignment, i: int) -> Tensor:
+    shape, w = stage.shape, stage.weights[i % len(stage.weights)]
+    given: dict[str, Any] = {"num_pairs": stage.pairs, "top_k": shape.top_k}
+    if variant == "workspace":
+        return split_k_workspace(
+            stage.a[i], w, aligned, config, activation=shape.activation, gated=shape.gated, workspace=stage.workspace,
+            **given,
+        )  # fmt: skip
+    ways = {"classic": grouped_gemm, "atomic_f32": split_k_atomic_f32, "atomic_out": split_k_atomic_out}
+    h = ways[variant](stage.a[i], w, aligned, config, **given)
+    return activation(h, shape.activation, gated=shape.gated, dtype=stage.dtype)
+
+
+def _down(stage: Stage, variant: str, config: KernelConfig, aligned: Alignment, i: int) -> Tensor:
+    k, w = stage.shape.top_k, stage.weights[i % len(stage.weights)]
+    given: dict[str, Any] = {"num_pairs": stage.pairs, "top_k": 1, "topk_weights": stage.routings[i].topk_weights}
+    if variant == "atomic_f32":
+        return split_k_atomic_f32(stage.a[i], w, aligned, config, pairs_per_row=k, **given).to(stage.dtype)
+    if variant == "atomic_out":
+        return split_k_atomic_out(stage.a[i], w, aligned, config, pairs_per_row=k, **given)
+    if variant == "workspace":
+        y = split_k_workspace(stage.a[i], w, aligned, config, workspace=stage.workspace, **given)
+    else:
+        y = grouped_gemm(stage.a[i], w, aligned, config, **given)
+    return sum_reduce(y.view(stage.num_tokens, k, -1))
+
+
+def reference(stage: Stage, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    """The first tokens of rotation 0 by the oracle, in `dtype`."""
+    k, routing = stage.shape.top_k, stage.routings[0]
+    ids = routing.topk_ids[:num_tokens]
+    own = ids.unique()  # float64 copies of the experts that are named, not of all
+    local = torch.searchsorted(own, ids.contiguous())
+    w = stage.weights[0][own.long()].to(dtype)
+    if stage.name == "up":
+        product = grouped_gemm_ref(stage.a[0][:num_tokens].to(dtype), w, local, top_k=k)
+        return activation_ref(product, stage.shape.activation, gated=stage.shape.gated)
+    rows = stage.a[0][: num_tokens * k].to(dtype)
+    product = grouped_gemm_ref(rows, w, local, top_k=1, topk_weights=routing.topk_weights[:num_tokens])
+    wide = torch.promote_types(dtype, torch.float32)
+    return product.view(num_tokens, k, -1).to(wide).sum(1).to(dtype)
+
+
+def weight_sets(name: str, shape: MoEShape, l2_bytes: float = 60e6) -> list[Tensor]:
+    """Copies of one stage's weights, random and different: together three times the L2 cache (60 MB on an H200).
+
+    A fine shard's weights fit in the cache whole, where in serving those of other layers push them out.
+    """
+    N, gates = shape.moe_intermediate_size, 2 if shape.gated else 1
+    rows, K = (gates * N, shape.hidden_size) if name == "up" else (shape.hidden_size, N)
+    dtype, size = runtime.torch_dtype(shape.dtype), (shape.num_experts, rows, K)
+    sets = max(1, min(16, -(-int(3 * l2_bytes) // (shape.num_experts * rows * K * dtype.itemsize))))
+    device = runtime.current().device
+    return [random_tensor(size, K**-0.5, dtype=dtype, device=device, seed=1 + i) for i in range(sets)]
