@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moelab import precision
-from moelab.errors import ShapeError, UnknownNameError
+from moelab.errors import DtypeError, ShapeError, UnknownNameError
 from moelab.kernels.activation import activation
 from moelab.reference import GATED, UNGATED, activation_ref
 
@@ -33,6 +33,13 @@ def test_against_float64(kind: str, gated: bool, dtype: torch.dtype, device: str
 @pytest.mark.parametrize(("kind", "gated"), KINDS)
 def test_on_the_gpu(kind: str, gated: bool, dtype: torch.dtype) -> None:
     judge((torch.randn(4097, 2 * 777 if gated else 777, device="cuda") * 4).to(dtype), kind, gated)
+
+
+def test_float32_sums_are_rounded_once(device: str) -> None:
+    x = torch.randn(5, 66, device=device) * 4
+    assert torch.equal(activation(x, dtype=torch.float16), activation(x).half())
+    with pytest.raises(DtypeError, match="out is float32. Expected float16"):
+        activation(x, dtype=torch.float16, out=torch.empty(5, 33, device=device))
 
 
 def test_far_tails_stay_finite(device: str) -> None:

@@ -149,6 +149,21 @@ def test_kernels_without_a_dot_take_small_blocks() -> None:
     assert len(violations(config)) == 2
 
 
+@pytest.mark.parametrize(("K", "split_k"), [(512, 8), (449, 8), (1, 1), (64, 1)])
+def test_a_split_with_a_block_each_is_valid(K: int, split_k: int) -> None:
+    assert violations(KernelConfig(16, 32, 64, 1, SPLIT_K=split_k), K=K) == ()
+
+
+@pytest.mark.parametrize(("K", "split_k", "blocks"), [(448, 8, "7 blocks"), (64, 2, "1 block of"), (65, 4, "2 blocks")])
+def test_empty_slices_are_counted(K: int, split_k: int, blocks: str) -> None:
+    config = KernelConfig(16, 32, 64, 1, SPLIT_K=split_k)
+    assert violations(config) == ()  # no inner size, no slices to count
+    (broken,) = violations(config, K=K)
+    assert f"SPLIT_K = {split_k}" in broken and f"K = {K} has {blocks}" in broken
+    with pytest.raises(ConfigError, match="empty slices"):
+        check(config, K=K)
+
+
 def test_quantisation_blocks_must_divide() -> None:
     assert violations(GOOD, block_shape=(128, 128)) == ()
     assert "BLOCK_SIZE_K = 128 does not divide" in violations(GOOD, block_shape=(64, 64))[0]

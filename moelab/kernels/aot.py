@@ -68,7 +68,9 @@ GEMM_CONFIGS = (
     KernelConfig(64, 128, 64, 16, 4, 3),
     KernelConfig(128, 128, 64, 16, 8, 2),
 )
-SPLIT_K_CONFIGS = (KernelConfig(16, 32, 64, 1, 4, 3, SPLIT_K=4), KernelConfig(64, 64, 32, 8, 4, 3, SPLIT_K=2))
+# Tiles whose Split-K forms take no stack anywhere; with 64 rows some others do: 64x64x32 in float32 output 40 bytes on
+# sm_100, 64x128x64 added in bfloat16 72 bytes on sm_80. On sm_90 none of those tried does.
+SPLIT_K_CONFIGS = (KernelConfig(16, 32, 64, 1, 4, 3, SPLIT_K=4), KernelConfig(64, 64, 64, 8, 4, 4, SPLIT_K=2))
 _TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _GEMM_ALIGNED = frozenset(("a_ptr", "w_ptr", "c_ptr", "sorted_token_ids_ptr", "N", "K"))
 
@@ -177,7 +179,7 @@ def cases() -> list[Case]:
         case for config in SPLIT_K_CONFIGS for dtype in ("bfloat16", "float16") for case in split_k_cases(config, dtype)
     ]
     splits += split_k_cases(SPLIT_K_CONFIGS[0], "float32") + split_k_cases(
-        SPLIT_K_CONFIGS[1], "float16", bias=True, even_k=False
+        SPLIT_K_CONFIGS[0], "float16", bias=True, even_k=False
     )
     plain = [case for dtype in (*_TYPES, "float64") for case in _elementwise_cases(dtype)]
     plain += [_split_k_reduce_case(dtype) for dtype in (*_TYPES, "float64")]

@@ -183,7 +183,8 @@ def protocol_for(stage: Stage) -> Protocol:
 def record(shapes: Sequence[str] = tuple(SHAPES), batches: Sequence[int] | None = None) -> Recording:
     """The map, or the part of it that `shapes` and `batches` name: parts are put together by `merge`.
 
-    batches: None takes each shape's own. Raises UnknownNameError, RuntimeModeError without a GPU, PrecisionError.
+    batches: None takes each shape's own. Parts of a few minutes each on an H200: the shapes at tp1, the finest
+    shardings, and upstream's. Raises UnknownNameError, RuntimeModeError without a GPU, PrecisionError.
     """
     sizes = {name: shape_of(name) for name in shapes}
     runtime.require_cuda("the suite 'split_k'")
