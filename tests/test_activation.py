@@ -38,7 +38,7 @@ def test_on_the_gpu(kind: str, gated: bool, dtype: torch.dtype) -> None:
 def test_float32_sums_are_rounded_once(device: str) -> None:
     x = torch.randn(5, 66, device=device) * 4
     assert torch.equal(activation(x, dtype=torch.float16), activation(x).half())
-    with pytest.raises(DtypeError, match="out is float32. Expected float16"):
+    with pytest.raises(DtypeError, match=r"out is float32\. Expected float16"):
         activation(x, dtype=torch.float16, out=torch.empty(5, 33, device=device))
 
 
