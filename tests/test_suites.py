@@ -93,6 +93,19 @@ def test_the_split_k_suite_times_what_it_has_checked(short: None, monkeypatch: p
         split_k.record(("deepseek-v3/tp16",), (2,))
 
 
+def test_the_split_k_suite_looks_at_the_last_tokens(short: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = stages.split_k_workspace
+
+    def wrong_at_the_end(*args: object, **given: object) -> torch.Tensor:
+        out = right(*args, **given)
+        out[-1] *= 1.01
+        return out
+
+    monkeypatch.setattr(stages, "split_k_workspace", wrong_at_the_end)
+    with pytest.raises(PrecisionError, match="workspace, SPLIT_K = "):
+        split_k.record(("deepseek-v3/tp16",), (20,))
+
+
 def test_runs_that_differ_are_counted(device: str) -> None:
     outs = iter([torch.ones(3, 4, device=device) + (i % 3) * 2**-20 for i in range(6)])
     assert split_k.spread(lambda _: next(outs), runs=6) == {"runs": 6, "distinct": 3, "spread_abs": 2**-19}

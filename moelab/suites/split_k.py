@@ -22,7 +22,8 @@ from moelab.errors import RecordingError, UnknownNameError, nearest_names
 from moelab.measure import Measurement, Protocol, measure
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape, load_model
-from moelab.suites.stages import VARIANTS, Contender, Stage, reference, weight_sets
+from moelab.suites.layer_classic import sample_rows
+from moelab.suites.stages import VARIANTS, Contender, Stage, reference, rows_of, weight_sets
 
 Key = tuple[str, int]  # variant and SPLIT_K
 
@@ -72,16 +73,17 @@ def candidates(rows_per_expert: float, K: int, split_k: int) -> list[KernelConfi
 
 
 def errors(stage: Stage, contenders: dict[Key, Contender]) -> dict[Key, dict[str, Any]]:
-    """Error of each contender against float64 on the first tokens; PrecisionError for one over twice torch's.
+    """Error of each contender against float64 on tokens from head, middle and tail; PrecisionError over twice torch's.
 
     `atomic_out` rounds every partial sum, so it may exceed that bound: `within_bound` says so, and what it costs is
     part of the map.
     """
-    tokens = min(stage.num_tokens, max(1, 16 // stage.shape.top_k))
+    # About 16 pairs: each may name an expert of its own, whose weights are copied in float64.
+    tokens = sample_rows(stage.num_tokens, each=max(1, 16 // (3 * stage.shape.top_k))).to(stage.weights[0].device)
     plain, exact = (reference(stage, tokens, dtype) for dtype in (stage.dtype, torch.float64))
     found = {}
     for (variant, split_k), run in contenders.items():
-        out = run(0)[: exact.shape[0]]
+        out = rows_of(stage, run(0), tokens)
         name = f"{variant}, SPLIT_K = {split_k}, {stage.name} of {stage.shape.name}, {stage.num_tokens} tokens"
         if variant != "atomic_out":
             precision.check(out, plain, exact, name=name)
@@ -198,7 +200,7 @@ def record(shapes: Sequence[str] = tuple(SHAPES), batches: Sequence[int] | None 
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # the next shape's weights may be most of the memory
     protocol = {
-        **Protocol(rounds=15, graph_us=300.0).describe(), "rotations": "as in each row",
+        **Protocol(rounds=15, graph_us=300.0).describe(), "rotations": "in each row",
         "up": "GEMM1 and activation, to (pairs, N) in bf16", "down": "GEMM2 and sum over slots, to (num_tokens, H)",
         "screening": "3 replays a tile, the fastest median stays", "alignment": "made beforehand, as in layer_classic",
         "upstream shapes": "experts 8, top_k 2, intermediate 14336 / 8: assumed, sglang #9486 names hidden only",

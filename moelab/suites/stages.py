@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moelab import runtime
 from moelab.config import KernelConfig
-from moelab.inputs import random_tensor
+from moelab.inputs import random_tensor, routing_for
 from moelab.kernels.activation import activation
 from moelab.kernels.align import align
 from moelab.kernels.grouped_gemm import grouped_gemm
@@ -23,7 +23,7 @@ from moelab.kernels.split_k_workspace import new_workspace, split_k_workspace
 from moelab.kernels.sum_reduce import sum_reduce
 from moelab.measure import rotations_for
 from moelab.reference import activation_ref, grouped_gemm_ref
-from moelab.routing import Alignment, expected_experts_touched, make_routing
+from moelab.routing import Alignment, expected_experts_touched
 from moelab.shapes import MoEShape
 
 Contender = Callable[[int], Tensor]
@@ -46,9 +46,7 @@ class Stage:
         self.touched = expected_experts_touched(E, shape.top_k, num_tokens)
         self.weight_bytes = self.touched * self.N * self.K * first.element_size()
         self.rotations = max(min(len(weights), 8), rotations_for(self.weight_bytes, at_most=48))
-        self.routings = [
-            make_routing("uniform", num_tokens, E, shape.top_k, seed=i, device=device) for i in range(self.rotations)
-        ]
+        self.routings = [routing_for(shape, num_tokens, seed=i, device=device) for i in range(self.rotations)]
         rows, std = (num_tokens, 1.0) if name == "up" else (self.pairs, 0.5)
         self.a = [
             random_tensor((rows, self.K), std, dtype=self.dtype, device=device, seed=100 + i)
@@ -97,23 +95,27 @@ def _down(stage: Stage, variant: str, config: KernelConfig, aligned: Alignment, 
     return sum_reduce(y.view(stage.num_tokens, k, -1))
 
 
-def reference(stage: Stage, num_tokens: int, dtype: torch.dtype) -> Tensor:
-    """The first tokens of rotation 0 by the oracle, in `dtype`."""
+def rows_of(stage: Stage, out: Tensor, tokens: Tensor) -> Tensor:
+    """What a contender returned for `tokens`: a row each of "down", top_k rows each of "up"."""
+    return out.view(stage.num_tokens, -1, out.shape[-1])[tokens].flatten(0, 1)
+
+
+def reference(stage: Stage, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tokens` of rotation 0 by the oracle, in `dtype`; rows as in `rows_of`."""
     k, routing = stage.shape.top_k, stage.routings[0]
-    ids = routing.topk_ids[:num_tokens]
+    ids, a = routing.topk_ids[tokens], rows_of(stage, stage.a[0], tokens).to(dtype)
     own = ids.unique()  # float64 copies of the experts that are named, not of all
     local = torch.searchsorted(own, ids.contiguous())
     w = stage.weights[0][own.long()].to(dtype)
     if stage.name == "up":
-        product = grouped_gemm_ref(stage.a[0][:num_tokens].to(dtype), w, local, top_k=k)
+        product = grouped_gemm_ref(a, w, local, top_k=k)
         return activation_ref(product, stage.shape.activation, gated=stage.shape.gated)
-    rows = stage.a[0][: num_tokens * k].to(dtype)
-    product = grouped_gemm_ref(rows, w, local, top_k=1, topk_weights=routing.topk_weights[:num_tokens])
+    product = grouped_gemm_ref(a, w, local, top_k=1, topk_weights=routing.topk_weights[tokens])
     wide = torch.promote_types(dtype, torch.float32)
-    return product.view(num_tokens, k, -1).to(wide).sum(1).to(dtype)
+    return product.view(len(tokens), k, -1).to(wide).sum(1).to(dtype)
 
 
-def weight_sets(name: str, shape: MoEShape, l2_bytes: float = 60e6) -> list[Tensor]:
+def weight_sets(name: str, shape: MoEShape) -> list[Tensor]:
     """Copies of one stage's weights, random and different: together three times the L2 cache (60 MB on an H200).
 
     A fine shard's weights fit in the cache whole, where in serving those of other layers push them out.
@@ -121,6 +123,6 @@ def weight_sets(name: str, shape: MoEShape, l2_bytes: float = 60e6) -> list[Tens
     N, gates = shape.moe_intermediate_size, 2 if shape.gated else 1
     rows, K = (gates * N, shape.hidden_size) if name == "up" else (shape.hidden_size, N)
     dtype, size = runtime.torch_dtype(shape.dtype), (shape.num_experts, rows, K)
-    sets = max(1, min(16, -(-int(3 * l2_bytes) // (shape.num_experts * rows * K * dtype.itemsize))))
+    sets = rotations_for(shape.num_experts * rows * K * dtype.itemsize, at_least=1, at_most=16)
     device = runtime.current().device
     return [random_tensor(size, K**-0.5, dtype=dtype, device=device, seed=1 + i) for i in range(sets)]
