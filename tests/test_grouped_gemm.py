@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from moelab.config import KernelConfig
 from moelab.errors import ConfigError, DtypeError, LayoutError, ShapeError
 from moelab.kernels.align import align, align_pairs, moe_align_block_size
 from moelab.kernels.grouped_gemm import grouped_gemm
+from moelab.kernels.split_k_atomic import split_k_atomic_f32, split_k_atomic_out
+from moelab.kernels.split_k_workspace import split_k_workspace
 from moelab.kernels.tiles import grouped_tile, tl, triton
 from moelab.reference import grouped_gemm_ref
 from moelab.routing import make_routing
@@ -100,6 +104,23 @@ def test_out_and_alignment_must_fit(device: str) -> None:
         call(align(r.topk_ids[:2], 16, 4))
     with pytest.raises(ShapeError, match="top_k = 0"):
         call(top_k=0)
+
+
+@pytest.mark.parametrize("way", [split_k_atomic_f32, split_k_atomic_out, split_k_workspace])
+def test_out_and_alignment_must_fit_the_split_k_launchers_too(way: Callable[..., torch.Tensor], device: str) -> None:
+    a, w, r = problem(4, 4, 2, 32, 64, torch.float32, device)
+    config, aligned = KernelConfig(16, 32, 32, 1, SPLIT_K=2), align(r.topk_ids, 16, 4)
+    for error, message, alignment, given in (
+        (ShapeError, "out has shape", aligned, {"out": torch.empty(7, 32, device=device)}),
+        (DtypeError, "out is float16", aligned, {"out": torch.empty(8, 32, device=device, dtype=torch.float16)}),
+        (LayoutError, "contiguous", aligned, {"out": torch.empty(32, 8, device=device).T}),
+        (ShapeError, "8 pairs to 5 experts", align(r.topk_ids, 16, 5), {}),
+        (ShapeError, "4 pairs to 4 experts", align(r.topk_ids[:2], 16, 4), {}),
+        (ShapeError, "top_k = 0", aligned, {"top_k": 0}),
+        (ConfigError, "aligned to 32", align(r.topk_ids, 32, 4), {}),
+    ):
+        with pytest.raises(error, match=message):
+            way(a, w, alignment, config, **{"num_pairs": 8, "top_k": 2, **given})
 
 
 def test_blocks_of_k_are_added_with_compensation(device: str) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from moelab import runtime
 from moelab.errors import RoutingError, ShapeError, UnknownNameError
 from moelab.module import FusedMoE
+from moelab.pipelines import PIPELINES
 from moelab.reference import fused_moe_ref
 from moelab.routing import make_routing
 from moelab.shapes import MoEShape
@@ -55,6 +56,11 @@ def compare(block: nn.Module, module: FusedMoE) -> None:
     expected = block.to(device)(x, routing.topk_ids, routing.topk_weights)
     out = module.to(device)(x, topk_ids=routing.topk_ids, topk_weights=routing.topk_weights)
     torch.testing.assert_close(out, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", sorted(PIPELINES))
+def test_by_every_pipeline(impl: str) -> None:
+    compare(Fused(bias=True), FusedMoE.from_hf(Fused(bias=True), top_k=K, impl=impl, interleaved=False))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
