@@ -12,7 +12,7 @@ SUITE ?= all
 LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test unit notebooks lint html pictures gpu record configs clean
+.PHONY: help setup lab test unit notebooks lint html pictures gpu sanitize record configs clean
 
 help:
 	@echo 'make lab        JupyterLab on the notebooks (LAB_ARGS="--no-browser --port=8888")'
@@ -22,6 +22,7 @@ help:
 	@echo 'make html       the notebooks, executed, as pages under build/html'
 	@echo 'make pictures   docs/*.png and the README figures, from data/recordings (needs chromium)'
 	@echo 'make gpu        on a GPU: the gpu tests, then every recording made again'
+	@echo 'make sanitize   on an NVIDIA GPU: every kernel under compute-sanitizer (memcheck, racecheck)'
 	@echo 'make configs    configs/ from the recording layer_classic: the fastest config of each batch size'
 	@echo 'make record SUITE=sum_reduce   on a GPU: one recording made again'
 
@@ -62,6 +63,13 @@ pictures: $(READY)
 gpu: $(READY)
 	$(PY) -m pytest -m gpu tests $(ARGS)
 	$(PY) -m moelab record all
+
+# API errors are left out: cuda-bindings asks the driver for symbols that older drivers lack, and copes.
+sanitize: $(READY)
+	cd tests && for tool in memcheck racecheck; do \
+		PYTHONPATH=.. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+		$$([ $$tool = memcheck ] && echo --report-api-errors no) \
+		$(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY)) sanitize.py || exit; done
 
 record: $(READY)
 	$(PY) -m moelab record $(SUITE)

@@ -1,0 +1,58 @@
+"""Every kernel once, at small odd shapes: what `make sanitize` runs under NVIDIA's compute-sanitizer.
+
+A caching allocator would hide an access past a tensor's end, so PYTORCH_NO_CUDA_MEMORY_CACHING=1 goes with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from moe_cases import CASES, TILE
+
+from moelab.fused_moe import fused_moe
+from moelab.kernels.align import align, align_pairs, moe_align_block_size
+from moelab.kernels.split_k_atomic import split_k_atomic_out
+from moelab.kernels.sum_reduce import SUM_REDUCE, sum_reduce
+from moelab.routing import make_routing
+
+PIPELINES = {"triton": 1, "split_k_atomic": 2, "split_k_workspace": 2}
+
+
+def layers() -> None:
+    """The kernel pipelines, on every case of the tests, in bfloat16 and float32."""
+    for case in CASES:
+        for dtype in (torch.bfloat16, torch.float32):
+            i = case.inputs(dtype, "cuda")
+            blocks = min(-(-size // TILE.BLOCK_SIZE_K) for size in (case.hidden, case.inner))
+            for impl, split_k in PIPELINES.items():
+                config = replace(TILE, SPLIT_K=min(split_k, blocks))
+                fused_moe(
+                    i.hidden_states, i.w13, i.w2, topk_weights=i.topk_weights, topk_ids=i.topk_ids, b13=i.b13, b2=i.b2,
+                    impl=impl, config=config, **case.options,
+                )  # fmt: skip
+
+
+def parts() -> None:
+    """What the pipelines do not reach: large alignments, the output-dtype atomics, every sum-reduce."""
+    for num_tokens, num_experts, top_k in ((1, 9, 2), (40, 7, 3), (701, 6, 3)):
+        ids = make_routing("zipf", num_tokens, num_experts, top_k, device="cuda").topk_ids
+        for way in (align_pairs, moe_align_block_size):
+            way(torch.where(ids == 1, -1, ids), 16, num_experts)
+    case = CASES[5]
+    i = case.inputs(torch.bfloat16, "cuda")
+    aligned = align(i.topk_ids, TILE.BLOCK_SIZE_M, case.num_experts)
+    pairs = i.topk_ids.numel()
+    split_k_atomic_out(i.hidden_states, i.w13, aligned, replace(TILE, SPLIT_K=2), num_pairs=pairs, top_k=case.top_k)
+    for size in ((1, 1, 1), (3, 1, 511), (7, 9, 264), (5, 40, 33), (1025, 2, 24)):
+        x = torch.randn(size, device="cuda").bfloat16()
+        for impl in ("triton", "triton_f32", "cuda"):
+            assert impl in SUM_REDUCE
+            sum_reduce(x, 0.3, impl=impl)
+
+
+if __name__ == "__main__":
+    layers()
+    parts()
+    torch.cuda.synchronize()
+    print("every kernel ran")
