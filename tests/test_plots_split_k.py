@@ -53,7 +53,7 @@ def test_a_loss_is_said() -> None:
 def test_wins_are_counted_by_batch_kind_and_cause() -> None:
     """A win that the unsplit kernel shares is the fused step's; skipped rows are no cells."""
     split = cell({("workspace", 2): 60.0}, 1)
-    fused = cell({("atomic_out", 1): 70.0, ("atomic_out", 2): 70.0}, 4, within_bound=False)
+    fused = cell({("atomic_out", 1): 70.0, ("atomic_out", 2): 70.0}, 4)
     lost = cell(dict.fromkeys([(kind, 2) for kind in plots.KINDS], 150.0), 8)
     skipped = [
         {"shape": "s", "stage": "up", "num_tokens": 1, "variant": "workspace", "split_k": 16, "skipped": "empty"}
@@ -64,7 +64,15 @@ def test_wins_are_counted_by_batch_kind_and_cause() -> None:
     assert "1/1 at 1, 1/1 at 4, 0/1 at 8" in panel.sentence
     assert "atomic_f32 0, atomic_out 1, workspace 1" in panel.sentence
     assert "In 1 of the 2 wins the same kind with SPLIT_K = 1" in panel.sentence
-    assert panel.sentence.endswith("1 of the wins have an error past the bound.")
+    assert panel.sentence.endswith("In 0 cells something faster is left out, its error past the bound.")
+
+
+def test_what_is_past_its_error_bound_wins_nothing() -> None:
+    wrong = cell({("atomic_out", 2): 50.0, ("workspace", 2): 90.0})
+    wrong = [r | {"within_bound": r["variant"] != "atomic_out"} for r in wrong]
+    panel = plots.win_map(made(wrong), ["s"])
+    assert "0.90 times the classic kernel’s time, at s, up, batch 1, by workspace" in panel.sentence
+    assert panel.sentence.endswith("In 1 cells something faster is left out, its error past the bound.")
 
 
 def test_ties_are_drawn_apart() -> None:
