@@ -19,7 +19,14 @@ from torch import Tensor  # noqa: E402
 from moelab.config import KernelConfig  # noqa: E402
 from moelab.errors import ShapeError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
-from moelab.kernels.tiles import dot_loop, grouped_tile  # noqa: E402
+from moelab.kernels.tiles import (  # noqa: E402
+    add_bias,
+    dot_loop,
+    grouped_tile,
+    operand_ptrs,
+    row_block,
+    times_weight,
+)
 from moelab.routing import Alignment  # noqa: E402
 
 
@@ -58,21 +65,15 @@ def _split_k_atomic_kernel(
     expert = tl.load(expert_ids_ptr + pid_m).to(tl.int64)
     if expert < 0:  # another rank's expert: its share of the sum is the zero that is there
         return
-    pair = tl.load(sorted_token_ids_ptr + pid_m * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M)).to(tl.int64)
-    row_mask = pair < num_pairs
+    pair, row_mask = row_block(sorted_token_ids_ptr, pid_m, num_pairs, BLOCK_SIZE_M)
     offs_n = pid_n * BLOCK_SIZE_N + tl.arange(0, BLOCK_SIZE_N)
     offs_k = split * BLOCK_SIZE_K + tl.arange(0, BLOCK_SIZE_K)
-    a_ptrs = a_ptr + (pair // TOP_K)[:, None] * K + offs_k[None, :]
-    # int64: E * N * K passes 2^31 at 256 experts of 2048 x 7168. Columns past N wrap, and are never added.
-    w_ptrs = w_ptr + expert * N * K + (offs_n % N).to(tl.int64)[None, :] * K + offs_k[:, None]
+    a_ptrs, w_ptrs = operand_ptrs(a_ptr, w_ptr, pair // TOP_K, expert, offs_n, offs_k, N, K)
     wide = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), dtype=wide)
     acc = dot_loop(a_ptrs, w_ptrs, acc, K, row_mask, split, SPLIT_K, BLOCK_SIZE_K, EVEN_K)
-    if bias_ptr is not None:
-        mine = (offs_n < N) & (split == 0)  # once, not once a split
-        acc += tl.load(bias_ptr + expert * N + offs_n, mask=mine, other=0.0).to(wide)[None, :]
-    if topk_weights_ptr is not None:
-        acc *= tl.load(topk_weights_ptr + pair, mask=row_mask, other=0.0).to(wide)[:, None]
+    acc = add_bias(acc, bias_ptr, expert, offs_n, (offs_n < N) & (split == 0), N)  # once, not once a split
+    acc = times_weight(acc, topk_weights_ptr, pair, row_mask)
     # Relaxed: nothing is read back before the kernel ends. The default, acq_rel, puts a fence behind every vector.
     c_ptrs = c_ptr + (pair // PAIRS_PER_ROW)[:, None] * N + offs_n[None, :]
     mask = row_mask[:, None] & (offs_n < N)[None, :]

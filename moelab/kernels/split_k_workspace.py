@@ -18,7 +18,16 @@ from torch import Tensor  # noqa: E402
 from moelab.config import KernelConfig  # noqa: E402
 from moelab.errors import ShapeError, WorkspaceError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
-from moelab.kernels.tiles import dot_loop, gated_activation, grouped_tile, plain_activation, store_rows  # noqa: E402
+from moelab.kernels.tiles import (  # noqa: E402
+    add_bias,
+    dot_loop,
+    gated_activation,
+    grouped_tile,
+    operand_ptrs,
+    plain_activation,
+    row_block,
+    store_rows,
+)
 from moelab.reference import check_activation  # noqa: E402
 from moelab.routing import Alignment  # noqa: E402
 
@@ -56,8 +65,7 @@ def _split_k_partial_kernel(
     )
     if pid_m * BLOCK_SIZE_M >= tl.load(num_tokens_post_padded_ptr):
         return
-    pair = tl.load(sorted_token_ids_ptr + pid_m * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M)).to(tl.int64)
-    row_mask = pair < num_pairs
+    pair, row_mask = row_block(sorted_token_ids_ptr, pid_m, num_pairs, BLOCK_SIZE_M)
     offs_n = pid_n * BLOCK_SIZE_N + tl.arange(0, BLOCK_SIZE_N)
     wide = workspace_ptr.dtype.element_ty
     # int64: split * num_pairs * N passes 2^31 at 16 slices of 32,768 pairs of 4096.
@@ -68,13 +76,9 @@ def _split_k_partial_kernel(
         store_rows(slice_ptr, pair, row_mask, offs_n, N, acc)
         return
     offs_k = split * BLOCK_SIZE_K + tl.arange(0, BLOCK_SIZE_K)
-    a_ptrs = a_ptr + (pair // TOP_K)[:, None] * K + offs_k[None, :]
-    # int64: E * N * K passes 2^31 at 256 experts of 2048 x 7168. Columns past N wrap, and are never stored.
-    w_ptrs = w_ptr + expert * N * K + (offs_n % N).to(tl.int64)[None, :] * K + offs_k[:, None]
+    a_ptrs, w_ptrs = operand_ptrs(a_ptr, w_ptr, pair // TOP_K, expert, offs_n, offs_k, N, K)
     acc = dot_loop(a_ptrs, w_ptrs, acc, K, row_mask, split, SPLIT_K, BLOCK_SIZE_K, EVEN_K)
-    if bias_ptr is not None:
-        mine = (offs_n < N) & (split == 0)  # once, not once a split
-        acc += tl.load(bias_ptr + expert * N + offs_n, mask=mine, other=0.0).to(wide)[None, :]
+    acc = add_bias(acc, bias_ptr, expert, offs_n, (offs_n < N) & (split == 0), N)  # once, not once a split
     store_rows(slice_ptr, pair, row_mask, offs_n, N, acc)
 
 
