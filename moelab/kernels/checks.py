@@ -78,6 +78,15 @@ def checked_config(config: KernelConfig, dtype: torch.dtype, K: int | None = Non
     return config
 
 
+def check_no_split(config: KernelConfig, name: str) -> None:
+    """Raise ConfigError for a config that splits K, before a kernel that does not."""
+    if config.SPLIT_K != 1:
+        raise ConfigError(
+            f"{name} got SPLIT_K = {config.SPLIT_K}. Expected 1: this kernel sums K in one program. "
+            "Use a Split-K kernel, or dataclasses.replace(config, SPLIT_K=1)."
+        )
+
+
 @functools.cache
 def current_target() -> Target | None:
     """The current GPU as config.py knows it, or with the limits its driver reports; None without a GPU."""

@@ -17,7 +17,6 @@ import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moelab.config import KernelConfig  # noqa: E402
-from moelab.errors import ConfigError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.launch import Launcher, checked, gemm_signature  # noqa: E402
 from moelab.kernels.tiles import (  # noqa: E402
@@ -102,26 +101,41 @@ def grouped_gemm(
     Raises ShapeError, DtypeError, DeviceError, LayoutError, ConfigError, SharedMemoryError, RuntimeModeError.
     """
     key = gemm_signature(a, w, alignment, config, bias, topk_weights, out)
-    N, K = checked(
+    N = checked(
         ("grouped_gemm", num_pairs, top_k, key),
         lambda: _check(a, w, alignment, config, num_pairs, top_k, bias, topk_weights, out),
     )
     if out is None:
         out = a.new_empty((num_pairs, N))
-    if num_pairs == 0:
-        return out
+    if num_pairs:
+        grouped_gemm_unchecked(a, w, out, alignment, config, num_pairs, top_k, bias, topk_weights)
+    return out
+
+
+def grouped_gemm_unchecked(
+    a: Tensor,
+    w: Tensor,
+    out: Tensor,
+    alignment: Alignment,
+    config: KernelConfig,
+    num_pairs: int,
+    top_k: int,
+    bias: Tensor | None,
+    topk_weights: Tensor | None,
+) -> None:
+    """`grouped_gemm` of at least one pair, for pipelines whose call was checked as a whole."""
+    N, K = w.shape[1:]
     num_rows = checks.rows_in_use(alignment, num_pairs)
     _launch(
-        (config, top_k, N, K, a.dtype),
-        (checks.tiles_of(config, num_rows, N),),
+        (config, top_k, N, K, a.dtype, bias is None, topk_weights is None),
+        (checks.tiles_of(config, num_rows, N), 1),
         (
             a, w, out, bias, topk_weights,
             alignment.sorted_token_ids, alignment.expert_ids, alignment.num_tokens_post_padded,
-            N, K, num_pairs, num_rows,
         ),
+        (N, K, num_pairs, num_rows),
         lambda: checks.gemm_constants(config, K, TOP_K=top_k),
     )  # fmt: skip
-    return out
 
 
 def _check(
@@ -134,13 +148,9 @@ def _check(
     bias: Tensor | None,
     topk_weights: Tensor | None,
     out: Tensor | None,
-) -> tuple[int, int]:
-    """(N, K) of operands that fit together; raises what grouped_gemm names."""
-    N, K = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
-    if config.SPLIT_K != 1:
-        raise ConfigError(
-            f"grouped_gemm got SPLIT_K = {config.SPLIT_K}. Expected 1: this kernel sums K in one program. "
-            "Use a Split-K kernel, or dataclasses.replace(config, SPLIT_K=1)."
-        )
+) -> int:
+    """N of operands that fit together; raises what grouped_gemm names."""
+    N, _ = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
+    checks.check_no_split(config, "grouped_gemm")
     checks.check_out(out, a, (num_pairs, N))
-    return N, K
+    return N

@@ -1,9 +1,8 @@
 """Launching a kernel again and again at little host time: checks and Triton's argument handling are done once.
 
-In eager decode the GPU waits for Python: of 43.8 us for one classic launch on an H200's host (the recording
-`tma_overhead` has the figures of today), Triton spent some 40 % on finding the compiled instance by looking at every
-argument, and the launcher's checks 15 %. Both depend on shapes, dtypes and constants only, which repeat from step to
-step.
+In eager decode the GPU waits for Python, and most of a launch's host time went to what repeats from step to step:
+Triton looks at every argument to find the compiled instance, and the launcher checks shapes and dtypes. The suite
+`tma_overhead` records what a launch costs now, and what it costs through Triton.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ Instance = tuple[Mapping[str, Any], Mapping[str, Any]]
 class Launcher:
     """The compiled instances of one Triton kernel, by what they were compiled for.
 
-    The kernel's parameters are tensors, descriptors, integers and None first, and then constants. The first call with
-    a key goes through Triton, which compiles if need be; later ones go straight to that instance. Where Triton's
+    The kernel's parameters are tensors, then integers, floats and descriptors, then constants. The first call with a
+    key goes through Triton, which compiles if need be; later ones go straight to that instance. Where Triton's
     interpreter runs, or a profiler has hooked itself into launches, every call goes through Triton.
     """
 
@@ -40,51 +39,58 @@ class Launcher:
         self._instances: dict[Hashable, tuple[Any, ...]] = {}
 
     def __call__(
-        self, key: Hashable, grid: tuple[int, ...], arguments: Sequence[Any], instance: Callable[[], Instance]
+        self,
+        key: Hashable,
+        grid: tuple[int, int],
+        tensors: Sequence[Tensor | None],
+        values: tuple[Any, ...],
+        instance: Callable[[], Instance],
     ) -> None:
-        """Launch on the current stream. The first argument is a tensor on the current device (DeviceError).
+        """Launch a (columns, rows) grid on the current stream; the first tensor is on the current device (DeviceError).
 
-        key: all that decides the instance, except what is seen here (the device, which arguments are None, and which
-        pointers are multiples of 16): dtypes, constants, options, and integers that Triton specialises on.
+        key: all that decides the instance, except the device and which addresses are multiples of 16, which are looked
+        up here: dtypes, which tensors are None, constants, options, and integers that Triton specialises on.
         instance: constants and options, asked for when the key is new.
         """
-        device = arguments[0].get_device()
-        pointers = 0
-        passed = []
-        for argument in arguments:
-            if isinstance(argument, Tensor):
-                address = argument.data_ptr()
-                passed.append(address)
-                pointers = pointers * 3 + (1 if address & 15 else 2)
-            else:
-                passed.append(argument)
-                pointers *= 3
-        found = self._instances.get((key, device, pointers))
+        first: Any = tensors[0]
+        device = first.get_device()
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        union = 0
+        for address in addresses:
+            union |= address
+        if union & 15:
+            key = (key, tuple([address & 15 == 0 for address in addresses]))
+        found = self._instances.get((key, device))
         if found is None or _hooked():
-            self._through_triton((key, device, pointers), grid, arguments, instance)
+            self._through_triton((key, device), grid, (*tensors, *values), instance)
             return
         if torch.cuda.current_device() != device:
-            checks.check_kernel_device("the first argument", arguments[0])
-        run, function, metadata, constants = found
-        x, y, z = (*grid, 1, 1)[:3]
-        stream = triton.runtime.driver.active.get_current_stream(device)
-        run(x, y, z, stream, function, metadata, None, None, None, *passed, *constants)
+            self._check_device(first)
+        run, function, metadata, constants, stream_of = found
+        run(*grid, 1, stream_of(device), function, metadata, None, None, None, *addresses, *values, *constants)
+
+    def _check_device(self, first: Tensor) -> None:
+        checks.check_kernel_device(self.kernel.arg_names[0].removesuffix("_ptr"), first)
 
     def _through_triton(
-        self, key: Hashable, grid: tuple[int, ...], arguments: Sequence[Any], instance: Callable[[], Instance]
+        self, key: Hashable, grid: tuple[int, int], arguments: tuple[Any, ...], instance: Callable[[], Instance]
     ) -> None:
+        self._check_device(arguments[0])
         constants, options = instance()
         compiled = self.kernel[grid](*arguments, **constants, **options)
         if compiled is None:  # the interpreter has nothing to keep
             return
         in_order = [constants[name] for name in self.kernel.arg_names[len(arguments) :]]
-        self._instances[key] = (compiled.run, compiled.function, compiled.packed_metadata, in_order)
+        stream_of = triton.runtime.driver.active.get_current_stream
+        self._instances[key] = (compiled.run, compiled.function, compiled.packed_metadata, in_order, stream_of)
+
+
+_hooks = triton.knobs.runtime
 
 
 def _hooked() -> bool:
-    """Whether a profiler wants to hear of launches (triton.knobs.runtime, Triton 3.6 and later)."""
-    hooks = triton.knobs.runtime
-    return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
+    """Whether a profiler wants to hear of launches."""
+    return bool(_hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls)
 
 
 _MOST_REMEMBERED = 65536
