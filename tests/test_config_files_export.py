@@ -163,9 +163,16 @@ def test_sources_of_a_file_a_folder_and_a_tree(tmp_path: Path) -> None:
 
 def test_there_and_back_again(tmp_path: Path) -> None:
     """Through all three formats, the bytes are the first ones."""
-    first = cf.sources(runtime.config_dir())[0]
-    source = first
+    first = source = cf.sources(runtime.config_dir())[0]
     for turn, rules in enumerate(("vllm", "sglang", "moelab")):
         done = cf.export(source.configs, source.name, rules=rules, out=tmp_path / str(turn), triton_version="3.6.0")
         source = cf.sources(done.path)[0]
     assert source.origin.read_bytes() == first.origin.read_bytes() and source.origin.name == first.origin.name
+
+
+def test_int4_there_and_back_again(tmp_path: Path) -> None:
+    """N in vLLM's name counts values, in the others' bytes."""
+    name = cf.FileName(8, 256, "NVIDIA_H200", "int4_w4a16")
+    flat = put(tmp_path, name, rules="vllm").path
+    assert "N=512," in flat.name and cf.sources(flat)[0].name == name
+    assert cf.doctor(tmp_path).errors == ()

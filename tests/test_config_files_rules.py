@@ -69,6 +69,15 @@ def test_vllms_names_have_no_place_for_down_and_per_channel_quant() -> None:
     assert name.unsaid("vllm") == ("down", "per_channel_quant") and name.unsaid("sglang") == ()
 
 
+def test_vllm_counts_values_where_int4_is_packed() -> None:
+    name = cf.FileName(384, 128, "X", "int4_w4a16")
+    assert name.text() == "E=384,N=128,device_name=X,dtype=int4_w4a16.json"
+    assert name.text("vllm") == "E=384,N=256,device_name=X,dtype=int4_w4a16.json"
+    assert cf.parse_file_name(name.text("vllm"), "vllm") == cf.parse_file_name(name.text()) == name
+    with pytest.raises(ConfigFileError, match="odd N"):
+        cf.parse_file_name("E=384,N=25,device_name=X,dtype=int4_w4a16.json", "vllm")
+
+
 @pytest.mark.parametrize(("rules", "unknown"), [("vllm", "int8_w8a8"), ("sglang", "fp8_w8a16"), ("moelab", "bf16")])
 def test_selectors_differ(rules: str, unknown: str) -> None:
     with pytest.raises(UnknownNameError, match=f"{unknown}.*{rules}"):

@@ -135,6 +135,7 @@ def test_our_own_configs_serve_vllm_too(tmp_path: Path) -> None:
         ("vllm", f"{V}/{UP}", "wrong_folder", "Move it to"),
         ("moelab", f"{V}/E=4,N=128,device_name=.json", "empty_device_name", "NVIDIA_H200"),
         ("moelab", f"{V}/E=4,N=128,device_name=,dtype=int4_w4a16_down.json", "empty_device_name", "NVIDIA_H200"),
+        ("vllm", "E=4,N=128,device_name=_down.json", "empty_device_name", "NVIDIA_H200"),
         ("vllm", "E=4,N=128,device_name=.json", "empty_device_name", "NVIDIA_H200"),
         ("moelab", f"{V}/E=4,N=128,device_name=NVIDIA H200.json", "device_name", UP),
         ("vllm", "E=4,N=128,device_name=NVIDIA_H200_NVL.json", "device_name", UP),
@@ -155,6 +156,7 @@ def test_our_own_configs_serve_vllm_too(tmp_path: Path) -> None:
         ("moelab", f"{V}/E=4,N=128,device_name=X.json.bak", "misspelt_name", "file_name()"),
         ("moelab", f"{V}/E=4,N=128,device_name=X,per_channel_quant=False.json", "misspelt_name", "per_channel_quant"),
         ("moelab", f"{V}/h200_tuned.json", "misspelt_name", "file_name()"),  # known by what it holds
+        ("vllm", "E=4,N=25,device_name=X,dtype=int4_w4a16.json", "misspelt_name", "N"),
         ("vllm", DOWN, "never_asked_for", "remove it"),
         ("vllm", "E=4,N=128,device_name=X,per_channel_quant=True.json", "never_asked_for", "remove it"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moelab.cli import printing
-from moelab.errors import ConfigFileError
+from moelab.errors import ConfigFileError, MoelabError
 
 if TYPE_CHECKING:
-    from moelab.config_files import Exported, Finding, Report
+    from moelab.config_files import Exported, Finding, Report, Source
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -48,20 +49,37 @@ def export(
     from moelab import config_files
 
     done: list[Exported] = []
-    for item in config_files.sources(source):
-        version = triton_version or item.triton_version
-        if version is None:
-            raise ConfigFileError(
-                f"Nothing says under which Triton version {item.origin} was tuned. Expected it in a folder triton_X_Y_Z, or "
-                "with a triton_version in it. Pass --triton-version, as in 3.6.0."
-            )
-        done.append(
-            config_files.export(
-                item.configs, item.name, rules=rules, out=out, triton_version=version, overwrite=overwrite
-            )
+    try:
+        for item in config_files.sources(source):
+            reason = config_files.left_out(item.name, rules)
+            if reason and source.is_dir():  # a single file is refused with an error
+                print(f"moelab: left out {item.origin}: {reason}", file=sys.stderr)
+                continue
+            done.append(_export_one(item, rules, out, triton_version, overwrite))
+    except MoelabError:
+        for written in done:
+            print(f"moelab: wrote {written.path} before the error below", file=sys.stderr)
+        raise
+    if not done:
+        raise ConfigFileError(
+            f"Nothing of {source} could be written for {rules}. Expected a file it asks for. Name another."
         )
     rows = [{"wrote": str(d.path), "batch sizes": len(d.lookups), "found by": d.rules} for d in done]
     printing.show_rows(rows, as_json)
+
+
+def _export_one(item: Source, rules: str, out: Path, triton_version: str | None, overwrite: bool) -> Exported:
+    from moelab import config_files
+
+    version = triton_version or item.triton_version
+    if version is None:
+        raise ConfigFileError(
+            f"Nothing says under which Triton version {item.origin} was tuned. Expected it in a folder triton_X_Y_Z, or "
+            "with a triton_version in it. Pass --triton-version, as in 3.6.0."
+        )
+    return config_files.export(
+        item.configs, item.name, rules=rules, out=out, triton_version=version, overwrite=overwrite
+    )
 
 
 def doctor(

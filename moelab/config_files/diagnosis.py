@@ -11,9 +11,10 @@ from moelab.config_files.checks import check_content, shared_by
 from moelab.config_files.content import read_config_file
 from moelab.config_files.findings import Finding, Report, in_order
 from moelab.config_files.names import FileName, parse_file_name
+from moelab.config_files.places import VERSION_FOLDER
 from moelab.config_files.reach import Tree, folder_findings, looks_like_a_name, tree_of, unreached, walk
 from moelab.config_files.rules import RULES
-from moelab.config_files.search import VERSION_FOLDER, find, nearest_key
+from moelab.config_files.search import find, nearest_key
 from moelab.errors import ConfigFileError, MoelabError
 
 LARGEST_SNIFFED = 1 << 20
@@ -76,7 +77,7 @@ def _examine(path: Path, tree: Tree) -> list[Finding]:
     problem = unreached(path, tree)
     if problem:
         return [problem]
-    name = parse_file_name(path.name)
+    name = parse_file_name(path.name, tree.rules)
     found = check_content(path, name, tree.rules)
     shared = shared_by(path, name)
     found += [shared] if shared else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +12,10 @@ from moelab.config import KernelConfig
 from moelab.config_files.content import parse, read_config_file, write_config_file
 from moelab.config_files.defaults import device_target
 from moelab.config_files.names import FileName, checked_name, parse_file_name
+from moelab.config_files.places import VERSION_FOLDER, version_folders
 from moelab.config_files.rules import Rules, get_rules
 from moelab.config_files.running import run_violations
-from moelab.config_files.search import VERSION_FOLDER, Lookup, find, version_folders
+from moelab.config_files.search import Lookup, find
 from moelab.errors import ConfigError, ConfigFileError
 
 
@@ -50,13 +52,18 @@ def export(
     out: what the rules' environment variable would name. The file lies in out/triton_X_Y_Z (moelab),
     out/configs/triton_X_Y_Z (sglang) or out itself (vLLM, with a top-level triton_version). Batch sizes are
     written ascending. A file that is found as something else is taken back.
-    Raises ConfigFileError where the file exists and overwrite is not set, where the loader's names cannot say
-    what `name` says, where a down config's BLOCK_SIZE_M is not its up config's, or where the lookup does not find
-    the file; ConfigError for a config that the loader's kernel, or the device (if data/devices knows it), cannot
-    run.
+    Raises ConfigFileError for a version that is not three numbers, where the file exists and overwrite is not set,
+    where the loader's names cannot say what `name` says, where a down config's BLOCK_SIZE_M is not its up
+    config's, or where the lookup does not find the file; ConfigError for a config that the loader's kernel, or
+    the device (if data/devices knows it), cannot run.
     """
     loader = get_rules(rules)
     name = checked_name(**vars(name), rules=loader)
+    if not re.match(r"\d+\.\d+\.\d+", triton_version):
+        raise ConfigFileError(
+            f"{triton_version!r} is not a whole Triton version. Expected three numbers, such as 3.6.0, for they name the "
+            "folder. Pass the one that the configs were tuned under (--triton-version)."
+        )
     _refuse_what_cannot_be_said(name, loader)
     _refuse_what_cannot_run(configs, name, loader)
     path = export_path(name, rules=rules, out=out, triton_version=triton_version)
@@ -108,16 +115,26 @@ def _source(path: Path) -> Source:
     match = VERSION_FOLDER.fullmatch(path.resolve().parent.name)
     inside = parse(path).get("triton_version")
     version = match[1].replace("_", ".") if match else inside if isinstance(inside, str) else None
-    return Source(read_config_file(path), parse_file_name(path.name), version, path)
+    name = parse_file_name(path.name, "moelab" if match else "vllm")
+    return Source(read_config_file(path), name, version, path)
+
+
+def left_out(name: FileName, rules: str) -> str | None:
+    """Why this loader could not ask for such a file, so that `export` refuses it; None if it could."""
+    loader = get_rules(rules)
+    unsaid = name.unsaid(loader)
+    if not unsaid:
+        return None
+    why = loader.reasons.get(f"names_{unsaid[0]}", "its names have no place for it")
+    return f"{loader.name} has no file of its own for {', '.join(unsaid)}: {why}"
 
 
 def _refuse_what_cannot_be_said(name: FileName, rules: Rules) -> None:
-    unsaid = name.unsaid(rules)
-    if unsaid:
-        why = rules.reasons.get(f"names_{unsaid[0]}", "it has no place in the name")
+    reason = left_out(name, rules.name)
+    if reason:
         raise ConfigFileError(
-            f"{rules.name} has no file of its own for {', '.join(unsaid)} ({why}), so none of its lookups would find "
-            f"{name.text()}. Expected a file that {rules.name} can ask for. Skip this one, or export it under other rules."
+            f"{reason}, so none of its lookups would find {name.text()}. Expected a file that {rules.name} can ask for. Skip "
+            "this one, or export it under other rules."
         )
 
 

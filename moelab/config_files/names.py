@@ -1,7 +1,7 @@
 """The names of config files: built, and read back.
 
 `E=128,N=768,device_name=NVIDIA_H200.json`, N being the last dimension of w2 (in vLLM twice that for int4_w4a16,
-whose values are packed in pairs). Hidden size and top_k are not in the name.
+whose values are packed in pairs: a FileName holds w2's). Hidden size and top_k are not in the name.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from moelab.config_files.rules import RULES, Rules, get_rules
+from moelab.config_files.rules import Rules, get_rules
 from moelab.errors import ConfigFileError, UnknownNameError, nearest_names
 
 _NAME = re.compile(
-    r"E=(?P<num_experts>\d+),N=(?P<moe_intermediate_size>\d+),device_name=(?P<device_name>[^,]+?)"
+    r"E=(?P<num_experts>\d+),N=(?P<moe_intermediate_size>\d+),device_name=(?!_down\.json)(?P<device_name>[^,]+?)"
     r"(?:,dtype=(?P<dtype_selector>[^,]+?))?"
     r"(?:,block_shape=\[(?P<block_n>\d+),\s*(?P<block_k>\d+)\])?"
     r"(?P<per_channel_quant>,per_channel_quant=True)?"
@@ -42,7 +42,8 @@ class FileName:
         `,kernel=NAME` stands there under every rules, for the file is moelab's own.
         """
         rules = get_rules(rules)
-        name = f"E={self.num_experts},N={self.moe_intermediate_size},device_name={rules.device(self.device_name)}"
+        columns = self.moe_intermediate_size * _values_per_column(self.dtype_selector, rules)
+        name = f"E={self.num_experts},N={columns},device_name={rules.device(self.device_name)}"
         if self.dtype_selector:
             name += f",dtype={self.dtype_selector}"
         if self.block_shape and all(self.block_shape):
@@ -62,6 +63,10 @@ class FileName:
             "kernel": rules.names_kernel,
         }
         return tuple(part for part, says in known.items() if getattr(self, part) and not says)
+
+
+def _values_per_column(selector: str | None, rules: Rules) -> int:
+    return 2 if rules.doubles_int4_n and selector == "int4_w4a16" else 1
 
 
 def checked_name(
@@ -147,8 +152,10 @@ def operand_dtype(selector: str | None) -> str:
     return "bfloat16" if selector is None else "float8_e4m3fn" if selector.startswith("fp8") else "int8"
 
 
-def parse_file_name(name: str) -> FileName:
+def parse_file_name(name: str, rules: str | Rules = "sglang") -> FileName:
     """Read a file name back; both peers' spellings of block_shape. Raises ConfigFileError if it is no such name.
+
+    rules: whose N it is, which matters for int4_w4a16 alone.
 
     The dtype selector is not judged: a file with an unknown one has a name, though no lookup asks for it.
     """
@@ -160,25 +167,22 @@ def parse_file_name(name: str) -> FileName:
             "[_down].json. Rename it; file_name() builds one."
         )
     found = match.groupdict()
+    columns, odd = divmod(
+        int(found["moe_intermediate_size"]), _values_per_column(found["dtype_selector"], get_rules(rules))
+    )
+    if odd:
+        raise ConfigFileError(
+            f"{name!r} has an odd N. Expected an even one in {get_rules(rules).name}'s names of int4_w4a16, which pack two "
+            "values into a byte. Rename it; file_name() builds one."
+        )
     block = (int(found["block_n"]), int(found["block_k"])) if found["block_n"] else None
     return FileName(
         int(found["num_experts"]),
-        int(found["moe_intermediate_size"]),
+        columns,
         found["device_name"],
         found["dtype_selector"],
         block,
         bool(found["per_channel_quant"]),
         bool(found["down"]),
         found["kernel"],
-    )
-
-
-def loaders_of(name: FileName, text: str) -> tuple[str, ...]:
-    """The loaders that could ask for a file of that name: spelled their way, and nothing in it they cannot say."""
-    return tuple(
-        key
-        for key, rules in RULES.items()
-        if name.text(rules) == text
-        and not name.unsaid(rules)
-        and (name.dtype_selector is None or name.dtype_selector in rules.dtype_selectors)
     )

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from moelab.config_files.findings import Finding
 from moelab.config_files.names import FileName, parse_file_name
+from moelab.config_files.places import VERSION_FOLDER, stopping_folders, version_folders
 from moelab.config_files.rules import RULES, Rules, get_rules
-from moelab.config_files.search import VERSION_FOLDER, stopping_folders, version_folders
 from moelab.errors import ConfigFileError, nearest_names
 
 _LIKE_A_NAME = re.compile(r"e=.*\bn=|e=.*device_name", re.IGNORECASE)
@@ -166,9 +166,9 @@ def _move(path: Path, tree: Tree) -> str:
 
 def _wrong_name(path: Path, rules: Rules) -> Finding | None:
     try:
-        name = parse_file_name(path.name)
-    except ConfigFileError:
-        return _misspelt(path)
+        name = parse_file_name(path.name, rules)
+    except ConfigFileError as error:
+        return _misspelt(path, error)
     if name.kernel:  # moelab's own files beside the exchange kernel's, whoever reads the rest of the folder
         rules = RULES["moelab"]
     if name.dtype_selector is not None and name.dtype_selector not in rules.dtype_selectors:
@@ -206,13 +206,17 @@ def _unknown_selector(path: Path, name: FileName, rules: Rules) -> Finding:
     return _error(path, "dtype_selector", reason, "Rename it with one of those, or without dtype= for 16-bit weights.")
 
 
-def _misspelt(path: Path) -> Finding:
+def _misspelt(path: Path, error: ConfigFileError) -> Finding:
     if re.search(r"device_name=(?=[,.]|_down|$)", path.name):
         reason = "the device name is empty: the tuner ran where it could not ask the GPU for its name"
         return _error(path, "empty_device_name", reason, "Rename it with the device, as in device_name=NVIDIA_H200.")
     if "per_channel_quant=" in path.name and "per_channel_quant=True" not in path.name:
         reason = "per_channel_quant stands in a name as =True, or not at all"
         return _error(path, "misspelt_name", reason, "Rename it without per_channel_quant=.")
+    if "odd N" in str(error):
+        return _error(
+            path, "misspelt_name", "N is odd, though two int4 values share a byte", "Rename it with the right N."
+        )
     pattern = "E=<n>,N=<n>,device_name=<device>[,dtype=..][,block_shape=[n, k]][,per_channel_quant=True][_down].json"
     return _error(path, "misspelt_name", f"the name is not of the form {pattern}", "Rename it; file_name() builds one.")
 

@@ -5,14 +5,11 @@ Found by reading the loaders of the versions named in `Rules.source`, and by run
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from moelab.errors import ConfigFileError, UnknownNameError, nearest_names
+from moelab.errors import UnknownNameError, nearest_names
 
 DTYPE_SELECTORS = ("fp8_w8a8", "int8_w8a8", "int8_w8a16", "int4_w4a16", "float32")
 """What may follow `dtype=` in a file name of moelab's and sglang's; bfloat16 and float16 have no selector."""
@@ -32,8 +29,9 @@ class Rules:
     first (otherwise one flat folder); `local_versions`: "3.6.0+git1" is a folder of its own;
     `odd_folder_stops`: a folder triton_<not numbers> ends the search with a ValueError.
     Names: `dtype_selectors`; `block_shape`, a format; `names_down`, `names_per_channel_quant`, `names_kernel`:
-    whether a name says so; `device_gap`: what becomes `_`; `device_families`: (word of a device's name, the
-    name that is asked for instead); `other_names`: what stands in the names of other kernels' files.
+    whether a name says so; `doubles_int4_n`: N of int4_w4a16 is twice w2's last dimension; `device_gap`: what
+    becomes `_`; `device_families`: (word of a device's name, the name that is asked for instead);
+    `other_names`: what stands in the names of other kernels' files.
     Content: `reads_triton_version`: a top-level triton_version is skipped (otherwise it ends the load with a
     ValueError); `writes_triton_version`; `extra_keys`: keys of an entry that its kernel takes and moelab's
     config has not; `unknown_keys`: keys of moelab's config that end its launch with an error; `sets_split_k`:
@@ -60,6 +58,7 @@ class Rules:
     names_down: bool
     names_per_channel_quant: bool
     names_kernel: bool
+    doubles_int4_n: bool
     device_gap: str
     device_families: tuple[tuple[str, str], ...]
     other_names: tuple[str, ...]
@@ -99,6 +98,7 @@ _MOELAB = Rules(
     names_down=True,
     names_per_channel_quant=True,
     names_kernel=True,
+    doubles_int4_n=False,
     device_gap=" ",
     device_families=(),
     other_names=(),
@@ -138,6 +138,7 @@ _SGLANG = Rules(
     names_down=True,
     names_per_channel_quant=True,
     names_kernel=False,
+    doubles_int4_n=False,
     device_gap=" ",
     device_families=(),
     other_names=(),
@@ -184,6 +185,7 @@ _VLLM = Rules(
     names_down=False,
     names_per_channel_quant=False,
     names_kernel=False,
+    doubles_int4_n=True,
     device_gap=r"[\s/]+",
     device_families=(("H200", "NVIDIA_H200"),),
     other_names=(",backend=",),
@@ -202,6 +204,7 @@ _VLLM = Rules(
         "dtype_selectors": "int8_w8a8 is not among them: such weights take the file without a selector",
         "block_shape": "spaces are removed",
         "names_down": "one config serves both GEMMs",
+        "doubles_int4_n": "two values are packed into one byte of w2, and its N counts values",
         "device_families": "every H200 variant (NVL, ...) takes the files of the NVIDIA_H200",
         "device_gap": "runs of white space and slashes become one _",
         "reads_triton_version": "it is taken out; any other key that is no number ends the load",
@@ -225,6 +228,7 @@ TOPICS: tuple[tuple[str, str], ...] = (
     ("names_down", "_down files"),
     ("names_per_channel_quant", "per_channel_quant in a name"),
     ("names_kernel", "kernel=NAME files"),
+    ("doubles_int4_n", "N doubled for int4_w4a16"),
     ("device_families", "devices taken for another"),
     ("reads_triton_version", "takes a top-level triton_version"),
     ("extra_keys", "keys beyond moelab's"),
@@ -267,34 +271,3 @@ def _shown(field: str, rules: Rules) -> str:
     if isinstance(value, tuple):
         return ", ".join(" as ".join(item) if isinstance(item, tuple) else item for item in value) or "none"
     return str(value) or "none"
-
-
-def folders(rules: Rules, config_dir: str | Path | None = None) -> list[tuple[Path, str]]:
-    """The folders that hold version folders, or the files themselves, in the order of search: (folder, whose).
-
-    config_dir: what the environment variable would name; None: what it does name, and without it the loader's
-    own folder. For sglang that is the folder above configs/. Raises ConfigFileError where there is none.
-    """
-    given = config_dir if config_dir is not None else os.environ.get(rules.environment)
-    found = [] if given is None else [(Path(given) / rules.below, rules.environment)]
-    if not found or rules.environment_adds:
-        found += _own_folder(rules)
-    if not found:
-        raise ConfigFileError(
-            f"There is no folder of {rules.name}'s to search: {rules.environment} is not set and {rules.package} is not "
-            f"installed. Expected one of them. Pass config_dir (--config-dir), as {rules.environment} would name it."
-        )
-    return found
-
-
-def _own_folder(rules: Rules) -> list[tuple[Path, str]]:
-    if rules.package is None:
-        from moelab import runtime
-
-        return [(runtime.config_dir(), "moelab's own")]
-    try:
-        spec = importlib.util.find_spec(rules.package)  # finds a top-level package without importing it
-    except ValueError:
-        spec = None
-    places = list(spec.submodule_search_locations or []) if spec else []
-    return [(Path(place) / rules.package_folder, f"{rules.name}'s own") for place in places[:1]]

@@ -6,7 +6,6 @@ A file holds batch size -> KernelConfig for one (E, N, device, dtype, ...). File
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +15,9 @@ from moelab.config import KernelConfig
 from moelab.config_files.content import read_with_rest
 from moelab.config_files.defaults import default_rule
 from moelab.config_files.names import FileName, checked_name
-from moelab.config_files.rules import Rules, folders, get_rules
+from moelab.config_files.places import folders, stopping_folders, version_folders
+from moelab.config_files.rules import Rules, get_rules
 from moelab.errors import ConfigFileError
-
-VERSION_FOLDER = re.compile(r"triton_(\d+(?:_\d+)*)")
-"""The name of a folder of configs for one Triton version."""
 
 
 @dataclass(frozen=True)
@@ -75,28 +72,6 @@ def nearest_key(keys: Mapping[int, Any] | list[int], num_tokens: int) -> int:
             "There is no batch size to choose from. Expected a config file with at least one. Tune the shape."
         )
     return min(keys, key=lambda key: abs(key - num_tokens))
-
-
-def version_folders(config_dir: Path) -> list[Path]:
-    """The triton_X_Y_Z folders below config_dir, newest version first; other names are left out."""
-    if not config_dir.is_dir():
-        return []
-    found = [
-        (tuple(map(int, match[1].split("_"))), path)
-        for path in config_dir.iterdir()
-        if path.is_dir() and (match := VERSION_FOLDER.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found, key=lambda pair: pair[0], reverse=True)]
-
-
-def stopping_folders(config_dir: Path) -> list[Path]:
-    """What lies in config_dir as triton_<not numbers>: sglang's search, once the first look failed, ends there."""
-    if not config_dir.is_dir():
-        return []
-    names = {
-        path: path.name.removeprefix("triton_") for path in config_dir.iterdir() if path.name.startswith("triton_")
-    }
-    return sorted(path for path, rest in names.items() if not re.fullmatch(r"\d+([._]\d+)*", rest))
 
 
 def lookup(
