@@ -36,8 +36,8 @@ class Rules:
     ValueError); `writes_triton_version`; `extra_keys`: keys of an entry that its kernel takes and moelab's
     config has not; `unknown_keys`: keys of moelab's config that end its launch with an error; `sets_split_k`:
     SPLIT_K is set to 1, whatever the file says; `clamps_block_k`: BLOCK_SIZE_K is cut to the quantisation block;
-    `pads_small_blocks`: BLOCK_SIZE_M and BLOCK_SIZE_N may be under 16, for Triton pads them (3.6 and 3.7, cuda and
-    hip: their `min_dot_size`); moelab's launchers refuse them in `tl.dot`;
+    `pads_small_blocks`: BLOCK_SIZE_M and BLOCK_SIZE_N may be under 16, for Triton pads them (`min_dot_size` of
+    Triton 3.7.1's cuda and hip backends); moelab's launchers refuse them in `tl.dot`;
     `down_takes_up_block_m`: where up and down differ in BLOCK_SIZE_M, down silently gets the up config's.
     reasons: field -> why, or what follows from it.
     """
