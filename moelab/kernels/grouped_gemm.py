@@ -17,7 +17,6 @@ import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moelab.config import KernelConfig  # noqa: E402
-from moelab.errors import ConfigError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.launch import Launcher, checked, gemm_signature  # noqa: E402
 from moelab.kernels.tiles import (  # noqa: E402
@@ -137,10 +136,6 @@ def _check(
 ) -> tuple[int, int]:
     """(N, K) of operands that fit together; raises what grouped_gemm names."""
     N, K = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
-    if config.SPLIT_K != 1:
-        raise ConfigError(
-            f"grouped_gemm got SPLIT_K = {config.SPLIT_K}. Expected 1: this kernel sums K in one program. "
-            "Use a Split-K kernel, or dataclasses.replace(config, SPLIT_K=1)."
-        )
+    checks.check_one_split("grouped_gemm", config)
     checks.check_out(out, a, (num_pairs, N))
     return N, K
