@@ -52,7 +52,11 @@ from moelab.errors import (
 from moelab.fused_moe import IMPLEMENTATIONS, fused_moe
 from moelab.kernels.activation import activation
 from moelab.kernels.align import align
+from moelab.kernels.descriptors import check_tma, check_tma_config, weight_descriptor
+from moelab.kernels.gated_gemm import gated_gemm
 from moelab.kernels.grouped_gemm import grouped_gemm
+from moelab.kernels.grouped_gemm_tma import grouped_gemm_tma
+from moelab.kernels.sorted_gemm import sorted_gemm
 from moelab.kernels.split_k_atomic import split_k_atomic_f32
 from moelab.kernels.split_k_workspace import new_workspace, split_k_workspace
 from moelab.kernels.sum_reduce import sum_reduce
@@ -62,6 +66,7 @@ from moelab.suites import bench
 DEVICE = runtime.current().device
 SHAPE = shapes.MoEShape("tiny", num_experts=4, top_k=2, hidden_size=32, moe_intermediate_size=16, dtype="float32")
 CONFIG = KernelConfig(16, 16, 16, 1)
+SPLIT = KernelConfig(16, 32, 16, 1, SPLIT_K=2)
 HUGE = KernelConfig(128, 256, 128, 1, 8, 4)
 
 
@@ -91,6 +96,16 @@ def gemm(a=None, alignment_rows: int = 16, way: Callable = grouped_gemm, **chang
 
 def x(*size: int, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> torch.Tensor:
     return torch.ones(size, dtype=dtype, device=device)
+
+
+def descriptor(w: torch.Tensor, block: tuple[int, int] = (16, 16)) -> object:
+    return weight_descriptor(w, block)
+
+
+def with_environment(name: str, value: str, call: Callable[[], object]) -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, value)
+        return call()
 
 
 def one_row(**changes: object) -> recordings.Recording:
@@ -205,6 +220,74 @@ TENSORS = [
     Row("transposed weights", lambda _: moe(w2=x(4, 16, 32).mT), LayoutError, ("w2 has strides", ".contiguous()")),
     Row("every second column", lambda _: sum_reduce(x(4, 2, 16)[:, :, ::2]), LayoutError, ("x has strides",)),
     Row("a strided activation", lambda _: activation(x(4, 64)[:, ::2]), LayoutError, ("x has strides",)),
+]
+
+TMA = [
+    Row(
+        "TMA on a chip without it",
+        lambda _: check_tma("w13", x(4, 8, 16), (16, 16), config.TARGETS["sm_80"]),
+        DeviceError,
+        ("TMA", "sm_80", "sm_90 or later"),
+    ),
+    Row(
+        "TMA on AMD",
+        lambda _: check_tma("w13", x(4, 8, 16), (16, 16), config.TARGETS["gfx942"]),
+        DeviceError,
+        ("TMA", "gfx942"),
+    ),
+    Row("a strided weight for TMA", lambda _: descriptor(x(4, 16, 8).mT), LayoutError, ("w has strides", "contiguous")),
+    Row(
+        "a weight off 16 bytes",
+        lambda _: descriptor(x(513)[1:].view(4, 8, 16)),
+        LayoutError,
+        ("w starts 4 bytes past", "16 bytes", ".clone()"),
+    ),
+    Row("rows off 16 bytes", lambda _: descriptor(x(4, 8, 15)), LayoutError, ("A row of w is 60 bytes", "16 bytes")),
+    Row("a weight of rank 2 for TMA", lambda _: descriptor(x(8, 16)), ShapeError, ("w has shape (8, 16)",)),
+    Row("an integer weight for TMA", lambda _: descriptor(x(4, 8, 16).int()), DtypeError, ("w is int32", "bfloat16")),
+    Row("a box too high", lambda _: descriptor(x(4, 8, 16), (512, 16)), ConfigError, ("512 x 16", "at most 256")),
+    Row(
+        "a bound on descriptors that is no number",
+        lambda _: with_environment("MOELAB_TMA_DESC_CACHE_MAX", "lots", lambda: descriptor(x(4, 8, 16))),
+        ConfigError,
+        ("MOELAB_TMA_DESC_CACHE_MAX", "'lots'", "0 to keep none"),
+    ),
+    Row(
+        "barriers over shared memory",
+        lambda _: check_tma_config(HUGE, torch.bfloat16, config.TARGETS["sm_90"]),
+        SharedMemoryError,
+        ("with TMA", "232448"),
+    ),
+    Row("SPLIT_K by TMA", lambda _: gemm(way=grouped_gemm_tma, config=SPLIT), ConfigError, ("SPLIT_K = 2",)),
+]
+
+SORTED = [
+    Row("SPLIT_K for gated_gemm", lambda _: gemm(way=gated_gemm, config=SPLIT), ConfigError, ("SPLIT_K = 2",)),
+    Row("half a tile of 8 rows", lambda _: gemm(way=gated_gemm), ConfigError, ("BLOCK_SIZE_N = 16", "at least 32")),
+    Row(
+        "an activation that has no gate",
+        lambda _: gemm(way=gated_gemm, activation="relu2"),
+        UnknownNameError,
+        ("gated activation 'relu2'", "silu"),
+    ),
+    Row(
+        "rows that are not sorted",
+        lambda _: gemm(way=sorted_gemm, top_k=1),
+        ShapeError,
+        ("a has shape (5, 32)", "Expected (96, 32)"),
+    ),
+    Row(
+        "a combine nobody knows",
+        lambda _: gemm(way=sorted_gemm, combine="atomic_f23"),
+        UnknownNameError,
+        ("'atomic_f23'", "scatter", "Did you mean atomic_f32"),
+    ),
+    Row(
+        "slots to scatter into one row",
+        lambda _: gemm(x(96, 32), way=sorted_gemm),
+        ShapeError,
+        ("combine='scatter'", "top_k = 2", "sum_reduce"),
+    ),
 ]
 
 ROUTINGS = [
@@ -688,7 +771,7 @@ ON_GPU = [
     ),
 ]
 
-ROWS = TENSORS + ROUTINGS + CONFIGS + FILES + NAMES
+ROWS = TENSORS + TMA + SORTED + ROUTINGS + CONFIGS + FILES + NAMES
 
 
 def ids(row: list[int]) -> torch.Tensor:
