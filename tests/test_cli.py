@@ -263,6 +263,21 @@ def test_bench_rows_say_who_ties_and_who_was_not_timed() -> None:
     assert bench.rows_of(impls, errors, found, floor=None)[0]["floor_fraction"] is None
 
 
+def test_bench_lets_nothing_win_that_rounds_every_sum() -> None:
+    """The fastest by far, listed after what is judged, no tie of anyone's, its error shown."""
+    from moelab.suites import bench
+
+    times = {"triton": 10.0, "gated_atomic_out": 5.0, "compiled": 20.0}
+    found = {name: Measurement(name, tuple(start + i / 10 for i in range(25))) for name, start in times.items()}
+    errors = {name: {"max_abs_error": 0.5, "rel_error": 0.1} for name in (*times, "torch")}
+    rows = bench.rows_of(list(errors), errors, found, floor=None)
+    assert [row["impl"] for row in rows] == ["triton", "compiled", "gated_atomic_out", "torch"]
+    assert [row.get("tie") for row in rows] == [False, False, False, None]
+    assert "wins nothing" in rows[2]["note"] and rows[2]["max_abs_error"] == 0.5 and "note" not in rows[0]
+    alone = bench.rows_of(["gated_atomic_out"], errors, {"gated_atomic_out": found["gated_atomic_out"]}, floor=None)
+    assert "wins nothing" in alone[0]["note"]
+
+
 def test_bench_prints_floor_configs_ties_and_notes(capsys: pytest.CaptureFixture[str]) -> None:
     from moelab.cli import printing
     from moelab.suites import bench

@@ -9,8 +9,9 @@ from typing import Any
 from moelab import recordings, roofline, runtime
 from moelab.config_files import Lookup, dtype_selector, lookup
 from moelab.errors import RuntimeModeError, UnknownNameError, nearest_names
-from moelab.fused_moe import IMPLEMENTATIONS
+from moelab.fused_moe import IMPLEMENTATIONS, available_implementations
 from moelab.measure import Measurement, measure, tie
+from moelab.pipelines import ROUND_EVERY_SUM
 from moelab.shapes import MoEShape
 from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
 
@@ -18,6 +19,9 @@ NOT_CAPTURABLE: Mapping[str, str] = {
     "torch": "not timed: it asks the host which tokens each expert got, so no CUDA graph takes it",
 }
 """Implementations that are checked but cannot be timed by the protocol, and why."""
+
+ROUNDED = "wins nothing: it rounds every sum, which the bound on errors does not allow"
+"""The note of those in ROUND_EVERY_SUM, whose error is shown and not judged."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +37,17 @@ class Result:
     rows: tuple[dict[str, Any], ...]
 
 
-def bench(shape: MoEShape, batch_sizes: Sequence[int], impls: Sequence[str], *, seed: int = 0) -> list[Result]:
+def bench(shape: MoEShape, batch_sizes: Sequence[int], impls: Sequence[str] = (), *, seed: int = 0) -> list[Result]:
     """Check every implementation against float64, then time them interleaved, in CUDA graphs over rotated inputs.
 
+    impls: names of IMPLEMENTATIONS; none named means all that run on this GPU.
     Each row: impl, max_abs_error, rel_error, and where it could be timed median_us, low_us, high_us (95 % interval),
     floor_fraction, tie (its interval overlaps the fastest's), samples_us; else `note` says why not.
     Raises UnknownNameError, RuntimeModeError without a GPU, PrecisionError where one is over twice torch's error.
     """
     _require_known(impls)
     require_gpu()
+    impls = impls or available_implementations(runtime.torch_dtype(shape.dtype))
     weights = weight_sets(shape, seed)
     results = []
     for num_tokens in batch_sizes:
@@ -49,7 +55,9 @@ def bench(shape: MoEShape, batch_sizes: Sequence[int], impls: Sequence[str], *, 
         layer = Layer(shape, num_tokens, protocol.rotations, weights)
         up, down = (_lookup(shape, num_tokens, down=down) for down in (False, True))
         contenders = {name: layer.whole(up.config, down_config=down.config, impl=name) for name in impls}
-        errors = {name: layer.check(run(0), name=name) for name, run in contenders.items()}
+        errors = {
+            name: layer.check(run(0), name=name, strict=name not in ROUND_EVERY_SUM) for name, run in contenders.items()
+        }
         timed = {name: run for name, run in contenders.items() if name not in NOT_CAPTURABLE}
         measured = measure(timed, protocol) if timed else {}
         cost = roofline.layer_cost(shape, num_tokens, experts_touched=layer.experts_touched())
@@ -108,17 +116,23 @@ def rows_of(
     measured: Mapping[str, Measurement],
     floor: float | None,
 ) -> list[dict[str, Any]]:
-    """One row per implementation, fastest first, those without a time last."""
-    fastest = min(measured.values(), key=lambda m: m.median_us, default=None)
+    """One row per implementation, fastest first, then those that may not win, those without a time last."""
+    judged = {name: found for name, found in measured.items() if name not in ROUND_EVERY_SUM}
+    fastest = min((judged or measured).values(), key=lambda m: m.median_us, default=None)
     rows: list[dict[str, Any]] = []
-    for name in sorted(impls, key=lambda n: measured[n].median_us if n in measured else float("inf")):
+
+    def place(name: str) -> tuple[bool, bool, float]:
+        return name not in measured, name not in judged, measured[name].median_us if name in measured else 0.0
+
+    for name in sorted(impls, key=place):
         row: dict[str, Any] = {"impl": name, **errors[name]}
         if name in measured and fastest is not None:
             found = measured[name]
             low, high = found.interval_us
             row |= {"median_us": found.median_us, "low_us": low, "high_us": high}
             row["floor_fraction"] = floor / found.median_us if floor else None
-            row["tie"] = found is not fastest and tie(found, fastest)
+            row["tie"] = name in judged and found is not fastest and tie(found, fastest)
+            row |= {"note": ROUNDED} if name in ROUND_EVERY_SUM else {}
             row["samples_us"] = list(found.samples_us)
         else:
             row["note"] = NOT_CAPTURABLE.get(name, "not timed")

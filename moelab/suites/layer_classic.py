@@ -113,10 +113,10 @@ class Layer:
 
         return run
 
-    def check(self, out: torch.Tensor, name: str = "classic layer") -> dict[str, float]:
+    def check(self, out: torch.Tensor, name: str = "classic layer", strict: bool = True) -> dict[str, float]:
         """Hold tokens from the head, middle and tail of rotation 0 against float64.
 
-        Raises PrecisionError where they are further off than twice torch's error.
+        Raises PrecisionError where they are further off than twice torch's error, if strict.
         """
         rows = sample_rows(self.num_tokens).to(out.device)
         w, routing = self.weights[0], self.routings[0]
@@ -125,7 +125,7 @@ class Layer:
         plain = fused_moe_ref(x, w.w13, w.w2, weights, ids, **options)
         exact = fused_moe_ref(x.double(), w.w13.double(), w.w2.double(), weights, ids, **options)
         what = f"{name}, {self.shape.name}, {self.num_tokens} tokens"
-        report = precision.check(out[rows], plain, exact, name=what)
+        report = precision.check(out[rows], plain, exact, name=what) if strict else precision.error(out[rows], exact)
         return {"max_abs_error": report.max_abs, "rel_error": report.rel_fro}
 
 
