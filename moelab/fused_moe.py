@@ -28,7 +28,8 @@ from moelab.errors import (
     UnknownNameError,
     nearest_names,
 )
-from moelab.pipelines import PIPELINES, MoECall
+from moelab.pipelines import NEED_TMA, PIPELINES
+from moelab.pipelines.call import MoECall
 from moelab.reference import check_activation
 from moelab.routing import check_ids, softmax_topk
 
@@ -91,13 +92,18 @@ def fused_moe(
     rows, or (E, N, H) with gated=False; w2: (E, H, N); b13 (E, 2N) and b2 (E, H) optional; all in one dtype.
     Routing: either topk_weights (M, k) float32 and topk_ids (M, k) int32, ids of -1 being another rank's experts, or
     router_logits (M, E) with top_k (softmax, then top-k, weights renormalised unless told otherwise).
-    impl: a name in IMPLEMENTATIONS: "triton" (default), "split_k_atomic", "split_k_workspace", "torch", "compiled".
+    impl: a name in IMPLEMENTATIONS: "triton" (default), the same with weights by TMA ("tma"), "split_k_atomic",
+    "split_k_workspace"; with the activation inside GEMM1 and GEMM2 over sorted rows: "gated", "gated_tma", and with
+    atomic sums over slots in float32 "gated_atomic", "gated_tma_atomic", in hidden_states' dtype "gated_atomic_out",
+    which rounds every sum and may err more than torch; "torch", "compiled". Those with "tma" need sm_90 or later, and H
+    and N times the element's bytes to be multiples of 16.
     config, down_config: for GEMM1 and GEMM2 of those made of kernels, without them sglang's default rule, and the first
-    for both where only it is given; the Split-K ones take SPLIT_K from each. Torch's own forms have nothing to configure.
+    for both where only it is given; the Split-K ones take SPLIT_K from each. "gated" and its kin count gate and up rows
+    together as BLOCK_SIZE_N, at least 32. Torch's own forms have nothing to configure.
     check_routing: look for ids out of range. None means always on CPU, and never on a GPU, where it would
     synchronise with the host.
-    Returns (M, H) in hidden_states' dtype. Deterministic, but for "split_k_atomic" on a GPU. Only "torch" and "compiled"
-    have a backward.
+    Returns (M, H) in hidden_states' dtype. Deterministic, but for those with "atomic" in their name on a GPU. Only
+    "torch" and "compiled" have a backward.
 
     Raises UnknownNameError, ShapeError, DtypeError, DeviceError, LayoutError, RoutingError, ConfigError,
     SharedMemoryError or RuntimeModeError, each saying what was expected.
@@ -294,5 +300,10 @@ def _through_custom_op(call: MoECall, impl: str) -> Tensor:
 def available_implementations(dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
     """The names in IMPLEMENTATIONS that run in this process on `dtype`, built-in ones only judged."""
     mode = runtime.current().mode
-    triton_runs = mode == "gpu" or (mode == "interpreter" and dtype != torch.bfloat16)
-    return tuple(name for name in IMPLEMENTATIONS if name not in PIPELINES or triton_runs)
+    runs = {name: mode == "gpu" or (mode == "interpreter" and dtype != torch.bfloat16) for name in PIPELINES}
+    if mode == "gpu":
+        from moelab.kernels import checks
+
+        target = checks.current_target()
+        runs |= dict.fromkeys(NEED_TMA, target is not None and target.has_tma)
+    return tuple(name for name in IMPLEMENTATIONS if runs.get(name, True))

@@ -9,9 +9,10 @@ import torch
 from moe_cases import CASES, LARGE_CASES, TILE, Case, judge
 
 from moelab.config import KernelConfig
-from moelab.errors import ConfigError, RoutingError, RuntimeModeError, ShapeError, UnknownNameError
+from moelab.errors import ConfigError, LayoutError, RoutingError, RuntimeModeError, ShapeError, UnknownNameError
 from moelab.fused_moe import IMPLEMENTATIONS, available_implementations, fused_moe
 from moelab.inputs import MoEInputs
+from moelab.pipelines import NEED_TMA, PIPELINES, ROUND_EVERY_SUM
 from moelab.torch_layers import static_layer
 
 HERE = [torch.float16, torch.float32, torch.float64]
@@ -61,6 +62,53 @@ def test_split_k_on_the_gpu_against_float64(impl: str, case: Case, dtype: torch.
     judge(case, inputs, call(case, inputs, impl))  # without a config: SPLIT_K is 1
 
 
+SORTED_IMPLS = ["gated", "gated_atomic", "gated_atomic_out", "gated_tma", "gated_tma_atomic"]
+
+
+def takes_tma(case: Case, dtype: torch.dtype) -> bool:
+    """Whether rows of both weights are a multiple of 16 bytes."""
+    return all(size * dtype.itemsize % 16 == 0 for size in (case.hidden, case.inner))
+
+
+def judge_sorted(case: Case, inputs: MoEInputs, impl: str, **more: object) -> None:
+    out = call(case, inputs, impl, **more)
+    judge(case, inputs, out, roundings=case.top_k if impl in ROUND_EVERY_SUM else 0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("impl", ["tma", *SORTED_IMPLS])
+def test_tma_and_sorted_rows_against_float64(impl: str, case: Case, device: str) -> None:
+    inputs = case.inputs(torch.float16, device)
+    if impl in NEED_TMA and not takes_tma(case, torch.float16):
+        with pytest.raises(LayoutError, match=r"A row of w1?3? is 1022 bytes"):
+            call(case, inputs, impl, config=TILE)
+        return
+    judge_sorted(case, inputs, impl, config=TILE)
+
+
+@pytest.mark.parametrize("dtype", HERE[1:], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[6], CASES[7]], ids=str)
+@pytest.mark.parametrize("impl", ["tma", "gated", "gated_tma_atomic"])
+def test_tma_and_sorted_rows_in_wide_dtypes(impl: str, case: Case, dtype: torch.dtype, device: str) -> None:
+    judge_sorted(case, case.inputs(dtype, device), impl, config=TILE, down_config=KernelConfig(16, 64, 32, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *HERE[:2]], ids=str)
+@pytest.mark.parametrize("case", CASES + LARGE_CASES, ids=str)
+@pytest.mark.parametrize("impl", ["tma", *SORTED_IMPLS])
+def test_tma_and_sorted_rows_on_the_gpu(impl: str, case: Case, dtype: torch.dtype) -> None:
+    if impl in NEED_TMA and not takes_tma(case, dtype):
+        pytest.skip("rows that TMA does not take")
+    judge_sorted(case, case.inputs(dtype, "cuda"), impl)
+    judge_sorted(case, case.inputs(dtype, "cuda"), impl, config=KernelConfig(64, 128, 64, 8, 4, 3))
+
+
+def test_the_constants_name_pipelines() -> None:
+    assert set(PIPELINES) >= NEED_TMA | ROUND_EVERY_SUM
+    assert {name for name in PIPELINES if "tma" in name} == NEED_TMA
+
+
 def test_a_split_of_nothing_is_named(device: str) -> None:
     case = CASES[1]  # inner 48: one block of 64
     inputs = case.inputs(torch.float32, device)
@@ -108,10 +156,10 @@ def test_both_gemms_take_their_own_config(device: str) -> None:
         call(case, inputs, "triton", config=TILE, down_config=KernelConfig(32, 64, 32, 1))
 
 
-@pytest.mark.parametrize("impl", ["triton", "split_k_workspace"])
+@pytest.mark.parametrize("impl", ["triton", "split_k_workspace", "tma", "gated", "gated_tma"])
 def test_repeated_runs_are_bitwise_equal(impl: str, device: str) -> None:
     inputs = CASES[3].inputs(torch.float16, device)
-    configs = {"config": TILE} if impl == "triton" else split_configs(CASES[3])
+    configs = split_configs(CASES[3]) if impl in SPLIT_IMPLS else {"config": TILE}
     first = call(CASES[3], inputs, impl, **configs)
     assert all(torch.equal(first, call(CASES[3], inputs, impl, **configs)) for _ in range(3))
 
@@ -196,7 +244,7 @@ def test_the_custom_op_keeps_torchs_rules(device: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["triton", "compiled", *SPLIT_IMPLS])
+@pytest.mark.parametrize("impl", ["triton", "compiled", "tma", *SPLIT_IMPLS, *SORTED_IMPLS])
 @pytest.mark.parametrize("num_tokens", [1, 3, 64, 600])
 def test_in_a_cuda_graph_with_a_routing_that_changes(impl: str, num_tokens: int) -> None:
     case = Case("graph", num_tokens, 16, 4, 256, 128)
@@ -209,7 +257,7 @@ def test_in_a_cuda_graph_with_a_routing_that_changes(impl: str, num_tokens: int)
     first.topk_ids.copy_(second.topk_ids)
     first.hidden_states.copy_(second.hidden_states)
     graph.replay()
-    judge(case, first, out)
+    judge(case, first, out, roundings=case.top_k if impl in ROUND_EVERY_SUM else 0)
 
 
 @pytest.mark.parametrize(
@@ -237,14 +285,15 @@ def test_a_routing_must_be_given_once(device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_weights_past_2_to_31_elements() -> None:
+@pytest.mark.parametrize("impl", ["triton", "tma", "gated", "gated_tma"])
+def test_weights_past_2_to_31_elements(impl: str) -> None:
     """w13 of 2^31 + elements: the last experts lie past what an int32 offset reaches."""
     case = Case("past 2^31", 16, 260, 2, 4096, 1024)  # w13: 260 * 2048 * 4096 = 2.18e9
     inputs = case.inputs(torch.bfloat16, "cuda")
     assert inputs.w13.numel() > 2**31
     ids = torch.arange(228, 260, device="cuda", dtype=torch.int32).view(16, 2)
     inputs = replace(inputs, topk_ids=ids)
-    judge_last_experts(case, inputs, call(case, inputs, "triton"))
+    judge_last_experts(case, inputs, call(case, inputs, impl))
 
 
 def judge_last_experts(case: Case, inputs: MoEInputs, out: torch.Tensor) -> None:
@@ -257,12 +306,13 @@ def judge_last_experts(case: Case, inputs: MoEInputs, out: torch.Tensor) -> None
 
 
 @pytest.mark.gpu
-def test_outputs_past_2_to_31_elements() -> None:
+@pytest.mark.parametrize("impl", ["triton", "gated", "gated_tma_atomic"])
+def test_outputs_past_2_to_31_elements(impl: str) -> None:
     """GEMM2's output (M * k, H) of 2^31 + elements; the last tokens are checked."""
     case = Case("rows past 2^31", 70_000, 4, 4, 8192, 64)
     inputs = case.inputs(torch.bfloat16, "cuda")
     assert 70_000 * 4 * 8192 > 2**31
-    out = call(case, inputs, "triton")[-32:]
+    out = call(case, inputs, impl)[-32:]
     tail = replace(
         inputs, hidden_states=inputs.hidden_states[-32:], topk_ids=inputs.topk_ids[-32:],
         topk_weights=inputs.topk_weights[-32:],

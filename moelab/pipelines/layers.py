@@ -1,4 +1,4 @@
-"""The layer, step after step: the classic pipeline and its Split-K forms.
+"""The layer, step after step: classic, by TMA, by Split-K, and over sorted rows.
 
 moelab.pipelines names them; this module is imported when one of them first runs.
 """
@@ -13,8 +13,11 @@ from moelab.errors import ConfigError
 from moelab.kernels import checks
 from moelab.kernels.activation import activation, activation_unchecked
 from moelab.kernels.align import align, align_unchecked
+from moelab.kernels.gated_gemm import gated_gemm
 from moelab.kernels.grouped_gemm import grouped_gemm_unchecked
+from moelab.kernels.grouped_gemm_tma import grouped_gemm_tma
 from moelab.kernels.launch import checked
+from moelab.kernels.sorted_gemm import sorted_gemm
 from moelab.kernels.split_k_atomic import split_k_atomic_f32
 from moelab.kernels.split_k_workspace import split_k_workspace
 from moelab.kernels.sum_reduce import sum_reduce, sum_reduce_unchecked
@@ -69,6 +72,23 @@ def _check_configs(call: MoECall, up: KernelConfig, down: KernelConfig) -> None:
         checks.checked_config(config, w.dtype, w.shape[2])
 
 
+def tma_pipeline(call: MoECall) -> Tensor:
+    """The classic pipeline with both weights read by TMA."""
+    up, down = call_configs(call)
+    num_pairs = call.topk_ids.numel()
+    alignment = align(call.topk_ids, up.BLOCK_SIZE_M, call.num_experts)
+    weights_up, weights_down = _weights_of_gemms(call)
+    h = grouped_gemm_tma(
+        call.hidden_states, call.w13, alignment, up,
+        num_pairs=num_pairs, top_k=call.top_k, bias=call.b13, topk_weights=weights_up,
+    )  # fmt: skip
+    h = activation(h, call.activation, gated=call.gated)
+    y = grouped_gemm_tma(
+        h, call.w2, alignment, down, num_pairs=num_pairs, top_k=1, bias=call.b2, topk_weights=weights_down
+    )
+    return sum_reduce(y.view(call.num_tokens, call.top_k, -1), call.routed_scaling_factor, impl="triton")
+
+
 def split_k_atomic_pipeline(call: MoECall) -> Tensor:
     """align, two GEMMs that add partial sums into float32, the activation between, one rounding at the end.
 
@@ -105,3 +125,28 @@ def split_k_workspace_pipeline(call: MoECall) -> Tensor:
         h, call.w2, alignment, down, num_pairs=num_pairs, top_k=1, bias=call.b2, topk_weights=weights_down
     )
     return sum_reduce(y.view(call.num_tokens, call.top_k, -1), call.routed_scaling_factor, impl="triton")
+
+
+def sorted_pipeline(call: MoECall, combine: str, tma: bool) -> Tensor:
+    """align, GEMM1 with its activation, GEMM2 over the rows as they lie sorted, their sum: four launches, or five.
+
+    combine: GEMM2's, see `moelab.kernels.sorted_gemm`; after "scatter" comes the sum-reduce, in place of which the atomic
+    ways zero their sums first, and scale and round them after.
+    """
+    up, down = call_configs(call)
+    num_pairs, atomic = call.topk_ids.numel(), combine != "scatter"
+    alignment = align(call.topk_ids, up.BLOCK_SIZE_M, call.num_experts)
+    weights_up, weights_down = _weights_of_gemms(call)
+    h = gated_gemm(
+        call.hidden_states, call.w13, alignment, up, num_pairs=num_pairs, top_k=call.top_k,
+        activation=call.activation, gated=call.gated, bias=call.b13, topk_weights=weights_up, tma=tma,
+    )  # fmt: skip
+    y = sorted_gemm(
+        h, call.w2, alignment, down, num_pairs=num_pairs, bias=call.b2, topk_weights=weights_down,
+        combine=combine, top_k=call.top_k if atomic else 1, tma=tma,
+    )  # fmt: skip
+    if not atomic:
+        return sum_reduce(y.view(call.num_tokens, call.top_k, -1), call.routed_scaling_factor, impl="triton")
+    if y.dtype == call.hidden_states.dtype and call.routed_scaling_factor == 1.0:
+        return y
+    return torch.mul(y, call.routed_scaling_factor, out=torch.empty_like(call.hidden_states))
