@@ -99,7 +99,7 @@ def test_neither_weight_nor_memory_is_kept_alive(device: str) -> None:
     w = weight(device)
     found = weight_descriptor(w, BLOCK)
     alive, storage = weakref.ref(w), weakref.ref(w.untyped_storage())
-    assert cache_info().size == 1
+    assert cache_info().size == 1 and alive() is w and storage() is not None
     del w
     gc.collect()
     assert alive() is None and storage() is None
