@@ -27,7 +27,9 @@ def layers() -> None:
             i = case.inputs(dtype, "cuda")
             blocks = min(-(-size // TILE.BLOCK_SIZE_K) for size in (case.hidden, case.inner))
             odd = any(size * dtype.itemsize % 16 for size in (case.hidden, case.inner))  # TMA takes no such rows
-            for impl in set(available_implementations(dtype)) & set(PIPELINES) - (NEED_TMA if odd else set()):
+            for impl in available_implementations(dtype):
+                if impl not in PIPELINES or (odd and impl in NEED_TMA):
+                    continue
                 config = replace(TILE, SPLIT_K=min(SPLIT_K.get(impl, 1), blocks))
                 fused_moe(
                     i.hidden_states, i.w13, i.w2, topk_weights=i.topk_weights, topk_ids=i.topk_ids, b13=i.b13, b2=i.b2,

@@ -99,7 +99,7 @@ def test_neither_weight_nor_memory_is_kept_alive(device: str) -> None:
     w = weight(device)
     found = weight_descriptor(w, BLOCK)
     alive, storage = weakref.ref(w), weakref.ref(w.untyped_storage())
-    assert cache_info().size == 1
+    assert cache_info().size == 1 and alive() is w and storage() is not None
     del w
     gc.collect()
     assert alive() is None and storage() is None
@@ -146,6 +146,9 @@ def test_a_weight_that_is_changed_in_place(device: str) -> None:
     assert moved is not first and list(moved.shape) == [24, 16] and moved.base.data_ptr() == w.data_ptr()
     w.resize_(1, 8, 16)
     assert list(weight_descriptor(w, BLOCK).shape) == [8, 16]
+    w.data = torch.zeros(129, dtype=torch.float16, device=device)[1:].view(1, 8, 16)  # same sizes, off 16 bytes
+    with pytest.raises(LayoutError, match="starts 2 bytes past"):
+        weight_descriptor(w, BLOCK)
     w.as_strided_((1, 16, 8), (128, 1, 16))
     with pytest.raises(LayoutError, match="contiguous"):
         weight_descriptor(w, BLOCK)
