@@ -87,7 +87,7 @@ def test_an_implementation_that_refuses_is_a_row_that_says_so(small: None, monke
     assert "runs under none" in rows[1]["refused"]
 
 
-@pytest.mark.parametrize("rows", [1, 24, 25, 160, 161, 4000])
+@pytest.mark.parametrize("rows", [1, 12, 13, 24, 25, 160, 161, 4000])
 @pytest.mark.parametrize("splits", [False, True])
 def test_candidates_are_legal_on_an_h200(rows: float, splits: bool) -> None:
     groups = layer_baseline.candidates(rows, splits=splits)
