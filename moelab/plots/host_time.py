@@ -174,7 +174,7 @@ def layers(recording: Recording, baseline: Recording, shape: str) -> Panel:
     """Every pipeline's layer of one token: the host's time, the GPU's in a graph, and the wall's in eager mode."""
     found = sorted(recording.select(kind="layer"), key=lambda row: timing(row).median_us)
     figure = grid("A layer of one token, by implementation", f"host: {recording.source()}, medians, {recording.protocol['shape']}"
-                  f"; GPU and eager wall time: {baseline.source()}, {shape}", height=190 + 34 * len(found))  # fmt: skip
+                  f"<br>GPU and eager wall time: {baseline.source()}, {shape}", height=190 + 34 * len(found))  # fmt: skip
     table: list[dict[str, Any]] = []
     for row in found:
         host, (low, high) = timing(row), timing(row).interval_us

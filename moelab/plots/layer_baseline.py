@@ -182,9 +182,8 @@ def _said_of_floor(recording: Recording, ratios: Sequence[tuple[Row, float]]) ->
     refused = Counter(row["impl"] for row in recording.rows if "refused" in row)
     said = []
     for impl in sorted(means, key=lambda impl: geometric_mean(means[impl])):
-        notes = [f"past its bound in {past[impl]} cells"] * (past[impl] > 0) + [f"refused in {refused[impl]}"] * (
-            refused[impl] > 0
-        )
+        noted = (("past its bound", past[impl]), ("refused", refused[impl]))
+        notes = [f"{what} in {count} cells" for what, count in noted if count]
         said.append(f"{impl} {geometric_mean(means[impl]):.2f}" + (f" ({', '.join(notes)})" if notes else ""))
     return (
         f"**With the fastest implementation of each cell the layers take {mean_of(list(best.values())):.2f} times the floor "

@@ -25,7 +25,7 @@ THROUGH_TRITON = "no TMA, through Triton"
 PARTS = ("the launch", "a descriptor among the arguments", "descriptor made", "allocator set")
 """What each of WAYS adds to the one before."""
 
-ALONE = {"descriptor made": "descriptor alone", "allocator set": "set_allocator alone"}
+ALONE = ("descriptor alone", "set_allocator alone")
 GOALS_US = {
     "a kept descriptor, over no TMA": 4.0,
     "one launch of the classic kernel": 30.0,
@@ -116,7 +116,7 @@ def _launch_table(ours: Mapping[str, Measurement], theirs: Mapping[str, float]) 
             "sglang’s launcher": theirs.get(name),
             "sglang’s, over no TMA": theirs[name] - theirs[PLAIN] if name in WAYS else None,
         }
-        for name, time in ours.items()
+        for name, time in ((name, ours[name]) for name in (THROUGH_TRITON, *WAYS, *ALONE))
     ]  # fmt: skip
 
 
