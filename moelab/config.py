@@ -65,6 +65,12 @@ class Target:
         """Whether this is a ROCm target, whose configs carry waves_per_eu, matrix_instr_nonkdim and kpack."""
         return self.name.startswith("gfx")
 
+    @property
+    def has_tma(self) -> bool:
+        """Whether the chip has NVIDIA's tensor memory accelerator: sm_90 and later (PTX ISA, cp.async.bulk.tensor)."""
+        generation = self.name.removeprefix("sm_").rstrip("af")
+        return generation.isdecimal() and int(generation) >= 90
+
 
 # Limits: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability" (opt-in maximum
 # per block), and the LDS size of AMD's CDNA3 and CDNA4 instruction-set documents.
@@ -182,13 +188,15 @@ def get_target(target: str | Target) -> Target:
     return TARGETS[target]
 
 
-def shared_memory_bytes(config: KernelConfig, dtype: str, target: str | Target, *, tf32: bool = False) -> int:
+def shared_memory_bytes(
+    config: KernelConfig, dtype: str, target: str | Target, *, tf32: bool = False, dots: int = 1
+) -> int:
     """Shared memory in bytes that one program of the exchange kernel takes for operands of `dtype`.
 
     tile = (BLOCK_SIZE_M + BLOCK_SIZE_N) * BLOCK_SIZE_K * bytes. The pipeline keeps num_stages - 1 tiles where
     the dot reads registers (mma.sync, AMD), num_stages where it reads shared memory itself: sm_90 and sm_100,
     from 64 rows and four warps (sm_100: not with sixteen), in 8- and 16-bit dtypes and in float32 under TF32
-    (`tf32`).
+    (`tf32`). dots: products a step, each with barriers of its own where there are any; gated_gemm has two.
     Source: `metadata.shared` of Triton 3.7.1, compiled ahead of time for sm_80/90/100/120 and gfx942/950:
     exact for BLOCK_SIZE_K >= 32 and num_stages >= 2. Two bounds are loose: with BLOCK_SIZE_K = 16 the
     epilogue's scratch can be the larger one (up to the output tile, under every limit here), and AMD with one
@@ -201,8 +209,20 @@ def shared_memory_bytes(config: KernelConfig, dtype: str, target: str | Target, 
         return max(a_bytes, b_bytes)  # not pipelined: the operands pass through one buffer, one after the other
     takes_wide = element <= 2 or (element == 4 and tf32)
     if takes_wide and config.BLOCK_SIZE_M >= 64 and config.num_warps in target.wide_dot_warps:
-        return config.num_stages * (a_bytes + b_bytes) + target.barrier_bytes
+        return config.num_stages * (a_bytes + b_bytes) + dots * target.barrier_bytes
     return max(1, config.num_stages - 1) * (a_bytes + b_bytes)
+
+
+def tma_shared_memory_bytes(config: KernelConfig, dtype: str, target: str | Target) -> int:
+    """At most what a program takes that reads its operands through TMA: shared_memory_bytes, its barriers, and more.
+
+    Two operands have up to 32 bytes of barriers a stage, those of tcgen05 with them; float32 and float64 weights, which
+    no tensor core reads from shared memory here, pass through another buffer. Source: as `shared_memory_bytes`, compiled
+    for sm_90 and sm_100; loose by up to 32 bytes a stage in 16 bits.
+    """
+    element = dtype_bytes(dtype)
+    buffer = config.BLOCK_SIZE_N * config.BLOCK_SIZE_K * element if element > 2 else 0
+    return shared_memory_bytes(config, dtype, target) + 32 * config.num_stages + buffer
 
 
 def accumulators_per_thread(config: KernelConfig, target: str | Target = "sm_90") -> float:

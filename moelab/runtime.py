@@ -182,6 +182,16 @@ def _driver() -> str | None:
         return None
 
 
+def processor() -> str:
+    """The host's processor as the system names it, e.g. "Intel(R) Xeon(R) Processor"; the machine type if it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def git_commit() -> str | None:
     """The checkout's commit, with "+changes" if tracked files differ; MOELAB_GIT_COMMIT overrides."""
     told = os.environ.get("MOELAB_GIT_COMMIT")

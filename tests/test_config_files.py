@@ -73,6 +73,7 @@ def test_names_round_trip(name: cf.FileName) -> None:
         "config.json",
         "E=8,N=16.json",
         "E=8,N=16,device_name=.json",
+        "E=8,N=16,device_name=_down.json",
         "E=8,N=16,device_name=X",
         "E=,N=1,device_name=X.json",
     ],

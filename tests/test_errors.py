@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,7 @@ from moelab import (
     shapes,
     suites,
 )
+from moelab.cli import config_commands
 from moelab.config import KernelConfig
 from moelab.errors import (
     ConfigError,
@@ -49,7 +52,11 @@ from moelab.errors import (
 from moelab.fused_moe import IMPLEMENTATIONS, fused_moe
 from moelab.kernels.activation import activation
 from moelab.kernels.align import align
+from moelab.kernels.descriptors import check_tma, check_tma_config, weight_descriptor
+from moelab.kernels.gated_gemm import gated_gemm
 from moelab.kernels.grouped_gemm import grouped_gemm
+from moelab.kernels.grouped_gemm_tma import grouped_gemm_tma
+from moelab.kernels.sorted_gemm import sorted_gemm
 from moelab.kernels.split_k_atomic import split_k_atomic_f32
 from moelab.kernels.split_k_workspace import new_workspace, split_k_workspace
 from moelab.kernels.sum_reduce import sum_reduce
@@ -59,6 +66,7 @@ from moelab.suites import bench
 DEVICE = runtime.current().device
 SHAPE = shapes.MoEShape("tiny", num_experts=4, top_k=2, hidden_size=32, moe_intermediate_size=16, dtype="float32")
 CONFIG = KernelConfig(16, 16, 16, 1)
+SPLIT = KernelConfig(16, 32, 16, 1, SPLIT_K=2)
 HUGE = KernelConfig(128, 256, 128, 1, 8, 4)
 
 
@@ -88,6 +96,16 @@ def gemm(a=None, alignment_rows: int = 16, way: Callable = grouped_gemm, **chang
 
 def x(*size: int, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> torch.Tensor:
     return torch.ones(size, dtype=dtype, device=device)
+
+
+def descriptor(w: torch.Tensor, block: tuple[int, int] = (16, 16)) -> object:
+    return weight_descriptor(w, block)
+
+
+def with_environment(name: str, value: str, call: Callable[[], object]) -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, value)
+        return call()
 
 
 def one_row(**changes: object) -> recordings.Recording:
@@ -123,6 +141,28 @@ def a_routing(folder: Path, ids: torch.Tensor | bytes) -> Path:
     else:
         torch.save(ids, path)
     return path
+
+
+def exported(
+    folder: Path,
+    with_config: KernelConfig | None = None,
+    rules: str = "moelab",
+    version: str = "3.6.0",
+    down: bool = False,
+) -> object:
+    name = config_files.FileName(8, 14336, "NVIDIA_H200", down=down)
+    return config_files.export({1: with_config or CONFIG}, name, rules=rules, out=folder, triton_version=version)
+
+
+def export_flat(folder: Path) -> None:
+    """A file that says nowhere under which Triton version it was tuned, through the command itself."""
+    config_commands.export(a_config_file(folder, str), rules="vllm", out=folder / "out")
+
+
+def no_folder(rules: str) -> object:
+    if importlib.util.find_spec(rules) or config_files.RULES[rules].environment in os.environ:
+        pytest.skip(f"{rules} has a folder here")
+    return config_files.lookup(8, 64, "X", num_tokens=1, triton_version="3.6.0", rules=rules)
 
 
 def cut(text: str) -> str:
@@ -180,6 +220,74 @@ TENSORS = [
     Row("transposed weights", lambda _: moe(w2=x(4, 16, 32).mT), LayoutError, ("w2 has strides", ".contiguous()")),
     Row("every second column", lambda _: sum_reduce(x(4, 2, 16)[:, :, ::2]), LayoutError, ("x has strides",)),
     Row("a strided activation", lambda _: activation(x(4, 64)[:, ::2]), LayoutError, ("x has strides",)),
+]
+
+TMA = [
+    Row(
+        "TMA on a chip without it",
+        lambda _: check_tma("w13", x(4, 8, 16), (16, 16), config.TARGETS["sm_80"]),
+        DeviceError,
+        ("TMA", "sm_80", "sm_90 or later"),
+    ),
+    Row(
+        "TMA on AMD",
+        lambda _: check_tma("w13", x(4, 8, 16), (16, 16), config.TARGETS["gfx942"]),
+        DeviceError,
+        ("TMA", "gfx942"),
+    ),
+    Row("a strided weight for TMA", lambda _: descriptor(x(4, 16, 8).mT), LayoutError, ("w has strides", "contiguous")),
+    Row(
+        "a weight off 16 bytes",
+        lambda _: descriptor(x(513)[1:].view(4, 8, 16)),
+        LayoutError,
+        ("w starts 4 bytes past", "16 bytes", ".clone()"),
+    ),
+    Row("rows off 16 bytes", lambda _: descriptor(x(4, 8, 15)), LayoutError, ("A row of w is 60 bytes", "16 bytes")),
+    Row("a weight of rank 2 for TMA", lambda _: descriptor(x(8, 16)), ShapeError, ("w has shape (8, 16)",)),
+    Row("an integer weight for TMA", lambda _: descriptor(x(4, 8, 16).int()), DtypeError, ("w is int32", "bfloat16")),
+    Row("a box too high", lambda _: descriptor(x(4, 8, 16), (512, 16)), ConfigError, ("512 x 16", "at most 256")),
+    Row(
+        "a bound on descriptors that is no number",
+        lambda _: with_environment("MOELAB_TMA_DESC_CACHE_MAX", "lots", lambda: descriptor(x(4, 8, 16))),
+        ConfigError,
+        ("MOELAB_TMA_DESC_CACHE_MAX", "'lots'", "0 to keep none"),
+    ),
+    Row(
+        "barriers over shared memory",
+        lambda _: check_tma_config(HUGE, torch.bfloat16, config.TARGETS["sm_90"]),
+        SharedMemoryError,
+        ("with TMA", "232448"),
+    ),
+    Row("SPLIT_K by TMA", lambda _: gemm(way=grouped_gemm_tma, config=SPLIT), ConfigError, ("SPLIT_K = 2",)),
+]
+
+SORTED = [
+    Row("SPLIT_K for gated_gemm", lambda _: gemm(way=gated_gemm, config=SPLIT), ConfigError, ("SPLIT_K = 2",)),
+    Row("half a tile of 8 rows", lambda _: gemm(way=gated_gemm), ConfigError, ("BLOCK_SIZE_N = 16", "at least 32")),
+    Row(
+        "an activation that has no gate",
+        lambda _: gemm(way=gated_gemm, activation="relu2"),
+        UnknownNameError,
+        ("gated activation 'relu2'", "silu"),
+    ),
+    Row(
+        "rows that are not sorted",
+        lambda _: gemm(way=sorted_gemm, top_k=1),
+        ShapeError,
+        ("a has shape (5, 32)", "Expected (96, 32)"),
+    ),
+    Row(
+        "a combine nobody knows",
+        lambda _: gemm(way=sorted_gemm, combine="atomic_f23"),
+        UnknownNameError,
+        ("'atomic_f23'", "scatter", "Did you mean atomic_f32"),
+    ),
+    Row(
+        "slots to scatter into one row",
+        lambda _: gemm(x(96, 32), way=sorted_gemm),
+        ShapeError,
+        ("combine='scatter'", "top_k = 2", "sum_reduce"),
+    ),
 ]
 
 ROUTINGS = [
@@ -373,6 +481,100 @@ CONFIGS = [
     ),
     Row("rules nobody knows", lambda p: look_up(p, rules="vllmm"), UnknownNameError, ("vllmm", "moelab")),
     Row("a broken file is not skipped", lambda p: look_up(p, change=cut), ConfigFileError, ("not JSON",)),
+    Row(
+        "a kernel's name in a file name",
+        lambda _: config_files.file_name(8, 64, "X", kernel="Split-K"),
+        ConfigFileError,
+        ("'Split-K'", "split_k_workspace"),
+    ),
+    Row(
+        "a kernel that a peer does not look up",
+        lambda p: look_up(p, rules="vllm", kernel="split_k_workspace"),
+        ConfigFileError,
+        ("split_k_workspace", "rules='moelab'"),
+    ),
+    Row(
+        "sglang without configs/ below its folder",
+        lambda p: look_up(p, rules="sglang"),
+        ConfigFileError,
+        ("FileNotFoundError", "SGLANG_MOE_CONFIG_DIR", "configs/"),
+    ),
+    Row(
+        "a folder that ends sglang's search",
+        lambda p: look_up(
+            make(p / "configs"), rules="sglang", config_dir=p, more=("triton_old",), triton_version="3.7.1"
+        ),
+        ConfigFileError,
+        ("triton_old", "ValueError"),
+    ),
+    Row(
+        "vLLM's format in sglang's tree",
+        lambda p: config_files.read_config_file(
+            a_config_file(p, lambda t: t.replace("{", '{"triton_version": "3.6.0",', 1)), "sglang"
+        ),
+        ConfigFileError,
+        ("'triton_version'", "moelab export"),
+    ),
+    Row("a peer that is not installed", lambda _: no_folder("vllm"), ConfigFileError, ("VLLM_TUNED_CONFIG_FOLDER",)),
+    Row(
+        "an export over a file that is there",
+        lambda p: [exported(p) for _ in range(2)],
+        ConfigFileError,
+        ("exists already", "--overwrite"),
+    ),
+    Row(
+        "an export that no lookup would find",
+        lambda p: exported(p, rules="vllm", down=True),
+        ConfigFileError,
+        ("_down", "vllm", "one config serves both"),
+    ),
+    Row(
+        "an export of what the device cannot run",
+        lambda p: exported(p, HUGE),
+        ConfigError,
+        ("batch size 1", "NVIDIA_H200", "shared memory"),
+    ),
+    Row(
+        "an export of SPLIT_K to a peer",
+        lambda p: exported(p, dataclasses.replace(CONFIG, SPLIT_K=2), rules="vllm"),
+        ConfigError,
+        ("SPLIT_K = 2", "vllm"),
+    ),
+    Row(
+        "an export of a down config with another BLOCK_SIZE_M",
+        lambda p: exported(p, KernelConfig(64, 64, 64, 1), down=True),
+        ConfigFileError,
+        ("BLOCK_SIZE_M = 64", "has 16", "up file first"),
+    ),
+    Row("an export's Triton version", lambda p: exported(p, version="3.6"), ConfigFileError, ("'3.6'", "3.6.0")),
+    Row(
+        "an export of a folder that a peer has no names for",
+        lambda p: exported(p, down=True) and config_commands.export(p, rules="vllm", out=p / "out"),
+        ConfigFileError,
+        ("vllm", "Nothing of"),
+    ),
+    Row(
+        "an odd N in vLLM's int4 names",
+        lambda _: config_files.parse_file_name("E=8,N=5,device_name=X,dtype=int4_w4a16.json", "vllm"),
+        ConfigFileError,
+        ("odd N", "even"),
+    ),
+    Row("an export of nothing", config_files.sources, ConfigFileError, ("no config file",)),
+    Row("an export of an unknown version", export_flat, ConfigFileError, ("--triton-version",)),
+    Row("a doctor with no folder", lambda p: config_files.doctor(p / "gone"), ConfigFileError, ("gone",)),
+    Row("a doctor with no files", config_files.doctor, ConfigFileError, ("no config file", "device_name")),
+    Row(
+        "a doctor between two trees",
+        lambda p: [exported(p / name) for name in "ab"] and config_files.doctor(p),
+        ConfigFileError,
+        ("2 trees", "/a", "/b"),
+    ),
+    Row(
+        "a doctor's rules",
+        lambda p: exported(p) and config_files.doctor(p, "vlm"),
+        UnknownNameError,
+        ("'vlm'", "Did you mean vllm"),
+    ),
 ]
 
 FILES = [
@@ -569,7 +771,7 @@ ON_GPU = [
     ),
 ]
 
-ROWS = TENSORS + ROUTINGS + CONFIGS + FILES + NAMES
+ROWS = TENSORS + TMA + SORTED + ROUTINGS + CONFIGS + FILES + NAMES
 
 
 def ids(row: list[int]) -> torch.Tensor:
@@ -592,10 +794,21 @@ def logits(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
     return fused_moe(good.hidden_states, good.w13, good.w2, router_logits=router_logits, top_k=top_k)
 
 
-def look_up(folder: Path, *, rules: str = "moelab", change: Callable[[str], str] = str) -> object:
+def look_up(
+    folder: Path,
+    *,
+    change: Callable[[str], str] = str,
+    more: tuple[str, ...] = (),
+    config_dir: Path | None = None,
+    triton_version: str = "3.6.0",
+    **given: object,
+) -> object:
+    """Look up a file that lies in folder/triton_3_6_0, beside folders named `more`."""
     a_config_file(folder, change).rename(make(folder / "triton_3_6_0") / "E=8,N=14336,device_name=NVIDIA_H200.json")
+    for name in more:
+        make(folder / name)
     return config_files.lookup(
-        8, 14336, "NVIDIA H200", num_tokens=1, triton_version="3.6.0", config_dir=folder, rules=rules
+        8, 14336, "NVIDIA H200", num_tokens=1, triton_version=triton_version, config_dir=config_dir or folder, **given
     )
 
 

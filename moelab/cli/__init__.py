@@ -1,4 +1,4 @@
-"""The command line: `moelab shape | explain | bench | record | models`. Thin: each command calls a room and prints.
+"""The command line, `moelab shape | explain | bench | ...`. Thin: each command calls a room and prints.
 
 Exit status: 0 done, 1 a problem was found, 2 bad use or something that cannot run here, 130 interrupted. Results go
 to stdout, everything else to stderr. Heavy rooms (torch, triton) are imported by the commands that need them, so that
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moelab.cli import printing
+from moelab.cli import config_commands, printing
 from moelab.errors import DeviceError, MoelabError, RuntimeModeError
 
 if TYPE_CHECKING:
@@ -145,11 +145,14 @@ def explain(
         str | None,
         typer.Option("--triton-version", callback=_full_version, help="As 3.6.0; default: the installed one."),
     ] = None,
-    rules: Annotated[str, typer.Option("--rules", help="Whose loader: moelab (its rules are sglang's).")] = "moelab",
+    rules: Annotated[str, typer.Option("--rules", help="Whose loader: moelab, sglang or vllm.")] = "moelab",
     config_dir: Annotated[
         Path | None,
         typer.Option(
-            "--config-dir", exists=True, file_okay=False, help="Holds triton_X_Y_Z folders; default: moelab's."
+            "--config-dir",
+            exists=True,
+            file_okay=False,
+            help="What the loader's variable would name; default: it does.",
         ),
     ] = None,
     down: Annotated[bool, typer.Option("--down", help="The config of GEMM2.")] = False,
@@ -177,6 +180,9 @@ def explain(
         printing.print_lookup(answer, problems)
     if problems:
         raise typer.Exit(1)
+
+
+config_commands.register(app)
 
 
 @app.command()

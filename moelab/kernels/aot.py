@@ -17,12 +17,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moelab import runtime
-from moelab.config import TARGETS, KernelConfig, shared_memory_bytes
+from moelab.config import TARGETS, KernelConfig, shared_memory_bytes, tma_shared_memory_bytes
 from moelab.errors import RuntimeModeError, UnknownNameError
 
 CHECKED_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
@@ -34,6 +34,8 @@ class Case:
 
     aligned: arguments known to be multiples of 16, as Triton finds them to be at launch.
     config: the config behind it, for kernels whose shared memory config.py predicts, and its dtype.
+    tma: arguments are descriptors ("tensordesc<bf16[64, 64]>"): only for chips that have TMA, as their launchers ask.
+    dots: products in a step of its loop.
     """
 
     label: str
@@ -45,11 +47,20 @@ class Case:
     aligned: frozenset[str] = field(default_factory=frozenset)
     config: KernelConfig | None = None
     dtype: str = ""
+    tma: bool = False
+    dots: int = 1
+
+    def runs_on(self, target: str) -> bool:
+        """Whether its launcher takes this target at all."""
+        return TARGETS[target].has_tma or not self.tma
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes: bytes of shared memory a block, registers a thread, bytes spilled a thread."""
+    """What one compiled kernel takes: bytes of shared memory a block, registers a thread, bytes spilled a thread.
+
+    predicted_shared_bytes is exact, and with tma the most it can be.
+    """
 
     label: str
     target: str
@@ -58,6 +69,7 @@ class Resources:
     predicted_shared_bytes: int | None
     registers: int
     spilled_bytes: int
+    tma: bool = False
 
 
 # The shapes of a program that the shipped and default configs use; one per way the compiler takes (16 rows:
@@ -99,6 +111,69 @@ def gemm_case(config: KernelConfig, dtype: str, *, bias: bool = False, even_k: b
         f"grouped_gemm {label}", "moelab.kernels.grouped_gemm:_grouped_gemm_kernel", arguments, constants,
         config.num_warps, config.num_stages, _GEMM_ALIGNED, config, dtype,
     )  # fmt: skip
+
+
+def _through_tma(case: Case, boxes: Mapping[str, tuple[int, int]]) -> Case:
+    """The case with descriptors of these boxes in place of pointers; a TMA constant, where there is one, set."""
+    types = {name: f"tensordesc<{_TYPES[case.dtype]}[{rows}, {columns}]>" for name, (rows, columns) in boxes.items()}
+    return replace(
+        case, label=case.label.replace(" ", " tma ", 1), arguments={**case.arguments, **types}, tma=True,
+        constants={**case.constants, **({"TMA": True} if "TMA" in case.constants else {})},
+        aligned=case.aligned - set(boxes),
+    )  # fmt: skip
+
+
+def _tma_case(config: KernelConfig, dtype: str, **more: Any) -> Case:
+    """grouped_gemm_tma."""
+    case = gemm_case(config, dtype, **more)
+    arguments = {name: kind for name, kind in case.arguments.items() if name != "w_ptr"}
+    case = replace(case, kernel="moelab.kernels.grouped_gemm_tma:_grouped_gemm_tma_kernel", arguments=arguments)
+    return _through_tma(case, {"w_desc": (config.BLOCK_SIZE_N, config.BLOCK_SIZE_K)})
+
+
+def gated_case(config: KernelConfig, dtype: str, *, gated: bool = True, tma: bool = False, **more: Any) -> Case:
+    """gated_gemm, or its form without a gate."""
+    case = gemm_case(config, dtype, **more)
+    name = "gated_gemm" if gated else "activated_gemm"
+    kernel, label = f"moelab.kernels.gated_gemm:_{name}_kernel", case.label.replace("grouped_gemm", name)
+    constants = {**case.constants, "ACTIVATION": "silu", "TMA": False}
+    case = replace(case, kernel=kernel, label=label, constants=constants, dots=2 if gated else 1)
+    rows = config.BLOCK_SIZE_N // 2 if gated else config.BLOCK_SIZE_N
+    return _through_tma(case, {"w_ptr": (rows, config.BLOCK_SIZE_K)}) if tma else case
+
+
+def sorted_case(config: KernelConfig, dtype: str, combine: str, *, tma: bool = False, **more: Any) -> Case:
+    """sorted_gemm; the atomic ways add 8 slots into a row."""
+    atomic = combine != "scatter"
+    case = gemm_case(config, dtype, **more)
+    wide = {"c_ptr": "*fp32"} if combine == "atomic_f32" else {}
+    case = replace(
+        case, kernel="moelab.kernels.sorted_gemm:_sorted_gemm_kernel", arguments={**case.arguments, **wide},
+        label=case.label.replace("grouped_gemm", f"sorted_gemm_{combine}"),
+        constants={**case.constants, "ATOMIC": atomic, "TMA": False, "TOP_K": 8 if atomic else 1},
+    )  # fmt: skip
+    a_box, w_box = ((rows, config.BLOCK_SIZE_K) for rows in (config.BLOCK_SIZE_M, config.BLOCK_SIZE_N))
+    return _through_tma(case, {"a_ptr": a_box, "w_ptr": w_box}) if tma else case
+
+
+def _sorted_rows_cases() -> list[Case]:
+    """The two GEMMs over sorted rows: every way at least once, and each with mma.sync and with wgmma."""
+    small, middle, large = GEMM_CONFIGS[:3]
+    return [
+        gated_case(small, "bfloat16"),
+        gated_case(large, "bfloat16"),
+        gated_case(middle, "bfloat16", bias=True, even_k=False, top_k=8),
+        gated_case(small, "float32"),
+        gated_case(middle, "bfloat16", gated=False),
+        gated_case(small, "bfloat16", tma=True),
+        gated_case(large, "bfloat16", tma=True),
+        gated_case(middle, "float16", gated=False, tma=True),
+        sorted_case(small, "bfloat16", "scatter"),
+        sorted_case(large, "bfloat16", "atomic_f32"),
+        sorted_case(middle, "bfloat16", "atomic_out"),
+        sorted_case(large, "bfloat16", "scatter", tma=True),
+        sorted_case(small, "float16", "atomic_f32", tma=True),
+    ]
 
 
 def split_k_cases(config: KernelConfig, dtype: str, *, bias: bool = False, even_k: bool = True) -> list[Case]:
@@ -175,6 +250,8 @@ def cases() -> list[Case]:
         gemm_case(GEMM_CONFIGS[0], "float32"),
         gemm_case(GEMM_CONFIGS[1], "bfloat16", bias=True, even_k=False, top_k=8),
     ]
+    gemms += [_tma_case(config, "bfloat16") for config in GEMM_CONFIGS[::2]]
+    gemms += [_tma_case(GEMM_CONFIGS[1], "bfloat16", bias=True, even_k=False, top_k=8)]
     splits = [
         case for config in SPLIT_K_CONFIGS for dtype in ("bfloat16", "float16") for case in split_k_cases(config, dtype)
     ]
@@ -183,7 +260,9 @@ def cases() -> list[Case]:
     )
     plain = [case for dtype in (*_TYPES, "float64") for case in _elementwise_cases(dtype)]
     plain += [_split_k_reduce_case(dtype) for dtype in (*_TYPES, "float64")]
-    return gemms + splits + plain + [case for ids in ("i32", "i64") for case in _align_cases(ids)]
+    return (
+        gemms + _sorted_rows_cases() + splits + plain + [case for ids in ("i32", "i64") for case in _align_cases(ids)]
+    )
 
 
 def compile_case(case: Case, target: str) -> Resources:
@@ -214,9 +293,10 @@ def compile_case(case: Case, target: str) -> Resources:
     registers, spilled = _amd_usage(compiled.asm) if target.startswith("gfx") else _nvidia_usage(compiled.asm["cubin"])
     predicted = None
     if case.config is not None:
-        predicted = shared_memory_bytes(case.config, case.dtype, target)
+        predicted = shared_memory_bytes(case.config, case.dtype, target, dots=case.dots)
+        predicted = tma_shared_memory_bytes(case.config, case.dtype, target) if case.tma else predicted
     limit = TARGETS[target].shared_memory_per_block
-    return Resources(case.label, target, compiled.metadata.shared, limit, predicted, registers, spilled)
+    return Resources(case.label, target, compiled.metadata.shared, limit, predicted, registers, spilled, case.tma)
 
 
 def _kernel(path: str) -> Any:
@@ -262,8 +342,8 @@ def _amd_usage(asm: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def table(targets: Iterable[str] = CHECKED_TARGETS) -> list[Resources]:
-    """Every case on every target."""
-    return [compile_case(case, target) for case in cases() for target in targets]
+    """Every case on every target that it runs on."""
+    return [compile_case(case, target) for case in cases() for target in targets if case.runs_on(target)]
 
 
 def main() -> None:

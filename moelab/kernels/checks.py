@@ -78,15 +78,6 @@ def checked_config(config: KernelConfig, dtype: torch.dtype, K: int | None = Non
     return config
 
 
-def check_no_split(config: KernelConfig, name: str) -> None:
-    """Raise ConfigError for a config that splits K, before a kernel that does not."""
-    if config.SPLIT_K != 1:
-        raise ConfigError(
-            f"{name} got SPLIT_K = {config.SPLIT_K}. Expected 1: this kernel sums K in one program. "
-            "Use a Split-K kernel, or dataclasses.replace(config, SPLIT_K=1)."
-        )
-
-
 @functools.cache
 def current_target() -> Target | None:
     """The current GPU as config.py knows it, or with the limits its driver reports; None without a GPU."""
@@ -117,8 +108,12 @@ def check_gemm(
     top_k: int,
     bias: Tensor | None,
     topk_weights: Tensor | None,
+    a_rows: int | None = None,
 ) -> tuple[int, int]:
-    """(N, K) of a grouped product whose operands, alignment and config fit together; raises what its launcher names."""
+    """(N, K) of a grouped product whose operands, alignment and config fit together; raises what its launcher names.
+
+    a_rows: rows of a where they are not one per top_k pairs.
+    """
     check_kernel_device("a", a)
     check_dtype("a", a, FLOATS)
     check_shape("w", w, ("E", "N", "K"))
@@ -127,7 +122,7 @@ def check_gemm(
         raise ShapeError(
             f"{num_pairs} pairs are no multiple of top_k = {top_k}. Expected num_tokens * top_k. Pass top_k=1 for GEMM2."
         )
-    check_shape("a", a, (num_pairs // top_k, K))
+    check_shape("a", a, (num_pairs // top_k if a_rows is None else a_rows, K))
     check_dtype("w", w, (a.dtype,))
     parts = {name: getattr(alignment, name) for name in ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")}
     for name, part in parts.items():
@@ -155,6 +150,15 @@ def check_gemm(
             "Expected the same: one sort serves both GEMMs. Align again, or give both GEMMs one BLOCK_SIZE_M."
         )
     return N, K
+
+
+def check_one_split(kernel: str, config: KernelConfig) -> None:
+    """Raise ConfigError where a config splits K and the kernel does not."""
+    if config.SPLIT_K != 1:
+        raise ConfigError(
+            f"{kernel} got SPLIT_K = {config.SPLIT_K}. Expected 1: this kernel sums K in one program. "
+            "Use a Split-K kernel, or dataclasses.replace(config, SPLIT_K=1)."
+        )
 
 
 def check_out(out: Tensor | None, a: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:

@@ -151,6 +151,6 @@ def _check(
 ) -> int:
     """N of operands that fit together; raises what grouped_gemm names."""
     N, _ = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
-    checks.check_no_split(config, "grouped_gemm")
+    checks.check_one_split("grouped_gemm", config)
     checks.check_out(out, a, (num_pairs, N))
     return N

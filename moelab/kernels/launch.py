@@ -45,16 +45,18 @@ class Launcher:
         tensors: Sequence[Tensor | None],
         values: tuple[Any, ...],
         instance: Callable[[], Instance],
+        descriptors: tuple[tuple[int, Any], ...] = (),
     ) -> None:
         """Launch a (columns, rows) grid on the current stream; the first tensor is on the current device (DeviceError).
 
         key: all that decides the instance, except the device and which addresses are multiples of 16, which are looked
         up here: dtypes, which tensors are None, constants, options, and integers that Triton specialises on.
         instance: constants and options, asked for when the key is new.
+        descriptors: (place, TMA descriptor) where a kernel takes one in the place of a tensor, which is None there.
         """
         first: Any = tensors[0]
         device = first.get_device()
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        addresses: list[Any] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         union = 0
         for address in addresses:
             union |= address
@@ -62,8 +64,13 @@ class Launcher:
             key = (key, tuple([address & 15 == 0 for address in addresses]))
         found = self._instances.get((key, device))
         if found is None or _hooked():
-            self._through_triton((key, device), grid, (*tensors, *values), instance)
+            arguments = [*tensors, *values]
+            for place, descriptor in descriptors:
+                arguments[place] = descriptor
+            self._through_triton((key, device), grid, first, arguments, instance)
             return
+        for place, descriptor in descriptors:
+            addresses[place] = descriptor
         if torch.cuda.current_device() != device:
             self._check_device(first)
         run, function, metadata, constants, stream_of = found
@@ -73,9 +80,14 @@ class Launcher:
         checks.check_kernel_device(self.kernel.arg_names[0].removesuffix("_ptr"), first)
 
     def _through_triton(
-        self, key: Hashable, grid: tuple[int, int], arguments: tuple[Any, ...], instance: Callable[[], Instance]
+        self,
+        key: Hashable,
+        grid: tuple[int, int],
+        first: Tensor,
+        arguments: Sequence[Any],
+        instance: Callable[[], Instance],
     ) -> None:
-        self._check_device(arguments[0])
+        self._check_device(first)
         constants, options = instance()
         compiled = self.kernel[grid](*arguments, **constants, **options)
         if compiled is None:  # the interpreter has nothing to keep

@@ -64,38 +64,112 @@ def two_sum(a, b):
 
 
 @triton.jit
+def add_product(acc, lost, a, w):
+    """(acc + a @ w, what the additions so far have lost).
+
+    float32 and float64 have no tensor-core accumulator to follow: their blocks of K are added with compensation,
+    which costs six additions a block and loses nothing between blocks (tests/test_grouped_gemm.py). float32 operands
+    multiply in IEEE, not TF32.
+    """
+    if a.dtype == acc.dtype:
+        acc, rest = two_sum(acc, tl.dot(a, w, input_precision="ieee", out_dtype=acc.dtype))
+        lost += rest
+    else:
+        acc = tl.dot(a, w, acc, out_dtype=acc.dtype)
+    return acc, lost
+
+
+@triton.jit
+def with_lost(acc, lost, COMPENSATED: tl.constexpr):
+    """The sum with what its additions lost; an overflowed sum is infinite, and what it lost no number."""
+    if COMPENSATED:
+        acc += tl.where(lost == lost, lost, 0.0)
+    return acc
+
+
+@triton.jit
+def load_rows(a_ptrs, row_mask, left, BLOCK_SIZE_K: tl.constexpr, EVEN_K: tl.constexpr):
+    """A block of a, (BM, BK): zeros where there is no row, and past the `left` columns that are left of K."""
+    if EVEN_K:
+        a = tl.load(a_ptrs, mask=row_mask[:, None], other=0.0)
+    else:
+        a = tl.load(a_ptrs, mask=row_mask[:, None] & (tl.arange(0, BLOCK_SIZE_K) < left)[None, :], other=0.0)
+    return a
+
+
+@triton.jit
+def load_weights(w_ptrs, left, BLOCK_SIZE_K: tl.constexpr, EVEN_K: tl.constexpr):
+    """A block of w, (BK, BN): zeros past the `left` rows that are left of K."""
+    return tl.load(w_ptrs) if EVEN_K else tl.load(w_ptrs, mask=(tl.arange(0, BLOCK_SIZE_K) < left)[:, None], other=0.0)
+
+
+@triton.jit
 def dot_loop(
     a_ptrs, w_ptrs, acc, K, row_mask, first, STEP: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, EVEN_K: tl.constexpr
 ):
     """acc + a @ w over K's blocks first, first + STEP, ..., a (BM, BK) by row pointers, w (BK, BN).
 
     The pointers start at block `first`; all of K is first = 0, STEP = 1.
-
-    float32 and float64 have no tensor-core accumulator to follow: their blocks of K are added with compensation,
-    which costs six additions a block and loses nothing between blocks (tests/test_grouped_gemm.py). float32 operands
-    multiply in IEEE, not TF32.
     """
-    offs_k = tl.arange(0, BLOCK_SIZE_K)
-    compensated: tl.constexpr = a_ptrs.dtype.element_ty == acc.dtype
     lost = tl.zeros_like(acc)
     for k in range(first, tl.cdiv(K, BLOCK_SIZE_K), STEP):
-        if EVEN_K:
-            a = tl.load(a_ptrs, mask=row_mask[:, None], other=0.0)
-            w = tl.load(w_ptrs)
-        else:
-            k_mask = offs_k < K - k * BLOCK_SIZE_K
-            a = tl.load(a_ptrs, mask=row_mask[:, None] & k_mask[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=k_mask[:, None], other=0.0)
-        if compensated:
-            acc, rest = two_sum(acc, tl.dot(a, w, input_precision="ieee", out_dtype=acc.dtype))
-            lost += rest
-        else:
-            acc = tl.dot(a, w, acc, out_dtype=acc.dtype)
+        a = load_rows(a_ptrs, row_mask, K - k * BLOCK_SIZE_K, BLOCK_SIZE_K, EVEN_K)
+        w = load_weights(w_ptrs, K - k * BLOCK_SIZE_K, BLOCK_SIZE_K, EVEN_K)
+        acc, lost = add_product(acc, lost, a, w)
         a_ptrs += BLOCK_SIZE_K * STEP
         w_ptrs += BLOCK_SIZE_K * STEP
-    if compensated:
-        acc += tl.where(lost == lost, lost, 0.0)  # an overflowed sum is infinite, and what it lost no number
-    return acc
+    return with_lost(acc, lost, a_ptrs.dtype.element_ty == acc.dtype)
+
+
+@triton.jit
+def tma_dot_loop(a_ptrs, w_desc, w_row, acc, K, row_mask, BLOCK_SIZE_K: tl.constexpr, EVEN_K: tl.constexpr):
+    """`dot_loop` over all of K, w's rows from w_row on read through a descriptor of (E * N, K); past K it reads zeros."""
+    lost = tl.zeros_like(acc)
+    for k in range(tl.cdiv(K, BLOCK_SIZE_K)):
+        a = load_rows(a_ptrs, row_mask, K - k * BLOCK_SIZE_K, BLOCK_SIZE_K, EVEN_K)
+        acc, lost = add_product(acc, lost, a, w_desc.load([w_row, k * BLOCK_SIZE_K]).T)
+        a_ptrs += BLOCK_SIZE_K
+    return with_lost(acc, lost, a_ptrs.dtype.element_ty == acc.dtype)
+
+
+@triton.jit
+def tma_tma_dot_loop(a_desc, a_row, w_desc, w_row, acc, K, BLOCK_SIZE_K: tl.constexpr):
+    """`tma_dot_loop` with a's rows, neighbours from a_row on, read through a descriptor too."""
+    lost = tl.zeros_like(acc)
+    for k in range(tl.cdiv(K, BLOCK_SIZE_K)):
+        a = a_desc.load([a_row, k * BLOCK_SIZE_K])
+        acc, lost = add_product(acc, lost, a, w_desc.load([w_row, k * BLOCK_SIZE_K]).T)
+    return with_lost(acc, lost, a_desc.dtype == acc.dtype)
+
+
+@triton.jit
+def gated_dot_loop(a_ptrs, w_ptrs, up_offset, gate, up, K, row_mask, BLOCK_SIZE_K: tl.constexpr, EVEN_K: tl.constexpr):
+    """(gate + a @ w, up + a @ w'), two products of one block of a; w' lies up_offset elements behind w."""
+    lost_gate, lost_up = tl.zeros_like(gate), tl.zeros_like(up)
+    for k in range(tl.cdiv(K, BLOCK_SIZE_K)):
+        left = K - k * BLOCK_SIZE_K
+        a = load_rows(a_ptrs, row_mask, left, BLOCK_SIZE_K, EVEN_K)
+        gate, lost_gate = add_product(gate, lost_gate, a, load_weights(w_ptrs, left, BLOCK_SIZE_K, EVEN_K))
+        up, lost_up = add_product(up, lost_up, a, load_weights(w_ptrs + up_offset, left, BLOCK_SIZE_K, EVEN_K))
+        a_ptrs += BLOCK_SIZE_K
+        w_ptrs += BLOCK_SIZE_K
+    compensated: tl.constexpr = a_ptrs.dtype.element_ty == gate.dtype
+    return with_lost(gate, lost_gate, compensated), with_lost(up, lost_up, compensated)
+
+
+@triton.jit
+def tma_gated_dot_loop(
+    a_ptrs, w_desc, gate_row, up_row, gate, up, K, row_mask, BLOCK_SIZE_K: tl.constexpr, EVEN_K: tl.constexpr
+):
+    """`gated_dot_loop` with both boxes of w read through one descriptor."""
+    lost_gate, lost_up = tl.zeros_like(gate), tl.zeros_like(up)
+    for k in range(tl.cdiv(K, BLOCK_SIZE_K)):
+        a = load_rows(a_ptrs, row_mask, K - k * BLOCK_SIZE_K, BLOCK_SIZE_K, EVEN_K)
+        gate, lost_gate = add_product(gate, lost_gate, a, w_desc.load([gate_row, k * BLOCK_SIZE_K]).T)
+        up, lost_up = add_product(up, lost_up, a, w_desc.load([up_row, k * BLOCK_SIZE_K]).T)
+        a_ptrs += BLOCK_SIZE_K
+    compensated: tl.constexpr = a_ptrs.dtype.element_ty == gate.dtype
+    return with_lost(gate, lost_gate, compensated), with_lost(up, lost_up, compensated)
 
 
 @triton.jit
@@ -103,6 +177,18 @@ def store_rows(c_ptr, rows, row_mask, offs_n, N, values):
     """c[rows, offs_n] = values, c (any, N). rows is int64: pairs * N passes 2^31 at 65,536 pairs of 32,768."""
     mask = row_mask[:, None] & (offs_n < N)[None, :]
     tl.store(c_ptr + rows[:, None] * N + offs_n[None, :], values.to(c_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def atomic_add_rows(c_ptr, rows, row_mask, offs_n, N, values):
+    """c[rows, offs_n] += values, as `store_rows`.
+
+    Relaxed: nothing is read back before the kernel ends. The default, acq_rel, puts a fence behind every vector.
+    """
+    mask = row_mask[:, None] & (offs_n < N)[None, :]
+    tl.atomic_add(
+        c_ptr + rows[:, None] * N + offs_n[None, :], values.to(c_ptr.dtype.element_ty), mask=mask, sem="relaxed"
+    )
 
 
 @triton.jit

@@ -65,7 +65,7 @@ def triton_pipeline(call: MoECall) -> Tensor:
 
 def _check_configs(call: MoECall, up: KernelConfig, down: KernelConfig) -> None:
     for config, w in ((up, call.w13), (down, call.w2)):
-        checks.check_no_split(config, "grouped_gemm")
+        checks.check_one_split("grouped_gemm", config)
         checks.checked_config(config, w.dtype, w.shape[2])
 
 

@@ -1,0 +1,126 @@
+"""`moelab export` and `moelab doctor`: configs handed to a loader, and trees of configs looked over."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from moelab.cli import printing
+from moelab.errors import ConfigFileError, MoelabError
+
+if TYPE_CHECKING:
+    from moelab.config_files import Exported, Finding, Report, Source
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to the command line."""
+    app.command()(export)
+    app.command()(doctor)
+
+
+def export(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SOURCE", exists=True, help="A config file, or a folder of them or of triton_X_Y_Z."),
+    ],
+    rules: Annotated[str, typer.Option("--rules", help="Whose loader: moelab, sglang or vllm.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            file_okay=False,
+            help="The folder that MOELAB_CONFIG_DIR, SGLANG_MOE_CONFIG_DIR or VLLM_TUNED_CONFIG_FOLDER would name.",
+        ),
+    ],
+    triton_version: Annotated[
+        str | None, typer.Option("--triton-version", help="As 3.6.0; default: what the folder's name or the file says.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write configs in a loader's naming and format, then find each again through that loader's rules."""
+    from moelab import config_files
+
+    done: list[Exported] = []
+    try:
+        for item in config_files.sources(source):
+            reason = config_files.left_out(item.name, rules)
+            if reason and source.is_dir():  # a single file is refused with an error
+                print(f"moelab: left out {item.origin}: {reason}", file=sys.stderr)
+                continue
+            done.append(_export_one(item, rules, out, triton_version, overwrite))
+    except MoelabError:
+        for written in done:
+            print(f"moelab: wrote {written.path} before the error below", file=sys.stderr)
+        raise
+    if not done:
+        raise ConfigFileError(
+            f"Nothing of {source} could be written for {rules}. Expected a file it asks for. Name another."
+        )
+    rows = [{"wrote": str(d.path), "batch sizes": len(d.lookups), "found by": d.rules} for d in done]
+    printing.show_rows(rows, as_json)
+
+
+def _export_one(item: Source, rules: str, out: Path, triton_version: str | None, overwrite: bool) -> Exported:
+    from moelab import config_files
+
+    version = triton_version or item.triton_version
+    if version is None:
+        raise ConfigFileError(
+            f"Nothing says under which Triton version {item.origin} was tuned. Expected it in a folder triton_X_Y_Z, or "
+            "with a triton_version in it. Pass --triton-version, as in 3.6.0."
+        )
+    return config_files.export(
+        item.configs, item.name, rules=rules, out=out, triton_version=version, overwrite=overwrite
+    )
+
+
+def doctor(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", exists=True, file_okay=False, help="A tree of configs.")],
+    rules: Annotated[str, typer.Option("--rules", help="Whose loader: auto, moelab, sglang or vllm.")] = "auto",
+    notes: Annotated[
+        bool, typer.Option("--notes", help="Show notes too: nothing to repair, but worth knowing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Config files that no lookup reaches, or no kernel takes, and why. Exit status 1 if there are errors."""
+    from moelab import config_files
+
+    report = config_files.doctor(folder, rules)
+    if as_json:
+        printing.print_json(report.to_json())
+    else:
+        _print_report(report, notes)
+    if report.errors:
+        raise typer.Exit(1)
+
+
+def _print_report(report: Report, notes: bool) -> None:
+    """Findings under their kind and remedy, then how many of each severity."""
+    shown = [finding for finding in report.findings if notes or finding.severity != "note"]
+    print(f"{report.rules} reads {report.root}; {len(report.files)} config files below {report.folder}\n")
+    for (severity, problem), group in groupby(shown, key=lambda f: (f.severity, f.problem)):
+        found = list(group)
+        print(f"{severity}: {problem}, {len(found)} {'file' if len(found) == 1 else 'files'}")
+        for (reason, remedy), alike in groupby(sorted(found, key=_words), key=_words):
+            _print_alike(report, list(alike), reason, remedy)
+    hidden = len(report.of("note"))
+    counts = f"{len(report.errors)} errors, {len(report.of('warning'))} warnings, {hidden} notes"
+    print(counts + ("" if notes or not hidden else " (--notes shows them)"))
+
+
+def _words(finding: Finding) -> tuple[str, str]:
+    return finding.reason, finding.remedy
+
+
+def _print_alike(report: Report, findings: Sequence[Finding], reason: str, remedy: str) -> None:
+    for finding in findings:
+        print(f"  {report.shown(finding.path)}")
+    print(f"    why     {reason}\n    remedy  {remedy}\n")

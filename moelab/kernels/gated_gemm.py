@@ -1,0 +1,238 @@
+"""GEMM1 with its activation in the epilogue: gate and up are summed side by side, and never go through memory.
+
+That saves a launch, and writing and reading (pairs, 2N) and rounding it on the way. Rows are stored as they were
+computed, sorted by expert, so that `sorted_gemm` finds each block's rows side by side.
+"""
+
+from __future__ import annotations
+
+from moelab import runtime
+
+runtime.prepare_triton()
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from moelab.config import MIN_DOT_BLOCK, KernelConfig  # noqa: E402
+from moelab.errors import ConfigError, ShapeError  # noqa: E402
+from moelab.kernels import checks  # noqa: E402
+from moelab.kernels.descriptors import check_tma, check_tma_config, weight_descriptor  # noqa: E402
+from moelab.kernels.launch import Launcher, checked, gemm_signature  # noqa: E402
+from moelab.kernels.tiles import (  # noqa: E402
+    add_bias,
+    dot_loop,
+    gated_activation,
+    gated_dot_loop,
+    grouped_tile,
+    operand_ptrs,
+    plain_activation,
+    row_block,
+    store_rows,
+    times_weight,
+    tma_dot_loop,
+    tma_gated_dot_loop,
+)
+from moelab.reference import check_activation  # noqa: E402
+from moelab.routing import Alignment  # noqa: E402
+
+
+# num_pairs and num_rows follow the batch size: specialising them would mean another compile per batch size.
+@triton.jit(do_not_specialize=["num_pairs", "num_rows"])
+def _gated_gemm_kernel(
+    a_ptr,
+    w_ptr,
+    c_ptr,
+    bias_ptr,
+    topk_weights_ptr,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
+    num_tokens_post_padded_ptr,
+    N,
+    K,
+    num_pairs,
+    num_rows,
+    ACTIVATION: tl.constexpr,
+    TMA: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_SIZE_M: tl.constexpr,
+    BLOCK_SIZE_N: tl.constexpr,
+    BLOCK_SIZE_K: tl.constexpr,
+    GROUP_SIZE_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """One (BLOCK_SIZE_M, BLOCK_SIZE_N / 2) tile of c (rows, N): activation(gate) * up of one expert's rows.
+
+    An expert's weights are two of N rows, gate and up: 2 * expert and 2 * expert + 1. w_ptr is a descriptor with TMA.
+    """
+    WIDTH: tl.constexpr = BLOCK_SIZE_N // 2
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(num_rows, BLOCK_SIZE_M), tl.cdiv(N, WIDTH), GROUP_SIZE_M)
+    if pid_m * BLOCK_SIZE_M >= tl.load(num_tokens_post_padded_ptr):
+        return
+    expert = tl.load(expert_ids_ptr + pid_m).to(tl.int64)
+    if expert < 0:  # another rank's expert: sorted_gemm reads no such block
+        return
+    pair, row_mask = row_block(sorted_token_ids_ptr, pid_m, num_pairs, BLOCK_SIZE_M)
+    offs_n = pid_n * WIDTH + tl.arange(0, WIDTH)
+    offs_k = tl.arange(0, BLOCK_SIZE_K)
+    wide = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
+    gate = tl.zeros((BLOCK_SIZE_M, WIDTH), dtype=wide)
+    up = tl.zeros((BLOCK_SIZE_M, WIDTH), dtype=wide)
+    if TMA:
+        a_ptrs = a_ptr + (pair // TOP_K)[:, None] * K + offs_k[None, :]
+        gate_row = (2 * expert * N).to(tl.int32) + pid_n * WIDTH
+        gate, up = tma_gated_dot_loop(
+            a_ptrs, w_ptr, gate_row, gate_row + N, gate, up, K, row_mask, BLOCK_SIZE_K, EVEN_K
+        )
+    else:
+        a_ptrs, w_ptrs = operand_ptrs(a_ptr, w_ptr, pair // TOP_K, 2 * expert, offs_n, offs_k, N, K)
+        up_offset = tl.cast(N, tl.int64) * K
+        gate, up = gated_dot_loop(a_ptrs, w_ptrs, up_offset, gate, up, K, row_mask, BLOCK_SIZE_K, EVEN_K)
+    gate = times_weight(add_bias(gate, bias_ptr, 2 * expert, offs_n, offs_n < N, N), topk_weights_ptr, pair, row_mask)
+    up = times_weight(add_bias(up, bias_ptr, 2 * expert + 1, offs_n, offs_n < N, N), topk_weights_ptr, pair, row_mask)
+    rows = pid_m.to(tl.int64) * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M)
+    store_rows(c_ptr, rows, row_mask, offs_n, N, gated_activation(gate, up, ACTIVATION))
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_rows"])
+def _activated_gemm_kernel(
+    a_ptr,
+    w_ptr,
+    c_ptr,
+    bias_ptr,
+    topk_weights_ptr,
+    sorted_token_ids_ptr,
+    expert_ids_ptr,
+    num_tokens_post_padded_ptr,
+    N,
+    K,
+    num_pairs,
+    num_rows,
+    ACTIVATION: tl.constexpr,
+    TMA: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_SIZE_M: tl.constexpr,
+    BLOCK_SIZE_N: tl.constexpr,
+    BLOCK_SIZE_K: tl.constexpr,
+    GROUP_SIZE_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """One (BLOCK_SIZE_M, BLOCK_SIZE_N) tile of c (rows, N) for a layer without a gate. w_ptr is a descriptor with TMA."""
+    pid_m, pid_n = grouped_tile(
+        tl.program_id(0), tl.cdiv(num_rows, BLOCK_SIZE_M), tl.cdiv(N, BLOCK_SIZE_N), GROUP_SIZE_M
+    )
+    if pid_m * BLOCK_SIZE_M >= tl.load(num_tokens_post_padded_ptr):
+        return
+    expert = tl.load(expert_ids_ptr + pid_m).to(tl.int64)
+    if expert < 0:  # another rank's expert: sorted_gemm reads no such block
+        return
+    pair, row_mask = row_block(sorted_token_ids_ptr, pid_m, num_pairs, BLOCK_SIZE_M)
+    offs_n = pid_n * BLOCK_SIZE_N + tl.arange(0, BLOCK_SIZE_N)
+    offs_k = tl.arange(0, BLOCK_SIZE_K)
+    wide = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
+    acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), dtype=wide)
+    if TMA:
+        a_ptrs = a_ptr + (pair // TOP_K)[:, None] * K + offs_k[None, :]
+        w_row = (expert * N).to(tl.int32) + pid_n * BLOCK_SIZE_N
+        acc = tma_dot_loop(a_ptrs, w_ptr, w_row, acc, K, row_mask, BLOCK_SIZE_K, EVEN_K)
+    else:
+        a_ptrs, w_ptrs = operand_ptrs(a_ptr, w_ptr, pair // TOP_K, expert, offs_n, offs_k, N, K)
+        acc = dot_loop(a_ptrs, w_ptrs, acc, K, row_mask, 0, 1, BLOCK_SIZE_K, EVEN_K)
+    acc = times_weight(add_bias(acc, bias_ptr, expert, offs_n, offs_n < N, N), topk_weights_ptr, pair, row_mask)
+    rows = pid_m.to(tl.int64) * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M)
+    store_rows(c_ptr, rows, row_mask, offs_n, N, plain_activation(acc, ACTIVATION))
+
+
+_launch_gated = Launcher(_gated_gemm_kernel)
+_launch_activated = Launcher(_activated_gemm_kernel)
+
+
+def gated_gemm(
+    a: Tensor,
+    w13: Tensor,
+    alignment: Alignment,
+    config: KernelConfig,
+    *,
+    num_pairs: int,
+    top_k: int,
+    activation: str = "silu",
+    gated: bool = True,
+    bias: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+    tma: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """c[r] = activation(gate) * up of pair p = sorted_token_ids[r]: gate, up = (a[p // top_k] @ w13[expert].T) in halves.
+
+    a: (num_pairs / top_k, K). w13: (E, 2N, K), gate rows and then up rows, or (E, N, K) with gated=False, which applies
+    the activation alone; dtypes as in `grouped_gemm`. activation: as in `activation`.
+    config: BLOCK_SIZE_N counts the weight rows that a program multiplies, half of them gate and half up, at least 32
+    (16 with gated=False): accumulators and shared memory are then those of `grouped_gemm`, and c's tile half as wide.
+    bias: (E, 2N) or (E, N). topk_weights: num_pairs float32 values, for a layer that weighs its input. Both come before
+    the activation, in float32 (float64 for float64), and nothing is rounded before c is.
+    tma: read w13 through its kept descriptor, with what `grouped_gemm_tma` asks for.
+    Returns c (rows, N), rows = checks.rows_in_use(alignment, num_pairs). Written are the rows of pairs of this rank's
+    experts: neither padding, nor blocks of expert -1, nor blocks that are not in use. Deterministic.
+    Raises what grouped_gemm does, and UnknownNameError.
+    """
+    key = gemm_signature(a, w13, alignment, config, bias, topk_weights, out)
+    N, K = checked(
+        ("gated_gemm", num_pairs, top_k, activation, gated, tma, key),
+        lambda: _check(a, w13, alignment, config, num_pairs, top_k, activation, gated, bias, topk_weights, tma, out),
+    )
+    num_rows = checks.rows_in_use(alignment, num_pairs)
+    if out is None:
+        out = a.new_empty((num_rows, N))
+    if num_pairs == 0:
+        return out
+    (_launch_gated if gated else _launch_activated)(
+        (config, top_k, N, K, a.dtype, activation, tma, bias is None, topk_weights is None),
+        (checks.tiles_of(config, num_rows, w13.shape[1]), 1),
+        (
+            a, None if tma else w13, out, bias, topk_weights,
+            alignment.sorted_token_ids, alignment.expert_ids, alignment.num_tokens_post_padded,
+        ),
+        (N, K, num_pairs, num_rows),
+        lambda: checks.gemm_constants(config, K, ACTIVATION=activation, TMA=tma, TOP_K=top_k),
+        ((1, weight_descriptor(w13, _box(config, gated))),) if tma else (),
+    )  # fmt: skip
+    return out
+
+
+def _box(config: KernelConfig, gated: bool) -> tuple[int, int]:
+    return config.BLOCK_SIZE_N // 2 if gated else config.BLOCK_SIZE_N, config.BLOCK_SIZE_K
+
+
+def _check(
+    a: Tensor,
+    w13: Tensor,
+    alignment: Alignment,
+    config: KernelConfig,
+    num_pairs: int,
+    top_k: int,
+    activation: str,
+    gated: bool,
+    bias: Tensor | None,
+    topk_weights: Tensor | None,
+    tma: bool,
+    out: Tensor | None,
+) -> tuple[int, int]:
+    """(N, K) of operands that fit together; raises what gated_gemm names."""
+    check_activation(activation, gated)
+    rows, K = checks.check_gemm(a, w13, alignment, config, num_pairs, top_k, bias, topk_weights)
+    checks.check_one_split("gated_gemm", config)
+    if gated and rows % 2:
+        raise ShapeError(
+            f"w13 has {rows} rows an expert. Expected an even number, gate rows and then up rows. Pass gated=False for none."
+        )
+    if gated and config.BLOCK_SIZE_N < 2 * MIN_DOT_BLOCK:
+        raise ConfigError(
+            f"gated_gemm got BLOCK_SIZE_N = {config.BLOCK_SIZE_N}. Expected at least {2 * MIN_DOT_BLOCK}: half of it is gate "
+            f"rows and half up rows, and a tl.dot takes no side under {MIN_DOT_BLOCK}. Raise it."
+        )
+    if tma:
+        check_tma("w13", w13, _box(config, gated))
+        check_tma_config(config, w13.dtype)
+    N = rows // 2 if gated else rows
+    checks.check_out(out, a, (checks.rows_in_use(alignment, num_pairs), N))
+    return N, K

@@ -1,0 +1,164 @@
+"""`moelab export`, `moelab doctor`, and `moelab explain` under each loader's rules."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_doctor import plant_upstreams_mistake
+
+from moelab import cli, config_files, runtime
+
+ROOT = Path(__file__).resolve().parent.parent
+QWEN = ("explain", "--model", "qwen3-30b-a3b", "--batch-size", "20", "--device", "NVIDIA H200")
+FILE = "E=128,N=768,device_name=NVIDIA_H200.json"
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    """run(*arguments) -> (exit status, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        status = cli.main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+# --- doctor -------------------------------------------------------------------------------------------------
+
+
+def test_doctor_on_upstreams_mistake(run, tmp_path: Path) -> None:
+    _, planted = plant_upstreams_mistake(tmp_path)
+    status, out, err = run("doctor", tmp_path)
+    assert (status, err) == (1, "")
+    assert "error: wrong_folder, 33 files" in out and "33 errors, 0 warnings" in out
+    assert all(str(path.relative_to(tmp_path)) in out for path in planted)
+    status, out, _ = run("doctor", tmp_path, "--json")
+    rows = json.loads(out)["findings"]
+    assert status == 1
+    assert {row["file"] for row in rows if row["severity"] == "error"} == {
+        str(p.relative_to(tmp_path)) for p in planted
+    }
+
+
+def test_doctor_on_our_own_configs(run) -> None:
+    status, out, err = run("doctor", runtime.config_dir())
+    assert (status, err) == (0, "")
+    assert len(out.splitlines()) == 3 and "0 errors, 0 warnings" in out  # which folder, an empty line, the counts
+    answer = json.loads(run("doctor", runtime.config_dir(), "--json")[1])
+    assert (answer["errors"], answer["warnings"]) == (0, 0)
+    with_notes = run("doctor", runtime.config_dir(), "--notes")[1]
+    assert with_notes.count("  why     ") == answer["notes"]
+
+
+def test_doctor_warns_without_failing(run, tmp_path: Path) -> None:
+    source = runtime.config_dir() / "triton_3_6_0" / FILE
+    (tmp_path / FILE).write_text(source.read_text().rstrip("\n"))
+    status, out, _ = run("doctor", tmp_path, "--rules", "vllm")
+    assert status == 0 and "warning: no_newline, 1 file\n" in out and "remedy  Add" in out
+
+
+@pytest.mark.parametrize("arguments", [("no/such",), (".", "--rules", "tgi"), ("{empty}",)])
+def test_doctor_used_badly(run, arguments: tuple, tmp_path: Path) -> None:
+    status, out, err = run("doctor", *(argument.format(empty=tmp_path) for argument in arguments))
+    assert (status, out) == (2, "") and err
+
+
+# --- export -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rules", "below"), [("moelab", "triton_3_6_0"), ("sglang", "configs/triton_3_6_0"), ("vllm", ".")]
+)
+def test_export_then_doctor_then_explain(run, rules: str, below: str, tmp_path: Path) -> None:
+    status, out, err = run("export", runtime.config_dir(), "--rules", rules, "--out", tmp_path, "--json")
+    assert (status, err) == (0, "")
+    rows = json.loads(out)
+    assert {Path(row["wrote"]) for row in rows} >= {tmp_path / below / FILE}
+    assert {row["batch sizes"] for row in rows} == {8} and {row["found by"] for row in rows} == {rules}
+    assert run("doctor", tmp_path)[0] == 0
+    status, out, _ = run(*QWEN, "--triton-version", "3.6.0", "--rules", rules, "--config-dir", tmp_path, "--json")
+    answer = json.loads(out)
+    assert status == 0 and Path(answer["path"]) == tmp_path / below / FILE and answer["key"] == 16
+    text = run(*QWEN, "--triton-version", "3.7.1", "--rules", rules, "--config-dir", tmp_path, "--down")[1]
+    assert ("another Triton version" in text) == (rules != "vllm")
+
+
+def test_export_asks_before_it_replaces(run, tmp_path: Path) -> None:
+    source = runtime.config_dir() / "triton_3_6_0" / FILE
+    arguments = ("export", source, "--rules", "vllm", "--out", tmp_path)
+    assert run(*arguments)[0] == 0
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "") and "--overwrite" in err
+    assert run(*arguments, "--overwrite")[0] == 0
+
+
+def test_export_needs_a_triton_version(run, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text((runtime.config_dir() / "triton_3_6_0" / FILE).read_text())
+    arguments = ("export", tmp_path / FILE, "--rules", "sglang", "--out", tmp_path / "out")
+    status, _, err = run(*arguments)
+    assert status == 2 and "--triton-version" in err
+    for wrong in ("3.6", "new"):
+        assert run(*arguments, "--triton-version", wrong)[0] == 2
+    assert run(*arguments, "--triton-version", "3.7.1")[0] == 0
+    assert (tmp_path / "out" / "configs" / "triton_3_7_1" / FILE).exists()
+
+
+def test_export_of_two_versions_into_one_flat_folder_is_refused(run, tmp_path: Path) -> None:
+    [source, *_] = config_files.sources(runtime.config_dir())
+    for version in ("3.5.1", "3.6.0"):
+        config_files.export(source.configs, source.name, rules="moelab", out=tmp_path, triton_version=version)
+    status, _, err = run("export", tmp_path, "--rules", "vllm", "--out", tmp_path / "flat")
+    assert status == 2 and "exists already" in err
+    assert "wrote" in err and str(tmp_path / "flat") in err.splitlines()[0]  # what was done is not kept quiet
+
+
+def test_export_of_a_folder_leaves_out_what_the_loader_has_no_name_for(run, tmp_path: Path) -> None:
+    [source, *_] = config_files.sources(runtime.config_dir())
+    for more in ({}, {"down": True}, {"kernel": "split_k_workspace"}):
+        name = dataclasses.replace(source.name, **more)
+        config_files.export(source.configs, name, rules="moelab", out=tmp_path, triton_version="3.6.0")
+    status, out, err = run("export", tmp_path, "--rules", "vllm", "--out", tmp_path / "flat", "--json")
+    assert status == 0 and len(json.loads(out)) == 1
+    assert "_down.json: vllm has no file of its own for down" in err and "kernel=split_k_workspace.json: vllm" in err
+    (down,) = tmp_path.rglob("*_down.json")
+    status, _, err = run("export", down, "--rules", "vllm", "--out", tmp_path / "flat")
+    assert status == 2 and "no file of its own" in err
+    for path in tmp_path.glob(f"triton_3_6_0/{source.origin.name}"):
+        path.unlink()
+    status, _, err = run("export", tmp_path, "--rules", "vllm", "--out", tmp_path / "flat")
+    assert status == 2 and "Nothing of" in err
+
+
+# --- explain ------------------------------------------------------------------------------------------------
+
+
+def test_explain_under_sglang_names_what_it_would_stumble_over(run) -> None:
+    arguments = (*QWEN, "--triton-version", "3.7.1", "--rules", "sglang", "--config-dir", runtime.config_dir())
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "") and "folder above configs/" in err
+    assert run(*arguments[:-1], runtime.config_dir().parent)[0] == 0
+
+
+def test_explain_under_vllm_shows_its_own_default(run, tmp_path: Path) -> None:
+    arguments = (*QWEN, "--triton-version", "3.6.0", "--rules", "vllm", "--config-dir", tmp_path, "--json")
+    answer = json.loads(run(*arguments)[1])
+    assert answer["is_default"] and answer["config"]["num_stages"] == 4 and answer["config"]["BLOCK_SIZE_K"] == 128
+
+
+def test_the_new_commands_load_nothing_heavy() -> None:
+    script = "import sys; from moelab.cli import main; main(['doctor', 'configs']);print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0 and "0 errors" in done.stdout
+    assert not {"torch", "triton", "plotly", "pandas", "numpy"} & set(done.stderr.split())
+
+
+def test_help_names_the_commands(run) -> None:
+    out = run("--help")[1]
+    assert all(f"  {name} " in out for name in ("export", "doctor"))
+    assert "SOURCE" in run("export", "--help")[1] and "DIR" in run("doctor", "--help")[1]
