@@ -94,7 +94,7 @@ def roof(recording: Recording, measured: Ceilings, datasheet: Ceilings) -> Panel
     figure = by_shape("Every implementation on the roof", f"{recording.source()}; each line runs from batch "
                       f"{min(r['num_tokens'] for r in rows)} (left) to {max(r['num_tokens'] for r in rows)}; hollow: past its "
                       "error bound<br>solid grey: the recorded copy bandwidth and product; dotted: the datasheet’s",
-                      shapes, 330)  # fmt: skip
+                      shapes, 260)  # fmt: skip
     points = [row["flops"] / row["bytes"] for row in rows]
     low, high = min(points) / 2, max(points) * 3
     for index in range(len(shapes)):
@@ -152,7 +152,7 @@ def over_floor(recording: Recording, at: Ceilings) -> Panel:
     rows = timed(recording)
     shapes = names_of(rows, "shape")
     figure = by_shape("Time over floor, every implementation", f"{recording.source()}, 95 % intervals, each with its own tiles, "
-                      "alignment included; hollow: past its error bound", shapes, 330)  # fmt: skip
+                      "alignment included; hollow: past its error bound", shapes, 260)  # fmt: skip
 
     def ratio(row: Row) -> tuple[float, float, float]:
         time, floor = timing(row), _over_floor(row, at)
@@ -204,7 +204,7 @@ def eager_over_graph(recording: Recording) -> Panel:
     rows = [row for row in timed(recording) if "eager_samples_us" in row]
     shapes = names_of(rows, "shape")
     figure = by_shape("What a CUDA graph saves", f"{recording.source()}; medians, calls back to back; 1: the host is hidden "
-                      "behind the GPU", shapes, 290)  # fmt: skip
+                      "behind the GPU", shapes, 240)  # fmt: skip
 
     def ratio(row: Row) -> tuple[float, float, float]:
         graph, eager = timing(row), timing({"samples_us": row["eager_samples_us"]})
