@@ -94,7 +94,7 @@ def roof(recording: Recording, measured: Ceilings, datasheet: Ceilings) -> Panel
     figure = by_shape("Every implementation on the roof", f"{recording.source()}; each line runs from batch "
                       f"{min(r['num_tokens'] for r in rows)} (left) to {max(r['num_tokens'] for r in rows)}; hollow: past its "
                       "error bound<br>solid grey: the recorded copy bandwidth and product; dotted: the datasheet’s",
-                      shapes, 260)  # fmt: skip
+                      shapes, 310)  # fmt: skip
     points = [row["flops"] / row["bytes"] for row in rows]
     low, high = min(points) / 2, max(points) * 3
     for index in range(len(shapes)):

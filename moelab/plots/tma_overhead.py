@@ -215,7 +215,7 @@ def gains(reported: Mapping[str, Any], peers: Mapping[str, Any]) -> Panel:
         table.append({"metric": row["metric"], "unit": row["unit"], "before": float(row["before"]),
                       "after": float(row["after"]), "change": _percent(change), "better by, %": better})  # fmt: skip
     figure = grid("What the two savings gave end to end, as reported", f"reported in {reported['source']}, not measured here:"
-                  "<br>Qwen3-VL-30B-A3B, TP4, 256 image prompts, concurrency 32", height=400)  # fmt: skip
+                  f"<br>{reported['what'].partition(':')[0]}", height=400)  # fmt: skip
     figure.add_bar(y=[row["metric"] for row in table], x=[row["better by, %"] for row in table], orientation="h",
                    marker={"color": [GREEN if row["better by, %"] > 0 else VERMILLION for row in table]}, showlegend=False,
                    text=[f" {row['before']:,g} → {row['after']:,g} {row['unit']} ({row['change']})" for row in table],
