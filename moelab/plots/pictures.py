@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 
 from moelab import recordings, roofline, runtime
 from moelab.errors import MoelabError, RecordingError, RuntimeModeError
-from moelab.plots import accuracy, layer, sum_reduce
+from moelab.plots import accuracy, host_time, layer, sum_reduce
 from moelab.plots.panel import Panel, Row, columns_of
 from moelab.plots.roofline import recorded_ceilings
 from moelab.plots.style import number
@@ -43,6 +43,9 @@ def panels() -> dict[str, Panel]:
         datasheet = roofline.load_ceilings(_device(ceilings), "datasheet")
         made["roofline"] = layer.roof(found["layer_classic"], recorded_ceilings(ceilings), datasheet)
         made["layer"] = layer.time_over_floor(found["layer_classic"], peers["rows"], at, peers["source"])
+    if "tma_overhead" in found and "layer_baseline" in found:
+        own, shape = _upstream("h200_sglang_host"), "qwen3-30b-a3b/tp1"
+        made["host_time"] = host_time.timeline(found["tma_overhead"], found["layer_baseline"], shape, own)
     if "sum_reduce" in found and ceilings:
         peers = _upstream("h200_sum_reduce")
         copy = recorded_ceilings(ceilings).copy_bytes_per_s
@@ -57,12 +60,14 @@ def panels() -> dict[str, Panel]:
 HEADINGS = {
     "roofline": "The classic layer on the roof",
     "layer": "The classic layer over its floor, beside sglang’s",
+    "host_time": "Who waits for whom without a CUDA graph",
     "sum_reduce": "Sum-reduce, five ways",
     "accuracy": "Which of them is right",
 }
 ALT = {
     "roofline": "FLOP per byte against TFLOP/s reached, four MoE layers under the roof of an H200",
     "layer": "time over floor by batch size, four MoE layers, three configs, beside sglang",
+    "host_time": "host and GPU over time, drawn to scale, for layers of one token launched eagerly",
     "sum_reduce": "microseconds by number of tokens, five implementations and the floor",
     "accuracy": "error over tolerance for five implementations in four dtypes, by two rules",
 }

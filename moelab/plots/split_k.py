@@ -184,7 +184,7 @@ def error_and_spread(recording: Recording) -> Panel:
     runs = max(row["runs"] for row in rows)
     figure = grid("What Split-K costs in error and in repeatability", f"{recording.source()}, {runs} runs a cell; bound: twice "
                   "torch’s own error against float64; left and right: the worst cell", titles=[
-                      "largest error / bound", f"cells with {runs} equal runs", "largest spread / bound"])  # fmt: skip
+                      "largest error / bound", f"cells with {runs} equal runs", "largest spread / bound"], gap=0.12)  # fmt: skip
     table: list[dict[str, Any]] = []
     for kind in ("classic", *KINDS):
         for split in sorted({row["split_k"] for row in rows if row["variant"] == kind}):

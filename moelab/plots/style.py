@@ -1,6 +1,8 @@
 """How every figure looks: one colour, marker and dash per implementation, units on every axis, light and dark pages.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; marker and dash say the same a second time.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart, and shades of them where a family of
+implementations shares one (blue: classic, brown: Split-K, green: gated, red: gated with TMA); marker and dash say the
+same a second time.
 Backgrounds are transparent and text is mid-grey (contrast over 4 on white and on JupyterLab's dark #111), so that one
 figure serves both themes.
 """
@@ -48,6 +50,14 @@ LOOKS: Mapping[str, Look] = {
     "triton_f32": Look(ORANGE, "x", "dashdot"),
     "triton": Look(BLUE, "diamond", "solid"),
     "cuda": Look(GREEN, "triangle-up", "solid"),
+    "split_k_atomic": Look("#C58A00", "cross", "dash"),
+    "split_k_workspace": Look(BRONZE, "triangle-down", "dot"),
+    "tma": Look("#63ADF2", "diamond-wide", "longdash"),
+    "gated": Look("#00916A", "pentagon", "solid"),
+    "gated_atomic": Look("#5CC9B4", "hexagon", "dash"),
+    "gated_atomic_out": Look("#A3A82D", "bowtie", "dashdot"),
+    "gated_tma": Look("#C8402A", "hourglass", "solid"),
+    "gated_tma_atomic": Look("#F08C6A", "star-diamond", "dash"),
     "sglang": Look(SKY, "star", "dot"),
     "floor": Look(GREY, "line-ew", "dot"),
 }

@@ -1,0 +1,124 @@
+"""Which implementation is fastest where: a map of shape by batch, ties called ties."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from moelab.plots.layer_baseline import CLEARLY, cells_of, names_of, sound, timed
+from moelab.plots.panel import Panel, Row, timing
+from moelab.plots.style import grid, look
+from moelab.recordings import Recording
+
+CLASSIC = "triton"
+
+
+def winners(recording: Recording) -> list[dict[str, Any]]:
+    """One row per cell: the fastest implementation within its error bound, and who ties with it (overlapping intervals)."""
+    from moelab.measure import tie
+
+    found = []
+    for (shape, batch), cell in cells_of(timed(recording)).items():
+        times = {impl: timing(row) for impl, row in sound(cell).items()}
+        if not times:
+            continue
+        first = min(times, key=lambda impl: times[impl].median_us)
+        tied = [impl for impl in times if impl != first and tie(times[first], times[impl])]
+        classic = times.get(CLASSIC)
+        past = [
+            impl
+            for impl, row in cell.items()
+            if not row["within_bound"] and timing(row).median_us < times[first].median_us
+        ]
+        found.append({
+            "shape": shape, "batch": batch, "fastest": first, "tied with it": ", ".join(tied), "µs": times[first].median_us,
+            "95 % low": times[first].interval_us[0], "95 % high": times[first].interval_us[1],
+            "classic, µs": classic.median_us if classic else None,
+            "over classic": times[first].median_us / classic.median_us if classic else None,
+            "faster, past its bound": ", ".join(past),
+        })  # fmt: skip
+    return found
+
+
+def fastest(recording: Recording) -> Panel:
+    """Map of shape by batch: the fastest implementation's name and its time over the classic layer's; ties in grey."""
+    table = winners(recording)
+    shapes, batches = names_of(table, "shape"), sorted(names_of(table, "batch"))
+    figure = grid("Which implementation is fastest where", f"{recording.source()}; the number: its time over that of "
+                  f"{CLASSIC}, the classic layer<br>grey: a tie, the 95 % intervals overlap, the shorter median first; "
+                  "within the error bound only", height=190 + 84 * len(shapes))  # fmt: skip
+    for impl in [*names_of([row for row in table if not row["tied with it"]], "fastest"), None]:
+        z = [[1 if any(_belongs(row, shape, b, impl) for row in table) else None for b in batches] for shape in shapes]
+        color = look(impl).color if impl else "#8c8c8c"
+        figure.add_heatmap(x=[str(b) for b in batches], y=shapes, z=z, xgap=3, ygap=3, showscale=False, hoverinfo="skip",
+                           colorscale=[[0, _tint(color)], [1, _tint(color)]])  # fmt: skip
+    figure.add_scatter(
+        x=[str(row["batch"]) for row in table], y=[row["shape"] for row in table], mode="text", text=[_label(r) for r in table],
+        textfont={"size": 11, "color": "#1c1c1c"}, hovertemplate="%{y}, batch %{x}: %{text}<extra></extra>", showlegend=False,
+    )  # fmt: skip
+    figure.update_xaxes(title="batch, tokens", type="category", showgrid=False)
+    figure.update_yaxes(title="shape", autorange="reversed", showgrid=False, automargin=True)
+    return Panel(figure, table, _said_of_winners(table))
+
+
+def _belongs(row: Row, shape: str, batch: int, impl: str | None) -> bool:
+    tied = bool(row["tied with it"])
+    return (row["shape"], row["batch"]) == (shape, batch) and (
+        tied if impl is None else row["fastest"] == impl and not tied
+    )
+
+
+def _tint(color: str, share: float = 0.55) -> str:
+    """The colour mixed with white, so that dark text reads on it."""
+    parts = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(255 - (255 - part) * share):02x}" for part in parts)
+
+
+def _label(row: Row) -> str:
+    """The winner and its ratio; in a tie a second name, or how many more."""
+    tied = row["tied with it"].split(", ") if row["tied with it"] else []
+    more = "" if not tied else f"<br>= {_broken(tied[0])}" if len(tied) == 1 else f"<br>= {len(tied)} others"
+    ratio = f"<br>{row['over classic']:.2f}" if row["over classic"] is not None else ""
+    return f"<b>{_broken(row['fastest'])}</b>{more}{ratio}"
+
+
+def _broken(name: str, length: int = 13) -> str:
+    """A long name on two lines, broken after its underscore nearest to the middle."""
+    if len(name) <= length or "_" not in name:
+        return name
+    at = min((i for i, letter in enumerate(name) if letter == "_"), key=lambda i: abs(i - len(name) / 2))
+    return name[: at + 1] + "<br>" + name[at + 1 :]
+
+
+def _said_of_winners(table: Sequence[Row]) -> str:
+    clear = [row for row in table if not row["tied with it"]]
+    wins = Counter(row["fastest"] for row in clear)
+    said = ", ".join(f"{impl} {count}" for impl, count in wins.most_common()) or "none"
+    head = f"**Of {len(table)} cells {len(clear)} have one fastest implementation: {said}; {len(table) - len(clear)} are ties.**"
+    gains = [row for row in clear if row["over classic"] is not None and row["fastest"] != CLASSIC]
+    best = min(gains, key=lambda row: row["over classic"], default=None)
+    gain = (
+        f" The largest gain over the classic layer is {best['over classic']:.2f} times its time ({best['fastest']}, "
+        f"{best['shape']}, batch {best['batch']}); {sum(row['over classic'] <= 1 - CLEARLY for row in gains)} of {len(gains)} "
+        f"gains are {100 * CLEARLY:g} % or more."
+        if best
+        else " Nothing gains over the classic layer."
+    )
+    batches = sorted({row["batch"] for row in table})
+    by_batch = "; ".join(f"{b}: {_most(table, b)}" for b in batches)
+    past = sum(bool(row["faster, past its bound"]) for row in table)
+    return (
+        f"{head}{gain} By batch, fastest or tied in most shapes: {by_batch}. The winner of many candidates is flattered where "
+        f"the gain is small. In {past} cells something faster is left out, its error past the bound."
+    )
+
+
+def _most(table: Sequence[Row], batch: int) -> str:
+    """Who is fastest, or ties with the fastest, in the most shapes at a batch size."""
+    at_top: Counter[str] = Counter()
+    for row in table:
+        if row["batch"] == batch:
+            at_top.update([row["fastest"], *filter(None, row["tied with it"].split(", "))])
+    most = max(at_top.values())
+    return " and ".join(impl for impl, count in at_top.items() if count == most)

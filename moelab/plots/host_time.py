@@ -1,0 +1,273 @@
+"""The host's time of a whole layer in eager mode beside the GPU's: to scale, by implementation, and by batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moelab.plots.panel import Panel, timing
+from moelab.plots.style import (
+    BLUE,
+    BRONZE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    VERMILLION,
+    Look,
+    error_bars,
+    grid,
+    log_axis,
+    look,
+)
+from moelab.plots.tma_overhead import PLAIN, times
+from moelab.recordings import Recording
+
+STEPS = {
+    "align": ("step", "align", PURPLE),
+    "GEMM1": ("launch", PLAIN, BLUE),
+    "activation": ("step", "activation", ORANGE),
+    "GEMM2": ("launch", PLAIN, VERMILLION),
+    "sum-reduce": ("step", "sum_reduce", BRONZE),
+}
+"""Steps of the classic layer in order: what was timed for each (GEMM2 is GEMM1's kernel), and its colour."""
+
+REST, WHOLE = "fused_moe’s own", "a whole layer"
+SGLANG = "sglang’s launcher"
+GRAPH, WALL = "GPU in a graph, µs", "eager wall, µs"
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One layer after another: what the host does for one (name, microseconds, colour), and the GPU's microseconds."""
+
+    name: str
+    parts: tuple[tuple[str, float, str], ...]
+    gpu_us: float
+
+    @property
+    def host_us(self) -> float:
+        """Host time of a layer."""
+        return math.fsum(us for _, us, _ in self.parts)
+
+    @property
+    def period_us(self) -> float:
+        """From one layer to the next: the slower of the two sets the pace."""
+        return max(self.host_us, self.gpu_us)
+
+    @property
+    def waits_us(self) -> float:
+        """How long the GPU waits for the host, each layer."""
+        return max(0.0, self.host_us - self.gpu_us)
+
+
+def gpu_us(baseline: Recording, shape: str, impl: str, num_tokens: int) -> float | None:
+    """Median of a layer in a CUDA graph, where that was recorded."""
+    found = [row for row in baseline.select(shape=shape, impl=impl, num_tokens=num_tokens) if "samples_us" in row]
+    return timing(found[0]).median_us if found else None
+
+
+def lanes(recording: Recording, baseline: Recording, shape: str, peers: Mapping[str, Any]) -> list[Lane]:
+    """The classic layer, the pipeline with the least host time, sglang's; each with its GPU time of one token of `shape`.
+
+    A pipeline past its error bound, or one without a GPU time, is no candidate.
+    """
+    layers, found = times(recording, "layer"), []
+    sound = {row["name"] for row in recording.select(kind="layer") if row["within_bound"]}
+    gpu = {name: us for name in layers if name in sound and (us := gpu_us(baseline, shape, name, 1)) is not None}
+    least = min(gpu, key=lambda name: layers[name].median_us)
+    for name in dict.fromkeys(("triton", least)):
+        parts = _steps(recording) if name == "triton" else ()
+        rest = layers[name].median_us - math.fsum(us for _, us, _ in parts)
+        whole = (REST, rest, GREY) if parts else (WHOLE, rest, look(name).color)
+        found.append(Lane(name, (*parts, whole) if rest > 0 else parts, gpu[name]))
+    peer = next(row for row in peers["rows"] if row["kind"] == "layer")
+    found.append(Lane(SGLANG, ((WHOLE, float(peer["us"]), look("sglang").color),), float(peer["gpu_us"])))
+    return found
+
+
+def _steps(recording: Recording) -> tuple[tuple[str, float, str], ...]:
+    by_kind = {kind: times(recording, kind) for kind in ("launch", "step")}
+    return tuple((name, by_kind[kind][row].median_us, color) for name, (kind, row, color) in STEPS.items())
+
+
+def timeline(recording: Recording, baseline: Recording, shape: str, peers: Mapping[str, Any]) -> Panel:
+    """Layers of one token one after another, host above GPU, drawn to scale."""
+    drawn = lanes(recording, baseline, shape, peers)
+    figure = grid("Who waits for whom: layers of one token, launched eagerly", f"host: {recording.source()}; GPU: the recording "
+                  f"layer_baseline, {shape}, in a CUDA graph, drawn in one piece a layer<br>{SGLANG}: {peers['source']}",
+                  height=200 + 95 * len(drawn))  # fmt: skip
+    window = max(lane.period_us for lane in drawn)
+    named: set[str] = set()
+    for lane in drawn:
+        starts = [i * lane.period_us for i in range(max(1, math.floor(window / lane.period_us + 1e-9)))]
+        host, gpu = (
+            f"{lane.name}: host",
+            "GPU" + "\u200b" * drawn.index(lane),
+        )  # a category of its own, the same to read
+        at = 0.0
+        for name, us, color in lane.parts:
+            _blocks(figure, host, [s + at for s in starts], us, name, color, named)
+            at += us
+        _blocks(figure, gpu, starts, lane.gpu_us, "GPU busy", GREEN, named)
+        _blocks(figure, gpu, [s + lane.gpu_us for s in starts], lane.waits_us, "GPU waits", "", named)
+        end = starts[-1] + lane.period_us
+        said = (f" {lane.host_us:.0f} µs a layer", f" busy {lane.gpu_us:.0f}, waits {lane.waits_us:.0f} µs")
+        figure.add_scatter(x=[end, end], y=[host, gpu], mode="text", text=said, textposition="middle right",
+                           showlegend=False, hoverinfo="skip")  # fmt: skip
+    figure.update_layout(barmode="overlay", bargap=0.15, legend={"orientation": "h", "y": -0.2, "traceorder": "normal"})
+    figure.update_xaxes(title="µs, from the host’s start with a first layer", range=[0, 1.24 * window])
+    figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
+    return Panel(figure, _timeline_table(drawn), _said_of_timeline(drawn, baseline))
+
+
+def _blocks(figure: Any, lane: str, starts: list[float], us: float, name: str, color: str, named: set[str]) -> None:
+    if us <= 0:
+        return
+    marker: dict[str, Any] = {"color": color, "line": {"width": 0.8, "color": "#f7f7f7"}}
+    if not color:
+        marker = {"color": "rgba(128, 128, 128, 0.12)", "line": {"width": 0.8, "color": GREY},
+                  "pattern": {"shape": "/", "fgcolor": GREY, "size": 6, "solidity": 0.15}}  # fmt: skip
+    figure.add_bar(y=[lane] * len(starts), x=[us] * len(starts), base=starts, orientation="h", name=name, marker=marker,
+                   legendgroup=name, showlegend=name not in named and name != WHOLE,
+                   hovertemplate=f"{name}: {us:.1f} µs<extra></extra>")  # fmt: skip
+    named.add(name)
+
+
+def _timeline_table(drawn: list[Lane]) -> list[dict[str, Any]]:
+    return [
+        {"one layer of one token": lane.name, "host, µs": lane.host_us}
+        | {name: us for name, us, _ in lane.parts if len(lane.parts) > 1}
+        | {"GPU, µs": lane.gpu_us, "GPU waits, µs": lane.waits_us, "share of the time": lane.waits_us / lane.period_us}
+        for lane in drawn
+    ]  # fmt: skip
+
+
+def _said_of_timeline(drawn: list[Lane], baseline: Recording) -> str:
+    classic, peer = drawn[0], drawn[-1]
+    parts = {name: us for name, us, _ in classic.parts}
+    launched = math.fsum(us for name, us in parts.items() if name != REST)
+    shapes = {row["shape"] for row in baseline.rows}
+    gpu = [us for shape in shapes if (us := gpu_us(baseline, shape, "triton", 1)) is not None]
+    shares = [max(0.0, 1 - us / classic.host_us) for us in (max(gpu), min(gpu))]
+    own = f"{parts[REST]:.1f}" if REST in parts else "none that can be told from noise"
+    return (
+        f"**{_waiting(classic)}** Of the host’s time {launched:.1f} µs are the five steps and {own} the rest: fused_moe’s "
+        f"dispatch and its checks. Over the recorded shapes the GPU needs {min(gpu):.0f} to {max(gpu):.0f} µs for one token, and "
+        f"waits for {shares[0]:.0%} to {shares[1]:.0%} of the time; the host’s part hardly depends on sizes. {_waiting(peer)} "
+        "In a CUDA graph the host drops out."
+    )
+
+
+def _waiting(lane: Lane) -> str:
+    if not lane.waits_us:
+        return f"With {lane.name} the GPU never waits: {lane.gpu_us:.0f} µs a layer, the host {lane.host_us:.0f}."
+    return (
+        f"With {lane.name} the GPU waits {lane.waits_us:.0f} µs of every {lane.host_us:.0f} "
+        f"({lane.waits_us / lane.period_us:.0%}): a layer of one token is {lane.gpu_us:.0f} µs of work."
+    )
+
+
+def layers(recording: Recording, baseline: Recording, shape: str) -> Panel:
+    """Every pipeline's layer of one token: the host's time, the GPU's in a graph, and the wall's in eager mode."""
+    found = sorted(recording.select(kind="layer"), key=lambda row: timing(row).median_us)
+    figure = grid("A layer of one token, by implementation", f"host: {recording.source()}, medians, {recording.protocol['shape']}"
+                  f"<br>GPU and eager wall time: {baseline.source()}, {shape}", height=190 + 34 * len(found))  # fmt: skip
+    table: list[dict[str, Any]] = []
+    for row in found:
+        host, (low, high) = timing(row), timing(row).interval_us
+        other = next(
+            (r for r in baseline.select(shape=shape, num_tokens=1, impl=row["name"]) if "samples_us" in r), None
+        )
+        wall = timing({"samples_us": other["eager_samples_us"]}).median_us if other else None
+        table.append({
+            "implementation": row["name"], "host, µs": host.median_us, "95 % low": low, "95 % high": high,
+            "99th percentile": host.quantile_us(0.99), GRAPH: timing(other).median_us if other else None,
+            WALL: wall, "error / bound": _over(row), "within its bound": row["within_bound"],
+        })  # fmt: skip
+    names = [row["implementation"] + ("" if row["within its bound"] else " (past its bound)") for row in table]
+    pale = {"color": "#f7f7f7", "line": {"width": 1.2, "color": GREY}}
+    figure.add_bar(y=names, x=[row["host, µs"] for row in table], orientation="h", name="host", width=0.62, showlegend=False,
+                   marker={"color": [look(row["implementation"]).color for row in table]},
+                   hovertemplate="%{y}: host %{x:.1f} µs<extra></extra>")  # fmt: skip
+    figure.add_bar(
+        y=names, x=[row[GRAPH] for row in table], orientation="h", name="GPU, in a CUDA graph", width=0.2, marker=pale
+    )
+    figure.add_scatter(y=names, x=[row[WALL] for row in table], mode="markers", name="wall, eagerly",
+                       marker={"symbol": "diamond", "size": 10, **pale})  # fmt: skip
+    ends = [max(row["host, µs"], row[WALL] or 0.0, row[GRAPH] or 0.0) for row in table]
+    figure.add_scatter(y=names, x=ends, mode="text", text=[f"   {row['host, µs']:.1f} µs" for row in table], showlegend=False,
+                       textposition="middle right", hoverinfo="skip")  # fmt: skip
+    figure.update_layout(barmode="overlay", legend={"orientation": "h", "y": -70 / (90 + 34 * len(found))})
+    figure.update_xaxes(title="µs a layer; coloured bars: host", range=[0, 1.12 * max(ends)])
+    figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
+    return Panel(figure, table, _said_of_layers(table))
+
+
+def _over(row: Mapping[str, Any]) -> float | None:
+    return row["max_abs_error"] / row["bound"] if row["max_abs_error"] is not None else None
+
+
+def _said_of_layers(table: list[dict[str, Any]]) -> str:
+    sound = [row for row in table if row["within its bound"]] or table
+    least, most = sound[0], sound[-1]
+    waits = [row for row in sound if row[GRAPH] is not None and row[GRAPH] < row["95 % low"]]
+    timed = sum(row[GRAPH] is not None for row in sound)
+    past = [row["implementation"] for row in table if not row["within its bound"]]
+    return (
+        f"**The least host time is {least['implementation']}’s, {least['host, µs']:.1f} µs a layer; the most is "
+        f"{most['implementation']}’s, {most['host, µs']:.1f} µs.** In {len(waits)} of {timed} implementations with both times "
+        "the GPU is done before the host is: there the host sets the pace in eager mode."
+        + (f" Past its error bound, and so not counted: {', '.join(past)}." if past else "")
+    )
+
+
+def by_batch(recording: Recording, baseline: Recording, impl: str = "triton") -> Panel:
+    """GPU time in a graph and wall time in eager mode by batch, a plot per shape, beside the host's time of a layer."""
+    host = times(recording, "layer")[impl]
+    rows = [row for row in baseline.select(impl=impl) if "samples_us" in row]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    figure = grid(f"From which batch on the host does not matter: {impl}", f"{baseline.source()}, 95 % intervals; dotted: host "
+                  f"time of a layer of {recording.protocol['num_tokens']} token, {host.median_us:.0f} µs", titles=shapes,
+                  rows=1 if len(shapes) <= 2 else 2, shared_y=True, height=620 if len(shapes) > 2 else 400)  # fmt: skip
+    cols = math.ceil(len(shapes) / (1 if len(shapes) <= 2 else 2))
+    table: list[dict[str, Any]] = []
+    styles = {"GPU, in a CUDA graph": Look(BLUE, "diamond", "solid"), "wall, eagerly": Look(ORANGE, "square", "dash")}
+    for index, shape in enumerate(shapes):
+        place = {"row": index // cols + 1, "col": index % cols + 1}
+        mine = sorted((row for row in rows if row["shape"] == shape), key=lambda row: row["num_tokens"])
+        batches = [row["num_tokens"] for row in mine]
+        found = {"GPU, in a CUDA graph": [timing(row) for row in mine],
+                 "wall, eagerly": [timing({"samples_us": row["eager_samples_us"]}) for row in mine]}  # fmt: skip
+        for name, series in found.items():
+            ys, ends = [m.median_us for m in series], [m.interval_us for m in series]
+            bars = error_bars(ys, [low for low, _ in ends], [high for _, high in ends])
+            figure.add_scatter(x=batches, y=ys, error_y=bars, name=name, mode="lines+markers", line=styles[name].line(),
+                               marker=styles[name].marker(), legendgroup=name, showlegend=index == 0, **place)  # fmt: skip
+        figure.update_xaxes(**log_axis(batches), **place)
+        table += [
+            {"shape": shape, "batch": b, "GPU, µs": g.median_us, WALL: w.median_us, "eager / GPU": w.median_us / g.median_us}
+            for b, g, w in zip(batches, *found.values(), strict=True)
+        ]  # fmt: skip
+    figure.update_yaxes(matches="y")
+    figure.add_hline(host.median_us, line={"color": GREY, "dash": "dot"})
+    figure.update_xaxes(title="batch, tokens", row=1 if len(shapes) <= 2 else 2)
+    figure.update_yaxes(type="log", tickvals=[10, 20, 50, 100, 200, 500, 1000, 2000, 5000])
+    figure.update_yaxes(title="µs a layer", col=1)
+    return Panel(figure, table, _said_of_batches(table, shapes, host.median_us))
+
+
+def _said_of_batches(table: list[dict[str, Any]], shapes: list[str], host: float) -> str:
+    first = min(row["batch"] for row in table)
+    small = [row["eager / GPU"] for row in table if row["batch"] == first]
+    turns = []
+    for shape in shapes:
+        over = [row["batch"] for row in table if row["shape"] == shape and row["GPU, µs"] >= host]
+        turns.append(f"{shape} from {min(over)}" if over else f"{shape} at none")
+    return (
+        f"**At batch {first} eager mode takes {min(small):.1f} to {max(small):.1f} times as long as a CUDA graph.** Of the "
+        f"recorded batches the GPU’s time is longer than the host’s {host:.0f} µs: {'; '.join(turns)}. From there on the host is "
+        "ahead, and its time is hidden."
+    )
