@@ -56,7 +56,7 @@ from moelab.kernels.split_k_atomic import split_k_atomic_f32
 from moelab.kernels.split_k_workspace import new_workspace, split_k_workspace
 from moelab.kernels.sum_reduce import sum_reduce
 from moelab.measure import measure, median_interval
-from moelab.tuner import journal, landscape, space, strategies
+from moelab.tuner import evaluators, export, journal, landscape, space, strategies
 from moelab.tuner.problem import Problem
 
 DEVICE = runtime.current().device
@@ -541,6 +541,13 @@ TUNER = [
     Row("a tuner's target", lambda _: a_problem(target="sm_9"), UnknownNameError, ("sm_9", "sm_90")),
     Row("a grid's axes", lambda _: space.grid("sm_90", axes={"BLOCK_M": (16,)}), ConfigError, ("BLOCK_M", "num_warps")),
     Row("a strategy", lambda _: strategies.plan("gird", None), UnknownNameError, ("'gird'", "Did you mean grid")),
+    Row(
+        "an evaluator",
+        lambda _: evaluators.load_evaluator("repaly"),
+        UnknownNameError,
+        ("repaly", "Did you mean replay"),
+    ),
+    Row("a format", lambda f: export.export(None, f, "t5"), UnknownNameError, ("'t5'", "kernel_tuner")),
     Row("no journal", lambda f: journal.read(f / "run.jsonl"), JournalError, ("run.jsonl", "No such file")),
     Row("a journal in use", lambda f: two_tuners(f / "run.jsonl"), JournalError, ("Another tuner", "run.jsonl")),
     Row("a journal there already", lambda f: a_journal(a_journal(f / "run.jsonl")), JournalError, ("already",)),

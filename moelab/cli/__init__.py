@@ -1,4 +1,4 @@
-"""The command line: `moelab shape | explain | bench | record | models`. Thin: each command calls a room and prints.
+"""The command line: `moelab shape | explain | tune | bench | record | models`. Thin: each command calls a room and prints.
 
 Exit status: 0 done, 1 a problem was found, 2 bad use or something that cannot run here, 130 interrupted. Results go
 to stdout, everything else to stderr. Heavy rooms (torch, triton) are imported by the commands that need them, so that
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moelab.cli import printing
+from moelab.cli import printing, tune_command
 from moelab.errors import DeviceError, MoelabError, RuntimeModeError
 
 if TYPE_CHECKING:
@@ -177,6 +177,9 @@ def explain(
         printing.print_lookup(answer, problems)
     if problems:
         raise typer.Exit(1)
+
+
+app.command()(tune_command.tune)
 
 
 @app.command()

@@ -61,11 +61,9 @@ class Board:
         keep = (own == np.arange(len(own))) & ~self.broken[gemm]
         return np.flatnonzero(keep[:count]).tolist()
 
-    def add(self, results: Iterable[Result | None]) -> None:
-        """Take in what came back; None stands for a request that was skipped."""
+    def add(self, results: Iterable[Result]) -> None:
+        """Take in what came back."""
         for result in results:
-            if result is None:
-                continue
             request = result.request
             for contender, outcome in zip(request.contenders, result.outcomes, strict=True):
                 if outcome.failure is not None:
@@ -82,6 +80,10 @@ class Board:
                     samples = self._samples.setdefault((gemm, row, i), [])
                     samples.extend(outcome.samples_us)
                     self._median[gemm][row, i] = statistics.median(samples)
+
+    def put(self, gemm: Gemm, num_tokens: int, times_us: Floats) -> None:
+        """Set every config's median at once, infinite where there is none: what a landscape knows."""
+        self._median[gemm][self.row[num_tokens]] = times_us
 
     def times(self, gemm: Gemm, num_tokens: int) -> Floats:
         """(configs,) medians in microseconds, infinite where nothing was measured."""

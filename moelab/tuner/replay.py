@@ -132,7 +132,7 @@ class ReplayEvaluator:
         """See `Evaluator`. "source" says what is replayed."""
         landscape = self.table.landscape
         return {
-            "kind": "replay", "measured": False, "landscape": str(landscape.path or landscape.name),
+            "kind": "replay", "measured": False, "landscape": str(landscape.path.resolve() if landscape.path else landscape.name),
             "source": landscape.source(), "seed": self.seed, "compile_processes": self.compile_processes,
             "protocol": landscape.evaluator.get("protocol"),
         }  # fmt: skip

@@ -53,7 +53,9 @@ class BatchResult:
 
 
 def decide(num_tokens: int, incumbents: Sequence[tuple[str, Pair]], result: Result | None) -> BatchResult:
-    """The winner of a layers' final. The fastest median wins, unless the incumbent ties with it: then that stays.
+    """The winner of a layers' final. Contenders come best first by the sum of their GEMMs' medians; the first that ran
+    wins, unless one is faster than it beyond their interval: then the fastest of those. The incumbent stays if it ties
+    with the winner.
 
     The incumbent is "current", the config file's, where there is one and it ran, else "default".
     """
@@ -63,7 +65,9 @@ def decide(num_tokens: int, incumbents: Sequence[tuple[str, Pair]], result: Resu
     sound = {pair: o.samples_us for pair, o in outcomes.items() if o.samples_us}
     if not sound:
         return BatchResult(num_tokens, error=_first_failure(result.outcomes))
-    best = min(sound, key=lambda pair: statistics.median(sound[pair]))
+    first = next(iter(sound))
+    faster = [pair for pair in sound if _gain("", sound[first], sound[pair]).low > 1]
+    best = min(faster or [first], key=lambda pair: statistics.median(sound[pair]))
     known = [(label, pair) for label, pair in incumbents if pair in sound]
     kept = next((label for label, pair in known if pair == best), None)
     for label, pair in sorted(known, key=lambda item: item[0] != "current")[:1]:

@@ -1,8 +1,8 @@
 """What every strategy is made of: the steps it asks for, its settings, and the finals that all of them share.
 
-A strategy is a generator: it yields a `Step` of requests, is sent their results in the order of the requests (None for
-one that was skipped because the budget ran out), and leaves what it learned on the board. It draws its random numbers
-from the problem's seed and sees no clock, so that the same answers always lead to the same questions.
+A strategy is a generator: it yields a `Step` of requests, and goes on once all of them are answered and on the board (but
+for those skipped because the budget ran out); it is sent the results, None for one that was skipped. It draws its random
+numbers from the problem's seed and sees no clock, so that the same answers always lead to the same questions.
 """
 
 from __future__ import annotations
@@ -79,12 +79,6 @@ class Search:
         """A generator of random numbers of its own for each purpose."""
         return np.random.default_rng([self.problem.seed, *purpose])
 
-    def ask(self, step: Step) -> Generator[Step, Answers, Answers]:
-        """Yield a step and put its results on the board: `answers = yield from search.ask(step)`."""
-        answers = yield step
-        self.board.add(answers)
-        return answers
-
     def requests(
         self,
         gemm: Gemm,
@@ -109,7 +103,7 @@ class Search:
         requests = [
             request for gemm in GEMMS for request in self.requests(gemm, first, range(len(self.board.configs[gemm])), 0)
         ]
-        yield from self.ask(Step("compile", tuple(requests)))
+        yield (Step("compile", tuple(requests)))
 
 
 def samples_of(requests: Iterable[Request]) -> int:
@@ -130,11 +124,11 @@ def finals(search: Search) -> Finals:
         if configs
     )
     later = len(batch_sizes) * (settings.pairs + len(problem.incumbents)) * settings.layer
-    answers = yield from search.ask(Step("finalists", requests, needed=True, later=later))
+    answers = yield (Step("finalists", requests, needed=True, later=later))
     fresh = _medians(answers)
     layers = {b: _layer_request(search, b, fresh) for b in batch_sizes}
     asked = [request for request in layers.values() if request is not None]
-    answers = yield from search.ask(Step("layers", tuple(asked), needed=True))
+    answers = yield (Step("layers", tuple(asked), needed=True))
     by_batch = {result.request.num_tokens: result for result in answers if result is not None}
     return {b: by_batch.get(b) for b in batch_sizes}
 

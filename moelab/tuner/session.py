@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,9 @@ from moelab.tuner.results import BatchResult, TuneResult, decide, provisional
 from moelab.tuner.search import Search, Settings, Step, samples_of, settings_json
 from moelab.tuner.space import build_space
 from moelab.tuner.strategies import plan
+
+PROGRESS_EVERY_S = 0.05
+"""Shortest time between two reports of progress within a phase: each looks through the whole board."""
 
 SEARCH_SHARE = 0.8
 """Share of a budget after which nothing is begun that can be left out: the rest is for the finals."""
@@ -60,6 +64,7 @@ class _Pace:
     later: int = 0
     began_s: float = 0.0
     fresh: int = 0
+    reported_s: float | None = None
     timeline: dict[str, float] = field(default_factory=dict)
 
 
@@ -68,7 +73,8 @@ class TuneSession:
 
     problem: what is tuned. evaluator: who measures. strategy: a name of STRATEGIES. run: path of the journal, None for
     none. budget_s: seconds on the evaluator's clock, of which the search takes SEARCH_SHARE; the finals are always run.
-    on_progress: called with a `Progress` after every result, in the run's thread.
+    on_progress: called with a `Progress` in the run's thread: after the first and the last result of a phase, and in between
+    after a result at most every PROGRESS_EVERY_S.
     Raises UnknownNameError for an unknown strategy, JournalError if the journal is there already or in use.
     """
 
@@ -77,7 +83,7 @@ class TuneSession:
         problem: Problem,
         evaluator: Evaluator,
         *,
-        strategy: str = "grid",
+        strategy: str = "race",
         settings: Settings | None = None,
         run: str | Path | None = None,
         budget_s: float | None = None,
@@ -225,6 +231,7 @@ class TuneSession:
     def _answer(self, step: Step) -> list[Result | None]:
         keys = [request.key() for request in step.requests]
         missing = {key: r for key, r in zip(keys, step.requests, strict=True) if key not in self._known}
+        self.board.add(self._known[key] for key in keys if key in self._known)
         self._enter(step, missing)
         if missing and not self._spent(step):
             with contextlib.closing(self.evaluator.run(list(missing.values()))) as results:
@@ -238,6 +245,7 @@ class TuneSession:
         pace, total = self._pace, samples_of(step.requests)
         pace.phase, pace.total, pace.later = step.phase, total, step.later
         pace.done, pace.fresh, pace.began_s = total - samples_of(missing.values()), 0, self.evaluator.clock_s()
+        pace.reported_s = None
         if missing and step.phase not in pace.timeline:
             pace.timeline[step.phase] = pace.began_s
             if self._journal is not None:
@@ -254,12 +262,19 @@ class TuneSession:
         if self._journal is not None:
             self._journal.append(result)
         self._known[result.request.key()] = result
+        self.board.add([result])
         count = samples_of([result.request])
         self._pace.done += count
         self._pace.fresh += count
-        if self._on_progress is not None:
-            self._on_progress(self.progress())
+        self._report()
         self._hold()
+
+    def _report(self) -> None:
+        pace, now = self._pace, time.monotonic()
+        edge = pace.reported_s is None or pace.done >= pace.total
+        if self._on_progress is not None and (edge or now - (pace.reported_s or 0.0) > PROGRESS_EVERY_S):
+            pace.reported_s = now
+            self._on_progress(self.progress())
 
     def _hold(self) -> None:
         if not self._go.is_set():

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from moelab.errors import UnknownNameError, nearest_names
+from moelab.tuner.forest import forest
 from moelab.tuner.problem import GEMMS
+from moelab.tuner.race import race
 from moelab.tuner.search import Finals, Plan, Search, Step, finals
 
 
@@ -18,7 +20,7 @@ def grid(search: Search) -> Plan:
         for gemm in GEMMS
         for request in search.requests(gemm, b, search.board.candidates(gemm, b), search.settings.long)
     ]
-    yield from search.ask(Step("grid", tuple(requests)))
+    yield (Step("grid", tuple(requests)))
 
 
 def random(search: Search) -> Plan:
@@ -31,10 +33,10 @@ def random(search: Search) -> Plan:
             row = search.board.representative[gemm][search.board.row[b]]
             programs = sorted({int(row[i]) for i in chosen})
             requests += search.requests(gemm, b, programs, search.settings.long)
-    yield from search.ask(Step("random", tuple(requests)))
+    yield (Step("random", tuple(requests)))
 
 
-STRATEGIES: Mapping[str, Callable[[Search], Plan]] = {"grid": grid, "random": random}
+STRATEGIES: Mapping[str, Callable[[Search], Plan]] = {"race": race, "forest": forest, "grid": grid, "random": random}
 """Strategies by name. Each fills the board; `plan` ends all of them with the same finals."""
 
 
