@@ -73,6 +73,19 @@ def test_a_torn_last_line_is_ignored_then_cut_off(tmp_path: Path, cut: int) -> N
     assert [r.request.num_tokens for r in read(path).results.values()] == [1, 3]
 
 
+def test_a_torn_line_leaves_nothing_behind_a_shorter_one(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    journal = Journal.create(path, HEADER)
+    journal.append(result(1))
+    journal.close()
+    path.write_bytes(path.read_bytes()[:-1])
+    journal = Journal.resume(path)
+    journal.note("phase", name="screen")
+    journal.close()
+    assert [note["kind"] for note in read(path).notes] == ["phase"] and not read(path).results
+    assert path.read_bytes().endswith(b"}\n") and read(path).whole_bytes == path.stat().st_size
+
+
 def test_a_torn_header_counts_as_no_run(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     path.write_text('{"kind":"hea')

@@ -189,14 +189,22 @@ def test_a_finished_run_is_read_back_without_measuring(tmp_path: Path) -> None:
 
 
 def test_a_budget_ends_the_search_but_not_the_finals(tmp_path: Path) -> None:
-    free = session(strategy="grid").run()
+    free = session(strategy="grid", settings=CHUNKS).run()
+    spent = dict(free.timeline)
+    budget = (spent["compile"] + spent["grid"] / 2) / 0.8  # four fifths of it reach half-way into the grid
     path = tmp_path / "run.jsonl"
-    result = session(path, strategy="grid", budget_s=0.5 * free.spent_s).run()
-    assert result.complete and result.spent_s < free.spent_s
-    assert {"finalists", "layers"} <= {name for name, _ in result.timeline}
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[: len(lines) // 2]))  # as if killed half-way: the same budget still holds
-    assert TuneSession.resume(path, evaluator).run().rows() == result.rows()
+    result = session(path, strategy="grid", budget_s=budget, settings=CHUNKS).run()
+    assert result.complete and dict(result.timeline)["grid"] == pytest.approx(spent["grid"] / 2, rel=0.1)
+    assert {"finalists", "layers"} <= set(dict(result.timeline))
+    asked, lines = set(rows(path)), path.read_text().splitlines(keepends=True)
+    for share in (
+        0.3,
+        0.6,
+        0.9,
+    ):  # as if killed in the compiling, in the grid, in the finals: the same budget still holds
+        path.write_text("".join(lines[: round(share * len(lines))]))
+        assert TuneSession.resume(path, evaluator).run().rows() == result.rows()
+        assert set(rows(path)) == asked
 
 
 # --- kill -9 -----------------------------------------------------------------------------------------------------------
@@ -241,7 +249,7 @@ def test_kill_9_at_20_random_moments(tmp_path: Path) -> None:
 
 
 @hypothesis.given(st.sampled_from(["race", "grid", "random"]), st.floats(0, 1))
-@hypothesis.settings(max_examples=20)
+@hypothesis.settings(max_examples=12)
 def test_a_run_cut_anywhere_and_resumed_is_the_undisturbed_run(
     tmp_path_factory: pytest.TempPathFactory, strategy: str, share: float
 ) -> None:

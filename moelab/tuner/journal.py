@@ -30,6 +30,10 @@ FSYNC_EVERY_S = 1.0
 """Longest time that a line may exist only in the machine's memory: what a power cut can cost. A killed process loses
 nothing that was appended."""
 
+LOCK_PATIENCE_S = 0.5
+"""How long to ask for the lock: a process that a tuner was starting when it was killed shares its files until it runs its
+own program, some milliseconds later."""
+
 _HEADER_KEYS = ("provenance", "problem", "strategy", "space", "evaluator")
 
 
@@ -171,15 +175,24 @@ def _open_locked(path: Path, flags: int) -> int:
         handle = os.open(path, flags | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise _missing(path, error) from error
+    patience = time.monotonic() + LOCK_PATIENCE_S
+    while not _locked(handle):
+        if time.monotonic() > patience:
+            os.close(handle)
+            raise JournalError(
+                f"Another tuner is writing to {path}. Expected to be the only one. Choose another file with --out, or wait "
+                "until that run ends, then take it up with --resume."
+            )
+        time.sleep(0.02)
+    return handle
+
+
+def _locked(handle: int) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(handle)
-        raise JournalError(
-            f"Another tuner is writing to {path}. Expected to be the only one. Choose another file with --out, or wait "
-            "until that run ends, then take it up with --resume."
-        ) from None
-    return handle
+        return False
+    return True
 
 
 def _parse(path: Path, data: bytes) -> Content:

@@ -126,6 +126,7 @@ class TuneSession:
     ) -> TuneSession:
         """Take up the run whose journal that is: the same problem, strategy and settings; what is in it is not measured
         again. budget_s: a new budget, None for the run's own. Raises JournalError as `Journal.resume` does."""
+        origin = runtime.provenance()  # first: it starts other programs, which must not share the lock
         journal = Journal.resume(run)
         try:
             header = journal.content.header
@@ -136,7 +137,7 @@ class TuneSession:
             self._set_up(problem, evaluator, header["strategy"]["name"], settings, budget_s, on_progress)
             self._take_in(journal.content)
             self._journal = journal
-            journal.note("resumed", provenance=runtime.provenance(problem.seed), evaluator=evaluator.describe())
+            journal.note("resumed", provenance=origin | {"seed": problem.seed}, evaluator=evaluator.describe())
         except BaseException:
             journal.close()
             raise
