@@ -17,8 +17,9 @@ from moelab.errors import RuntimeModeError
 if TYPE_CHECKING:
     from moelab.tuner.evaluate import Evaluator
     from moelab.tuner.problem import Problem
+    from moelab.tuner.progress import Progress
     from moelab.tuner.results import TuneResult
-    from moelab.tuner.session import Progress, TuneSession
+    from moelab.tuner.session import TuneSession
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 

@@ -7,7 +7,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from moelab.tuner.board import Board
 from moelab.tuner.evaluate import Evaluator, Request, Result, tidy
 from moelab.tuner.journal import Content, Journal, read
 from moelab.tuner.problem import Problem
+from moelab.tuner.progress import Pace, Progress
 from moelab.tuner.results import BatchResult, TuneResult, decide, provisional
 from moelab.tuner.search import Search, Settings, Step, samples_of, settings_json
 from moelab.tuner.space import build_space
@@ -31,41 +31,8 @@ SEARCH_SHARE = 0.8
 MakeEvaluator = Callable[[Problem], Evaluator]
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands. state: "new", "running", "paused", "stopped", "finished" or "failed".
-
-    done, total: samples asked for in this phase, and how many of them are through. spent_s: the evaluator's clock; eta_s:
-    seconds still to go at the rate so far, None before there is one. best_us: batch size -> GEMM1 plus GEMM2 of the best
-    pair so far, microseconds. failures: class -> outcomes.
-    """
-
-    state: str
-    phase: str
-    done: int
-    total: int
-    spent_s: float
-    eta_s: float | None
-    best_us: Mapping[int, float]
-    failures: Mapping[str, int]
-
-
 class _Stop(Exception):
     """The run was asked to stop; it is taken up again from its journal."""
-
-
-@dataclass
-class _Pace:
-    """How far a phase is."""
-
-    phase: str = ""
-    done: int = 0
-    total: int = 0
-    later: int = 0
-    began_s: float = 0.0
-    fresh: int = 0
-    reported_s: float | None = None
-    timeline: dict[str, float] = field(default_factory=dict)
 
 
 class TuneSession:
@@ -109,7 +76,7 @@ class TuneSession:
         self._on_progress = on_progress
         self._known: dict[str, Result] = {}
         self._decided: dict[int, BatchResult] = {}
-        self._pace, self._state = _Pace(), "new"
+        self._pace, self._state = Pace(), "new"
         self._go, self._stopping = threading.Event(), False
         self._go.set()
         self._thread: threading.Thread | None = None
