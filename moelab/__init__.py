@@ -31,7 +31,7 @@ _HOMES = {
 
 _ROOMS = frozenset(
     """errors runtime architectures model_config shapes config routing inputs reference torch_layers kernels
-    pipelines fused_moe module precision measure roofline recordings config_files suites plots widgets cli""".split()  # noqa: SIM905
+    pipelines fused_moe module precision measure roofline recordings config_files suites tuner plots widgets cli""".split()  # noqa: SIM905
 )
 
 __all__ = sorted([*_HOMES, "__version__"])

@@ -73,6 +73,14 @@ class RecordingError(MoelabError, ValueError):
     """A recording that is missing, truncated, of another schema, or holds values that are no numbers."""
 
 
+class JournalError(MoelabError, OSError):
+    """A tuning run's journal that cannot be written, read, resumed, or shared by two tuners."""
+
+
+class LandscapeError(MoelabError, ValueError):
+    """A recorded tuning landscape that is missing, damaged, or holds no answer to what was asked."""
+
+
 class RuntimeModeError(MoelabError, RuntimeError):
     """What was asked cannot run here: no GPU, bf16 under Triton's interpreter, a package that is missing."""
 

@@ -6,9 +6,12 @@ CUDA graph. Kernels that do the same work faster live in moelab.kernels.align; t
 
 from __future__ import annotations
 
+import json
 import pickle
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -230,19 +233,21 @@ def make_routing(
 
 
 def load_routing(path: str | Path, num_experts: int, *, device: str | torch.device = "cpu") -> Routing:
-    """topk_ids recorded from a server: a .npy array or a .pt tensor (loaded with weights_only), (num_tokens, top_k).
+    """topk_ids recorded from a server, (num_tokens, top_k): a .npy array, a .pt tensor (loaded with weights_only), or a
+    .safetensors file of one tensor.
 
     Weights are uniform, 1 / top_k: timing does not depend on them. Raises RoutingError on a file that cannot be
     read, another rank, ids that are no integers or out of range, or the same expert twice for one token.
     """
     path = Path(path)
     try:
-        ids = torch.load(path, weights_only=True) if path.suffix == ".pt" else torch.from_numpy(np.load(path))
-    except (OSError, ValueError, EOFError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
+        ids = _READERS.get(path.suffix, _read_npy)(path)
+    except (OSError, ValueError, EOFError, RuntimeError, TypeError, LookupError, pickle.UnpicklingError) as error:
         # torch's own text would suggest weights_only=False, which runs whatever code the file holds.
         why = error if isinstance(error, OSError) else type(error).__name__
         raise RoutingError(
-            f"Cannot read a routing from {path}: {why}. Expected .npy or .pt holding (num_tokens, top_k) integer ids. "
+            f"Cannot read a routing from {path}: {why}. Expected .npy, .pt or .safetensors holding (num_tokens, top_k) "
+            "integer ids. "
             "Record topk_ids again."
         ) from error
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
@@ -254,6 +259,30 @@ def load_routing(path: str | Path, num_experts: int, *, device: str | torch.devi
     _check_top_k(num_experts, ids.shape[1])
     weights = torch.full(ids.shape, 1.0 / ids.shape[1])
     return Routing(ids.int().to(device), weights.to(device), num_experts, path.name)
+
+
+def _read_npy(path: Path) -> Tensor:
+    return torch.from_numpy(np.load(path))
+
+
+def _read_pt(path: Path) -> Any:
+    return torch.load(path, weights_only=True)
+
+
+def _read_safetensors(path: Path) -> Tensor:
+    """The only tensor of a safetensors file. Its format: the length of a JSON header (8 bytes, little-endian), the header
+    with each tensor's dtype, shape and data_offsets, then the data (the README of its project, section Format)."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    tensors = {name: about for name, about in json.loads(data[8:start]).items() if name != "__metadata__"}
+    (about,) = tensors.values()
+    low, high = about["data_offsets"]
+    kind = np.dtype(_SAFETENSORS_INTEGERS[about["dtype"]])
+    return torch.from_numpy(np.frombuffer(data[start + low : start + high], kind).reshape(about["shape"]).copy())
+
+
+_SAFETENSORS_INTEGERS = {"I16": "<i2", "I32": "<i4", "I64": "<i8", "I8": "i1", "U8": "u1"}
+_READERS: Mapping[str, Callable[[Path], Any]] = {".pt": _read_pt, ".safetensors": _read_safetensors}
 
 
 def check_ids(topk_ids: Tensor, num_experts: int) -> None:

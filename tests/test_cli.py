@@ -54,7 +54,7 @@ def test_light_commands_load_nothing_heavy(command: list[str]) -> None:
 def test_help_names_every_command(run) -> None:
     status, out, _ = run("--help")
     assert status == 0
-    assert all(f"  {name} " in out for name in ("models", "shape", "explain", "bench", "record"))
+    assert all(f"  {name} " in out for name in ("models", "shape", "explain", "tune", "bench", "record"))
 
 
 @pytest.mark.parametrize(

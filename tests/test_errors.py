@@ -35,6 +35,8 @@ from moelab.errors import (
     ConfigFileError,
     DeviceError,
     DtypeError,
+    JournalError,
+    LandscapeError,
     LayoutError,
     MoelabError,
     PrecisionError,
@@ -62,6 +64,8 @@ from moelab.kernels.split_k_workspace import new_workspace, split_k_workspace
 from moelab.kernels.sum_reduce import sum_reduce
 from moelab.measure import measure, measure_eager, measure_host, median_interval
 from moelab.suites import bench
+from moelab.tuner import evaluators, export, journal, landscape, space, strategies
+from moelab.tuner.problem import Problem
 
 DEVICE = runtime.current().device
 SHAPE = shapes.MoEShape("tiny", num_experts=4, top_k=2, hidden_size=32, moe_intermediate_size=16, dtype="float32")
@@ -746,6 +750,38 @@ NAMES = [
     ),
 ]
 
+TUNER = [
+    Row("no batch sizes", lambda _: a_problem(batch_sizes=()), ShapeError, ("batch size", "at least 1")),
+    Row("a batch of nothing", lambda _: a_problem(batch_sizes=(4, 0)), ShapeError, ("batch size 0",)),
+    Row("a tuner's target", lambda _: a_problem(target="sm_9"), UnknownNameError, ("sm_9", "sm_90")),
+    Row("a grid's axes", lambda _: space.grid("sm_90", axes={"BLOCK_M": (16,)}), ConfigError, ("BLOCK_M", "num_warps")),
+    Row("a strategy", lambda _: strategies.plan("gird", None), UnknownNameError, ("'gird'", "Did you mean grid")),
+    Row(
+        "an evaluator",
+        lambda _: evaluators.load_evaluator("repaly"),
+        UnknownNameError,
+        ("repaly", "Did you mean replay"),
+    ),
+    Row("a format", lambda f: export.export(None, f, "t5"), UnknownNameError, ("'t5'", "kernel_tuner")),
+    Row("no journal", lambda f: journal.read(f / "run.jsonl"), JournalError, ("run.jsonl", "No such file")),
+    Row("a journal in use", lambda f: two_tuners(f / "run.jsonl"), JournalError, ("Another tuner", "run.jsonl")),
+    Row("a journal there already", lambda f: a_journal(a_journal(f / "run.jsonl")), JournalError, ("already",)),
+    Row(
+        "an empty journal",
+        lambda f: journal.Journal.resume(a_file(f / "run.jsonl", b"")),
+        JournalError,
+        ("holds no run",),
+    ),
+    Row(
+        "another file's header", lambda f: journal.read(a_file(f / "a", b'{"kind":"x"}\n')), JournalError, ("schema 1",)
+    ),
+    Row("a damaged journal", lambda f: journal.read(a_file(f / "a", b"nonsense\n{}\n")), JournalError, ("Line 1",)),
+    Row("a closed journal", lambda f: closed_journal(f / "a").note("phase"), JournalError, ("is closed",)),
+    Row("no landscape", lambda f: landscape.load(f / "a.parquet"), LandscapeError, ("a.parquet", "none yet")),
+    Row("no Parquet", lambda f: landscape.load(a_file(f / "a.parquet", b"PAR1")), LandscapeError, ("a.parquet",)),
+    Row("a replay, frozen", lambda f: landscape.freeze(a_journal(f / "a")), LandscapeError, ("not a measurement",)),
+]
+
 WITHOUT_GPU = [
     Row(
         "bf16 under the interpreter", lambda _: moe_in(torch.bfloat16), RuntimeModeError, ("bfloat16", "float16", "GPU")
@@ -771,7 +807,33 @@ ON_GPU = [
     ),
 ]
 
-ROWS = TENSORS + TMA + SORTED + ROUTINGS + CONFIGS + FILES + NAMES
+ROWS = TENSORS + TMA + SORTED + ROUTINGS + CONFIGS + FILES + NAMES + TUNER
+
+
+def a_problem(**changes: object) -> Problem:
+    return Problem(**{"shape": SHAPE, "device": "D", "target": "sm_90", "triton_version": "3.6.0", **changes})
+
+
+def a_file(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def closed_journal(path: Path) -> journal.Journal:
+    names = ("provenance", "problem", "strategy", "space", "evaluator")
+    opened = journal.Journal.create(path, {name: {} for name in names})
+    opened.close()
+    return opened
+
+
+def a_journal(path: Path) -> Path:
+    closed_journal(path)
+    return path
+
+
+def two_tuners(path: Path) -> object:
+    _first = journal.Journal.resume(a_journal(path))
+    return journal.Journal.resume(path)
 
 
 def ids(row: list[int]) -> torch.Tensor:

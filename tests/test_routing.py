@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -130,11 +131,19 @@ def test_counts_leave_foreign_experts_out() -> None:
     assert count_experts(torch.tensor([[0, 2], [2, -1], [9, 1]]), 3).tolist() == [1, 1, 2]
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".pt"])
-def test_recorded_ids_come_back(tmp_path: Path, suffix: str) -> None:
+SAVERS = {
+    ".npy": lambda ids, path: np.save(path, ids.numpy()),
+    ".pt": torch.save,
+    ".safetensors": lambda ids, path: safetensors.torch.save_file({"topk_ids": ids}, path, {"made": "by a test"}),
+}
+
+
+@pytest.mark.parametrize("suffix", SAVERS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_recorded_ids_come_back(tmp_path: Path, suffix: str, dtype: torch.dtype) -> None:
     ids = make_routing("zipf", 10, 16, 4).topk_ids
     path = tmp_path / f"ids{suffix}"
-    torch.save(ids, path) if suffix == ".pt" else np.save(path, ids.numpy())
+    SAVERS[suffix](ids.to(dtype), path)
     routing = load_routing(path, 16)
     assert torch.equal(routing.topk_ids, ids) and routing.name == path.name
 
@@ -154,12 +163,22 @@ def test_recorded_ids_that_nobody_can_use(tmp_path: Path, content: np.ndarray, w
         load_routing(tmp_path / "ids.npy", 16)
 
 
-def test_a_truncated_routing_file(tmp_path: Path) -> None:
-    np.save(tmp_path / "ids.npy", np.zeros((100, 2), np.int32))
-    whole = (tmp_path / "ids.npy").read_bytes()
-    (tmp_path / "ids.npy").write_bytes(whole[: len(whole) // 2])
+@pytest.mark.parametrize("suffix", SAVERS)
+@pytest.mark.parametrize("share", [0, 0.02, 0.5])
+def test_a_truncated_routing_file(tmp_path: Path, suffix: str, share: float) -> None:
+    path = tmp_path / f"ids{suffix}"
+    SAVERS[suffix](torch.zeros((100, 2), dtype=torch.int32), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: round(share * len(whole))])
     with pytest.raises(RoutingError, match="Record topk_ids again"):
-        load_routing(tmp_path / "ids.npy", 16)
+        load_routing(path, 16)
+
+
+def test_a_file_of_several_tensors_is_refused(tmp_path: Path) -> None:
+    ids = torch.zeros((4, 1), dtype=torch.int32)
+    safetensors.torch.save_file({"layer.0": ids, "layer.1": ids + 1}, tmp_path / "ids.safetensors")
+    with pytest.raises(RoutingError, match="Record topk_ids again"):
+        load_routing(tmp_path / "ids.safetensors", 16)
 
 
 def test_unknown_routing_offers_the_nearest() -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moelab.cli import config_commands, printing
+from moelab.cli import config_commands, printing, tune_command
 from moelab.errors import DeviceError, MoelabError, RuntimeModeError
 
 if TYPE_CHECKING:
@@ -183,6 +183,7 @@ def explain(
 
 
 config_commands.register(app)
+app.command()(tune_command.tune)
 
 
 @app.command()

@@ -1,0 +1,279 @@
+"""`moelab tune`: a thin shell around `moelab.tuner.session.TuneSession`, with the flag names of sglang's tuner."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moelab.cli import printing
+from moelab.errors import RuntimeModeError
+
+if TYPE_CHECKING:
+    from moelab.tuner.evaluate import Evaluator
+    from moelab.tuner.problem import Problem
+    from moelab.tuner.progress import Progress
+    from moelab.tuner.results import TuneResult
+    from moelab.tuner.session import TuneSession
+
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def _seconds(text: str | None) -> float | None:
+    """ "5m", "90s", "1.5h" or seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip()) if text else None
+    if text and (match is None or float(match[1]) == 0):
+        raise typer.BadParameter(f"{text!r} is no time. Expected a number with s, m or h, such as 5m.")
+    return float(match[1]) * _UNITS[match[2]] if match else None
+
+
+def tune(
+    model: Annotated[str | None, typer.Option("--model", help="A preset, a Hugging Face id, or a config.json.")] = None,
+    tp_size: Annotated[int, typer.Option("--tp-size", "--tp", min=1, help="Ranks that share the layer.")] = 1,
+    ep_size: Annotated[int, typer.Option("--ep-size", "--ep", min=1, help="Of them, how many divide the experts.")] = 1,
+    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16, float32; auto: the model's.")] = "auto",
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option("--batch-size", "--batch-sizes", min=1, help="Tokens; repeat. Default: sglang's 18 sizes."),
+    ] = None,
+    disable_shared_experts_fusion: Annotated[
+        bool, typer.Option("--disable-shared-experts-fusion", help="Leave shared experts out, as sglang's switch does.")
+    ] = False,
+    down: Annotated[bool, typer.Option("--down/--no-down", help="A config file of its own for GEMM2.")] = True,
+    strategy: Annotated[str, typer.Option("--strategy", help="race, forest, grid or random.")] = "race",
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="As 5m: after most of it, only the finals are run.")
+    ] = None,
+    routing: Annotated[str, typer.Option("--routing", help="uniform, zipf, dirichlet, or a file of ids.")] = "uniform",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of inputs, routings and the search.")] = 0,
+    replay: Annotated[
+        str | None, typer.Option("--replay", help="Tune against a recorded landscape: its name or path. No GPU.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="The journal of a run to take up again.")] = None,
+    ray: Annotated[str | None, typer.Option("--ray", help="Address of a Ray cluster whose GPUs to use.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of journal and config files; default: tuned, none in replay.")
+    ] = None,
+    freeze: Annotated[
+        Path | None, typer.Option("--freeze", help="Freeze every measurement into this Parquet file, for replay.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    _tune: Annotated[bool, typer.Option("--tune", hidden=True, help="Taken for sglang's sake; does nothing.")] = False,
+) -> None:
+    """Find the fastest kernel configs of a layer, on a GPU or by replay, and write the files that sglang and vLLM load."""
+    budget_s = _seconds(budget)
+    if resume is None and replay is None and model is None:
+        raise typer.BadParameter("pass --model M; or --replay LANDSCAPE, or --resume RUN, which name their own.")
+    if freeze is not None and replay is not None:
+        raise typer.BadParameter("--freeze keeps measurements, and a replay makes none. Expected one of the two.")
+    shown = _Bar()
+    run: Path | None
+    if resume is not None:
+        session, run = _resumed(resume, ray, budget_s, shown), resume
+        out = out or (resume.parent.parent if resume.parent.name == "runs" else resume.parent)
+    else:
+        asked = {
+            "model": model, "tp_size": tp_size, "ep_size": ep_size, "dtype": None if dtype == "auto" else dtype,
+            "disable_shared_experts_fusion": disable_shared_experts_fusion, "batch_sizes": batch_size,
+            "routing": routing, "seed": seed, "separate_down": down,
+        }  # fmt: skip
+        out = out or (None if replay else Path("tuned"))
+        session, run = _new(asked, replay, ray, strategy, budget_s, out, shown)
+    try:
+        result = session.run()
+    except KeyboardInterrupt:
+        shown.line(f"stopped; {_how_to_resume(run)}")
+        raise
+    if freeze is not None and run is not None:
+        from moelab.tuner import landscape
+
+        shown.line(f"froze {landscape.freeze(run, freeze)}")
+    _report(result, run, result.write(out) if out and result.to_configs()["up"] else [], as_json)
+    if result.errors:
+        raise typer.Exit(1)
+
+
+def _how_to_resume(run: Path | None) -> str:
+    return f"go on with: moelab tune --resume {run}" if run else "it had no journal, because it had no --out"
+
+
+def _new(
+    asked: Mapping[str, Any],
+    replay: str | None,
+    ray: str | None,
+    strategy: str,
+    budget_s: float | None,
+    out: Path | None,
+    shown: _Bar,
+) -> tuple[TuneSession, Path | None]:
+    from moelab.tuner.landscape import default_name
+    from moelab.tuner.session import TuneSession
+
+    problem, evaluator = _replayed(asked, replay, ray) if replay else _on_gpu(asked, ray)
+    run = out and out / "runs" / f"{default_name(problem)}-{strategy}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    session = TuneSession(problem, evaluator, strategy=strategy, run=run, budget_s=budget_s, on_progress=shown.progress)
+    return session, run
+
+
+def _replayed(asked: Mapping[str, Any], replay: str, ray: str | None) -> tuple[Problem, Evaluator]:
+    """The landscape's own problem, at the batch sizes asked for; a model that is named has to be the one recorded."""
+    from dataclasses import replace
+
+    from moelab.tuner.evaluators import load_evaluator
+    from moelab.tuner.landscape import load
+
+    landscape = load(replay)
+    recorded = landscape.problem
+    problem = replace(
+        recorded,
+        shape=recorded.shape if asked["model"] is None else _shape(asked),
+        batch_sizes=tuple(asked["batch_sizes"] or recorded.batch_sizes),
+        seed=asked["seed"],
+        separate_down=asked["separate_down"],
+    )
+    if ray is not None:
+        return problem, load_evaluator("ray")(problem, address=ray, landscape=landscape)
+    return problem, load_evaluator("replay")(landscape, problem, seed=problem.seed)
+
+
+def _shape(asked: Mapping[str, Any]) -> Any:
+    from moelab.shapes import load_model
+
+    names = ("model", "tp_size", "ep_size", "dtype", "disable_shared_experts_fusion")
+    return load_model(**{name: asked[name] for name in names})
+
+
+def _on_gpu(asked: Mapping[str, Any], ray: str | None) -> tuple[Problem, Evaluator]:
+    from moelab import runtime
+    from moelab.tuner.evaluators import make_gpu_evaluator
+    from moelab.tuner.problem import BATCH_SIZES, Problem, find_incumbents
+
+    shape = _shape(asked)
+    mode = runtime.current()
+    if mode.mode != "gpu":
+        raise RuntimeModeError(
+            f"Tuning measures kernels, and here {mode.reason}. Expected a GPU, or a recorded landscape. Run this on a GPU "
+            "node, or pass --replay LANDSCAPE."
+        )
+    from moelab.kernels.checks import current_target
+
+    target = current_target()
+    if target is None:
+        raise RuntimeModeError(
+            f"Nothing is known of the limits of {mode.device_name}. Expected an architecture of moelab.config.TARGETS. Add "
+            "its shared memory there."
+        )
+    version, sizes = runtime.triton_version() or "unknown", tuple(asked["batch_sizes"] or BATCH_SIZES)
+    incumbents = find_incumbents(shape, mode.device_name, version, sizes, separate_down=asked["separate_down"])
+    problem = Problem(
+        shape, mode.device_name, target.name, version, sizes, routing=_routing(asked["routing"], shape.num_experts),
+        seed=asked["seed"], separate_down=asked["separate_down"], incumbents=incumbents,
+    )  # fmt: skip
+    return problem, make_gpu_evaluator(problem, ray=ray)
+
+
+def _routing(routing: str, num_experts: int) -> str:
+    """A routing's name, or the absolute path of a file that holds one. Raises what reading it raises."""
+    from moelab.routing import ROUTINGS, load_routing, make_routing
+
+    if routing in ROUTINGS:
+        return routing
+    if not Path(routing).suffix:
+        make_routing(routing, 1, num_experts, 1)
+    load_routing(routing, num_experts)
+    return str(Path(routing).resolve())
+
+
+def _resumed(run: Path, ray: str | None, budget_s: float | None, shown: _Bar) -> TuneSession:
+    from moelab.tuner.evaluators import load_evaluator, make_gpu_evaluator
+    from moelab.tuner.landscape import load
+    from moelab.tuner.session import TuneSession, header_of
+
+    about = header_of(run)["evaluator"]
+
+    def make(problem: Problem) -> Evaluator:
+        if about.get("kind") == "replay":
+            return load_evaluator("replay")(load(Path(about["landscape"])), problem, seed=about["seed"])
+        return make_gpu_evaluator(problem, ray=ray)
+
+    return TuneSession.resume(run, make, budget_s=budget_s, on_progress=shown.progress)
+
+
+# --- what is shown ------------------------------------------------------------------------------------------------
+
+
+class _Bar:
+    """Progress on stderr: one line that is rewritten on a terminal, a line for each phase elsewhere."""
+
+    def __init__(self) -> None:
+        self._live, self._phase, self._shown = sys.stderr.isatty(), "", 0.0
+
+    def progress(self, now: Progress) -> None:
+        """Show where a run stands, at most ten times a second."""
+        if not self._live and now.phase != self._phase:
+            self.line(_status(now))
+        elif self._live and (now.phase != self._phase or time.monotonic() - self._shown > 0.1):
+            print(f"\r\x1b[2K{_status(now)}", end="", file=sys.stderr, flush=True)
+            self._shown = time.monotonic()
+        self._phase = now.phase
+
+    def line(self, text: str) -> None:
+        """A line of its own."""
+        print("\r\x1b[2K" * self._live + text, file=sys.stderr, flush=True)
+
+
+def _status(now: Progress) -> str:
+    share = now.done / now.total if now.total else 1.0
+    bar = "#" * round(20 * share) + "." * (20 - round(20 * share))
+    parts = [f"{now.phase:<10} [{bar}] {now.done}/{now.total}", f"{_minutes(now.spent_s)} spent"]
+    parts += [f"about {_minutes(now.eta_s)} to go"] if now.eta_s is not None else []
+    if now.best_us:
+        few = list(now.best_us.items())
+        few = [few[0], few[len(few) // 2], few[-1]] if len(few) > 3 else few
+        parts.append("best us " + ", ".join(f"{b}: {t:.1f}" for b, t in few))
+    if now.failures:
+        parts.append("failed " + ", ".join(f"{name} {count}" for name, count in now.failures.items()))
+    return "  ".join(parts)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _report(result: TuneResult, run: Path | None, files: list[Path], as_json: bool) -> None:
+    if as_json:
+        configs = {side: {str(b): c.to_json() for b, c in found.items()} for side, found in result.to_configs().items()}
+        printing.print_json(
+            {
+                "source": result.source, "run": str(run) if run else None, "files": [str(path) for path in files],
+                "spent_s": result.spent_s, "timeline": [list(item) for item in result.timeline],
+                "failures": dict(result.failures), "batches": result.rows(), "configs": configs,
+            }
+        )  # fmt: skip
+        return
+    print(f"{result.source}\n")
+    print(printing.table([_shown_row(row) for row in result.rows()]))
+    phases = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in result.timeline)
+    print(f"\n{_minutes(result.spent_s)} in all: {phases}")
+    for path in files:
+        print(f"wrote {path}")
+
+
+def _shown_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    shown = {
+        "tokens": row["num_tokens"], "GEMM1": row["up"], "GEMM2": row["down"],
+        "layer us": row["layer_us"] and f"{row['layer_us']:.2f} ({row['low_us']:.2f} ... {row['high_us']:.2f})",
+    }  # fmt: skip
+    for label in ("default", "current"):
+        if row[f"over_{label}"]:
+            low, high = row[f"over_{label}_low"], row[f"over_{label}_high"]
+            shown[f"over {label}"] = f"{row[f'over_{label}']:.3f} ({low:.3f} ... {high:.3f})"
+        else:
+            shown[f"over {label}"] = None
+    note = row["error"] or (f"{row['kept']} stays" if row["kept"] else "")
+    return shown | {"": note or ("provisional" if row["provisional"] else "")}

@@ -1,0 +1,296 @@
+"""Landscapes: every measurement of a tuning run, frozen into one Parquet file with where it comes from.
+
+A row is one contender of one request: stage, num_tokens, the fields of its config (of GEMM2's too, under down_*, for
+"layer"), samples_us or a class of failure, and what compiling and measuring cost. Rows without samples and failure say
+only that the config compiled. The file's metadata holds, as JSON under "moelab", the schema, the provenance and the
+problem. `load` reads it back for replay and for plots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moelab import recordings
+from moelab.config import KernelConfig
+from moelab.errors import LandscapeError, MoelabError, RuntimeModeError, nearest_names
+from moelab.tuner import journal
+from moelab.tuner.evaluate import FAILURES, Contender, Outcome, Stage
+from moelab.tuner.problem import Problem
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA = 1
+"""Version of the file that this code reads and writes."""
+
+FIELDS = tuple(f.name for f in dataclasses.fields(KernelConfig))
+_STAGES: tuple[Stage, ...] = ("up", "down", "layer")
+_REMEDY = "Record it again with `moelab tune --strategy grid` and freeze that run, or restore the file from git."
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender of one request. at: when it was written (UTC, ISO 8601)."""
+
+    stage: Stage
+    num_tokens: int
+    contender: Contender
+    outcome: Outcome
+    interleaved: bool
+    at: str
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """A recorded landscape. evaluator, space: what the run's header says of them. path: its file, if any."""
+
+    problem: Problem
+    provenance: Mapping[str, Any]
+    evaluator: Mapping[str, Any]
+    space: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    path: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The file's stem, or the shape's name."""
+        return self.path.stem if self.path else self.problem.shape.name
+
+    def source(self) -> str:
+        """Where the numbers come from, e.g. "recorded on NVIDIA H200, triton 3.6.0, 2026-11-21"."""
+        return recordings.Recording(self.name, self.provenance, {}, ()).source()
+
+    def frame(self) -> pd.DataFrame:
+        """A row each with its config's fields, median_us and the number of samples, for plots and tables."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "stage": row.stage,
+                "num_tokens": row.num_tokens,
+                **{name: getattr(row.contender[0], name) for name in FIELDS},
+                **{f"down_{name}": getattr(c, name) for c in row.contender[1:] for name in FIELDS},
+                "config": " + ".join(c.short() for c in row.contender),
+                "median_us": float(np.median(row.outcome.samples_us)) if row.outcome.samples_us else math.nan,
+                "samples": len(row.outcome.samples_us),
+                "failure": row.outcome.failure,
+                "interleaved": row.interleaved,
+            }
+            for row in self.rows
+        )
+
+
+# --- from a journal -----------------------------------------------------------------------------------------------
+
+
+def from_journal(path: str | Path) -> Landscape:
+    """The landscape that a run measured, finished or not.
+
+    Raises JournalError if the journal cannot be read, LandscapeError if it holds no measurement of its own: what a
+    replay redrew is never frozen as if it had been measured.
+    """
+    content = journal.read(path)
+    if not content.header["evaluator"].get("measured"):
+        raise LandscapeError(
+            f"The run {path} is a {content.header['evaluator'].get('kind')}, not a measurement. Expected a run on a device. "
+            "Tune on a GPU, without --replay, and freeze that run."
+        )
+    rows = tuple(
+        Row(r.request.stage, r.request.num_tokens, contender, outcome, r.request.interleaved, content.times[key])
+        for key, r in content.results.items()
+        for contender, outcome in zip(r.request.contenders, r.outcomes, strict=True)
+    )
+    header = content.header
+    found = Landscape(
+        Problem.from_json(header["problem"]), header["provenance"], header["evaluator"], header["space"], rows
+    )
+    _require_sound(found, f"The run {path}")
+    return found
+
+
+def freeze(run: str | Path, out: str | Path | None = None) -> Path:
+    """Freeze a run's journal into a Parquet file and return its path (default: below data/landscapes, by shape and
+    device). Written atomically. Raises as `from_journal` does, RuntimeModeError without pyarrow."""
+    found = from_journal(run)
+    return write(found, out if out is not None else landscapes_dir() / f"{default_name(found.problem)}.parquet")
+
+
+def default_name(problem: Problem) -> str:
+    """What a problem's landscape is called: "qwen3-30b-a3b-tp1-NVIDIA_H200"."""
+    shape = problem.shape
+    parts = [shape.name.replace("/", "_"), f"tp{shape.tp_size}"]
+    parts += [f"ep{shape.ep_size}"] if shape.ep_size > 1 else []
+    parts += [shape.dtype] if shape.dtype != "bfloat16" else []
+    parts += [problem.kernel] if problem.kernel != "grouped_gemm" else []
+    return "-".join([*parts, problem.device.replace(" ", "_")])
+
+
+# --- the file -----------------------------------------------------------------------------------------------------
+
+
+def landscapes_dir() -> Path:
+    """The folder of the landscapes: data/landscapes, or below MOELAB_DATA_DIR."""
+    from moelab import runtime
+
+    return runtime.data_dir() / "landscapes"
+
+
+def landscape_names() -> tuple[str, ...]:
+    """Names of the landscapes in data/landscapes, sorted."""
+    return tuple(sorted(path.stem for path in landscapes_dir().glob("*.parquet")))
+
+
+def write(landscape: Landscape, path: str | Path) -> Path:
+    """Write a landscape atomically. Raises LandscapeError for what `load` would refuse, RuntimeModeError without pyarrow."""
+    pa, parquet = _pyarrow()
+    _require_sound(landscape, f"The landscape {landscape.name!r}")
+    path, rows = Path(path), landscape.rows
+    up_down = [(row.contender[0], row.contender[1] if len(row.contender) > 1 else None) for row in rows]
+    columns: dict[str, Any] = {
+        "stage": pa.array([row.stage for row in rows]).dictionary_encode(),
+        "num_tokens": pa.array([row.num_tokens for row in rows], pa.int32()),
+        **{name: pa.array([getattr(up, name) for up, _ in up_down], pa.int32()) for name in FIELDS},
+        **{
+            f"down_{name}": pa.array([down and getattr(down, name) for _, down in up_down], pa.int32())
+            for name in FIELDS
+        },
+        "samples_us": pa.array([row.outcome.samples_us for row in rows], pa.list_(pa.float32())),
+        "failure": pa.array([row.outcome.failure for row in rows], pa.string()).dictionary_encode(),
+        "message": pa.array([row.outcome.message or None for row in rows], pa.string()).dictionary_encode(),
+        "compile_s": pa.array([row.outcome.compile_s for row in rows], pa.float32()),
+        "measure_s": pa.array([row.outcome.measure_s for row in rows], pa.float32()),
+        "interleaved": pa.array([row.interleaved for row in rows], pa.bool_()),
+        "at": pa.array([row.at for row in rows], pa.string()),
+    }
+    about = {"schema": SCHEMA, "problem": landscape.problem.to_json()}
+    about |= {name: dict(getattr(landscape, name)) for name in ("provenance", "evaluator", "space")}
+    table = pa.table(columns).replace_schema_metadata({"moelab": json.dumps(about, allow_nan=False)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        parquet.write_table(table, name, compression="zstd")
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def load(name: str | Path) -> Landscape:
+    """Read a landscape by name (of data/landscapes) or path.
+
+    Raises LandscapeError when the file is missing, no Parquet, of another schema, without provenance, or holds a value
+    no measurement can have; RuntimeModeError without pyarrow.
+    """
+    pa, parquet = _pyarrow()
+    text = str(name)
+    is_path = isinstance(name, Path) or text.endswith(".parquet") or os.sep in text
+    path = Path(name) if is_path else landscapes_dir() / f"{text}.parquet"
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*.parquet"))
+        raise LandscapeError(
+            f"There is no landscape at {path}.{nearest_names(path.stem, known)} Expected one of those there: "
+            f"{', '.join(known) or 'none yet'}. {_REMEDY}"
+        )
+    try:
+        table = parquet.read_table(path)
+        about = json.loads(table.schema.metadata[b"moelab"])
+        if about["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {about['schema']!r}, this moelab reads {SCHEMA}")
+        found = Landscape(
+            Problem.from_json(about["problem"]), about["provenance"], about["evaluator"], about["space"],
+            tuple(_rows(table)), path,
+        )  # fmt: skip
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError, MoelabError) as error:
+        raise LandscapeError(
+            f"{path} cannot be read as a landscape ({type(error).__name__}: {error}). Expected a Parquet file that moelab "
+            f"froze, whole. {_REMEDY}"
+        ) from error
+    _require_sound(found, str(path))
+    return found
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise RuntimeModeError(
+            "Landscapes are Parquet files, and the package pyarrow is not here. Expected it beside moelab. Install it: pip "
+            "install pyarrow."
+        ) from None
+    return pyarrow, pyarrow.parquet
+
+
+def _rows(table: Any) -> Iterable[Row]:
+    data = {name: table[name].to_pylist() for name in table.column_names}
+    ups = _configs([data[name] for name in FIELDS])
+    downs = _configs([data[f"down_{name}"] for name in FIELDS])
+    for i, (up, down) in enumerate(zip(ups, downs, strict=True)):
+        outcome = Outcome(
+            tuple(data["samples_us"][i]), data["failure"][i], data["message"][i] or "",
+            data["compile_s"][i], data["measure_s"][i],
+        )  # fmt: skip
+        if up is None:
+            raise ValueError(f"row {i} has no config")
+        contender = (up,) if down is None else (up, down)
+        yield Row(data["stage"][i], data["num_tokens"][i], contender, outcome, data["interleaved"][i], data["at"][i])
+
+
+def _configs(columns: list[list[int | None]]) -> Iterable[KernelConfig | None]:
+    made: dict[tuple[int | None, ...], KernelConfig | None] = {}
+    for values in zip(*columns, strict=True):
+        if values not in made:
+            made[values] = None if values[0] is None else KernelConfig(*values)  # type: ignore[arg-type]
+        yield made[values]
+
+
+# --- what makes one sound -----------------------------------------------------------------------------------------
+
+
+def _require_sound(landscape: Landscape, what: str) -> None:
+    problem = _problem(landscape)
+    if problem:
+        raise LandscapeError(
+            f"{what} {problem}. Expected rows of positive, finite samples or a named failure, with provenance. {_REMEDY}"
+        )
+
+
+def _problem(landscape: Landscape) -> str | None:
+    """The first thing wrong, as the end of a sentence; None if it is sound."""
+    missing = [key for key in recordings.PROVENANCE_KEYS if key not in landscape.provenance]
+    missing += [key for key in ("gpu", "date") if key not in missing and not landscape.provenance[key]]
+    if missing:
+        return f"has no {', '.join(missing)} in its provenance"
+    if not any(row.outcome.samples_us for row in landscape.rows):
+        return "holds no measurement"
+    for index, row in enumerate(landscape.rows):
+        if found := _row_problem(row, landscape.problem):
+            return f"{found} in row {index}"
+    return None
+
+
+def _row_problem(row: Row, problem: Problem) -> str | None:
+    if row.stage not in _STAGES:
+        return f"holds the stage {row.stage!r}"
+    if row.num_tokens not in problem.batch_sizes:
+        return f"holds {row.num_tokens} tokens, which are no batch size of its problem,"
+    if len(row.contender) != (2 if row.stage == "layer" else 1):
+        return f"holds {len(row.contender)} configs for {row.stage!r}"
+    if row.outcome.failure is not None:
+        known = row.outcome.failure in FAILURES and not row.outcome.samples_us
+        return None if known else f"holds the failure {row.outcome.failure!r}, unknown or beside samples,"
+    wrong = [s for s in row.outcome.samples_us if not (0 < s < math.inf)]
+    return f"holds the sample {wrong[0]!r}" if wrong else None

@@ -1,0 +1,175 @@
+"""What a search found: a pair of configs for each batch size, what it gains, how sure that is, and the files it makes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moelab.config import KernelConfig
+from moelab.config_files import dtype_selector, file_name, write_config_file
+from moelab.errors import LandscapeError
+from moelab.tuner.board import Board
+from moelab.tuner.evaluate import Outcome, Result
+from moelab.tuner.problem import Pair, Problem
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How many times faster the winner is than an incumbent: median of the ratios of samples taken side by side, with
+    its 95 % interval. tie: the interval holds 1, so neither may be called faster."""
+
+    over: str
+    factor: float
+    low: float
+    high: float
+
+    @property
+    def tie(self) -> bool:
+        return self.low <= 1.0 <= self.high
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """One batch size. up, down: the winner's configs. layer_us, interval_us: the layer's median and its 95 % interval,
+    microseconds. gains: over each incumbent that ran. kept: the incumbent that won, alone or by a tie, or None.
+    provisional: not through the finals. error: why there is no winner."""
+
+    num_tokens: int
+    up: KernelConfig | None = None
+    down: KernelConfig | None = None
+    layer_us: float | None = None
+    interval_us: tuple[float, float] | None = None
+    gains: tuple[Gain, ...] = ()
+    kept: str | None = None
+    provisional: bool = False
+    error: str | None = None
+
+    def gain(self, over: str) -> Gain | None:
+        """The gain over "default" or "current", if that ran."""
+        return next((g for g in self.gains if g.over == over), None)
+
+
+def decide(num_tokens: int, incumbents: Sequence[tuple[str, Pair]], result: Result | None) -> BatchResult:
+    """The winner of a layers' final. Contenders come best first by the sum of their GEMMs' medians; the first that ran
+    wins, unless one is faster than it beyond their interval: then the fastest of those. The incumbent stays if it ties
+    with the winner.
+
+    The incumbent is "current", the config file's, where there is one and it ran, else "default".
+    """
+    if result is None:
+        return BatchResult(num_tokens, error="no pair of configs could be measured")
+    outcomes = dict(zip(result.request.contenders, result.outcomes, strict=True))
+    sound = {pair: o.samples_us for pair, o in outcomes.items() if o.samples_us}
+    if not sound:
+        return BatchResult(num_tokens, error=_first_failure(result.outcomes))
+    first = next(iter(sound))
+    faster = [pair for pair in sound if _gain("", sound[first], sound[pair]).low > 1]
+    best = min(faster or [first], key=lambda pair: statistics.median(sound[pair]))
+    known = [(label, pair) for label, pair in incumbents if pair in sound]
+    kept = next((label for label, pair in known if pair == best), None)
+    for label, pair in sorted(known, key=lambda item: item[0] != "current")[:1]:
+        if pair != best and _gain(label, sound[pair], sound[best]).tie:
+            best, kept = pair, label
+    gains = tuple(_gain(label, sound[pair], sound[best]) for label, pair in known)
+    from moelab.measure import median_interval
+
+    return BatchResult(
+        num_tokens, best[0], best[1], statistics.median(sound[best]), median_interval(sound[best]), gains, kept
+    )
+
+
+def _gain(label: str, slower: Sequence[float], faster: Sequence[float]) -> Gain:
+    from moelab.measure import median_interval
+
+    ratios = [s / f for s, f in zip(slower, faster, strict=False)]
+    return Gain(label, statistics.median(ratios), *median_interval(ratios))
+
+
+def _first_failure(outcomes: Sequence[Outcome]) -> str:
+    failed = next((o for o in outcomes if o.failure), None)
+    return f"{failed.failure}: {failed.message}" if failed else "no samples came back"
+
+
+def provisional(board: Board, num_tokens: int) -> BatchResult:
+    """The best so far, before the finals."""
+    pair = board.best_pair(num_tokens)
+    if pair is None:
+        return BatchResult(num_tokens, provisional=True, error="nothing was measured")
+    return BatchResult(num_tokens, *pair, provisional=True)
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """Winners by batch size. complete: every batch size went through the finals. source: what was measured, or replayed.
+    spent_s: seconds, on the evaluator's clock; timeline: (phase, seconds). failures: class -> outcomes."""
+
+    problem: Problem
+    batches: Mapping[int, BatchResult]
+    source: str
+    spent_s: float
+    timeline: tuple[tuple[str, float], ...]
+    failures: Mapping[str, int]
+
+    @property
+    def complete(self) -> bool:
+        return not any(batch.provisional for batch in self.batches.values())
+
+    @property
+    def errors(self) -> dict[int, str]:
+        """Batch sizes without a winner, and why."""
+        return {b: batch.error for b, batch in self.batches.items() if batch.error}
+
+    def to_configs(self) -> dict[str, dict[int, KernelConfig]]:
+        """ "up" and, where GEMM2 has configs of its own, "down": batch size -> config, those without a winner left out."""
+        sides = ("up", "down") if self.problem.separate_down else ("up",)
+        found = {side: {b: getattr(batch, side) for b, batch in self.batches.items()} for side in sides}
+        return {side: {b: c for b, c in configs.items() if c is not None} for side, configs in found.items()}
+
+    def write(self, out: str | Path) -> list[Path]:
+        """Write the config files into triton_X_Y_Z/ below `out`, as sglang's loader finds them; their paths.
+
+        Raises LandscapeError if the run is incomplete or no batch size has a winner.
+        """
+        from moelab import runtime
+
+        if not self.complete or not any(self.to_configs().values()):
+            raise LandscapeError(
+                f"There is no config file to write: {'the run is not finished' if not self.complete else 'nothing won'}. "
+                "Expected winners that went through the finals. Take the run up with --resume first."
+            )
+        shape, written = self.problem.shape, []
+        for side, configs in self.to_configs().items():
+            name = file_name(
+                shape.num_experts, shape.moe_intermediate_size, self.problem.device,
+                dtype_selector(shape.dtype), down=side == "down",
+            )  # fmt: skip
+            folder = Path(out) / runtime.triton_key(self.problem.triton_version)
+            written.append(write_config_file(folder / name, configs))
+        return written
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A flat row for each batch size, for tables and JSON."""
+        return [_row(batch) for batch in self.batches.values()]
+
+
+def _row(batch: BatchResult) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "num_tokens": batch.num_tokens,
+        "up": batch.up.short() if batch.up else None,
+        "down": batch.down.short() if batch.down else None,
+        "layer_us": batch.layer_us,
+        "low_us": batch.interval_us[0] if batch.interval_us else None,
+        "high_us": batch.interval_us[1] if batch.interval_us else None,
+    }
+    for label in ("default", "current"):
+        gain = batch.gain(label)
+        row |= {
+            f"over_{label}": gain.factor if gain else None,
+            f"over_{label}_low": gain.low if gain else None,
+            f"over_{label}_high": gain.high if gain else None,
+            f"tie_{label}": gain.tie if gain else None,
+        }
+    return row | {"kept": batch.kept, "provisional": batch.provisional, "error": batch.error}

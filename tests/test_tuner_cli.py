@@ -1,0 +1,134 @@
+"""`moelab tune`: on a laptop by replay, interrupted and taken up again, and refused where it cannot run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from synthetic import small_problem, synthetic_landscape
+
+from moelab import cli, config_files, runtime
+from moelab.tuner import journal, landscape, replay
+
+ROOT = Path(__file__).resolve().parent.parent
+PROBLEM = small_problem((1, 64))
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return landscape.write(synthetic_landscape(PROBLEM), tmp_path_factory.mktemp("landscapes") / "small.parquet")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    def call(*arguments: object) -> tuple[int, str, str]:
+        status = cli.main(list(map(str, arguments)))
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_replay_prints_a_table_and_writes_nothing(run, recorded: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run("tune", "--replay", recorded)
+    assert status == 0 and not list(tmp_path.iterdir())
+    assert out.startswith("recorded on SYNTHETIC") and "over default" in out and "in all: compile" in out
+    assert [line.split()[0] for line in out.splitlines()[3:5]] == ["1", "64"]
+    assert err.splitlines()[0].startswith("compile ") and any(line.startswith("layers ") for line in err.splitlines())
+
+
+def test_replay_into_a_folder(run, recorded: Path, tmp_path: Path) -> None:
+    status, out, _ = run(
+        "tune", "--replay", recorded, "--out", tmp_path, "--json", "--strategy", "grid", "--batch-size", 64
+    )
+    answer = json.loads(out)
+    assert status == 0 and [row["num_tokens"] for row in answer["batches"]] == [64]
+    up, down = (config_files.read_config_file(path) for path in answer["files"])
+    assert {64: answer["configs"]["up"]["64"]} == {b: c.to_json() for b, c in up.items()}
+    assert up[64].BLOCK_SIZE_M == down[64].BLOCK_SIZE_M
+    assert journal.read(answer["run"]).header["strategy"]["name"] == "grid"
+    assert dict(answer["timeline"]).keys() == {"compile", "grid", "finalists", "layers"}
+
+
+def test_sglangs_flags_are_taken(run, recorded: Path) -> None:
+    flags = ("--tp", 1, "--ep", 1, "--dtype", "auto", "--seed", 1, "--batch-sizes", 1, "--batch-sizes", 64, "--tune")
+    assert run("tune", "--replay", recorded, *flags, "--no-down", "--budget", "5m", "--json")[0] == 0
+
+
+def test_an_interrupted_run_says_how_to_go_on(run, recorded: Path, tmp_path: Path, monkeypatch) -> None:
+    real, answered = replay.ReplayEvaluator.run, []
+
+    def interrupted(self, requests):
+        for result in real(self, requests):
+            answered.append(result)
+            if len(answered) == 12:
+                raise KeyboardInterrupt
+            yield result
+
+    monkeypatch.setattr(replay.ReplayEvaluator, "run", interrupted)
+    status, out, err = run("tune", "--replay", recorded, "--out", tmp_path)
+    assert (status, out) == (130, "") and "Traceback" not in err
+    command = next(line for line in err.splitlines() if "--resume" in line).partition("moelab ")[2].split()
+    monkeypatch.undo()
+    resumed, plain = run(*command, "--json"), run("tune", "--replay", recorded, "--json")
+    assert resumed[0] == 0 and json.loads(resumed[1])["batches"] == json.loads(plain[1])["batches"]
+    assert (tmp_path / "triton_3_6_0").is_dir()
+
+
+def test_ctrl_c_in_a_process_of_its_own(recorded: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from moelab.tuner import replay; real = replay.ReplayEvaluator.run\n"
+        "def slow(self, requests):\n    for r in real(self, requests):\n        time.sleep(0.05); yield r\n"
+        "replay.ReplayEvaluator.run = slow\nfrom moelab.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["tune", "--replay", str(recorded), "--out", str(tmp_path)]
+    child = subprocess.Popen([sys.executable, "-c", script, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (found := list(tmp_path.glob("runs/*.jsonl"))) or len(found[0].read_bytes().splitlines()) < 5:
+        assert time.monotonic() < deadline and child.poll() is None
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and f"--resume {found[0]}" in err and "Traceback" not in err
+    assert len(journal.read(found[0]).results) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tune"], ["--model", "--replay", "--resume"]),
+        (["tune", "--replay", "nowhere"], ["nowhere", "landscape"]),
+        (["tune", "--resume", "nowhere.jsonl"], ["nowhere.jsonl", "journal"]),
+        (["tune", "--replay", "{}", "--strategy", "rase"], ["rase", "Did you mean"]),
+        (["tune", "--replay", "{}", "--batch-size", "7"], ["no batch size 7", "1, 64"]),
+        (["tune", "--replay", "{}", "--batch-size", "0"], ["--batch-size"]),
+        (["tune", "--replay", "{}", "--budget", "soon"], ["'soon'", "5m"]),
+        (["tune", "--replay", "{}", "--budget", "0"], ["'0'"]),
+        (["tune", "--replay", "{}", "--model", "mixtral-8x7b"], ["sizes", "landscape"]),
+        (["tune", "--replay", "{}", "--freeze", "a.parquet"], ["--freeze", "replay"]),
+        (["tune", "--replay", "{}", "--dtype", "fp8_w8a8", "--model", "mixtral-8x7b"], ["fp8_w8a8"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_use_is_status_2_and_says_why(run, recorded: Path, arguments: list[str], words: list[str]) -> None:
+    status, out, err = run(*(argument.format(recorded) for argument in arguments))
+    assert (status, out) == (2, "") and all(word in err for word in words), err
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(runtime.current().mode == "gpu", reason="has a GPU")
+def test_without_a_gpu_and_without_replay(run) -> None:
+    status, out, err = run("tune", "--model", "mixtral-8x7b", "--tp-size", "2")
+    assert (status, out) == (2, "") and "GPU" in err and "--replay" in err
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = "import sys; from moelab.cli import main; main(['tune', '--help']); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "--replay" in done.stdout and not {"torch", "numpy", "pyarrow", "sklearn"} & set(done.stderr.split())

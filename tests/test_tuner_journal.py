@@ -1,0 +1,156 @@
+"""The journal: whole lines or none, one writer, and a disk that may be full."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from pathlib import Path
+
+import pytest
+
+from moelab.config import KernelConfig
+from moelab.errors import JournalError
+from moelab.tuner.evaluate import Outcome, Request, Result
+from moelab.tuner.journal import Journal, read
+
+HEADER = {"provenance": {}, "problem": {}, "strategy": {}, "space": {}, "evaluator": {}}
+CONFIG = KernelConfig(16, 32, 64, 1)
+
+
+def result(i: int = 1, failure: str | None = None) -> Result:
+    pair = (CONFIG, KernelConfig(16, 64, 128, 16, 8, 4, SPLIT_K=2))
+    outcomes = (
+        Outcome((1.25, 2.5), measure_s=0.001),
+        Outcome((), failure, "why") if failure else Outcome((0.1 + 0.2,)),
+    )
+    return Result(Request("layer", i, (pair, pair[:1] * 2), 2, True, None, i), outcomes)
+
+
+def test_what_goes_in_comes_out(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path / "run.jsonl", HEADER)
+    given = [result(1), result(2, "timeout"), Result(Request("up", 1, ((CONFIG,),), 0), (Outcome(compile_s=0.25),))]
+    given.append(Result(Request("down", 8, ((CONFIG,),), 3, stop_above_us=12.3456), (Outcome((12.4,)),)))
+    for one in given:
+        journal.append(one)
+    journal.note("phase", name="screen", clock_s=1.5)
+    journal.close()
+    content = read(tmp_path / "run.jsonl")
+    assert list(content.results.values()) == given and list(content.results) == [r.request.key() for r in given]
+    assert [(n["kind"], n["name"]) for n in content.notes] == [("phase", "screen")]
+    assert all(at.endswith("+00:00") for at in content.times.values())
+
+
+def test_keys_tell_requests_apart() -> None:
+    base = Request("up", 1, ((CONFIG,),), 3)
+    others = [
+        Request("down", 1, ((CONFIG,),), 3),
+        Request("up", 2, ((CONFIG,),), 3),
+        Request("up", 1, ((KernelConfig(16, 32, 64, 16),),), 3),
+        Request("up", 1, ((CONFIG,), (CONFIG,)), 3),
+        Request("layer", 1, ((CONFIG, CONFIG),), 3),
+        Request("up", 1, ((CONFIG,),), 4),
+        Request("up", 1, ((CONFIG,),), 3, True),
+        Request("up", 1, ((CONFIG,),), 3, False, 5.0),
+        Request("up", 1, ((CONFIG,),), 3, repeat=1),
+    ]
+    assert len({r.key() for r in [base, *others]}) == 10
+    assert base.key() == Request("up", 1, ((KernelConfig(16, 32, 64, 1),),), 3).key()
+
+
+@pytest.mark.parametrize("cut", [1, 7, 60])
+def test_a_torn_last_line_is_ignored_then_cut_off(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "run.jsonl"
+    journal = Journal.create(path, HEADER)
+    journal.append(result(1))
+    journal.append(result(2))
+    journal.close()
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert len(read(path).results) == 1
+    journal = Journal.resume(path)
+    journal.append(result(3))
+    journal.close()
+    assert [r.request.num_tokens for r in read(path).results.values()] == [1, 3]
+
+
+def test_a_torn_line_leaves_nothing_behind_a_shorter_one(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    journal = Journal.create(path, HEADER)
+    journal.append(result(1))
+    journal.close()
+    path.write_bytes(path.read_bytes()[:-1])
+    journal = Journal.resume(path)
+    journal.note("phase", name="screen")
+    journal.close()
+    assert [note["kind"] for note in read(path).notes] == ["phase"] and not read(path).results
+    assert path.read_bytes().endswith(b"}\n") and read(path).whole_bytes == path.stat().st_size
+
+
+def test_a_torn_header_counts_as_no_run(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    path.write_text('{"kind":"hea')
+    with pytest.raises(JournalError, match="holds no run yet"):
+        Journal.resume(path)
+    Journal.create(path, HEADER).close()
+    assert read(path).header["schema"] == 1
+
+
+def test_two_tuners_on_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    first = Journal.create(path, HEADER)
+    for way in (lambda: Journal.resume(path), lambda: Journal.create(path, HEADER)):
+        with pytest.raises(JournalError, match="Another tuner"):
+            way()
+    first.append(result())  # the one that was first goes on
+    first.close()
+    Journal.resume(path).close()
+    with pytest.raises(JournalError, match="already"):
+        Journal.create(path, HEADER)
+    assert len(read(path).results) == 1
+
+
+@pytest.mark.parametrize("bad", ['{"kind":"result"}', "not json", "[1]", '{"kind":"result","key":"00","outcomes":[]}'])
+def test_damage_before_the_end_is_named_by_its_line(tmp_path: Path, bad: str) -> None:
+    path = tmp_path / "run.jsonl"
+    journal = Journal.create(path, HEADER)
+    journal.append(result())
+    journal.close()
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], bad, lines[1], ""]))
+    with pytest.raises(JournalError, match="Line 2 "):
+        read(path)
+
+
+def test_a_result_that_was_tampered_with_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    journal = Journal.create(path, HEADER)
+    journal.append(result())
+    journal.close()
+    path.write_text(path.read_text().replace('"BLOCK_SIZE_N":32', '"BLOCK_SIZE_N":64'))
+    with pytest.raises(JournalError, match="key"):
+        read(path)
+
+
+def test_a_full_disk_leaves_a_readable_run(tmp_path: Path) -> None:
+    """In a child, because a limit on the size of files cannot be taken back."""
+    path = tmp_path / "run.jsonl"
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+            journal = Journal.create(path, HEADER)
+            for i in range(1, 100):
+                journal.append(result(i))
+        except JournalError as error:
+            status = 0 if "full" in str(error) and "--resume" in str(error) else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    kept = read(path)
+    assert 0 < len(kept.results) < 99 and kept.whole_bytes == path.stat().st_size <= 2000
+    journal = Journal.resume(path)
+    journal.append(result(500))
+    journal.close()
+    assert len(read(path).results) == len(kept.results) + 1
+    json.loads(path.read_text().splitlines()[-1])

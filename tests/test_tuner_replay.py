@@ -1,0 +1,203 @@
+"""Replay and landscapes: what was recorded comes back, with its noise redrawn and its costs charged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import small_problem, synthetic_landscape
+
+from moelab import runtime
+from moelab.errors import LandscapeError
+from moelab.tuner import landscape
+from moelab.tuner.evaluate import Outcome, Request, Result
+from moelab.tuner.journal import Journal
+from moelab.tuner.landscape import Landscape, Row
+from moelab.tuner.replay import ReplayEvaluator, Table
+from moelab.tuner.space import build_space
+
+PROBLEM = small_problem()
+RECORDED = synthetic_landscape(PROBLEM)
+TABLE = Table(RECORDED)
+CONFIGS = build_space(PROBLEM).configs
+
+
+def request(stage: str = "up", b: int = 64, count: int = 8, rounds: int = 5, **more) -> Request:
+    sides = ("up", "down") if stage == "layer" else (stage,)
+    contenders = tuple(zip(*(CONFIGS[side][:count] for side in sides), strict=True))
+    return Request(stage, b, contenders, rounds, **more)
+
+
+def answer(*requests: Request, seed: int = 0) -> list[Result]:
+    return list(ReplayEvaluator(TABLE, PROBLEM, seed=seed).run(requests))
+
+
+def with_rows(*rows: Row) -> Landscape:
+    return dataclasses.replace(RECORDED, rows=rows)
+
+
+def row(stage: str, contender: tuple, samples: tuple = (), failure: str | None = None, **costs) -> Row:
+    return Row(stage, 64, contender, Outcome(samples, failure, "why" if failure else "", **costs), False, "2026")
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def test_a_landscape_survives_its_file(tmp_path: Path) -> None:
+    path = landscape.write(RECORDED, tmp_path / "synthetic.parquet")
+    back = landscape.load(path)
+    assert back.problem == PROBLEM and back.provenance == RECORDED.provenance and len(back.rows) == len(RECORDED.rows)
+    for mine, its in zip(RECORDED.rows, back.rows, strict=True):
+        assert (mine.stage, mine.num_tokens, mine.contender) == (its.stage, its.num_tokens, its.contender)
+        assert mine.outcome.failure == its.outcome.failure
+        assert np.allclose(mine.outcome.samples_us, its.outcome.samples_us, rtol=1e-6)  # stored as float32
+    assert "SYNTHETIC" in back.source()
+    frame = back.frame()
+    assert len(frame) == len(back.rows) and frame.median_us.notna().any() and set(frame.stage) == {"up", "down"}
+    import pyarrow.parquet
+
+    about = json.loads(pyarrow.parquet.read_metadata(path).metadata[b"moelab"])
+    assert about["provenance"]["gpu"].startswith("SYNTHETIC") and about["problem"]["device"] == "Synthetic H200"
+
+
+def test_freezing_a_run(tmp_path: Path) -> None:
+    up, down = CONFIGS["up"][0], CONFIGS["down"][0]
+    header = {
+        "provenance": runtime.provenance(0) | {"gpu": "SYNTHETIC"}, "problem": PROBLEM.to_json(), "strategy": {},
+        "space": {}, "evaluator": {"kind": "synthetic", "measured": True},
+    }  # fmt: skip
+    journal = Journal.create(tmp_path / "run.jsonl", header)
+    journal.append(Result(Request("up", 1, ((up,),), 0), (Outcome(compile_s=0.5),)))
+    journal.append(Result(Request("up", 64, ((up,),), 2), (Outcome((1.0, 2.0)),)))
+    journal.append(Result(Request("layer", 64, ((up, down),), 1), (Outcome((), "timeout", "hung"),)))
+    journal.close()
+    back = landscape.load(landscape.freeze(tmp_path / "run.jsonl", tmp_path / "a.parquet"))
+    assert [r.contender for r in back.rows] == [(up,), (up,), (up, down)]
+    assert [r.outcome.failure for r in back.rows] == [None, None, "timeout"] and back.rows[0].outcome.compile_s == 0.5
+
+
+def test_what_is_listed_is_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOELAB_DATA_DIR", str(tmp_path))
+    assert landscape.landscape_names() == ()
+    landscape.write(RECORDED, landscape.landscapes_dir() / f"{landscape.default_name(PROBLEM)}.parquet")
+    (name,) = landscape.landscape_names()
+    assert name == "synthetic-small-tp1-Synthetic_H200" and landscape.load(name).name == name
+
+
+UP = (CONFIGS["up"][0],)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ((row("up", UP, (1.0, math.nan)),), "nan"),
+        ((row("up", UP, (1.0, 0.0)),), "0.0"),
+        ((row("up", UP, (1.0,)), row("up", UP, (math.inf,))), "row 1"),
+        ((row("up", UP, (1.0,)), row("up", UP, failure="tired")), "tired"),
+        ((row("up", UP, (1.0,), failure="nan"),), "beside samples"),
+        ((row("up", UP, ()),), "no measurement"),
+        ((row("side", UP, (1.0,)),), "'side'"),
+        ((row("layer", UP, (1.0,)),), "1 configs"),
+        ((dataclasses.replace(row("up", UP, (1.0,)), num_tokens=65),), "65 tokens"),
+    ],
+)
+def test_an_unsound_landscape_is_not_written(tmp_path: Path, bad: tuple[Row, ...], words: str) -> None:
+    with pytest.raises(LandscapeError, match=words):
+        landscape.write(with_rows(*bad), tmp_path / "a.parquet")
+    assert not list(tmp_path.iterdir())
+
+
+def test_provenance_is_required(tmp_path: Path) -> None:
+    for provenance in ({}, {**RECORDED.provenance, "gpu": None}):
+        with pytest.raises(LandscapeError, match="gpu"):
+            landscape.write(dataclasses.replace(RECORDED, provenance=provenance), tmp_path / "a.parquet")
+
+
+# --- replay ----------------------------------------------------------------------------------------------------------
+
+
+def test_samples_are_redrawn_from_those_recorded() -> None:
+    recorded = {r.contender: r.outcome for r in RECORDED.rows if (r.stage, r.num_tokens) == ("up", 64)}
+    (result,) = answer(request(rounds=50, count=96))
+    for contender, outcome in zip(result.request.contenders, result.outcomes, strict=True):
+        assert outcome.failure == recorded[contender].failure if contender in recorded else outcome.failure == "compile"
+        if outcome.failure is None:
+            assert len(outcome.samples_us) == 50 and set(outcome.samples_us) <= set(recorded[contender].samples_us)
+            assert len(set(outcome.samples_us)) > 3
+
+
+def test_a_draw_depends_on_the_seed_and_the_request_alone() -> None:
+    requests = [request(), request("down"), request(b=1), request(repeat=1), request("layer", rounds=4)]
+
+    def samples(results):
+        return {r.request: [o.samples_us for o in r.outcomes] for r in results}
+
+    forwards, backwards = samples(answer(*requests)), samples(answer(*reversed(requests)))
+    assert forwards == backwards and samples(answer(requests[2])) == {requests[2]: forwards[requests[2]]}
+    assert forwards[requests[0]] != forwards[requests[3]]
+    assert samples(answer(*requests, seed=1)) != forwards
+
+
+def test_compiling_is_charged_once_for_all_batch_sizes() -> None:
+    evaluator = ReplayEvaluator(TABLE, PROBLEM, compile_processes=1)
+    first, again, other = evaluator.run([request(b=64), request(b=1), request("down")])
+    assert all(o.compile_s > 0 for o in first.outcomes) and not any(o.compile_s for o in again.outcomes)
+    assert all(o.compile_s > 0 for o in other.outcomes)
+    spent = sum(o.compile_s + o.measure_s for r in (first, again, other) for o in r.outcomes)
+    assert evaluator.clock_s() == pytest.approx(spent)
+    fresh = ReplayEvaluator(TABLE, PROBLEM, compile_processes=1)
+    fresh.recall([first, again, other])
+    assert fresh.clock_s() == pytest.approx(spent)
+    assert not any(o.compile_s for r in fresh.run([request(b=256)]) for o in r.outcomes)
+
+
+def test_compile_only() -> None:
+    (result,) = answer(request(rounds=0, count=144))
+    assert {o.failure for o in result.outcomes} == {None, "compile"}
+    assert not any(o.samples_us for o in result.outcomes)
+
+
+def test_early_stopping_keeps_one_sample_of_the_slow() -> None:
+    (free,) = answer(request(count=96))
+    bound = float(np.median([o.samples_us[0] for o in free.outcomes if o.samples_us]))
+    (result,) = answer(request(count=96, stop_above_us=bound))
+    lengths = {len(o.samples_us): o.samples_us[0] > bound for o in result.outcomes if o.samples_us}
+    assert lengths == {1: True, 5: False}
+    (all_of_them,) = answer(request(count=96, stop_above_us=bound, interleaved=True))
+    assert {len(o.samples_us) for o in all_of_them.outcomes if o.samples_us} == {5}
+
+
+def test_a_layer_is_its_parts_and_the_recorded_rest() -> None:
+    up, down, other = CONFIGS["up"][0], CONFIGS["down"][0], CONFIGS["down"][1]
+    table = Table(
+        with_rows(
+            row("up", (up,), (10.0,)), row("down", (down,), (5.0,)), row("down", (other,), (7.0,)),
+            row("layer", (up, down), (18.0,)),
+        )
+    )  # fmt: skip
+    (result,) = ReplayEvaluator(table).run([Request("layer", 64, ((up, down), (up, other)), 2)])
+    assert [o.samples_us for o in result.outcomes] == [(18.0, 18.0), (20.0, 20.0)]  # 3 us are no GEMM's
+    assert (table.median_us("layer", 64, (up, other)), table.rest_us(64), table.rest_us(1)) == (20.0, 3.0, 0.0)
+
+
+def test_what_was_not_recorded_is_a_failure_not_a_guess() -> None:
+    table = Table(with_rows(row("up", UP, (10.0,))))
+    asked = [Request("up", 64, ((CONFIGS["up"][1],), UP), 2), Request("down", 64, (UP,), 2), Request("up", 1, (UP,), 2)]
+    asked.append(Request("layer", 64, (UP * 2,), 2))
+    found = [[o.failure for o in r.outcomes] for r in ReplayEvaluator(table).run(asked)]
+    assert found == [["unrecorded", None], ["unrecorded"], ["unrecorded"], ["unrecorded"]]
+
+
+def test_another_layer_is_refused() -> None:
+    for changed, words in [
+        (small_problem((1, 2)), "no batch size 2"),
+        (dataclasses.replace(PROBLEM, device="NVIDIA B200"), "NVIDIA B200"),
+        (dataclasses.replace(PROBLEM, shape=PROBLEM.shape.shard(2)), "sizes"),
+    ]:
+        with pytest.raises(LandscapeError, match=words):
+            ReplayEvaluator(TABLE, changed)
+    ReplayEvaluator(TABLE, dataclasses.replace(PROBLEM, shape=dataclasses.replace(PROBLEM.shape, name="other")))

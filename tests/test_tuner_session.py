@@ -1,0 +1,347 @@
+"""Sessions: progress, pause, stop, budgets, and runs that are killed and taken up again."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+from synthetic import small_problem, synthetic_landscape
+
+from moelab import config_files
+from moelab.errors import JournalError, RuntimeModeError
+from moelab.tuner.evaluate import Outcome, Request, Result
+from moelab.tuner.journal import Journal, read
+from moelab.tuner.problem import Problem
+from moelab.tuner.replay import ReplayEvaluator, Table
+from moelab.tuner.results import decide
+from moelab.tuner.search import Settings
+from moelab.tuner.session import TuneSession
+
+PROBLEM = small_problem((1, 64, 1024))
+TABLE = Table(synthetic_landscape(PROBLEM))
+CHUNKS = Settings(chunk=24)  # small requests: more moments at which a run can be interrupted
+
+
+def evaluator(problem: Problem = PROBLEM) -> ReplayEvaluator:
+    return ReplayEvaluator(TABLE, problem)
+
+
+def session(run: Path | None = None, strategy: str = "race", **more) -> TuneSession:
+    return TuneSession(PROBLEM, more.pop("evaluator", None) or evaluator(), strategy=strategy, run=run, **more)
+
+
+def rows(path: Path) -> Counter[str]:
+    """How often each request stands in a journal, read without moelab's reader."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return Counter(line["key"] for line in lines if line["kind"] == "result")
+
+
+UNDISTURBED: dict[str, tuple[list[dict], set[str]]] = {}
+
+
+def undisturbed(tmp: Path, strategy: str = "race") -> tuple[list[dict], set[str]]:
+    """Winners and requests of a run that nothing interrupts."""
+    if strategy not in UNDISTURBED:
+        path = tmp / f"undisturbed-{strategy}.jsonl"
+        result = session(path, strategy, settings=CHUNKS).run()
+        UNDISTURBED[strategy] = result.rows(), set(rows(path))
+    return UNDISTURBED[strategy]
+
+
+# --- the plain run ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_from_start_to_files(tmp_path: Path) -> None:
+    result = session(tmp_path / "run.jsonl").run()
+    assert result.complete and not result.errors and "SYNTHETIC" in result.source
+    for batch in result.batches.values():
+        assert batch.up.BLOCK_SIZE_M == batch.down.BLOCK_SIZE_M
+        low, high = batch.interval_us
+        assert low <= batch.layer_us <= high and batch.gain("default").factor > 1
+    assert [name for name, _ in result.timeline] == [
+        "compile", "scouts", "screen", "neighbours", "longer", "finalists", "layers",
+    ]  # fmt: skip
+    assert sum(seconds for _, seconds in result.timeline) == pytest.approx(result.spent_s)
+    up, down = result.write(tmp_path)
+    assert up.parent.name == "triton_3_6_0" and down.stem.endswith("_down")
+    assert config_files.read_config_file(up) == result.to_configs()["up"]
+    assert config_files.read_config_file(down) == result.to_configs()["down"]
+    found = config_files.lookup(
+        8, 512, "Synthetic H200", num_tokens=64, triton_version="3.6.0", down=True, config_dir=tmp_path
+    )
+    assert found.config == result.batches[64].down
+    assert [note["kind"] for note in read(tmp_path / "run.jsonl").notes][-1] == "finished"
+
+
+def test_one_config_for_both_gemms(tmp_path: Path) -> None:
+    problem = dataclasses.replace(PROBLEM, separate_down=False)
+    result = TuneSession(problem, evaluator(problem)).run()
+    assert all(batch.up == batch.down for batch in result.batches.values())
+    assert set(result.to_configs()) == {"up"} and len(result.write(tmp_path)) == 1
+
+
+def test_progress_counts_up_and_knows_the_best() -> None:
+    seen = []
+    result = session(on_progress=seen.append).run()
+    assert {p.state for p in seen} == {"running"} and seen[0].phase == "compile"
+    for before, after in itertools.pairwise(seen):
+        assert after.spent_s >= before.spent_s and (after.phase != before.phase or after.done > before.done)
+    last = {p.phase: p for p in seen}
+    assert all(p.done == p.total for p in last.values())
+    assert all(p.eta_s is not None and p.eta_s >= 0 for p in seen)
+    assert set(last["layers"].best_us) == set(PROBLEM.batch_sizes) and last["layers"].failures == result.failures
+    assert result.failures["compile"] > 0 and result.failures["wrong"] > 0
+
+
+def test_what_fails_wins_nothing() -> None:
+    made_to_fail = {row.contender[0] for row in TABLE.landscape.rows if row.outcome.failure}
+    result = session(strategy="grid").run()
+    assert made_to_fail and not made_to_fail & {c for b in result.batches.values() for c in (b.up, b.down)}
+
+
+# --- pause, stop, interrupt ------------------------------------------------------------------------------------------
+
+
+class Slow(ReplayEvaluator):
+    """Takes a little real time for each request, and may raise at one."""
+
+    def __init__(
+        self, pause_s: float = 0.0, raise_at: int = -1, error: type[BaseException] = KeyboardInterrupt
+    ) -> None:
+        super().__init__(TABLE, PROBLEM)
+        self.pause_s, self.raise_at, self.error, self.closed, self.answered = pause_s, raise_at, error, False, 0
+
+    def run(self, requests: Sequence[Request]) -> Generator[Result, None, None]:
+        for result in super().run(requests):
+            time.sleep(self.pause_s)
+            if self.answered == self.raise_at:
+                raise self.error("planted")
+            self.answered += 1
+            yield result
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_pause_holds_and_unpause_goes_on() -> None:
+    slow = Slow(0.003)
+    running = session(evaluator=slow, settings=CHUNKS).start()
+    while slow.answered < 3:
+        time.sleep(0.001)
+    running.pause()
+    while running.progress().state != "paused":
+        time.sleep(0.001)
+    held = slow.answered
+    time.sleep(0.03)
+    assert slow.answered == held and running.progress().state == "paused"
+    running.unpause()
+    result = running.wait(60)
+    assert result.complete and running.progress().state == "finished"
+    with pytest.raises(RuntimeModeError, match="finished"):
+        running.run()
+
+
+@pytest.mark.parametrize("how", ["stop", "interrupt"])
+def test_a_run_that_was_stopped_is_taken_up_again(tmp_path: Path, how: str) -> None:
+    winners, requests = undisturbed(tmp_path)
+    path = tmp_path / "run.jsonl"
+    slow = Slow(raise_at=20 if how == "interrupt" else -1)
+    first = session(path, evaluator=slow, settings=CHUNKS)
+    if how == "stop":
+        first._on_progress = lambda p: first.stop() if p.phase == "screen" else None
+        partial = first.run()
+        assert not partial.complete and all(b.provisional for b in partial.batches.values())
+        assert any(b.up for b in partial.batches.values())
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            first.run()
+    assert slow.closed and first.progress().state == "stopped"
+    result = TuneSession.resume(path, evaluator).run()
+    assert result.rows() == winners and set(rows(path)) == requests and max(rows(path).values()) == 1
+
+
+def test_what_ends_a_run_is_raised_by_wait() -> None:
+    running = session(evaluator=Slow(raise_at=5, error=MemoryError)).start()
+    with pytest.raises(MemoryError):
+        running.wait(60)
+    assert running.progress().state == "failed"
+
+
+def test_a_finished_run_is_read_back_without_measuring(tmp_path: Path) -> None:
+    winners, _ = undisturbed(tmp_path)
+    path = tmp_path / "run.jsonl"
+    session(path, settings=CHUNKS).run()
+    before = rows(path)
+    silent = Slow(raise_at=0)
+    assert TuneSession.resume(path, lambda _: silent).run().rows() == winners
+    assert rows(path) == before and silent.answered == 0
+
+
+def test_a_budget_ends_the_search_but_not_the_finals(tmp_path: Path) -> None:
+    free = session(strategy="grid", settings=CHUNKS).run()
+    spent = dict(free.timeline)
+    budget = (spent["compile"] + spent["grid"] / 2) / 0.8  # four fifths of it reach half-way into the grid
+    path = tmp_path / "run.jsonl"
+    result = session(path, strategy="grid", budget_s=budget, settings=CHUNKS).run()
+    assert result.complete and dict(result.timeline)["grid"] == pytest.approx(spent["grid"] / 2, rel=0.1)
+    assert {"finalists", "layers"} <= set(dict(result.timeline))
+    asked, lines = set(rows(path)), path.read_text().splitlines(keepends=True)
+    for share in (
+        0.3,
+        0.6,
+        0.9,
+    ):  # as if killed in the compiling, in the grid, in the finals: the same budget still holds
+        path.write_text("".join(lines[: round(share * len(lines))]))
+        assert TuneSession.resume(path, evaluator).run().rows() == result.rows()
+        assert set(rows(path)) == asked
+
+
+# --- kill -9 -----------------------------------------------------------------------------------------------------------
+
+
+def killed_after(seconds: float, path: Path) -> bool:
+    """Start a run in a child, or take it up there, and kill -9 it after a while; whether it was still running."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            slow = Slow(0.002)
+            if path.exists() and b"\n" in path.read_bytes():
+                TuneSession.resume(path, lambda _: slow).run()
+            else:
+                session(path, evaluator=slow, settings=CHUNKS).run()
+            status = 0
+        finally:
+            os._exit(status)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_kill_9_at_20_random_moments(tmp_path: Path) -> None:
+    """Each moment: killed, taken up, killed again perhaps, and finished: the winners and rows of an undisturbed run."""
+    winners, requests = undisturbed(tmp_path)
+    draws, interrupted = random.Random(0), 0
+    for trial in range(20):
+        path = tmp_path / f"run-{trial}.jsonl"
+        kills = 0
+        while kills < 1 + trial % 2 and killed_after(draws.uniform(0.005, 0.12), path):
+            kills += 1
+        interrupted += kills
+        if path.exists() and b"\n" in path.read_bytes():
+            result = TuneSession.resume(path, evaluator).run()
+        else:
+            result = session(path, settings=CHUNKS).run()
+        assert result.rows() == winners, f"after {kills} kills of {path}"
+        assert set(rows(path)) == requests and max(rows(path).values()) == 1
+    assert interrupted >= 20
+
+
+@hypothesis.given(st.sampled_from(["race", "grid", "random"]), st.floats(0, 1))
+@hypothesis.settings(max_examples=12)
+def test_a_run_cut_anywhere_and_resumed_is_the_undisturbed_run(
+    tmp_path_factory: pytest.TempPathFactory, strategy: str, share: float
+) -> None:
+    tmp = tmp_path_factory.mktemp("cut")
+    winners, requests = undisturbed(tmp, strategy)
+    path = tmp / "run.jsonl"
+    session(path, strategy, settings=CHUNKS).run()
+    whole = path.read_bytes()
+    header = whole.index(b"\n") + 1
+    path.write_bytes(whole[: header + round(share * (len(whole) - header))])
+    assert TuneSession.resume(path, evaluator).run().rows() == winners
+    assert set(rows(path)) == requests and max(rows(path).values()) == 1
+
+
+def test_two_tuners_on_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    first = session(path)
+    for other in (lambda: session(path), lambda: TuneSession.resume(path, evaluator)):
+        with pytest.raises(JournalError, match="Another tuner"):
+            other()
+    assert first.run().complete
+    with pytest.raises(JournalError, match="already"):
+        session(path)
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    winners, requests = undisturbed(tmp_path)
+    path, room, real = tmp_path / "run.jsonl", 40_000, os.pwrite
+
+    def little_room(handle: int, data: bytes, offset: int) -> int:
+        if offset >= room:
+            raise OSError(28, "No space left on device")
+        return real(handle, data[: room - offset], offset)
+
+    monkeypatch.setattr(os, "pwrite", little_room)
+    with pytest.raises(JournalError, match="full"):
+        session(path, settings=CHUNKS).run()
+    kept = read(path)
+    assert 0 < len(kept.results) < len(requests) and path.stat().st_size == kept.whole_bytes
+    monkeypatch.undo()
+    assert TuneSession.resume(path, evaluator).run().rows() == winners
+
+
+def test_a_journal_of_something_else_is_refused(tmp_path: Path) -> None:
+    header = {"provenance": {}, "problem": {"shape": 1}, "strategy": {}, "space": {}, "evaluator": {}}
+    Journal.create(tmp_path / "run.jsonl", header).close()
+    with pytest.raises(JournalError, match="describe a problem"):
+        TuneSession.resume(tmp_path / "run.jsonl", evaluator)
+    Journal.resume(tmp_path / "run.jsonl").close()  # the lock is free again
+
+
+# --- who wins ------------------------------------------------------------------------------------------------------------
+
+
+def layers(**samples: Sequence[float]) -> tuple[list[tuple[str, tuple]], Result]:
+    """A final of pairs named "default", "current" and others; incumbents are the two."""
+    from moelab.config import KernelConfig
+
+    pairs = {name: (KernelConfig(16, 32, 64, i + 1),) * 2 for i, name in enumerate(samples)}
+    outcomes = tuple(Outcome(tuple(s)) if s else Outcome((), "timeout", "hung") for s in samples.values())
+    result = Result(Request("layer", 8, tuple(pairs.values()), 9, True), outcomes)
+    return [(name, pairs[name]) for name in ("default", "current") if name in pairs], result
+
+
+WAVE = [0.99, 1.01, 1.0, 0.98, 1.02, 1.0, 0.99, 1.01, 1.0]
+
+
+def times(us: float, wave: Sequence[float] = WAVE) -> list[float]:
+    return [us * w for w in wave]
+
+
+def test_the_fastest_wins_with_its_gains() -> None:
+    won = decide(8, *layers(new=times(10), default=times(20), current=times(11)))
+    assert (won.up.GROUP_SIZE_M, won.kept) == (1, None)
+    assert won.gain("default").factor == pytest.approx(2) and won.gain("current").factor == pytest.approx(1.1)
+    assert not won.gain("current").tie
+
+
+def test_the_incumbent_stays_inside_a_tie() -> None:
+    won = decide(8, *layers(new=times(10), default=times(20), current=times(10.05, WAVE[::-1])))
+    assert won.kept == "current" and won.gain("current").factor == 1 and won.gain("current").tie
+    won = decide(8, *layers(new=times(10), default=times(10.05, WAVE[::-1])))
+    assert won.kept == "default"  # without a file the default is what has to be beaten
+
+
+def test_the_default_does_not_push_out_a_faster_file() -> None:
+    won = decide(8, *layers(new=times(10), default=times(10.01, WAVE[::-1]), current=times(12)))
+    assert (won.kept, won.up.GROUP_SIZE_M) == (None, 1)
+
+
+def test_pairs_that_fail_cannot_win_and_none_is_an_error() -> None:
+    won = decide(8, *layers(new=(), default=times(20), current=()))
+    assert won.kept == "default" and won.gain("current") is None
+    assert "timeout: hung" in decide(8, *layers(new=(), default=())).error
+    assert decide(8, [], None).error
