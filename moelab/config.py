@@ -9,6 +9,7 @@ Field names are those of the JSON files that sglang and vLLM load; SPLIT_K is mo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -359,6 +360,7 @@ def check(
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def default_config(num_tokens: int, num_experts: int, dtype: str = "bfloat16") -> KernelConfig:
     """The config used where no file has one: sglang's rule for unquantised weights, so that both agree.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import asdict
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -118,9 +119,11 @@ def fused_moe(
         hidden_states, w13, w2, topk_weights, topk_ids, b13, b2, activation, gated,
         routed_scaling_factor, apply_router_weight_on_input, config, down_config,
     )  # fmt: skip
-    check_activation(activation, gated)
-    _check_call(call)
     compiling = torch.compiler.is_compiling()
+    if compiling:
+        _check_call(call)
+    else:
+        _check_once(call)
     _check_grad(call, impl, compiling)
     if check_routing or (check_routing is None and not compiling and hidden_states.device.type == "cpu"):
         check_ids(topk_ids, w13.shape[0])
@@ -185,10 +188,27 @@ def _route(
     return softmax_topk(logits, top_k, renormalize=renormalize)
 
 
+def _check_once(call: MoECall) -> None:
+    """`_check_call`, once for each signature: in eager decode every microsecond of it is one that the GPU waits."""
+    launch = _launch_room()
+    tensors = launch.signature(
+        call.hidden_states, call.w13, call.w2, call.topk_weights, call.topk_ids, call.b13, call.b2
+    )
+    launch.checked(("fused_moe", call.activation, call.gated, tensors), lambda: _check_call(call))
+
+
+@functools.cache
+def _launch_room() -> ModuleType:
+    """moelab.kernels.launch, which imports triton: not before the first call."""
+    from moelab.kernels import launch
+
+    return launch
+
+
 def _check_call(call: MoECall) -> None:
-    # Plain comparisons first: in eager decode every microsecond of validation is one that the GPU waits.
     from moelab.kernels import checks
 
+    check_activation(call.activation, call.gated)
     x, w13, w2, ids = call.hidden_states, call.w13, call.w2, call.topk_ids
     checks.check_shape("hidden_states", x, ("num_tokens", "hidden_size"))
     checks.check_shape("w13", w13, ("num_experts", "rows", x.shape[1]))

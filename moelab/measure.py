@@ -1,19 +1,25 @@
-"""The timing protocol: CUDA graphs over rotated inputs, contenders interleaved, every sample kept.
+"""Timing protocols over rotated inputs: contenders interleaved in shuffled order, every sample kept.
 
-A contender is a callable that takes a rotation index and launches the work on that rotation's tensors. All
-contenders of one call are captured into graphs of their own, replayed in turns in shuffled order, and timed with
-CUDA events around a replay: one sample is the replay's time over the number of calls in the graph. What is compared
-was thus measured by the same protocol, in the same seconds, on the same card.
+A contender is a callable that takes a rotation index and launches the work on that rotation's tensors. What is
+compared in one call was measured by the same protocol, in the same seconds, on the same card.
 
-Interpreted kernels are never timed: without a GPU `measure` raises, and recordings are there to be read.
+measure        the GPU's time: each contender in a CUDA graph of its own, CUDA events around a replay.
+measure_eager  the wall's: calls back to back without a graph until the device is done; what a server without graphs
+               gets, the longer of the host's time and the GPU's.
+measure_host   the host's: a clock around one eager call, which returns while the GPU still works.
+
+Interpreted kernels are never timed: without a GPU all three raise, and recordings are there to be read.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,6 +50,50 @@ class Protocol:
         return {"kind": "cuda-graph, rotated inputs, contenders interleaved", **asdict(self)}
 
 
+@dataclass(frozen=True)
+class EagerProtocol:
+    """How `measure_eager` takes samples.
+
+    rotations, rounds, seed: as in Protocol. sample_us: what one sample should last at least, microseconds, so that the
+    device's last call and the synchronisation weigh little; whole rotations of calls fill it, max_calls at most.
+    """
+
+    rotations: int = 8
+    rounds: int = 25
+    sample_us: float = 5000.0
+    max_calls: int = 4096
+    seed: int = 0
+
+    def describe(self) -> dict[str, Any]:
+        """For a recording's `protocol` field."""
+        return {"kind": "eager, calls back to back until the device is done, contenders interleaved", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class HostProtocol:
+    """How `measure_host` takes samples: rounds * burst of each contender.
+
+    A round is a burst of calls of each contender, one after another, the device synchronised after each burst: CUDA's
+    queue holds about 1,024 launches, and a call that found it full would wait for the GPU. 16 calls may thus have
+    60 launches each. warm_up: calls of each before the first sample, compiling ones among them.
+    """
+
+    rotations: int = 8
+    rounds: int = 128
+    burst: int = 16
+    warm_up: int = 64
+    seed: int = 0
+
+    def describe(self) -> dict[str, Any]:
+        """For a recording's `protocol` field."""
+        kind = "host time of one eager call, bursts of contenders interleaved, synchronised between, no gc"
+        return {"kind": kind, **asdict(self), "rounded_to_us": HOST_RESOLUTION_US}
+
+
+HOST_RESOLUTION_US = 0.01
+"""Host samples are rounded to this, and kept: a call of Python costs more, and 2,000 of them take 14 KB of JSON."""
+
+
 def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
     """Distribution-free confidence interval of the median, from order statistics.
 
@@ -69,7 +119,7 @@ class Measurement:
 
     name: str
     samples_us: tuple[float, ...]
-    protocol: Protocol | None = None
+    protocol: Protocol | EagerProtocol | HostProtocol | None = None
 
     @property
     def median_us(self) -> float:
@@ -138,25 +188,116 @@ def _graph_of(contender: Contender, rotations: int, repeats: int) -> torch.cuda.
     return graph
 
 
-def measure(contenders: Mapping[str, Contender], protocol: Protocol | None = None) -> dict[str, Measurement]:
-    """Time contenders against each other on the GPU: name -> Measurement, microseconds per call.
-
-    A contender must be capturable in a CUDA graph (no host synchronisation) and keep its inputs alive. Raises
-    RuntimeModeError without a GPU; what a contender raises passes through.
-    """
-    protocol = protocol or Protocol()
+def _require_gpu() -> None:
     mode = runtime.current()
     if mode.mode != "gpu":
         raise RuntimeModeError(
             f"Timing needs a GPU; here {mode.reason}. Interpreted kernels say nothing about speed. Expected a GPU; "
             "read a recording instead (moelab.recordings.load), or run this on a GPU node."
         )
+
+
+def _turns(names: Iterable[str], rounds: int, seed: int) -> Iterator[str]:
+    """Every name once a round, each round in an order of its own."""
+    order, shuffle = list(names), random.Random(seed)
+    for _ in range(rounds):
+        shuffle.shuffle(order)
+        yield from order
+
+
+def measure(contenders: Mapping[str, Contender], protocol: Protocol | None = None) -> dict[str, Measurement]:
+    """Time contenders against each other on the GPU: name -> Measurement, microseconds per call.
+
+    Replays of the contenders' graphs take turns; a sample is a replay's time over the calls in the graph.
+    A contender must be capturable in a CUDA graph (no host synchronisation) and keep its inputs alive. Raises
+    RuntimeModeError without a GPU; what a contender raises passes through.
+    """
+    protocol = protocol or Protocol()
+    _require_gpu()
     graphs = {name: _capture(contender, protocol) for name, contender in contenders.items()}
     samples: dict[str, list[float]] = {name: [] for name in graphs}
-    order, shuffle = list(graphs), random.Random(protocol.seed)
-    for _ in range(protocol.rounds):
-        shuffle.shuffle(order)
-        for name in order:
-            graph, calls = graphs[name]
-            samples[name].append(_elapsed_us(graph.replay) / calls)
+    for name in _turns(graphs, protocol.rounds, protocol.seed):
+        graph, calls = graphs[name]
+        samples[name].append(_elapsed_us(graph.replay) / calls)
+    return {name: Measurement(name, tuple(values), protocol) for name, values in samples.items()}
+
+
+# --- without a graph ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _no_gc() -> Iterator[None]:
+    """Keep Python's garbage collector out of the samples; as it was, afterwards."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _wall_us(contender: Contender, calls: int, rotations: int) -> float:
+    """Wall time of calls back to back, from an idle device until it is idle again, microseconds."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter_ns()
+    for call in range(calls):
+        contender(call % rotations)
+    torch.cuda.synchronize()
+    return (time.perf_counter_ns() - begin) / 1e3
+
+
+def _calls_for(contender: Contender, protocol: EagerProtocol) -> int:
+    """How many calls, whole rotations of them, last protocol.sample_us; warms up on the way."""
+    _wall_us(contender, protocol.rotations, protocol.rotations)
+    rough = min(_wall_us(contender, protocol.rotations, protocol.rotations) for _ in range(3))
+    passes = min(math.ceil(protocol.sample_us / max(rough, 1e-3)), protocol.max_calls // protocol.rotations)
+    return max(1, passes) * protocol.rotations
+
+
+def measure_eager(contenders: Mapping[str, Contender], protocol: EagerProtocol | None = None) -> dict[str, Measurement]:
+    """Wall time per call without a CUDA graph: name -> Measurement, microseconds per call.
+
+    A sample is the time from the first launch of n calls until the device has done the last, over n. A contender may
+    synchronise with the host. Raises RuntimeModeError without a GPU; what a contender raises passes through.
+    """
+    protocol = protocol or EagerProtocol()
+    _require_gpu()
+    calls = {name: _calls_for(contender, protocol) for name, contender in contenders.items()}
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    with _no_gc():
+        for name in _turns(contenders, protocol.rounds, protocol.seed):
+            samples[name].append(_wall_us(contenders[name], calls[name], protocol.rotations) / calls[name])
+    return {name: Measurement(name, tuple(values), protocol) for name, values in samples.items()}
+
+
+def _host_burst(contender: Contender, calls: int, rotations: int) -> list[float]:
+    """Host time of each of `calls` calls in a row, microseconds; the device is idle before and after."""
+    clock, samples = time.perf_counter_ns, []
+    for call in range(calls):
+        begin = clock()
+        out = contender(call % rotations)
+        end = clock()
+        del out  # freed outside the clock: its caller would free it
+        samples.append(max(round((end - begin) / 1e3, 2), HOST_RESOLUTION_US))
+    torch.cuda.synchronize()
+    return samples
+
+
+def measure_host(contenders: Mapping[str, Contender], protocol: HostProtocol | None = None) -> dict[str, Measurement]:
+    """Host time of a call in eager mode: name -> Measurement, a sample a call, microseconds.
+
+    How long Python is busy until the call returns, its kernels launched and not waited for; a contender that
+    synchronises with the host is charged for the wait. At least 2,000 samples by default, rounded to
+    HOST_RESOLUTION_US. Raises RuntimeModeError without a GPU; what a contender raises passes through.
+    """
+    protocol = protocol or HostProtocol()
+    _require_gpu()
+    for contender in contenders.values():
+        _host_burst(contender, max(protocol.warm_up, protocol.rotations), protocol.rotations)
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    with _no_gc():
+        for name in _turns(contenders, protocol.rounds, protocol.seed):
+            samples[name] += _host_burst(contenders[name], protocol.burst, protocol.rotations)
     return {name: Measurement(name, tuple(values), protocol) for name, values in samples.items()}

@@ -55,7 +55,8 @@ from moelab.kernels.grouped_gemm import grouped_gemm
 from moelab.kernels.split_k_atomic import split_k_atomic_f32
 from moelab.kernels.split_k_workspace import new_workspace, split_k_workspace
 from moelab.kernels.sum_reduce import sum_reduce
-from moelab.measure import measure, median_interval
+from moelab.measure import measure, measure_eager, measure_host, median_interval
+from moelab.suites import bench
 from moelab.tuner import journal, landscape, space, strategies
 from moelab.tuner.problem import Problem
 
@@ -493,6 +494,18 @@ NAMES = [
     Row("a kernel's activation", lambda _: activation(x(4, 8), "relu2"), UnknownNameError, ("relu2", "gated")),
     Row("an oracle's activation", lambda _: reference.activation_ref(x(4, 8), "gelu2"), UnknownNameError, ("gelu2",)),
     Row("a router's score", lambda _: routing.grouped_topk(x(3, 4), 2, score="sigmod"), UnknownNameError, ("sigmod",)),
+    Row(
+        "a bench's implementation",
+        lambda _: bench.bench(SHAPE, [1], ["torch", "tritn"]),
+        UnknownNameError,
+        ("'tritn'", "Did you mean triton"),
+    ),
+    Row(
+        "a bench's routing",
+        lambda _: bench.bench(SHAPE, [1], ["torch"], routing="zipff"),
+        UnknownNameError,
+        ("'zipff'", "Did you mean zipf"),
+    ),
     Row("a suite", lambda _: suites.record(["sum_redce"]), UnknownNameError, ("sum_redce", "Did you mean sum_reduce")),
     Row("a device", lambda _: roofline.load_ceilings("NVIDIA_H20"), UnknownNameError, ("NVIDIA_H20", "NVIDIA_H200")),
     Row(
@@ -568,6 +581,9 @@ WITHOUT_GPU = [
         "a bf16 sum under the interpreter", lambda _: sum_reduce(x(4, 2, 8).bfloat16()), RuntimeModeError, ("bfloat16",)
     ),
     Row("timing", lambda _: measure({"a": lambda _: None}), RuntimeModeError, ("needs a GPU", "recording")),
+    Row("eager timing", lambda _: measure_eager({"a": lambda _: None}), RuntimeModeError, ("needs a GPU",)),
+    Row("a host's timing", lambda _: measure_host({"a": lambda _: None}), RuntimeModeError, ("needs a GPU",)),
+    Row("a bench", lambda _: bench.bench(SHAPE, [1], ["triton"]), RuntimeModeError, ("needs a GPU", "split_k")),
     Row("a cuda kernel", lambda _: sum_reduce(x(4, 2, 8), impl="cuda"), RuntimeModeError, ("GPU", "triton")),
     Row("recording", lambda _: suites.record(["layer_classic"]), RuntimeModeError, ("layer_classic", "GPU")),
 ]

@@ -183,6 +183,7 @@ def explain(
 def bench(
     model: Model,
     tp_size: TpSize = 1,
+    ep_size: EpSize = 1,
     dtype: Dtype = None,
     disable_shared_experts_fusion: NoFusion = False,
     impl: Annotated[
@@ -191,21 +192,31 @@ def bench(
     batch_size: Annotated[
         list[int] | None, typer.Option("--batch-size", min=1, help="Tokens; repeat. Default: 1, 16, 256.")
     ] = None,
+    routing: Annotated[
+        str, typer.Option("--routing", help="How popular experts are: uniform, zipf or dirichlet.")
+    ] = "uniform",
+    eager: Annotated[bool, typer.Option(help="Also time calls without a CUDA graph.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """On a GPU: check implementations of the layer against float64, then time them against each other."""
-    found = _load(model, tp_size, 1, dtype, disable_shared_experts_fusion)
+    """On a GPU: check implementations of the layer against float64, then time them against each other.
+
+    Exit status 1 if one is over its error bound, or could not run.
+    """
+    found = _load(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
     from moelab.fused_moe import IMPLEMENTATIONS
     from moelab.suites import bench as suite
 
     with _naming_memory(found):
-        results = suite.bench(found, batch_size or [1, 16, 256], impl or list(IMPLEMENTATIONS))
+        asked = impl or list(IMPLEMENTATIONS)
+        results = suite.bench(found, batch_size or [1, 16, 256], asked, routing=routing, eager=eager)
     if as_json:
         printing.print_json([printing.bench_json(found, result) for result in results])
-        return
-    print(f"floors: {results[0].ceilings}\n")
-    for result in results:
-        printing.print_bench(found, result)
+    else:
+        print(f"floors: {results[0].ceilings}\n")
+        for result in results:
+            printing.print_bench(found, result)
+    if not all(row["within_bound"] for result in results for row in result.rows):
+        raise typer.Exit(1)
 
 
 @app.command()

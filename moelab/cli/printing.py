@@ -107,29 +107,67 @@ def list_suites(as_json: bool) -> bool:
 
 def bench_json(found: MoEShape, result: Result) -> dict[str, Any]:
     """One batch size of a bench as JSON has it, every sample included."""
+    padding = result.padding
     return {
-        "shape": sizes(found), "num_tokens": result.num_tokens, "floor_us": result.floor_us,
-        "ceilings": result.ceilings, "config": lookup_json(result.config, ()),
+        "shape": sizes(found), "num_tokens": result.num_tokens, "routing": result.routing,
+        "experts_touched": result.experts_touched,
+        "padding": {"useful_rows": padding.useful_rows, "padded_rows": padding.padded_rows, "waste": padding.waste},
+        "floor_us": result.floor_us, "ceilings": result.ceilings, "config": lookup_json(result.config, ()),
         "down_config": lookup_json(result.down, ()), "rows": list(result.rows),
+        "protocols": dict(result.protocols), "provenance": dict(result.provenance),
     }  # fmt: skip
 
 
 def print_bench(found: MoEShape, result: Result) -> None:
-    """One batch size of a bench as a table, with its floor and the configs that were used."""
+    """One batch size of a bench: floor, routing and configs, a table, and below it what is wrong with its rows."""
     floor = "no floor" if result.floor_us is None else f"floor {result.floor_us:.2f} us"
-    print(f"{found.name}, tp_size {found.tp_size}, {found.dtype}, {result.num_tokens} tokens: {floor}")
+    rank = f"tp_size {found.tp_size}" + (f", ep_size {found.ep_size} (rank 0)" if found.ep_size > 1 else "")
+    print(f"{found.name}, {rank}, {found.dtype}, {result.num_tokens} tokens: {floor}")
+    print(
+        f"{result.routing} routing: {result.experts_touched:.4g} of {found.num_experts} experts touched, "
+        f"{result.padding.padded_rows:.4g} rows computed for {result.padding.useful_rows:.4g} "
+        f"(padding {result.padding.waste:.2f} times)"
+    )
     for label, used in (("GEMM1", result.config), ("GEMM2", result.down)):
         if used.config is not None:
-            print(f"triton, {label}: {used.config.short()} from {used.path or 'the default rule'}")
-    rows = [
-        {
-            "impl": row["impl"],
-            "median us": f"{row['median_us']:.2f}" if "median_us" in row else "-",
-            "95 % interval": f"{row['low_us']:.2f} ... {row['high_us']:.2f}" if "low_us" in row else "-",
-            "floor / time": f"{row['floor_fraction']:.0%}" if row.get("floor_fraction") else "-",
-            "max error": row["max_abs_error"],
-            "": "tie with the fastest" if row.get("tie") else row.get("note", ""),
-        }
-        for row in result.rows
-    ]
-    print(textwrap.indent(table(rows), "  ") + "\n")
+            key = "" if used.key is None else f", batch size {used.key}"
+            print(f"{label}: {used.config.short()} from {used.path or 'the default rule'}{key}")
+    print(textwrap.indent(table([_bench_row(row, result) for row in result.rows]), "  "))
+    for row in result.rows:
+        if "refused" in row:
+            print(f"  {row['impl']} did not run: {row['refused']}")
+        elif "problem" in row:
+            print(f"  {row['problem']}")
+    print()
+
+
+def _bench_row(row: Mapping[str, Any], result: Result) -> dict[str, Any]:
+    cells = {"impl": row["impl"], "graph us": _us(row, ""), "95 % interval": _interval(row, "")}
+    cells["floor / graph"] = f"{row['floor_fraction']:.0%}" if row.get("floor_fraction") else "-"
+    if result.protocols["eager"]:
+        cells |= {"eager us": _us(row, "eager_"), "eager interval": _interval(row, "eager_")}
+    return cells | {"max error": row["max_abs_error"], "bound": row["bound"], "": _mark(row, result.rows)}
+
+
+def _us(row: Mapping[str, Any], prefix: str) -> str:
+    return f"{row[f'{prefix}median_us']:.2f}" if f"{prefix}median_us" in row else "-"
+
+
+def _interval(row: Mapping[str, Any], prefix: str) -> str:
+    low, high = (row.get(f"{prefix}{end}_us") for end in ("low", "high"))
+    return "-" if low is None or high is None else f"{low:.2f} ... {high:.2f}"
+
+
+def _mark(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the figures beside it cannot say: a bound that does not hold, a tie, the fastest, why there is no time."""
+    if "refused" in row:
+        return "did not run"
+    marks = [] if row["within_bound"] else ["OVER ITS ERROR BOUND"]
+    for prefix, where in (("", "in a graph"), ("eager_", "eagerly")):
+        tied = any(other.get(f"{prefix}tie") for other in rows)
+        rivals = sum(f"{prefix}median_us" in other for other in rows) > 1
+        if row.get(f"{prefix}tie"):
+            marks.append(f"tie with the fastest {where}")
+        elif row.get(f"{prefix}fastest") and rivals:
+            marks.append(f"lowest median {where}" if tied else f"fastest {where}")
+    return "; ".join([*marks, *([row["note"]] if "note" in row else [])])

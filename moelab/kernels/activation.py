@@ -6,6 +6,8 @@ from moelab import runtime
 
 runtime.prepare_triton()
 
+import functools  # noqa: E402
+
 import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
@@ -13,6 +15,7 @@ from torch import Tensor  # noqa: E402
 
 from moelab.errors import ShapeError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
+from moelab.kernels.launch import Launcher, checked, signature  # noqa: E402
 from moelab.kernels.tiles import gated_activation, plain_activation  # noqa: E402
 from moelab.reference import check_activation  # noqa: E402
 
@@ -47,6 +50,9 @@ def _activation_kernel(
     tl.store(out_ptr + rows[:, None] * N + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+_launch = Launcher(_activation_kernel)
+
+
 def activation(
     x: Tensor,
     kind: str = "silu",
@@ -62,6 +68,36 @@ def activation(
     are rounded to the layer's dtype here, once. Deterministic. Raises UnknownNameError, ShapeError, DtypeError,
     DeviceError, LayoutError, RuntimeModeError.
     """
+    rows, N = checked(("activation", kind, gated, dtype, signature(x, out)), lambda: _check(x, kind, gated, dtype, out))
+    if out is None:
+        out = x.new_empty((rows, N), dtype=dtype)
+    if out.numel():
+        activation_unchecked(x, out, kind, gated)
+    return out
+
+
+@functools.cache
+def _tile(N: int) -> tuple[int, int]:
+    block_cols = min(triton.next_power_of_2(N), _TILE)
+    return _TILE // block_cols, block_cols
+
+
+def activation_unchecked(x: Tensor, out: Tensor, kind: str, gated: bool) -> None:
+    """`activation` of at least one value, for pipelines whose call was checked as a whole."""
+    rows, N = out.shape
+    block_rows, block_cols = _tile(N)
+    constants = {"ACTIVATION": kind, "GATED": gated, "BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols}
+    _launch(
+        (kind, gated, N, x.dtype, out.dtype),
+        (-(-rows // block_rows), -(-N // block_cols)),
+        (x, out),
+        (rows, N),
+        lambda: (constants, {"num_warps": 4}),
+    )
+
+
+def _check(x: Tensor, kind: str, gated: bool, dtype: torch.dtype | None, out: Tensor | None) -> tuple[int, int]:
+    """(rows, N) of the result; raises what activation names."""
     check_activation(kind, gated)
     checks.check_kernel_device("x", x)
     checks.check_dtype("x", x, checks.FLOATS)
@@ -72,17 +108,8 @@ def activation(
             f"x has {width} columns. Expected an even number, gate columns and then up columns. Pass gated=False for none."
         )
     N = width // 2 if gated else width
-    if out is None:
-        out = x.new_empty((rows, N), dtype=dtype)
-    if out.dtype != x.dtype:
-        checks.check_kernel_device("out", out)
-    checks.check_shape("out", out, (rows, N))
-    checks.check_dtype("out", out, (dtype or x.dtype,))
-    checks.check_together(x=x, out=out)
-    if out.numel() == 0:
-        return out
-    block_cols = min(triton.next_power_of_2(N), _TILE)
-    block_rows = _TILE // block_cols
-    grid = (triton.cdiv(rows, block_rows), triton.cdiv(N, block_cols))
-    _activation_kernel[grid](x, out, rows, N, kind, gated, block_rows, block_cols, num_warps=4)
-    return out
+    checks.check_together(x=x)
+    if dtype is not None:
+        runtime.require_kernels(dtype)
+    checks.check_out(out, x, (rows, N), dtype)
+    return rows, N

@@ -19,6 +19,7 @@ from torch import Tensor  # noqa: E402
 
 from moelab.errors import DtypeError, ShapeError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
+from moelab.kernels.launch import Launcher, checked, signature  # noqa: E402
 from moelab.routing import Alignment, max_padded_pairs  # noqa: E402
 
 # Up to this many pairs one launch does everything; above it chunks are counted, scanned and placed apart.
@@ -152,6 +153,17 @@ def _align_pairs_kernel(
         tl.store(total_ptr, num_pairs * BLOCK_SIZE)
 
 
+_align_small = Launcher(_align_small_kernel)
+_align_pairs = Launcher(_align_pairs_kernel)
+_count = Launcher(_count_kernel)
+_scan = Launcher(_scan_kernel)
+_place = Launcher(_place_kernel)
+
+
+def _check_once(topk_ids: Tensor, block_size: int, num_experts: int) -> None:
+    checked(("align", block_size, num_experts, signature(topk_ids)), lambda: _check(topk_ids, block_size, num_experts))
+
+
 def _check(topk_ids: Tensor, block_size: int, num_experts: int) -> None:
     checks.check_kernel_device("topk_ids", topk_ids)
     checks.check_shape("topk_ids", topk_ids, ("num_tokens", "top_k"))
@@ -166,10 +178,10 @@ def _check(topk_ids: Tensor, block_size: int, num_experts: int) -> None:
 
 
 def _allocate(length: int, block_size: int, num_pairs: int, num_experts: int, device: torch.device) -> Alignment:
-    buffer = torch.empty(length + length // block_size + 1, dtype=torch.int32, device=device)
-    blocks = length // block_size
-    parts = buffer[:length], buffer[length : length + blocks], buffer[length + blocks :]
-    return Alignment(*parts, block_size, num_pairs, num_experts)
+    # One allocation; the total lies first, in 16 bytes of its own, so that the others start on 16 bytes at every size.
+    buffer = torch.empty(4 + length + length // block_size, dtype=torch.int32, device=device)
+    total, _, tokens, experts = buffer.split_with_sizes([1, 3, length, length // block_size])
+    return Alignment(tokens, experts, total, block_size, num_pairs, num_experts)
 
 
 def align_pairs(topk_ids: Tensor, block_size: int, num_experts: int) -> Alignment:
@@ -177,16 +189,23 @@ def align_pairs(topk_ids: Tensor, block_size: int, num_experts: int) -> Alignmen
 
     Arguments, result and errors as in `moe_align_block_size`.
     """
-    _check(topk_ids, block_size, num_experts)
+    _check_once(topk_ids, block_size, num_experts)
+    return _pairs(topk_ids, block_size, num_experts)
+
+
+def _pairs(topk_ids: Tensor, block_size: int, num_experts: int) -> Alignment:
     num_pairs = topk_ids.numel()
     result = _allocate(num_pairs * block_size, block_size, num_pairs, num_experts, topk_ids.device)
     if num_pairs == 0:
         result.num_tokens_post_padded.zero_()
         return result
-    _align_pairs_kernel[(num_pairs,)](
-        topk_ids, result.sorted_token_ids, result.expert_ids, result.num_tokens_post_padded,
-        num_pairs, num_experts, block_size, num_warps=1,
-    )  # fmt: skip
+    _align_pairs(
+        (topk_ids.dtype, block_size),
+        (num_pairs, 1),
+        (topk_ids, result.sorted_token_ids, result.expert_ids, result.num_tokens_post_padded),
+        (num_pairs, num_experts),
+        lambda: ({"BLOCK_SIZE": block_size}, {"num_warps": 1}),
+    )
     return result
 
 
@@ -197,32 +216,65 @@ def moe_align_block_size(topk_ids: Tensor, block_size: int, num_experts: int) ->
     come last in blocks of expert -1. Equals routing.moe_align_block_size_ref up to num_tokens_post_padded; entries
     past it are not written. Raises ShapeError, DtypeError, DeviceError, LayoutError, RuntimeModeError.
     """
-    _check(topk_ids, block_size, num_experts)
+    _check_once(topk_ids, block_size, num_experts)
+    return _sorted(topk_ids, block_size, num_experts)
+
+
+def _sorted(topk_ids: Tensor, block_size: int, num_experts: int) -> Alignment:
     num_pairs = topk_ids.numel()
     length = max_padded_pairs(num_pairs, block_size, num_experts)
     result = _allocate(length, block_size, num_pairs, num_experts, topk_ids.device)
     if num_pairs == 0:
         result.num_tokens_post_padded.zero_()
-        return result
+    elif num_pairs <= _ONE_LAUNCH:
+        _in_one_launch(topk_ids, result)
+    else:
+        _in_three_launches(topk_ids, result)
+    return result
+
+
+def _in_one_launch(topk_ids: Tensor, result: Alignment) -> None:
+    num_pairs, block_size, num_experts = result.num_pairs, result.block_size, result.num_experts
     buckets = triton.next_power_of_2(num_experts + 2)
-    grid = (num_experts + 1,)
-    outputs = (result.sorted_token_ids, result.expert_ids, result.num_tokens_post_padded)
-    if num_pairs <= _ONE_LAUNCH:
-        chunk = next(size for size in (128, 512, _ONE_LAUNCH) if num_pairs <= size)
-        warps = 8 if chunk == _ONE_LAUNCH else 4
-        _align_small_kernel[grid](
-            topk_ids, *outputs, num_pairs, num_experts, block_size, buckets, chunk, num_warps=warps
-        )
-        return result
-    chunks = triton.cdiv(num_pairs, _CHUNK)
+    chunk = next(size for size in (128, 512, _ONE_LAUNCH) if num_pairs <= size)
+    constants = {"BLOCK_SIZE": block_size, "BUCKETS": buckets, "CHUNK": chunk}
+    _align_small(
+        (topk_ids.dtype, block_size, buckets, chunk),
+        (num_experts + 1, 1),
+        (topk_ids, result.sorted_token_ids, result.expert_ids, result.num_tokens_post_padded),
+        (num_pairs, num_experts),
+        lambda: (constants, {"num_warps": 8 if chunk == _ONE_LAUNCH else 4}),
+    )  # fmt: skip
+
+
+def _in_three_launches(topk_ids: Tensor, result: Alignment) -> None:
+    num_pairs, block_size, num_experts = result.num_pairs, result.block_size, result.num_experts
+    buckets = triton.next_power_of_2(num_experts + 2)
+    chunks = -(-num_pairs // _CHUNK)
     counts = torch.empty((chunks + 1, buckets), dtype=torch.int32, device=topk_ids.device)
     totals = counts[chunks]
-    _count_kernel[(chunks,)](topk_ids, counts, num_pairs, num_experts, buckets, _CHUNK, num_warps=4)
-    _scan_kernel[grid](counts, totals, chunks, buckets, 128, num_warps=4)
-    _place_kernel[(chunks + num_experts + 1,)](
-        topk_ids, counts, totals, *outputs, num_pairs, num_experts, chunks, block_size, buckets, _CHUNK, 32, num_warps=8
+    sizes = {"BUCKETS": buckets, "CHUNK": _CHUNK}
+    _count(
+        (topk_ids.dtype, buckets),
+        (chunks, 1),
+        (topk_ids, counts),
+        (num_pairs, num_experts),
+        lambda: (sizes, {"num_warps": 4}),
     )
-    return result
+    _scan(
+        buckets,
+        (num_experts + 1, 1),
+        (counts, totals),
+        (chunks,),
+        lambda: ({"BUCKETS": buckets, "ROWS": 128}, {"num_warps": 4}),
+    )
+    _place(
+        (topk_ids.dtype, block_size, buckets),
+        (chunks + num_experts + 1, 1),
+        (topk_ids, counts, totals, result.sorted_token_ids, result.expert_ids, result.num_tokens_post_padded),
+        (num_pairs, num_experts, chunks),
+        lambda: ({**sizes, "BLOCK_SIZE": block_size, "COLUMNS": 32}, {"num_warps": 8}),
+    )  # fmt: skip
 
 
 def align(topk_ids: Tensor, block_size: int, num_experts: int) -> Alignment:
@@ -230,5 +282,11 @@ def align(topk_ids: Tensor, block_size: int, num_experts: int) -> Alignment:
 
     The quarter is vLLM's rule (0.33.0): at num_pairs = E/4 uniform routing repeats few experts.
     """
+    _check_once(topk_ids, block_size, num_experts)
+    return align_unchecked(topk_ids, block_size, num_experts)
+
+
+def align_unchecked(topk_ids: Tensor, block_size: int, num_experts: int) -> Alignment:
+    """`align`, for pipelines whose call was checked as a whole."""
     small = topk_ids.numel() * 4 <= num_experts
-    return (align_pairs if small else moe_align_block_size)(topk_ids, block_size, num_experts)
+    return (_pairs if small else _sorted)(topk_ids, block_size, num_experts)

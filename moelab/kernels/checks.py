@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +78,15 @@ def checked_config(config: KernelConfig, dtype: torch.dtype, K: int | None = Non
     return config
 
 
+def check_no_split(config: KernelConfig, name: str) -> None:
+    """Raise ConfigError for a config that splits K, before a kernel that does not."""
+    if config.SPLIT_K != 1:
+        raise ConfigError(
+            f"{name} got SPLIT_K = {config.SPLIT_K}. Expected 1: this kernel sums K in one program. "
+            "Use a Split-K kernel, or dataclasses.replace(config, SPLIT_K=1)."
+        )
+
+
 @functools.cache
 def current_target() -> Target | None:
     """The current GPU as config.py knows it, or with the limits its driver reports; None without a GPU."""
@@ -119,7 +129,10 @@ def check_gemm(
         )
     check_shape("a", a, (num_pairs // top_k, K))
     check_dtype("w", w, (a.dtype,))
-    check_together(a=a, w=w, bias=bias, topk_weights=topk_weights, sorted_token_ids=alignment.sorted_token_ids)
+    parts = {name: getattr(alignment, name) for name in ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")}
+    for name, part in parts.items():
+        check_dtype(name, part, (torch.int32,))
+    check_together(a=a, w=w, bias=bias, topk_weights=topk_weights, **parts)
     if bias is not None:
         check_shape("bias", bias, (experts, N))
         check_dtype("bias", bias, (a.dtype,))
@@ -142,6 +155,26 @@ def check_gemm(
             "Expected the same: one sort serves both GEMMs. Align again, or give both GEMMs one BLOCK_SIZE_M."
         )
     return N, K
+
+
+def check_out(out: Tensor | None, a: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    """Raise unless a result tensor, where one is handed in, has this shape, this dtype (a's) and a's device."""
+    if out is not None:
+        check_shape("out", out, shape)
+        check_dtype("out", out, (dtype or a.dtype,))
+        check_together(a=a, out=out)
+
+
+def gemm_constants(config: KernelConfig, K: int, **constants: Any) -> tuple[dict[str, Any], dict[str, int]]:
+    """Constants and launch options of a grouped product's kernel, as a Launcher takes them."""
+    names = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M")
+    tile = {name: getattr(config, name) for name in names}
+    return {**tile, "EVEN_K": K % config.BLOCK_SIZE_K == 0, **constants}, launch_options(config)
+
+
+def tiles_of(config: KernelConfig, num_rows: int, N: int) -> int:
+    """Tiles of a product of num_rows by N."""
+    return -(-num_rows // config.BLOCK_SIZE_M) * -(-N // config.BLOCK_SIZE_N)
 
 
 def rows_in_use(alignment: Alignment, num_pairs: int) -> int:

@@ -12,15 +12,22 @@ from moelab import runtime
 
 runtime.prepare_triton()
 
-import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moelab.config import KernelConfig  # noqa: E402
-from moelab.errors import ConfigError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
-from moelab.kernels.tiles import dot_loop, grouped_tile, store_rows  # noqa: E402
+from moelab.kernels.launch import Launcher, checked, gemm_signature  # noqa: E402
+from moelab.kernels.tiles import (  # noqa: E402
+    add_bias,
+    dot_loop,
+    grouped_tile,
+    operand_ptrs,
+    row_block,
+    store_rows,
+    times_weight,
+)
 from moelab.routing import Alignment  # noqa: E402
 
 
@@ -52,8 +59,7 @@ def _grouped_gemm_kernel(
     )
     if pid_m * BLOCK_SIZE_M >= tl.load(num_tokens_post_padded_ptr):
         return
-    pair = tl.load(sorted_token_ids_ptr + pid_m * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M)).to(tl.int64)
-    row_mask = pair < num_pairs
+    pair, row_mask = row_block(sorted_token_ids_ptr, pid_m, num_pairs, BLOCK_SIZE_M)
     offs_n = pid_n * BLOCK_SIZE_N + tl.arange(0, BLOCK_SIZE_N)
     expert = tl.load(expert_ids_ptr + pid_m).to(tl.int64)
     if expert < 0:  # another rank's expert: its share of the sum is zero here
@@ -61,17 +67,16 @@ def _grouped_gemm_kernel(
         store_rows(c_ptr, pair, row_mask, offs_n, N, zeros)
         return
     offs_k = tl.arange(0, BLOCK_SIZE_K)
-    a_ptrs = a_ptr + (pair // TOP_K)[:, None] * K + offs_k[None, :]
-    # int64: E * N * K passes 2^31 at 256 experts of 2048 x 7168. Columns past N wrap, and are never stored.
-    w_ptrs = w_ptr + expert * N * K + (offs_n % N).to(tl.int64)[None, :] * K + offs_k[:, None]
+    a_ptrs, w_ptrs = operand_ptrs(a_ptr, w_ptr, pair // TOP_K, expert, offs_n, offs_k, N, K)
     wide = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), dtype=wide)
     acc = dot_loop(a_ptrs, w_ptrs, acc, K, row_mask, 0, 1, BLOCK_SIZE_K, EVEN_K)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + expert * N + offs_n, mask=offs_n < N, other=0.0).to(wide)[None, :]
-    if topk_weights_ptr is not None:
-        acc *= tl.load(topk_weights_ptr + pair, mask=row_mask, other=0.0).to(wide)[:, None]
+    acc = add_bias(acc, bias_ptr, expert, offs_n, offs_n < N, N)
+    acc = times_weight(acc, topk_weights_ptr, pair, row_mask)
     store_rows(c_ptr, pair, row_mask, offs_n, N, acc)
+
+
+_launch = Launcher(_grouped_gemm_kernel)
 
 
 def grouped_gemm(
@@ -95,41 +100,57 @@ def grouped_gemm(
     Returns c (num_pairs, N) in a's dtype, every row written. Deterministic.
     Raises ShapeError, DtypeError, DeviceError, LayoutError, ConfigError, SharedMemoryError, RuntimeModeError.
     """
-    N, K = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
-    if config.SPLIT_K != 1:
-        raise ConfigError(
-            f"grouped_gemm got SPLIT_K = {config.SPLIT_K}. Expected 1: this kernel sums K in one program. "
-            "Use a Split-K kernel, or dataclasses.replace(config, SPLIT_K=1)."
-        )
-    if out is None:
-        out = torch.empty((num_pairs, N), dtype=a.dtype, device=a.device)
-    else:
-        checks.check_shape("out", out, (num_pairs, N))
-        checks.check_dtype("out", out, (a.dtype,))
-        checks.check_together(a=a, out=out)
-    if num_pairs == 0:
-        return out
-    num_rows = checks.rows_in_use(alignment, num_pairs)
-    grid = (triton.cdiv(num_rows, config.BLOCK_SIZE_M) * triton.cdiv(N, config.BLOCK_SIZE_N),)
-    _grouped_gemm_kernel[grid](
-        a,
-        w,
-        out,
-        bias,
-        topk_weights,
-        alignment.sorted_token_ids,
-        alignment.expert_ids,
-        alignment.num_tokens_post_padded,
-        N,
-        K,
-        num_pairs,
-        num_rows,
-        TOP_K=top_k,
-        BLOCK_SIZE_M=config.BLOCK_SIZE_M,
-        BLOCK_SIZE_N=config.BLOCK_SIZE_N,
-        BLOCK_SIZE_K=config.BLOCK_SIZE_K,
-        GROUP_SIZE_M=config.GROUP_SIZE_M,
-        EVEN_K=K % config.BLOCK_SIZE_K == 0,
-        **checks.launch_options(config),
+    key = gemm_signature(a, w, alignment, config, bias, topk_weights, out)
+    N = checked(
+        ("grouped_gemm", num_pairs, top_k, key),
+        lambda: _check(a, w, alignment, config, num_pairs, top_k, bias, topk_weights, out),
     )
+    if out is None:
+        out = a.new_empty((num_pairs, N))
+    if num_pairs:
+        grouped_gemm_unchecked(a, w, out, alignment, config, num_pairs, top_k, bias, topk_weights)
     return out
+
+
+def grouped_gemm_unchecked(
+    a: Tensor,
+    w: Tensor,
+    out: Tensor,
+    alignment: Alignment,
+    config: KernelConfig,
+    num_pairs: int,
+    top_k: int,
+    bias: Tensor | None,
+    topk_weights: Tensor | None,
+) -> None:
+    """`grouped_gemm` of at least one pair, for pipelines whose call was checked as a whole."""
+    N, K = w.shape[1:]
+    num_rows = checks.rows_in_use(alignment, num_pairs)
+    _launch(
+        (config, top_k, N, K, a.dtype, bias is None, topk_weights is None),
+        (checks.tiles_of(config, num_rows, N), 1),
+        (
+            a, w, out, bias, topk_weights,
+            alignment.sorted_token_ids, alignment.expert_ids, alignment.num_tokens_post_padded,
+        ),
+        (N, K, num_pairs, num_rows),
+        lambda: checks.gemm_constants(config, K, TOP_K=top_k),
+    )  # fmt: skip
+
+
+def _check(
+    a: Tensor,
+    w: Tensor,
+    alignment: Alignment,
+    config: KernelConfig,
+    num_pairs: int,
+    top_k: int,
+    bias: Tensor | None,
+    topk_weights: Tensor | None,
+    out: Tensor | None,
+) -> int:
+    """N of operands that fit together; raises what grouped_gemm names."""
+    N, _ = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
+    checks.check_no_split(config, "grouped_gemm")
+    checks.check_out(out, a, (num_pairs, N))
+    return N

@@ -19,7 +19,15 @@ from torch import Tensor  # noqa: E402
 from moelab.config import KernelConfig  # noqa: E402
 from moelab.errors import ShapeError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
-from moelab.kernels.tiles import dot_loop, grouped_tile  # noqa: E402
+from moelab.kernels.launch import Launcher, checked, gemm_signature  # noqa: E402
+from moelab.kernels.tiles import (  # noqa: E402
+    add_bias,
+    dot_loop,
+    grouped_tile,
+    operand_ptrs,
+    row_block,
+    times_weight,
+)
 from moelab.routing import Alignment  # noqa: E402
 
 
@@ -58,25 +66,22 @@ def _split_k_atomic_kernel(
     expert = tl.load(expert_ids_ptr + pid_m).to(tl.int64)
     if expert < 0:  # another rank's expert: its share of the sum is the zero that is there
         return
-    pair = tl.load(sorted_token_ids_ptr + pid_m * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M)).to(tl.int64)
-    row_mask = pair < num_pairs
+    pair, row_mask = row_block(sorted_token_ids_ptr, pid_m, num_pairs, BLOCK_SIZE_M)
     offs_n = pid_n * BLOCK_SIZE_N + tl.arange(0, BLOCK_SIZE_N)
     offs_k = split * BLOCK_SIZE_K + tl.arange(0, BLOCK_SIZE_K)
-    a_ptrs = a_ptr + (pair // TOP_K)[:, None] * K + offs_k[None, :]
-    # int64: E * N * K passes 2^31 at 256 experts of 2048 x 7168. Columns past N wrap, and are never added.
-    w_ptrs = w_ptr + expert * N * K + (offs_n % N).to(tl.int64)[None, :] * K + offs_k[:, None]
+    a_ptrs, w_ptrs = operand_ptrs(a_ptr, w_ptr, pair // TOP_K, expert, offs_n, offs_k, N, K)
     wide = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), dtype=wide)
     acc = dot_loop(a_ptrs, w_ptrs, acc, K, row_mask, split, SPLIT_K, BLOCK_SIZE_K, EVEN_K)
-    if bias_ptr is not None:
-        mine = (offs_n < N) & (split == 0)  # once, not once a split
-        acc += tl.load(bias_ptr + expert * N + offs_n, mask=mine, other=0.0).to(wide)[None, :]
-    if topk_weights_ptr is not None:
-        acc *= tl.load(topk_weights_ptr + pair, mask=row_mask, other=0.0).to(wide)[:, None]
+    acc = add_bias(acc, bias_ptr, expert, offs_n, (offs_n < N) & (split == 0), N)  # once, not once a split
+    acc = times_weight(acc, topk_weights_ptr, pair, row_mask)
     # Relaxed: nothing is read back before the kernel ends. The default, acq_rel, puts a fence behind every vector.
     c_ptrs = c_ptr + (pair // PAIRS_PER_ROW)[:, None] * N + offs_n[None, :]
     mask = row_mask[:, None] & (offs_n < N)[None, :]
     tl.atomic_add(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=mask, sem="relaxed")
+
+
+_launcher = Launcher(_split_k_atomic_kernel)
 
 
 def split_k_atomic_f32(
@@ -133,43 +138,49 @@ def _launch(
     out: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
+    key = gemm_signature(a, w, alignment, config, bias, topk_weights, out)
+    N, K = checked(
+        ("split_k_atomic", dtype, num_pairs, top_k, pairs_per_row, key),
+        lambda: _check(a, w, alignment, config, num_pairs, top_k, bias, topk_weights, pairs_per_row, out, dtype),
+    )
+    if out is None:
+        out = a.new_empty((num_pairs // pairs_per_row, N), dtype=dtype)
+    out.zero_()
+    if num_pairs == 0:
+        return out
+    num_rows = checks.rows_in_use(alignment, num_pairs)
+    _launcher(
+        (config, top_k, pairs_per_row, N, K, a.dtype, dtype, bias is None, topk_weights is None),
+        (checks.tiles_of(config, num_rows, N) * config.SPLIT_K, 1),
+        (
+            a, w, out, bias, topk_weights,
+            alignment.sorted_token_ids, alignment.expert_ids, alignment.num_tokens_post_padded,
+        ),
+        (N, K, num_pairs, num_rows),
+        lambda: checks.gemm_constants(config, K, TOP_K=top_k, PAIRS_PER_ROW=pairs_per_row, SPLIT_K=config.SPLIT_K),
+    )  # fmt: skip
+    return out
+
+
+def _check(
+    a: Tensor,
+    w: Tensor,
+    alignment: Alignment,
+    config: KernelConfig,
+    num_pairs: int,
+    top_k: int,
+    bias: Tensor | None,
+    topk_weights: Tensor | None,
+    pairs_per_row: int,
+    out: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[int, int]:
+    """(N, K) of operands that fit together; raises what the two launchers name."""
     N, K = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
     if pairs_per_row < 1 or num_pairs % pairs_per_row:
         raise ShapeError(
             f"{num_pairs} pairs do not divide into rows of {pairs_per_row}. Expected 1, or the layer's top_k. "
             "Pass pairs_per_row=1 for a row per pair."
         )
-    if out is None:
-        out = torch.empty((num_pairs // pairs_per_row, N), dtype=dtype, device=a.device)
-    checks.check_shape("out", out, (num_pairs // pairs_per_row, N))
-    checks.check_dtype("out", out, (dtype,))
-    checks.check_together(a=a, out=out)
-    out.zero_()
-    if num_pairs == 0:
-        return out
-    num_rows = checks.rows_in_use(alignment, num_pairs)
-    tiles = triton.cdiv(num_rows, config.BLOCK_SIZE_M) * triton.cdiv(N, config.BLOCK_SIZE_N)
-    _split_k_atomic_kernel[(tiles * config.SPLIT_K,)](
-        a,
-        w,
-        out,
-        bias,
-        topk_weights,
-        alignment.sorted_token_ids,
-        alignment.expert_ids,
-        alignment.num_tokens_post_padded,
-        N,
-        K,
-        num_pairs,
-        num_rows,
-        TOP_K=top_k,
-        PAIRS_PER_ROW=pairs_per_row,
-        BLOCK_SIZE_M=config.BLOCK_SIZE_M,
-        BLOCK_SIZE_N=config.BLOCK_SIZE_N,
-        BLOCK_SIZE_K=config.BLOCK_SIZE_K,
-        GROUP_SIZE_M=config.GROUP_SIZE_M,
-        SPLIT_K=config.SPLIT_K,
-        EVEN_K=K % config.BLOCK_SIZE_K == 0,
-        **checks.launch_options(config),
-    )
-    return out
+    checks.check_out(out, a, (num_pairs // pairs_per_row, N), dtype)
+    return N, K

@@ -18,7 +18,17 @@ from torch import Tensor  # noqa: E402
 from moelab.config import KernelConfig  # noqa: E402
 from moelab.errors import ShapeError, WorkspaceError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
-from moelab.kernels.tiles import dot_loop, gated_activation, grouped_tile, plain_activation, store_rows  # noqa: E402
+from moelab.kernels.launch import Launcher, checked, gemm_signature  # noqa: E402
+from moelab.kernels.tiles import (  # noqa: E402
+    add_bias,
+    dot_loop,
+    gated_activation,
+    grouped_tile,
+    operand_ptrs,
+    plain_activation,
+    row_block,
+    store_rows,
+)
 from moelab.reference import check_activation  # noqa: E402
 from moelab.routing import Alignment  # noqa: E402
 
@@ -56,8 +66,7 @@ def _split_k_partial_kernel(
     )
     if pid_m * BLOCK_SIZE_M >= tl.load(num_tokens_post_padded_ptr):
         return
-    pair = tl.load(sorted_token_ids_ptr + pid_m * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M)).to(tl.int64)
-    row_mask = pair < num_pairs
+    pair, row_mask = row_block(sorted_token_ids_ptr, pid_m, num_pairs, BLOCK_SIZE_M)
     offs_n = pid_n * BLOCK_SIZE_N + tl.arange(0, BLOCK_SIZE_N)
     wide = workspace_ptr.dtype.element_ty
     # int64: split * num_pairs * N passes 2^31 at 16 slices of 32,768 pairs of 4096.
@@ -68,13 +77,9 @@ def _split_k_partial_kernel(
         store_rows(slice_ptr, pair, row_mask, offs_n, N, acc)
         return
     offs_k = split * BLOCK_SIZE_K + tl.arange(0, BLOCK_SIZE_K)
-    a_ptrs = a_ptr + (pair // TOP_K)[:, None] * K + offs_k[None, :]
-    # int64: E * N * K passes 2^31 at 256 experts of 2048 x 7168. Columns past N wrap, and are never stored.
-    w_ptrs = w_ptr + expert * N * K + (offs_n % N).to(tl.int64)[None, :] * K + offs_k[:, None]
+    a_ptrs, w_ptrs = operand_ptrs(a_ptr, w_ptr, pair // TOP_K, expert, offs_n, offs_k, N, K)
     acc = dot_loop(a_ptrs, w_ptrs, acc, K, row_mask, split, SPLIT_K, BLOCK_SIZE_K, EVEN_K)
-    if bias_ptr is not None:
-        mine = (offs_n < N) & (split == 0)  # once, not once a split
-        acc += tl.load(bias_ptr + expert * N + offs_n, mask=mine, other=0.0).to(wide)[None, :]
+    acc = add_bias(acc, bias_ptr, expert, offs_n, (offs_n < N) & (split == 0), N)  # once, not once a split
     store_rows(slice_ptr, pair, row_mask, offs_n, N, acc)
 
 
@@ -137,16 +142,8 @@ def new_workspace(split_k: int, num_pairs: int, N: int, dtype: torch.dtype, devi
         ) from error
 
 
-def _checked_workspace(workspace: Tensor, needed: int, a: Tensor) -> Tensor:
-    checks.check_dtype("workspace", workspace, (checks.accumulator_dtype(a.dtype),))
-    checks.check_together(a=a, workspace=workspace)
-    if workspace.numel() < needed:
-        size = workspace.element_size()
-        raise WorkspaceError(
-            f"workspace holds {workspace.numel() * size} bytes. Expected at least {needed * size} bytes "
-            f"(SPLIT_K * num_pairs * N values of {size}). Make one with new_workspace, or pass none."
-        )
-    return workspace
+_partial = Launcher(_split_k_partial_kernel)
+_reduce = Launcher(_split_k_reduce_kernel)
 
 
 def split_k_workspace(
@@ -173,28 +170,36 @@ def split_k_workspace(
     Returns (num_pairs, N), or (num_pairs, N / 2) after a gated activation, in a's dtype, every row written.
     Deterministic. Raises WorkspaceError besides.
     """
-    N, _ = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
+    key = gemm_signature(a, w, alignment, config, bias, topk_weights, out, workspace)
     gated = gated and activation is not None
-    if activation is not None:
-        check_activation(activation, gated)
-    if gated and N % 2:
-        raise ShapeError(f"w has {N} rows an expert. Expected an even number, gate rows and then up. Pass gated=False.")
-    width = N // 2 if gated else N
+    N, K = checked(
+        ("split_k_workspace", num_pairs, top_k, activation, gated, key),
+        lambda: _check(
+            a, w, alignment, config, num_pairs, top_k, bias, topk_weights, activation, gated, workspace, out
+        ),
+    )  # fmt: skip
     if out is None:
-        out = torch.empty((num_pairs, width), dtype=a.dtype, device=a.device)
-    checks.check_shape("out", out, (num_pairs, width))
-    checks.check_dtype("out", out, (a.dtype,))
-    checks.check_together(a=a, out=out)
+        out = a.new_empty((num_pairs, N // 2 if gated else N))
     if workspace is None:
         workspace = new_workspace(config.SPLIT_K, num_pairs, N, a.dtype, a.device)
-    _checked_workspace(workspace, config.SPLIT_K * num_pairs * N, a)
-    if num_pairs:
-        _launch_partial(a, w, alignment, config, num_pairs, top_k, bias, workspace)
-        _launch_reduce(workspace, out, topk_weights, config.SPLIT_K, activation, gated)
+    if num_pairs == 0:
+        return out
+    num_rows = checks.rows_in_use(alignment, num_pairs)
+    _partial(
+        (config, top_k, N, K, a.dtype, bias is None),
+        (checks.tiles_of(config, num_rows, N) * config.SPLIT_K, 1),
+        (
+            a, w, workspace, bias,
+            alignment.sorted_token_ids, alignment.expert_ids, alignment.num_tokens_post_padded,
+        ),
+        (N, K, num_pairs, num_rows),
+        lambda: checks.gemm_constants(config, K, TOP_K=top_k, SPLIT_K=config.SPLIT_K),
+    )  # fmt: skip
+    _reduce_slices(workspace, out, topk_weights, config.SPLIT_K, activation, gated)
     return out
 
 
-def _launch_partial(
+def _check(
     a: Tensor,
     w: Tensor,
     alignment: Alignment,
@@ -202,41 +207,49 @@ def _launch_partial(
     num_pairs: int,
     top_k: int,
     bias: Tensor | None,
-    workspace: Tensor,
-) -> None:
-    N, K = w.shape[1:]
-    num_rows = checks.rows_in_use(alignment, num_pairs)
-    tiles = triton.cdiv(num_rows, config.BLOCK_SIZE_M) * triton.cdiv(N, config.BLOCK_SIZE_N)
-    _split_k_partial_kernel[(tiles * config.SPLIT_K,)](
-        a,
-        w,
-        workspace,
-        bias,
-        alignment.sorted_token_ids,
-        alignment.expert_ids,
-        alignment.num_tokens_post_padded,
-        N,
-        K,
-        num_pairs,
-        num_rows,
-        TOP_K=top_k,
-        BLOCK_SIZE_M=config.BLOCK_SIZE_M,
-        BLOCK_SIZE_N=config.BLOCK_SIZE_N,
-        BLOCK_SIZE_K=config.BLOCK_SIZE_K,
-        GROUP_SIZE_M=config.GROUP_SIZE_M,
-        SPLIT_K=config.SPLIT_K,
-        EVEN_K=K % config.BLOCK_SIZE_K == 0,
-        **checks.launch_options(config),
-    )
+    topk_weights: Tensor | None,
+    activation: str | None,
+    gated: bool,
+    workspace: Tensor | None,
+    out: Tensor | None,
+) -> tuple[int, int]:
+    """(N, K) of operands that fit together; raises what split_k_workspace names."""
+    N, K = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
+    if activation is not None:
+        check_activation(activation, gated)
+    if gated and N % 2:
+        raise ShapeError(f"w has {N} rows an expert. Expected an even number, gate rows and then up. Pass gated=False.")
+    checks.check_out(out, a, (num_pairs, N // 2 if gated else N))
+    if workspace is not None:
+        _check_workspace(workspace, config.SPLIT_K * num_pairs * N, a)
+    return N, K
 
 
-def _launch_reduce(
+def _check_workspace(workspace: Tensor, needed: int, a: Tensor) -> None:
+    checks.check_dtype("workspace", workspace, (checks.accumulator_dtype(a.dtype),))
+    checks.check_together(a=a, workspace=workspace)
+    if workspace.numel() < needed:
+        size = workspace.element_size()
+        raise WorkspaceError(
+            f"workspace holds {workspace.numel() * size} bytes. Expected at least {needed * size} bytes "
+            f"(SPLIT_K * num_pairs * N values of {size}). Make one with new_workspace, or pass none."
+        )
+
+
+def _reduce_slices(
     workspace: Tensor, out: Tensor, topk_weights: Tensor | None, split_k: int, activation: str | None, gated: bool
 ) -> None:
     num_pairs, N = out.shape
     block_cols = min(triton.next_power_of_2(N), _TILE)
     block_rows = _TILE // block_cols
-    grid = (triton.cdiv(num_pairs, block_rows), triton.cdiv(N, block_cols))
-    _split_k_reduce_kernel[grid](
-        workspace, out, topk_weights, num_pairs, N, split_k, activation, gated, block_rows, block_cols, num_warps=4
+    constants = {
+        "SPLIT_K": split_k, "ACTIVATION": activation, "GATED": gated,
+        "BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols,
+    }  # fmt: skip
+    _reduce(
+        (split_k, activation, gated, N, out.dtype, workspace.dtype, topk_weights is None),
+        (-(-num_pairs // block_rows), -(-N // block_cols)),
+        (workspace, out, topk_weights),
+        (num_pairs, N),
+        lambda: (constants, {"num_warps": 4}),
     )

@@ -21,6 +21,7 @@ from torch import Tensor  # noqa: E402
 
 from moelab.errors import RuntimeModeError, ShapeError, UnknownNameError, nearest_names  # noqa: E402
 from moelab.kernels import checks, sum_reduce_cuda  # noqa: E402
+from moelab.kernels.launch import Launcher, checked, signature  # noqa: E402
 
 # Slots summed in straight-line code, all their loads in flight; more go through a loop.
 _MAX_UNROLLED_TOP_K = 32
@@ -83,14 +84,23 @@ def _compiled(x: Tensor, scale: float, out: Tensor) -> Tensor:
     return out.copy_(_compiled_sum()(x, scale))
 
 
+_launch_f32 = Launcher(_sum_reduce_f32_kernel)
+_launch = Launcher(_sum_reduce_kernel)
+
+
 def _triton_f32(x: Tensor, scale: float, out: Tensor) -> Tensor:
-    checks.check_kernel_device("x", x)
     num_tokens, top_k, hidden = x.shape
-    grid = (num_tokens, triton.cdiv(hidden, 2048))
-    _sum_reduce_f32_kernel[grid](x, out, scale, num_tokens, top_k, hidden, BLOCK_COLS=2048, num_warps=16, num_stages=1)
+    _launch_f32(
+        (top_k, hidden, x.dtype),
+        (num_tokens, -(-hidden // 2048)),
+        (x, out),
+        (scale, num_tokens, top_k, hidden),
+        lambda: ({"BLOCK_COLS": 2048}, {"num_warps": 16, "num_stages": 1}),
+    )
     return out
 
 
+@functools.lru_cache(maxsize=4096)
 def triton_tile(num_tokens: int, hidden: int, itemsize: int) -> tuple[int, int]:
     """(BLOCK_COLS, num_warps), from sweeps on an H200 over the sizes of the suite `sum_reduce`.
 
@@ -107,13 +117,20 @@ def triton_tile(num_tokens: int, hidden: int, itemsize: int) -> tuple[int, int]:
     return min(cols, 32 * 8 * values * (2 if row_bytes >= 8192 else 1)), 8
 
 
-def _triton(x: Tensor, scale: float, out: Tensor) -> Tensor:
-    checks.check_kernel_device("x", x)
+def sum_reduce_unchecked(x: Tensor, scale: float, out: Tensor) -> Tensor:
+    """`sum_reduce` by "triton" of at least one value, for pipelines whose call was checked as a whole."""
     num_tokens, top_k, hidden = x.shape
     cols, num_warps = triton_tile(num_tokens, hidden, x.element_size())
-    grid = (num_tokens, triton.cdiv(hidden, cols))
-    unroll = top_k <= _MAX_UNROLLED_TOP_K
-    _sum_reduce_kernel[grid](x, out, hidden, float(scale), top_k, cols, unroll, num_warps=num_warps)
+    constants = {
+        "SCALE": float(scale), "TOP_K": top_k, "BLOCK_COLS": cols, "UNROLL": top_k <= _MAX_UNROLLED_TOP_K,
+    }  # fmt: skip
+    _launch(
+        (float(scale), top_k, hidden, cols, num_warps, x.dtype),
+        (num_tokens, -(-hidden // cols)),
+        (x, out),
+        (hidden,),
+        lambda: (constants, {"num_warps": num_warps}),
+    )
     return out
 
 
@@ -126,7 +143,7 @@ SUM_REDUCE: dict[str, Callable[[Tensor, float, Tensor], Tensor]] = {
     "torch": _torch,
     "compiled": _compiled,
     "triton_f32": _triton_f32,
-    "triton": _triton,
+    "triton": sum_reduce_unchecked,
     "cuda": _cuda,
 }
 
@@ -153,6 +170,19 @@ def sum_reduce(
     All are deterministic. Raises ShapeError, DtypeError, DeviceError, LayoutError, UnknownNameError, and
     RuntimeModeError where the implementation cannot run here.
     """
+    checked(("sum_reduce", impl, signature(x, out)), lambda: _check(x, impl, out))
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeModeError(
+            "x requires a gradient, and sum_reduce has no backward. Expected inference. Call it under torch.no_grad(), or "
+            "use torch.sum."
+        )
+    if out is None:
+        out = x.new_empty((x.shape[0], x.shape[2]))
+    return out if out.numel() == 0 else SUM_REDUCE[impl](x, routed_scaling_factor, out)
+
+
+def _check(x: Tensor, impl: str, out: Tensor | None) -> None:
+    """Raise what sum_reduce names, of all that depends on shapes, dtypes and devices."""
     if impl not in SUM_REDUCE:
         raise UnknownNameError(
             f"Unknown sum_reduce implementation {impl!r}. Expected one of {list(SUM_REDUCE)}."
@@ -161,16 +191,7 @@ def sum_reduce(
     checks.check_shape("x", x, ("num_tokens", "top_k", "hidden"))
     checks.check_dtype("x", x, checks.FLOATS)
     num_tokens, top_k, hidden = x.shape
-    if x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeModeError(
-            "x requires a gradient, and sum_reduce has no backward. Expected inference. Call it under torch.no_grad(), or "
-            "use torch.sum."
-        )
     if top_k < 1:
         raise ShapeError(f"x has shape {tuple(x.shape)}. Expected top_k >= 1. Pass at least one slot.")
-    if out is None:
-        out = x.new_empty((num_tokens, hidden))
-    checks.check_shape("out", out, (num_tokens, hidden))
-    checks.check_dtype("out", out, (x.dtype,))
-    checks.check_together(x=x, out=out)
-    return out if out.numel() == 0 else SUM_REDUCE[impl](x, routed_scaling_factor, out)
+    checks.check_together(x=x)
+    checks.check_out(out, x, (num_tokens, hidden))

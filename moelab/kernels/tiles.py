@@ -22,6 +22,40 @@ def grouped_tile(pid, num_pid_m, num_pid_n, GROUP_SIZE_M: tl.constexpr):
 
 
 @triton.jit
+def row_block(sorted_token_ids_ptr, pid_m, num_pairs, BLOCK_SIZE_M: tl.constexpr):
+    """(pairs of a block of rows, int64; which of them are pairs and not padding)."""
+    pair = tl.load(sorted_token_ids_ptr + pid_m * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M)).to(tl.int64)
+    return pair, pair < num_pairs
+
+
+@triton.jit
+def operand_ptrs(a_ptr, w_ptr, rows, expert, offs_n, offs_k, N, K):
+    """Pointers to a[rows, offs_k], (BM, BK), and to w[expert, offs_n, offs_k] as (BK, BN); expert is int64.
+
+    int64: E * N * K passes 2^31 at 256 experts of 2048 x 7168. Columns past N wrap: they are for the caller not to store.
+    """
+    a_ptrs = a_ptr + rows[:, None] * K + offs_k[None, :]
+    w_ptrs = w_ptr + expert * N * K + (offs_n % N).to(tl.int64)[None, :] * K + offs_k[:, None]
+    return a_ptrs, w_ptrs
+
+
+@triton.jit
+def add_bias(acc, bias_ptr, expert, offs_n, mask, N):
+    """acc + bias[expert, offs_n], bias (E, N), where there is one."""
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + expert * N + offs_n, mask=mask, other=0.0).to(acc.dtype)[None, :]
+    return acc
+
+
+@triton.jit
+def times_weight(acc, topk_weights_ptr, pair, row_mask):
+    """acc times the routed weight of each row's pair, where it is applied here."""
+    if topk_weights_ptr is not None:
+        acc *= tl.load(topk_weights_ptr + pair, mask=row_mask, other=0.0).to(acc.dtype)[:, None]
+    return acc
+
+
+@triton.jit
 def two_sum(a, b):
     """a + b rounded, and exactly what the rounding lost (Knuth, TAOCP volume 2, section 4.2.2, theorem B)."""
     total = a + b

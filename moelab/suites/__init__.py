@@ -8,7 +8,7 @@ from pathlib import Path
 from moelab import recordings
 from moelab.errors import UnknownNameError, nearest_names
 from moelab.recordings import Recording
-from moelab.suites import ceilings, layer_classic, split_k, sum_reduce
+from moelab.suites import ceilings, layer_baseline, layer_classic, split_k, sum_reduce
 
 SUITES: dict[str, Callable[[], Recording]] = {
     "ceilings": ceilings.record,
@@ -16,6 +16,7 @@ SUITES: dict[str, Callable[[], Recording]] = {
     "sum_reduce": sum_reduce.record_speed,
     "layer_classic": layer_classic.record,
     "split_k": split_k.record,
+    "layer_baseline": layer_baseline.record,
 }
 
 

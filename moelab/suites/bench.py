@@ -2,60 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from moelab import recordings, roofline, runtime
+import torch
+
+from moelab import precision, recordings, roofline, runtime
 from moelab.config_files import Lookup, dtype_selector, lookup
-from moelab.errors import RuntimeModeError, UnknownNameError, nearest_names
+from moelab.errors import MoelabError, PrecisionError, RuntimeModeError, UnknownNameError, nearest_names
 from moelab.fused_moe import IMPLEMENTATIONS
-from moelab.measure import Measurement, measure, tie
+from moelab.measure import EagerProtocol, Measurement, measure, measure_eager, tie
+from moelab.routing import make_routing
 from moelab.shapes import MoEShape
 from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
 
 NOT_CAPTURABLE: Mapping[str, str] = {
-    "torch": "not timed: it asks the host which tokens each expert got, so no CUDA graph takes it",
+    "torch": "not timed in a CUDA graph: it asks the host which tokens each expert got",
 }
-"""Implementations that are checked but cannot be timed by the protocol, and why."""
+"""Implementations that no CUDA graph takes, and why: they have eager times only."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One batch size. rows: one per implementation, fastest first. config, down: the lookups that gave `triton` its
-    configs. ceilings: whose floor it is, or why there is none."""
+    """One batch size on one rank.
+
+    experts_touched, padding: means over the routings that were timed; padding under the config's BLOCK_SIZE_M.
+    ceilings: whose floor it is, or why there is none. config, down: the lookups that gave the implementations made of
+    kernels their configs. rows: one per implementation, as `rows_of` has them. protocols: "graph" and "eager" (None if
+    not asked for). provenance: as a recording's.
+    """
 
     num_tokens: int
+    routing: str
+    experts_touched: float
+    padding: roofline.Padding
     floor_us: float | None
     ceilings: str
     config: Lookup
     down: Lookup
     rows: tuple[dict[str, Any], ...]
+    protocols: Mapping[str, Any]
+    provenance: Mapping[str, Any]
 
 
-def bench(shape: MoEShape, batch_sizes: Sequence[int], impls: Sequence[str], *, seed: int = 0) -> list[Result]:
-    """Check every implementation against float64, then time them interleaved, in CUDA graphs over rotated inputs.
+def bench(
+    shape: MoEShape,
+    batch_sizes: Sequence[int],
+    impls: Sequence[str],
+    *,
+    routing: str = "uniform",
+    eager: bool = True,
+    seed: int = 0,
+) -> list[Result]:
+    """Hold every implementation against float64, then time them interleaved: in CUDA graphs, and eagerly if asked.
 
-    Each row: impl, max_abs_error, rel_error, and where it could be timed median_us, low_us, high_us (95 % interval),
-    floor_fraction, tie (its interval overlaps the fastest's), samples_us; else `note` says why not.
-    Raises UnknownNameError, RuntimeModeError without a GPU, PrecisionError where one is over twice torch's error.
+    routing: drawn over all experts of the model; under expert parallelism this is rank 0, and other ranks' experts are
+    -1, so that tokens without an expert here are part of what is timed, as in serving.
+    An implementation over its bound, or one that refuses the call, is a row that says so and is no failure.
+    Raises UnknownNameError, RuntimeModeError without a GPU, and the first refusal where every implementation refuses.
     """
+    impls = list(dict.fromkeys(impls))
     _require_known(impls)
+    make_routing(routing, 0, 1, 1)  # an unknown name fails before minutes of work
     require_gpu()
-    weights = weight_sets(shape, seed)
+    weights, provenance = weight_sets(shape, seed), runtime.provenance(seed)
     results = []
     for num_tokens in batch_sizes:
-        protocol = protocol_for(num_tokens)
-        layer = Layer(shape, num_tokens, protocol.rotations, weights)
+        graphs = protocol_for(num_tokens)
+        timing = EagerProtocol(rotations=graphs.rotations) if eager else None
+        layer = Layer(shape, num_tokens, graphs.rotations, weights, routing)
         up, down = (_lookup(shape, num_tokens, down=down) for down in (False, True))
         contenders = {name: layer.whole(up.config, down_config=down.config, impl=name) for name in impls}
-        errors = {name: layer.check(run(0), name=name) for name, run in contenders.items()}
-        timed = {name: run for name, run in contenders.items() if name not in NOT_CAPTURABLE}
-        measured = measure(timed, protocol) if timed else {}
-        cost = roofline.layer_cost(shape, num_tokens, experts_touched=layer.experts_touched())
-        floor, source = floor_of(cost, shape.dtype)
-        rows = tuple(rows_of(impls, errors, measured, floor))
-        results.append(Result(num_tokens, floor, source, up, down, rows))
+        judged = judge(layer, contenders)
+        run = {name: contenders[name] for name in impls if "refused" not in judged[name]}
+        captured = {name: call for name, call in run.items() if name not in NOT_CAPTURABLE}
+        in_graphs = measure(captured, graphs) if captured else {}
+        eagerly = measure_eager(run, timing) if timing else {}
+        floor, source = floor_of(cost_of(layer), shape.dtype)
+        results.append(Result(
+            num_tokens, routing, layer.experts_touched(), padding_of(layer, up), floor, source, up, down,
+            tuple(rows_of(judged, in_graphs, eagerly, floor)),
+            {"graph": graphs.describe(), "eager": timing.describe() if timing else None}, provenance,
+        ))  # fmt: skip
     return results
 
 
@@ -89,6 +118,75 @@ def _lookup(shape: MoEShape, num_tokens: int, *, down: bool) -> Lookup:
     )  # fmt: skip
 
 
+# --- error --------------------------------------------------------------------------------------------------------
+
+
+def judge(layer: Layer, contenders: Mapping[str, Callable[[int], torch.Tensor]]) -> dict[str, dict[str, Any]]:
+    """Each contender's error against float64, on the rotation that touches most experts of this rank.
+
+    max_abs_error, rel_error (None where the result holds NaN or infinity), bound (twice torch's error and a rounding)
+    and within_bound, which if False comes with `problem`, a sentence; or, for one that raises a MoelabError,
+    within_bound None and `refused`, its message. Raises the first such error where all do.
+    """
+    rotation = max(range(len(layer.routings)), key=lambda i: layer.routings[i].experts_touched())
+    tokens, plain, exact = layer.references(rotation)
+    bound = precision.tolerance(plain, exact)
+    found: dict[str, dict[str, Any]] = {}
+    refusals = []
+    for name, run in contenders.items():
+        try:
+            out = run(rotation)[tokens]
+            found[name] = _verdict(name, out, plain, exact, bound)
+        except MoelabError as error:
+            refusals.append(error)
+            row = {"max_abs_error": None, "rel_error": None, "bound": bound, "within_bound": None}
+            found[name] = {**row, "refused": f"{type(error).__name__}: {error}"}
+    if refusals and len(refusals) == len(contenders):
+        raise refusals[0]
+    return found
+
+
+def _verdict(name: str, out: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, bound: float) -> dict[str, Any]:
+    report = precision.error(out, exact)
+    errors = (report.max_abs, report.rel_fro) if report.finite else (None, None)
+    row: dict[str, Any] = {"max_abs_error": errors[0], "rel_error": errors[1], "bound": bound, "within_bound": True}
+    try:
+        precision.check(out, plain, exact, name=name)
+    except PrecisionError as error:
+        row |= {"within_bound": False, "problem": str(error)}
+    return row
+
+
+# --- floor and padding --------------------------------------------------------------------------------------------
+
+
+def cost_of(layer: Layer) -> roofline.Cost:
+    """The least work of the layer under the routings it holds, mean over them.
+
+    `roofline.layer_cost` expects each rank's share of a uniform routing; here the rows are counted. Under expert
+    parallelism only tokens with an expert on this rank are read; every token's row is written.
+    """
+    shape, num_tokens, routings = layer.shape, layer.num_tokens, layer.routings
+    cost = roofline.layer_cost(shape, num_tokens, experts_touched=layer.experts_touched())
+    here = [(r.topk_ids >= 0) for r in routings]
+    rows = sum(int(mine.sum()) for mine in here) / len(here)
+    tokens = sum(int(mine.any(dim=1).sum()) for mine in here) / len(here)
+    expected = roofline.padding_waste(shape, num_tokens, 1).useful_rows
+    return replace(
+        cost,
+        flops=cost.flops * rows / expected,
+        bytes_activations=cost.bytes_activations * (tokens + num_tokens) / (2 * num_tokens),
+    )
+
+
+def padding_of(layer: Layer, used: Lookup) -> roofline.Padding:
+    """Rows that the config's BLOCK_SIZE_M makes of this rank's rows, mean over the layer's routings."""
+    block = used.config.BLOCK_SIZE_M if used.config else 1
+    counts = torch.cat([routing.tokens_per_expert() for routing in layer.routings]).tolist()
+    every, runs = roofline.realised_padding(counts, block), len(layer.routings)
+    return roofline.Padding(every.useful_rows / runs, every.padded_rows / runs)
+
+
 def floor_of(cost: roofline.Cost, dtype: str, device: str | None = None) -> tuple[float | None, str]:
     """The floor in microseconds and its source; (None, why) for a device or dtype that data/devices does not know."""
     device = device or runtime.device_key()
@@ -102,25 +200,47 @@ def floor_of(cost: roofline.Cost, dtype: str, device: str | None = None) -> tupl
     return roofline.floor_us(cost, ceilings).us, ceilings.source
 
 
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
 def rows_of(
-    impls: Sequence[str],
-    errors: Mapping[str, Mapping[str, float]],
-    measured: Mapping[str, Measurement],
+    judged: Mapping[str, Mapping[str, Any]],
+    graph: Mapping[str, Measurement],
+    eager: Mapping[str, Measurement],
     floor: float | None,
 ) -> list[dict[str, Any]]:
-    """One row per implementation, fastest first, those without a time last."""
-    fastest = min(measured.values(), key=lambda m: m.median_us, default=None)
-    rows: list[dict[str, Any]] = []
-    for name in sorted(impls, key=lambda n: measured[n].median_us if n in measured else float("inf")):
-        row: dict[str, Any] = {"impl": name, **errors[name]}
-        if name in measured and fastest is not None:
-            found = measured[name]
-            low, high = found.interval_us
-            row |= {"median_us": found.median_us, "low_us": low, "high_us": high}
-            row["floor_fraction"] = floor / found.median_us if floor else None
-            row["tie"] = found is not fastest and tie(found, fastest)
-            row["samples_us"] = list(found.samples_us)
-        else:
-            row["note"] = NOT_CAPTURABLE.get(name, "not timed")
+    """One row per implementation: those within their bound first, by graph time, then by eager time.
+
+    impl, and what `judge` says of it. Where a CUDA graph was timed: median_us, low_us, high_us (95 % interval),
+    fastest (the lowest median of those within their bound), tie (its interval overlaps the fastest's), samples_us,
+    floor_fraction. Where eager calls were: the same under eager_, but for the floor. note: why there is no graph's.
+    """
+    sound = [name for name, verdict in judged.items() if verdict["within_bound"]]
+    rows = []
+    for name, verdict in judged.items():
+        row: dict[str, Any] = {"impl": name, **verdict, **_times(name, graph, sound)}
+        if name in graph:
+            row["floor_fraction"] = floor / row["median_us"] if floor else None
+        elif "refused" not in verdict:
+            row["note"] = NOT_CAPTURABLE.get(name, "not timed in a CUDA graph")
+        row |= {f"eager_{key}": value for key, value in _times(name, eager, sound).items()}
         rows.append(row)
-    return rows
+    return sorted(rows, key=_place)
+
+
+def _times(name: str, measured: Mapping[str, Measurement], sound: Sequence[str]) -> dict[str, Any]:
+    if name not in measured:
+        return {}
+    found = measured[name]
+    first = min((measured[n] for n in sound if n in measured), key=lambda m: m.median_us, default=None)
+    (low, high), fastest = found.interval_us, found is first
+    tied = first is not None and name in sound and not fastest and tie(found, first)
+    return {
+        "median_us": found.median_us, "low_us": low, "high_us": high, "fastest": fastest, "tie": tied,
+        "samples_us": list(found.samples_us),
+    }  # fmt: skip
+
+
+def _place(row: Mapping[str, Any]) -> tuple[bool, bool, float, float]:
+    never = float("inf")
+    return "refused" in row, not row["within_bound"], row.get("median_us", never), row.get("eager_median_us", never)

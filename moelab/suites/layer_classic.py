@@ -70,11 +70,13 @@ def weight_sets(shape: MoEShape, seed: int = 0) -> list[MoEInputs]:
 class Layer:
     """Tensors of one shape and batch size: `rotations` routings and activations, and the sets of weights in turn."""
 
-    def __init__(self, shape: MoEShape, num_tokens: int, rotations: int, weights: Sequence[MoEInputs]) -> None:
+    def __init__(
+        self, shape: MoEShape, num_tokens: int, rotations: int, weights: Sequence[MoEInputs], routing: str = "uniform"
+    ) -> None:
         self.shape, self.num_tokens = shape, num_tokens
         device, dtype = weights[0].w13.device.type, weights[0].w13.dtype
         self.weights = [weights[i % len(weights)] for i in range(rotations)]
-        self.routings = [routing_for(shape, num_tokens, seed=i, device=device) for i in range(rotations)]
+        self.routings = [routing_for(shape, num_tokens, routing, seed=i, device=device) for i in range(rotations)]
         size = (num_tokens, shape.hidden_size)
         self.states = [random_tensor(size, 1.0, dtype=dtype, device=device, seed=100 + i) for i in range(rotations)]
 
@@ -113,17 +115,22 @@ class Layer:
 
         return run
 
+    def references(self, rotation: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens from head, middle and tail of a rotation, and what torch gives for them: in its dtype, in float64."""
+        w, routing = self.weights[rotation], self.routings[rotation]
+        rows = sample_rows(self.num_tokens).to(w.w13.device)
+        x, ids, weights = self.states[rotation][rows], routing.topk_ids[rows], routing.topk_weights[rows]
+        options: dict[str, Any] = {"activation": self.shape.activation, "gated": self.shape.gated}
+        plain = fused_moe_ref(x, w.w13, w.w2, weights, ids, **options)
+        exact = fused_moe_ref(x.double(), w.w13.double(), w.w2.double(), weights, ids, **options)
+        return rows, plain, exact
+
     def check(self, out: torch.Tensor, name: str = "classic layer") -> dict[str, float]:
         """Hold tokens from the head, middle and tail of rotation 0 against float64.
 
         Raises PrecisionError where they are further off than twice torch's error.
         """
-        rows = sample_rows(self.num_tokens).to(out.device)
-        w, routing = self.weights[0], self.routings[0]
-        x, ids, weights = self.states[0][rows], routing.topk_ids[rows], routing.topk_weights[rows]
-        options: dict[str, Any] = {"activation": self.shape.activation, "gated": self.shape.gated}
-        plain = fused_moe_ref(x, w.w13, w.w2, weights, ids, **options)
-        exact = fused_moe_ref(x.double(), w.w13.double(), w.w2.double(), weights, ids, **options)
+        rows, plain, exact = self.references()
         what = f"{name}, {self.shape.name}, {self.num_tokens} tokens"
         report = precision.check(out[rows], plain, exact, name=what)
         return {"max_abs_error": report.max_abs, "rel_error": report.rel_fro}

@@ -1,49 +1,24 @@
-"""The fused MoE layer made of this house's kernels, step after step: the classic pipeline and its Split-K forms.
+"""The layer, step after step: the classic pipeline and its Split-K forms.
 
-Kernels are imported when a pipeline first runs, so that the public op loads without triton.
+moelab.pipelines names them; this module is imported when one of them first runs.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moelab.config import KernelConfig, default_config
 from moelab.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class MoECall:
-    """One checked call, as implementations get it. Shapes as in moelab.inputs.MoEInputs."""
-
-    hidden_states: Tensor
-    w13: Tensor
-    w2: Tensor
-    topk_weights: Tensor
-    topk_ids: Tensor
-    b13: Tensor | None
-    b2: Tensor | None
-    activation: str
-    gated: bool
-    routed_scaling_factor: float
-    apply_router_weight_on_input: bool
-    config: KernelConfig | None
-    down_config: KernelConfig | None
-
-    @property
-    def num_tokens(self) -> int:
-        return self.topk_ids.shape[0]
-
-    @property
-    def top_k(self) -> int:
-        return self.topk_ids.shape[1]
-
-    @property
-    def num_experts(self) -> int:
-        return self.w13.shape[0]
+from moelab.kernels import checks
+from moelab.kernels.activation import activation, activation_unchecked
+from moelab.kernels.align import align, align_unchecked
+from moelab.kernels.grouped_gemm import grouped_gemm_unchecked
+from moelab.kernels.launch import checked
+from moelab.kernels.split_k_atomic import split_k_atomic_f32
+from moelab.kernels.split_k_workspace import split_k_workspace
+from moelab.kernels.sum_reduce import sum_reduce, sum_reduce_unchecked
+from moelab.pipelines.call import MoECall
 
 
 def call_configs(call: MoECall) -> tuple[KernelConfig, KernelConfig]:
@@ -68,23 +43,30 @@ def _weights_of_gemms(call: MoECall) -> tuple[Tensor | None, Tensor | None]:
 
 
 def triton_pipeline(call: MoECall) -> Tensor:
-    """align, GEMM1, activation, GEMM2, sum-reduce: the pipeline of sglang and vLLM, five launches."""
-    from moelab.kernels.activation import activation
-    from moelab.kernels.align import align
-    from moelab.kernels.grouped_gemm import grouped_gemm
-    from moelab.kernels.sum_reduce import sum_reduce
+    """align, GEMM1, activation, GEMM2, sum-reduce: the pipeline of sglang and vLLM, five launches.
 
+    Steps check nothing again of what fused_moe has: in eager decode the GPU waits for the host.
+    """
+    x, w13, w2, ids = call.hidden_states, call.w13, call.w2, call.topk_ids
     up, down = call_configs(call)
-    num_pairs = call.topk_ids.numel()
-    alignment = align(call.topk_ids, up.BLOCK_SIZE_M, call.num_experts)
+    checked(("triton_pipeline", up, down, x.dtype, w13.shape, w2.shape), lambda: _check_configs(call, up, down))
+    num_tokens, top_k = ids.shape
+    pairs, hidden_size, rows = num_tokens * top_k, x.shape[1], w13.shape[1]
+    alignment = align_unchecked(ids, up.BLOCK_SIZE_M, w13.shape[0])
     weights_up, weights_down = _weights_of_gemms(call)
-    h = grouped_gemm(
-        call.hidden_states, call.w13, alignment, up,
-        num_pairs=num_pairs, top_k=call.top_k, bias=call.b13, topk_weights=weights_up,
-    )  # fmt: skip
-    h = activation(h, call.activation, gated=call.gated)
-    y = grouped_gemm(h, call.w2, alignment, down, num_pairs=num_pairs, top_k=1, bias=call.b2, topk_weights=weights_down)
-    return sum_reduce(y.view(call.num_tokens, call.top_k, -1), call.routed_scaling_factor, impl="triton")
+    h = x.new_empty((pairs, rows))
+    grouped_gemm_unchecked(x, w13, h, alignment, up, pairs, top_k, call.b13, weights_up)
+    g = x.new_empty((pairs, rows // 2 if call.gated else rows))
+    activation_unchecked(h, g, call.activation, call.gated)
+    y = x.new_empty((num_tokens, top_k, hidden_size))
+    grouped_gemm_unchecked(g, w2, y, alignment, down, pairs, 1, call.b2, weights_down)
+    return sum_reduce_unchecked(y, call.routed_scaling_factor, x.new_empty((num_tokens, hidden_size)))
+
+
+def _check_configs(call: MoECall, up: KernelConfig, down: KernelConfig) -> None:
+    for config, w in ((up, call.w13), (down, call.w2)):
+        checks.check_no_split(config, "grouped_gemm")
+        checks.checked_config(config, w.dtype, w.shape[2])
 
 
 def split_k_atomic_pipeline(call: MoECall) -> Tensor:
@@ -93,10 +75,6 @@ def split_k_atomic_pipeline(call: MoECall) -> Tensor:
     GEMM2 adds straight into its token's row, so the sum over slots is part of the same additions: a buffer of (M, H)
     to zero and to read once, where a row per pair would be top_k times that and a launch more.
     """
-    from moelab.kernels.activation import activation
-    from moelab.kernels.align import align
-    from moelab.kernels.split_k_atomic import split_k_atomic_f32
-
     up, down = call_configs(call)
     num_pairs, dtype = call.topk_ids.numel(), call.hidden_states.dtype
     alignment = align(call.topk_ids, up.BLOCK_SIZE_M, call.num_experts)
@@ -115,10 +93,6 @@ def split_k_atomic_pipeline(call: MoECall) -> Tensor:
 
 def split_k_workspace_pipeline(call: MoECall) -> Tensor:
     """align, GEMM1 and GEMM2 by workspace, the activation in GEMM1's second kernel, sum-reduce."""
-    from moelab.kernels.align import align
-    from moelab.kernels.split_k_workspace import split_k_workspace
-    from moelab.kernels.sum_reduce import sum_reduce
-
     up, down = call_configs(call)
     num_pairs = call.topk_ids.numel()
     alignment = align(call.topk_ids, up.BLOCK_SIZE_M, call.num_experts)
@@ -131,11 +105,3 @@ def split_k_workspace_pipeline(call: MoECall) -> Tensor:
         h, call.w2, alignment, down, num_pairs=num_pairs, top_k=1, bias=call.b2, topk_weights=weights_down
     )
     return sum_reduce(y.view(call.num_tokens, call.top_k, -1), call.routed_scaling_factor, impl="triton")
-
-
-PIPELINES: dict[str, Callable[[MoECall], Tensor]] = {
-    "triton": triton_pipeline,
-    "split_k_atomic": split_k_atomic_pipeline,
-    "split_k_workspace": split_k_workspace_pipeline,
-}
-"""Name of each -> the layer by it. Made of Triton kernels, which the interpreter does not run in bfloat16."""

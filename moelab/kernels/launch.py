@@ -1,0 +1,129 @@
+"""Launching a kernel again and again at little host time: checks and Triton's argument handling are done once.
+
+In eager decode the GPU waits for Python, and most of a launch's host time went to what repeats from step to step:
+Triton looks at every argument to find the compiled instance, and the launcher checks shapes and dtypes. The suite
+`tma_overhead` records what a launch costs now, and what it costs through Triton.
+"""
+
+from __future__ import annotations
+
+from moelab import runtime
+
+runtime.prepare_triton()
+
+from collections.abc import Callable, Hashable, Mapping, Sequence  # noqa: E402
+from typing import Any  # noqa: E402
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from moelab.config import KernelConfig  # noqa: E402
+from moelab.kernels import checks  # noqa: E402
+from moelab.routing import Alignment  # noqa: E402
+
+Instance = tuple[Mapping[str, Any], Mapping[str, Any]]
+"""What one compiled instance is made with: constants by name, launch options by name."""
+
+
+class Launcher:
+    """The compiled instances of one Triton kernel, by what they were compiled for.
+
+    The kernel's parameters are tensors, then integers, floats and descriptors, then constants. The first call with a
+    key goes through Triton, which compiles if need be; later ones go straight to that instance. Where Triton's
+    interpreter runs, or a profiler has hooked itself into launches, every call goes through Triton.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._instances: dict[Hashable, tuple[Any, ...]] = {}
+
+    def __call__(
+        self,
+        key: Hashable,
+        grid: tuple[int, int],
+        tensors: Sequence[Tensor | None],
+        values: tuple[Any, ...],
+        instance: Callable[[], Instance],
+    ) -> None:
+        """Launch a (columns, rows) grid on the current stream; the first tensor is on the current device (DeviceError).
+
+        key: all that decides the instance, except the device and which addresses are multiples of 16, which are looked
+        up here: dtypes, which tensors are None, constants, options, and integers that Triton specialises on.
+        instance: constants and options, asked for when the key is new.
+        """
+        first: Any = tensors[0]
+        device = first.get_device()
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        union = 0
+        for address in addresses:
+            union |= address
+        if union & 15:
+            key = (key, tuple([address & 15 == 0 for address in addresses]))
+        found = self._instances.get((key, device))
+        if found is None or _hooked():
+            self._through_triton((key, device), grid, (*tensors, *values), instance)
+            return
+        if torch.cuda.current_device() != device:
+            self._check_device(first)
+        run, function, metadata, constants, stream_of = found
+        run(*grid, 1, stream_of(device), function, metadata, None, None, None, *addresses, *values, *constants)
+
+    def _check_device(self, first: Tensor) -> None:
+        checks.check_kernel_device(self.kernel.arg_names[0].removesuffix("_ptr"), first)
+
+    def _through_triton(
+        self, key: Hashable, grid: tuple[int, int], arguments: tuple[Any, ...], instance: Callable[[], Instance]
+    ) -> None:
+        self._check_device(arguments[0])
+        constants, options = instance()
+        compiled = self.kernel[grid](*arguments, **constants, **options)
+        if compiled is None:  # the interpreter has nothing to keep
+            return
+        in_order = [constants[name] for name in self.kernel.arg_names[len(arguments) :]]
+        stream_of = triton.runtime.driver.active.get_current_stream
+        self._instances[key] = (compiled.run, compiled.function, compiled.packed_metadata, in_order, stream_of)
+
+
+_hooks = triton.knobs.runtime
+
+
+def _hooked() -> bool:
+    """Whether a profiler wants to hear of launches."""
+    return bool(_hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls)
+
+
+_MOST_REMEMBERED = 65536
+_passed: dict[Hashable, Any] = {}
+
+
+def checked(key: Hashable, check: Callable[[], Any]) -> Any:
+    """What `check` returned when it last passed under this key; runs it where it never has, and lets it raise.
+
+    key: everything that the check looks at; `signature` is its part for tensors.
+    """
+    try:
+        return _passed[key]
+    except KeyError:
+        result = check()
+        if len(_passed) >= _MOST_REMEMBERED:  # a server's batch sizes, times its layers, stay far below
+            _passed.clear()
+        _passed[key] = result
+        return result
+
+
+def signature(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Shape, dtype, device and contiguity of each: all of a tensor that checks look at."""
+    return tuple([None if t is None else (t.shape, t.dtype, t.device, t.is_contiguous()) for t in tensors])
+
+
+def gemm_signature(
+    a: Tensor, w: Tensor, alignment: Alignment, config: KernelConfig, *rest: Tensor | None
+) -> tuple[Any, ...]:
+    """`signature` of a grouped product's operands, its alignment and its config."""
+    return (
+        config, alignment.block_size, alignment.num_pairs, alignment.num_experts,
+        *signature(
+            a, w, alignment.sorted_token_ids, alignment.expert_ids, alignment.num_tokens_post_padded, *rest
+        ),
+    )  # fmt: skip

@@ -1,0 +1,199 @@
+"""Compiled instances and passed checks are found again, and nothing else passes for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton
+from test_grouped_gemm import problem
+
+from moelab import runtime
+from moelab.config import KernelConfig
+from moelab.errors import DtypeError, LayoutError, MoelabError, ShapeError
+from moelab.fused_moe import fused_moe
+from moelab.inputs import make_inputs
+from moelab.kernels import launch
+from moelab.kernels.activation import activation
+from moelab.kernels.align import align
+from moelab.kernels.grouped_gemm import grouped_gemm
+from moelab.kernels.launch import Launcher, checked, signature
+from moelab.shapes import MoEShape
+
+CONFIG = KernelConfig(16, 32, 32, 1)
+
+
+class Compiled:
+    """Stands for Triton's compiled kernel: keeps what it is launched with."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+
+    def run(self, *arguments: Any) -> None:
+        self.launches.append(arguments)
+
+
+class Kernel:
+    """Stands for a jit function: counts the calls that come through Triton."""
+
+    arg_names = ("x_ptr", "y_ptr", "size", "B", "A")
+
+    def __init__(self) -> None:
+        self.compiled, self.through_triton = Compiled(), 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+        def call(*arguments: Any, **constants: Any) -> Compiled:
+            self.through_triton += 1
+            return self.compiled
+
+        return call
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
+    """A kernel on a device that is not there."""
+    monkeypatch.setattr(launch.checks, "check_kernel_device", lambda name, tensor: None)
+    monkeypatch.setattr(launch.torch.cuda, "current_device", lambda: -1)  # what CPU tensors give as their index
+
+    class Driver:
+        active = type("Active", (), {"get_current_stream": staticmethod(lambda device: "stream")})
+
+    monkeypatch.setattr(launch.triton.runtime, "driver", Driver)
+    yield Kernel()
+
+
+def test_the_second_launch_goes_straight_to_the_instance(kernel: Kernel) -> None:
+    run, x = Launcher(kernel), torch.zeros(64)
+    for size in (5, 7):
+        run("key", (2, 3), (x, None), (size,), lambda: ({"A": 1, "B": 2}, {"num_warps": 4}))
+    assert kernel.through_triton == 1
+    assert kernel.compiled.launches == [
+        (2, 3, 1, "stream", "function", "metadata", None, None, None, x.data_ptr(), 0, 7, 2, 1)
+    ]
+
+
+@pytest.mark.parametrize("offset", range(1, 4))
+def test_an_unaligned_address_is_another_instance(kernel: Kernel, offset: int) -> None:
+    run, x = Launcher(kernel), torch.zeros(64)
+    constants = ({"A": 1, "B": 2}, {})
+    run("key", (1, 1), (x, x), (0,), lambda: constants)
+    run("key", (1, 1), (x, x[offset:]), (0,), lambda: constants)
+    run("key", (1, 1), (x[offset:], x), (0,), lambda: constants)
+    assert kernel.through_triton == 3
+    run("key", (1, 1), (x[offset:], x), (0,), lambda: constants)
+    assert kernel.through_triton == 3
+
+
+def test_another_key_is_another_instance(kernel: Kernel) -> None:
+    run, x = Launcher(kernel), torch.zeros(64)
+    for key in ("a", "b", "a"):
+        run(key, (1, 1), (x, x), (0,), lambda: ({"A": 1, "B": 2}, {}))
+    assert kernel.through_triton == 2
+
+
+def test_a_profiler_hears_of_every_launch(kernel: Kernel) -> None:
+    run, x = Launcher(kernel), torch.zeros(64)
+
+    def hook(*_: Any) -> None: ...
+
+    triton.knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        for _ in range(3):
+            run("key", (1, 1), (x, x), (0,), lambda: ({"A": 1, "B": 2}, {}))
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(hook)
+    assert kernel.through_triton == 3
+
+
+def test_a_check_runs_until_it_passes_and_then_never_again() -> None:
+    seen: list[int] = []
+
+    def check() -> int:
+        seen.append(1)
+        if len(seen) < 3:
+            raise ShapeError("no. Expected yes. Try again.")
+        return 5
+
+    for _ in range(2):
+        with pytest.raises(ShapeError):
+            checked(("test", check), check)
+    assert checked(("test", check), check) == 5
+    assert checked(("test", check), check) == 5
+    assert len(seen) == 3
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_passed", {})
+    monkeypatch.setattr(launch, "_MOST_REMEMBERED", 10)
+    for i in range(25):
+        checked(("bound", i), lambda: True)
+        assert len(launch._passed) <= 10
+
+
+def test_a_signature_tells_shape_dtype_and_layout_apart() -> None:
+    x = torch.zeros(4, 4)
+    others = [x[:2], x.double(), x.t()[:, :], torch.zeros(4, 8)[:, ::2], x.to("meta"), None]
+    assert signature(x) == signature(torch.ones(4, 4))
+    assert len({signature(x), *(signature(other) for other in others[:2]), *(signature(o) for o in others[3:])}) == 6
+
+
+BAD: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], type[MoelabError]]] = {
+    "a of another dtype": (lambda c: {"hidden_states": c["hidden_states"].half()}, DtypeError),
+    "ids of another shape": (lambda c: {"topk_ids": c["topk_ids"][:, :1].contiguous()}, ShapeError),
+    "ids in int16": (lambda c: {"topk_ids": c["topk_ids"].short()}, DtypeError),
+    "weights in float64": (lambda c: {"topk_weights": c["topk_weights"].double()}, DtypeError),
+    "w13 with strides": (lambda c: {"w13": c["w13"].transpose(0, 1).contiguous().transpose(0, 1)}, LayoutError),
+    "w2 of another shape": (lambda c: {"w2": c["w2"][:, :, :-1].contiguous()}, ShapeError),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_good_call_lets_no_bad_one_through(bad: str, device: str) -> None:
+    shape = MoEShape.from_sizes(num_experts=4, top_k=2, hidden_size=48, moe_intermediate_size=32, dtype="float32")
+    i = make_inputs(shape, 3, seed=0, device=device)
+    call: dict[str, Any] = {
+        "hidden_states": i.hidden_states, "w13": i.w13, "w2": i.w2, "topk_weights": i.topk_weights,
+        "topk_ids": i.topk_ids,
+    }  # fmt: skip
+    good = fused_moe(**call)
+    change, error = BAD[bad]
+    for _ in range(2):
+        with pytest.raises(error):
+            fused_moe(**{**call, **change(call)})
+    assert torch.equal(fused_moe(**call), good)
+
+
+@pytest.mark.gpu
+def test_unaligned_tensors_and_other_sizes_on_the_gpu() -> None:
+    """One launcher sees aligned and unaligned addresses, int32 and int64 ids, many batch sizes."""
+    a, w, r = problem(40, 4, 2, 96, 128, torch.float16, "cuda")
+    w_off = torch.empty(w.numel() + 1, dtype=w.dtype, device="cuda")[1:].view(w.shape).copy_(w)
+    assert w_off.data_ptr() % 16
+    for tokens in (1, 3, 40, 1):
+        ids = r.topk_ids[:tokens].contiguous()
+        for given in (ids, ids.long()):
+            aligned = align(given, 16, 4)
+            outs = [
+                grouped_gemm(a[:tokens].contiguous(), weight, aligned, CONFIG, num_pairs=2 * tokens, top_k=2)
+                for weight in (w, w_off, w)
+            ]
+            assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+            assert torch.equal(activation(outs[0]), activation(outs[1]))
+
+
+@pytest.mark.gpu
+def test_instances_are_found_again_on_the_gpu() -> None:
+    if runtime.current().mode != "gpu":
+        pytest.skip("compiled kernels only")
+    from moelab.kernels import grouped_gemm as room
+
+    a, w, r = problem(5, 4, 2, 96, 128, torch.float16, "cuda")
+    aligned = align(r.topk_ids, 16, 4)
+    first = grouped_gemm(a, w, aligned, CONFIG, num_pairs=10, top_k=2)
+    before = len(room._launch._instances)
+    assert torch.equal(grouped_gemm(a, w, aligned, CONFIG, num_pairs=10, top_k=2), first)
+    assert len(room._launch._instances) == before
