@@ -188,6 +188,12 @@ class CompilePool:
         self._asked.update(fresh)
         self._queue.extend(fresh)
 
+    def take_over(self, kernel: Kernel, compiled: Compiled) -> None:
+        """Know of a kernel that another process on this machine has compiled into the same cache."""
+        if kernel not in self._asked:
+            self._asked.add(kernel)
+            self.known[kernel] = compiled
+
     def poll(self) -> Iterator[Kernel]:
         """Keep the processes busy; the kernels that have been decided since. Never waits."""
         if self._queue:

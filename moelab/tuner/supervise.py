@@ -17,7 +17,7 @@ from typing import Any
 from moelab.errors import RuntimeModeError
 from moelab.tuner import repro
 from moelab.tuner.child import Child
-from moelab.tuner.compile import CompilePool, Kernel, kernels_of
+from moelab.tuner.compile import Compiled, CompilePool, Kernel, kernels_of
 from moelab.tuner.crew import Crew, Event, Member, wait_for
 from moelab.tuner.evaluate import Contender, Outcome, Request, Result, Stage
 from moelab.tuner.problem import Problem
@@ -99,8 +99,20 @@ class Supervisor:
         for result in results:
             for contender, outcome in zip(result.request.contenders, result.outcomes, strict=True):
                 self._before += outcome.compile_s / self.pool.processes + outcome.measure_s / len(self.crew.members)
-                if outcome.failure in ("crash", "timeout") and result.request.rounds:
-                    self._bad[result.request.stage, contender] = (outcome.failure, outcome.message)
+                self._learn_bad(result.request, contender, outcome)
+
+    def learn(self, results: Sequence[Result]) -> None:
+        """Take over what others found on this machine: what they compiled is in its cache, what they lost is bad."""
+        for result in results:
+            for contender, outcome in zip(result.request.contenders, result.outcomes, strict=True):
+                self._learn_bad(result.request, contender, outcome)
+                if result.request.rounds == 0:
+                    for kernel in kernels_of(result.request.stage, contender):
+                        self.pool.take_over(kernel, Compiled(0.0, outcome.failure, outcome.message))
+
+    def _learn_bad(self, request: Request, contender: Contender, outcome: Outcome) -> None:
+        if outcome.failure in ("crash", "timeout") and request.rounds:
+            self._bad[request.stage, contender] = (outcome.failure, outcome.message)
 
     def run(self, requests: Sequence[Request]) -> Generator[Result, None, None]:
         """See `Evaluator`."""
