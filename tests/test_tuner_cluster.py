@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from synthetic import small_problem, synthetic_landscape
+from test_errors import unhelpful
 
 from moelab.errors import LandscapeError, RuntimeModeError
 from moelab.tuner.actor import Host
@@ -33,8 +34,9 @@ def test_without_ray_the_message_says_what_to_install() -> None:
 
 def test_a_ray_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
-    with pytest.raises(RuntimeModeError, match=r"moelab\[ray\]"):
+    with pytest.raises(RuntimeModeError, match=r"moelab\[ray\]") as caught:
         RayEvaluator(PROBLEM, landscape=RECORDED)
+    assert unhelpful(str(caught.value)) is None
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +113,9 @@ def test_a_seat_that_is_lost_again_and_again_is_given_up(ray) -> None:
 
 @needs_ray
 def test_what_the_cluster_lacks_is_said(ray) -> None:
-    with pytest.raises(RuntimeModeError, match="has no GPU"):
+    with pytest.raises(RuntimeModeError, match="has no GPU") as caught:
         RayEvaluator(PROBLEM)
+    assert unhelpful(str(caught.value)) is None
     with pytest.raises(LandscapeError, match="batch size 7"):
         RayEvaluator(small_problem((7,)), landscape=RECORDED)
 

@@ -8,19 +8,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from faulty_device import COMPILER, DEVICE
 from synthetic import small_problem
+from test_errors import unhelpful
 
 from moelab import runtime
 from moelab.config import KernelConfig
-from moelab.errors import RuntimeModeError
-from moelab.tuner import repro, worker
+from moelab.errors import JournalError, RoutingError, RuntimeModeError, UnknownNameError
+from moelab.tuner import device, repro, worker
 from moelab.tuner.child import load
 from moelab.tuner.evaluate import FAILURES, Request, Result
 from moelab.tuner.gpu import GpuEvaluator, visible
+from moelab.tuner.rig import Rig, routings_of
 from moelab.tuner.session import TuneSession
 from moelab.tuner.space import build_space
 
@@ -227,6 +231,24 @@ def test_children_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     while Path(f"/proc/{child}").exists():
         assert time.monotonic() < deadline, "the worker lives on"
         time.sleep(0.02)
+
+
+@pytest.mark.skipif(runtime.current().mode == "gpu", reason="there is a GPU")
+def test_refusals_say_what_to_do(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.zeros((4, 1), dtype=np.int32))
+    refused = {
+        "a GPU": (RuntimeModeError, lambda: GpuEvaluator(PROBLEM)),
+        "a kernel": (UnknownNameError, lambda: Rig(replace(PROBLEM, kernel="other"))),
+        "a repro": (JournalError, lambda: repro.load(tmp_path / "none.json")),
+        "a device": (RuntimeModeError, lambda: device._require_same(PROBLEM, "NVIDIA B200")),
+        "a routing": (
+            RoutingError, lambda: routings_of(replace(PROBLEM, routing=str(tmp_path / "ids.npy")), 1, 1, "cpu")
+        ),
+    }  # fmt: skip
+    for label, (error, call) in refused.items():
+        with pytest.raises(error) as caught:
+            call()
+        assert unhelpful(str(caught.value)) is None, label
 
 
 def test_a_gpu_is_named_among_those_that_are_visible() -> None:

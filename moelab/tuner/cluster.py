@@ -93,8 +93,8 @@ class RayEvaluator:
         if count < 1:
             self.close()
             raise RuntimeModeError(
-                f"The Ray cluster at {address or 'this machine'} has no GPU. Expected at least one. Start Ray on GPU nodes "
-                "(ray start), or replay a recorded landscape."
+                f"The Ray cluster at {address or 'this machine'} has no GPU. Expected at least one. Run `ray start` on GPU "
+                "nodes, or pass --replay LANDSCAPE."
             )
         self.incidents: list[Incident] = []
         self._known, self._charge = _Known(), {}  # type: _Known, dict[Kernel, float]

@@ -23,7 +23,8 @@ from moelab.kernels.align import align
 from moelab.kernels.grouped_gemm import grouped_gemm_unchecked
 from moelab.kernels.sum_reduce import sum_reduce_unchecked
 from moelab.measure import rotations_for
-from moelab.routing import ROUTINGS, Alignment, Routing, expected_experts_touched, load_routing
+from moelab.roofline import gemm_cost, layer_cost
+from moelab.routing import ROUTINGS, Alignment, Routing, load_routing
 from moelab.suites.layer_classic import protocol_for
 from moelab.suites.stages import weight_sets
 from moelab.tuner.compile import kernels_of, require_exchange_kernel
@@ -109,9 +110,9 @@ class Rig:
 
     def bytes_per_call(self, stage: Stage, num_tokens: int) -> float:
         """Weights that a call reads, of the experts that uniform routing is expected to touch."""
-        experts = expected_experts_touched(self.shape.num_experts, self.shape.top_k, num_tokens)
-        sets = {"up": (self.w13,), "down": (self.w2,), "layer": (self.w13, self.w2)}[stage]
-        return experts * sum(w[0][0].numel() * w[0].element_size() for w in sets)
+        if stage == "layer":
+            return layer_cost(self.shape, num_tokens).bytes_weights
+        return gemm_cost(self.shape, num_tokens, 1 if stage == "up" else 2).bytes_weights
 
     def _make_cell(self, num_tokens: int) -> Cell:
         shape, seed = self.shape, self.problem.seed

@@ -185,7 +185,7 @@ class Supervisor:
         outcomes = []
         for contender, outcome in zip(open_.request.contenders, open_.outcomes, strict=True):
             if outcome is None:
-                raise RuntimeModeError("A request was called whole and was not. Expected every outcome. Report this.")
+                raise AssertionError(f"{open_.request} was called whole and is not")
             seconds = sum(self._charge.pop(k, 0.0) for k in kernels_of(open_.request.stage, contender))
             outcomes.append(replace(outcome, compile_s=seconds))
         return Result(open_.request, tuple(outcomes))
