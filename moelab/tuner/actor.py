@@ -1,0 +1,76 @@
+"""What runs in a Ray actor, and the door to Ray itself."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from moelab.errors import RuntimeModeError
+from moelab.tuner.evaluate import Request, Result
+from moelab.tuner.landscape import Landscape
+from moelab.tuner.problem import Problem
+
+
+def import_ray() -> Any:
+    """The module ray. Raises RuntimeModeError where it is not installed."""
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise RuntimeModeError(
+            "Tuning on a cluster needs the package ray, which is not installed. Expected the extra 'ray'. Install it with "
+            "pip install 'moelab[ray]' on every node, or tune on this machine's GPU without --ray."
+        ) from error
+    return ray
+
+
+class Host:
+    """What runs in an actor: an evaluator, of the actor's one GPU, or of a landscape to replay."""
+
+    def __init__(self, problem: Problem, landscape: Landscape | None) -> None:
+        self.problem = problem
+        if landscape is not None:
+            from moelab.tuner.replay import ReplayEvaluator
+
+            self.evaluator: Any = ReplayEvaluator(landscape, problem, seed=problem.seed)
+        else:
+            from moelab.tuner.gpu import GpuEvaluator
+
+            self.evaluator = GpuEvaluator(problem)
+
+    def about(self) -> dict[str, Any]:
+        """Where it is: "node", "device" and what its evaluator says of itself."""
+        from moelab import runtime
+
+        described = self.evaluator.describe()
+        device = runtime.current().device_name if described["measured"] else self.problem.device
+        return {"node": socket.gethostname(), "device": device, "described": described}
+
+    def learn(self, results: Sequence[Result]) -> None:
+        """What others found: kernels that this node's cache holds, contenders that cost workers their lives."""
+        getattr(self.evaluator, "learn", self.evaluator.recall)(results)
+
+    def answer(self, request: Request) -> tuple[Result, float]:
+        """The result, and the seconds that it took on the evaluator's clock."""
+        begin = self.evaluator.clock_s()
+        (result,) = self.evaluator.run([request])
+        return result, self.evaluator.clock_s() - begin
+
+
+def device_of(ray: Any) -> tuple[str, str, str]:
+    """Name, target ("sm_90") and Triton's version of a GPU of the cluster that `ray` is connected to: what a problem needs
+    that is tuned from a machine without one. Raises RuntimeModeError if no GPU is free within a minute."""
+    try:
+        return ray.get(ray.remote(num_cpus=0, num_gpus=1)(_describe_gpu).remote(), timeout=60.0)
+    except ray.exceptions.GetTimeoutError as error:
+        raise RuntimeModeError(
+            "No GPU of the Ray cluster was free within a minute. Expected one to ask for its name. Look at `ray status`."
+        ) from error
+
+
+def _describe_gpu() -> tuple[str, str, str]:
+    from moelab import runtime
+    from moelab.kernels.checks import current_target
+
+    target = current_target()
+    return runtime.current().device_name, target.name if target else "unknown", runtime.triton_version() or "unknown"

@@ -1,0 +1,212 @@
+"""Rig: the tensors of one problem on one device, what is launched over them, and what their results are held against.
+
+Everything is made once for each batch size and kept: routings and activations, rotated so that a call reads its weights
+from memory as in serving, and one alignment for each of them and BLOCK_SIZE_M. Outputs lie in buffers that all batch
+sizes share, so that nothing is allocated while it is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moelab import runtime
+from moelab.errors import RoutingError
+from moelab.inputs import random_tensor, routing_for
+from moelab.kernels import checks
+from moelab.kernels.activation import activation_unchecked
+from moelab.kernels.align import align
+from moelab.kernels.grouped_gemm import grouped_gemm_unchecked
+from moelab.kernels.sum_reduce import sum_reduce_unchecked
+from moelab.measure import rotations_for
+from moelab.roofline import gemm_cost, layer_cost
+from moelab.routing import ROUTINGS, Alignment, Routing, load_routing
+from moelab.suites.layer_classic import protocol_for
+from moelab.suites.stages import weight_sets
+from moelab.tuner.compile import kernels_of, require_exchange_kernel
+from moelab.tuner.evaluate import Contender, Stage
+from moelab.tuner.gate import Gate, gemm_gate, layer_gate
+from moelab.tuner.problem import Problem
+from moelab.tuner.space import grid
+
+MOST_ROTATIONS = 48
+"""A batch of one on a fine shard reads so little that more sets of inputs would not pass the cache either."""
+
+
+@dataclass
+class Cell:
+    """Inputs of one batch size: `rotations` routings, states (num_tokens, H) and inner activations (pairs, N)."""
+
+    num_tokens: int
+    routings: Sequence[Routing]
+    states: Sequence[Tensor]
+    inner: Sequence[Tensor]
+    aligned: dict[int, list[Alignment]] = field(default_factory=dict)
+    gates: dict[Stage, Gate] = field(default_factory=dict)
+
+    @property
+    def rotations(self) -> int:
+        return len(self.routings)
+
+    def alignments(self, block_size: int) -> list[Alignment]:
+        """One for each rotation, made once: every contender reads the same."""
+        if block_size not in self.aligned:
+            experts = self.routings[0].num_experts
+            self.aligned[block_size] = [align(r.topk_ids, block_size, experts) for r in self.routings]
+        return self.aligned[block_size]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A contender ready to run: `run(rotation)` writes all of `written`, of which the last is the result."""
+
+    run: Callable[[int], None]
+    written: tuple[Tensor, ...]
+
+
+class Rig:
+    """See the module. Raises UnknownNameError for another kernel, RoutingError for a routing file that does not fit."""
+
+    def __init__(self, problem: Problem) -> None:
+        require_exchange_kernel(problem)
+        shape = problem.shape
+        self.problem, self.shape, self.device = problem, shape, runtime.current().device
+        self.dtype = runtime.torch_dtype(shape.dtype)
+        self.w13, self.w2 = weight_sets("up", shape), weight_sets("down", shape)
+        tokens = max(problem.batch_sizes)
+        sizes = (problem.columns("up"), shape.moe_intermediate_size, problem.columns("down"))
+        self._buffers = [
+            torch.empty(tokens * shape.top_k * size, dtype=self.dtype, device=self.device) for size in sizes
+        ]
+        self._out = torch.empty(tokens * shape.hidden_size, dtype=self.dtype, device=self.device)
+        self._cells: dict[int, Cell] = {}
+        incumbents = (pair[0] for pairs in problem.incumbents.values() for pair in pairs.values())
+        configs = (*grid(problem.target, problem.split_k, problem.axes), *incumbents)
+        self.block_sizes = sorted({config.BLOCK_SIZE_M for config in configs})
+
+    def prepare(self, stage: Stage, num_tokens: int) -> None:
+        """Make the inputs, alignments and gate of that stage and batch size, unless they are there."""
+        cell = self.cell(num_tokens)
+        for block_size in self.block_sizes:
+            cell.alignments(block_size)
+        if stage not in cell.gates:
+            cell.gates[stage] = self._gate(stage, cell)
+
+    def release(self) -> None:
+        """Free the inputs of all batch sizes; they are made again when asked for."""
+        self._cells.clear()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def cell(self, num_tokens: int) -> Cell:
+        """The inputs of that batch size."""
+        if num_tokens not in self._cells:
+            self._cells[num_tokens] = self._make_cell(num_tokens)
+        return self._cells[num_tokens]
+
+    def bytes_per_call(self, stage: Stage, num_tokens: int) -> float:
+        """Weights that a call reads, of the experts that uniform routing is expected to touch."""
+        if stage == "layer":
+            return layer_cost(self.shape, num_tokens).bytes_weights
+        return gemm_cost(self.shape, num_tokens, 1 if stage == "up" else 2).bytes_weights
+
+    def _make_cell(self, num_tokens: int) -> Cell:
+        shape, seed = self.shape, self.problem.seed
+        least = min(self.bytes_per_call(stage, num_tokens) for stage in ("up", "down"))  # type: ignore[arg-type]
+        count = max(protocol_for(num_tokens).rotations, rotations_for(least, at_most=MOST_ROTATIONS))
+
+        def draw(rows: int, width: int, std: float, i: int) -> Tensor:
+            number = 10_000 * seed + 100 + i
+            return random_tensor((rows, width), std, dtype=self.dtype, device=self.device, seed=number)
+
+        pairs = num_tokens * shape.top_k
+        return Cell(
+            num_tokens,
+            routings_of(self.problem, num_tokens, count, self.device),
+            [draw(num_tokens, shape.hidden_size, 1.0, i) for i in range(count)],
+            [draw(pairs, shape.moe_intermediate_size, 0.5, i) for i in range(count)],
+        )
+
+    def _gate(self, stage: Stage, cell: Cell) -> Gate:
+        routing, w13, w2 = cell.routings[0], self.w13[0], self.w2[0]
+        if stage == "up":
+            return gemm_gate(cell.states[0], w13, routing, top_k=self.shape.top_k, weighted=False)
+        if stage == "down":
+            return gemm_gate(cell.inner[0], w2, routing, top_k=1, weighted=True)
+        return layer_gate(cell.states[0], w13, w2, routing, self.shape)
+
+    def check(self, stage: Stage, num_tokens: int, contender: Contender) -> tuple[str, str] | None:
+        """Rotation 0 into outputs full of NaN, held against the gate: (failure, sentence), or None."""
+        self.prepare(stage, num_tokens)
+        launch = self.launch(stage, num_tokens, contender)
+        for tensor in launch.written:
+            tensor.fill_(float("nan"))
+        launch.run(0)
+        return self.cell(num_tokens).gates[stage].verdict(launch.written[-1])
+
+    def launch(self, stage: Stage, num_tokens: int, contender: Contender) -> Launch:
+        """A contender over that batch size's inputs. Raises ConfigError for a config that the device cannot take."""
+        cell, shape = self.cell(num_tokens), self.shape
+        for gemm, config in kernels_of(stage, contender):
+            checks.checked_config(config, self.dtype, self.problem.inner_size(gemm))
+        pairs, aligned = num_tokens * shape.top_k, cell.alignments(contender[0].BLOCK_SIZE_M)
+        h, act, y = (buffer[: buffer.numel() // self._most_pairs * pairs].view(pairs, -1) for buffer in self._buffers)
+        up, down = contender[0], contender[-1]
+        w13, w2 = self.w13, self.w2
+
+        def first(i: int) -> None:
+            grouped_gemm_unchecked(cell.states[i], w13[i % len(w13)], h, aligned[i], up, pairs, shape.top_k, None, None)
+
+        def second(i: int, inner: Tensor) -> None:
+            weights = cell.routings[i].topk_weights
+            grouped_gemm_unchecked(inner, w2[i % len(w2)], y, aligned[i], down, pairs, 1, None, weights)
+
+        if stage == "up":
+            return Launch(first, (h,))
+        if stage == "down":
+            return Launch(lambda i: second(i, cell.inner[i]), (y,))
+        out = self._out[: num_tokens * shape.hidden_size].view(num_tokens, -1)
+        slots = y.view(num_tokens, shape.top_k, -1)
+
+        def layer(i: int) -> None:
+            first(i)
+            activation_unchecked(h, act, shape.activation, shape.gated)
+            second(i, act)
+            sum_reduce_unchecked(slots, 1.0, out)
+
+        return Launch(layer, (h, act, y, out))
+
+    @property
+    def _most_pairs(self) -> int:
+        return max(self.problem.batch_sizes) * self.shape.top_k
+
+
+def routings_of(problem: Problem, num_tokens: int, count: int, device: str) -> list[Routing]:
+    """`count` routings of that batch size: drawn, or runs of consecutive tokens from the file that problem.routing names.
+
+    A run starts at a place drawn from the problem's seed and goes on at the file's start. Raises RoutingError for a file
+    of another top_k.
+    """
+    shape, seed = problem.shape, problem.seed
+    if problem.routing in ROUTINGS:
+        return [
+            routing_for(shape, num_tokens, problem.routing, seed=1000 * seed + i, device=device) for i in range(count)
+        ]
+    recorded = load_routing(problem.routing, shape.num_experts)
+    if recorded.top_k != shape.top_k or recorded.num_tokens == 0:
+        raise RoutingError(
+            f"{problem.routing} holds {recorded.num_tokens} tokens of {recorded.top_k} experts each. Expected at least one, "
+            f"of {shape.top_k} experts: the layer's top_k. Record topk_ids of this layer."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        start = torch.randint(recorded.num_tokens, (1,), generator=generator)
+        rows = (start + torch.arange(num_tokens)) % recorded.num_tokens
+        ids, weights = recorded.topk_ids[rows].contiguous(), recorded.topk_weights[rows].contiguous()
+        found.append(Routing(ids.to(device), weights.to(device), shape.num_experts, Path(problem.routing).name))
+    return found

@@ -1,0 +1,136 @@
+"""Tuning over Ray: real Ray and real actor processes, whose devices are replays of a synthetic landscape."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+from synthetic import small_problem, synthetic_landscape
+from test_errors import unhelpful
+
+from moelab.errors import LandscapeError, RuntimeModeError
+from moelab.tuner.actor import Host
+from moelab.tuner.cluster import RayEvaluator
+from moelab.tuner.replay import ReplayEvaluator
+from moelab.tuner.search import Settings
+from moelab.tuner.session import TuneSession
+
+HAS_RAY = importlib.util.find_spec("ray") is not None
+needs_ray = pytest.mark.skipif(not HAS_RAY, reason="the package ray is not installed (extra 'ray')")
+
+PROBLEM = small_problem()
+RECORDED = synthetic_landscape(PROBLEM)
+SETTINGS = Settings(chunk=8, final=5, layer=5)
+
+
+@pytest.mark.skipif(HAS_RAY, reason="ray is installed")
+def test_without_ray_the_message_says_what_to_install() -> None:
+    with pytest.raises(
+        RuntimeModeError, match=r"Expected the extra 'ray'. Install it with pip install 'moelab\[ray\]'"
+    ):
+        RayEvaluator(PROBLEM, landscape=RECORDED)
+
+
+def test_a_ray_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    with pytest.raises(RuntimeModeError, match=r"moelab\[ray\]") as caught:
+        RayEvaluator(PROBLEM, landscape=RECORDED)
+    assert unhelpful(str(caught.value)) is None
+
+
+@pytest.fixture(scope="module")
+def ray():
+    module = pytest.importorskip("ray")
+    module.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield module
+    module.shutdown()
+
+
+def tuned(evaluator) -> tuple[dict, float]:
+    """Winners, and what the run cost; by the strategy that measures everything."""
+    result = TuneSession(PROBLEM, evaluator, strategy="grid", settings=SETTINGS).run()
+    assert result.complete and not result.errors
+    return result.to_configs(), result.spent_s
+
+
+@needs_ray
+def test_more_actors_find_the_same_in_less_time(ray) -> None:
+    winners, alone = tuned(ReplayEvaluator(RECORDED, PROBLEM, seed=PROBLEM.seed))
+    _, compiling = compile_share()
+    costs = {}
+    for actors in (1, 2, 4):
+        evaluator = RayEvaluator(PROBLEM, landscape=RECORDED, actors=actors)
+        assert len({seat.actor._actor_id for seat in evaluator.seats}) == actors == evaluator.describe()["ray_actors"]
+        found, costs[actors] = tuned(evaluator)
+        assert found == winners and not evaluator.incidents
+    assert costs[1] == pytest.approx(alone)
+    for actors in (2, 4):
+        assert (alone - compiling) / (costs[actors] - compiling) > 0.8 * actors
+
+
+def compile_share() -> tuple[list, float]:
+    """Seconds of the run that are compiling, which no GPU speeds up."""
+    evaluator = ReplayEvaluator(RECORDED, PROBLEM, seed=PROBLEM.seed)
+    session = TuneSession(PROBLEM, evaluator, strategy="grid", settings=SETTINGS)
+    requests = next(session.search.compile_all()).requests
+    return list(evaluator.run(requests)), evaluator.clock_s()
+
+
+@needs_ray
+def test_an_actor_that_is_killed_costs_nothing_but_time(ray) -> None:
+    winners, _ = tuned(ReplayEvaluator(RECORDED, PROBLEM, seed=PROBLEM.seed))
+    evaluator = RayEvaluator(PROBLEM, landscape=RECORDED, actors=2)
+    seen = []
+
+    def strike(progress) -> None:
+        seen.append(progress.done)
+        if len(seen) in (5, 40, 60):
+            ray.kill(evaluator.seats[len(seen) % 2].actor)
+
+    session = TuneSession(PROBLEM, evaluator, strategy="grid", settings=SETTINGS, on_progress=strike)
+    result = session.run()
+    assert result.complete and result.to_configs() == winners
+    assert len(evaluator.incidents) == 3 and "lost" in evaluator.incidents[0].what
+    asked = [key for key in session._known]
+    assert len(asked) == len(set(asked))
+
+
+@needs_ray
+def test_a_seat_that_is_lost_again_and_again_is_given_up(ray) -> None:
+    evaluator = RayEvaluator(PROBLEM, landscape=RECORDED, actors=1)
+    session = TuneSession(PROBLEM, evaluator, strategy="grid", settings=SETTINGS)
+
+    class Stillborn(Host):
+        def __init__(self, *arguments: object) -> None:
+            raise ValueError("stillborn")
+
+    evaluator._remote = ray.remote(num_cpus=0)(Stillborn)
+    ray.kill(evaluator.seats[0].actor)
+    with pytest.raises(RuntimeModeError, match="stillborn"):
+        session.run()
+
+
+@needs_ray
+def test_what_the_cluster_lacks_is_said(ray) -> None:
+    with pytest.raises(RuntimeModeError, match="has no GPU") as caught:
+        RayEvaluator(PROBLEM)
+    assert unhelpful(str(caught.value)) is None
+    with pytest.raises(LandscapeError, match="batch size 7"):
+        RayEvaluator(small_problem((7,)), landscape=RECORDED)
+
+
+@needs_ray
+def test_a_run_that_is_given_up_leaves_the_actors_usable(ray) -> None:
+    evaluator = RayEvaluator(PROBLEM, landscape=RECORDED, actors=2)
+    session = TuneSession(PROBLEM, evaluator, strategy="grid", settings=SETTINGS)
+    board, search = session.board, session.search
+    requests = search.requests("up", 64, board.candidates("up", 64), 3)
+    running = evaluator.run(requests)
+    next(running)
+    running.close()
+    again = {result.request: result for result in evaluator.run(requests)}
+    expected = ReplayEvaluator(RECORDED, PROBLEM, seed=PROBLEM.seed).run(requests)
+    for result in expected:
+        assert [o.samples_us for o in again[result.request].outcomes] == [o.samples_us for o in result.outcomes]
+    evaluator.close()

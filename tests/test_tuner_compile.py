@@ -1,0 +1,116 @@
+"""Compiling ahead, in real processes with the real compiler: failures by class, and the cache entries that launches find."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from moelab.config import KernelConfig
+from moelab.shapes import MoEShape
+from moelab.tuner.compile import Compiled, CompilePool, Kernel, first_words, kernels_of
+from moelab.tuner.crew import wait_for
+from moelab.tuner.problem import Problem
+
+SHAPE = MoEShape("small", num_experts=4, top_k=2, hidden_size=256, moe_intermediate_size=128)
+PROBLEM = Problem(SHAPE, "NVIDIA H200", "sm_90", "3.6.0", (1, 3, 40))
+GOOD = (KernelConfig(16, 32, 64, 1, 4, 3), KernelConfig(64, 64, 64, 16, 8, 2))
+NO_PTXAS = KernelConfig(256, 256, 16, 1, 16, 1)  # 512 threads share a register file that its wgmma does not fit into
+TOO_LARGE = KernelConfig(128, 256, 128, 1, 8, 4)
+
+
+def compiled(kernels: list[Kernel], cache: Path, **more) -> dict[Kernel, Compiled]:
+    pool = CompilePool(PROBLEM, processes=2, environment={"TRITON_CACHE_DIR": str(cache)}, **more)
+    try:
+        pool.ask(kernels)
+        while len(pool.known) < len(set(kernels)):
+            list(pool.poll())
+            wait_for([pool.crew])
+        list(pool.poll())
+        assert not pool.crew.connections()  # the processes have gone
+        return pool.known
+    finally:
+        pool.close()
+
+
+# In a process of its own: Triton compiles there, and does not interpret. Launches over real tensors are stopped after
+# Triton has looked at every argument, and found its cache entry.
+LAUNCHES = """
+import json, sys
+from test_tuner_compile import GOOD, PROBLEM
+from moelab import runtime
+runtime.prepare_triton()
+import torch
+from moelab.kernels import align
+from moelab.kernels.launch import Launcher
+from moelab.routing import max_padded_pairs
+from moelab.tuner import rig
+from moelab.tuner.compile import TritonCompiler
+
+TritonCompiler(PROBLEM)
+found = []
+def launch(self, key, grid, tensors, values, instance):
+    constants, options = instance()
+    if "grouped_gemm" in self.kernel.__name__:
+        assert all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+        found.append(self.kernel.run(*tensors, *values, grid=grid, warmup=True, **constants, **options).hash)
+Launcher.__call__ = launch
+def unsorted(ids, block, experts):
+    return align._allocate(max_padded_pairs(ids.numel(), block, experts), block, ids.numel(), experts, ids.device)
+rig.align = unsorted
+made = rig.Rig(PROBLEM)
+entries = {}
+for i, config in enumerate(GOOD):
+    for b in PROBLEM.batch_sizes:
+        found.clear()
+        made.launch("layer", b, (config, config)).run(b % made.cell(b).rotations)
+        entries[f"{i} {b}"] = list(found)
+print(json.dumps(entries))
+"""
+
+
+def test_a_launch_finds_what_was_compiled_ahead(tmp_path: Path) -> None:
+    """The same cache entry, for both GEMMs, at every batch size: nothing is compiled where it is measured."""
+    kernels = [(gemm, config) for config in GOOD for gemm in ("up", "down")]
+    known = compiled(kernels, tmp_path)
+    assert all(c.failure is None and c.seconds > 0 and c.shared_bytes > 0 for c in known.values())
+    assert len({c.entry for c in known.values()}) == 4 and len(list(tmp_path.iterdir())) >= 4
+    before = sorted(tmp_path.iterdir())
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run([sys.executable, "-c", LAUNCHES], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    entries = json.loads(done.stdout)
+    for i, config in enumerate(GOOD):
+        for b in PROBLEM.batch_sizes:
+            assert entries[f"{i} {b}"] == [known["up", config].entry, known["down", config].entry]
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_does_not_compile_or_fit_is_told_apart(tmp_path: Path) -> None:
+    kernels: list[Kernel] = [("up", NO_PTXAS), ("down", TOO_LARGE), ("up", GOOD[0])]
+    known = compiled(kernels, tmp_path)
+    assert [known[kernel].failure for kernel in kernels] == ["compile", "resources", None]
+    assert "registers" in known[kernels[0]].message and len(known[kernels[0]].message) <= 300
+    assert "232448" in known[kernels[1]].message
+    again = compiled(kernels[2:], tmp_path)  # found in the cache
+    assert again[kernels[2]].entry == known[kernels[2]].entry
+
+
+def test_a_compile_has_a_deadline(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    known = compiled([("up", GOOD[0])], tmp_path, deadline_s=0.01)
+    assert known["up", GOOD[0]].failure == "timeout" and time.monotonic() - begin < 60
+
+
+def test_kernels_of_a_contender() -> None:
+    assert kernels_of("layer", GOOD) == (("up", GOOD[0]), ("down", GOOD[1]))
+    assert kernels_of("down", GOOD[:1]) == (("down", GOOD[0]),)
+
+
+def test_a_compilers_novel_is_cut() -> None:
+    text = first_words(RuntimeError("\n====\nerror: bad\n" + ".reg\n" * 100000))
+    assert text.startswith("RuntimeError: error: bad") and len(text) == 300
