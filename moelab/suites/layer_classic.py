@@ -32,6 +32,9 @@ SHAPES = {
     "deepseek-v3/tp8": ("deepseek-v3", 8),
 }
 
+TUNED_SINCE = ("qwen3-30b-a3b/tp1",)
+"""Shapes whose config files come from a run of the tuner (data/landscapes), and no longer from this suite."""
+
 
 def peer_rows() -> list[dict[str, Any]]:
     """sglang's rows: name, M, floor, and per config its microseconds, as data/upstream/h200_sglang.json has them."""
@@ -211,12 +214,15 @@ def fastest_configs(recording: Recording) -> dict[str, dict[int, KernelConfig]]:
 def write_configs(recording: Recording, folder: Path | None = None) -> list[Path]:
     """Write `fastest_configs` under the names that loaders look for, into the recording's triton_X_Y_Z folder.
 
+    Shapes in TUNED_SINCE are left out.
+
     folder: where the triton_X_Y_Z folders lie; None is the checkout's configs/.
     """
     home = (folder or runtime.config_dir()) / runtime.triton_key(recording.provenance["triton"])
     device = runtime.device_key(recording.provenance["gpu"])
     paths = []
-    for name, configs in fastest_configs(recording).items():
+    fastest = fastest_configs(recording)
+    for name, configs in ((name, fastest[name]) for name in fastest if name not in TUNED_SINCE):
         shape = shape_of(name)
         file = config_files.file_name(shape.num_experts, shape.moe_intermediate_size, device)
         paths.append(config_files.write_config_file(home / file, configs))

@@ -1,0 +1,75 @@
+"""The landscapes in data/landscapes load, and the tuned files in configs/ are what their finals say."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import pytest
+
+from moelab import runtime
+from moelab.config import KernelConfig, default_config, violations
+from moelab.config_files import lookup
+from moelab.tuner import landscape
+from moelab.tuner.landscape import Landscape
+
+FILES = sorted((runtime.data_dir() / "landscapes").glob("*.parquet"))
+TUNED = {"qwen3-30b-a3b-tp1-NVIDIA_H200.parquet": ("NVIDIA H200", "3.6.0")}
+
+
+@pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)
+def shipped(request: pytest.FixtureRequest) -> Landscape:
+    return landscape.load(request.param)
+
+
+def finals(found: Landscape, num_tokens: int) -> dict[tuple[KernelConfig, ...], float]:
+    """Median microseconds of each pair of configs in a batch size's last comparison of whole layers."""
+    rows = [row for row in found.rows if row.stage == "layer" and row.num_tokens == num_tokens and row.interleaved]
+    return {row.contender: statistics.median(row.outcome.samples_us) for row in rows}
+
+
+def test_a_shipped_landscape_is_sound(shipped: Landscape) -> None:
+    assert len(shipped.problem.batch_sizes) == 19 and len(shipped.rows) > 30_000
+    assert shipped.provenance["gpu"] == "NVIDIA H200" and shipped.provenance["git_commit"]
+    assert shipped.evaluator["measured"] is True
+    for row in shipped.rows[::97]:
+        assert bool(row.outcome.samples_us) != bool(row.outcome.failure) or not row.outcome.measure_s
+        assert not any(violations(config, target=shipped.problem.target) for config in row.contender)
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_tuned_files_are_the_winners_of_their_finals(name: str) -> None:
+    """No pair of the finals is faster by more than 1 %, a tie in which the old file stays; and none loses to the default."""
+    found = landscape.load(runtime.data_dir() / "landscapes" / name)
+    device, version = TUNED[name]
+    shape = found.problem.shape
+    for num_tokens in found.problem.batch_sizes:
+        up, down = (
+            lookup(
+                shape.num_experts, shape.moe_intermediate_size, device, num_tokens=num_tokens, triton_version=version,
+                down=down,
+            )
+            for down in (False, True)
+        )  # fmt: skip
+        assert up.key == down.key == num_tokens and Path(str(down.path)).stem.endswith("_down")
+        assert up.config is not None and down.config is not None
+        times = finals(found, num_tokens)
+        mine = times[up.config, down.config]
+        assert mine <= 1.01 * min(times.values()), num_tokens
+        default = default_config(num_tokens, shape.num_experts)
+        assert mine < times[default, default], num_tokens
+
+
+def test_two_runs_of_the_race_agree() -> None:
+    """Each run's winner at a batch size, timed in the other's finals where it got there, is within 1 % of the best there."""
+    runs = [landscape.load(path) for path in FILES if path.name.startswith("qwen3-30b-a3b-tp1")]
+    assert len(runs) == 2
+    met = 0
+    for num_tokens in runs[0].problem.batch_sizes:
+        times = [finals(found, num_tokens) for found in runs]
+        for mine, other in (times, times[::-1]):
+            winner = min(mine, key=lambda pair: mine[pair])
+            if winner in other:
+                met += 1
+                assert other[winner] <= 1.01 * min(other.values()), num_tokens
+    assert met >= 10
