@@ -81,14 +81,18 @@ def compile_share() -> tuple[list, float]:
 def test_an_actor_that_is_killed_costs_nothing_but_time(ray) -> None:
     winners, _ = tuned(ReplayEvaluator(RECORDED, PROBLEM, seed=PROBLEM.seed))
     evaluator = RayEvaluator(PROBLEM, landscape=RECORDED, actors=2)
-    seen = []
+    answered, run = 0, evaluator.run
 
-    def strike(progress) -> None:
-        seen.append(progress.done)
-        if len(seen) in (5, 40, 60):
-            ray.kill(evaluator.seats[len(seen) % 2].actor)
+    def struck(requests: object) -> object:
+        nonlocal answered
+        for result in run(requests):
+            answered += 1
+            if answered in (5, 40, 60):
+                ray.kill(evaluator.seats[answered % 2].actor)
+            yield result
 
-    session = TuneSession(PROBLEM, evaluator, strategy="grid", settings=SETTINGS, on_progress=strike)
+    evaluator.run = struck
+    session = TuneSession(PROBLEM, evaluator, strategy="grid", settings=SETTINGS)
     result = session.run()
     assert result.complete and result.to_configs() == winners
     assert len(evaluator.incidents) == 3 and "lost" in evaluator.incidents[0].what

@@ -56,6 +56,7 @@ def tune(
     ] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="The journal of a run to take up again.")] = None,
     ray: Annotated[str | None, typer.Option("--ray", help="Address of a Ray cluster whose GPUs to use.")] = None,
+    gpus: Annotated[str, typer.Option("--gpus", help="Of this machine, as 0,1,2; or all.")] = "0",
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder of journal and config files; default: tuned, none in replay.")
     ] = None,
@@ -74,13 +75,13 @@ def tune(
     shown = _Bar()
     run: Path | None
     if resume is not None:
-        session, run = _resumed(resume, ray, budget_s, shown), resume
+        session, run = _resumed(resume, ray, _numbers(gpus), budget_s, shown), resume
         out = out or (resume.parent.parent if resume.parent.name == "runs" else resume.parent)
     else:
         asked = {
             "model": model, "tp_size": tp_size, "ep_size": ep_size, "dtype": None if dtype == "auto" else dtype,
             "disable_shared_experts_fusion": disable_shared_experts_fusion, "batch_sizes": batch_size,
-            "routing": routing, "seed": seed, "separate_down": down,
+            "routing": routing, "seed": seed, "separate_down": down, "gpus": _numbers(gpus),
         }  # fmt: skip
         out = out or (None if replay else Path("tuned"))
         session, run = _new(asked, replay, ray, strategy, budget_s, out, shown)
@@ -96,6 +97,17 @@ def tune(
     _report(result, run, result.write(out) if out and result.to_configs()["up"] else [], as_json)
     if result.errors:
         raise typer.Exit(1)
+
+
+def _numbers(gpus: str) -> tuple[int, ...]:
+    """ "0,2" or "all"."""
+    if gpus == "all":
+        import torch
+
+        return tuple(range(torch.cuda.device_count()))
+    if not re.fullmatch(r"\d+(,\d+)*", gpus):
+        raise typer.BadParameter(f"{gpus!r} names no GPUs. Expected numbers with commas, such as 0,1, or all.")
+    return tuple(int(number) for number in gpus.split(","))
 
 
 def _how_to_resume(run: Path | None) -> str:
@@ -114,8 +126,12 @@ def _new(
     from moelab.tuner.landscape import default_name
     from moelab.tuner.session import TuneSession
 
-    problem, evaluator = _replayed(asked, replay, ray) if replay else _on_gpu(asked, ray)
-    run = out and out / "runs" / f"{default_name(problem)}-{strategy}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    label = f"{strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if replay:
+        problem, evaluator = _replayed(asked, replay, ray)
+    else:
+        problem, evaluator = _on_gpu(asked, ray, out and out / "runs" / f"quarantine-{label}")
+    run = out and out / "runs" / f"{default_name(problem)}-{label}.jsonl"
     session = TuneSession(problem, evaluator, strategy=strategy, run=run, budget_s=budget_s, on_progress=shown.progress)
     return session, run
 
@@ -148,7 +164,7 @@ def _shape(asked: Mapping[str, Any]) -> Any:
     return load_model(**{name: asked[name] for name in names})
 
 
-def _on_gpu(asked: Mapping[str, Any], ray: str | None) -> tuple[Problem, Evaluator]:
+def _on_gpu(asked: Mapping[str, Any], ray: str | None, quarantine: Path | None) -> tuple[Problem, Evaluator]:
     from moelab import runtime
     from moelab.tuner.evaluators import make_gpu_evaluator
     from moelab.tuner.problem import BATCH_SIZES, Problem, find_incumbents
@@ -174,7 +190,7 @@ def _on_gpu(asked: Mapping[str, Any], ray: str | None) -> tuple[Problem, Evaluat
         shape, mode.device_name, target.name, version, sizes, routing=_routing(asked["routing"], shape.num_experts),
         seed=asked["seed"], separate_down=asked["separate_down"], incumbents=incumbents,
     )  # fmt: skip
-    return problem, make_gpu_evaluator(problem, ray=ray)
+    return problem, make_gpu_evaluator(problem, ray=ray, gpus=asked["gpus"], quarantine=quarantine)
 
 
 def _routing(routing: str, num_experts: int) -> str:
@@ -189,7 +205,7 @@ def _routing(routing: str, num_experts: int) -> str:
     return str(Path(routing).resolve())
 
 
-def _resumed(run: Path, ray: str | None, budget_s: float | None, shown: _Bar) -> TuneSession:
+def _resumed(run: Path, ray: str | None, gpus: tuple[int, ...], budget_s: float | None, shown: _Bar) -> TuneSession:
     from moelab.tuner.evaluators import load_evaluator, make_gpu_evaluator
     from moelab.tuner.landscape import load
     from moelab.tuner.session import TuneSession, header_of
@@ -199,7 +215,7 @@ def _resumed(run: Path, ray: str | None, budget_s: float | None, shown: _Bar) ->
     def make(problem: Problem) -> Evaluator:
         if about.get("kind") == "replay":
             return load_evaluator("replay")(load(Path(about["landscape"])), problem, seed=about["seed"])
-        return make_gpu_evaluator(problem, ray=ray)
+        return make_gpu_evaluator(problem, ray=ray, gpus=gpus, quarantine=run.with_suffix(".quarantine"))
 
     return TuneSession.resume(run, make, budget_s=budget_s, on_progress=shown.progress)
 

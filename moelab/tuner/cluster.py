@@ -230,15 +230,22 @@ class RayEvaluator:
                     yield result
 
     def _hand_out(self) -> None:
-        ahead = (
-            2 if self._described.get("measured") else 1
-        )  # a replay answers at once; a GPU shall not wait for its next
-        for depth in range(ahead):
-            for seat in sorted(self.seats, key=lambda seat: seat.clock_s):
-                job = self._job_for(seat) if seat.up and seat.busy <= depth else None
-                if job is not None:
-                    seat.busy += 1
-                    self._pending[seat.actor.answer.remote(job.request)] = (seat, job)
+        if not self._described.get("measured"):
+            # A replay answers at once: the next job goes to who is free first by the simulated clock, not by the wall's.
+            if not any(seat.busy for seat in self.seats):
+                any(self._hand(seat) for seat in sorted(self.seats, key=lambda seat: seat.clock_s))
+            return
+        for depth in range(2):  # a GPU shall not wait for its next
+            for seat in self.seats:
+                if seat.busy <= depth:
+                    self._hand(seat)
+
+    def _hand(self, seat: _Seat) -> bool:
+        job = self._job_for(seat) if seat.up else None
+        if job is not None:
+            seat.busy += 1
+            self._pending[seat.actor.answer.remote(job.request)] = (seat, job)
+        return job is not None
 
     def _job_for(self, seat: _Seat) -> _Job | None:
         """The first job that this seat may do: one of a node goes to the first of the node's seats."""

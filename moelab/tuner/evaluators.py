@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from moelab.errors import RuntimeModeError, UnknownNameError, nearest_names
@@ -37,8 +38,13 @@ def load_evaluator(name: str) -> type[Any]:
         ) from None
 
 
-def make_gpu_evaluator(problem: Problem, *, ray: str | None = None) -> Evaluator:
-    """Who measures on this machine's GPU, or on a Ray cluster's at that address."""
+def make_gpu_evaluator(
+    problem: Problem, *, ray: str | None = None, gpus: Sequence[int] = (0,), quarantine: Path | None = None
+) -> Evaluator:
+    """Who measures on this machine's GPUs, or on a Ray cluster's at that address.
+
+    quarantine: folder for what hung or crashed a worker twice, each a file to repeat it by; None keeps none.
+    """
     if ray is not None:
         return load_evaluator("ray")(problem, address=ray)
-    return load_evaluator("gpu")(problem)
+    return load_evaluator("gpu")(problem, gpus, quarantine=quarantine)
