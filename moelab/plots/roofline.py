@@ -140,15 +140,18 @@ def padding(name: str, shape: MoEShape, blocks: Sequence[int], batches: Sequence
                            marker=style.marker(), hovertemplate="batch %{x}: %{y:.3g} rows per useful row")  # fmt: skip
         table.append({"BLOCK_SIZE_M": block} | {str(b): w for b, w in zip(batches, waste, strict=True)})
     figure.update_xaxes(title="batch, tokens", **log_axis(batches))
-    figure.update_yaxes(title="rows computed / rows that exist", type="log", tickvals=[1, 2, 4, 8, 16, 32, 64, 128])
+    figure.update_yaxes(title="rows computed / rows that exist", type="log", tickvals=[2**i for i in range(9)])
     figure.update_layout(legend={"title": {"text": "BLOCK_SIZE_M"}})
     first, last = table[0], table[-1]
     half = {row["BLOCK_SIZE_M"]: next((b for b in batches if row[str(b)] < 1.5), None) for row in table}
-    said = ", ".join(f"{block}: {b or f'not by {batches[-1]}'}" for block, b in half.items())
+    said = ", ".join(
+        f"tiles of {block} from batch {b} on" if b else f"tiles of {block} not by {batches[-1]}"
+        for block, b in half.items()
+    )
     sentence = (
         f"**At one token a tile of {last['BLOCK_SIZE_M']} rows computes {last[str(batches[0])]:.0f} rows for each real one, "
         f"a tile of {first['BLOCK_SIZE_M']} computes {first[str(batches[0])]:.0f}.** In decode that is free, since memory is the "
-        f"limit; in prefill it is time. Tokens from which under half a row is wasted per real one, by BLOCK_SIZE_M: {said}."
+        f"limit; in prefill it is time. Under half a row is wasted per real one by {said}."
     )
     return Panel(figure, table, sentence)
 
