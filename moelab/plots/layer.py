@@ -53,7 +53,7 @@ def where_time_goes(recording: Recording, shape: str, at: Ceilings, config_name:
     best, worst = min(table, key=lambda r: r["measured / floor"]), max(table, key=lambda r: r["measured / floor"])
     memory = [row["batch"] for row in table if row["bound by"] == "memory"]
     sentence = (
-        f"**Up to batch {max(memory)} the limit is memory: reading the experts' weights.** The layer is closest to its floor "
+        f"**Up to batch {max(memory)} the limit is memory: reading the experts’ weights.** The layer is closest to its floor "
         f"at batch {best['batch']} ({best['measured / floor']:.2f} times) and furthest at batch {worst['batch']} "
         f"({worst['measured / floor']:.2f} times): there is the room for better kernels."
     )

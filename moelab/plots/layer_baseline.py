@@ -260,5 +260,5 @@ def _said_of_eager(rows: Sequence[Row], ratio: Callable[[Row], tuple[float, floa
             said.append(f"{shape} {first}, {times[first]:.0f} µs")
     return (
         f"**At batch {batches[0]} eager mode takes {means[low]:.1f} ({low}) to {means[high]:.1f} ({high}) times a graph’s time "
-        f"(geometric means over shapes); {until}.** The shortest eager medians there: {'; '.join(said)}."
+        f"(geometric means over shapes); {until}.** The shortest eager medians at batch {batches[0]}: {'; '.join(said)}."
     )
