@@ -12,7 +12,7 @@ import pytest
 from moelab import recordings, roofline, runtime
 from moelab.plots import Panel, accuracy, explorer, layer, pipeline, sum_reduce
 from moelab.plots import roofline as floors
-from moelab.plots.panel import geometric_mean, table_html, table_text, timing
+from moelab.plots.panel import LONG, geometric_mean, table_html, table_text, timing
 from moelab.plots.style import LOOKS, look, number, powers
 from moelab.recordings import Recording
 from moelab.roofline import load_ceilings
@@ -138,7 +138,7 @@ def test_looks_are_told_apart() -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.99996, "1.00"), (1234.5, "1234"), (12.34, "12.3"), (0.0001, "1.00e-04"), (0.0, "0"), (None, "–"), (False, "NO"),
-     (7, "7"), (3e7, "3.00e+07"), (-2.5, "-2.50"), ("a<b", "a<b")],
+     (7, "7"), (3e7, "3.00e+07"), (-2.5, "-2.50"), ("a<b", "a<b"), (0.97, "0.970"), (0.0312, "0.0312")],
 )  # fmt: skip
 def test_number(value: object, text: str) -> None:
     assert number(value) == text
@@ -154,6 +154,26 @@ def test_tables_escape_and_line_up() -> None:
     rows = [{"name": "<b>", "x": 1.0}, {"name": "c", "y": None}]
     assert "&lt;b&gt;" in table_html(rows) and "<b>" not in table_html(rows)
     assert table_text(rows).splitlines()[0].split() == ["name", "x", "y"]
+
+
+def test_long_tables_are_folded() -> None:
+    assert table_html([{"x": 1}] * LONG).startswith("<div")
+    folded = table_html([{"x": 1}] * (LONG + 1))
+    assert folded.startswith("<details>") and f"The numbers, {LONG + 1} rows" in folded
+
+
+def test_a_config_that_some_shapes_lack_is_compared_where_it_is() -> None:
+    found = {
+        ("a", "default"): 4.0,
+        ("a", "tuned"): 2.0,
+        ("a", "shipped"): 3.0,
+        ("b", "default"): 1.0,
+        ("b", "tuned"): 1.0,
+    }
+    rows = [{"time / floor": shape, "config": name, "1": value} for (shape, name), value in found.items()]
+    said = layer._said_of_floor(rows, ["a", "b"])
+    assert "all shapes and batches: default 2.00, tuned 1.41; 1 of 2 shapes, those with a config “shipped”: " in said
+    assert "“shipped”: default 4.00, tuned 2.00, shipped 3.00.**" in said
 
 
 # --- sentences follow the numbers ---------------------------------------------------------------------------------

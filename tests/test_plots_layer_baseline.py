@@ -82,9 +82,9 @@ def test_what_is_past_its_bound_never_wins() -> None:
     wrong = made.baseline_row(SHAPE, 1, "gated_atomic_out", 10.0, within_bound=False)
     panel = fastest.fastest(made_of(*cell(triton=50.0, gated=40.0), wrong))
     assert panel.table[0]["fastest"] == "gated" and panel.table[0]["faster, past its bound"] == "gated_atomic_out"
-    assert panel.sentence.endswith("In 1 cells something faster is left out, its error past the bound.")
+    assert panel.sentence.endswith("In 1 cell something faster is left out, its error past the bound.")
     means = plots.over_floor(made_of(*cell(triton=50.0), wrong), AT).sentence
-    assert "gated_atomic_out" in means and "(past its bound in 1 cells)" in means
+    assert "gated_atomic_out" in means and "(past its bound in 1 cell)" in means
     assert fastest.winners(made_of(wrong)) == []
 
 
@@ -92,17 +92,20 @@ def test_what_was_refused_is_said_and_wins_nothing() -> None:
     refused = {"shape": SHAPE, "num_tokens": 1, "impl": "tma", "within_bound": None, "refused": "ConfigError: no"}
     found = made_of(*cell(1, triton=50.0, tma=60.0)[:1], refused, *cell(4, triton=60.0, tma=50.0))
     assert [row["fastest"] for row in fastest.winners(found)] == ["triton", "tma"]
-    assert "tma" in (said := plots.over_floor(found, AT).sentence) and "(refused in 1 cells)" in said
+    assert "tma" in (said := plots.over_floor(found, AT).sentence) and "(refused in 1 cell)" in said
 
 
 def test_nothing_gained_is_said() -> None:
     said = fastest.fastest(made_of(*cell(triton=50.0, gated=60.0))).sentence
-    assert said.startswith("**Of 1 cells 1 have one fastest implementation: triton 1; 0 are ties.** Nothing gains")
+    assert said.startswith("**Of 1 cell 1 has one fastest implementation (triton 1); 0 are ties.** Nothing gains")
 
 
 def test_gains_are_counted_over_the_classic_layer() -> None:
     said = fastest.fastest(made_of(*cell(1, triton=50.0, gated=49.0), *cell(4, triton=80.0, gated=60.0))).sentence
-    assert "0.75 times its time (gated, scout/tp4, batch 4); 1 of 2 gains are 5 % or more" in said
+    assert "beaten in 2 cells, by 5 % or more in 1; at best in 0.75 of its time (gated, scout/tp4, batch 4)" in said
+    tied = fastest.fastest(made_of(*cell(1, triton=50.0, gated=49.99), *cell(4, triton=80.0, gated=60.0, tma=60.1)))
+    assert "beaten in 1 cell," in tied.sentence, "a tie with the classic layer is no gain, one with another is"
+    assert tied.sentence.endswith("in the most shapes: gated and triton at batch 1; gated and tma at batch 4.")
 
 
 def test_cells_are_coloured_once() -> None:
@@ -135,9 +138,20 @@ def test_eager_is_over_the_graph() -> None:
     rows = [made.baseline_row(SHAPE, 1, "triton", 20.0, 60.0), made.baseline_row(SHAPE, 1, "gated", 20.0, 40.0),
             made.baseline_row(SHAPE, 64, "triton", 200.0), made.baseline_row(SHAPE, 64, "gated", 200.0)]  # fmt: skip
     said = plots.eager_over_graph(made_of(*rows)).sentence
-    assert "2.0 (gated) to 3.0 (triton) times a graph’s time" in said and "from batch 64 on none loses over 5 %" in said
-    assert said.endswith("The shortest eager medians there: scout/tp4 gated, 40 µs.")
-    assert "some lose over 5 % up to 1" in plots.eager_over_graph(made_of(*rows[:2])).sentence
+    assert (
+        "2.0 (gated) to 3.0 (triton) times a graph’s time" in said
+        and "from batch 64 on at most 1.05 times on average" in said
+    )
+    assert "at worst 1.02 (triton, scout/tp4, batch 64)" in said
+    assert said.endswith("The shortest eager medians at batch 1: scout/tp4 gated, 40 µs.")
+    assert "at batch 1 it still takes 2.45 times" in plots.eager_over_graph(made_of(*rows[:2])).sentence
+
+
+def test_what_is_far_above_waits_in_the_legend() -> None:
+    panel = plots.over_floor(made_of(*cell(triton=40.0, gated=38.0, compiled=100.0)), AT)
+    drawn = {trace.name: trace.visible for trace in panel.figure.data}
+    assert drawn == {"triton": True, "gated": True, "compiled": "legendonly"}
+    assert panel.figure.layout.title.subtitle.text.endswith("far above: compiled")
 
 
 def test_hollow_is_past_the_bound() -> None:

@@ -93,7 +93,7 @@ def test_segments_add_up_to_the_bar() -> None:
 def test_a_missed_goal_is_said() -> None:
     assert plots.goals(EVEN).sentence.startswith("**All goals are kept: ")
     slow = plots.goals(steady(EVEN, **{plots.KEPT: 19.0}))
-    assert slow.sentence.startswith("**1 of 3 goals are missed: a kept descriptor, over no TMA 5.0 µs of at most 4")
+    assert slow.sentence.startswith("**1 of 3 goals missed: a kept descriptor, over no TMA 5.0 µs of at most 4")
     assert [row["kept"] for row in slow.table] == [False, True, True]
 
 
@@ -105,7 +105,7 @@ def test_spread_is_of_the_samples() -> None:
 
 def test_gains_have_a_direction() -> None:
     panel = plots.gains(REPORTED, PEERS)
-    assert panel.sentence.startswith("**Reported: request throughput +9.5%; for the better by 6.7 % (mean TPOT)")
+    assert panel.sentence.startswith("**Reported: request throughput +9.5 %; for the better by 6.7 % (mean TPOT)")
     worse = {**REPORTED, "rows": [REPORTED["rows"][0], REPORTED["rows"][3] | {"after": 1000.0}]}
     assert [row["better by, %"] > 0 for row in plots.gains(worse, PEERS).table] == [True, False]
 
@@ -164,9 +164,14 @@ def test_a_layer_without_a_gpu_time_is_drawn() -> None:
 def test_by_batch_finds_the_turn() -> None:
     """At one token the GPU of every shape is done before the host; from 4 on it is not."""
     said = host_time.by_batch(EVEN, BASELINE).sentence
-    assert f"{SHAPE} from 4; scout/tp4 from 4" in said and "longer than the host’s 61 µs" in said
+    assert "longer than the host’s 61 µs: in every shape from batch 4 on." in said
     never = made.layer_baseline(batches=(1,))
     assert f"{SHAPE} at none" in host_time.by_batch(EVEN, never).sentence
+    deep = Recording(BASELINE.suite, BASELINE.provenance, {}, tuple(
+        row | {"samples_us": [us * 5 for us in row["samples_us"]]} if row["shape"] == "deepseek-v3/tp8" else row
+        for row in BASELINE.rows if "samples_us" in row))  # fmt: skip
+    said = host_time.by_batch(EVEN, deep).sentence
+    assert f"{SHAPE} from batch 4 on" in said and "deepseek-v3/tp8 from batch 1 on" in said
 
 
 # --- what is shipped ----------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def _table(shape: MoEShape, num_tokens: int, at: Ceilings) -> list[Row]:
     if looked.config is not None:
         waste = roofline.padding_waste(shape, num_tokens, looked.config.BLOCK_SIZE_M).waste
         rows.append(("config (rows x columns x inner, group, warps, stages)", looked.config.short()))
-        rows.append(("  from", looked.path.name if looked.path else "sglang's default rule: no tuned file here"))
+        rows.append(("  from", looked.path.name if looked.path else "sglang’s default rule: no tuned file here"))
         rows.append(("rows computed / rows that exist", number(waste)))
     return [{"at this batch": what, "value": value} for what, value in rows]
 

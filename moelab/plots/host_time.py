@@ -34,6 +34,9 @@ STEPS = {
 }
 """Steps of the classic layer in order: what was timed for each (GEMM2 is GEMM1's kernel), and its colour."""
 
+DRAWN = 2
+"""Layers in the timeline: more than one, so that a wait lies between two; the same for all, so that shorter is faster."""
+
 REST, WHOLE = "fused_moe’s own", "a whole layer"
 SGLANG = "sglang’s launcher"
 GRAPH, WALL = "GPU in a graph, µs", "eager wall, µs"
@@ -94,15 +97,15 @@ def _steps(recording: Recording) -> tuple[tuple[str, float, str], ...]:
 
 
 def timeline(recording: Recording, baseline: Recording, shape: str, peers: Mapping[str, Any]) -> Panel:
-    """Layers of one token one after another, host above GPU, drawn to scale."""
+    """As many layers of one token with each launcher, one after another, host above GPU, drawn to scale."""
     drawn = lanes(recording, baseline, shape, peers)
-    figure = grid("Who waits for whom: layers of one token, launched eagerly", f"host: {recording.source()}; GPU: the recording "
-                  f"layer_baseline, {shape}, in a CUDA graph, drawn in one piece a layer<br>{SGLANG}: {peers['source']}",
-                  height=200 + 95 * len(drawn))  # fmt: skip
-    window = max(lane.period_us for lane in drawn)
+    figure = grid(f"Who waits for whom: {DRAWN} layers of one token, launched eagerly", f"host: {recording.source()}<br>GPU: "
+                  f"recording layer_baseline, {shape}, in a CUDA graph, drawn in one piece a layer<br>{SGLANG}: "
+                  f"{peers['source']}", height=216 + 95 * len(drawn))  # fmt: skip
+    window = DRAWN * max(lane.period_us for lane in drawn)
     named: set[str] = set()
     for lane in drawn:
-        starts = [i * lane.period_us for i in range(max(1, math.floor(window / lane.period_us + 1e-9)))]
+        starts = [i * lane.period_us for i in range(DRAWN)]
         host, gpu = (
             f"{lane.name}: host",
             "GPU" + "\u200b" * drawn.index(lane),
@@ -118,7 +121,7 @@ def timeline(recording: Recording, baseline: Recording, shape: str, peers: Mappi
         figure.add_scatter(x=[end, end], y=[host, gpu], mode="text", text=said, textposition="middle right",
                            showlegend=False, hoverinfo="skip")  # fmt: skip
     figure.update_layout(barmode="overlay", bargap=0.15, legend={"orientation": "h", "y": -0.2, "traceorder": "normal"})
-    figure.update_xaxes(title="µs, from the host’s start with a first layer", range=[0, 1.24 * window])
+    figure.update_xaxes(title="µs, from the host’s start with the first layer", range=[0, 1.24 * window])
     figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
     return Panel(figure, _timeline_table(drawn), _said_of_timeline(drawn, baseline))
 
@@ -131,7 +134,9 @@ def _blocks(figure: Any, lane: str, starts: list[float], us: float, name: str, c
         marker = {"color": "rgba(128, 128, 128, 0.12)", "line": {"width": 0.8, "color": GREY},
                   "pattern": {"shape": "/", "fgcolor": GREY, "size": 6, "solidity": 0.15}}  # fmt: skip
     figure.add_bar(y=[lane] * len(starts), x=[us] * len(starts), base=starts, orientation="h", name=name, marker=marker,
-                   legendgroup=name, showlegend=name not in named and name != WHOLE,
+                   legendgroup=name, showlegend=name not in named and name != WHOLE, constraintext="none",
+                   text=[f"layer {i}" for i in range(1, len(starts) + 1)] if name == WHOLE else None, textposition="inside",
+                   insidetextanchor="middle", insidetextfont={"color": "#1c1c1c"},
                    hovertemplate=f"{name}: {us:.1f} µs<extra></extra>")  # fmt: skip
     named.add(name)
 
@@ -146,7 +151,7 @@ def _timeline_table(drawn: list[Lane]) -> list[dict[str, Any]]:
 
 
 def _said_of_timeline(drawn: list[Lane], baseline: Recording) -> str:
-    classic, peer = drawn[0], drawn[-1]
+    classic, *others = drawn
     parts = {name: us for name, us, _ in classic.parts}
     launched = math.fsum(us for name, us in parts.items() if name != REST)
     shapes = {row["shape"] for row in baseline.rows}
@@ -156,8 +161,8 @@ def _said_of_timeline(drawn: list[Lane], baseline: Recording) -> str:
     return (
         f"**{_waiting(classic)}** Of the host’s time {launched:.1f} µs are the five steps and {own} the rest: fused_moe’s "
         f"dispatch and its checks. Over the recorded shapes the GPU needs {min(gpu):.0f} to {max(gpu):.0f} µs for one token, and "
-        f"waits for {shares[0]:.0%} to {shares[1]:.0%} of the time; the host’s part hardly depends on sizes. {_waiting(peer)} "
-        "In a CUDA graph the host drops out."
+        f"waits for {shares[0]:.0%} to {shares[1]:.0%} of the time; the host’s part hardly depends on sizes. "
+        f"{' '.join(_waiting(lane) for lane in others)} In a CUDA graph the host drops out."
     )
 
 
@@ -198,12 +203,17 @@ def layers(recording: Recording, baseline: Recording, shape: str) -> Panel:
     figure.add_scatter(y=names, x=[row[WALL] for row in table], mode="markers", name="wall, eagerly",
                        marker={"symbol": "diamond", "size": 10, **pale})  # fmt: skip
     ends = [max(row["host, µs"], row[WALL] or 0.0, row[GRAPH] or 0.0) for row in table]
-    figure.add_scatter(y=names, x=ends, mode="text", text=[f"   {row['host, µs']:.1f} µs" for row in table], showlegend=False,
+    figure.add_scatter(y=names, x=ends, mode="text", text=[_ends(row) for row in table], showlegend=False,
                        textposition="middle right", hoverinfo="skip")  # fmt: skip
     figure.update_layout(barmode="overlay", legend={"orientation": "h", "y": -70 / (90 + 34 * len(found))})
-    figure.update_xaxes(title="µs a layer; coloured bars: host", range=[0, 1.12 * max(ends)])
+    figure.update_xaxes(title="µs a layer; coloured bars: host", range=[0, 1.3 * max(ends)])
     figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
     return Panel(figure, table, _said_of_layers(table))
+
+
+def _ends(row: Mapping[str, Any]) -> str:
+    """What stands behind a bar and its diamond: both numbers, each with its name."""
+    return f"   host {row['host, µs']:.1f}" + (f", wall {row[WALL]:.1f} µs" if row[WALL] is not None else " µs")
 
 
 def _over(row: Mapping[str, Any]) -> float | None:
@@ -262,12 +272,15 @@ def by_batch(recording: Recording, baseline: Recording, impl: str = "triton") ->
 def _said_of_batches(table: list[dict[str, Any]], shapes: list[str], host: float) -> str:
     first = min(row["batch"] for row in table)
     small = [row["eager / GPU"] for row in table if row["batch"] == first]
-    turns = []
-    for shape in shapes:
-        over = [row["batch"] for row in table if row["shape"] == shape and row["GPU, µs"] >= host]
-        turns.append(f"{shape} from {min(over)}" if over else f"{shape} at none")
+    over = [row for row in table if row["GPU, µs"] >= host]
+    turns = {shape: min((row["batch"] for row in over if row["shape"] == shape), default=None) for shape in shapes}
+    if len(set(turns.values())) == 1 and over:
+        said = f"in every shape from batch {min(row['batch'] for row in over)} on"
+    else:
+        said = "; ".join(f"{shape} {f'from batch {b} on' if b else 'at none'}" for shape, b in turns.items())
+    left = [row["eager / GPU"] for row in over]
     return (
         f"**At batch {first} eager mode takes {min(small):.1f} to {max(small):.1f} times as long as a CUDA graph.** Of the "
-        f"recorded batches the GPU’s time is longer than the host’s {host:.0f} µs: {'; '.join(turns)}. From there on the host is "
-        "ahead, and its time is hidden."
+        f"recorded batches the GPU’s time is longer than the host’s {host:.0f} µs: {said}."
+        + (f" There the host is ahead, and eager mode takes at most {max(left):.2f} times as long." if over else "")
     )

@@ -53,7 +53,7 @@ def where_time_goes(recording: Recording, shape: str, at: Ceilings, config_name:
     best, worst = min(table, key=lambda r: r["measured / floor"]), max(table, key=lambda r: r["measured / floor"])
     memory = [row["batch"] for row in table if row["bound by"] == "memory"]
     sentence = (
-        f"**Up to batch {max(memory)} the limit is memory: reading the experts' weights.** The layer is closest to its floor "
+        f"**Up to batch {max(memory)} the limit is memory: reading the experts’ weights.** The layer is closest to its floor "
         f"at batch {best['batch']} ({best['measured / floor']:.2f} times) and furthest at batch {worst['batch']} "
         f"({worst['measured / floor']:.2f} times): there is the room for better kernels."
     )
@@ -128,24 +128,46 @@ def time_over_floor(recording: Recording, peers: Sequence[Row], at: Ceilings, pe
         figure.update_xaxes(**log_axis(batches), **place)
     figure.add_hline(1.0, line={"color": GREY, "dash": "dot"})
     figure.update_xaxes(title="batch, tokens", row=rows_of_plots)
-    figure.update_yaxes(type="log", tickvals=[1, 1.5, 2, 3, 5, 10])
+    figure.update_yaxes(type="log", tickvals=[1, 1.5, 2, 3, 5, 10], matches="y")
     figure.update_yaxes(title="time / floor", col=1)
-    means = {name: geometric_mean([v for row in table if row["config"] == name for v in row.values() if isinstance(v, float)])
-             for name in CONFIGS}  # fmt: skip
-    said = ", ".join(f"{name} {mean:.2f}" for name, mean in means.items())
-    sentence = (
-        f"**Geometric mean of time over floor, all shapes and batches: {said}.** Tuning is worth a factor of "
-        f"{means['default'] / means['tuned']:.2f} over the default rule; what is left above 1 is for better kernels."
+    return Panel(figure, table, _said_of_floor(table, shapes))
+
+
+def _said_of_floor(table: Sequence[Row], shapes: Sequence[str]) -> str:
+    """Geometric means by config; one that not every shape has is compared within the shapes that have it."""
+    has = {name: {row["time / floor"] for row in table if row["config"] == name} for name in CONFIGS}
+    everywhere = [name for name in CONFIGS if len(has[name]) == len(shapes)]
+    means = _means(table, everywhere, set(shapes))
+    said = [f"all shapes and batches: {_listed(means)}"]
+    for name in (name for name in CONFIGS if has[name] and name not in everywhere):
+        among = _means(table, [*everywhere, name], has[name])
+        said.append(f"{len(has[name])} of {len(shapes)} shapes, those with a config “{name}”: {_listed(among)}")
+    worth = (
+        f"Tuning is worth a factor of {means['default'] / means['tuned']:.2f} over the default rule; what"
+        if {"default", "tuned"} <= set(means)
+        else "What"
     )
-    return Panel(figure, table, sentence)
+    return f"**Geometric mean of time over floor, {'; '.join(said)}.** {worth} is left above 1 is for better kernels."
+
+
+def _means(table: Sequence[Row], names: Sequence[str], shapes: set[str]) -> dict[str, float]:
+    return {
+        name: geometric_mean([v for row in table if row["config"] == name and row["time / floor"] in shapes
+                              for v in row.values() if isinstance(v, float)])
+        for name in names
+    }  # fmt: skip
+
+
+def _listed(means: dict[str, float]) -> str:
+    return ", ".join(f"{name} {mean:.2f}" for name, mean in means.items())
 
 
 def versus_sglang(recording: Recording, peers: Sequence[Row], peer_source: str) -> Panel:
     """Our classic layer's time over sglang's, row by row under the same config, and the geometric mean."""
     theirs = {(r["name"], r["M"], name): r[name] for r in peers for name in CONFIGS if r.get(name)}
     shapes = _shapes(recording)
-    figure = grid("The classic layer beside sglang’s, same configs", f"moelab: {recording.source()}<br>sglang: {peer_source}; "
-                  "another machine of the same kind, so a few per cent either way are the machines’", titles=shapes,
+    figure = grid("The classic layer beside sglang’s, same configs", f"moelab: {recording.source()}<br>sglang: {peer_source}"
+                  "<br>another machine of the same kind, so a few per cent either way are the machines’", titles=shapes,
                   shared_y=True, height=460)  # fmt: skip
     table: list[dict[str, Any]] = []
     ratios: list[float] = []

@@ -10,13 +10,16 @@ from typing import Any
 import plotly.graph_objects as go
 
 from moelab import roofline
-from moelab.plots.panel import Panel, Row, geometric_mean, timing
+from moelab.plots.panel import Panel, Row, counted, geometric_mean, timing
 from moelab.plots.style import GREY, error_bars, grid, log_axis, look, powers
 from moelab.recordings import Recording
 from moelab.roofline import Ceilings, Cost
 
 CLEARLY = 0.05
 """A gain that another run, or another machine of the kind, will hardly turn."""
+
+FAR = 1.5
+"""Times the best implementation's mean over the floor."""
 
 _PER_LINE = 2  # plots side by side: batch sizes stay legible at a notebook's width
 
@@ -60,10 +63,10 @@ def by_shape(title: str, source: str, shapes: Sequence[str], tall: int) -> go.Fi
 
 
 def draw_lines(figure: go.Figure, rows: Sequence[Row], value: Callable[[Row], tuple[float, float, float]],
-               across: Callable[[Row], float] = lambda row: row["num_tokens"]) -> None:  # fmt: skip
+               across: Callable[[Row], float] = lambda row: row["num_tokens"], hidden: Sequence[str] = ()) -> None:  # fmt: skip
     """A line per implementation in each shape's plot; hollow where the result is past its error bound.
 
-    value: row -> (middle, low, high). across: row -> x.
+    value: row -> (middle, low, high). across: row -> x. hidden: in the legend only, until its name there is clicked.
     """
     shown: set[str] = set()
     for index, shape in enumerate(names_of(rows, "shape")):
@@ -78,7 +81,8 @@ def draw_lines(figure: go.Figure, rows: Sequence[Row], value: Callable[[Row], tu
             figure.add_scatter(
                 x=[across(row) for row in mine], y=middle, error_y=error_bars(middle, low, high), name=impl,
                 mode="lines+markers", line=style.line(1.8), marker={**style.marker(8), "symbol": symbols}, legendgroup=impl,
-                showlegend=impl not in shown, customdata=[row["num_tokens"] for row in mine],
+                showlegend=impl not in shown, visible="legendonly" if impl in hidden else True,
+                customdata=[row["num_tokens"] for row in mine],
                 hovertemplate=f"{impl}, batch %{{customdata}}: %{{y:.3g}}<extra></extra>", **place,
             )  # fmt: skip
             shown.add(impl)
@@ -143,7 +147,8 @@ def _said_of_roof(rows: Sequence[Row], measured: Ceilings) -> str:
     return (
         f"**The fastest implementation of each cell reaches {least:.0%} ({by}, {shape}, batch {batch}) to {most:.0%} of the "
         f"recorded roof ({most_by}, {most_shape}, batch {most_batch}).** {sum(share >= 0.9 for share, *_ in cells)} of "
-        f"{len(cells)} cells are within a tenth of it. A share over 100 % says that a copy is no perfect ceiling for reads."
+        f"{counted(len(cells), 'cell')} are within a tenth of it."
+        + (" A share over 100 % says that a copy is no perfect ceiling for reads." if most > 1 else "")
     )
 
 
@@ -151,21 +156,31 @@ def over_floor(recording: Recording, at: Ceilings) -> Panel:
     """Time over the floor by batch, a plot per shape, a line per implementation."""
     rows = timed(recording)
     shapes = names_of(rows, "shape")
-    figure = by_shape("Time over floor, every implementation", f"{recording.source()}, 95 % intervals, each with its own tiles, "
-                      "alignment included; hollow: past its error bound", shapes, 260)  # fmt: skip
 
     def ratio(row: Row) -> tuple[float, float, float]:
         time, floor = timing(row), _over_floor(row, at)
         return time.median_us / floor, time.interval_us[0] / floor, time.interval_us[1] / floor
 
-    draw_lines(figure, rows, ratio)
+    ratios = [(row, ratio(row)[0]) for row in rows]
+    far = _far(ratios)
+    figure = by_shape("Time over floor, every implementation", f"{recording.source()}, 95 % intervals, each with its own tiles, "
+                      "alignment included; hollow: past its error bound"
+                      + (f"<br>not drawn until its name is clicked, being far above: {', '.join(far)}" if far else ""),
+                      shapes, 300)  # fmt: skip
+    draw_lines(figure, rows, ratio, hidden=far)
     figure.update_xaxes(**log_axis(sorted(names_of(rows, "num_tokens"))))
     figure.update_xaxes(title="batch, tokens", row=math.ceil(len(shapes) / _PER_LINE))
-    figure.update_yaxes(type="log", tickvals=[1, 1.2, 1.5, 2, 3, 5, 10, 20])
+    figure.update_yaxes(type="log", tickvals=[1, 1.5, 2, 3, 5, 10, 20])
     figure.update_yaxes(title="time / floor", col=1)
     figure.add_hline(1.0, line={"color": GREY, "dash": "dot"})
-    ratios = [(row, ratio(row)[0]) for row in rows]
     return Panel(figure, table_of(rows, "time / floor", lambda row: ratio(row)[0]), _said_of_floor(recording, ratios))
+
+
+def _far(ratios: Sequence[tuple[Row, float]]) -> list[str]:
+    """Implementations whose mean is over FAR times the best one's: drawn, they would press all others together."""
+    means = {impl: mean_of([value for row, value in ratios if row["impl"] == impl])
+             for impl in names_of([row for row, _ in ratios], "impl")}  # fmt: skip
+    return [impl for impl, mean in means.items() if mean > FAR * min(means.values())]
 
 
 def _said_of_floor(recording: Recording, ratios: Sequence[tuple[Row, float]]) -> str:
@@ -183,7 +198,7 @@ def _said_of_floor(recording: Recording, ratios: Sequence[tuple[Row, float]]) ->
     said = []
     for impl in sorted(means, key=lambda impl: geometric_mean(means[impl])):
         noted = (("past its bound", past[impl]), ("refused", refused[impl]))
-        notes = [f"{what} in {count} cells" for what, count in noted if count]
+        notes = [f"{what} in {counted(count, 'cell')}" for what, count in noted if count]
         said.append(f"{impl} {geometric_mean(means[impl]):.2f}" + (f" ({', '.join(notes)})" if notes else ""))
     return (
         f"**With the fastest implementation of each cell the layers take {mean_of(list(best.values())):.2f} times the floor "
@@ -227,13 +242,15 @@ def _said_of_eager(rows: Sequence[Row], ratio: Callable[[Row], tuple[float, floa
     small = [row for row in rows if row["num_tokens"] == batches[0]]
     means = {impl: mean_of([ratio(row)[0] for row in small if row["impl"] == impl]) for impl in names_of(small, "impl")}
     low, high = min(means, key=lambda impl: means[impl]), max(means, key=lambda impl: means[impl])
-    hidden = [b for b in batches if all(ratio(r)[0] <= 1 + CLEARLY for r in rows if r["num_tokens"] >= b)]
-    clear = f"{100 * CLEARLY:g} %"
-    until = (
-        f"from batch {hidden[0]} on none loses over {clear}"
-        if hidden
-        else f"some lose over {clear} up to {batches[-1]}"
-    )
+    by_batch = {b: mean_of([ratio(row)[0] for row in rows if row["num_tokens"] == b]) for b in batches}
+    hidden = [b for b in batches if all(mean <= 1 + CLEARLY for batch, mean in by_batch.items() if batch >= b)]
+    until = f"at batch {batches[-1]} it still takes {by_batch[batches[-1]]:.2f} times"
+    if hidden:
+        worst = max((row for row in rows if row["num_tokens"] >= hidden[0]), key=lambda row: ratio(row)[0])
+        until = (
+            f"from batch {hidden[0]} on at most {1 + CLEARLY:g} times on average, at worst {ratio(worst)[0]:.2f} "
+            f"({worst['impl']}, {worst['shape']}, batch {worst['num_tokens']})"
+        )
     said = []
     for shape in names_of(small, "shape"):
         times = {row["impl"]: timing({"samples_us": row["eager_samples_us"]}).median_us
@@ -243,5 +260,5 @@ def _said_of_eager(rows: Sequence[Row], ratio: Callable[[Row], tuple[float, floa
             said.append(f"{shape} {first}, {times[first]:.0f} µs")
     return (
         f"**At batch {batches[0]} eager mode takes {means[low]:.1f} ({low}) to {means[high]:.1f} ({high}) times a graph’s time "
-        f"(geometric means over shapes); {until}.** The shortest eager medians there: {'; '.join(said)}."
+        f"(geometric means over shapes); {until}.** The shortest eager medians at batch {batches[0]}: {'; '.join(said)}."
     )

@@ -14,6 +14,9 @@ from moelab.plots.style import number
 
 Row = Mapping[str, Any]
 
+LONG = 12
+"""Rows of a table that is shown at once: a longer one would push the next figure off the screen."""
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -61,7 +64,7 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
 
 
 def table_html(rows: Sequence[Row]) -> str:
-    """An HTML table; numbers to three digits and right-aligned; a long or wide one scrolls in its own box."""
+    """An HTML table, numbers to three digits and right-aligned; over LONG rows folded away; a wide one scrolls in its box."""
     columns = columns_of(rows)
     numeric = {c: all(isinstance(row.get(c), int | float | None) for row in rows) for c in columns}
     align = {c: "right" if numeric[c] else "left" for c in columns}
@@ -74,9 +77,12 @@ def table_html(rows: Sequence[Row]) -> str:
     head = "".join(cell("th", c, c) for c in columns)
     body = "".join("<tr>" + "".join(cell("td", c, number(row.get(c))) for c in columns) + "</tr>" for row in rows)
     box = "max-height: 520px; overflow: auto; margin: 4px 0 12px 0"
-    return (
+    table = (
         f'<div style="{box}"><table style="margin: 0"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
+    if len(rows) <= LONG:
+        return table
+    return f'<details><summary style="cursor: pointer">The numbers, {len(rows)} rows</summary>{table}</details>'
 
 
 def table_text(rows: Sequence[Row]) -> str:
@@ -85,6 +91,11 @@ def table_text(rows: Sequence[Row]) -> str:
     cells = [columns, *([number(row.get(c)) for c in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and its noun, the plural by an s: "1 cell", "2 cells"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def geometric_mean(values: Sequence[float]) -> float:

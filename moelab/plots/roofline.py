@@ -59,7 +59,7 @@ def ceilings(recording: Recording, datasheet: Ceilings, floors: Ceilings) -> Pan
     share = {row["what"]: row["recorded / datasheet"] for row in table}
     ridge = recorded_ceilings(recording).ridge_flop_per_byte
     sentence = (
-        f"**A copy reaches {share['copy']:.0%} of the datasheet's bandwidth, a large product {share['product']:.0%} of its "
+        f"**A copy reaches {share['copy']:.0%} of the datasheet’s bandwidth, a large product {share['product']:.0%} of its "
         f"FLOP rate.** Work with less than {ridge:.0f} FLOP per byte is limited by memory, work with more by arithmetic."
     )
     return Panel(figure, table, sentence)
@@ -123,7 +123,7 @@ def touched(shapes: Mapping[str, MoEShape], drawn: Sequence[Row]) -> Panel:
     middle = str(batches[len(batches) // 2])
     sentence = (
         f"**The formula is right to {gap:.0%} for uniform routings; skew wakes fewer experts.** At {middle} tokens "
-        f"{fewest['routing']} routing touches {fewest[middle]:.0%} of {fewest['share of experts']}'s experts, so fewer "
+        f"{fewest['routing']} routing touches {fewest[middle]:.0%} of {fewest['share of experts']}’s experts, so fewer "
         "weights are read and the floor is lower: a benchmark must say which routing it drew."
     )
     return Panel(figure, table, sentence)
@@ -131,7 +131,7 @@ def touched(shapes: Mapping[str, MoEShape], drawn: Sequence[Row]) -> Panel:
 
 def padding(name: str, shape: MoEShape, blocks: Sequence[int], batches: Sequence[int] = BATCHES) -> Panel:
     """Rows computed per row that exists, by batch, one line per BLOCK_SIZE_M (expected, uniform routing)."""
-    figure = grid(f"Rows computed for nothing: {name}", "arithmetic: expected under uniform routing; each expert's rows are "
+    figure = grid(f"Rows computed for nothing: {name}", "arithmetic: expected under uniform routing; each expert’s rows are "
                   "rounded up to BLOCK_SIZE_M")  # fmt: skip
     table: list[Row] = []
     for block, style in series(list(blocks)).items():
@@ -140,15 +140,18 @@ def padding(name: str, shape: MoEShape, blocks: Sequence[int], batches: Sequence
                            marker=style.marker(), hovertemplate="batch %{x}: %{y:.3g} rows per useful row")  # fmt: skip
         table.append({"BLOCK_SIZE_M": block} | {str(b): w for b, w in zip(batches, waste, strict=True)})
     figure.update_xaxes(title="batch, tokens", **log_axis(batches))
-    figure.update_yaxes(title="rows computed / rows that exist", type="log", tickvals=[1, 2, 4, 8, 16, 32, 64, 128])
+    figure.update_yaxes(title="rows computed / rows that exist", type="log", tickvals=[2**i for i in range(9)])
     figure.update_layout(legend={"title": {"text": "BLOCK_SIZE_M"}})
     first, last = table[0], table[-1]
     half = {row["BLOCK_SIZE_M"]: next((b for b in batches if row[str(b)] < 1.5), None) for row in table}
-    said = ", ".join(f"{block}: {b or f'not by {batches[-1]}'}" for block, b in half.items())
+    said = ", ".join(
+        f"tiles of {block} from batch {b} on" if b else f"tiles of {block} not by {batches[-1]}"
+        for block, b in half.items()
+    )
     sentence = (
         f"**At one token a tile of {last['BLOCK_SIZE_M']} rows computes {last[str(batches[0])]:.0f} rows for each real one, "
         f"a tile of {first['BLOCK_SIZE_M']} computes {first[str(batches[0])]:.0f}.** In decode that is free, since memory is the "
-        f"limit; in prefill it is time. Tokens from which under half a row is wasted per real one, by BLOCK_SIZE_M: {said}."
+        f"limit; in prefill it is time. Under half a row is wasted per real one by {said}."
     )
     return Panel(figure, table, sentence)
 
@@ -188,8 +191,8 @@ def breakdown(name: str, shape: MoEShape, peers: Sequence[Row], at: Ceilings, so
              sum(r[f"{LAUNCHES[k]}, µs"] for k in LAUNCHES) for r in table]  # fmt: skip
     ideal_last = sum(table[-1][f"{label} floor, µs"] for label in LAUNCHES.values())
     sentence = (
-        f"**Activation and sum-reduce are {min(small):.0%} to {max(small):.0%} of the launches' time.** At batch {batches[-1]} "
-        f"the four floors add up to {ideal_last / table[-1]['layer floor, µs']:.2f} times the fused layer's: the "
+        f"**Activation and sum-reduce are {min(small):.0%} to {max(small):.0%} of the launches’ time.** At batch {batches[-1]} "
+        f"the four floors add up to {ideal_last / table[-1]['layer floor, µs']:.2f} times the fused layer’s: the "
         "difference is traffic of intermediates, which fusion would save. (A launch whose input still lies in the L2 can "
         "beat the floor it would have from memory.)"
     )

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from moelab.plots.panel import Panel, Row, geometric_mean, timing
+from moelab.plots.panel import Panel, Row, counted, geometric_mean, timing
 from moelab.plots.style import GREY, SERIES, error_bars, grid, log_axis, powers, series
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape
@@ -64,7 +64,7 @@ def outcomes(recording: Recording, shapes: Sequence[str] | None = None) -> list[
             "same kind, SPLIT_K = 1 / classic": unsplit.median_us / classic.median_us,
             "Split-K / same kind, SPLIT_K = 1": best.median_us / unsplit.median_us,
             "against SPLIT_K = 1": _verdict(best, unsplit),
-            "faster, past the bound": min(t.median_us for t in timed.values()) < best.median_us,
+            "faster, past the bound": "yes" if min(t.median_us for t in timed.values()) < best.median_us else "",
             "distinct outputs": cell[key]["distinct"],
         })  # fmt: skip
     return found
@@ -110,7 +110,9 @@ def _said_of(table: Sequence[Row]) -> str:
     """Wins, ties, losses; the largest gain; by batch; by kind; and what of it is the fused second step."""
     ratio, count = "Split-K / classic", Counter(row["verdict"] for row in table)
     wins = [row for row in table if row["verdict"] == "win"]
-    head = f"**Of {len(table)} cells Split-K wins {count['win']}, ties {count['tie']} and loses {count['loss']}"
+    head = (
+        f"**Of {counted(len(table), 'cell')} Split-K wins {count['win']}, ties {count['tie']} and loses {count['loss']}"
+    )
     worst = max(table, key=lambda row: row[ratio])
     slowest = f"The worst is {worst[ratio]:.2f} ({_where(worst)}, {worst['kind']}, SPLIT_K = {worst['SPLIT_K']})."
     if not wins:
@@ -123,15 +125,16 @@ def _said_of(table: Sequence[Row]) -> str:
         f"{sum(r['batch'] == b for r in wins)}/{sum(r['batch'] == b for r in table)} at {b}" for b in batches
     )
     fused = sum(row["against SPLIT_K = 1"] != "win" for row in wins)
-    barred = sum(row["faster, past the bound"] for row in table)
+    barred = sum(bool(row["faster, past the bound"]) for row in table)
     return (
-        f"{head}; the largest gain is {best[ratio]:.2f} times the classic kernel’s time, at {_where(best)}, by {best['kind']} "
-        f"with SPLIT_K = {best['SPLIT_K']}.** {clear} of the wins gain {100 * CLEARLY:g} % or more; each is the best of up to a "
-        f"dozen candidates against one, which flatters Split-K where the gain is small. {slowest} Wins by batch: {by_batch}. By "
-        "kind: "
+        f"{head}; at best it takes {best[ratio]:.2f} of the classic kernel’s time ({_where(best)}, {best['kind']}, SPLIT_K = "
+        f"{best['SPLIT_K']}).** The gain is {100 * CLEARLY:g} % or more in {clear} of the {counted(len(wins), 'win')}; each is "
+        f"the best of up to a dozen candidates against one, which flatters Split-K where the gain is small. {slowest} Wins by "
+        f"batch: {by_batch}. By kind: "
         + ", ".join(f"{kind} {kinds[kind]}" for kind in KINDS)
-        + f". In {fused} of the {len(wins)} wins the same kind with SPLIT_K = 1 ties or is faster: those are won by the second "
-        f"step that the kind fuses, not by the split. In {barred} cells something faster is left out, its error past the bound."
+        + f". In {fused} of the {counted(len(wins), 'win')} the same kind with SPLIT_K = 1 ties or is faster: what wins there is "
+        "the second step that the kind fuses, not the split."
+        + (f" In {counted(barred, 'cell')} something faster is left out, its error past the bound." if barred else "")
     )
 
 
@@ -221,8 +224,8 @@ def _said_of_spread(table: Sequence[Row], runs: int) -> str:
         mine = [row for row in table if row["kind"] == kind and row["SPLIT_K"] > 1]
         cells, equal, past = (sum(row[c] for row in mine) for c in ("cells", "all runs equal", "past the bound"))
         worst = max(row["largest spread / bound"] for row in mine)
-        said[kind] = (equal == cells, f"{kind}: {equal} of {cells} cells give {runs} equal runs, "
-                      f"outputs spread over up to {worst:.2g} of the bound, {past} cells are past the bound")  # fmt: skip
+        said[kind] = (equal == cells, f"{kind}: {equal} of {counted(cells, 'cell')} give {runs} equal runs, "
+                      f"they spread over up to {worst:.2g} of the bound, {past or 'none'} past it")  # fmt: skip
     steady = [kind for kind, (equal, _) in said.items() if equal]
     head = (
         f"Bit for bit the same in every run, in every cell: {', '.join(steady)}"
@@ -311,7 +314,7 @@ def int32_limits(name: str, shape: MoEShape, splits: Sequence[int] = (1, 2, 4, 8
     last, product = table[len(splits) - 1], table[0]
     fits = "do not fit either, whatever the batch" if weights > _INT32 else "still fit"
     sentence = (
-        f"**With SPLIT_K = {splits[-1]} the workspace passes 2^31 elements at batch {last['smallest batch past int32']:,}; the "
+        f"**With SPLIT_K = {splits[-1]} the workspace passes 2³¹ elements at batch {last['smallest batch past int32']:,}; the "
         f"product alone at {product['smallest batch past int32']:,}.** In int32 the offset {last['largest offset']:,} becomes "
         f"{last['in int32']:,}: memory ahead of the buffer, an illegal access at best. The weights’ {weights:,} elements {fits}. "
         "The kernels here compute these offsets in int64."

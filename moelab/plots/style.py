@@ -95,8 +95,9 @@ def number(value: Any, digits: int = 3) -> str:
     value = float(f"{value:.{digits}g}") if abs(value) < 10**digits else value
     if value != 0 and not 1e-3 <= abs(value) < 1e6:
         return f"{value:.{digits - 1}e}"
-    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
-    return f"{value:.{max(0, digits - whole)}f}" if whole else f"{value:.{digits}g}"
+    if value == 0:
+        return "0"
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
 def grid(

@@ -196,7 +196,7 @@ def goals(recording: Recording) -> Panel:
     return Panel(
         None,
         table,
-        f"**{'All goals are kept' if not missed else f'{missed} of {len(table)} goals are missed'}: {said}.**",
+        f"**{'All goals are kept' if not missed else f'{missed} of {len(table)} goals missed'}: {said}.**",
     )
 
 
@@ -227,7 +227,7 @@ def gains(reported: Mapping[str, Any], peers: Mapping[str, Any]) -> Panel:
 
 
 def _percent(change: float) -> str:
-    return f"{'−' if change < 0 else '+'}{abs(change):.1%}"
+    return f"{'−' if change < 0 else '+'}{100 * abs(change):.1f} %"
 
 
 def _said_of_gains(table: Sequence[Row], peers: Mapping[str, Any]) -> str:
@@ -239,6 +239,7 @@ def _said_of_gains(table: Sequence[Row], peers: Mapping[str, Any]) -> str:
         f"**Reported: {first['metric']} {first['change']}; for the better by {least['better by, %']:.1f} % ({least['metric']}) "
         f"to {most['better by, %']:.1f} % ({most['metric']}).** In sglang’s launcher, as measured on the host of an H200, both "
         f"savings together take a launch from {before:.1f} to {after:.1f} µs. A server that waits for such launches and for "
-        f"nothing else would gain {limit:.1%} in throughput; the reported gain is {first['better by, %'] / (100 * limit):.2f} "
-        "times that. How much of its time that server spent in launches was not reported."
+        f"nothing else would gain {100 * limit:.1f} % in throughput; the reported gain is "
+        f"{first['better by, %'] / (100 * limit):.2f} times that. How much of its time that server spent in launches was not "
+        "reported."
     )
