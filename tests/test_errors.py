@@ -63,9 +63,12 @@ from moelab.kernels.split_k_atomic import split_k_atomic_f32
 from moelab.kernels.split_k_workspace import new_workspace, split_k_workspace
 from moelab.kernels.sum_reduce import sum_reduce
 from moelab.measure import measure, measure_eager, measure_host, median_interval
+from moelab.plots import handover
 from moelab.suites import bench
 from moelab.tuner import evaluators, export, journal, landscape, space, strategies
+from moelab.tuner.finals import Finals
 from moelab.tuner.problem import Problem
+from moelab.tuner.results import TuneResult
 
 DEVICE = runtime.current().device
 SHAPE = shapes.MoEShape("tiny", num_experts=4, top_k=2, hidden_size=32, moe_intermediate_size=16, dtype="float32")
@@ -779,6 +782,13 @@ TUNER = [
     Row("a closed journal", lambda f: closed_journal(f / "a").note("phase"), JournalError, ("is closed",)),
     Row("no landscape", lambda f: landscape.load(f / "a.parquet"), LandscapeError, ("a.parquet", "none yet")),
     Row("no Parquet", lambda f: landscape.load(a_file(f / "a.parquet", b"PAR1")), LandscapeError, ("a.parquet",)),
+    Row("no finals", lambda _: Finals.of_landscape(no_rows()), LandscapeError, ("holds no finals",)),
+    Row(
+        "no winner to hand over",
+        lambda f: handover.write(nothing_won(), "moelab", f),
+        LandscapeError,
+        ("no winner to write",),
+    ),
     Row("a replay, frozen", lambda f: landscape.freeze(a_journal(f / "a")), LandscapeError, ("not a measurement",)),
 ]
 
@@ -829,6 +839,14 @@ def closed_journal(path: Path) -> journal.Journal:
 def a_journal(path: Path) -> Path:
     closed_journal(path)
     return path
+
+
+def no_rows() -> landscape.Landscape:
+    return landscape.Landscape(a_problem(), {}, {}, {}, ())
+
+
+def nothing_won() -> TuneResult:
+    return TuneResult(a_problem(), {}, "", 0.0, (), {})
 
 
 def two_tuners(path: Path) -> object:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from moelab.cli import printing
-from moelab.errors import RuntimeModeError
 
 if TYPE_CHECKING:
     from moelab.tuner.evaluate import Evaluator
@@ -165,30 +164,13 @@ def _shape(asked: Mapping[str, Any]) -> Any:
 
 
 def _on_gpu(asked: Mapping[str, Any], ray: str | None, quarantine: Path | None) -> tuple[Problem, Evaluator]:
-    from moelab import runtime
     from moelab.tuner.evaluators import make_gpu_evaluator
-    from moelab.tuner.problem import BATCH_SIZES, Problem, find_incumbents
+    from moelab.tuner.starting import gpu_problem
 
     shape = _shape(asked)
-    mode = runtime.current()
-    if mode.mode != "gpu":
-        raise RuntimeModeError(
-            f"Tuning measures kernels, and here {mode.reason}. Expected a GPU, or a recorded landscape. Run this on a GPU "
-            "node, or pass --replay LANDSCAPE."
-        )
-    from moelab.kernels.checks import current_target
-
-    target = current_target()
-    if target is None:
-        raise RuntimeModeError(
-            f"Nothing is known of the limits of {mode.device_name}. Expected an architecture of moelab.config.TARGETS. Add "
-            "its shared memory there."
-        )
-    version, sizes = runtime.triton_version() or "unknown", tuple(asked["batch_sizes"] or BATCH_SIZES)
-    incumbents = find_incumbents(shape, mode.device_name, version, sizes, separate_down=asked["separate_down"])
-    problem = Problem(
-        shape, mode.device_name, target.name, version, sizes, routing=_routing(asked["routing"], shape.num_experts),
-        seed=asked["seed"], separate_down=asked["separate_down"], incumbents=incumbents,
+    problem = gpu_problem(
+        shape, asked["batch_sizes"], routing=_routing(asked["routing"], shape.num_experts), seed=asked["seed"],
+        separate_down=asked["separate_down"],
     )  # fmt: skip
     return problem, make_gpu_evaluator(problem, ray=ray, gpus=asked["gpus"], quarantine=quarantine)
 
@@ -206,18 +188,15 @@ def _routing(routing: str, num_experts: int) -> str:
 
 
 def _resumed(run: Path, ray: str | None, gpus: tuple[int, ...], budget_s: float | None, shown: _Bar) -> TuneSession:
-    from moelab.tuner.evaluators import load_evaluator, make_gpu_evaluator
-    from moelab.tuner.landscape import load
-    from moelab.tuner.session import TuneSession, header_of
+    from moelab.tuner.session import TuneSession
+    from moelab.tuner.starting import evaluator_of
 
-    about = header_of(run)["evaluator"]
-
-    def make(problem: Problem) -> Evaluator:
-        if about.get("kind") == "replay":
-            return load_evaluator("replay")(load(Path(about["landscape"])), problem, seed=about["seed"])
-        return make_gpu_evaluator(problem, ray=ray, gpus=gpus, quarantine=run.with_suffix(".quarantine"))
-
-    return TuneSession.resume(run, make, budget_s=budget_s, on_progress=shown.progress)
+    return TuneSession.resume(
+        run,
+        lambda problem: evaluator_of(run, problem, ray=ray, gpus=gpus),
+        budget_s=budget_s,
+        on_progress=shown.progress,
+    )
 
 
 # --- what is shown ------------------------------------------------------------------------------------------------

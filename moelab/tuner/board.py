@@ -81,6 +81,12 @@ class Board:
                     samples.extend(outcome.samples_us)
                     self._median[gemm][row, i] = statistics.median(samples)
 
+    def samples(self, gemm: Gemm, num_tokens: int, config: KernelConfig) -> tuple[float, ...]:
+        """Every sample of the program that the config runs there, microseconds; empty before there is one."""
+        row = self.row[num_tokens]
+        measured = int(self.representative[gemm][row][self.index[gemm][config]])
+        return tuple(self._samples.get((gemm, row, measured), ()))
+
     def put(self, gemm: Gemm, num_tokens: int, times_us: Floats) -> None:
         """Set every config's median at once, infinite where there is none: what a landscape knows."""
         self._median[gemm][self.row[num_tokens]] = times_us

@@ -275,6 +275,10 @@ class TuneSession:
         best = {b: t for b in self.problem.batch_sizes if math.isfinite(t := self.board.best_us(b))}
         return Progress(self._state, pace.phase, pace.done, pace.total, spent, eta, best, dict(self.board.failures))
 
+    def results(self) -> tuple[Result, ...]:
+        """Every result so far, those taken over from the journal included."""
+        return tuple(self._known.values())
+
     def result(self) -> TuneResult:
         """What is known now: decided batch sizes, and the best so far of the others."""
         batches = {b: self._decided.get(b) or provisional(self.board, b) for b in self.problem.batch_sizes}

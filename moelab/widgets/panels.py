@@ -20,22 +20,29 @@ from moelab.roofline import Ceilings
 from moelab.shapes import preset_names
 
 
-def interactive_panel(draw: Callable[..., Panel], controls: Mapping[str, widgets.Widget]) -> widgets.VBox:
-    """The controls in a row, and draw(**values) below, drawn now and whenever a value changes.
+def interactive_panel(
+    draw: Callable[..., Panel | Sequence[Panel]], controls: Mapping[str, widgets.Widget]
+) -> widgets.VBox:
+    """The controls in a row, and draw(**values) below, one panel or several, drawn now and whenever a value changes.
 
     controls: argument name of `draw` -> widget, each with a description. What `draw` raises passes through.
     """
     output = widgets.Output()
 
     def redraw(_: object = None) -> None:
-        panel = draw(**{name: control.value for name, control in controls.items()})
-        output.outputs = tuple(_display_data(bundle) for bundle in panel.bundles())
+        show(output, draw(**{name: control.value for name, control in controls.items()}))
 
     redraw()
     for control in controls.values():
         control.observe(redraw, "value")
     row = widgets.HBox(list(controls.values()), layout=widgets.Layout(flex_flow="row wrap"))
     return widgets.VBox([row, output])
+
+
+def show(output: widgets.Output, panels: Panel | Sequence[Panel]) -> None:
+    """Put panels into an Output, in place of what it held."""
+    each = [panels] if isinstance(panels, Panel) else panels
+    output.outputs = tuple(_display_data(bundle) for panel in each for bundle in panel.bundles())
 
 
 def _display_data(bundle: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,181 @@
+"""Two linked views of one batch size: every config as a point, and the brushed ones as lines across their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moelab.plots.landscape import GEMM_NAMES, Allowed, describe, slim
+from moelab.plots.panel import Panel, Row
+from moelab.plots.style import BLUE, GREY, grid, number, powers
+from moelab.tuner.problem import Gemm
+from moelab.tuner.survey import PARAMETERS, Detail, Survey, short_names
+
+SHOWN = 400
+"""Brushed configs drawn with everything that is known of them: more would make a saved notebook heavy."""
+
+AXES = {
+    "shared memory": ("shared memory a program, KiB", lambda d: d.shared_bytes / 1024),
+    "waves": ("waves: programs over what the chip holds at once", lambda d: d.waves),
+    "padding": ("rows computed per row that exists", lambda d: d.padding),
+}
+"""What the scatter's x axis can be: name -> (title, value of a Detail)."""
+
+_HOVER = (
+    "%{customdata[0]}x%{customdata[1]}x%{customdata[2]} g%{customdata[3]} w%{customdata[4]} s%{customdata[5]}"
+    "<br>%{y:.2f} µs (%{customdata[6]:.2f} … %{customdata[7]:.2f}, %{customdata[8]} samples)"
+    "<br>%{customdata[9]:.1f} KiB shared memory, %{customdata[10]:.2f} waves"
+    "<br>padding %{customdata[11]:.2f}, %{customdata[12]:.0f} % of the floor's speed"
+    "<br>registers: not recorded<extra></extra>"
+)
+
+
+def brushed(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, within: float) -> list[int]:
+    """Indices of the configs that are allowed and at most `within` slower than the best there, best first; each program
+    once, at most SHOWN."""
+    row = survey.row(num_tokens)
+    times = survey.times[gemm][row]
+    own = survey.representative[gemm][row] == np.arange(len(times))
+    keep = survey.chosen(gemm, allowed) & own & (times <= times.min() * (1 + within))
+    order = np.argsort(np.where(keep, times, np.inf), kind="stable")[: min(SHOWN, int(keep.sum()))]
+    return [int(i) for i in order if np.isfinite(times[i])]
+
+
+def scatter(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, within: float, x: str = "waves") -> Panel:
+    """Time against something known of a config, the brushed ones in colour, the others grey. x: a name of AXES."""
+    title, value = AXES[x]
+    indices = brushed(survey, gemm, num_tokens, allowed, within)
+    details = survey.details(gemm, num_tokens, indices)
+    times = survey.times[gemm][survey.row(num_tokens)]
+    own = survey.representative[gemm][survey.row(num_tokens)] == np.arange(len(times))
+    others = np.setdiff1d(np.flatnonzero(np.isfinite(times) & own), indices)
+    behind = survey.details(gemm, num_tokens, [int(i) for i in others])
+    figure = grid(
+        f"{GEMM_NAMES[gemm]}, batch {num_tokens}: {len(indices)} configs brushed ({describe(allowed, survey)})",
+        f"{survey.landscape.source()}; within {within:.0%} of the best; grey: the other {len(behind)} measured",
+        height=420,
+    )
+    figure.add_scattergl(
+        x=np.array([value(d) for d in behind], dtype=np.float32), y=times[others].astype(np.float32), mode="markers",
+        name="others", marker={"color": GREY, "size": 4, "opacity": 0.45}, hoverinfo="skip",
+    )  # fmt: skip
+    figure.add_scattergl(
+        x=np.array([value(d) for d in details], dtype=np.float32), y=times[indices].astype(np.float32), mode="markers",
+        name="brushed", marker={"color": BLUE, "size": 7}, customdata=_customdata(details), hovertemplate=_HOVER,
+    )  # fmt: skip
+    floor = survey.floor_us(gemm, num_tokens)
+    if np.isfinite(floor):
+        figure.add_hline(
+            y=floor, line={"color": GREY, "dash": "dot"}, annotation_text="floor", annotation_font_color=GREY
+        )
+    figure.update_xaxes(title=title)
+    finite = [float(t) for t in times if np.isfinite(t)]
+    low = min([*finite, floor] if np.isfinite(floor) else finite)
+    figure.update_yaxes(title="µs", **_log_ticks(low * 0.95, max(finite) * 1.05))
+    figure.update_layout(legend={"orientation": "h", "y": 1.12, "x": 1, "xanchor": "right"})
+    return Panel(slim(figure), _table(details), _sentence(survey, gemm, num_tokens, details))
+
+
+def _log_ticks(low: float, high: float) -> dict[str, object]:
+    """Powers of ten where there are two of them, else plotly's own ticks on a log axis."""
+    wide = high / low > 100
+    return powers(low, high) if wide else {"type": "log", "range": [np.log10(low), np.log10(high)], "nticks": 8}
+
+
+def _customdata(details: Sequence[Detail]) -> np.ndarray:
+    rows = [
+        [
+            *(getattr(d.config, name) for name in PARAMETERS), d.low_us, d.high_us, d.samples, d.shared_bytes / 1024,
+            d.waves, d.padding, 100 * d.roof,
+        ]
+        for d in details
+    ]  # fmt: skip
+    return np.array(rows, dtype=np.float32).reshape(len(rows), len(PARAMETERS) + 7)
+
+
+def _table(details: Sequence[Detail]) -> list[Row]:
+    return [
+        {
+            "config": d.config.short(),
+            "µs": d.median_us,
+            "95 % interval": f"{number(d.low_us, 4)} … {number(d.high_us, 4)}",
+            "samples": d.samples,
+            "shared memory, KiB": d.shared_bytes / 1024,
+            "waves": d.waves,
+            "rows computed / existing": d.padding,
+            "floor / time": d.roof,
+        }
+        for d in details[:12]
+    ]
+
+
+def _sentence(survey: Survey, gemm: Gemm, num_tokens: int, details: Sequence[Detail]) -> str:
+    if not details:
+        return f"**No config of the selection was measured within that distance at batch {num_tokens}.** Widen a range."
+    best, first = float(survey.times[gemm][survey.row(num_tokens)].min()), details[0]
+    tied = sum(d.low_us <= first.high_us for d in details)
+    text = (
+        f"**Fastest of the brushed: {first.config.short()} at {number(first.median_us, 4)} µs, "
+        f"{100 * (first.median_us / best - 1):.1f} % behind the best of all; the intervals of {tied} overlap with its own.** "
+    )
+    if num_tokens not in survey.well_covered:
+        text += f"At batch {num_tokens} the run measured only what was good at a neighbouring batch size. "
+    return text + "The table shows the first 12."
+
+
+def parallel(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, within: float) -> Panel:
+    """The brushed configs as lines across their parameters, coloured by per cent of the best."""
+    indices = brushed(survey, gemm, num_tokens, allowed, within)
+    share = 100 * survey.best_share[gemm][survey.row(num_tokens)][indices]
+    names = short_names()
+    dimensions = []
+    for column, name in enumerate(PARAMETERS):
+        values = survey.axis(name)
+        at = np.array([values.index(int(v)) for v in survey.values[gemm][indices, column]], dtype=np.int8)
+        dimensions.append(
+            {
+                "label": names[name], "values": at, "tickvals": list(range(len(values))),
+                "ticktext": [str(v) for v in values], "range": [-0.2, len(values) - 0.8],
+            }
+        )  # fmt: skip
+    low = float(np.floor(min(share, default=99.0)))
+    dimensions.append({"label": "% of best", "values": share.astype(np.float32), "range": [min(low, 99.0), 100.0]})
+    figure = grid(
+        f"{GEMM_NAMES[gemm]}, batch {num_tokens}: the same {len(indices)} configs across their parameters",
+        f"{survey.landscape.source()}; one line a config, yellow: nearest to the best; drag along an axis to pick lines",
+        height=380,
+    )
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    figure.add_parcoords(
+        dimensions=dimensions, labelfont={"color": GREY}, tickfont={"color": GREY}, rangefont={"color": GREY},
+        line={"color": share.astype(np.float32), "colorscale": "Cividis", "cmin": min(low, 99.0), "cmax": 100},
+    )  # fmt: skip
+    figure.update_layout(margin={"l": 60, "r": 60, "t": 120, "b": 30})
+    return Panel(slim(figure), _values_table(survey, gemm, indices), _values_sentence(survey, gemm, indices))
+
+
+def _values_table(survey: Survey, gemm: Gemm, indices: Sequence[int]) -> list[Row]:
+    names = short_names()
+    return [
+        {
+            "parameter": names[name],
+            "values among the brushed": ", ".join(
+                f"{v}: {int((survey.values[gemm][indices, column] == v).sum())}" for v in survey.axis(name)
+            ),
+        }
+        for column, name in enumerate(PARAMETERS)
+    ]
+
+
+def _values_sentence(survey: Survey, gemm: Gemm, indices: Sequence[int]) -> str:
+    if not indices:
+        return "**No config is brushed.**"
+    names = short_names()
+    fixed = [
+        f"{names[name]} = {int(survey.values[gemm][indices[0], column])}"
+        for column, name in enumerate(PARAMETERS)
+        if len(np.unique(survey.values[gemm][indices, column])) == 1
+    ]
+    return f"**All brushed configs share {', '.join(fixed) if fixed else 'no parameter'}.**"

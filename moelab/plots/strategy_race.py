@@ -1,0 +1,173 @@
+"""Strategies raced on one landscape: regret against simulated time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moelab.plots.landscape import slim
+from moelab.plots.panel import Panel, Row
+from moelab.plots.style import BLUE, GREEN, ORANGE, PURPLE, Look, grid, number, powers
+from moelab.tuner.regret import Point, Truth, trace
+from moelab.tuner.strategies import STRATEGIES
+from moelab.tuner.survey import Survey
+
+LOOKS: Mapping[str, Look] = {
+    "race": Look(BLUE, "diamond", "solid"),
+    "forest": Look(GREEN, "triangle-up", "dash"),
+    "random": Look(ORANGE, "circle", "dot"),
+    "grid": Look(PURPLE, "square", "dashdot"),
+}
+SMALLEST = 1e-4
+"""Regret that a log axis still shows; less is drawn there."""
+
+FRAMES = 40
+"""Moments on the clock that a slider can stop at."""
+
+EVERY = 20
+"""Requests between two looks at what a search would choose."""
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What each strategy would choose at each moment: strategy -> one list of points a seed."""
+
+    batch_sizes: tuple[int, ...]
+    source: str
+    runs: Mapping[str, Sequence[Sequence[Point]]]
+
+    def frames(self) -> list[float]:
+        """Simulated seconds to stop at, evenly spaced on a log axis, from the first choice to the last end."""
+        points = [p for runs in self.runs.values() for run in runs for p in run]
+        first = min((p.seconds for p in points if math.isfinite(p.worst)), default=1.0)
+        last = max(p.seconds for p in points)
+        return [float(s) for s in np.geomspace(first * 0.9, last, FRAMES)]
+
+
+def run_all(
+    survey: Survey, seeds: Sequence[int], strategies: Sequence[str] = tuple(STRATEGIES), batch_sizes: Sequence[int] = ()
+) -> Traces:
+    """Replay each strategy with each seed, at batch sizes where nearly the whole grid was measured (or those given).
+
+    What the landscape lacks counts as a failed measurement: a search sees it as "unrecorded" and goes on without it.
+    """
+    sizes = tuple(batch_sizes) or survey.well_covered
+    truth = Truth(survey.table, replace(survey.problem, batch_sizes=sizes))
+    runs = {name: [trace(truth, name, seed, every=EVERY) for seed in seeds] for name in strategies}
+    return Traces(sizes, survey.landscape.source(), runs)
+
+
+def at(run: Sequence[Point], seconds: float, which: str) -> float:
+    """The regret of what a run would choose at that moment; infinite before it has a choice."""
+    known = [getattr(p, which) for p in run if p.seconds <= seconds]
+    return float(known[-1]) if known else math.inf
+
+
+def standing(traces: Traces, budget_s: float, which: str = "median") -> Panel:
+    """Regret by strategy up to budget_s: the median of the seeds, their range shaded, and the rest of the clock faint.
+
+    which: "median" or "worst" over the batch sizes.
+    """
+    times = np.array(traces.frames())
+    figure = grid(
+        f"Stopped after {number(budget_s)} simulated seconds: {_leaders(traces, budget_s, which)}",
+        f"replayed; {traces.source}; line: median of {_seeds(traces)} seeds, shaded: their range; faint: the rest of the clock",
+        height=460,
+    )
+    for name, runs in traces.runs.items():
+        values = np.array([[max(at(run, t, which), SMALLEST) for t in times] for run in runs])
+        middle, style = np.median(values, axis=0), LOOKS[name]
+        _band(figure, times, values, times <= budget_s, style)
+        for part, opacity in ((times <= budget_s, 1.0), (times >= budget_s, 0.25)):
+            known = part & np.isfinite(middle)
+            figure.add_scatter(
+                x=times[known].astype(np.float32), y=100 * middle[known].astype(np.float32), mode="lines", name=name,
+                line=style.line(3 if opacity == 1 else 2) | {"shape": "hv"}, opacity=opacity, legendgroup=name,
+                showlegend=opacity == 1, hovertemplate=f"{name}: %{{y:.2f}} % after %{{x:.1f}} s<extra></extra>",
+            )  # fmt: skip
+    figure.add_vline(x=budget_s, line={"color": "#7b7b7b", "width": 1})
+    figure.update_xaxes(
+        title="simulated seconds (compiling on 15 processes, measuring on one GPU)", **_seconds_axis(times)
+    )
+    figure.update_yaxes(
+        title=f"{which} regret over {len(traces.batch_sizes)} batches, %", **powers(100 * SMALLEST, 1000)
+    )
+    return Panel(slim(figure), _table(traces, budget_s), _sentence(traces, budget_s))
+
+
+def _seconds_axis(times: np.ndarray) -> dict[str, object]:
+    low, high = float(times[0]) * 0.95, float(times[-1]) * 1.05
+    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if low <= t <= high]
+    return {"type": "log", "range": [math.log10(low), math.log10(high)], "tickvals": ticks}
+
+
+def _band(figure, times: np.ndarray, values: np.ndarray, part: np.ndarray, style: Look) -> None:  # type: ignore[no-untyped-def]
+    known = part & np.isfinite(values).all(axis=0)
+    if not known.any():
+        return
+    low, high = 100 * values.min(axis=0)[known], 100 * values.max(axis=0)[known]
+    x = times[known]
+    figure.add_scatter(
+        x=np.concatenate([x, x[::-1]]).astype(np.float32), y=np.concatenate([high, low[::-1]]).astype(np.float32),
+        fill="toself", fillcolor=style.color, opacity=0.15, line={"width": 0}, mode="lines", showlegend=False,
+        hoverinfo="skip",
+    )  # fmt: skip
+
+
+def _seeds(traces: Traces) -> int:
+    return len(next(iter(traces.runs.values())))
+
+
+def _now(traces: Traces, budget_s: float, which: str) -> dict[str, float]:
+    """Strategy -> median over seeds of its regret at that moment."""
+    return {name: float(np.median([at(run, budget_s, which) for run in runs])) for name, runs in traces.runs.items()}
+
+
+def _leaders(traces: Traces, budget_s: float, which: str) -> str:
+    now = _now(traces, budget_s, which)
+    best = min(now.values())
+    if not math.isfinite(best):
+        return "nobody has a choice yet"
+    return f"{' and '.join(name for name, value in now.items() if value == best)} ahead at {100 * best:.2f} %"
+
+
+def _table(traces: Traces, budget_s: float) -> list[Row]:
+    rows: list[Row] = []
+    for name, runs in traces.runs.items():
+        median, worst = (float(np.median([at(run, budget_s, w) for run in runs])) for w in ("median", "worst"))
+        end = float(np.median([run[-1].seconds for run in runs]))
+        rows.append(
+            {
+                "strategy": name,
+                "regret now, median batch": _percent(median),
+                "worst batch": _percent(worst),
+                "finished after, s": end,
+                "samples in all": int(np.median([run[-1].samples for run in runs])),
+                "final regret, median batch": _percent(float(np.median([run[-1].median for run in runs]))),
+                "final, worst batch": _percent(float(np.median([run[-1].worst for run in runs]))),
+            }
+        )
+    return rows
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %" if math.isfinite(share) else "no choice yet"
+
+
+def _sentence(traces: Traces, budget_s: float) -> str:
+    done = {n: float(np.median([run[-1].seconds for run in runs])) for n, runs in traces.runs.items()}
+    finished = [n for n, seconds in done.items() if seconds <= budget_s]
+    first = min(done, key=lambda n: done[n])
+    ended = (
+        f"finished by then: {', '.join(finished)}"
+        if finished
+        else f"none has finished; {first} will first, at {done[first]:.0f} s"
+    )
+    return (
+        f"**After {number(budget_s)} s: {_leaders(traces, budget_s, 'median')} in the median batch size; {ended}.** A strategy "
+        "stopped here would still run its finals. Regret is against the best recorded pair of that batch size, so "
+        "differences well under 1 %, to which two recorded runs agree, are no ranking."
+    )

@@ -1,0 +1,145 @@
+"""Controls over a layer's sizes and its config file, and over a recorded landscape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ipywidgets as widgets
+
+from moelab import config_files, roofline, runtime
+from moelab.errors import ShardError
+from moelab.plots import landscape as plots_landscape
+from moelab.plots import landscape_linked as plots_linked
+from moelab.plots import loading as plots_loading
+from moelab.plots.panel import Panel
+from moelab.plots.roofline import tp_choices
+from moelab.shapes import load_model, preset_names
+from moelab.tuner.problem import BATCH_SIZES
+from moelab.tuner.survey import PARAMETERS, Survey, short_names
+from moelab.widgets.panels import interactive_panel
+
+DTYPES = ("bfloat16", "float16", "float32")
+WITHIN = (0.02, 0.05, 0.1, 0.2, 0.5, 10.0)
+"""Distances from the best that can be brushed; the last is everything measured in practice."""
+
+
+def choice(description: str, options: Sequence[Any], value: Any) -> widgets.Dropdown:
+    """A dropdown whose name is wholly shown."""
+    return widgets.Dropdown(
+        options=list(options), value=value, description=description, style={"description_width": "initial"},
+        layout=widgets.Layout(width="auto"),
+    )  # fmt: skip
+
+
+def layer_picker(
+    model: str = "qwen3-30b-a3b",
+    tp_size: int = 1,
+    device: str = "NVIDIA H200",
+    num_tokens: int = 64,
+    triton_version: str | None = None,
+) -> widgets.VBox:
+    """Sizes per rank, and the file that a loader would use, with Model, TP, EP, Dtype, Device, Batch, Triton and Loader to
+    choose; degrees that do not divide a model are not offered."""
+    versions = _triton_versions()
+    controls = {
+        "model": choice("Model", preset_names(), model),
+        "tp_size": choice("TP", tp_choices(model), tp_size),
+        "ep_size": choice("EP", ep_choices(model, tp_size), 1),
+        "dtype": choice("Dtype", DTYPES, DTYPES[0]),
+        "device": choice("Device", devices(device), device),
+        "num_tokens": choice("Batch", (*BATCH_SIZES, 8192), num_tokens),
+        "triton_version": choice("Triton", versions, triton_version or versions[0]),
+        "rules": choice("Loader", tuple(config_files.RULES), "moelab"),
+    }
+    return interactive_panel(_Degrees(controls).draw, controls)
+
+
+class _Degrees:
+    """Keeps TP and EP to what divides the model: while they are being changed, the last panels stay."""
+
+    def __init__(self, controls: dict[str, widgets.Dropdown]) -> None:
+        self.controls, self.changing, self.last = controls, False, list[Panel]()
+        controls["model"].observe(self.offer, "value")  # before the redraw, which is observed later
+        controls["tp_size"].observe(self.offer, "value")
+
+    def offer(self, _: object) -> None:
+        if self.changing:
+            return
+        self.changing = True
+        try:
+            model, tp, ep = (self.controls[name] for name in ("model", "tp_size", "ep_size"))
+            _keep(tp, tp_choices(model.value))
+            _keep(ep, ep_choices(model.value, tp.value))
+        finally:
+            self.changing = False
+
+    def draw(self, **chosen: Any) -> list[Panel]:
+        if not self.changing:
+            layer = {name: chosen[name] for name in ("model", "tp_size", "ep_size", "dtype", "num_tokens")}
+            self.last = [plots_loading.sizes(**layer), plots_loading.lookup(**chosen)]
+        return self.last
+
+
+def _keep(control: widgets.Dropdown, options: Sequence[Any]) -> None:
+    """Other options, the value kept where it is among them."""
+    value = control.value if control.value in options else options[0]
+    control.options = list(options)
+    control.value = value
+
+
+def ep_choices(model: str, tp_size: int) -> list[int]:
+    """The degrees of expert parallelism within tp_size ranks that divide a model; the others are left out."""
+    fitting = []
+    for degree in (1, 2, 4, 8, 16):
+        try:
+            load_model(model, tp_size=tp_size, ep_size=degree)
+        except ShardError:
+            continue
+        fitting.append(degree)
+    return fitting
+
+
+def devices(first: str) -> list[str]:
+    """Devices by the driver's name: `first`, this machine's GPU, and those that data/devices knows."""
+    here = runtime.current()
+    own = [here.device_name] if here.mode == "gpu" else []
+    return list(dict.fromkeys([first, *own, *(name.replace("_", " ") for name in roofline.device_names())]))
+
+
+def _triton_versions() -> list[str]:
+    """Versions that configs/ has folders for, then the installed one."""
+    folders = config_files.version_folders(runtime.config_dir())
+    found = [folder.name.removeprefix("triton_").replace("_", ".") for folder in folders]
+    return list(dict.fromkeys([*found, runtime.triton_version() or "unknown"]))
+
+
+def landscape_browser(survey: Survey, gemm: str = "up", num_tokens: int = 64) -> widgets.VBox:
+    """Scatter, parallel coordinates and heat map of the same brushed configs: GEMM, Batch, Within, X axis, and a range for
+    each parameter."""
+    within = [("all", w) if w == WITHIN[-1] else (f"{w:.0%}", w) for w in WITHIN]
+    controls: dict[str, widgets.Widget] = {
+        "gemm": choice("GEMM", [(name, key) for key, name in plots_landscape.GEMM_NAMES.items()], gemm),
+        "num_tokens": choice("Batch", survey.batch_sizes, num_tokens),
+        "within": choice("Within", within, 0.2),
+        "x": choice("X axis", tuple(plots_linked.AXES), "waves"),
+    }
+    names = short_names()
+    controls |= {name: _range(names[name], survey.axis(name)) for name in PARAMETERS}
+
+    def draw(gemm: str, num_tokens: int, within: float, x: str, **ranges: tuple[int, int]) -> list[Panel]:
+        allowed = {n: [v for v in survey.axis(n) if low <= v <= high] for n, (low, high) in ranges.items()}
+        return [
+            plots_linked.scatter(survey, gemm, num_tokens, allowed, within, x),  # type: ignore[arg-type]
+            plots_linked.parallel(survey, gemm, num_tokens, allowed, within),  # type: ignore[arg-type]
+            plots_landscape.heat_map(survey, gemm, allowed),  # type: ignore[arg-type]
+        ]
+
+    return interactive_panel(draw, controls)
+
+
+def _range(description: str, values: Sequence[int]) -> widgets.SelectionRangeSlider:
+    return widgets.SelectionRangeSlider(
+        options=[(str(v), v) for v in values], index=(0, len(values) - 1), description=description,
+        continuous_update=False, style={"description_width": "70px"}, layout=widgets.Layout(width="300px"),
+    )  # fmt: skip

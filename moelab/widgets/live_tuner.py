@@ -1,0 +1,288 @@
+"""A tuner to start, pause, stop and take up again from a notebook: on a GPU it measures, elsewhere it replays.
+
+The session runs in a thread, so that the notebook stays responsive; its journal lies on disk, so that a restarted kernel
+finds it among `Runs`. An exception of a drawing function does not end a run, but `wait` raises it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import ipywidgets as widgets
+
+from moelab import runtime
+from moelab.errors import MoelabError
+from moelab.plots import tuning as plots
+from moelab.shapes import MoEShape
+from moelab.tuner import runs as run_files
+from moelab.tuner.finals import Finals
+from moelab.tuner.landscape import Landscape, default_name
+from moelab.tuner.paced import PacedReplay
+from moelab.tuner.problem import Problem
+from moelab.tuner.progress import Progress
+from moelab.tuner.session import TuneSession
+from moelab.tuner.snapshot import Snapshot, snapshot
+from moelab.tuner.starting import evaluator_of, gpu_problem
+from moelab.tuner.strategies import STRATEGIES
+from moelab.tuner.survey import one_protocol
+from moelab.widgets.choice import Choice
+from moelab.widgets.config_search import choice as dropdown
+from moelab.widgets.panels import show
+
+DRAW_EVERY_S = 0.4
+"""Shortest time between two drawings of a run under way."""
+
+PAUSE_S = 0.6
+"""How long Pause waits for the measurement under way before it says so anyway: a replay's longest wait and a bit."""
+
+SPEEDS = (("1 ×", 1.0), ("10 ×", 10.0), ("50 ×", 50.0), ("no waiting", math.inf))
+BUDGETS = (("none", None), ("10 s", 10.0), ("30 s", 30.0), ("2 min", 120.0), ("10 min", 600.0))
+
+
+class LiveTuner(widgets.VBox):
+    """Controls and status of one run at a time. landscape: replayed where there is no GPU, and whose layer is tuned where
+    there is one, unless `shape` names another. runs: folder of the journals. choice: told of the finals of a run that
+    ended. Every button calls the method of its name.
+    """
+
+    def __init__(
+        self,
+        landscape: Landscape,
+        runs: str | Path,
+        choice: Choice,
+        *,
+        shape: MoEShape | None = None,
+        speed: float = 10.0,
+    ) -> None:
+        self.landscape, self.runs, self.choice = one_protocol(landscape), Path(runs), choice
+        self.shape = shape or landscape.problem.shape
+        self.live = runtime.current().mode == "gpu"
+        self.session: TuneSession | None = None
+        self._history: list[Snapshot] = []
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._drawn, self._said = 0.0, ""
+        self._make_controls(speed)
+        super().__init__([self._settings, self._buttons, self.output])
+        self.find_runs()
+        self.draw()
+
+    # --- controls -------------------------------------------------------------------------------------------------
+
+    def _make_controls(self, speed: float) -> None:
+        sizes = self.landscape.problem.batch_sizes
+        few = tuple(sizes[i] for i in sorted({0, len(sizes) // 2, len(sizes) - 1}))
+        options = [(", ".join(map(str, few)), few), *((str(b), (b,)) for b in sizes), (f"all {len(sizes)}", sizes)]
+        self.strategy = dropdown("Strategy", tuple(STRATEGIES), "race")
+        self.sizes = dropdown("Batches", options, few)
+        self.budget = dropdown("Time limit", BUDGETS, None)
+        self.speed = dropdown("Speed", SPEEDS, speed)
+        self.speed.disabled = self.live
+        self.shown = dropdown("Shown batch", few, few[-1])
+        self.found = dropdown("Runs", [("none found", None)], None)
+        self.found.layout.max_width = "520px"
+        self.shown.observe(self.draw, "value")
+        self._settings = _row(self.strategy, self.sizes, self.budget, self.speed, self.shown)
+        self._buttons = _row(
+            self._button("Start", "A new run with these settings", self.start),
+            self._button("Pause", "Hold after the measurement under way", self.pause),
+            self._button("Go on", "Go on after Pause", self.go_on),
+            self._button("Stop", "End; the run can be taken up again", self.stop),
+            self.found,
+            self._button("Take up", "Go on with the chosen run from its journal", self.take_up),
+            self._button("Look again", "Look for runs in the folder once more", self.find_runs),
+        )
+        self.output = widgets.Output()
+
+    def _button(self, name: str, tooltip: str, call: Callable[[], None]) -> widgets.Button:
+        def pressed(_: object) -> None:
+            try:
+                call()
+            except MoelabError as error:  # what the reader can do something about belongs on the page
+                self._said = str(error)
+                self.draw()
+
+        button = widgets.Button(description=name, tooltip=tooltip, layout=widgets.Layout(width="auto"))
+        button.on_click(pressed)
+        return button
+
+    def find_runs(self) -> None:
+        """List the runs in the folder again, newest first."""
+        found = [(run.label(), run.path) for run in run_files.find_runs(self.runs)]
+        self.found.options = found or [("none found", None)]
+        self.found.value = self.found.options[0][1]
+
+    # --- the run --------------------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        """Whether a run is under way, paused ones included."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self) -> None:
+        """Begin a new run. Raises MoelabError where none can begin; does nothing while one is under way."""
+        if self.running:
+            self._say("A run is under way. Stop it first.")
+            return
+        problem = self._problem()
+        self.runs.mkdir(parents=True, exist_ok=True)
+        kind = "live" if self.live else "replay"
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        path = self.runs / f"{default_name(problem)}-{self.strategy.value}-{kind}-{stamp}.jsonl"
+        from moelab.tuner.evaluators import make_gpu_evaluator
+
+        evaluator = make_gpu_evaluator(problem) if self.live else self._replay(problem, problem.seed)
+        self._go(
+            TuneSession(
+                problem, evaluator, strategy=self.strategy.value, run=_free(path), budget_s=self.budget.value,
+                on_progress=self._look,
+            )
+        )  # fmt: skip
+
+    def _problem(self) -> Problem:
+        if self.live:
+            return gpu_problem(self.shape, self.sizes.value)
+        return replace(self.landscape.problem, batch_sizes=self.sizes.value)
+
+    def _replay(self, problem: Problem, seed: int) -> PacedReplay:
+        return PacedReplay(self.landscape, problem, seed=seed, speed=self.speed.value)
+
+    def take_up(self) -> None:
+        """Go on with the run that is chosen under Runs. Raises JournalError where it cannot be taken up."""
+        path = self.found.value
+        if self.running or path is None:
+            self._say(
+                "A run is under way. Stop it first." if self.running else "There is no run to take up in the folder."
+            )
+            return
+        self._go(TuneSession.resume(path, lambda problem: self._evaluator(path, problem), on_progress=self._look))
+
+    def _evaluator(self, path: Path, problem: Problem):  # type: ignore[no-untyped-def]  # an Evaluator of either kind
+        from moelab.tuner.session import header_of
+
+        about = header_of(path)["evaluator"]
+        own = self.landscape.path and str(self.landscape.path.resolve())
+        if about.get("kind") == "replay" and about["landscape"] in (own, self.landscape.name):
+            return self._replay(problem, about["seed"])
+        return evaluator_of(path, problem)
+
+    def _go(self, session: TuneSession) -> None:
+        self.session, self._history, self._error, self._said = session, [], None, ""
+        self.shown.options = list(session.problem.batch_sizes)
+        self._history.append(snapshot(session))
+        self._thread = threading.Thread(target=self._run, args=(session,), name="moelab-tune", daemon=True)
+        self._thread.start()
+        self.draw()
+
+    def _run(self, session: TuneSession) -> None:
+        try:
+            session.run()
+        except Exception as error:
+            self._error, self._said = error, f"{type(error).__name__}: {error}"
+        try:
+            self._history.append(snapshot(session))
+            self.find_runs()
+            finals = Finals.of_results(
+                session.problem,
+                session.results(),
+                _source(session),
+                measured=bool(session.evaluator.describe()["measured"]),
+            )
+            if finals.layers:
+                self.choice.take(finals)
+            self.draw()
+        except Exception as error:
+            self._error = self._error or error
+
+    def pause(self) -> None:
+        """Hold after the result under way."""
+        if self.session is not None and self.running:
+            self.session.pause()
+            until = time.monotonic() + PAUSE_S
+            while self.session.progress().state == "running" and time.monotonic() < until:
+                time.sleep(0.01)
+            self._history.append(snapshot(self.session))
+            self._say("Held after the measurement under way; Go on, or Stop.")
+
+    def go_on(self) -> None:
+        """Go on after a pause."""
+        if self.session is not None and self.running:
+            self.session.unpause()
+            self._say("")
+
+    def stop(self) -> None:
+        """End after the result under way."""
+        if self.session is not None and self.running:
+            self.session.stop()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for the end of the run; raises what ended it, or what a drawing function raised."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+        if self._error is not None:
+            raise self._error
+
+    # --- looking --------------------------------------------------------------------------------------------------
+
+    def _look(self, progress: Progress) -> None:
+        """In the run's thread: remember where it stands, and draw, but not at every result."""
+        now = time.monotonic()
+        changed = not self._history or self._history[-1].progress.phase != progress.phase
+        if self.session is None or (now - self._drawn < DRAW_EVERY_S and not changed):
+            return
+        self._drawn = now
+        try:
+            self._history.append(snapshot(self.session))
+            self.draw()
+        except Exception as error:
+            self._error = error
+
+    def _say(self, text: str) -> None:
+        self._said = text
+        self.draw()
+
+    def draw(self, _: object = None) -> None:
+        """Show where the run stands."""
+        history = self._history or [self._blank()]
+        shown = self.shown.value if self.shown.value in history[-1].standings else next(iter(history[-1].standings))
+        panels = plots.status(history, shown, _source(self.session) if self.session else self._intent())
+        if self._said:
+            first = panels[0]
+            panels[0] = replace(first, sentence=f"**{self._said}** {first.sentence}")
+        show(self.output, panels)
+
+    def _blank(self) -> Snapshot:
+        from moelab.tuner.snapshot import Standing
+
+        nothing = Standing(math.inf, math.inf, math.inf, None, ())
+        return Snapshot(Progress("new", "", 0, 0, 0.0, None, {}, {}), dict.fromkeys(self.sizes.value, nothing))
+
+    def _intent(self) -> str:
+        if self.live:
+            return f"{self.shape.name} will be measured on this machine's {runtime.current().device_name}"
+        return f"no GPU here, so this replays what was {self.landscape.source()}"
+
+
+def _source(session: TuneSession) -> str:
+    described = session.evaluator.describe()
+    if described["measured"]:
+        return f"measured on {session.problem.device}, triton {session.problem.triton_version}"
+    return f"replay of what was {described.get('source', 'made up')}"
+
+
+def _free(path: Path) -> Path:
+    """The path, or one like it that is free: two runs may begin within a second."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_stem(f"{path.stem}-{number}")
+    return free
+
+
+def _row(*children: widgets.Widget) -> widgets.HBox:
+    return widgets.HBox(list(children), layout=widgets.Layout(flex_flow="row wrap"))

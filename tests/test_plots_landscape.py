@@ -1,0 +1,112 @@
+"""plots.landscape and its siblings: they draw what the survey holds, and say so in words."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from synthetic import small_problem, synthetic_landscape
+
+from moelab.plots import landscape as plots
+from moelab.plots import landscape_linked as linked
+from moelab.plots import loading
+from moelab.tuner.survey import Survey, cover
+
+BATCHES = (1, 16, 64, 256)
+
+
+@pytest.fixture(scope="module")
+def survey() -> Survey:
+    return Survey(synthetic_landscape(small_problem(BATCHES)))
+
+
+def titles(panel: object) -> str:
+    return panel.figure.layout.title.text
+
+
+def test_the_heat_map_holds_the_best_of_every_batch(survey: Survey) -> None:
+    panel = plots.heat_map(survey, "up", columns=6)
+    z = np.asarray(panel.figure.data[0].z)
+    assert z.shape == (len(BATCHES), 6)
+    assert np.nanmax(z, axis=1) == pytest.approx(100 * np.ones(len(BATCHES)))
+    assert "holds the best GEMM1 config of every batch size" in panel.sentence
+    assert panel.table[0]["mean % of best"] >= panel.table[-1]["mean % of best"]
+
+
+def test_the_heat_map_follows_the_brush(survey: Survey) -> None:
+    panel = plots.heat_map(survey, "up", {"BLOCK_SIZE_M": [128], "num_warps": [4, 8]})
+    assert "(BLOCK M 128)" in titles(panel)
+    assert all(label.startswith("128x") for label in panel.figure.data[0].x)
+    assert "loses" in panel.sentence
+    nothing = plots.heat_map(survey, "up", {"BLOCK_SIZE_M": [7]})
+    assert "No config has these values" in nothing.sentence and nothing.table == []
+
+
+def test_linked_views_show_the_same_configs(survey: Survey) -> None:
+    allowed = {"BLOCK_SIZE_M": [16, 64]}
+    points, lines = (draw(survey, "down", 16, allowed, 0.3) for draw in (linked.scatter, linked.parallel))
+    count = len(linked.brushed(survey, "down", 16, allowed, 0.3))
+    others, brushed = points.figure.data[:2]
+    assert count > 0 and len(brushed.x) == count and len(lines.figure.data[0].dimensions[0]["values"]) == count
+    measured = np.isfinite(survey.times["down"][survey.row(16)])
+    programs = survey.representative["down"][survey.row(16)] == np.arange(len(measured))
+    assert len(others.x) == (measured & programs).sum() - count
+    assert brushed.customdata.shape == (count, 13)
+    assert set(np.asarray(brushed.customdata)[:, 0]) <= {16.0, 64.0}
+    assert f"{count} configs brushed (BLOCK M 16–64)" in titles(points) and f"same {count} configs" in titles(lines)
+
+
+def test_nothing_brushed_is_said(survey: Survey) -> None:
+    allowed = {"BLOCK_SIZE_M": [7]}
+    assert "No config of the selection" in linked.scatter(survey, "up", 1, allowed, 0.1).sentence
+    assert "No config is brushed" in linked.parallel(survey, "up", 1, allowed, 0.1).sentence
+
+
+@pytest.mark.parametrize("x", linked.AXES)
+def test_every_axis_draws(survey: Survey, x: str) -> None:
+    assert linked.AXES[x][0] == linked.scatter(survey, "up", 64, {}, 10.0, x).figure.layout.xaxis.title.text
+
+
+def test_plateaus_and_covers_agree(survey: Survey) -> None:
+    panel = plots.plateaus(survey)
+    for gemm, name in plots.GEMM_NAMES.items():
+        for within in plots.WITHIN:
+            rows = [r for r in panel.table if r["GEMM"] == name and r["within"] == f"{within:.0%}"]
+            assert len(rows) == rows[0]["configs needed"] == len(cover(survey, gemm, within).chosen)
+            assert f"{len(rows)} within {within:.0%}" in panel.sentence
+
+
+def test_importance_only_where_the_grid_is_whole(survey: Survey) -> None:
+    panel = plots.importances(survey)
+    assert [row["batch"] for row in panel.table] == [*BATCHES, *BATCHES]
+    few = synthetic_landscape(small_problem(BATCHES))
+    rows = tuple(r for i, r in enumerate(few.rows) if not r.outcome.samples_us or i % 3 == 0)
+    nothing = plots.importances(Survey(replace(few, rows=rows)))
+    assert nothing.figure is None and "nothing is said" in nothing.sentence
+
+
+def test_figures_are_small(survey: Survey) -> None:
+    """A saved notebook holds them: without plotly's template, and with packed arrays."""
+    panels = [
+        linked.scatter(survey, "up", 64, {}, 10.0),
+        linked.parallel(survey, "up", 64, {}, 10.0),
+        plots.heat_map(survey, "up"),
+    ]
+    assert sum(len(json.dumps(panel.bundles())) for panel in panels) < 60_000
+
+
+def test_sizes_and_lookup() -> None:
+    panel = loading.sizes("qwen3-30b-a3b", 4, 2, "bfloat16", 64)
+    values = {row["size"]: row["value"] for row in panel.table}
+    assert values["experts on this rank (E)"] == 64 and values["intermediate size on this rank (N)"] == 384
+    shown = {
+        rules: loading.lookup("qwen3-30b-a3b", 1, 1, "bfloat16", "NVIDIA H200", 64, "3.6.0", rules)
+        for rules in ("moelab", "sglang", "vllm")
+    }
+    for rules, panel in shown.items():
+        assert f"Under {rules}'s rules" in panel.sentence and "key 64" in panel.sentence
+        assert any(row["result"] == "used" for row in panel.table)
+    other = loading.lookup("mixtral-8x7b", 1, 1, "bfloat16", "NVIDIA H100 80GB HBM3", 64, "3.6.0", "moelab")
+    assert "from the default rule" in other.sentence

@@ -1,0 +1,323 @@
+"""The widgets of 05_config_search: they follow their controls, run, stop, resume and export, and hide no exception."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from synthetic import small_problem, synthetic_landscape
+
+from moelab import widgets
+from moelab.plots import tuning as plots_tuning
+from moelab.plots.strategy_race import run_all
+from moelab.tuner.finals import Finals
+from moelab.tuner.replay import ReplayEvaluator
+from moelab.tuner.session import TuneSession
+from moelab.tuner.survey import Survey
+
+PROBLEM = small_problem((1, 16, 64))
+LANDSCAPE = synthetic_landscape(PROBLEM)
+
+
+def controls(box: object) -> dict[str, object]:
+    """Every control below a widget by its description."""
+    found = {}
+    for child in getattr(box, "children", ()):
+        if getattr(child, "description", ""):
+            found.setdefault(child.description, child)
+        found |= {name: each for name, each in controls(child).items() if name not in found}
+    return found
+
+
+def output(box: object) -> object:
+    return next(child for child in box.children if hasattr(child, "outputs"))
+
+
+def text(box: object) -> str:
+    """Sentences and titles that a widget shows."""
+    bundles = [each["data"] for each in output(box).outputs]
+    return "\n".join(bundle.get("text/markdown") or bundle["text/plain"] for bundle in bundles)
+
+
+@pytest.fixture(scope="module")
+def survey() -> Survey:
+    return Survey(LANDSCAPE)
+
+
+@pytest.fixture(scope="module")
+def finals() -> Finals:
+    session = TuneSession(PROBLEM, ReplayEvaluator(LANDSCAPE, PROBLEM), strategy="random")
+    session.run()
+    return Finals.of_results(PROBLEM, session.results(), "made up", measured=False)
+
+
+def test_layer_picker_follows_every_control() -> None:
+    box = widgets.layer_picker("qwen3-30b-a3b", 1, "NVIDIA H200", 64, "3.6.0")
+    choose = controls(box)
+    assert list(choose) == ["Model", "TP", "EP", "Dtype", "Device", "Batch", "Triton", "Loader"]
+    changes = {"TP": 4, "EP": 4, "Dtype": "float32", "Device": "NVIDIA B200", "Batch": 512, "Loader": "vllm"}
+    for name, value in ({"Model": "mixtral-8x7b"} | changes).items():
+        before = text(box)
+        choose[name].value = value
+        assert text(box) != before, name
+    assert "mixtral-8x7b, TP 4, EP 4, float32: a rank holds 2 experts" in text(box)
+
+
+def test_layer_picker_never_meets_a_split_that_does_not_fit() -> None:
+    box = widgets.layer_picker("dbrx", 16)
+    choose = controls(box)
+    choose["EP"].value = 16
+    for model in ("mixtral-8x7b", "deepseek-v3", "qwen3-30b-a3b", "grok-2"):
+        choose["Model"].value = model
+        choose["TP"].value, choose["EP"].value = choose["TP"].options[-1], choose["EP"].options[-1]
+        assert f"{model}, TP {choose['TP'].value}" in text(box)
+
+
+def test_landscape_browser_links_its_views(survey: Survey) -> None:
+    box = widgets.landscape_browser(survey)
+    choose = controls(box)
+    for name, value in {
+        "GEMM": "down", "Batch": 16, "Within": 0.5, "X axis": "padding", "BLOCK M": (64, 128), "warps": (4, 4),
+    }.items():  # fmt: skip
+        before = [each["data"] for each in output(box).outputs]
+        choose[name].value = value
+        assert [each["data"] for each in output(box).outputs] != before, name
+    scatter, lines, heat = (line for line in text(box).splitlines() if line.startswith("GEMM2"))
+    assert "BLOCK M 64–128, warps 4" in scatter and "BLOCK M 64–128, warps 4" in heat
+    count = scatter.split(": ")[1].split()[0]
+    assert f"the same {count} configs" in lines
+
+
+def test_strategy_race_follows_budget_play_and_measure(survey: Survey) -> None:
+    traces = run_all(survey, (0, 1), ("random", "grid"))
+    box = widgets.strategy_race(traces)
+    choose = controls(box)
+    assert {"Play", "Budget", "Regret"} <= set(choose)
+    before = text(box)
+    choose["Play"].value += 5
+    assert text(box) != before and choose["Budget"].index == choose["Play"].value
+    choose["Budget"].index = 0
+    assert choose["Play"].value == 0 and "nobody has a choice yet" in text(box)
+    choose["Budget"].index = len(choose["Budget"].options) - 1
+    finished = text(box)
+    assert "finished by then: random, grid" in finished
+    choose["Regret"].value = "worst"
+    assert text(box) != finished
+
+
+# --- the tuner ----------------------------------------------------------------------------------------------------
+
+
+def a_tuner(folder: Path, finals: Finals, speed: float = math.inf) -> widgets.LiveTuner:
+    return widgets.LiveTuner(LANDSCAPE, folder, widgets.Choice(finals), speed=speed)
+
+
+def test_a_run_from_start_to_finish(tmp_path: Path, finals: Finals) -> None:
+    tuner = a_tuner(tmp_path, finals)
+    assert "no GPU here, so this replays" in text(tuner) and not list(tmp_path.iterdir())
+    tuner.strategy.value = "random"
+    tuner.start()
+    tuner.wait(60)
+    assert "finished: phase layers" in text(tuner) and "replay of what was" in text(tuner)
+    assert "Finalists at batch" in text(tuner) and "Failures:" in text(tuner)
+    assert tuner.choice.finals is not finals, "the winners are those of this run"
+    assert "random-replay" in tuner.found.label and "; finished" in tuner.found.label
+    tuner.shown.value = 1
+    assert "Batch 1: best so far" in text(tuner)
+
+
+def until(condition: object) -> None:
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
+def test_pause_stop_and_another_kernel_takes_it_up(tmp_path: Path, finals: Finals) -> None:
+    tuner = a_tuner(tmp_path, finals, speed=1.0)
+    tuner.start()
+    until(lambda: tuner.session.progress().done > 0)
+    tuner.pause()
+    until(lambda: tuner.session.progress().state == "paused")
+    held = tuner.session.progress().done
+    tuner.start()
+    assert "A run is under way" in text(tuner) and tuner.session.progress().done == held
+    tuner.take_up()
+    assert "A run is under way" in text(tuner)
+    tuner.go_on()
+    tuner.stop()
+    tuner.wait(60)
+    assert "stopped:" in text(tuner)
+
+    other = a_tuner(tmp_path, finals)
+    assert "not finished" in other.found.label
+    other.take_up()
+    other.wait(60)
+    assert "finished: phase layers" in text(other)
+    undisturbed = a_tuner(tmp_path / "undisturbed", finals)
+    undisturbed.start()
+    undisturbed.wait(60)
+    assert other.choice.result().batches == undisturbed.choice.result().batches
+
+
+def test_what_cannot_be_taken_up_is_said(tmp_path: Path, finals: Finals) -> None:
+    tuner = a_tuner(tmp_path, finals)
+    controls(tuner)["Take up"].click()
+    assert "no run to take up" in text(tuner)
+    first, second = a_tuner(tmp_path, finals, speed=1.0), a_tuner(tmp_path, finals)
+    first.start()
+    second.find_runs()
+    controls(second)["Take up"].click()
+    assert "Another tuner is writing" in text(second)
+    first.stop()
+    first.wait(60)
+
+
+def test_a_drawing_function_that_breaks_under_way_is_raised_by_wait(
+    tmp_path: Path, finals: Finals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuner = a_tuner(tmp_path, finals)
+    drawn = plots_tuning.status
+
+    def broken(history: list, *rest: object) -> object:
+        if history[-1].progress.phase == "finalists":
+            raise RuntimeError("the drawing function is broken")
+        return drawn(history, *rest)
+
+    monkeypatch.setattr(plots_tuning, "status", broken)
+    tuner.start()
+    with pytest.raises(RuntimeError, match="drawing function is broken"):
+        tuner.wait(60)
+    assert tuner.session.progress().state == "finished", "the run itself went on"
+
+
+# --- winner and export --------------------------------------------------------------------------------------------
+
+
+def test_winner_card(finals: Finals) -> None:
+    choice = widgets.Choice(finals)
+    card = widgets.WinnerCard(choice)
+    choose = controls(card)
+    assert "Over the loader's default" in text(card) or "tie" in text(card) or "stays" in text(card)
+    before = text(card)
+    choose["Batch"].value = 64
+    assert text(card) != before and "Batch 64:" in text(card)
+    winner = choice.finals.winner(64)
+    assert json.loads(choose["JSON"].value) == {"up": winner.up.to_json(), "down": winner.down.to_json()}
+    choose["Exclude"].click()
+    assert choice.excluded == {(64, (winner.up, winner.down))} and choice.result().batches[64].up is not None
+    assert (choice.result().batches[64].up, choice.result().batches[64].down) != (winner.up, winner.down)
+    choose["Restore all"].click()
+    assert choice.result().batches[64] == winner
+    choose["Re-time now"].click()
+    assert "Not timed again: that needs a GPU" in text(card)
+
+
+@pytest.mark.parametrize("rules", ["moelab", "sglang", "vllm"])
+def test_export_panel_reads_back_what_it_writes(tmp_path: Path, finals: Finals, rules: str) -> None:
+    choice = widgets.Choice(finals)
+    panel = widgets.ExportPanel(choice, tmp_path / "out")
+    choose = controls(panel)
+    choose["Loader"].value = rules
+    assert f"For {rules}:" in text(panel) and not (tmp_path / "out").exists()
+    choose["Write files"].click()
+    assert "Wrote " in text(panel)
+    files = sorted((tmp_path / "out").rglob("*.json"))
+    assert len(files) == (1 if rules == "vllm" else 2)
+    content = json.loads(min(files, key=lambda path: len(path.name)).read_text())
+    assert content["64"] == choice.result().batches[64].up.to_json()
+    for contest in finals.contests(64):
+        choice.exclude(64, contest.pair)
+    choose["Write files"].click()
+    assert "2 batch sizes" in text(panel), "a batch size without a winner is left out"
+
+
+def test_nothing_to_export_is_said(tmp_path: Path, finals: Finals) -> None:
+    choice = widgets.Choice(finals)
+    panel = widgets.ExportPanel(choice, tmp_path)
+    for b in PROBLEM.batch_sizes:
+        for contest in finals.contests(b):
+            choice.exclude(b, contest.pair)
+    assert "no winner to write" in text(panel)
+    controls(panel)["Write files"].click()
+    assert "Nothing was written" in text(panel) and not list(tmp_path.iterdir())
+
+
+# --- exceptions come out ------------------------------------------------------------------------------------------
+
+SETUP = f"""
+import math, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from synthetic import small_problem, synthetic_landscape
+from moelab import widgets
+from moelab.plots import handover, landscape, landscape_linked, loading, strategy_race, tuning, winner
+from moelab.tuner.finals import Finals
+from moelab.tuner.replay import ReplayEvaluator
+from moelab.tuner.session import TuneSession
+from moelab.tuner.survey import Survey
+problem = small_problem((1, 64))
+made = synthetic_landscape(problem)
+survey = Survey(made)
+session = TuneSession(problem, ReplayEvaluator(made, problem), strategy="random")
+session.run()
+choice = widgets.Choice(Finals.of_results(problem, session.results(), "made up", measured=False))
+traces = strategy_race.run_all(survey, (0,), ("random",))
+picker, browser = widgets.layer_picker(), widgets.landscape_browser(survey)
+race, card = widgets.strategy_race(traces), widgets.WinnerCard(choice)
+tuner, export = widgets.LiveTuner(made, "runs", choice), widgets.ExportPanel(choice, "out")
+def broken(*args, **kwargs):
+    raise RuntimeError("the drawing function is broken")
+loading.sizes = landscape.heat_map = landscape.plateaus = landscape.importances = landscape_linked.scatter = broken
+strategy_race.standing = tuning.status = winner.card = handover.preview = broken
+"""
+CASES = {
+    "picker is made": "widgets.layer_picker()",
+    "model changes": 'picker.children[0].children[0].value = "dbrx"',
+    "browser is made": "widgets.landscape_browser(survey)",
+    "within changes": "browser.children[0].children[2].value = 0.02",
+    "range changes": "browser.children[0].children[4].index = (1, 1)",
+    "plateaus": "landscape.plateaus(survey)",
+    "importances": "landscape.importances(survey)",
+    "race is made": "widgets.strategy_race(traces)",
+    "budget changes": "race.children[0].children[2].index = 1",
+    "tuner is made": 'widgets.LiveTuner(made, "runs", choice)',
+    "another batch is shown": "tuner.shown.value = 1",
+    "card is made": "widgets.WinnerCard(choice)",
+    "card's batch changes": "card.batch.value = 64",
+    "export is made": 'widgets.ExportPanel(choice, "out")',
+    "loader changes": 'export.rules.value = "vllm"',
+    "a run ends": "choice.take(choice.finals)",
+}
+
+
+def test_a_broken_drawing_function_fails_the_cell(tmp_path: Path) -> None:
+    v4 = nbformat.v4
+    cells = [v4.new_code_cell(SETUP), *(v4.new_code_cell(source) for source in CASES.values())]
+    for cell in cells[1:]:
+        cell.metadata["tags"] = ["raises-exception"]
+    notebook = v4.new_notebook(cells=cells)
+    NotebookClient(
+        notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    failed = {
+        name: [each.evalue for each in cell.outputs if each.output_type == "error"]
+        for name, cell in zip(CASES, cells[1:], strict=True)
+    }
+    assert failed == {name: ["the drawing function is broken"] for name in CASES}
+
+
+def test_every_control_has_a_name(tmp_path: Path, survey: Survey, finals: Finals) -> None:
+    choice = widgets.Choice(finals)
+    boxes = [
+        widgets.layer_picker(), widgets.landscape_browser(survey), widgets.LiveTuner(LANDSCAPE, tmp_path, choice),
+        widgets.WinnerCard(choice), widgets.ExportPanel(choice, tmp_path),
+    ]  # fmt: skip
+    for box in boxes:
+        for row in box.children:
+            nameless = [each for each in getattr(row, "children", ()) if not each.description]
+            assert nameless == []
