@@ -55,6 +55,7 @@ from moelab.fused_moe import IMPLEMENTATIONS, fused_moe
 from moelab.kernels.activation import activation
 from moelab.kernels.align import align
 from moelab.kernels.descriptors import check_tma, check_tma_config, weight_descriptor
+from moelab.kernels.from_file import load_kernels
 from moelab.kernels.gated_gemm import gated_gemm
 from moelab.kernels.grouped_gemm import grouped_gemm
 from moelab.kernels.grouped_gemm_tma import grouped_gemm_tma
@@ -64,7 +65,7 @@ from moelab.kernels.split_k_workspace import new_workspace, split_k_workspace
 from moelab.kernels.sum_reduce import sum_reduce
 from moelab.measure import measure, measure_eager, measure_host, median_interval
 from moelab.plots import handover
-from moelab.suites import bench
+from moelab.suites import bench, your_kernel
 from moelab.tuner import evaluators, export, journal, landscape, space, strategies
 from moelab.tuner.finals import Finals
 from moelab.tuner.problem import Problem
@@ -99,6 +100,13 @@ def gemm(a=None, alignment_rows: int = 16, way: Callable = grouped_gemm, **chang
     aligned = align(good.topk_ids, alignment_rows, 4)
     given = {"config": CONFIG, "num_pairs": 10, "top_k": 2, **changes}
     return way(good.hidden_states if a is None else a, good.w13, aligned, **given)
+
+
+def plain(**changes: object) -> None:
+    """A call of an implementation that takes plain layers only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(IMPLEMENTATIONS, "mine", lambda call: call.require_plain("mine"))
+        moe("mine", **changes)
 
 
 def x(*size: int, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> torch.Tensor:
@@ -295,6 +303,12 @@ SORTED = [
         ShapeError,
         ("combine='scatter'", "top_k = 2", "sum_reduce"),
     ),
+]
+
+PLUGGED_IN = [
+    Row("kernels in no file", lambda p: load_kernels(p / "mine.py"), UnknownNameError, ("mine.py", "Run the cells")),
+    Row("more than silu", lambda _: plain(activation="gelu", b2=x(4, 32)), ConfigError, ("'gelu', biases", "teach it")),
+    Row("no tiles to try", lambda _: your_kernel.tune(None, "mine", []), ConfigError, ("No tiles", "mine")),
 ]
 
 ROUTINGS = [
@@ -817,7 +831,7 @@ ON_GPU = [
     ),
 ]
 
-ROWS = TENSORS + TMA + SORTED + ROUTINGS + CONFIGS + FILES + NAMES + TUNER
+ROWS = TENSORS + TMA + SORTED + PLUGGED_IN + ROUTINGS + CONFIGS + FILES + NAMES + TUNER
 
 
 def a_problem(**changes: object) -> Problem:

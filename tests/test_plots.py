@@ -99,7 +99,6 @@ PANELS: dict[str, Callable[[], Panel]] = {
 PICTURES = {
     "routing": lambda: pipeline.routing(ROUTED, [[0.5, 0.5]] * 3, 4),
     "alignment": lambda: pipeline.alignment([0, 6, 1, 2], [0, 1], 2, 2, 6),
-    "values": lambda: pipeline.values({"in": [[1.0]] * 3, "pairs": [[2.0]] * 6}, ROUTED),
 }
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from moelab.config import KernelConfig
+from moelab.errors import ConfigError
 
 
 class MoECall(NamedTuple):
@@ -37,3 +38,17 @@ class MoECall(NamedTuple):
     @property
     def num_experts(self) -> int:
         return self.w13.shape[0]
+
+    def require_plain(self, name: str) -> None:
+        """Raise ConfigError unless this is a layer of silu-gated experts and no more: for an implementation of only that."""
+        asked = {
+            f"activation={self.activation!r}": self.activation != "silu", "gated=False": not self.gated,
+            "biases": self.b13 is not None or self.b2 is not None,
+            f"routed_scaling_factor={self.routed_scaling_factor}": self.routed_scaling_factor != 1.0,
+            "apply_router_weight_on_input": self.apply_router_weight_on_input,
+        }  # fmt: skip
+        if more := [what for what, given in asked.items() if given]:
+            raise ConfigError(
+                f"{name} was asked for {', '.join(more)}. Expected silu-gated experts without biases or scaling, weighted "
+                "after GEMM2. Use impl='triton', or teach it."
+            )

@@ -1,11 +1,9 @@
-"""The pipeline in pictures: a handful of tokens through routing, alignment, both GEMMs and the sum."""
+"""The pipeline in pictures: where this machine stands, who goes where, and the alignment with its padding."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import plotly.graph_objects as go
 
 from moelab.plots.panel import Panel, Row
 from moelab.plots.style import BLUE, GREY, ORANGE, SERIES, VERMILLION, grid, number
@@ -21,8 +19,8 @@ def routing(topk_ids: Sequence[Sequence[int]], topk_weights: Sequence[Sequence[f
     for token, (ids, weights) in enumerate(zip(topk_ids, topk_weights, strict=True)):
         figure.add_scatter(
             x=list(ids), y=[token] * len(ids), mode="markers+text", text=[f"{w:.2f}" for w in weights], name=f"token {token}",
-            marker={"symbol": "square", "size": 34, "color": _token_color(token)},
-            textfont={"color": _text_color(token), "size": 12},
+            marker={"symbol": "square", "size": 34, "color": token_color(token)},
+            textfont={"color": text_color(token), "size": 12},
             showlegend=False, hovertemplate=f"token {token}, expert %{{x}}: weight %{{text}}",
         )  # fmt: skip
     figure.update_xaxes(tickvals=list(range(num_experts)), ticktext=[f"expert {e}" for e in range(num_experts)],
@@ -59,8 +57,8 @@ def alignment(
         ]
         figure.add_scatter(
             x=[r for _, r in places], y=[b for b, _ in places], mode="markers+text", text=[f"t{token}"] * len(places),
-            marker={"symbol": "square", "size": size, "color": _token_color(token)},
-            textfont={"color": _text_color(token), "size": 11},
+            marker={"symbol": "square", "size": size, "color": token_color(token)},
+            textfont={"color": text_color(token), "size": 11},
             name=f"token {token}", showlegend=False,
         )  # fmt: skip
     empty = [(b, r) for b, rows in enumerate(blocks) for r, p in enumerate(rows) if p >= num_pairs]
@@ -80,37 +78,6 @@ def alignment(
         f"**{num_pairs} pairs fill {num_pairs} of {total} rows; {total - num_pairs} are padding "
         f"({number(total / num_pairs)} rows computed for each real one).** Every block belongs to one expert, so its program "
         "reads one weight matrix."
-    )
-    return Panel(figure, table, sentence)
-
-
-def values(stages: Mapping[str, Sequence[Sequence[float]]], topk_ids: Sequence[Sequence[int]]) -> Panel:
-    """The tensors of each stage as heat maps, rows named by token or by (token, expert) pair."""
-    pairs = [f"t{t}·e{e}" for t, ids in enumerate(topk_ids) for e in ids]
-    tokens = [f"t{t}" for t in range(len(topk_ids))]
-    figure = grid("The numbers on their way", "computed here by the kernels; one row per token or (token, expert) pair, one "
-                  "column per element", titles=list(stages), height=430, gap=0.045)  # fmt: skip
-    limit = max(abs(v) for rows in stages.values() for row in rows for v in row)
-    table = []
-    for col, (name, rows) in enumerate(stages.items(), start=1):
-        labels = tokens if len(rows) == len(tokens) else pairs
-        heat = go.Heatmap(z=[list(row) for row in rows], y=labels, zmin=-limit, zmax=limit, colorscale=DIVERGING,
-                          showscale=col == len(stages), colorbar={"title": {"text": "value"}, "outlinewidth": 0},
-                          hovertemplate="%{y}, column %{x}: %{z:.3f}<extra>" + name + "</extra>", xgap=0.5, ygap=0.5)  # fmt: skip
-        figure.add_trace(heat, row=1, col=col)
-        figure.update_yaxes(autorange="reversed", row=1, col=col, ticks="", showline=False)
-        figure.update_xaxes(
-            showticklabels=False, ticks="", showline=False, title=f"{len(rows)} × {len(rows[0])}", row=1, col=col
-        )
-        flat = [v for row in rows for v in row]
-        table.append({"stage": name, "rows": len(rows), "columns": len(rows[0]), "smallest": min(flat), "largest": max(flat),
-                      "root mean square": (sum(v * v for v in flat) / len(flat)) ** 0.5})  # fmt: skip
-    first, last = table[0], table[-1]
-    most = max(table, key=lambda row: row["rows"] * row["columns"])
-    sentence = (
-        f"**{first['rows']} × {first['columns']} values go in and {last['rows']} × {last['columns']} come out; in between it is "
-        f"up to {most['rows']} × {most['columns']} ({most['stage']}).** Each token’s row is repeated once per expert, so "
-        "intermediates are top_k times as tall: traffic that a fused kernel would not make."
     )
     return Panel(figure, table, sentence)
 
@@ -138,13 +105,14 @@ def where(runtime: Any, versions: Mapping[str, Any], recordings: Sequence[Any]) 
     )
 
 
-def _text_color(token: int) -> str:
+def text_color(token: int) -> str:
     """Black or white, whichever stands out more on the token's colour (relative luminance as in WCAG 2)."""
-    channels = [int(_token_color(token)[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    channels = [int(token_color(token)[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "black" if luminance > 0.179 else "white"
 
 
-def _token_color(token: int) -> str:
+def token_color(token: int) -> str:
+    """A token's colour in every picture."""
     return TOKEN_COLORS[token % len(TOKEN_COLORS)]

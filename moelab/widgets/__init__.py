@@ -2,6 +2,8 @@
 
 from moelab.widgets.choice import Choice
 from moelab.widgets.config_search import landscape_browser, layer_picker
+from moelab.widgets.follow import follow_tokens
+from moelab.widgets.kernels import kernel_check, kernel_roof
 from moelab.widgets.live_tuner import LiveTuner
 from moelab.widgets.panels import explorer, interactive_panel, padding_picture
 from moelab.widgets.strategy_race import strategy_race
@@ -13,7 +15,10 @@ __all__ = [
     "LiveTuner",
     "WinnerCard",
     "explorer",
+    "follow_tokens",
     "interactive_panel",
+    "kernel_check",
+    "kernel_roof",
     "landscape_browser",
     "layer_picker",
     "padding_picture",

@@ -53,7 +53,7 @@ def _dropdown(description: str, options: Sequence[Any], value: Any) -> widgets.D
     return widgets.Dropdown(options=list(options), value=value, description=description)
 
 
-def _slider(description: str, options: Sequence[int], value: int) -> widgets.SelectionSlider:
+def _slider(description: str, options: Sequence[Any], value: Any) -> widgets.SelectionSlider:
     shown = [(str(option), option) for option in options]
     return widgets.SelectionSlider(options=shown, value=value, description=description, continuous_update=False)
 

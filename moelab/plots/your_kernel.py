@@ -1,0 +1,266 @@
+"""A kernel of the reader's own: where it is wrong, which tiles suit it, and its place under the roof beside ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import plotly.graph_objects as go
+
+from moelab import roofline
+from moelab.plots.layer_baseline import sound
+from moelab.plots.panel import Panel, Row, timing
+from moelab.plots.style import GREEN, GREY, VERMILLION, error_bars, grid, log_axis, look, number
+from moelab.recordings import Recording
+from moelab.roofline import Ceilings, Cost
+from moelab.shapes import MoEShape
+
+WITHIN = ((0.0, "#3a6ea5"), (0.5, "#e8e8e8"), (1.0, VERMILLION))
+"""Blue: far within the bound. Grey: at it. Vermillion: past it."""
+
+DECADES = 3.0
+"""Powers of ten of error over bound that the error map tells apart, each way."""
+
+NEAR = 1.1
+"""Traffic up to this much over a layer's least counts as the least."""
+
+
+# --- is it right --------------------------------------------------------------------------------------------------
+
+
+def error_map(impl: str, sizes: Mapping[str, int], dtype: str, found: Mapping[str, Any], source: str) -> Panel:
+    """|out - exact| over the bound for every output: a token's row, a hidden column.
+
+    found: of suites.your_kernel.error_map. An error that is no number is drawn as the largest.
+    """
+    bound, errors = found["bound"], found["errors"]
+    worst = found["max_abs"] / bound
+    verdict = "within its bound" if found["passes"] else "REFUSED"
+    inner = f"hidden size {sizes['hidden_size']}, inner size {sizes['moe_intermediate_size']}"
+    figure = grid(f"{impl} in {dtype}, {inner}: {verdict}", f"{source}; bound: twice torch’s own error and a rounding",
+                  height=170 + 30 * max(4, len(errors)))  # fmt: skip
+    heat = go.Heatmap(
+        z=[[round(_decades(e, bound), 2) for e in row] for row in errors], zmin=-DECADES, zmax=DECADES,
+        colorscale=[list(stop) for stop in WITHIN],
+        hovertemplate="token %{y}, column %{x}: 10<sup>%{z}</sup> of the bound<extra></extra>",
+        colorbar={"title": {"text": "error / bound", "side": "right"}, "tickvals": [-3, -2, -1, 0, 1, 2, 3],
+                  "ticktext": ["≤ 0.001", "0.01", "0.1", "1", "10", "100", "≥ 1000"]},
+    )  # fmt: skip
+    figure.add_trace(heat)
+    figure.update_xaxes(title="column of the hidden state", showgrid=False)
+    figure.update_yaxes(title="token", autorange="reversed", dtick=1, showgrid=False)
+    past = sum(not e <= bound for row in errors for e in row)
+    table = [{
+        "implementation": impl, "dtype": dtype, **sizes, "largest error": found["max_abs"], "bound": bound,
+        "error / bound": worst, "outputs past it": past, "our policy passes": found["passes"],
+        "a fixed tolerance of": found["upstream_tolerance"], "it passes": found["upstream_passes"],
+    }]  # fmt: skip
+    said = f"its largest error is {number(worst)} of the bound" if worst < 1 else f"{number(worst)} times the bound"
+    count = sum(len(row) for row in errors)
+    if found["passes"]:
+        sentence = f"**{impl} is right here: {said}.** None of {count} outputs is past it."
+    else:
+        sentence = f"**{impl} is refused: off by {said} at worst; {past} of {count} outputs are past it.**"
+        if found["upstream_passes"]:
+            fixed = number(found["upstream_tolerance"])
+            sentence += f" A fixed tolerance of {fixed}, the usual check, lets it through."
+    return Panel(figure, table, sentence)
+
+
+def _decades(error: float, bound: float) -> float:
+    """log10 of error over bound, cut to DECADES each way; NaN and infinity count as past everything."""
+    import math
+
+    if not math.isfinite(error):
+        return DECADES
+    return max(-DECADES, min(DECADES, math.log10(error / bound))) if error > 0 else -DECADES
+
+
+# --- which tiles --------------------------------------------------------------------------------------------------
+
+
+def tuning(impl: str, rows: Sequence[Row], where: str, floor_us: float | None = None) -> Panel:
+    """The tiles that were tried: by time where they were timed, else by error over bound.
+
+    rows: of suites.your_kernel.tune. where: what they ran on. floor_us: drawn where there are times.
+    """
+    timed = [row for row in rows if row.get("samples_us")]
+    right = [row for row in rows if row["within_bound"]]
+    title = f"{impl}: {len(rows)} tiles, " + ("timed" if timed else "checked; nothing is timed here")
+    figure = grid(title, where, height=170 + 26 * max(4, len(rows)))
+    drawn = timed or [row for row in rows if row.get("max_abs_error") is not None]
+    labels = [row["config"] for row in drawn]
+    if timed:
+        times = [timing(row) for row in timed]
+        middle = [each.median_us for each in times]
+        low, high = [each.interval_us[0] for each in times], [each.interval_us[1] for each in times]
+        figure.add_scatter(x=middle, y=labels, error_x=error_bars(middle, low, high), mode="markers", name=impl,
+                           marker=look(impl).marker(10), showlegend=False)  # fmt: skip
+        if floor_us:
+            figure.add_vline(floor_us, line=look("floor").line(), annotation_text=f"floor {number(floor_us)}")
+        figure.update_xaxes(title="µs per layer, 95 % interval", rangemode="tozero")
+    else:
+        figure.add_bar(x=[row["max_abs_error"] / row["bound"] for row in drawn], y=labels, orientation="h", name=impl,
+                       marker={"color": [GREEN if row["within_bound"] else VERMILLION for row in drawn]},
+                       showlegend=False)  # fmt: skip
+        figure.add_vline(1.0, line={"color": GREY, "dash": "dash"})
+        figure.update_xaxes(title="largest error / bound (over 1: refused)", rangemode="tozero")
+    figure.update_yaxes(title="tile (BLOCK_M x N x K, warps)", type="category", autorange="reversed", automargin=True)
+    table = [
+        {
+            "tile": row["config"], "within its bound": bool(row["within_bound"]),
+            "error / bound": row["max_abs_error"] / row["bound"] if row.get("max_abs_error") is not None else None,
+            "median, µs": timing(row).median_us if row.get("samples_us") else None,
+            "why not": row.get("failed") or row.get("refused") or row.get("problem"),
+        }
+        for row in rows
+    ]  # fmt: skip
+    return Panel(figure, table, _said_of_tiles(rows, right, timed, floor_us))
+
+
+def _said_of_tiles(rows: Sequence[Row], right: Sequence[Row], timed: Sequence[Row], floor_us: float | None) -> str:
+    if not timed:
+        return (
+            f"**{len(right)} of {len(rows)} tiles are right; none was timed, because this machine has no GPU that runs "
+            "them.** On one, the same call times those that are right, in turns, and puts the fastest first."
+        )
+    from moelab.measure import tie
+
+    times = [timing(row) for row in timed]
+    best = min(times, key=lambda each: each.median_us)
+    tied = sum(tie(each, best) for each in times) - 1
+    share = f", {number(best.median_us / floor_us)} times the floor" if floor_us else ""
+    first = timed[times.index(best)]["config"]
+    return (
+        f"**The fastest of {len(timed)} tiles is {first}: {number(best.median_us)} µs{share}.** {tied} more tie with it (95 % "
+        f"intervals overlap); the slowest takes {number(max(t.median_us for t in times) / best.median_us)} times as long."
+    )
+
+
+# --- under the roof -----------------------------------------------------------------------------------------------
+
+
+def asked(shape: MoEShape, num_tokens: int) -> Cost:
+    """What a layer without a sort asks of memory: an expert's weights again for every (token, slot) pair; same FLOP.
+
+    A cache may answer the repeats, so this is no floor, but what has to be served.
+    """
+    one = roofline.layer_cost(shape, num_tokens, 1.0)
+    return replace(one, bytes_weights=one.bytes_weights * num_tokens * shape.top_k)
+
+
+def on_the_roof(
+    name: str, shape: MoEShape, recording: Recording, at: Ceilings, mine: str, ours: Sequence[str],
+    live: Sequence[Row] = (), here: str = "",
+) -> Panel:  # fmt: skip
+    """Left, time by batch over the floor, and over what `mine` asks of memory; right, the same points on the roof.
+
+    name: a shape of the recording layer_baseline. ours: implementations drawn from it. live: rows of
+    suites.your_kernel.live_rows, `mine` among them; without any, only mine's arithmetic is drawn.
+    """
+    rows = [row for row in recording.select(shape=name) if "samples_us" in row]
+    batches = sorted({row["num_tokens"] for row in rows})
+    title = f"{mine} under the roof: {name}"
+    said = f"ours: {recording.source()}; lines without marks: arithmetic at {at.copy_bytes_per_s / 1e12:g} TB/s, "
+    said += f"{at.flops_per_s / 1e12:g} TFLOP/s<br>" + (
+        f"hollow: live on {here}" if live else f"{mine}: not timed here"
+    )
+    figure = grid(title, said, titles=["time by batch", "the same on the roof"], height=500, gap=0.12)
+    floors = {b: roofline.layer_cost(shape, b) for b in batches}
+    wants = {b: asked(shape, b) for b in batches}
+    _lower_bounds(figure, at, mine, floors, wants)
+    for impl in ours:
+        chosen = [row for row in rows if row["impl"] == impl]
+        _points(figure, impl, chosen, hollow=False)
+    for impl in dict.fromkeys(row["impl"] for row in live):
+        chosen = [row for row in live if row["impl"] == impl and "samples_us" in row and row["shape"] == name]
+        _points(figure, impl, chosen, hollow=True)
+    figure.update_xaxes(title="batch, tokens", **log_axis(batches), row=1, col=1)
+    figure.update_yaxes(title="µs per layer", type="log", dtick=1, row=1, col=1)
+    figure.update_xaxes(title="FLOP / byte", type="log", dtick=1, row=1, col=2)
+    figure.update_yaxes(title="TFLOP/s", type="log", dtick=1, row=1, col=2)
+    figure.update_layout(legend={"orientation": "h", "y": -0.22}, margin={"b": 110})
+    table = [_row(b, rows, live, ours, mine, name, roofline.floor_us(floors[b], at).us, floors[b], wants[b])
+             for b in batches]  # fmt: skip
+    return Panel(figure, table, _said_of_roof(rows, live, mine, name, floors, wants))
+
+
+def _lower_bounds(figure: go.Figure, at: Ceilings, mine: str, floors: Mapping[int, Cost],
+                  wants: Mapping[int, Cost]) -> None:  # fmt: skip
+    """The floor, what mine asks for, and the roof with mine's ceilings on it."""
+    for costs, line, label in ((floors, look("floor").line(), "floor of any layer"),
+                               (wants, {**look(mine).line(), "dash": "dot"}, f"{mine}, if no cache helped")):  # fmt: skip
+        us = [round(roofline.floor_us(cost, at).us, 3) for cost in costs.values()]
+        figure.add_scatter(x=list(costs), y=us, mode="lines", line=line, name=label, row=1, col=1)
+    intensities = [c.intensity for c in (*floors.values(), *wants.values())]
+    ends = [min(intensities) / 2, at.ridge_flop_per_byte, 2 * max(*intensities, at.ridge_flop_per_byte)]
+    roof = [min(x * at.copy_bytes_per_s, at.flops_per_s) / 1e12 for x in ends]
+    figure.add_scatter(
+        x=ends, y=roof, mode="lines", line=look("floor").line(), showlegend=False, name="roof", row=1, col=2
+    )
+    own = [_short(cost.intensity) for cost in wants.values()]
+    reach = [_short(min(x * at.copy_bytes_per_s, at.flops_per_s) / 1e12) for x in own]
+    figure.add_scatter(
+        x=own, y=reach, mode="markers", marker=look(mine).marker(9, hollow=True), customdata=list(wants), row=1, col=2,
+        name=f"{mine}’s own ceiling", hovertemplate=f"{mine}, batch %{{customdata}}: at most %{{y:.3g}} TFLOP/s",
+    )  # fmt: skip
+
+
+def _points(figure: go.Figure, impl: str, rows: Sequence[Row], *, hollow: bool) -> None:
+    rows = sorted(rows, key=lambda row: row["num_tokens"])
+    if not rows:
+        return
+    times = [timing(row) for row in rows]
+    middle = [_short(each.median_us) for each in times]
+    bars = error_bars(middle, *([_short(each.interval_us[end]) for each in times] for end in (0, 1)))
+    style = look(impl)
+    common = {"mode": "lines+markers", "line": style.line(1.6), "marker": style.marker(8, hollow=hollow), "legendgroup": impl,
+              "name": impl + (", live" if hollow else ""), "customdata": [row["num_tokens"] for row in rows]}  # fmt: skip
+    figure.add_scatter(x=[row["num_tokens"] for row in rows], y=middle, error_y=bars, row=1, col=1, **common)
+    figure.add_scatter(
+        x=[_short(row["flops"] / row["bytes"]) for row in rows],
+        y=[_short(row["flops"] / us / 1e6) for row, us in zip(rows, middle, strict=True)], row=1, col=2,
+        **{**common, "showlegend": False, "mode": "markers"},
+    )  # fmt: skip
+
+
+def _short(value: float) -> float:
+    """Four digits: what a figure can show, and a notebook file should hold."""
+    return float(f"{value:.4g}")
+
+
+def _row(batch: int, rows: Sequence[Row], live: Sequence[Row], ours: Sequence[str], mine: str, name: str, floor: float,
+         least: Cost, wants: Cost) -> Row:  # fmt: skip
+    def median(found: Sequence[Row], impl: str) -> float | None:
+        here = [
+            r for r in found if (r["num_tokens"], r["impl"], r["shape"]) == (batch, impl, name) and "samples_us" in r
+        ]
+        return timing(here[0]).median_us if here else None
+
+    return {
+        "batch": batch, "floor, µs": floor, "least MB": least.bytes / 1e6, f"MB {mine} asks for": wants.bytes / 1e6,
+        "times the least": wants.bytes / least.bytes, **{f"{impl}, µs": median(rows, impl) for impl in ours},
+        f"{mine}, µs (live)": median(live, mine),
+    }  # fmt: skip
+
+
+def _said_of_roof(rows: Sequence[Row], live: Sequence[Row], mine: str, name: str, floors: Mapping[int, Cost],
+                  wants: Mapping[int, Cost]) -> str:  # fmt: skip
+    """Up to which batch mine asks for little more than the least, and how it fares against the fastest of ours."""
+    more = {b: wants[b].bytes / floors[b].bytes for b in wants}
+    near = [b for b in more if more[b] <= NEAR]
+    last = max(more)
+    upto = f"up to batch {max(near)}" if near else "at no batch here"
+    said = (
+        f"**{mine} reads an expert’s weights once for every pair: {upto} that is at most {NEAR - 1:.0%} over the least, at batch "
+        f"{last} it is {number(more[last])} times the least.** So it has a chance where tokens are few. "
+    )
+    small = min(more)
+    cell = sound({row["impl"]: row for row in rows if row["num_tokens"] == small})
+    best = min(cell, key=lambda impl: timing(cell[impl]).median_us)
+    said += f"The fastest of ours at batch {small}: {best}, {number(timing(cell[best]).median_us)} µs (recorded)."
+    yours = [r for r in live if (r["num_tokens"], r["impl"], r["shape"]) == (small, mine, name) and "samples_us" in r]
+    if yours:
+        said += f" {mine} here: {number(timing(yours[0]).median_us)} µs."
+    return said
