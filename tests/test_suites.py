@@ -68,6 +68,8 @@ def clock_only(contenders: dict, protocol: object) -> dict:
 def short(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Split-K suite on LONG, with one tile, the widest, to choose from and two runs to tell apart."""
     monkeypatch.setattr(split_k, "measure", clock_only)
+    for room in (stages, layer_classic):  # so small a stage gets 48 rotations, each with an alignment of its own
+        monkeypatch.setattr(room, "rotations_for", lambda *args, **given: 2)
     every, spread = split_k.candidates, split_k.spread
     monkeypatch.setattr(split_k, "shape_of", lambda name: LONG)
     monkeypatch.setattr(split_k, "candidates", lambda rows, K, split: every(rows, K, split)[4:5])
