@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -105,12 +106,17 @@ def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple
             f"{len(samples)} samples, or some that are no numbers. Expected at least one finite sample. Measure again."
         )
     ordered, n = sorted(samples), len(samples)
-    tail, j = 0.0, 0
-    while j < n // 2 and tail + math.comb(n, j) / 2**n <= (1 - confidence) / 2:
-        tail += math.comb(n, j) / 2**n
-        j += 1
-    j = max(j, 1)
+    j = _rank(n, confidence)
     return ordered[j - 1], ordered[n - j]
+
+
+@lru_cache(maxsize=64)  # a second of arithmetic at 2,560 samples if every binomial coefficient is made anew each time
+def _rank(n: int, confidence: float) -> int:
+    """The j of median_interval: the largest whose tail P(B < j) is at most (1 - confidence) / 2, at least 1."""
+    tail, term, j = 0, 1, 0  # in units of 2^-n, exact
+    while j < n // 2 and (tail + term) / 2**n <= (1 - confidence) / 2:
+        tail, term, j = tail + term, term * (n - j) // (j + 1), j + 1
+    return max(j, 1)
 
 
 @dataclass(frozen=True)

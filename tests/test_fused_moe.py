@@ -39,7 +39,7 @@ SPLIT_IMPLS = ["split_k_atomic", "split_k_workspace"]
 
 def split_configs(case: Case, most: int = 2) -> dict[str, KernelConfig]:
     """Tiles for GEMM1 and GEMM2, each with up to `most` parts of its inner size and none of them empty."""
-    tile = KernelConfig(16, 32, 32, 4, 4, 3)
+    tile = KernelConfig(16, 64, 32, 4, 4, 3)
     up, down = (min(most, 1 << ((-(-K // 32)).bit_length() - 1)) for K in (case.hidden, case.inner))
     return {"config": replace(tile, SPLIT_K=up), "down_config": replace(tile, SPLIT_K=down)}
 
@@ -161,7 +161,8 @@ def test_repeated_runs_are_bitwise_equal(impl: str, device: str) -> None:
     inputs = CASES[3].inputs(torch.float16, device)
     configs = split_configs(CASES[3]) if impl in SPLIT_IMPLS else {"config": TILE}
     first = call(CASES[3], inputs, impl, **configs)
-    assert all(torch.equal(first, call(CASES[3], inputs, impl, **configs)) for _ in range(3))
+    again = 3 if device == "cuda" else 1  # the interpreter runs programs in one order, so more would show nothing
+    assert all(torch.equal(first, call(CASES[3], inputs, impl, **configs)) for _ in range(again))
 
 
 def test_router_logits_are_routed(device: str) -> None:

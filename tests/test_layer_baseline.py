@@ -18,7 +18,7 @@ from moelab.suites import layer_baseline, screening
 from moelab.suites.layer_classic import Layer, weight_sets
 
 SMALL = MoEShape.from_sizes(num_experts=4, top_k=2, hidden_size=64, moe_intermediate_size=64, dtype="float32")
-TILES = [KernelConfig(16, n, 32, 1, 4, 2) for n in (32, 64)]
+TILES = [KernelConfig(16, n, 32, 1, 4, 2) for n in (64, 128)]
 
 
 def fake_measure(contenders: dict, protocol: object) -> dict:
@@ -27,11 +27,16 @@ def fake_measure(contenders: dict, protocol: object) -> dict:
     return {name: Measurement(name, (1.0, 2.0, 3.0)) for name in contenders}
 
 
+def clock_only(contenders: dict, protocol: object) -> dict:
+    """For what the suite has called already: in the interpreter every call more is a second."""
+    return fake_measure(dict.fromkeys(contenders, lambda rotation: None), protocol)
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("measure", "measure_eager"):
-        monkeypatch.setattr(layer_baseline, name, fake_measure)
-    monkeypatch.setattr(screening, "measure", fake_measure)
+    monkeypatch.setattr(layer_baseline, "measure", fake_measure)
+    for room, name in ((layer_baseline, "measure_eager"), (screening, "measure")):
+        monkeypatch.setattr(room, name, clock_only)
     monkeypatch.setattr(runtime, "require_cuda", lambda what: None)
     monkeypatch.setattr(layer_baseline, "shape_of", lambda name: SMALL)
     monkeypatch.setattr(layer_baseline, "candidates", lambda rows, *, splits: {16: TILES})
@@ -49,7 +54,7 @@ def test_every_pipeline_gets_a_row_that_loads(small: None, tmp_path: Path) -> No
 
 def test_the_fastest_tile_of_each_gemm_is_chosen(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def by_tile(contenders: dict, rotations: int) -> dict:
-        cost = {32: 2.0, 64: 1.0}
+        cost = {64: 2.0, 128: 1.0}
         return {
             pair: Measurement("", (cost[pair[0].BLOCK_SIZE_N] + 1 / cost[pair[1].BLOCK_SIZE_N],)) for pair in contenders
         }
@@ -57,7 +62,7 @@ def test_the_fastest_tile_of_each_gemm_is_chosen(small: None, monkeypatch: pytes
     monkeypatch.setattr(layer_baseline, "quick", by_tile)
     layer = Layer(SMALL, 3, 2, weight_sets(SMALL))
     chosen = layer_baseline.choose(layer, "triton", 2)
-    assert (chosen.up.BLOCK_SIZE_N, chosen.down.BLOCK_SIZE_N) == (64, 32)
+    assert (chosen.up.BLOCK_SIZE_N, chosen.down.BLOCK_SIZE_N) == (128, 64)
 
 
 def test_a_tile_that_cannot_run_is_counted_and_passed_over(small: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,8 +104,8 @@ def time_over_floor(recording: Recording, peers: Sequence[Row], at: Ceilings, pe
     shapes = _shapes(recording)
     rows_of_plots = 1 if len(shapes) <= 2 else 2
     cols = math.ceil(len(shapes) / rows_of_plots)
-    figure = grid("Time over floor", f"lines: {recording.source()}, 95 % intervals; hollow: {peer_source}", titles=shapes,
-                  rows=rows_of_plots, shared_y=True, height=80 + 280 * rows_of_plots)  # fmt: skip
+    figure = grid("Time over floor", f"lines: {recording.source()}, 95 % intervals<br>hollow: {peer_source}", titles=shapes,
+                  rows=rows_of_plots, shared_y=True, height=96 + 280 * rows_of_plots)  # fmt: skip
     table: list[Row] = []
     for index, shape in enumerate(shapes):
         place = {"row": index // cols + 1, "col": index % cols + 1}
