@@ -14,6 +14,9 @@ from moelab.plots.style import number
 
 Row = Mapping[str, Any]
 
+LONG_TEXT = 48
+"""Characters of a table's cell from which on it is broken into lines."""
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -66,10 +69,15 @@ def table_html(rows: Sequence[Row]) -> str:
     numeric = {c: all(isinstance(row.get(c), int | float | None) for row in rows) for c in columns}
     align = {c: "right" if numeric[c] else "left" for c in columns}
 
-    wrap = "; white-space: nowrap"
-
     def cell(tag: str, column: str, value: str) -> str:
-        return f'<{tag} style="text-align: {align[column]}{wrap if tag == "td" else ""}">{html.escape(value)}</{tag}>'
+        wrap = (
+            ""
+            if tag == "th"
+            else "; min-width: 18em; overflow-wrap: anywhere"
+            if len(value) > LONG_TEXT
+            else "; white-space: nowrap"
+        )
+        return f'<{tag} style="text-align: {align[column]}{wrap}">{html.escape(value)}</{tag}>'
 
     head = "".join(cell("th", c, c) for c in columns)
     body = "".join("<tr>" + "".join(cell("td", c, number(row.get(c))) for c in columns) + "</tr>" for row in rows)
@@ -83,7 +91,7 @@ def table_text(rows: Sequence[Row]) -> str:
     """The same table for a terminal."""
     columns = columns_of(rows)
     cells = [columns, *([number(row.get(c)) for c in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    widths = [min(2 * LONG_TEXT, max(len(line[i]) for line in cells)) for i in range(len(columns))]
     return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
 
 

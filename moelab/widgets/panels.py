@@ -7,6 +7,7 @@ broken figure. Here an exception leaves through the assignment that caused it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,11 +39,23 @@ def interactive_panel(draw: Callable[..., Panel], controls: Mapping[str, widgets
     return widgets.VBox([row, output])
 
 
+def shown(panel: Panel) -> widgets.Output | Panel:
+    """The panel in an Output, for a notebook that is to stay small when it is saved.
+
+    JupyterLab's plotly extension adds a picture of about 100 kB to the file for every figure that is a cell's own output,
+    and none for one in an Output. Under PLOTLY_RENDERER, as `make html` sets it, the panel itself: pages have no kernel.
+    """
+    if os.environ.get("PLOTLY_RENDERER"):
+        return panel
+    return widgets.Output(outputs=tuple(_display_data(bundle) for bundle in panel.bundles()))
+
+
 def _display_data(bundle: Mapping[str, Any]) -> dict[str, Any]:
     return {"output_type": "display_data", "data": dict(bundle), "metadata": {}}
 
 
-def _dropdown(description: str, options: Sequence[Any], value: Any) -> widgets.Dropdown:
+def dropdown(description: str, options: Sequence[Any], value: Any) -> widgets.Dropdown:
+    """A dropdown with that name."""
     return widgets.Dropdown(options=list(options), value=value, description=description)
 
 
@@ -51,11 +64,10 @@ def _slider(description: str, options: Sequence[int], value: int) -> widgets.Sel
     return widgets.SelectionSlider(options=shown, value=value, description=description, continuous_update=False)
 
 
-def explorer(at: Ceilings, model: str = "qwen3-30b-a3b", tp_size: int = 1, num_tokens: int = 64) -> widgets.VBox:
-    """`plots.explorer.explore` with Model, TP and Batch to choose; degrees that do not divide a model are not offered."""
-    models = _dropdown("Model", preset_names(), model)
-    degrees = _dropdown("TP", tp_choices(model), tp_size)
-    batch = _slider("Batch", BATCHES, num_tokens)
+def model_controls(model: str, tp_size: int) -> tuple[widgets.Dropdown, widgets.Dropdown]:
+    """Model and TP; degrees that do not divide the model are not offered."""
+    models = dropdown("Model", preset_names(), model)
+    degrees = dropdown("TP", tp_choices(model), tp_size)
 
     def offer(change: Mapping[str, Any]) -> None:
         fitting = tp_choices(change["new"])
@@ -67,6 +79,13 @@ def explorer(at: Ceilings, model: str = "qwen3-30b-a3b", tp_size: int = 1, num_t
     models.observe(
         offer, "value"
     )  # before the redraw of interactive_panel, which would see a degree that does not divide
+    return models, degrees
+
+
+def explorer(at: Ceilings, model: str = "qwen3-30b-a3b", tp_size: int = 1, num_tokens: int = 64) -> widgets.VBox:
+    """`plots.explorer.explore` with Model, TP and Batch to choose; degrees that do not divide a model are not offered."""
+    models, degrees = model_controls(model, tp_size)
+    batch = _slider("Batch", BATCHES, num_tokens)
     return interactive_panel(
         lambda model, tp_size, num_tokens: plots_explorer.explore(model, tp_size, num_tokens, at),
         {"model": models, "tp_size": degrees, "num_tokens": batch},
