@@ -14,9 +14,6 @@ from moelab.plots.style import number
 
 Row = Mapping[str, Any]
 
-LONG_TEXT = 48
-"""Characters of a table's cell from which on it is broken into lines."""
-
 
 @dataclass(frozen=True)
 class Panel:
@@ -58,6 +55,11 @@ class Panel:
             display(bundle, raw=True)
 
 
+LONG_TEXT = 48
+"""Characters of a table's cell from which on it is broken into lines."""
+BROKEN = "; min-width: 18em; overflow-wrap: anywhere"
+
+
 def columns_of(rows: Sequence[Row]) -> list[str]:
     """The columns of rows that need not all have the same, in order of appearance."""
     return list(dict.fromkeys(key for row in rows for key in row))
@@ -70,13 +72,7 @@ def table_html(rows: Sequence[Row]) -> str:
     align = {c: "right" if numeric[c] else "left" for c in columns}
 
     def cell(tag: str, column: str, value: str) -> str:
-        wrap = (
-            ""
-            if tag == "th"
-            else "; min-width: 18em; overflow-wrap: anywhere"
-            if len(value) > LONG_TEXT
-            else "; white-space: nowrap"
-        )
+        wrap = "" if tag == "th" else BROKEN if len(value) > LONG_TEXT else "; white-space: nowrap"
         return f'<{tag} style="text-align: {align[column]}{wrap}">{html.escape(value)}</{tag}>'
 
     head = "".join(cell("th", c, c) for c in columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from moelab.plots import transfer as plots_transfer
 from moelab.plots.panel import Panel
 from moelab.roofline import device_names
 from moelab.tuner.transfer import PARTS, Transfer
-from moelab.widgets.panels import dropdown, interactive_panel, model_controls
+from moelab.widgets.panels import _display_data, _dropdown, interactive_panel, model_controls
 
 OTHER = "another folder"
 SHOWN: Mapping[str, Sequence[str]] = {
@@ -30,6 +31,17 @@ TRITONS = ("3.2.0", "3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.7.1")
 MATRICES = ("batch by batch", "shortcuts", "other devices’ files")
 
 
+def shown(panel: Panel) -> widgets.Output | Panel:
+    """The panel in an Output, for a notebook that is to stay small when it is saved.
+
+    JupyterLab's plotly extension adds a picture of about 100 kB to the file for every figure that is a cell's own output,
+    and none for one in an Output. Under PLOTLY_RENDERER, as `make html` sets it, the panel itself: pages have no kernel.
+    """
+    if os.environ.get("PLOTLY_RENDERER"):
+        return panel
+    return widgets.Output(outputs=tuple(_display_data(bundle) for bundle in panel.bundles()))
+
+
 def config_doctor(trees: Mapping[str, Path], specimen: str | None = None) -> widgets.VBox:
     """`plots.config_health.findings` with Tree, Folder, Rules and Show to choose; typing a Folder chooses it as the tree.
 
@@ -37,7 +49,7 @@ def config_doctor(trees: Mapping[str, Path], specimen: str | None = None) -> wid
     the error's sentence in place of the figure.
     """
     names = [*trees, OTHER]
-    tree, rules = dropdown("Tree", names, names[0]), dropdown("Rules", ["auto", *RULES], "auto")
+    tree, rules = _dropdown("Tree", names, names[0]), _dropdown("Rules", ["auto", *RULES], "auto")
     folder = widgets.Text(description="Folder", placeholder="a path, then Enter", continuous_update=False)
     folder.observe(lambda _: setattr(tree, "value", OTHER), "value")
 
@@ -51,7 +63,7 @@ def config_doctor(trees: Mapping[str, Path], specimen: str | None = None) -> wid
             return Panel(None, [], f"**{error}**")
         return config_health.findings(report, SHOWN[show], planted(report.rules) if tree == specimen else None)
 
-    controls = {"tree": tree, "folder": folder, "rules": rules, "show": dropdown("Show", list(SHOWN), "everything")}
+    controls = {"tree": tree, "folder": folder, "rules": rules, "show": _dropdown("Show", list(SHOWN), "everything")}
     return interactive_panel(draw, controls)
 
 
@@ -63,16 +75,16 @@ def config_path(trees: Mapping[str, Path], model: str = "qwen3-30b-a3b", num_tok
     models, degrees = model_controls(model, 1)
     devices = [name.replace("_", " ") for name in device_names()]
     controls: dict[str, Any] = {
-        "tree": dropdown("Tree", list(trees), next(iter(trees))),
+        "tree": _dropdown("Tree", list(trees), next(iter(trees))),
         "model": models,
         "tp_size": degrees,
         "num_tokens": widgets.BoundedIntText(
             num_tokens, min=1, max=1 << 20, description="Batch", continuous_update=False
         ),
-        "device": dropdown("Device", devices, "NVIDIA H200"),
-        "triton_version": dropdown("Triton", TRITONS, "3.6.0"),
-        "down": dropdown("GEMM", [("GEMM1", False), ("GEMM2", True)], False),
-        "rules": dropdown("Rules", [lookup_path.ALL, *RULES], lookup_path.ALL),
+        "device": _dropdown("Device", devices, "NVIDIA H200"),
+        "triton_version": _dropdown("Triton", TRITONS, "3.6.0"),
+        "down": _dropdown("GEMM", [("GEMM1", False), ("GEMM2", True)], False),
+        "rules": _dropdown("Rules", [lookup_path.ALL, *RULES], lookup_path.ALL),
     }
     return interactive_panel(lambda tree, **given: lookup_path.explain(trees[tree], **given), controls)
 
@@ -94,8 +106,8 @@ def config_transfer(runs: Mapping[str, Transfer], shipped: Sequence[Mapping[str,
 
     parts = [(plots_transfer.PARTS[part], part) for part in PARTS]
     controls = {
-        "matrix": dropdown("Matrix", MATRICES, MATRICES[0]),
-        "run": dropdown("Run", names, names[0]),
-        "part": dropdown("GEMM", parts, PARTS[0]),
+        "matrix": _dropdown("Matrix", MATRICES, MATRICES[0]),
+        "run": _dropdown("Run", names, names[0]),
+        "part": _dropdown("GEMM", parts, PARTS[0]),
     }
     return interactive_panel(draw, controls)

@@ -7,7 +7,6 @@ broken figure. Here an exception leaves through the assignment that caused it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,23 +38,11 @@ def interactive_panel(draw: Callable[..., Panel], controls: Mapping[str, widgets
     return widgets.VBox([row, output])
 
 
-def shown(panel: Panel) -> widgets.Output | Panel:
-    """The panel in an Output, for a notebook that is to stay small when it is saved.
-
-    JupyterLab's plotly extension adds a picture of about 100 kB to the file for every figure that is a cell's own output,
-    and none for one in an Output. Under PLOTLY_RENDERER, as `make html` sets it, the panel itself: pages have no kernel.
-    """
-    if os.environ.get("PLOTLY_RENDERER"):
-        return panel
-    return widgets.Output(outputs=tuple(_display_data(bundle) for bundle in panel.bundles()))
-
-
 def _display_data(bundle: Mapping[str, Any]) -> dict[str, Any]:
     return {"output_type": "display_data", "data": dict(bundle), "metadata": {}}
 
 
-def dropdown(description: str, options: Sequence[Any], value: Any) -> widgets.Dropdown:
-    """A dropdown with that name."""
+def _dropdown(description: str, options: Sequence[Any], value: Any) -> widgets.Dropdown:
     return widgets.Dropdown(options=list(options), value=value, description=description)
 
 
@@ -66,8 +53,8 @@ def _slider(description: str, options: Sequence[int], value: int) -> widgets.Sel
 
 def model_controls(model: str, tp_size: int) -> tuple[widgets.Dropdown, widgets.Dropdown]:
     """Model and TP; degrees that do not divide the model are not offered."""
-    models = dropdown("Model", preset_names(), model)
-    degrees = dropdown("TP", tp_choices(model), tp_size)
+    models = _dropdown("Model", preset_names(), model)
+    degrees = _dropdown("TP", tp_choices(model), tp_size)
 
     def offer(change: Mapping[str, Any]) -> None:
         fitting = tp_choices(change["new"])
