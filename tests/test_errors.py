@@ -70,6 +70,7 @@ from moelab.tuner import evaluators, export, journal, landscape, space, strategi
 from moelab.tuner.finals import Finals
 from moelab.tuner.problem import Problem
 from moelab.tuner.results import TuneResult
+from moelab.tuner.transfer import Transfer
 
 DEVICE = runtime.current().device
 SHAPE = shapes.MoEShape("tiny", num_experts=4, top_k=2, hidden_size=32, moe_intermediate_size=16, dtype="float32")
@@ -652,6 +653,18 @@ FILES = [
         lambda _: recordings.load("layer_clasic"),
         RecordingError,
         ("layer_clasic", "Did you mean layer_classic"),
+    ),
+    Row(
+        "sglang's files that are not there",
+        lambda p: with_environment("MOELAB_DATA_DIR", str(p), config_files.specimen.shipped_files),
+        RecordingError,
+        ("sglang_shipped_configs.json", "Restore"),
+    ),
+    Row(
+        "transfer in a landscape without finals",
+        lambda _: Transfer(landscape.Landscape(Problem(SHAPE, "NVIDIA H200", "sm_90", "3.6.0"), {}, {}, {}, ())),
+        LandscapeError,
+        ("no finals for up, batch 1", "--resume"),
     ),
     Row("an interval of no samples", lambda _: median_interval([]), RecordingError, ("0 samples",)),
     Row(

@@ -6,11 +6,13 @@ the name. Files lie in `triton_X_Y_Z/` folders, because what is fast under one T
 another. A file `...,kernel=NAME.json` is for a kernel beside the exchange kernel, and no peer can ask for it.
 
 rules.py says how each loader searches; names.py, content.py and search.py follow it; exporting.py writes for a
-loader and reads back; diagnosis.py finds the files that no loader reaches, or no kernel takes.
+loader and reads back; diagnosis.py finds the files that no loader reaches, or no kernel takes, and specimen.py writes one
+of each such.
 """
 
 from __future__ import annotations
 
+from moelab.config_files import specimen
 from moelab.config_files.content import read_config_file, write_config_file
 from moelab.config_files.diagnosis import doctor
 from moelab.config_files.exporting import Exported, Source, export, export_path, left_out, sources
@@ -44,6 +46,7 @@ __all__ = [
     "read_config_file",
     "rules_table",
     "sources",
+    "specimen",
     "version_folders",
     "write_config_file",
 ]

@@ -58,6 +58,11 @@ class Panel:
             display(bundle, raw=True)
 
 
+LONG_TEXT = 48
+"""Characters of a table's cell from which on it is broken into lines."""
+BROKEN = "; min-width: 18em; overflow-wrap: anywhere"
+
+
 def columns_of(rows: Sequence[Row]) -> list[str]:
     """The columns of rows that need not all have the same, in order of appearance."""
     return list(dict.fromkeys(key for row in rows for key in row))
@@ -69,10 +74,9 @@ def table_html(rows: Sequence[Row]) -> str:
     numeric = {c: all(isinstance(row.get(c), int | float | None) for row in rows) for c in columns}
     align = {c: "right" if numeric[c] else "left" for c in columns}
 
-    wrap = "; white-space: nowrap"
-
     def cell(tag: str, column: str, value: str) -> str:
-        return f'<{tag} style="text-align: {align[column]}{wrap if tag == "td" else ""}">{html.escape(value)}</{tag}>'
+        wrap = "" if tag == "th" else BROKEN if len(value) > LONG_TEXT else "; white-space: nowrap"
+        return f'<{tag} style="text-align: {align[column]}{wrap}">{html.escape(value)}</{tag}>'
 
     head = "".join(cell("th", c, c) for c in columns)
     body = "".join("<tr>" + "".join(cell("td", c, number(row.get(c))) for c in columns) + "</tr>" for row in rows)
@@ -89,7 +93,7 @@ def table_text(rows: Sequence[Row]) -> str:
     """The same table for a terminal."""
     columns = columns_of(rows)
     cells = [columns, *([number(row.get(c)) for c in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    widths = [min(2 * LONG_TEXT, max(len(line[i]) for line in cells)) for i in range(len(columns))]
     return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
 
 

@@ -167,6 +167,16 @@ def grid(
     return figure
 
 
+def lean(figure: go.Figure) -> go.Figure:
+    """The figure without the template's defaults for each type of trace: half of what it takes in a saved notebook.
+
+    For figures whose traces set what those defaults would: colours, and the outline of a colour bar.
+    """
+    template = figure.layout.template.to_plotly_json()
+    figure.update_layout(template={"layout": template["layout"]}, overwrite=True)
+    return figure
+
+
 def log_axis(values: Sequence[float]) -> dict[str, Any]:
     """A log axis whose ticks are the values themselves (batch sizes, as a rule).
 

@@ -3,6 +3,7 @@
 from moelab.widgets.choice import Choice
 from moelab.widgets.config_search import landscape_browser, layer_picker
 from moelab.widgets.follow import follow_tokens
+from moelab.widgets.health import config_doctor, config_path, config_transfer, shown
 from moelab.widgets.kernels import kernel_check, kernel_roof
 from moelab.widgets.live_tuner import LiveTuner
 from moelab.widgets.panels import explorer, interactive_panel, padding_picture
@@ -14,6 +15,9 @@ __all__ = [
     "ExportPanel",
     "LiveTuner",
     "WinnerCard",
+    "config_doctor",
+    "config_path",
+    "config_transfer",
     "explorer",
     "follow_tokens",
     "interactive_panel",
@@ -22,5 +26,6 @@ __all__ = [
     "landscape_browser",
     "layer_picker",
     "padding_picture",
+    "shown",
     "strategy_race",
 ]

@@ -58,11 +58,10 @@ def _slider(description: str, options: Sequence[Any], value: Any) -> widgets.Sel
     return widgets.SelectionSlider(options=shown, value=value, description=description, continuous_update=False)
 
 
-def explorer(at: Ceilings, model: str = "qwen3-30b-a3b", tp_size: int = 1, num_tokens: int = 64) -> widgets.VBox:
-    """`plots.explorer.explore` with Model, TP and Batch to choose; degrees that do not divide a model are not offered."""
+def model_controls(model: str, tp_size: int) -> tuple[widgets.Dropdown, widgets.Dropdown]:
+    """Model and TP; degrees that do not divide the model are not offered."""
     models = _dropdown("Model", preset_names(), model)
     degrees = _dropdown("TP", tp_choices(model), tp_size)
-    batch = _slider("Batch", BATCHES, num_tokens)
 
     def offer(change: Mapping[str, Any]) -> None:
         fitting = tp_choices(change["new"])
@@ -74,6 +73,13 @@ def explorer(at: Ceilings, model: str = "qwen3-30b-a3b", tp_size: int = 1, num_t
     models.observe(
         offer, "value"
     )  # before the redraw of interactive_panel, which would see a degree that does not divide
+    return models, degrees
+
+
+def explorer(at: Ceilings, model: str = "qwen3-30b-a3b", tp_size: int = 1, num_tokens: int = 64) -> widgets.VBox:
+    """`plots.explorer.explore` with Model, TP and Batch to choose; degrees that do not divide a model are not offered."""
+    models, degrees = model_controls(model, tp_size)
+    batch = _slider("Batch", BATCHES, num_tokens)
     return interactive_panel(
         lambda model, tp_size, num_tokens: plots_explorer.explore(model, tp_size, num_tokens, at),
         {"model": models, "tp_size": degrees, "num_tokens": batch},

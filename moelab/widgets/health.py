@@ -1,0 +1,113 @@
+"""The controls of 06_config_health: a doctor for any folder, a lookup's path, and matrices of transfer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+
+from moelab.config_files import doctor
+from moelab.config_files.findings import SEVERITIES
+from moelab.config_files.rules import RULES
+from moelab.config_files.specimen import planted
+from moelab.errors import MoelabError
+from moelab.plots import config_health, lookup_path
+from moelab.plots import transfer as plots_transfer
+from moelab.plots.panel import Panel
+from moelab.roofline import device_names
+from moelab.tuner.transfer import PARTS, Transfer
+from moelab.widgets.panels import _display_data, _dropdown, interactive_panel, model_controls
+
+OTHER = "another folder"
+SHOWN: Mapping[str, Sequence[str]] = {
+    "everything": SEVERITIES,
+    "errors and warnings": SEVERITIES[:2],
+    "errors": SEVERITIES[:1],
+}
+TRITONS = ("3.2.0", "3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.7.1")
+MATRICES = ("batch by batch", "shortcuts", "other devices’ files")
+
+
+def shown(panel: Panel) -> widgets.Output | Panel:
+    """The panel in an Output, for a notebook that is to stay small when it is saved.
+
+    JupyterLab's plotly extension adds a picture of about 100 kB to the file for every figure that is a cell's own output,
+    and none for one in an Output. Under PLOTLY_RENDERER, as `make html` sets it, the panel itself: pages have no kernel.
+    """
+    if os.environ.get("PLOTLY_RENDERER"):
+        return panel
+    return widgets.Output(outputs=tuple(_display_data(bundle) for bundle in panel.bundles()))
+
+
+def config_doctor(trees: Mapping[str, Path], specimen: str | None = None) -> widgets.VBox:
+    """`plots.config_health.findings` with Tree, Folder, Rules and Show to choose; typing a Folder chooses it as the tree.
+
+    trees: name -> folder. specimen: the name of the one that `write_specimen` wrote. A folder that cannot be examined shows
+    the error's sentence in place of the figure.
+    """
+    names = [*trees, OTHER]
+    tree, rules = _dropdown("Tree", names, names[0]), _dropdown("Rules", ["auto", *RULES], "auto")
+    folder = widgets.Text(description="Folder", placeholder="a path, then Enter", continuous_update=False)
+    folder.observe(lambda _: setattr(tree, "value", OTHER), "value")
+
+    def draw(tree: str, folder: str, rules: str, show: str) -> Panel:
+        place = Path(folder).expanduser() if tree == OTHER else trees[tree]
+        if tree == OTHER and not folder.strip():
+            return Panel(None, [], "**Type a folder’s path into Folder, then press Enter.**")
+        try:
+            report = doctor(place, rules)
+        except MoelabError as error:
+            return Panel(None, [], f"**{error}**")
+        return config_health.findings(report, SHOWN[show], planted(report.rules) if tree == specimen else None)
+
+    controls = {"tree": tree, "folder": folder, "rules": rules, "show": _dropdown("Show", list(SHOWN), "everything")}
+    return interactive_panel(draw, controls)
+
+
+def config_path(trees: Mapping[str, Path], model: str = "qwen3-30b-a3b", num_tokens: int = 64) -> widgets.VBox:
+    """`plots.lookup_path.explain` with everything that a lookup depends on to choose.
+
+    trees: name -> folder that holds configs/triton_X_Y_Z.
+    """
+    models, degrees = model_controls(model, 1)
+    devices = [name.replace("_", " ") for name in device_names()]
+    controls: dict[str, Any] = {
+        "tree": _dropdown("Tree", list(trees), next(iter(trees))),
+        "model": models,
+        "tp_size": degrees,
+        "num_tokens": widgets.BoundedIntText(
+            num_tokens, min=1, max=1 << 20, description="Batch", continuous_update=False
+        ),
+        "device": _dropdown("Device", devices, "NVIDIA H200"),
+        "triton_version": _dropdown("Triton", TRITONS, "3.6.0"),
+        "down": _dropdown("GEMM", [("GEMM1", False), ("GEMM2", True)], False),
+        "rules": _dropdown("Rules", [lookup_path.ALL, *RULES], lookup_path.ALL),
+    }
+    return interactive_panel(lambda tree, **given: lookup_path.explain(trees[tree], **given), controls)
+
+
+def config_transfer(runs: Mapping[str, Transfer], shipped: Sequence[Mapping[str, Any]]) -> widgets.VBox:
+    """The matrices of `plots.transfer` with Matrix, Run and GEMM to choose.
+
+    runs: name -> a run; of two or more, "another run’s winner" is the next one's. shipped: `specimen.shipped_files()`.
+    """
+    names = list(runs)
+
+    def draw(matrix: str, run: str, part: Any) -> Panel:
+        if matrix == MATRICES[0]:
+            return plots_transfer.by_batch(runs[run], part)
+        if matrix == MATRICES[2]:
+            return plots_transfer.by_file(runs[run], shipped, part)
+        other = runs[names[(names.index(run) + 1) % len(names)]] if len(names) > 1 else None
+        return plots_transfer.choices(runs[run], part, other)
+
+    parts = [(plots_transfer.PARTS[part], part) for part in PARTS]
+    controls = {
+        "matrix": _dropdown("Matrix", MATRICES, MATRICES[0]),
+        "run": _dropdown("Run", names, names[0]),
+        "part": _dropdown("GEMM", parts, PARTS[0]),
+    }
+    return interactive_panel(draw, controls)

@@ -1,0 +1,155 @@
+"""The widgets of 06_config_health follow their controls, and a broken drawing function fails the notebook's cell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from test_transfer import made
+from test_widgets import control, shown, title
+
+from moelab import runtime, widgets
+from moelab.config_files import specimen
+from moelab.plots import config_health
+from moelab.plots.panel import Panel
+from moelab.tuner.transfer import Transfer
+
+SETUP = """
+import tempfile
+from pathlib import Path
+from moelab import runtime, widgets
+from moelab.config_files import specimen
+from moelab.plots import config_health, lookup_path, transfer
+from moelab.plots.panel import Panel
+from test_transfer import made
+from moelab.tuner.transfer import Transfer
+ours = {"ours": runtime.config_dir().parent, "again": runtime.config_dir().parent}
+runs = {"a": Transfer(made()), "b": Transfer(made(seed=1))}
+doctor, path, matrix = widgets.config_doctor(ours), widgets.config_path(ours), widgets.config_transfer(runs, [])
+def broken(*args, **kwargs):
+    raise RuntimeError("the drawing function is broken")
+def turn(box, name, value):
+    next(each for each in box.children[0].children if each.description == name).value = value
+"""
+BREAK = "config_health.findings = lookup_path.explain = transfer.by_batch = transfer.choices = broken\n"
+CASES = {
+    "the doctor's plain call": "config_health.findings(None)",
+    "the doctor is made": "widgets.config_doctor(ours)",
+    "its tree changes": 'turn(doctor, "Tree", "again")',
+    "its folder changes": 'turn(doctor, "Folder", str(ours["ours"]))',
+    "its rules change": 'turn(doctor, "Rules", "sglang")',
+    "what it shows changes": 'turn(doctor, "Show", "errors")',
+    "the path's plain call": "lookup_path.explain(None)",
+    "the path is made": "widgets.config_path(ours)",
+    "its batch changes": 'turn(path, "Batch", 3)',
+    "its device changes": 'turn(path, "Device", "NVIDIA B200")',
+    "its GEMM changes": 'turn(path, "GEMM", True)',
+    "the matrix's plain call": "transfer.by_batch(None)",
+    "the matrix is made": "widgets.config_transfer(runs, [])",
+    "the matrix changes": 'turn(matrix, "Matrix", "shortcuts")',
+    "its run changes": 'turn(matrix, "Run", "b")',
+    "its part changes": 'turn(matrix, "GEMM", "up")',
+}
+
+
+def test_a_broken_drawing_function_fails_the_cell() -> None:
+    v4 = nbformat.v4
+    cells = [v4.new_code_cell(SETUP), *(v4.new_code_cell(BREAK + source) for source in CASES.values())]
+    for cell in cells[1:]:
+        cell.metadata["tags"] = ["raises-exception"]
+    run(v4.new_notebook(cells=cells))
+    failed = {
+        name: [output.evalue for output in cell.outputs if output.output_type == "error"]
+        for name, cell in zip(CASES, cells[1:], strict=True)
+    }
+    assert failed == {name: ["the drawing function is broken"] for name in CASES}
+
+
+def test_nothing_fails_unbroken() -> None:
+    """The counterpart, and the Output of `shown`; nbclient, which nbmake runs, would raise."""
+    v4 = nbformat.v4
+    sources = [source for source in CASES.values() if "(None)" not in source]
+    run(v4.new_notebook(cells=[v4.new_code_cell(source) for source in (SETUP, *sources)]))
+
+
+def run(notebook: nbformat.NotebookNode) -> None:
+    here = {"metadata": {"path": str(Path(__file__).parent)}}
+    NotebookClient(notebook, timeout=60, kernel_name="python3", resources=here).execute()
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    ill = specimen.write_specimen(tmp_path_factory.mktemp("specimen"))
+    return {"ours": runtime.config_dir(), "ill": ill}
+
+
+def test_the_doctor_follows_its_controls(trees: dict[str, Path]) -> None:
+    box = widgets.config_doctor(trees, specimen="ill")
+    assert "moelab: " in title(box)
+    control(box, "Tree").value = "ill"
+    assert title(box).startswith("sglang: 33") and "planted mistakes were found" in str(shown(box))
+    control(box, "Show").value = "errors"
+    assert "unknown_device" not in str(shown(box)[0])
+    control(box, "Rules").value = "vllm"
+    assert title(box).startswith("vllm: ")
+
+
+def test_a_typed_folder_is_examined(trees: dict[str, Path], tmp_path: Path) -> None:
+    box = widgets.config_doctor({"ours": trees["ours"]})
+    control(box, "Folder").value = str(trees["ill"])
+    assert control(box, "Tree").value == "another folder" and title(box).startswith("sglang: 33")
+    control(box, "Folder").value = str(tmp_path / "nowhere")
+    assert "There is no folder" in str(shown(box)) and "Expected" in str(shown(box))
+    control(box, "Folder").value = ""
+    assert "Type a folder" in str(shown(box))
+
+
+def test_the_path_follows_its_controls(trees: dict[str, Path]) -> None:
+    box = widgets.config_path({"ours": trees["ours"].parent, "ill": trees["ill"]})
+    control(box, "Model").value = "mixtral-8x7b"
+    control(box, "TP").value = 2
+    control(box, "Batch").value = 100
+    control(box, "Device").value = "AMD Instinct MI325X"
+    control(box, "GEMM").value = True
+    assert title(box).startswith("mixtral-8x7b, TP 2, batch 100, GEMM2 on AMD Instinct MI325X: ")
+    control(box, "Rules").value = "sglang"
+    control(box, "Triton").value = "3.2.0"
+    assert "Triton 3.2.0" in str(shown(box)[0])
+    control(box, "Tree").value = "ill"
+    assert title(box).endswith("an error")
+
+
+def test_the_matrix_follows_its_controls() -> None:
+    runs = {"a": Transfer(made()), "b": Transfer(made(seed=1))}
+    box = widgets.config_transfer(runs, specimen.shipped_files())
+    assert title(box).endswith("GEMM1 + GEMM2")
+    control(box, "Matrix").value = "shortcuts"
+    control(box, "GEMM").value = "down"
+    assert title(box) == "What a shortcut costs: GEMM2" and "another run" in str(shown(box)[0])
+    control(box, "Run").value = "b"
+    assert "another run" in str(shown(box)[0])
+
+
+def test_controls_have_names(trees: dict[str, Path]) -> None:
+    names = {
+        "doctor": widgets.config_doctor(trees),
+        "path": widgets.config_path({"ours": trees["ours"].parent}),
+        "matrix": widgets.config_transfer({"a": Transfer(made())}, []),
+    }
+    assert {name: [each.description for each in box.children[0].children] for name, box in names.items()} == {
+        "doctor": ["Tree", "Folder", "Rules", "Show"],
+        "path": ["Tree", "Model", "TP", "Batch", "Device", "Triton", "GEMM", "Rules"],
+        "matrix": ["Matrix", "Run", "GEMM"],
+    }
+
+
+def test_shown_is_an_output_in_a_lab_and_the_panel_on_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moelab.config_files import doctor
+
+    panel = config_health.findings(doctor(runtime.config_dir()))
+    output = widgets.shown(panel)
+    assert [each["data"] for each in output.outputs] == panel.bundles()
+    monkeypatch.setenv("PLOTLY_RENDERER", "notebook")
+    assert isinstance(widgets.shown(panel), Panel)
