@@ -18,6 +18,9 @@ SHOWN = 250
 SPREAD = 0.18
 """How far a line may pass beside its value: configs that share a value would lie on each other."""
 
+TICKS = "#444444"
+"""Of the ticks on parallel axes, round which plotly draws a white halo on dark pages too."""
+
 AXES = {
     "shared memory": ("shared memory a program, KiB", lambda d: d.shared_bytes / 1024),
     "waves": ("waves: programs over what the chip holds at once", lambda d: d.waves),
@@ -153,7 +156,7 @@ def parallel(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, with
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
     figure.add_parcoords(
-        dimensions=dimensions, labelfont={"color": GREY}, tickfont={"color": GREY}, rangefont={"color": GREY},
+        dimensions=dimensions, labelfont={"color": GREY}, tickfont={"color": TICKS}, rangefont={"color": GREY},
         line={"color": share.astype(np.float32), "colorscale": "Cividis", "cmin": min(low, 99.0), "cmax": 100},
     )  # fmt: skip
     figure.update_layout(margin={"l": 60, "r": 60, "t": 120, "b": 30})

@@ -82,7 +82,7 @@ def standing(traces: Traces, budget_s: float, which: str = "median") -> Panel:
         middle, style = np.median(values, axis=0), LOOKS[name]
         _band(figure, times, values, times <= budget_s, style)
         drawn = np.isfinite(middle[times <= budget_s]).any()
-        for part, opacity in ((times <= budget_s, 1.0), (times >= budget_s, 0.25)):
+        for part, opacity in ((times <= budget_s, 1.0), (times >= budget_s, 0.4)):
             known = part & np.isfinite(middle)
             figure.add_scatter(
                 x=times[known].astype(np.float32), y=100 * middle[known].astype(np.float32), mode="lines", name=name,
