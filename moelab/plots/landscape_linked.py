@@ -12,8 +12,14 @@ from moelab.plots.style import BLUE, GREY, grid, number, powers
 from moelab.tuner.problem import Gemm
 from moelab.tuner.survey import PARAMETERS, Detail, Survey, short_names
 
-SHOWN = 400
+SHOWN = 250
 """Brushed configs drawn with everything that is known of them: more would make a saved notebook heavy."""
+
+SPREAD = 0.18
+"""How far a line may pass beside its value: configs that share a value would lie on each other."""
+
+TICKS = "#444444"
+"""Of the ticks on parallel axes, round which plotly draws a white halo on dark pages too."""
 
 AXES = {
     "shared memory": ("shared memory a program, KiB", lambda d: d.shared_bytes / 1024),
@@ -128,15 +134,16 @@ def parallel(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, with
     """The brushed configs as lines across their parameters, coloured by per cent of the best."""
     indices = brushed(survey, gemm, num_tokens, allowed, within)
     share = 100 * survey.best_share[gemm][survey.row(num_tokens)][indices]
-    names = short_names()
+    names, draws = short_names(), np.random.default_rng(0)
     dimensions = []
     for column, name in enumerate(PARAMETERS):
         values = survey.axis(name)
-        at = np.array([values.index(int(v)) for v in survey.values[gemm][indices, column]], dtype=np.int8)
+        at = np.array([values.index(int(v)) for v in survey.values[gemm][indices, column]], dtype=np.float32)
+        at += draws.uniform(-SPREAD, SPREAD, len(at)).astype(np.float32)
         dimensions.append(
             {
                 "label": names[name], "values": at, "tickvals": list(range(len(values))),
-                "ticktext": [str(v) for v in values], "range": [-0.2, len(values) - 0.8],
+                "ticktext": [str(v) for v in values], "range": [-0.3, len(values) - 0.7],
             }
         )  # fmt: skip
     low = float(np.floor(min(share, default=99.0)))
@@ -149,7 +156,7 @@ def parallel(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, with
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
     figure.add_parcoords(
-        dimensions=dimensions, labelfont={"color": GREY}, tickfont={"color": GREY}, rangefont={"color": GREY},
+        dimensions=dimensions, labelfont={"color": GREY}, tickfont={"color": TICKS}, rangefont={"color": GREY},
         line={"color": share.astype(np.float32), "colorscale": "Cividis", "cmin": min(low, 99.0), "cmax": 100},
     )  # fmt: skip
     figure.update_layout(margin={"l": 60, "r": 60, "t": 120, "b": 30})

@@ -81,12 +81,13 @@ def standing(traces: Traces, budget_s: float, which: str = "median") -> Panel:
         values = np.array([[max(at(run, t, which), SMALLEST) for t in times] for run in runs])
         middle, style = np.median(values, axis=0), LOOKS[name]
         _band(figure, times, values, times <= budget_s, style)
-        for part, opacity in ((times <= budget_s, 1.0), (times >= budget_s, 0.25)):
+        drawn = np.isfinite(middle[times <= budget_s]).any()
+        for part, opacity in ((times <= budget_s, 1.0), (times >= budget_s, 0.4)):
             known = part & np.isfinite(middle)
             figure.add_scatter(
                 x=times[known].astype(np.float32), y=100 * middle[known].astype(np.float32), mode="lines", name=name,
                 line=style.line(3 if opacity == 1 else 2) | {"shape": "hv"}, opacity=opacity, legendgroup=name,
-                showlegend=opacity == 1, hovertemplate=f"{name}: %{{y:.2f}} % after %{{x:.1f}} s<extra></extra>",
+                showlegend=bool((opacity == 1) == drawn), hovertemplate=f"{name}: %{{y:.2f}} % after %{{x:.1f}} s<extra></extra>",
             )  # fmt: skip
     figure.add_vline(x=budget_s, line={"color": "#7b7b7b", "width": 1})
     figure.update_xaxes(
@@ -96,6 +97,11 @@ def standing(traces: Traces, budget_s: float, which: str = "median") -> Panel:
         title=f"{which} regret over {len(traces.batch_sizes)} batches, %", **powers(100 * SMALLEST, 1000)
     )
     return Panel(slim(figure), _table(traces, budget_s), _sentence(traces, budget_s))
+
+
+def _highest(traces: Traces) -> float:
+    """The largest finite regret of any moment, per cent, and some room."""
+    return 150 * max(p.worst for runs in traces.runs.values() for run in runs for p in run if math.isfinite(p.worst))
 
 
 def _seconds_axis(times: np.ndarray) -> dict[str, object]:
@@ -168,6 +174,7 @@ def _sentence(traces: Traces, budget_s: float) -> str:
     )
     return (
         f"**After {number(budget_s)} s: {_leaders(traces, budget_s, 'median')} in the median batch size; {ended}.** A strategy "
-        "stopped here would still run its finals. Regret is against the best recorded pair of that batch size, so "
-        "differences well under 1 %, to which two recorded runs agree, are no ranking."
+        "stopped here would still run its finals. Regret is of the sum of both GEMMs, against the best recorded pair of that "
+        "batch size; the finals decide by whole layers, so a curve can rise a little at its end. Differences well under 1 %, "
+        "to which two recorded runs agree, are no ranking."
     )

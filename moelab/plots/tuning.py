@@ -44,8 +44,8 @@ def status(history: Sequence[Snapshot], num_tokens: int, source: str) -> list[Pa
         figure.add_annotation(
             text="nothing measured yet", showarrow=False, xref="paper", yref="paper", x=0.5, y=0.5, font={"color": GREY}
         )
-    figure.update_xaxes(title="seconds on the run's clock", rangemode="tozero")
-    figure.update_yaxes(title="GEMM1 + GEMM2, µs")
+    figure.update_xaxes(title="seconds on the run's clock", rangemode="tozero", visible=bool(known))
+    figure.update_yaxes(title="GEMM1 + GEMM2, µs", visible=bool(known))
     return [Panel(slim(figure), _batches(now), _sentence(now, source)), _leaders(now, num_tokens)]
 
 

@@ -6,13 +6,15 @@ from moelab.plots.landscape import slim
 from moelab.plots.panel import Panel, Row
 from moelab.plots.style import BLUE, GREY, ORANGE, error_bars, grid, number
 from moelab.tuner.finals import Contest, Excluded, Finals
+from moelab.tuner.problem import Pair
 from moelab.tuner.results import BatchResult, Gain
 
 NAMES = {"default": "the loader's default", "current": "the config file that was there"}
 
 
-def card(finals: Finals, num_tokens: int, excluded: Excluded = ()) -> Panel:
-    """Every pair of the final with its interval, the winner marked. excluded: (batch size, pair) that may not win."""
+def card(finals: Finals, num_tokens: int, excluded: Excluded = (), chosen: Pair | None = None) -> Panel:
+    """Every pair of the final with its interval, the winner marked, and the chosen pair ringed. excluded: (batch size,
+    pair) that may not win."""
     won = finals.winner(num_tokens, excluded)
     contests = finals.contests(num_tokens)
     figure = grid(
@@ -23,18 +25,18 @@ def card(finals: Finals, num_tokens: int, excluded: Excluded = ()) -> Panel:
     for contest in reversed(contests):
         is_winner, out = contest.pair == (won.up, won.down), (num_tokens, contest.pair) in excluded
         color = GREY if out else (BLUE if is_winner else ORANGE)
+        ring = {"width": 3 if contest.pair == chosen else 0, "color": GREY}
         symbol = "x" if out else ("diamond" if is_winner else "circle")
         figure.add_scatter(
             x=[contest.median_us], y=[label(contest)], mode="markers", showlegend=False,
-            marker={"color": color, "size": 14 if is_winner else 9, "symbol": symbol},
+            marker={"color": color, "size": 14 if is_winner else 9, "symbol": symbol, "line": ring},
             error_x=error_bars([contest.median_us], [contest.low_us], [contest.high_us]) | {"color": color},
             hovertemplate="%{y}: %{x:.2f} µs<extra></extra>",
         )  # fmt: skip
     figure.update_xaxes(title="layer, µs")
     figure.update_yaxes(type="category")
-    return Panel(
-        slim(figure), [_row(c, won, (num_tokens, c.pair) in excluded) for c in contests], _sentence(won, finals)
-    )
+    rows = [_row(c, won, (num_tokens, c.pair) in excluded, c.pair == chosen) for c in contests]
+    return Panel(slim(figure), rows, _sentence(won, finals))
 
 
 def label(contest: Contest) -> str:
@@ -50,13 +52,14 @@ def _headline(won: BatchResult) -> str:
     return f"{number(won.layer_us, 4)} µs" + (f", {NAMES[won.kept]} stays" if won.kept else "")
 
 
-def _row(contest: Contest, won: BatchResult, out: bool) -> Row:
+def _row(contest: Contest, won: BatchResult, out: bool, chosen: bool) -> Row:
+    marks = {"excluded": out, "winner": contest.pair == (won.up, won.down), "chosen": chosen}
     return {
         "GEMM1 | GEMM2": label(contest),
         "layer, µs": contest.median_us,
         "95 % interval": f"{number(contest.low_us, 4)} … {number(contest.high_us, 4)}",
         "samples": contest.samples,
-        "": "excluded" if out else "winner" if contest.pair == (won.up, won.down) else "",
+        "": ", ".join(name for name, is_so in marks.items() if is_so),
     }
 
 

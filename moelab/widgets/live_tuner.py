@@ -41,7 +41,7 @@ PAUSE_S = 0.6
 """How long Pause waits for the measurement under way before it says so anyway: a replay's longest wait and a bit."""
 
 SPEEDS = (("1 ×", 1.0), ("10 ×", 10.0), ("50 ×", 50.0), ("no waiting", math.inf))
-BUDGETS = (("none", None), ("10 s", 10.0), ("30 s", 30.0), ("2 min", 120.0), ("10 min", 600.0))
+BUDGETS = (("none", math.inf), ("10 s", 10.0), ("30 s", 30.0), ("2 min", 120.0), ("10 min", 600.0))
 
 
 class LiveTuner(widgets.VBox):
@@ -80,11 +80,11 @@ class LiveTuner(widgets.VBox):
         options = [(", ".join(map(str, few)), few), *((str(b), (b,)) for b in sizes), (f"all {len(sizes)}", sizes)]
         self.strategy = dropdown("Strategy", tuple(STRATEGIES), "race")
         self.sizes = dropdown("Batches", options, few)
-        self.budget = dropdown("Time limit", BUDGETS, None)
+        self.budget = dropdown("Time limit", BUDGETS, math.inf)
         self.speed = dropdown("Speed", SPEEDS, speed)
         self.speed.disabled = self.live
         self.shown = dropdown("Shown batch", few, few[-1])
-        self.found = dropdown("Runs", [("none found", None)], None)
+        self.found = dropdown("Runs", [("none found", "")], "")
         self.found.layout.max_width = "520px"
         self.shown.observe(self.draw, "value")
         self._settings = _row(self.strategy, self.sizes, self.budget, self.speed, self.shown)
@@ -114,7 +114,7 @@ class LiveTuner(widgets.VBox):
     def find_runs(self) -> None:
         """List the runs in the folder again, newest first."""
         found = [(run.label(), run.path) for run in run_files.find_runs(self.runs)]
-        self.found.options = found or [("none found", None)]
+        self.found.options = found or [("none found", "")]
         self.found.value = self.found.options[0][1]
 
     # --- the run --------------------------------------------------------------------------------------------------
@@ -137,12 +137,11 @@ class LiveTuner(widgets.VBox):
         from moelab.tuner.evaluators import make_gpu_evaluator
 
         evaluator = make_gpu_evaluator(problem) if self.live else self._replay(problem, problem.seed)
-        self._go(
-            TuneSession(
-                problem, evaluator, strategy=self.strategy.value, run=_free(path), budget_s=self.budget.value,
-                on_progress=self._look,
-            )
+        session = TuneSession(
+            problem, evaluator, strategy=self.strategy.value, run=_free(path), on_progress=self._look,
+            budget_s=None if math.isinf(self.budget.value) else self.budget.value,
         )  # fmt: skip
+        self._go(session)
 
     def _problem(self) -> Problem:
         if self.live:
@@ -155,7 +154,7 @@ class LiveTuner(widgets.VBox):
     def take_up(self) -> None:
         """Go on with the run that is chosen under Runs. Raises JournalError where it cannot be taken up."""
         path = self.found.value
-        if self.running or path is None:
+        if self.running or not path:
             self._say(
                 "A run is under way. Stop it first." if self.running else "There is no run to take up in the folder."
             )

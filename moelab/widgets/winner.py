@@ -84,7 +84,7 @@ class WinnerCard(widgets.VBox):
 
     def draw(self) -> None:
         """Show the card."""
-        panel = plots_winner.card(self.choice.finals, self.batch.value, self.choice.excluded)
+        panel = plots_winner.card(self.choice.finals, self.batch.value, self.choice.excluded, self.pair.value)
         if self._said:
             panel = replace(panel, sentence=f"**{self._said}** {panel.sentence}")
         show(self.output, panel)

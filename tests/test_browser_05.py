@@ -1,0 +1,126 @@
+"""05_config_search in a real JupyterLab: every control moves its figure; a tune is begun, held, taken up again, exported."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from browser import Tab, lab, page
+from playwright.sync_api import Locator
+from test_browser import chromium_or_skip, copy_of_the_checkout
+
+NOTEBOOK = "notebooks/05_config_search.ipynb"
+RESTARTED = "window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'"
+SAVED_BYTES = 200_000
+
+
+def cell(tab: Tab, control: str) -> Locator:
+    """The cell that holds a control."""
+    return tab.page.locator(".jp-Cell", has=tab.control(control)).first
+
+
+def press(tab: Tab, name: str) -> None:
+    tab.page.locator("button.jupyter-button", has_text=re.compile(rf"^{name}$")).first.click()
+
+
+def shows(tab: Tab, near: str, text: str) -> None:
+    """Wait until the cell of a control shows a text."""
+    cell(tab, near).get_by_text(re.compile(text)).first.wait_for()
+
+
+def choose_another(tab: Tab, near: str, name: str) -> None:
+    """Choose another option of a dropdown in the cell of `near`, and wait until what the cell shows has changed."""
+    holder = cell(tab, near)
+    select = holder.locator(".widget-dropdown", has_text=re.compile(name)).locator("select").first
+    before, value = holder.inner_text(), select.input_value()
+    labels = [label.replace("\xa0", " ") for label in select.locator("option").all_inner_texts()]
+    select.select_option(index=next(i for i, label in enumerate(labels) if label != value))
+    wait_for_change(tab, holder, before)
+
+
+def wait_for_change(tab: Tab, holder: Locator, before: str) -> None:
+    tab.page.wait_for_function("([node, before]) => node.innerText !== before", arg=[holder.element_handle(), before])
+
+
+def press_arrow(tab: Tab, near: str, name: str) -> None:
+    """Move a slider by the keyboard, and wait until what its cell shows has changed."""
+    holder = cell(tab, near)
+    before = holder.inner_text()
+    tab.control(name).locator(".noUi-handle").first.press("ArrowRight")
+    wait_for_change(tab, holder, before)
+
+
+def explore(tab: Tab) -> None:
+    for name in ("TP", "EP", "Dtype", "Device", "Batch", "Loader", "Model"):
+        choose_another(tab, "Loader", f"^{name}")
+    for name in ("GEMM", "Batch", "Within", "X axis"):
+        choose_another(tab, "X axis", f"^{name}")
+    figure = tab.figure("X axis")
+    for name in ("BLOCK M", "BLOCK N", "BLOCK K", "GROUP M", "stages"):
+        press_arrow(tab, "X axis", name)
+    assert "config" in figure.title()
+    press_arrow(tab, "Budget", "Budget")
+    choose_another(tab, "Budget", "^Regret")
+    race = cell(tab, "Budget")
+    before = race.inner_text()
+    race.locator(".jupyter-widgets.widget-play button, .widget-play button").first.click()
+    wait_for_change(tab, race, before)
+    race.locator(".widget-play button").first.click()
+
+
+def run_all_again(tab: Tab) -> None:
+    """Restart the kernel, as after a crash, and run every cell."""
+    tab.page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+    tab.page.wait_for_function(RESTARTED)
+    tab.run_all()
+
+
+def tune_hold_and_take_up(tab: Tab) -> None:
+    shows(tab, "Strategy", "no GPU here, so this replays")
+    tab.select("Speed", "1 ×")
+    press(tab, "Start")
+    shows(tab, "Strategy", "phase compile")
+    press(tab, "Pause")
+    shows(tab, "Strategy", "Held after the measurement")
+    run_all_again(tab)
+    assert "not finished" in tab.options("Runs")[0].replace("\xa0", " ")
+    tab.select("Speed", "no waiting")
+    press(tab, "Take up")
+    shows(tab, "Strategy", "finished: phase layers")
+
+
+def judge_and_export(tab: Tab, out: Path) -> None:
+    shows(tab, "Pair", "This is a replay")
+    choose_another(tab, "Pair", "^Pair")
+    press(tab, "Exclude")
+    shows(tab, "Pair", "excluded")
+    press(tab, "Restore all")
+    press(tab, "Re-time now")
+    shows(tab, "Pair", "Not timed again: that needs a GPU")
+    choose_another(tab, "Pair", "^Batch")
+    for loader in ("sglang", "vllm", "moelab"):
+        cell(tab, "Folder").locator("select").select_option(label=loader)
+        shows(tab, "Folder", f"each found again through {loader}")
+    press(tab, "Write files")
+    shows(tab, "Folder", "Wrote ")
+    assert len(list(out.rglob("*.json"))) == 2
+
+
+@pytest.mark.browser
+def test_config_search_in_the_browser(tmp_path: Path) -> None:
+    chromium = chromium_or_skip()
+    (tmp_path / "root").mkdir()
+    root = copy_of_the_checkout(tmp_path / "root")
+    with lab(root, tmp_path / "state") as server, page(server, chromium) as tab:
+        tab.open(NOTEBOOK)
+        tab.run_all()
+        explore(tab)
+        tune_hold_and_take_up(tab)
+        judge_and_export(tab, root / "tuned" / "export")
+        tab.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+        tab.page.wait_for_function("!window.jupyterapp.shell.currentWidget.context.model.dirty")
+        saved = (root / NOTEBOOK).stat().st_size
+        assert saved < SAVED_BYTES, f"{saved} bytes saved with widgets"
+        assert tab.outside == [], "requests that would leave the machine"
+        assert tab.console_errors == []
