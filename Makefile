@@ -12,14 +12,15 @@ SUITE ?= all
 LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test unit notebooks lint html pictures gpu sanitize record configs clean
+.PHONY: help setup lab test unit notebooks lint html app pictures gpu sanitize record configs clean
 
 help:
 	@echo 'make lab        JupyterLab on the notebooks (LAB_ARGS="--no-browser --port=8888")'
 	@echo 'make test       tests and notebooks, all that needs no GPU (ARGS="-k roofline" narrows the tests)'
 	@echo 'make lint       ruff (lint, format) and mypy'
 	@echo 'make notebooks  runs every notebook, top to bottom'
-	@echo 'make html       the notebooks, executed, as pages under build/html'
+	@echo 'make html       the notebooks, executed, as a gallery that needs no network: build/html/index.html'
+	@echo 'make app        one notebook as an app, without its code (NOTEBOOK=notebooks/01_roofline.ipynb)'
 	@echo 'make pictures   docs/*.png and the README figures, from data/recordings (needs chromium)'
 	@echo 'make gpu        on a GPU: the gpu tests, then every recording made again'
 	@echo 'make sanitize   on an NVIDIA GPU: every kernel under compute-sanitizer (memcheck, racecheck)'
@@ -55,7 +56,13 @@ lint: $(READY)
 	$(PY) -m mypy
 
 html: $(READY)
-	PLOTLY_RENDERER=notebook $(PY) -m nbconvert --execute --to html --output-dir build/html notebooks/*.ipynb
+	$(PY) -m moelab.plots.gallery $(NOTEBOOKS)
+
+# The config search is the app; a checkout without it shows the roofline.
+NOTEBOOK ?= $(firstword $(wildcard notebooks/05_config_search.ipynb) notebooks/01_roofline.ipynb)
+
+app: $(READY)
+	JUPYTER_PATH=$(CURDIR)/app$(if $(JUPYTER_PATH),:$(JUPYTER_PATH)) $(PY) -m voila $(NOTEBOOK) --template=moelab $(APP_ARGS)
 
 pictures: $(READY)
 	$(PY) -m moelab.plots.pictures

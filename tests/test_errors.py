@@ -64,7 +64,7 @@ from moelab.kernels.split_k_atomic import split_k_atomic_f32
 from moelab.kernels.split_k_workspace import new_workspace, split_k_workspace
 from moelab.kernels.sum_reduce import sum_reduce
 from moelab.measure import measure, measure_eager, measure_host, median_interval
-from moelab.plots import handover
+from moelab.plots import gallery, handover
 from moelab.suites import bench, your_kernel
 from moelab.tuner import evaluators, export, journal, landscape, space, strategies
 from moelab.tuner.finals import Finals
@@ -309,6 +309,7 @@ SORTED = [
 PLUGGED_IN = [
     Row("kernels in no file", lambda p: load_kernels(p / "mine.py"), UnknownNameError, ("mine.py", "Run the cells")),
     Row("more than silu", lambda _: plain(activation="gelu", b2=x(4, 32)), ConfigError, ("'gelu', biases", "teach it")),
+    Row("a gallery of nothing", lambda p: gallery.write_gallery([], p), MoelabError, ("no notebook", "Name them")),
     Row("no tiles to try", lambda _: your_kernel.tune(None, "mine", []), ConfigError, ("No tiles", "mine")),
 ]
 

@@ -52,7 +52,7 @@ def error_map(impl: str, sizes: Mapping[str, int], dtype: str, found: Mapping[st
     figure.update_yaxes(title="token", autorange="reversed", dtick=1, showgrid=False)
     past = sum(not e <= bound for row in errors for e in row)
     table = [{
-        "implementation": impl, "dtype": dtype, **sizes, "largest error": found["max_abs"], "bound": bound,
+        "kernel": impl, "dtype": dtype, "hidden size": sizes["hidden_size"], "largest error": found["max_abs"], "bound": bound,
         "error / bound": worst, "outputs past it": past, "our policy passes": found["passes"],
         "a fixed tolerance of": found["upstream_tolerance"], "it passes": found["upstream_passes"],
     }]  # fmt: skip

@@ -1,0 +1,255 @@
+"""The notebooks, executed, as a gallery of pages that need no network: `make html`, or `python -m moelab.plots.gallery`.
+
+Pages lie in one folder with one copy of plotly's script beside them. Nothing on them asks another host: no fonts, no
+MathJax, no widget manager. A control needs a kernel, so a page shows what it was set to and the figure it drew.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moelab import runtime
+from moelab.errors import MoelabError, RuntimeModeError
+
+PLOTLY, WIDGET, STATE = (
+    "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json",
+)  # fmt: skip
+COVER = "cover"
+"""Tag of the cell whose first figure stands for a notebook in the index; without one, the notebook's first figure."""
+
+CELL_TIMEOUT_S = 600
+COVER_WIDTH = 900
+
+
+@dataclass(frozen=True)
+class Page:
+    """One executed notebook: its file's stem, title, the paragraph after it, cover figure (or None), and body (HTML)."""
+
+    stem: str
+    title: str
+    summary: str
+    cover: Mapping[str, Any] | None
+    body: str
+
+
+# --- from outputs to HTML -----------------------------------------------------------------------------------------
+
+
+def figure_html(figure: Mapping[str, Any], name: str) -> str:
+    """A plotly figure drawn by the page's own script; wide as its column."""
+    height = figure.get("layout", {}).get("height", 440)
+    parts = [json.dumps(figure.get(part, default)) for part, default in (("data", []), ("layout", {}))]
+    said = html.escape(str(figure.get("layout", {}).get("title", {}).get("text", "figure")), quote=True)
+    script = f"Plotly.newPlot({json.dumps(name)},{parts[0]},{parts[1]},{{responsive:true,displaylogo:false}})"
+    script = script.replace("</", "<\\/")
+    return f'<div id="{name}" role="img" aria-label="{said}" style="height:{height}px"></div><script>{script}</script>'
+
+
+def flat_outputs(outputs: Sequence[Mapping[str, Any]], widgets: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Outputs with every widget replaced by the settings of its controls, in words, and by what its Output holds."""
+    for output in outputs:
+        view = output.get("data", {}).get(WIDGET)
+        if view is None:
+            yield output
+            continue
+        settings, inner = _leaves(view["model_id"], widgets)
+        if settings:
+            said = f"Set here: {', '.join(settings)}. To change them: `make lab`."
+            yield {"output_type": "display_data", "data": {"text/markdown": f"*{said}*"}, "metadata": {}}
+        yield from flat_outputs(inner, widgets)
+
+
+def _leaves(model: str, widgets: Mapping[str, Any]) -> tuple[list[str], list[Mapping[str, Any]]]:
+    """(each control as "Name value", the outputs held) of a widget and its children."""
+    state = widgets.get(model, {}).get("state", {})
+    settings: list[str] = []
+    outputs: list[Mapping[str, Any]] = list(state.get("outputs", []))
+    name, labels, index = state.get("description"), state.get("_options_labels"), state.get("index")
+    if name and labels and index is not None:
+        settings.append(f"{name} {labels[index]}")
+    elif name and "value" in state:
+        settings.append(f"{name} {state['value']}")
+    for child in state.get("children", []):
+        more, held = _leaves(str(child).removeprefix("IPY_MODEL_"), widgets)
+        settings, outputs = settings + more, outputs + held
+    return settings, outputs
+
+
+def rendered(notebook: Any, stem: str) -> Page:
+    """An executed notebook as a Page. Figures are numbered, so that the same notebook gives the same text."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    notebook = nbformat.from_dict(json.loads(json.dumps(notebook)))
+    widgets = notebook.metadata.pop("widgets", {}).get(STATE, {}).get("state", {})
+    count, cover, tagged = 0, None, None
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        outputs = []
+        for output in flat_outputs(cell.outputs, widgets):
+            figure = output.get("data", {}).get(PLOTLY)
+            if figure is not None:
+                count += 1
+                cover = cover or figure
+                if COVER in cell.metadata.get("tags", []):
+                    tagged = tagged or figure
+                drawn = {"text/html": figure_html(figure, f"figure-{count}")}
+                output = {"output_type": "display_data", "data": drawn, "metadata": {}}
+            outputs.append(nbformat.from_dict(output))
+        cell.outputs = outputs
+    body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
+    title, summary = _heading(notebook)
+    return Page(stem, title, summary, tagged or cover, local_links(body))
+
+
+def _heading(notebook: Any) -> tuple[str, str]:
+    """(title, first paragraph) of the first cell, as plain text."""
+    lines = [part.strip() for part in notebook.cells[0].source.split("\n\n") if part.strip()]
+    text = re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", lines[1] if len(lines) > 1 else "").replace("`", "")
+    return lines[0].removeprefix("# "), text
+
+
+def local_links(body: str) -> str:
+    """Links to notebooks lead to their pages; links into the checkout, which is not here, become plain paths."""
+    body = re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', body)
+    return re.sub(
+        r'<a href="\.\./([^"]*)"[^>]*>(.*?)</a>', r'<span class="path" title="\1">\2</span>', body, flags=re.S
+    )
+
+
+# --- pages --------------------------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1f2328; --soft: #57606a; --paper: #fff; --box: #f6f8fa; --line: #d0d7de;
+        --link: #0969da }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --soft: #9198a1; --paper: #111; --box: #1c1f24; --line: #3d444d; --link: #6cb6ff } }
+body { margin: 0 auto; padding: 1.5rem; max-width: 1100px; background: var(--paper); color: var(--ink);
+       font: 16px/1.55 system-ui, "DejaVu Sans", sans-serif }
+a { color: var(--link) } nav { margin-bottom: 1rem } .path { font-family: monospace; font-size: .92em }
+pre, code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 13px }
+pre { overflow-x: auto; margin: 0 } .highlight { background: var(--box); border-radius: 6px; padding: .6rem .8rem }
+.prompt, .anchor-link { display: none } .output_area { margin: .6rem 0 } .output_stderr { display: none }
+table { border-collapse: collapse; font-size: 13px } th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--line) }
+.rendered_html { overflow-x: auto } img { max-width: 100% }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 1.2rem; padding: 0 }
+.cards li { list-style: none; border: 1px solid var(--line); border-radius: 8px; padding: 1rem }
+.cards h2 { margin: .6rem 0; font-size: 1.05rem } .cards p { margin: 0; color: var(--soft); font-size: 14px }
+.cards img { width: 100%; border-radius: 4px }
+"""
+
+
+def _document(title: str, head: str, body: str) -> str:
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">\n'
+        f"<style>{STYLE}{_code_colors()}</style>{head}</head>\n<body>{body}</body></html>\n"
+    )
+
+
+def _code_colors() -> str:
+    from pygments.formatters import HtmlFormatter
+
+    light = HtmlFormatter(style="xcode", nobackground=True).get_style_defs(".highlight")
+    dark = HtmlFormatter(style="github-dark", nobackground=True).get_style_defs(".highlight")
+    return f"{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}"
+
+
+def page_html(page: Page) -> str:
+    """A page on its own: the way back, then the notebook."""
+    head = '<script src="plotly.min.js"></script>'
+    return _document(page.title, head, f'<nav><a href="index.html">All notebooks</a></nav><main>{page.body}</main>')
+
+
+def index_html(pages: Sequence[Page], covers: Mapping[str, str]) -> str:
+    """The index: a card for each page, with its cover where one was drawn. covers: stem -> image file."""
+    cards = []
+    for page in pages:
+        alt = html.escape(f"a figure of {page.stem}")
+        picture = f'<img src="{covers[page.stem]}" alt="{alt}">' if page.stem in covers else ""
+        said = f"<p>{html.escape(page.summary)}</p>"
+        cards.append(f'<li>{picture}<h2><a href="{page.stem}.html">{html.escape(page.title)}</a></h2>{said}</li>')
+    where = runtime.current()
+    about = f"<h1>moelab</h1><p>The notebooks as they ran on {html.escape(where.device_name)} ({where.mode})."
+    about += " Pages work offline; controls need a running notebook: <code>make lab</code>.</p>"
+    return _document("moelab: notebooks", "", f'<main>{about}<ul class="cards">{"".join(cards)}</ul></main>')
+
+
+def draw_covers(pages: Sequence[Page], folder: Path) -> dict[str, str]:
+    """Write <stem>.png for each page with a figure; {} where no chromium is on PATH to draw it."""
+    import plotly.graph_objects as go
+    import plotly.io
+
+    if not any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):
+        return {}
+    drawn = {page.stem: go.Figure(page.cover) for page in pages if page.cover is not None}
+    for figure in drawn.values():
+        figure.update_layout(paper_bgcolor="white", plot_bgcolor="white")
+    if drawn:
+        heights = [figure.layout.height or 440 for figure in drawn.values()]
+        paths = [folder / f"{stem}.png" for stem in drawn]
+        plotly.io.write_images(list(drawn.values()), paths, width=COVER_WIDTH, height=heights)
+    return {stem: f"{stem}.png" for stem in drawn}
+
+
+# --- running ------------------------------------------------------------------------------------------------------
+
+
+def executed(path: Path) -> Any:
+    """The notebook run from top to bottom in its own folder, with the state of its widgets. What a cell raises passes."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    where = {"metadata": {"path": str(path.parent)}}
+    client = NotebookClient(
+        notebook, timeout=CELL_TIMEOUT_S, kernel_name="python3", resources=where, store_widget_state=True
+    )
+    client.execute(env={**os.environ, "PLOTLY_RENDERER": "plotly_mimetype"})  # figures as data: `rendered` draws them
+    return notebook
+
+
+def write_gallery(notebooks: Sequence[Path], folder: Path) -> Path:
+    """Execute the notebooks and write their pages, covers, plotly's script and the index; the index's path."""
+    import plotly.offline
+
+    if not notebooks:
+        raise MoelabError("There is no notebook to show. Expected some in notebooks/. Name them, or run in a checkout.")
+    folder.mkdir(parents=True, exist_ok=True)
+    pages = []
+    for path in notebooks:
+        page = rendered(executed(path), path.stem)
+        (folder / f"{path.stem}.html").write_text(page_html(page), encoding="utf-8")
+        print(f"wrote {path.stem}.html")
+        pages.append(page)
+    (folder / "plotly.min.js").write_text(plotly.offline.get_plotlyjs(), encoding="utf-8")
+    index = folder / "index.html"
+    index.write_text(index_html(pages, draw_covers(pages, folder)), encoding="utf-8")
+    return index
+
+
+def main() -> int:
+    """Write build/html from the notebooks named, or from all."""
+    root = runtime.repo_root()
+    if root is None:
+        raise RuntimeModeError("This is no checkout. Expected one, with its notebooks. Clone the repository: use git.")
+    named = [Path(argument).resolve() for argument in sys.argv[1:]]
+    print(f"open {write_gallery(named or sorted((root / 'notebooks').glob('*.ipynb')), root / 'build' / 'html')}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except MoelabError as error:
+        sys.exit(f"moelab: {error}")

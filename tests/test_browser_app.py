@@ -1,0 +1,83 @@
+"""`make app`: Voila serves a notebook's controls without its code, and asks no other host."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+from browser import Server, _free_port, page
+from test_browser import chromium_or_skip
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT_S = 90
+
+
+def recipe() -> str:
+    """The line of the Makefile that serves the app."""
+    return next(line.strip() for line in (ROOT / "Makefile").read_text().splitlines() if "-m voila" in line)
+
+
+@contextlib.contextmanager
+def app(notebook: Path, state: Path) -> Iterator[Server]:
+    """Serve one notebook as the Makefile does; logs and settings go into the throwaway folder `state`."""
+    server = Server(f"http://127.0.0.1:{_free_port()}", "")
+    paths = [str(ROOT / "app"), *filter(None, [os.environ.get("JUPYTER_PATH")])]
+    environment = {**os.environ, "JUPYTER_PATH": os.pathsep.join(paths)}
+    environment |= {name: str(state / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
+    command = [sys.executable, "-m", "voila", str(notebook), "--template=moelab", "--no-browser"]
+    command.append(f"--port={server.url.rpartition(':')[2]}")
+    log = state / "voila.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + TIMEOUT_S
+        while process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{server.url}/voila/static/voila.js", timeout=5).close()
+                break
+            time.sleep(0.2)
+        else:
+            raise RuntimeError(f"Voila did not come up:\n{log.read_text()[-4000:]}")
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.browser
+def test_the_app_follows_its_controls(tmp_path: Path) -> None:
+    chromium = chromium_or_skip()
+    pytest.importorskip("voila", reason="voila is not installed: `make setup` installs it")
+    assert "--template=moelab" in recipe() and "JUPYTER_PATH=$(CURDIR)/app" in recipe()
+    v4 = nbformat.v4
+    code = "from moelab import widgets\nfrom moelab.roofline import load_ceilings\n"
+    code += 'widgets.explorer(load_ceilings("NVIDIA_H200", "floors"))'
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    cells = [v4.new_markdown_cell("# An app"), v4.new_code_cell(code)]
+    nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "app.ipynb")
+    with app(tmp_path / "app.ipynb", tmp_path) as server, page(server, chromium) as tab:
+        tab.page.goto(server.url)
+        figure = tab.figure("Model")
+        title = figure.title()
+        drawn = figure.data()
+        assert tab.page.get_by_text("load_ceilings").count() == 0, "the app shows its code"
+        other = next(name for name in tab.options("Model") if name not in title)
+        tab.select("Model", other)
+        figure.wait_for_title(other)
+        assert figure.data() != drawn
+        batch = tab.step_slider("Batch")
+        figure.wait_for_title(other, f"batch {batch}")
+        assert tab.outside == [], "requests that would leave the machine"
+        assert tab.console_errors == []
