@@ -260,7 +260,7 @@ def whole_op(rows: Sequence[Row], source: str) -> Panel:
     for col, dtype in enumerate(dtypes, start=1):
         for row in (r for r in rows if r["dtype"] == dtype):
             figure.add_scatter(x=[row["name"]], y=[row["max_abs"] / row["bound"]], mode="markers+text", name=row["name"],
-                               text=["\u2003" + _symbols(row["passes"])], textposition="middle right", showlegend=False,
+                               text=[_symbols(row["passes"])], textposition="top center", showlegend=False,
                                marker=look(row["name"]).marker(12), row=1, col=col)  # fmt: skip
     figure.add_hline(1.0, line={"color": GREY, "dash": "dash"})
     order = list(LOOKS)
