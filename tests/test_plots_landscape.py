@@ -58,6 +58,14 @@ def test_linked_views_show_the_same_configs(survey: Survey) -> None:
     assert f"{count} configs brushed (BLOCK M 16–64)" in titles(points) and f"same {count} configs" in titles(lines)
 
 
+def test_a_long_selection_is_cut_and_says_so(survey: Survey, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linked, "SHOWN", 7)
+    count = len(linked.brushed(survey, "up", 64, {}, 10.0))
+    points, lines = (draw(survey, "up", 64, {}, 10.0) for draw in (linked.scatter, linked.parallel))
+    assert f"fastest 7 of {count} configs" in titles(points) and f"fastest 7 of {count} configs" in titles(lines)
+    assert len(points.figure.data[1].x) == 7
+
+
 def test_nothing_brushed_is_said(survey: Survey) -> None:
     allowed = {"BLOCK_SIZE_M": [7]}
     assert "No config of the selection" in linked.scatter(survey, "up", 1, allowed, 0.1).sentence

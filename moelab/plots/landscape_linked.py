@@ -39,26 +39,30 @@ _HOVER = (
 
 def brushed(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, within: float) -> list[int]:
     """Indices of the configs that are allowed and at most `within` slower than the best there, best first; each program
-    once, at most SHOWN."""
+    once."""
     row = survey.row(num_tokens)
     times = survey.times[gemm][row]
     own = survey.representative[gemm][row] == np.arange(len(times))
-    keep = survey.chosen(gemm, allowed) & own & (times <= times.min() * (1 + within))
-    order = np.argsort(np.where(keep, times, np.inf), kind="stable")[: min(SHOWN, int(keep.sum()))]
-    return [int(i) for i in order if np.isfinite(times[i])]
+    keep = survey.chosen(gemm, allowed) & own & np.isfinite(times) & (times <= times.min() * (1 + within))
+    return [int(i) for i in np.argsort(np.where(keep, times, np.inf), kind="stable")[: int(keep.sum())]]
+
+
+def _counted(indices: Sequence[int]) -> str:
+    return f"{len(indices)}" if len(indices) <= SHOWN else f"fastest {SHOWN} of {len(indices)}"
 
 
 def scatter(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, within: float, x: str = "waves") -> Panel:
     """Time against something known of a config, the brushed ones in colour, the others grey. x: a name of AXES."""
     title, value = AXES[x]
-    indices = brushed(survey, gemm, num_tokens, allowed, within)
+    everything = brushed(survey, gemm, num_tokens, allowed, within)
+    indices = everything[:SHOWN]
     details = survey.details(gemm, num_tokens, indices)
     times = survey.times[gemm][survey.row(num_tokens)]
     own = survey.representative[gemm][survey.row(num_tokens)] == np.arange(len(times))
     others = np.setdiff1d(np.flatnonzero(np.isfinite(times) & own), indices)
     behind = survey.details(gemm, num_tokens, [int(i) for i in others])
     figure = grid(
-        f"{GEMM_NAMES[gemm]}, batch {num_tokens}: {len(indices)} configs brushed ({describe(allowed, survey)})",
+        f"{GEMM_NAMES[gemm]}, batch {num_tokens}: {_counted(everything)} configs brushed ({describe(allowed, survey)})",
         f"{survey.landscape.source()}; within {within:.0%} of the best; grey: the other {len(behind)} measured",
         height=420,
     )
@@ -132,7 +136,8 @@ def _sentence(survey: Survey, gemm: Gemm, num_tokens: int, details: Sequence[Det
 
 def parallel(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, within: float) -> Panel:
     """The brushed configs as lines across their parameters, coloured by per cent of the best."""
-    indices = brushed(survey, gemm, num_tokens, allowed, within)
+    everything = brushed(survey, gemm, num_tokens, allowed, within)
+    indices = everything[:SHOWN]
     share = 100 * survey.best_share[gemm][survey.row(num_tokens)][indices]
     names, draws = short_names(), np.random.default_rng(0)
     dimensions = []
@@ -149,7 +154,7 @@ def parallel(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, with
     low = float(np.floor(min(share, default=99.0)))
     dimensions.append({"label": "% of best", "values": share.astype(np.float32), "range": [min(low, 99.0), 100.0]})
     figure = grid(
-        f"{GEMM_NAMES[gemm]}, batch {num_tokens}: the same {len(indices)} configs across their parameters",
+        f"{GEMM_NAMES[gemm]}, batch {num_tokens}: the same {_counted(everything)} configs across their parameters",
         f"{survey.landscape.source()}; one line a config, yellow: nearest to the best; drag along an axis to pick lines",
         height=380,
     )
