@@ -309,7 +309,7 @@ SORTED = [
 PLUGGED_IN = [
     Row("kernels in no file", lambda p: load_kernels(p / "mine.py"), UnknownNameError, ("mine.py", "Run the cells")),
     Row("more than silu", lambda _: plain(activation="gelu", b2=x(4, 32)), ConfigError, ("'gelu', biases", "teach it")),
-    Row("a gallery of nothing", lambda p: gallery.write_gallery([], p), MoelabError, ("no notebook", "Name them")),
+    Row("a gallery of nothing", lambda p: gallery.write_gallery([], p), RuntimeModeError, ("no notebook", "Name them")),
     Row("no tiles to try", lambda _: your_kernel.tune(None, "mine", []), ConfigError, ("No tiles", "mine")),
 ]
 

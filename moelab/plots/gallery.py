@@ -224,7 +224,8 @@ def write_gallery(notebooks: Sequence[Path], folder: Path) -> Path:
     import plotly.offline
 
     if not notebooks:
-        raise MoelabError("There is no notebook to show. Expected some in notebooks/. Name them, or run in a checkout.")
+        problem = "There is no notebook to show. Expected some in notebooks/. Name them, or run in a checkout."
+        raise RuntimeModeError(problem)
     folder.mkdir(parents=True, exist_ok=True)
     pages = []
     for path in notebooks:
