@@ -178,9 +178,14 @@ class Crew:
 
     def close(self) -> None:
         """Kill every child. May be called twice."""
+        children = [member.child for member in self.members if member.child is not None]
+        for child in children:
+            child.process.kill()
         for member in self.members:
-            if member.child is not None:
-                self.drop(member)
+            member.child, member.starts = None, 0
+            member.jobs.clear()
+        for child in children:
+            child.kill()
 
 
 def wait_for(crews: Iterable[Crew]) -> None:
