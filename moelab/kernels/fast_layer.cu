@@ -1,13 +1,13 @@
-// A whole fused MoE layer but for the sum over slots, in one launch, for Hopper (sm_90a).
+// A whole fused MoE layer in one launch, for Hopper (sm_90a).
 //
 // Blocks stay for the whole launch and take tiles in turn: first those of GEMM1 (w13, then silu(gate) * up), then those of
-// GEMM2 (w2, times the routed weight). Weights are wgmma's M and tokens its N, so a tile fits its number of tokens to a
+// GEMM2 (w2, times the routed weight); once all are done, they share out the sums over each token's slots. Weights are wgmma's M and tokens its N, so a tile fits its number of tokens to a
 // multiple of GRAIN and pads nothing in memory. In a block, one warp streams weights by TMA, three gather tokens, and
 // WARPGROUPS warpgroups multiply, 64 weight rows each; a ring of STAGES buffers lets the copies run ahead, across tiles and
 // across the two GEMMs: w2 is on its way while the last tiles of GEMM1 are computed.
 //
 // A tile of GEMM2 waits until the tiles of GEMM1 with the same tokens are done (ready[]). That cannot hang: every block
-// takes tiles in the same order, and all blocks of the launch are on the chip at once.
+// takes tiles in the same order, and all blocks of the launch are on the chip at once. The sums wait for all of GEMM2.
 //
 // Gate and up rows reach shared memory in alternate groups of eight (the layout of the w13 tensor map), so that one thread
 // holds the gate and the up value of one element.
@@ -28,14 +28,17 @@ struct Layer {
     const T* x;                  // (M, H)
     T* inner;                    // (S, I), expert-sorted rows
     T* y;                        // (S, H), row = flat slot, weighted
+    T* out;                      // (M, H)
     const float* topk_weights;   // (S)
+    const int* topk_ids;         // (S); slots of negative ids count as zeros
     const int* sorted_slots;     // (S), flat slots t * top_k + j by expert
     const TokenTile* tiles;      // (*num_tiles)
     const int* num_tiles;
-    int* ready;                  // (most tiles + 1) zeros; left as zeros
-    int ready_size;              // most tiles
-    int top_k, hidden, inner_size;
-    int gemms;                   // bit 0: GEMM1, bit 1: GEMM2
+    int* ready;                  // (most tiles + 2) zeros; left as zeros: tiles, then GEMM2's tiles done, then roles ended
+    int most_tiles;
+    int num_tokens, top_k, hidden, inner_size;
+    int parts;                   // 1: GEMM1, 2: GEMM2, 4: the sum
+    float scale;                 // of the sum
 };
 
 constexpr int K_STEP = 64;                   // elements of K in a stage: 128 bytes, the width of the swizzle
@@ -72,12 +75,12 @@ struct Work {
     int num_tiles, weight_tiles1, weight_tiles2, k_steps1, k_steps2;
     DEVICE int weight_tiles(int gemm) const { return gemm ? weight_tiles2 : weight_tiles1; }
     DEVICE int k_steps(int gemm) const { return gemm ? k_steps2 : k_steps1; }
-    DEVICE int total(int gemms) const {
-        return num_tiles * ((gemms & 1 ? weight_tiles1 : 0) + (gemms & 2 ? weight_tiles2 : 0));
+    DEVICE int total(int parts) const {
+        return num_tiles * ((parts & 1 ? weight_tiles1 : 0) + (parts & 2 ? weight_tiles2 : 0));
     }
     // Tile `index` of the launch: which GEMM, which tokens, which weight rows.
-    DEVICE void find(int index, int gemms, int& gemm, int& tokens, int& weights) const {
-        const int first = gemms & 1 ? num_tiles * weight_tiles1 : 0;
+    DEVICE void find(int index, int parts, int& gemm, int& tokens, int& weights) const {
+        const int first = parts & 1 ? num_tiles * weight_tiles1 : 0;
         gemm = index >= first;
         const int local = gemm ? index - first : index;
         tokens = local / weight_tiles(gemm);
@@ -100,9 +103,9 @@ template <typename T, int WARPGROUPS, int STAGES, int TOKENS>
 DEVICE void stream_weights(Shared<WARPGROUPS, STAGES, TOKENS>& shared, const Layer<T>& layer, const Work& work,
                            const TensorMap* w13, const TensorMap* w2) {
     Ring<STAGES> ring;
-    for (int index = blockIdx.x; index < work.total(layer.gemms); index += gridDim.x) {
+    for (int index = blockIdx.x; index < work.total(layer.parts); index += gridDim.x) {
         int gemm, tokens, weights;
-        work.find(index, layer.gemms, gemm, tokens, weights);
+        work.find(index, layer.parts, gemm, tokens, weights);
         const int expert = layer.tiles[tokens].expert;
         for (int step = 0; step < work.k_steps(gemm); ++step, ring.advance()) {
             uint64_t* full = &shared.full[ring.stage];
@@ -125,9 +128,9 @@ DEVICE void stream_tokens(Shared<WARPGROUPS, STAGES, TOKENS>& shared, const Laye
     const int thread = threadIdx.x - 32;
     Ring<STAGES> ring;
     int buffer = 0;
-    for (int index = blockIdx.x; index < work.total(layer.gemms); index += gridDim.x) {
+    for (int index = blockIdx.x; index < work.total(layer.parts); index += gridDim.x) {
         int gemm, tokens, weights;
-        work.find(index, layer.gemms, gemm, tokens, weights);
+        work.find(index, layer.parts, gemm, tokens, weights);
         const TokenTile tile = layer.tiles[tokens];
         if (gemm == 0) {
             int* rows = shared.gathered[buffer];
@@ -150,7 +153,7 @@ DEVICE void stream_tokens(Shared<WARPGROUPS, STAGES, TOKENS>& shared, const Laye
         }
         if (thread == 0) {
             const int needed = work.weight_tiles1 * WARPGROUPS;
-            if (layer.gemms & 1)
+            if (layer.parts & 1)
                 while (load_acquire(&layer.ready[tokens]) < needed) back_off();
             fence_async_global();
         }
@@ -285,31 +288,64 @@ DEVICE void compute_tile_of(Shared<WARPGROUPS, STAGES, TOKENS>& shared, const La
     compute_tile<T, N>(shared, layer, work, ring, tile, gemm, weights);
 }
 
+// out[t] = scale * sum over slots of y[t * top_k + slot], eight columns a thread, by the consumers of all blocks.
+template <typename T>
+DEVICE void sum_slots(const Layer<T>& layer, int consumers) {
+    const int columns = layer.hidden / 8;
+    const int first = blockIdx.x * consumers + threadIdx.x - 128;
+    for (int i = first; i < layer.num_tokens * columns; i += gridDim.x * consumers) {
+        const int token = i / columns, column = i % columns * 8;
+        float sums[8] = {};
+#pragma unroll 8
+        for (int slot = token * layer.top_k; slot < (token + 1) * layer.top_k; ++slot) {
+            uint4 eight = {};
+            if (layer.topk_ids[slot] >= 0)
+                eight = load_written(layer.y + static_cast<uint64_t>(slot) * layer.hidden + column);
+            add_pair(sums[0], sums[1], eight.x, T());
+            add_pair(sums[2], sums[3], eight.y, T());
+            add_pair(sums[4], sums[5], eight.z, T());
+            add_pair(sums[6], sums[7], eight.w, T());
+        }
+        uint4 result;
+        result.x = packed(layer.scale * sums[0], layer.scale * sums[1], T());
+        result.y = packed(layer.scale * sums[2], layer.scale * sums[3], T());
+        result.z = packed(layer.scale * sums[4], layer.scale * sums[5], T());
+        result.w = packed(layer.scale * sums[6], layer.scale * sums[7], T());
+        *reinterpret_cast<uint4*>(layer.out + static_cast<uint64_t>(token) * layer.hidden + column) = result;
+    }
+}
+
 template <typename T, int GRAIN, int WARPGROUPS, int STAGES, int TOKENS>
 DEVICE void consume(Shared<WARPGROUPS, STAGES, TOKENS>& shared, const Layer<T>& layer, const Work& work) {
     const int group = threadIdx.x / 128 - 1;
     Ring<STAGES> ring;
-    for (int index = blockIdx.x; index < work.total(layer.gemms); index += gridDim.x) {
+    for (int index = blockIdx.x; index < work.total(layer.parts); index += gridDim.x) {
         int gemm, tokens, weights;
-        work.find(index, layer.gemms, gemm, tokens, weights);
+        work.find(index, layer.parts, gemm, tokens, weights);
         const TokenTile tile = layer.tiles[tokens];
         compute_tile_of<T, TOKENS, GRAIN>(shared, layer, work, ring, tile, gemm, weights);
-        if (gemm == 0) {  // every thread's stores first, for the TMA of other blocks too; then one word that they are there
-            fence_async_global();
-            __threadfence();
-        }
+        if (gemm == 0) fence_async_global();  // what was stored, for the TMA of other blocks
+        __threadfence();
         named_barrier(CONSUMERS + group, 128);
-        if (gemm == 0 && threadIdx.x % 128 == 0) add_release(&layer.ready[tokens], 1);
+        if (threadIdx.x % 128 == 0) add_release(&layer.ready[gemm ? layer.most_tiles : tokens], 1);
     }
+    if (!(layer.parts & 4)) return;
+    if (threadIdx.x % 128 == 0 && layer.parts & 2) {
+        const int needed = work.num_tiles * work.weight_tiles2 * WARPGROUPS;
+        while (load_acquire(&layer.ready[layer.most_tiles]) < needed) back_off();
+    }
+    named_barrier(CONSUMERS + group, 128);
+    sum_slots(layer, WARPGROUPS * 128);
 }
 
 // The last role to end in the whole launch leaves ready[] as it was: zeros.
 template <typename T>
 DEVICE void leave(const Layer<T>& layer, int roles) {
-    int* done = &layer.ready[layer.ready_size];
-    if (add_acquire_release(done, 1) + 1 < roles) return;
+    int* ended = &layer.ready[layer.most_tiles + 1];
+    if (add_acquire_release(ended, 1) + 1 < roles) return;
     for (int tile = 0; tile < *layer.num_tiles; ++tile) layer.ready[tile] = 0;
-    *done = 0;
+    layer.ready[layer.most_tiles] = 0;
+    *ended = 0;
 }
 
 template <typename T, int WARPGROUPS, int STAGES, int TOKENS, int GRAIN, int BOX, int BLOCKS>

@@ -162,6 +162,19 @@ DEVICE uint32_t packed(float low, float high, __half) {
     return *reinterpret_cast<uint32_t*>(&both);
 }
 
+DEVICE void add_pair(float& low, float& high, uint32_t pair, __nv_bfloat16) {
+    low += __uint_as_float(pair << 16);
+    high += __uint_as_float(pair & 0xFFFF0000u);
+}
+DEVICE void add_pair(float& low, float& high, uint32_t pair, __half) {
+    const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+    low += both.x;
+    high += both.y;
+}
+
+// 16 bytes that another block wrote in this launch: past the first-level cache.
+DEVICE uint4 load_written(const void* address) { return __ldcg(static_cast<const uint4*>(address)); }
+
 DEVICE float fast_sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 
 }  // namespace hopper

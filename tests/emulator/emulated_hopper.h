@@ -29,6 +29,7 @@
 struct Index { int x; };
 inline thread_local Index threadIdx, blockIdx, gridDim;
 struct uint2 { uint32_t x, y; };
+struct uint4 { uint32_t x, y, z, w; };
 struct float2 { float x, y; };
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 struct __half { uint16_t bits; };
@@ -288,6 +289,12 @@ template <typename T>
 inline uint32_t packed(float low, float high, T as) {
     return narrowed(low, as) | narrowed(high, as) << 16;
 }
+template <typename T>
+inline void add_pair(float& low, float& high, uint32_t pair, T) {
+    low += widened(T{static_cast<uint16_t>(pair)});
+    high += widened(T{static_cast<uint16_t>(pair >> 16)});
+}
+inline uint4 load_written(const void* address) { return *static_cast<const uint4*>(address); }
 inline float fast_sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
 }  // namespace hopper

@@ -1,0 +1,253 @@
+"""A whole fused MoE layer in one launch of CUDA C++, for Hopper: fast_layer.cu, its instances and its launcher.
+
+Compiling needs no GPU (see `moelab.kernels.nvrtc`); running one needs sm_90.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moelab.config import Target
+from moelab.errors import DtypeError, RuntimeModeError, ShapeError
+from moelab.kernels import checks, nvrtc
+from moelab.kernels.tensor_map import TensorMap
+from moelab.kernels.token_tiles import TokenTiles
+
+SOURCE = Path(__file__).with_name("fast_layer.cu")
+STORAGE = {torch.bfloat16: ("__nv_bfloat16", "bf16"), torch.float16: ("__half", "f16")}
+K_STEP = 64
+"""Elements of K in a stage: 128 bytes, TMA's widest swizzle."""
+
+GEMM1, GEMM2, SUM = 1, 2, 4
+"""Parts of the layer, for launches of less than the whole."""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One compiled form of the kernel.
+
+    warpgroups: that multiply, 64 weight rows each. stages: buffers of 64 elements of K in the ring. tokens: most rows of a
+    tile. grain: a tile of fewer rows is multiplied as the next multiple of it. box: rows that one TMA load of tokens
+    brings. blocks: per multiprocessor.
+    """
+
+    warpgroups: int
+    stages: int
+    tokens: int
+    grain: int
+    box: int
+    blocks: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Of a block: the warpgroups that multiply, and one that copies."""
+        return (self.warpgroups + 1) * 128
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block: the ring, its barriers (two of 8 bytes a stage), and the rows' tokens, slots and weights."""
+        stage = self.warpgroups * 64 * 128 + self.tokens * 128 + 16
+        return self.stages * stage + (2 + 2 * self.warpgroups) * self.tokens * 4
+
+    def expression(self, dtype: torch.dtype) -> str:
+        """The template instance to compile, as NVRTC names it."""
+        numbers = (self.warpgroups, self.stages, self.tokens, self.grain, self.box, self.blocks)
+        return f"fast_layer<{STORAGE[dtype][0]}, {', '.join(map(str, numbers))}>"
+
+    def source(self, dtype: torch.dtype) -> str:
+        """fast_layer.cu with the wgmma shapes that this instance asks for."""
+        shapes = "\n".join(_wgmma(n, dtype) for n in range(self.grain, self.tokens + 1, self.grain))
+        head = "template <typename T, int N> DEVICE void wgmma(float (&sums)[N / 2], uint64_t weights, uint64_t tokens);"
+        return f'#include "hopper.cuh"\nnamespace hopper {{\n{head}\n{shapes}\n}}\n{SOURCE.read_text()}'
+
+
+def _wgmma(n: int, dtype: torch.dtype) -> str:
+    """sums (64, n) += weights (64, 16) x tokens (n, 16)^T, both in shared memory, K innermost."""
+    storage, kind = STORAGE[dtype]
+    half = n // 2
+    sums = ", ".join(f"%{i}" for i in range(half))
+    operands = ", ".join(f'"+f"(sums[{i}])' for i in range(half))
+    return (
+        f"template <> DEVICE void wgmma<{storage}, {n}>(float (&sums)[{half}], uint64_t weights, uint64_t tokens) {{\n"
+        f'asm volatile("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{sums}}}, %{half}, %{half + 1}, '
+        f'1, 1, 1, 0, 0;" : {operands} : "l"(weights), "l"(tokens)); }}'
+    )
+
+
+# Widest tile of tokens -> the instance for it. One warpgroup and two blocks a multiprocessor where weights are all there
+# is to move: more, smaller tiles. The ring takes what shared memory is left: 227 KiB a block, 228 for all, 1 kept of each.
+INSTANCES = {
+    8: Instance(1, 12, 8, 8, 8, blocks=2),
+    16: Instance(1, 11, 16, 8, 8, blocks=2),
+    64: Instance(2, 9, 64, 16, 16),
+    128: Instance(2, 6, 128, 32, 32),
+    256: Instance(2, 4, 256, 64, 32),
+}
+
+
+def instance_for(num_tokens: int, top_k: int, num_experts: int) -> Instance:
+    """The instance for a batch, by the rows an expert gets if tokens spread evenly, and a third more than that."""
+    rows = 1.33 * num_tokens * top_k / num_experts
+    return next((INSTANCES[most] for most in INSTANCES if min(rows, num_tokens) <= most), INSTANCES[256])
+
+
+class LayerArguments(ctypes.Structure):
+    """`Layer` of fast_layer.cu, field for field."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "inner", "y", "out", "topk_weights", "topk_ids")),
+        *((name, ctypes.c_void_p) for name in ("sorted_slots", "tiles", "num_tiles", "ready")),
+        *((name, ctypes.c_int) for name in ("most_tiles", "num_tokens", "top_k", "hidden", "inner_size", "parts")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+def tensor_maps(instance: Instance, w13: Tensor, w2: Tensor, inner: Tensor) -> tuple[TensorMap, TensorMap, TensorMap]:
+    """Maps of w13 (E, 2N, H), w2 (E, H, N) and inner (S, N), in the boxes of that instance.
+
+    w13's dimensions are H, row in a group of eight, gate or up, group, expert: a box brings groups of gate and of up rows
+    in turn.
+    """
+    experts, rows, hidden = w13.shape
+    size = rows // 2
+    return (
+        TensorMap(
+            (hidden, 8, 2, size // 8, experts),
+            (hidden, size * hidden, 8 * hidden, rows * hidden),
+            (K_STEP, 8, 2, 4 * instance.warpgroups, 1),
+        ),
+        TensorMap((size, hidden, experts), (size, hidden * size), (K_STEP, 64 * instance.warpgroups, 1)),
+        TensorMap((size, inner.shape[0]), (size,), (K_STEP, instance.box)),
+    )
+
+
+def check_fast_layer(x: Tensor, w13: Tensor, w2: Tensor, target: Target | None) -> None:
+    """Raise unless the kernel takes these sizes and dtypes on that chip: RuntimeModeError, DtypeError, ShapeError."""
+    if target is None or target.name != "sm_90":
+        raise RuntimeModeError(
+            f"impl='fast' was asked for on {'no GPU' if target is None else target.name}. Expected a Hopper GPU (sm_90), whose "
+            "wgmma and TMA it is written for. Use impl='triton', or 'gated_tma' on later chips."
+        )
+    if x.dtype not in STORAGE:
+        raise DtypeError(
+            f"hidden_states is {str(x.dtype).removeprefix('torch.')}. Expected bfloat16 or float16 for impl='fast'. Cast it, "
+            "or use impl='triton'."
+        )
+    for name, size in (("hidden_size", x.shape[1]), ("moe_intermediate_size", w2.shape[2])):
+        if size % 8:
+            raise ShapeError(
+                f"{name} is {size}. Expected a multiple of 8 for impl='fast', whose copies are of 16 bytes. Pad it, or use "
+                "impl='triton'."
+            )
+    for name, tensor in (("hidden_states", x), ("w13", w13), ("w2", w2)):
+        if tensor.data_ptr() % 16:
+            raise ShapeError(
+                f"{name} starts {tensor.data_ptr() % 16} bytes past a multiple of 16. Expected an address on 16 bytes for TMA. "
+                "Call .clone() on the slice once, outside the hot path."
+            )
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    kernel: Any
+    grid: int
+
+
+@functools.cache
+def _loaded(device: int, instance: Instance, dtype: torch.dtype) -> _Loaded:
+    """The instance on that GPU, allowed its shared memory, and the blocks that the GPU holds at once."""
+    from cuda.bindings import driver
+
+    core = nvrtc.cuda_core()
+    core.Device(device).set_current()
+    expression = instance.expression(dtype)
+    code = nvrtc.compiled("sm_90a", instance.source(dtype), expression)
+    kernel = code.get_kernel(expression)
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (error,) = driver.cuKernelSetAttribute(attribute, instance.shared_bytes, kernel.handle, driver.CUdevice(device))
+    _require(error, f"{instance.shared_bytes} bytes of shared memory a block")
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return _Loaded(kernel, processors * instance.blocks)
+
+
+def _require(error: Any, what: str) -> None:
+    if error.value:
+        raise RuntimeModeError(
+            f"The CUDA driver refused {what}: {error.name}. Expected a Hopper GPU with a driver for CUDA 12.8 or later. "
+            "Look at nvidia-smi, or use impl='triton'."
+        )
+
+
+class _Maps:
+    """Encoded maps of weights, kept for as long as the weight lives, as moelab.kernels.descriptors keeps its own."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, int, TensorMap], tuple[weakref.ref[Tensor], Any]] = {}
+
+    def get(self, w: Tensor, spec: TensorMap) -> Any:
+        key = (id(w), w.data_ptr(), spec)
+        entry = self._kept.get(key)
+        if entry is not None and entry[0]() is w:
+            return entry[1]
+        encoded = spec.encode(w)
+        self._kept[key] = (weakref.ref(w, lambda _: self._kept.pop(key, None)), encoded)
+        return encoded
+
+
+_maps = _Maps()
+
+
+def fast_layer(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    tiles: TokenTiles,
+    instance: Instance,
+    *,
+    scale: float = 1.0,
+    parts: int = GEMM1 | GEMM2 | SUM,
+) -> Tensor:
+    """The layer of checked tensors (`check_fast_layer`): x (M, H), w13 (E, 2N, H), w2 (E, H, N); out (M, H).
+
+    topk_weights (M, k) float32, topk_ids (M, k) int32; tiles: of at most instance.tokens rows. parts: GEMM1, GEMM2, SUM, to
+    leave some out, which then find in their scratch memory what lies there. Deterministic; no host synchronisation.
+    """
+    device = x.get_device()
+    loaded = _loaded(device, instance, x.dtype)
+    num_slots, size = topk_ids.numel(), w2.shape[2]
+    inner, y, out = x.new_empty((num_slots, size)), x.new_empty((num_slots, x.shape[1])), torch.empty_like(x)
+    of_w13, of_w2, of_inner = tensor_maps(instance, w13, w2, inner)
+    arguments = LayerArguments(
+        *(t.data_ptr() for t in (x, inner, y, out, topk_weights, topk_ids, *tiles)),
+        tiles.most, x.shape[0], topk_ids.shape[1], x.shape[1], size, parts, scale,
+    )  # fmt: skip
+    _launch(loaded, instance, device, (_maps.get(w13, of_w13), _maps.get(w2, of_w2), of_inner.encode(inner), arguments))
+    return out
+
+
+def _launch(loaded: _Loaded, instance: Instance, device: int, parameters: tuple[Any, ...]) -> None:
+    from cuda.bindings import driver
+
+    addresses = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(p) for p in parameters))
+    stream = torch.cuda.current_stream(device).cuda_stream
+    (error,) = driver.cuLaunchKernel(
+        driver.CUfunction(int(loaded.kernel.handle)), loaded.grid, 1, 1, instance.threads, 1, 1, instance.shared_bytes,
+        driver.CUstream(stream), ctypes.addressof(addresses), 0,
+    )  # fmt: skip
+    _require(error, f"a launch of {loaded.grid} blocks of {instance.threads} threads")
+
+
+def available() -> bool:
+    """Whether this process sees a GPU that the kernel runs on."""
+    target = checks.current_target()
+    return target is not None and target.name == "sm_90"
