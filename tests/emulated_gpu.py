@@ -23,11 +23,11 @@ MAIN = """
 #include "{source}"
 extern "C" void run(const TensorMap* maps, const void* layer, int blocks) {{
     typedef {storage} T;
-    emulated::launch(blocks, {threads}, sizeof(Shared<{w}, {stages}, {tokens}>), [=] {{
+    emulated::launch(blocks, {threads}, sizeof(Shared<{shape}>), [=] {{
         {expression}(maps[0], maps[1], maps[2], *static_cast<const Layer<T>*>(layer));
     }});
 }}
-extern "C" int shared_bytes() {{ return sizeof(Shared<{w}, {stages}, {tokens}>); }}
+extern "C" int shared_bytes() {{ return sizeof(Shared<{shape}>); }}
 extern "C" int argument_bytes() {{ return sizeof(Layer<{storage}>); }}
 """
 
@@ -55,8 +55,8 @@ def built(instance: Instance, dtype: torch.dtype) -> ctypes.CDLL:
     """That instance as a shared library."""
     folder = Path(tempfile.mkdtemp(prefix="moelab-emulated-"))
     text = MAIN.format(
-        source=fast_layer.SOURCE, storage=STORAGE[dtype][0], threads=instance.threads, w=instance.warpgroups,
-        stages=instance.stages, tokens=instance.tokens, expression=instance.expression(dtype),
+        source=fast_layer.SOURCE, storage=STORAGE[dtype][0], threads=instance.threads, shape=instance.shape,
+        expression=instance.expression(dtype),
     )  # fmt: skip
     (folder / "main.cpp").write_text(text)
     command = ["g++", "-std=c++20", "-O2", "-DMOELAB_EMULATED", f"-I{HERE}", f"-I{fast_layer.SOURCE.parent}", "-shared"]

@@ -24,12 +24,12 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def ordered(topk_ids: torch.Tensor, num_experts: int, rows: int) -> TokenTiles:
+def ordered(topk_ids: torch.Tensor, num_experts: int, instance: Instance) -> TokenTiles:
     flat = topk_ids.flatten()
     slots = torch.argsort(torch.where(flat < 0, num_experts, flat), stable=True).int()
     counts = torch.bincount(flat[flat >= 0].long(), minlength=num_experts)
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]).int()
-    return token_tiles_ref(slots, offsets, rows)
+    return token_tiles_ref(slots, offsets, instance.tokens, 16 if instance.tokens % 16 == 0 else 8)
 
 
 def compare(
@@ -44,7 +44,7 @@ def compare(
     if ids is None:
         ids = torch.stack([torch.randperm(experts, generator=g)[:top_k] for _ in range(num_tokens)]).int()
     weights = torch.rand(num_tokens, top_k, generator=g)
-    tiles = ordered(ids, experts, instance.tokens)
+    tiles = ordered(ids, experts, instance)
     out, _, _, ready = emulated_gpu.run_layer(x, w13, w2, weights, ids, tiles, instance, scale=1.5, blocks=blocks)
     truth = reference.fused_moe_ref(*(t.double() for t in (x, w13, w2, weights)), ids, routed_scaling_factor=1.5)
     own = reference.fused_moe_ref(x, w13, w2, weights, ids, routed_scaling_factor=1.5)
@@ -53,9 +53,9 @@ def compare(
     assert not ready.any()  # left as it was found
 
 
-SMALL = Instance(1, 3, 16, 8, 8, blocks=2)
-MIDDLE = Instance(2, 3, 64, 16, 16)
-WIDE = Instance(3, 2, 192, 64, 16)
+SMALL = Instance(1, 1, 3, 16, 8, 8, per_processor=2)
+MIDDLE = Instance(2, 1, 3, 64, 16, 16)
+WIDE = Instance(2, 2, 2, 176, 48, 16)
 
 
 @needs_compiler
@@ -99,7 +99,7 @@ def test_the_same_bits_every_time() -> None:
     x, weights = torch.randn(33, 64, generator=g).half(), torch.rand(33, 2, generator=g)
     w13, w2 = torch.randn(4, 128, 64, generator=g).half(), torch.randn(4, 64, 64, generator=g).half()
     ids = torch.stack([torch.randperm(4, generator=g)[:2] for _ in range(33)]).int()
-    tiles = ordered(ids, 4, SMALL.tokens)
+    tiles = ordered(ids, 4, SMALL)
     runs = [emulated_gpu.run_layer(x, w13, w2, weights, ids, tiles, SMALL, blocks=blocks)[0] for blocks in (1, 2, 4)]
     assert runs[0].equal(runs[1]) and runs[0].equal(runs[2])
 
@@ -108,7 +108,7 @@ def test_the_same_bits_every_time() -> None:
 def test_a_wait_that_never_ends_is_seen() -> None:
     """GEMM2 before GEMM1's tiles are counted: a count that starts below zero is never reached."""
     x, ids = torch.randn(2, 64).half(), torch.zeros(2, 1, dtype=torch.int32)
-    tiles = ordered(ids, 1, SMALL.tokens)
+    tiles = ordered(ids, 1, SMALL)
     tiles.ready[0] = -1
     w13, w2 = torch.randn(1, 128, 64).half(), torch.randn(1, 64, 64).half()
     with pytest.raises((TimeoutError, RuntimeError)):
@@ -129,7 +129,7 @@ def test_instances_compile_for_hopper(most: int, dtype: torch.dtype) -> None:
     """No spill, no wgmma that the compiler had to serialise, and as many blocks a multiprocessor as it says."""
     instance = INSTANCES[most]
     assert instance.tokens == most
-    assert (instance.shared_bytes + 1024) * instance.blocks <= 228 * 1024
+    assert (instance.shared_bytes + 1024) * instance.per_processor <= 228 * 1024
     code = nvrtc.compiled("sm_90a", instance.source(dtype), instance.expression(dtype))
     assert len(code.code) > 1000
 

@@ -1,10 +1,11 @@
 // A whole fused MoE layer in one launch, for Hopper (sm_90a).
 //
 // Blocks stay for the whole launch and take tiles in turn: first those of GEMM1 (w13, then silu(gate) * up), then those of
-// GEMM2 (w2, times the routed weight); once all are done, they share out the sums over each token's slots. Weights are wgmma's M and tokens its N, so a tile fits its number of tokens to a
-// multiple of GRAIN and pads nothing in memory. In a block, one warp streams weights by TMA, three gather tokens, and
-// WARPGROUPS warpgroups multiply, 64 weight rows each; a ring of STAGES buffers lets the copies run ahead, across tiles and
-// across the two GEMMs: w2 is on its way while the last tiles of GEMM1 are computed.
+// GEMM2 (w2, times the routed weight); once all are done, they share out the sums over each token's slots. Weights are
+// wgmma's M and tokens its N, so a tile fits its number of tokens to a multiple of GRAIN and pads nothing in memory. In a
+// block, one warp streams weights by TMA, three gather tokens, and WARPGROUPS warpgroups multiply; a ring of STAGES
+// buffers lets the copies run ahead, across tiles and across the two GEMMs: w2 is on its way while the last tiles of GEMM1
+// are computed.
 //
 // A tile of GEMM2 waits until the tiles of GEMM1 with the same tokens are done (ready[]). That cannot hang: every block
 // takes tiles in the same order, and all blocks of the launch are on the chip at once. The sums wait for all of GEMM2.
@@ -12,165 +13,82 @@
 // Gate and up rows reach shared memory in alternate groups of eight (the layout of the w13 tensor map), so that one thread
 // holds the gate and the up value of one element.
 //
-// Compiled by moelab/kernels/fast_layer.py through NVRTC. Names: S = M * top_k slots, H hidden_size, I intermediate size.
+// Compiled by moelab/kernels/fast_layer.py through NVRTC.
 
-#include "hopper.cuh"
-
-using namespace hopper;
-
-// Tokens of one expert that are multiplied together: the expert-sorted rows first .. first + rows.
-struct TokenTile {
-    int expert, first, rows, unused;
-};
-
-template <typename T>
-struct Layer {
-    const T* x;                  // (M, H)
-    T* inner;                    // (S, I), expert-sorted rows
-    T* y;                        // (S, H), row = flat slot, weighted
-    T* out;                      // (M, H)
-    const float* topk_weights;   // (S)
-    const int* topk_ids;         // (S); slots of negative ids count as zeros
-    const int* sorted_slots;     // (S), flat slots t * top_k + j by expert
-    const TokenTile* tiles;      // (*num_tiles)
-    const int* num_tiles;
-    int* ready;                  // (most tiles + 2) zeros; left as zeros: tiles, then GEMM2's tiles done, then roles ended
-    int most_tiles;
-    int num_tokens, top_k, hidden, inner_size;
-    int parts;                   // 1: GEMM1, 2: GEMM2, 4: the sum
-    float scale;                 // of the sum
-};
-
-constexpr int K_STEP = 64;                   // elements of K in a stage: 128 bytes, the width of the swizzle
-constexpr int ROW_BYTES = 128;
-constexpr int TOKEN_THREADS = 96;            // of the producers' 128; the first warp streams weights
-enum Barrier { GATHER = 1, CONSUMERS = 2 };  // named barriers; CONSUMERS + warpgroup
-
-template <int WARPGROUPS, int STAGES, int TOKENS>
-struct Shared {
-    uint8_t weights[STAGES][WARPGROUPS * 64 * ROW_BYTES];
-    uint8_t tokens[STAGES][TOKENS * ROW_BYTES];
-    uint64_t full[STAGES];
-    uint64_t empty[STAGES];
-    int gathered[2][TOKENS];                 // token of each row, of this tile and the next
-    int slots[WARPGROUPS][TOKENS];
-    float routed[WARPGROUPS][TOKENS];
-};
-
-// A place in the ring of stages.
-template <int STAGES>
-struct Ring {
-    int stage = 0;
-    uint32_t phase = 0;
-    DEVICE void advance() {
-        if (++stage == STAGES) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
-};
-
-// The sizes of both GEMMs, and the tiles that a block takes in turn.
-struct Work {
-    int num_tiles, weight_tiles1, weight_tiles2, k_steps1, k_steps2;
-    DEVICE int weight_tiles(int gemm) const { return gemm ? weight_tiles2 : weight_tiles1; }
-    DEVICE int k_steps(int gemm) const { return gemm ? k_steps2 : k_steps1; }
-    DEVICE int total(int parts) const {
-        return num_tiles * ((parts & 1 ? weight_tiles1 : 0) + (parts & 2 ? weight_tiles2 : 0));
-    }
-    // Tile `index` of the launch: which GEMM, which tokens, which weight rows.
-    DEVICE void find(int index, int parts, int& gemm, int& tokens, int& weights) const {
-        const int first = parts & 1 ? num_tiles * weight_tiles1 : 0;
-        gemm = index >= first;
-        const int local = gemm ? index - first : index;
-        tokens = local / weight_tiles(gemm);
-        weights = local % weight_tiles(gemm);
-    }
-};
-
-template <typename T, int WARPGROUPS>
-DEVICE Work work_of(const Layer<T>& layer) {
-    constexpr int rows = WARPGROUPS * 64;
-    return {*layer.num_tiles,
-            (2 * layer.inner_size + rows - 1) / rows,
-            (layer.hidden + rows - 1) / rows,
-            (layer.hidden + K_STEP - 1) / K_STEP,
-            (layer.inner_size + K_STEP - 1) / K_STEP};
-}
+#include "fast_tiles.cuh"
 
 // One thread: the weights of every tile, stage after stage.
-template <typename T, int WARPGROUPS, int STAGES, int TOKENS>
-DEVICE void stream_weights(Shared<WARPGROUPS, STAGES, TOKENS>& shared, const Layer<T>& layer, const Work& work,
-                           const TensorMap* w13, const TensorMap* w2) {
-    Ring<STAGES> ring;
-    for (int index = blockIdx.x; index < work.total(layer.parts); index += gridDim.x) {
-        int gemm, tokens, weights;
-        work.find(index, layer.parts, gemm, tokens, weights);
-        const int expert = layer.tiles[tokens].expert;
-        for (int step = 0; step < work.k_steps(gemm); ++step, ring.advance()) {
+template <typename S, typename T>
+DEVICE void stream_weights(Shared<S>& shared, const Layer<T>& layer, const TensorMap* w13, const TensorMap* w2) {
+    Ring<S::STAGES> ring;
+    for (Walk<S, T> walk(layer); walk.step();)
+        for (int step = 0; step < walk.k_steps(); ++step, ring.advance()) {
             uint64_t* full = &shared.full[ring.stage];
             uint8_t* to = shared.weights[ring.stage];
             barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
             barrier_arrive_expect(full, sizeof(shared.weights[0]));
-            if (gemm == 0)
-                tma_load(to, w13, full, step * K_STEP, 0, 0, weights * WARPGROUPS * 4, expert);
+            if (walk.gemm == 0)
+                tma_load(to, w13, full, step * K_STEP, 0, 0, walk.weights * (S::ROWS / 16), walk.tile.expert);
             else
-                tma_load(to, w2, full, step * K_STEP, weights * WARPGROUPS * 64, expert);
+                tma_load(to, w2, full, step * K_STEP, walk.weights * S::ROWS, walk.tile.expert);
         }
+}
+
+// Three warps, for GEMM1: rows of x by 16-byte copies. Rows that no token has stay as they were: each row is a column of the
+// product, so what they hold touches no other.
+template <typename S, typename T>
+DEVICE void gather_tokens(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<S::STAGES>& ring, int* rows) {
+    const int thread = threadIdx.x - 32;
+    for (int row = thread; row < walk.tile.rows; row += TOKEN_THREADS)
+        rows[row] = (row ? layer.sorted_slots[walk.tile.first + row] : walk.tile.first_slot) / layer.top_k;
+    named_barrier(GATHER, TOKEN_THREADS);
+    for (int step = 0; step < walk.k_steps(); ++step, ring.advance()) {
+        barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+        uint8_t* to = shared.tokens[ring.stage];
+        for (int chunk = thread; chunk < walk.tile.rows * 8; chunk += TOKEN_THREADS) {
+            const int row = chunk >> 3, part = chunk & 7, column = step * K_STEP + part * 8;
+            const bool inside = column < layer.hidden;
+            const T* from = layer.x + static_cast<uint64_t>(rows[row]) * layer.hidden + (inside ? column : 0);
+            copy_async(to + row * ROW_BYTES + ((part ^ (row & 7)) << 4), from, inside ? 16 : 0);
+        }
+        barrier_arrive_after_copies(&shared.full[ring.stage]);
     }
 }
 
-// Three warps: rows of x by 16-byte copies for GEMM1 (rows that no token has stay as they were: each row is a column of
-// the product, so what they hold touches no other), rows of `inner` by TMA for GEMM2.
-template <typename T, int WARPGROUPS, int STAGES, int TOKENS, int BOX>
-DEVICE void stream_tokens(Shared<WARPGROUPS, STAGES, TOKENS>& shared, const Layer<T>& layer, const Work& work,
-                          const TensorMap* inner) {
-    const int thread = threadIdx.x - 32;
-    Ring<STAGES> ring;
-    int buffer = 0;
-    for (int index = blockIdx.x; index < work.total(layer.parts); index += gridDim.x) {
-        int gemm, tokens, weights;
-        work.find(index, layer.parts, gemm, tokens, weights);
-        const TokenTile tile = layer.tiles[tokens];
-        if (gemm == 0) {
-            int* rows = shared.gathered[buffer];
-            buffer ^= 1;
-            for (int row = thread; row < tile.rows; row += TOKEN_THREADS)
-                rows[row] = layer.sorted_slots[tile.first + row] / layer.top_k;
-            named_barrier(GATHER, TOKEN_THREADS);
-            for (int step = 0; step < work.k_steps1; ++step, ring.advance()) {
-                barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
-                uint8_t* to = shared.tokens[ring.stage];
-                for (int chunk = thread; chunk < tile.rows * 8; chunk += TOKEN_THREADS) {
-                    const int row = chunk >> 3, part = chunk & 7, column = step * K_STEP + part * 8;
-                    const bool inside = column < layer.hidden;
-                    const T* from = layer.x + static_cast<uint64_t>(rows[row]) * layer.hidden + (inside ? column : 0);
-                    copy_async(to + row * ROW_BYTES + ((part ^ (row & 7)) << 4), from, inside ? 16 : 0);
-                }
-                barrier_arrive_after_copies(&shared.full[ring.stage]);
-            }
+// The same threads, for GEMM2: one loads rows of `inner` by TMA, once they are there.
+template <typename S, typename T>
+DEVICE void load_inner(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<S::STAGES>& ring,
+                       const TensorMap* inner) {
+    const bool loads = threadIdx.x == 32;
+    if (loads) {
+        const int needed = layer.parts & GEMM1 ? walk.across1 * S::WARPGROUPS : 0;
+        while (load_acquire(&layer.ready[walk.tokens]) < needed) back_off();
+        fence_async_global();
+    }
+    const int boxes = (walk.tile.rows + S::BOX - 1) / S::BOX;
+    for (int step = 0; step < walk.k_steps(); ++step, ring.advance()) {
+        uint64_t* full = &shared.full[ring.stage];
+        barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+        if (!loads) {
+            barrier_arrive(full);
             continue;
         }
-        if (thread == 0) {
-            const int needed = work.weight_tiles1 * WARPGROUPS;
-            if (layer.parts & 1)
-                while (load_acquire(&layer.ready[tokens]) < needed) back_off();
-            fence_async_global();
-        }
-        const int boxes = (tile.rows + BOX - 1) / BOX;
-        for (int step = 0; step < work.k_steps2; ++step, ring.advance()) {
-            uint64_t* full = &shared.full[ring.stage];
-            barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
-            if (thread) {
-                barrier_arrive(full);
-                continue;
-            }
-            barrier_arrive_expect(full, boxes * BOX * ROW_BYTES);
-            for (int box = 0; box < boxes; ++box)
-                tma_load(shared.tokens[ring.stage] + box * BOX * ROW_BYTES, inner, full, step * K_STEP,
-                         tile.first + box * BOX);
-        }
+        barrier_arrive_expect(full, boxes * S::BOX * ROW_BYTES);
+        for (int box = 0; box < boxes; ++box)
+            tma_load(shared.tokens[ring.stage] + box * S::BOX * ROW_BYTES, inner, full, step * K_STEP,
+                     walk.tile.first + box * S::BOX);
     }
+}
+
+template <typename S, typename T>
+DEVICE void stream_tokens(Shared<S>& shared, const Layer<T>& layer, const TensorMap* inner) {
+    Ring<S::STAGES> ring;
+    int buffer = 0;
+    for (Walk<S, T> walk(layer); walk.step(); buffer ^= 1)
+        if (walk.gemm == 0)
+            gather_tokens(shared, layer, walk, ring, shared.gathered[buffer]);
+        else
+            load_inner(shared, layer, walk, ring, inner);
 }
 
 // wgmma's view of a K-major tile under the 128-byte swizzle: groups of eight rows lie 1024 bytes apart.
@@ -178,32 +96,40 @@ DEVICE uint64_t swizzled_tile(const void* tile) {
     return static_cast<uint64_t>((shared_address(tile) & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
-// A warpgroup's 64 weight rows times N tokens, over all of K.
-template <typename T, int N, int WARPGROUPS, int STAGES, int TOKENS>
-DEVICE void multiply(float (&sums)[N / 2], Shared<WARPGROUPS, STAGES, TOKENS>& shared, Ring<STAGES>& ring, int group,
-                     int k_steps, bool gathered) {
-    uint64_t* done = nullptr;
+// A warpgroup's weight rows, 64 in a block of sums, times N tokens, over all of K.
+template <typename S, typename T, int N>
+DEVICE void multiply(float (&sums)[S::ROW_BLOCKS][N / 2], Shared<S>& shared, Ring<S::STAGES>& ring, int k_steps,
+                     bool gathered) {
+    constexpr uint64_t UNIT = 16;  // bytes, of a descriptor's addresses
+    const int first = (threadIdx.x / 128 - 1) * S::ROW_BLOCKS * 64;
     const bool speaks = (threadIdx.x & 31) == 0;
+    uint64_t* done = nullptr;
 #pragma unroll
-    for (int i = 0; i < N / 2; ++i) sums[i] = 0.0f;
-    pin(sums);
+    for (int block = 0; block < S::ROW_BLOCKS; ++block) {
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) sums[block][i] = 0.0f;
+        pin(sums[block]);
+    }
 #pragma unroll 1
     for (int step = 0; step < k_steps; ++step, ring.advance()) {
         barrier_wait(&shared.full[ring.stage], ring.phase);
         if (gathered) fence_async_shared();
-        const uint64_t weights = swizzled_tile(shared.weights[ring.stage] + group * 64 * ROW_BYTES);
+        const uint64_t weights = swizzled_tile(shared.weights[ring.stage] + first * ROW_BYTES);
         const uint64_t tokens = swizzled_tile(shared.tokens[ring.stage]);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < K_STEP / 16; ++k)  // 16 elements of K are 32 bytes: 2 in the descriptor's unit of 16
-            wgmma<T, N>(sums, weights + 2 * k, tokens + 2 * k);
+        for (int k = 0; k < K_STEP * 2 / UNIT; k += 2)  // 16 elements of K are 32 bytes
+#pragma unroll
+            for (int block = 0; block < S::ROW_BLOCKS; ++block)
+                wgmma<T, N>(sums[block], weights + k + block * (64 * ROW_BYTES / UNIT), tokens + k);
         wgmma_commit();
         wgmma_wait<1>();
         if (done && speaks) barrier_arrive(done);
         done = &shared.empty[ring.stage];
     }
     wgmma_wait<0>();
-    pin(sums);
+#pragma unroll
+    for (int block = 0; block < S::ROW_BLOCKS; ++block) pin(sums[block]);
     if (speaks) barrier_arrive(done);
 }
 
@@ -255,37 +181,44 @@ DEVICE void store_weighted(const float (&sums)[N / 2], const Layer<T>& layer, co
     }
 }
 
-template <typename T, int N, int WARPGROUPS, int STAGES, int TOKENS>
-DEVICE void compute_tile(Shared<WARPGROUPS, STAGES, TOKENS>& shared, const Layer<T>& layer, const Work& work,
-                         Ring<STAGES>& ring, const TokenTile& tile, int gemm, int weights) {
+template <typename S, typename T, int N>
+DEVICE void compute(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<S::STAGES>& ring) {
     const int thread = threadIdx.x & 127, group = threadIdx.x / 128 - 1, warp = thread / 32;
+    const int row = walk.weights * S::ROWS + group * S::ROW_BLOCKS * 64 + warp * 16;  // of the weights
     int* slots = shared.slots[group];
     float* routed = shared.routed[group];
-    if (gemm)
-        for (int row = thread; row < TOKENS; row += 128) {
-            const int slot = row < tile.rows ? layer.sorted_slots[tile.first + row] : 0;
-            slots[row] = slot;
-            routed[row] = layer.topk_weights[slot];
+    if (walk.gemm)
+        for (int i = thread; i < N; i += 128) {
+            const int slot = i && i < walk.tile.rows ? layer.sorted_slots[walk.tile.first + i] : walk.tile.first_slot;
+            slots[i] = slot;
+            routed[i] = layer.topk_weights[slot];
         }
-    float sums[N / 2];
-    multiply<T, N>(sums, shared, ring, group, work.k_steps(gemm), gemm == 0);
-    if (gemm == 0) {
-        store_activated<T, N>(sums, layer, tile, (weights * WARPGROUPS * 4 + group * 4 + warp) * 8);
-    } else {
-        named_barrier(CONSUMERS + group, 128);
-        store_weighted<T, N>(sums, layer, tile, (weights * WARPGROUPS + group) * 64 + warp * 16, slots, routed);
-    }
+    float sums[S::ROW_BLOCKS][N / 2];
+    multiply<S, T, N>(sums, shared, ring, walk.k_steps(), walk.gemm == 0);
+    if (walk.gemm) named_barrier(CONSUMERS + group, 128);
+#pragma unroll
+    for (int block = 0; block < S::ROW_BLOCKS; ++block)
+        if (walk.gemm == 0)
+            store_activated<T, N>(sums[block], layer, walk.tile, (row + block * 64) / 2);
+        else
+            store_weighted<T, N>(sums[block], layer, walk.tile, row + block * 64, slots, routed);
+    if (walk.gemm) named_barrier(CONSUMERS + group, 128);  // before the next tile's slots
 }
 
-// The instance of compute_tile whose tokens are the fewest that hold this tile's.
-template <typename T, int N, int GRAIN, int WARPGROUPS, int STAGES, int TOKENS>
-DEVICE void compute_tile_of(Shared<WARPGROUPS, STAGES, TOKENS>& shared, const Layer<T>& layer, const Work& work,
-                            Ring<STAGES>& ring, const TokenTile& tile, int gemm, int weights) {
-    if constexpr (N > GRAIN) {
-        if (tile.rows <= N - GRAIN)
-            return compute_tile_of<T, N - GRAIN, GRAIN>(shared, layer, work, ring, tile, gemm, weights);
+// `compute` of the fewest tokens that hold this tile's.
+template <typename S, typename T, int N>
+DEVICE void compute_fitting(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<S::STAGES>& ring) {
+    if constexpr (N > S::GRAIN) {
+        if (walk.tile.rows <= N - S::GRAIN) return compute_fitting<S, T, N - S::GRAIN>(shared, layer, walk, ring);
     }
-    compute_tile<T, N>(shared, layer, work, ring, tile, gemm, weights);
+    compute<S, T, N>(shared, layer, walk, ring);
+}
+
+// Adds to a count that other blocks wait for, once all of this warpgroup's stores are done, for TMA's eyes too.
+DEVICE void report(int* count, int done) {
+    fence_async_global();
+    named_barrier(CONSUMERS + threadIdx.x / 128 - 1, 128);
+    if (threadIdx.x % 128 == 0) add_release(count, done);
 }
 
 // out[t] = scale * sum over slots of y[t * top_k + slot], eight columns a thread, by the consumers of all blocks.
@@ -315,27 +248,33 @@ DEVICE void sum_slots(const Layer<T>& layer, int consumers) {
     }
 }
 
-template <typename T, int GRAIN, int WARPGROUPS, int STAGES, int TOKENS>
-DEVICE void consume(Shared<WARPGROUPS, STAGES, TOKENS>& shared, const Layer<T>& layer, const Work& work) {
-    const int group = threadIdx.x / 128 - 1;
-    Ring<STAGES> ring;
-    for (int index = blockIdx.x; index < work.total(layer.parts); index += gridDim.x) {
-        int gemm, tokens, weights;
-        work.find(index, layer.parts, gemm, tokens, weights);
-        const TokenTile tile = layer.tiles[tokens];
-        compute_tile_of<T, TOKENS, GRAIN>(shared, layer, work, ring, tile, gemm, weights);
-        if (gemm == 0) fence_async_global();  // what was stored, for the TMA of other blocks
-        __threadfence();
-        named_barrier(CONSUMERS + group, 128);
-        if (threadIdx.x % 128 == 0) add_release(&layer.ready[gemm ? layer.most_tiles : tokens], 1);
+// A warpgroup's tiles. A tile of GEMM1 is reported after the next one, when its stores have long landed, unless what comes
+// next may wait for it.
+template <typename S, typename T>
+DEVICE void consume(Shared<S>& shared, const Layer<T>& layer) {
+    Ring<S::STAGES> ring;
+    int* unreported = nullptr;
+    int second = 0;  // tiles of GEMM2
+    Walk<S, T> walk(layer);
+    while (walk.step()) {
+        compute_fitting<S, T, S::TOKENS>(shared, layer, walk, ring);
+        if (unreported) report(unreported, 1);
+        unreported = walk.gemm ? nullptr : &layer.ready[walk.tokens];
+        second += walk.gemm;
+        if (unreported && !walk.next_is_gemm1()) {
+            report(unreported, 1);
+            unreported = nullptr;
+        }
     }
-    if (!(layer.parts & 4)) return;
-    if (threadIdx.x % 128 == 0 && layer.parts & 2) {
-        const int needed = work.num_tiles * work.weight_tiles2 * WARPGROUPS;
-        while (load_acquire(&layer.ready[layer.most_tiles]) < needed) back_off();
+    if (!(layer.parts & SUM)) return;
+    int* all = &layer.ready[layer.most_tiles];
+    report(all, second);
+    if (threadIdx.x % 128 == 0) {
+        const int needed = (walk.total - walk.tiles1) * S::WARPGROUPS;
+        while (load_acquire(all) < needed) back_off();
     }
-    named_barrier(CONSUMERS + group, 128);
-    sum_slots(layer, WARPGROUPS * 128);
+    named_barrier(CONSUMERS + threadIdx.x / 128 - 1, 128);
+    sum_slots(layer, S::WARPGROUPS * 128);
 }
 
 // The last role to end in the whole launch leaves ready[] as it was: zeros.
@@ -348,20 +287,19 @@ DEVICE void leave(const Layer<T>& layer, int roles) {
     *ended = 0;
 }
 
-template <typename T, int WARPGROUPS, int STAGES, int TOKENS, int GRAIN, int BOX, int BLOCKS>
-__global__ void __launch_bounds__((WARPGROUPS + 1) * 128, BLOCKS)
+template <typename S, typename T>
+__global__ void __launch_bounds__(S::THREADS, S::PER_PROCESSOR)
     fast_layer(const __grid_constant__ TensorMap w13, const __grid_constant__ TensorMap w2,
                const __grid_constant__ TensorMap inner, const __grid_constant__ Layer<T> layer) {
-    static_assert(TOKENS % GRAIN == 0 && TOKENS % BOX == 0 && GRAIN % 8 == 0 && BOX % 8 == 0, "rows come in eights");
     BLOCK_SHARED(raw);
-    auto& shared = *reinterpret_cast<Shared<WARPGROUPS, STAGES, TOKENS>*>(raw);
+    auto& shared = *reinterpret_cast<Shared<S>*>(raw);
     // Of the 64 Ki registers of a multiprocessor, what a thread of each role gets.
-    constexpr int CONSUMER = BLOCKS > 1 ? 0 : WARPGROUPS == 3 ? 160 : WARPGROUPS == 2 ? 232 : 0;
-    constexpr int PRODUCER = WARPGROUPS == 3 ? 32 : 40;
+    constexpr int CONSUMER = S::PER_PROCESSOR > 1 ? 0 : S::WARPGROUPS == 3 ? 160 : S::WARPGROUPS == 2 ? 232 : 0;
+    constexpr int PRODUCER = S::WARPGROUPS == 3 ? 32 : 40;
     if (threadIdx.x == 0) {
-        for (int stage = 0; stage < STAGES; ++stage) {
+        for (int stage = 0; stage < S::STAGES; ++stage) {
             barrier_init(&shared.full[stage], 1 + TOKEN_THREADS);
-            barrier_init(&shared.empty[stage], WARPGROUPS * 4);
+            barrier_init(&shared.empty[stage], S::WARPGROUPS * 4);
         }
         fence_barrier_init();
         prefetch(&w13);
@@ -369,19 +307,19 @@ __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, BLOCKS)
         prefetch(&inner);
     }
     __syncthreads();
-    const Work work = work_of<T, WARPGROUPS>(layer);
-    const int roles = gridDim.x * (WARPGROUPS + 1);
+    wait_for_predecessor();
+    const int roles = gridDim.x * (S::WARPGROUPS + 1);
     if (threadIdx.x < 128) {
         if constexpr (CONSUMER > 0) fewer_registers<PRODUCER>();
         if (threadIdx.x == 0)
-            stream_weights(shared, layer, work, &w13, &w2);
+            stream_weights<S>(shared, layer, &w13, &w2);
         else if (threadIdx.x >= 32) {
-            stream_tokens<T, WARPGROUPS, STAGES, TOKENS, BOX>(shared, layer, work, &inner);
+            stream_tokens<S>(shared, layer, &inner);
             if (threadIdx.x == 32) leave(layer, roles);
         }
     } else {
         if constexpr (CONSUMER > 0) more_registers<CONSUMER>();
-        consume<T, GRAIN>(shared, layer, work);
+        consume<S>(shared, layer);
         if (threadIdx.x % 128 == 0) leave(layer, roles);
     }
 }

@@ -34,17 +34,18 @@ GEMM1, GEMM2, SUM = 1, 2, 4
 class Instance:
     """One compiled form of the kernel.
 
-    warpgroups: that multiply, 64 weight rows each. stages: buffers of 64 elements of K in the ring. tokens: most rows of a
-    tile. grain: a tile of fewer rows is multiplied as the next multiple of it. box: rows that one TMA load of tokens
-    brings. blocks: per multiprocessor.
+    warpgroups: that multiply, each row_blocks times 64 weight rows. stages: buffers of 64 elements of K in the ring.
+    tokens: most rows of a tile. grain: a tile of fewer rows is multiplied as tokens less a multiple of it. box: rows that
+    one TMA load of tokens brings. per_processor: blocks on a multiprocessor.
     """
 
     warpgroups: int
+    row_blocks: int
     stages: int
     tokens: int
     grain: int
     box: int
-    blocks: int = 1
+    per_processor: int = 1
 
     @property
     def threads(self) -> int:
@@ -52,19 +53,29 @@ class Instance:
         return (self.warpgroups + 1) * 128
 
     @property
+    def rows(self) -> int:
+        """Weight rows of a tile."""
+        return self.warpgroups * self.row_blocks * 64
+
+    @property
     def shared_bytes(self) -> int:
         """Of a block: the ring, its barriers (two of 8 bytes a stage), and the rows' tokens, slots and weights."""
-        stage = self.warpgroups * 64 * 128 + self.tokens * 128 + 16
+        stage = (self.rows + self.tokens) * 128 + 16
         return self.stages * stage + (2 + 2 * self.warpgroups) * self.tokens * 4
+
+    @property
+    def shape(self) -> str:
+        """As fast_tiles.cuh spells it."""
+        numbers = (self.warpgroups, self.row_blocks, self.stages, self.tokens, self.grain, self.box, self.per_processor)
+        return f"Shape<{', '.join(map(str, numbers))}>"
 
     def expression(self, dtype: torch.dtype) -> str:
         """The template instance to compile, as NVRTC names it."""
-        numbers = (self.warpgroups, self.stages, self.tokens, self.grain, self.box, self.blocks)
-        return f"fast_layer<{STORAGE[dtype][0]}, {', '.join(map(str, numbers))}>"
+        return f"fast_layer<{self.shape}, {STORAGE[dtype][0]}>"
 
     def source(self, dtype: torch.dtype) -> str:
         """fast_layer.cu with the wgmma shapes that this instance asks for."""
-        shapes = "\n".join(_wgmma(n, dtype) for n in range(self.grain, self.tokens + 1, self.grain))
+        shapes = "\n".join(_wgmma(n, dtype) for n in range(self.tokens, 0, -self.grain))
         head = "template <typename T, int N> DEVICE void wgmma(float (&sums)[N / 2], uint64_t weights, uint64_t tokens);"
         return f'#include "hopper.cuh"\nnamespace hopper {{\n{head}\n{shapes}\n}}\n{SOURCE.read_text()}'
 
@@ -82,21 +93,22 @@ def _wgmma(n: int, dtype: torch.dtype) -> str:
     )
 
 
-# Widest tile of tokens -> the instance for it. One warpgroup and two blocks a multiprocessor where weights are all there
-# is to move: more, smaller tiles. The ring takes what shared memory is left: 227 KiB a block, 228 for all, 1 kept of each.
+# Widest tile of tokens -> the instance for it. Small tiles and two blocks a multiprocessor where weights are all there is to
+# move; 256 weight rows where tokens are read again and again, once for every tile of weight rows. The ring takes what shared
+# memory is left: 227 KiB a block, 228 for all, 1 kept of each.
 INSTANCES = {
-    8: Instance(1, 12, 8, 8, 8, blocks=2),
-    16: Instance(1, 11, 16, 8, 8, blocks=2),
-    64: Instance(2, 9, 64, 16, 16),
-    128: Instance(2, 6, 128, 32, 32),
-    256: Instance(2, 4, 256, 64, 32),
+    8: Instance(1, 1, 12, 8, 8, 8, per_processor=2),
+    16: Instance(1, 1, 11, 16, 8, 8, per_processor=2),
+    48: Instance(2, 1, 9, 48, 16, 16),
+    96: Instance(2, 2, 5, 96, 16, 16),
+    176: Instance(2, 2, 4, 176, 16, 16),
 }
 
 
 def instance_for(num_tokens: int, top_k: int, num_experts: int) -> Instance:
     """The instance for a batch, by the rows an expert gets if tokens spread evenly, and a third more than that."""
     rows = 1.33 * num_tokens * top_k / num_experts
-    return next((INSTANCES[most] for most in INSTANCES if min(rows, num_tokens) <= most), INSTANCES[256])
+    return next((INSTANCES[most] for most in INSTANCES if min(rows, num_tokens) <= most), INSTANCES[176])
 
 
 class LayerArguments(ctypes.Structure):
@@ -122,9 +134,9 @@ def tensor_maps(instance: Instance, w13: Tensor, w2: Tensor, inner: Tensor) -> t
         TensorMap(
             (hidden, 8, 2, size // 8, experts),
             (hidden, size * hidden, 8 * hidden, rows * hidden),
-            (K_STEP, 8, 2, 4 * instance.warpgroups, 1),
+            (K_STEP, 8, 2, instance.rows // 16, 1),
         ),
-        TensorMap((size, hidden, experts), (size, hidden * size), (K_STEP, 64 * instance.warpgroups, 1)),
+        TensorMap((size, hidden, experts), (size, hidden * size), (K_STEP, instance.rows, 1)),
         TensorMap((size, inner.shape[0]), (size,), (K_STEP, instance.box)),
     )
 
@@ -175,7 +187,7 @@ def _loaded(device: int, instance: Instance, dtype: torch.dtype) -> _Loaded:
     (error,) = driver.cuKernelSetAttribute(attribute, instance.shared_bytes, kernel.handle, driver.CUdevice(device))
     _require(error, f"{instance.shared_bytes} bytes of shared memory a block")
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return _Loaded(kernel, processors * instance.blocks)
+    return _Loaded(kernel, processors * instance.per_processor)
 
 
 def _require(error: Any, what: str) -> None:
@@ -219,7 +231,8 @@ def fast_layer(
 ) -> Tensor:
     """The layer of checked tensors (`check_fast_layer`): x (M, H), w13 (E, 2N, H), w2 (E, H, N); out (M, H).
 
-    topk_weights (M, k) float32, topk_ids (M, k) int32; tiles: of at most instance.tokens rows. parts: GEMM1, GEMM2, SUM, to
+    topk_weights (M, k) float32, topk_ids (M, k) int32; tiles: of at most instance.tokens rows, in multiples of
+    instance.grain but for an expert's last. parts: GEMM1, GEMM2, SUM, to
     leave some out, which then find in their scratch memory what lies there. Deterministic; no host synchronisation.
     """
     device = x.get_device()

@@ -24,7 +24,7 @@ class TokenTiles(NamedTuple):
     """Tiles of expert-sorted slots, by expert, and within one of nearly equal size.
 
     sorted_slots: (S,) int32, flat slots token * top_k + j; those of ids outside the experts are left out at the end.
-    tiles: (most, 4) int32: expert, first row, rows, 0; num_tiles: (1,) int32 of them in use.
+    tiles: (most, 4) int32: expert, first row, rows, slot of the first row; num_tiles: (1,) int32 of them in use.
     ready: (most + 2,) int32 zeros, which a kernel counts in and leaves as zeros: one launch at a time.
     """
 
@@ -46,40 +46,44 @@ def most_tiles(num_slots: int, num_experts: int, tile_rows: int) -> int:
 
 @triton.jit(do_not_specialize=["num_experts", "room"])
 def _token_tiles_kernel(
-    offsets_ptr, tiles_ptr, num_tiles_ptr, ready_ptr, num_experts, room,
-    ROWS: tl.constexpr, EXPERTS: tl.constexpr, ROOM: tl.constexpr,
+    slots_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, ready_ptr, num_experts, room,
+    ROWS: tl.constexpr, GRAIN: tl.constexpr, EXPERTS: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """One program. Tile i of an expert of r rows in t tiles starts at row i * ceil(r / t)."""
+    """One program. The tiles of an expert are of equal size, a multiple of GRAIN, but for the last."""
     expert = tl.arange(0, EXPERTS)
     real = expert < num_experts
     first = tl.load(offsets_ptr + expert, mask=real, other=0)
     rows = tl.load(offsets_ptr + expert + 1, mask=real, other=0) - first
     tiles = (rows + ROWS - 1) // ROWS
     ends = tl.cumsum(tiles, axis=0)
-    each = (rows + tl.maximum(tiles, 1) - 1) // tl.maximum(tiles, 1)
+    some = tl.maximum(tiles, 1)
+    each = (rows + some * GRAIN - 1) // (some * GRAIN) * GRAIN
     for i in range(tl.max(tiles, axis=0)):
         record = tiles_ptr + 4 * (ends - tiles + i)
         used = i < tiles
         tl.store(record, expert, mask=used)
         tl.store(record + 1, first + i * each, mask=used)
         tl.store(record + 2, tl.minimum(each, rows - i * each), mask=used)
-        tl.store(record + 3, 0 * rows, mask=used)
+        tl.store(record + 3, tl.load(slots_ptr + first + i * each, mask=used, other=0), mask=used)
     tl.store(num_tiles_ptr, tl.sum(tiles, axis=0))
     for start in range(0, room, ROOM):
         place = start + tl.arange(0, ROOM)
         tl.store(ready_ptr + place, 0 * place, mask=place < room)
 
 
-def token_tiles(sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int) -> TokenTiles:
+def token_tiles(sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int = 1) -> TokenTiles:
     """Cut expert-sorted slots into tiles of at most `tile_rows` rows. No host synchronisation.
+
+    grain: divides tile_rows; all tiles of an expert but its last are a multiple of it, where there are several.
 
     sorted_slots: (S,) int32; expert_offsets: (E + 1,) int32, first row of each expert, then the end of the last.
     Raises ShapeError.
     """
-    if sorted_slots.ndim != 1 or expert_offsets.ndim != 1 or expert_offsets.shape[0] < 2 or tile_rows < 1:
+    if sorted_slots.ndim != 1 or expert_offsets.ndim != 1 or expert_offsets.shape[0] < 2 or tile_rows < 1 or tile_rows % grain:
         raise ShapeError(
-            f"sorted_slots is {tuple(sorted_slots.shape)}, expert_offsets {tuple(expert_offsets.shape)}, tile_rows {tile_rows}. "
-            "Expected (S,), (E + 1,) and at least one row. Pass what moelab.kernels.expert_order returns."
+            f"sorted_slots is {tuple(sorted_slots.shape)}, expert_offsets {tuple(expert_offsets.shape)}, tile_rows {tile_rows}, "
+            f"grain {grain}. "
+            "Expected (S,), (E + 1,), at least one row, and a grain that divides them. Pass what moelab.kernels.expert_order returns."
         )
     num_experts = expert_offsets.shape[0] - 1
     most = most_tiles(sorted_slots.shape[0], num_experts, tile_rows)
@@ -87,20 +91,21 @@ def token_tiles(sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int) ->
     num_tiles = sorted_slots.new_empty(1)
     ready = sorted_slots.new_empty(tiles.shape[0] + 2)
     _token_tiles_kernel[(1,)](
-        expert_offsets, tiles, num_tiles, ready, num_experts, ready.shape[0],
-        ROWS=tile_rows, EXPERTS=triton.next_power_of_2(num_experts), ROOM=1024, num_warps=4,
+        sorted_slots, expert_offsets, tiles, num_tiles, ready, num_experts, ready.shape[0],
+        ROWS=tile_rows, GRAIN=grain, EXPERTS=triton.next_power_of_2(num_experts), ROOM=1024, num_warps=4,
     )  # fmt: skip
     return TokenTiles(sorted_slots, tiles, num_tiles, ready)
 
 
-def token_tiles_ref(sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int) -> TokenTiles:
+def token_tiles_ref(sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int = 1) -> TokenTiles:
     """The same in plain Python, as the oracle."""
     ends = expert_offsets.tolist()
     records = []
     for expert, (first, end) in enumerate(zip(ends, ends[1:], strict=False)):
         count = -(-(end - first) // tile_rows)
-        each = -(-(end - first) // max(count, 1))
-        records += [(expert, first + i * each, min(each, end - first - i * each), 0) for i in range(count)]
+        each = -(-(end - first) // (max(count, 1) * grain)) * grain
+        starts = [first + i * each for i in range(count)]
+        records += [(expert, start, min(each, end - start), int(sorted_slots[start])) for start in starts]
     room = max(most_tiles(sorted_slots.shape[0], len(ends) - 1, tile_rows), 1)
     tiles = torch.zeros((room, 4), dtype=torch.int32)
     if records:
