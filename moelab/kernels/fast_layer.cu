@@ -253,17 +253,17 @@ DEVICE void sum_slots(const Layer<T>& layer, int consumers) {
 template <typename S, typename T>
 DEVICE void consume(Shared<S>& shared, const Layer<T>& layer) {
     Ring<S::STAGES> ring;
-    int* unreported = nullptr;
+    int unreported = -1;
     int second = 0;  // tiles of GEMM2
     Walk<S, T> walk(layer);
     while (walk.step()) {
         compute_fitting<S, T, S::TOKENS>(shared, layer, walk, ring);
-        if (unreported) report(unreported, 1);
-        unreported = walk.gemm ? nullptr : &layer.ready[walk.tokens];
+        if (unreported >= 0) report(&layer.ready[unreported], 1);
+        unreported = walk.gemm ? -1 : walk.tokens;
         second += walk.gemm;
-        if (unreported && !walk.next_is_gemm1()) {
-            report(unreported, 1);
-            unreported = nullptr;
+        if (unreported >= 0 && !walk.next_is_gemm1()) {
+            report(&layer.ready[unreported], 1);
+            unreported = -1;
         }
     }
     if (!(layer.parts & SUM)) return;
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(S::THREADS, S::PER_PROCESSOR)
     auto& shared = *reinterpret_cast<Shared<S>*>(raw);
     // Of the 64 Ki registers of a multiprocessor, what a thread of each role gets.
     constexpr int CONSUMER = S::PER_PROCESSOR > 1 ? 0 : S::WARPGROUPS == 3 ? 160 : S::WARPGROUPS == 2 ? 232 : 0;
-    constexpr int PRODUCER = S::WARPGROUPS == 3 ? 32 : 40;
+    constexpr int PRODUCER = S::WARPGROUPS == 3 ? 32 : 48;
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < S::STAGES; ++stage) {
             barrier_init(&shared.full[stage], 1 + TOKEN_THREADS);
