@@ -34,10 +34,10 @@ def ordered(topk_ids: torch.Tensor, num_experts: int, instance: Instance) -> Tok
 
 def compare(
     instance: Instance, num_tokens: int, experts: int, top_k: int, hidden: int, size: int, *,
-    dtype: torch.dtype = torch.float16, blocks: int = 2, ids: torch.Tensor | None = None, seed: int = 0,
+    dtype: torch.dtype = torch.float16, blocks: int = 2, ids: torch.Tensor | None = None, on_input: bool = False,
 ) -> None:  # fmt: skip
     """One emulated layer against float64, within twice the error of torch's own layer in that dtype."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(0)
     x = torch.randn(num_tokens, hidden, generator=g).to(dtype)
     w13 = (torch.randn(experts, 2 * size, hidden, generator=g) * hidden**-0.5).to(dtype)
     w2 = (torch.randn(experts, hidden, size, generator=g) * size**-0.5).to(dtype)
@@ -45,9 +45,10 @@ def compare(
         ids = torch.stack([torch.randperm(experts, generator=g)[:top_k] for _ in range(num_tokens)]).int()
     weights = torch.rand(num_tokens, top_k, generator=g)
     tiles = ordered(ids, experts, instance)
-    out, _, _, ready = emulated_gpu.run_layer(x, w13, w2, weights, ids, tiles, instance, scale=1.5, blocks=blocks)
-    truth = reference.fused_moe_ref(*(t.double() for t in (x, w13, w2, weights)), ids, routed_scaling_factor=1.5)
-    own = reference.fused_moe_ref(x, w13, w2, weights, ids, routed_scaling_factor=1.5)
+    out, _, _, ready = emulated_gpu.run_layer(x, w13, w2, weights, ids, tiles, instance, scale=1.5, weighted=2 - on_input, blocks=blocks)
+    options = {"routed_scaling_factor": 1.5, "apply_router_weight_on_input": on_input}
+    truth = reference.fused_moe_ref(*(t.double() for t in (x, w13, w2, weights)), ids, **options)
+    own = reference.fused_moe_ref(x, w13, w2, weights, ids, **options)
     error, allowed = (out.double() - truth).abs().max(), 2 * (own.double() - truth).abs().max()
     assert error <= allowed + 1e-6, (error, allowed)
     assert not ready.any()  # left as it was found
@@ -79,6 +80,12 @@ def test_the_layer_is_right_and_ends(instance: Instance, sizes: tuple[int, ...],
 @needs_compiler
 def test_in_bfloat16() -> None:
     compare(MIDDLE, 20, 3, 2, 128, 64, dtype=torch.bfloat16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("instance", [SMALL, MIDDLE])
+def test_weights_on_the_input(instance: Instance) -> None:
+    compare(instance, 20, 3, 1, 128, 64, on_input=True)
 
 
 @needs_compiler

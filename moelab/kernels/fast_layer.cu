@@ -1,7 +1,7 @@
 // A whole fused MoE layer in one launch, for Hopper (sm_90a).
 //
 // Blocks stay for the whole launch and take tiles in turn: first those of GEMM1 (w13, then silu(gate) * up), then those of
-// GEMM2 (w2, times the routed weight); once all are done, they share out the sums over each token's slots. Weights are
+// GEMM2 (w2, times the routed weight, unless GEMM1's rows were); once all are done, they share out the sums over each token's slots. Weights are
 // wgmma's M and tokens its N, so a tile fits its number of tokens to a multiple of GRAIN and pads nothing in memory. In a
 // block, one warp streams weights by TMA, three gather tokens, and WARPGROUPS warpgroups multiply; a ring of STAGES
 // buffers lets the copies run ahead, across tiles and across the two GEMMs: w2 is on its way while the last tiles of GEMM1
@@ -136,12 +136,16 @@ DEVICE void multiply(float (&sums)[S::ROW_BLOCKS][N / 2], Shared<S>& shared, Rin
 // sums[4 * j ..]: of tokens 8 * j + 2 * (lane % 4) and the next, gate (0, 1) and up (2, 3) of element lane / 4 of this
 // warp's eight. Stored 8 bytes a thread where two groups of tokens can be exchanged between neighbours.
 template <typename T, int N>
-DEVICE void store_activated(const float (&sums)[N / 2], const Layer<T>& layer, const TokenTile& tile, int column) {
+DEVICE void store_activated(const float (&sums)[N / 2], const Layer<T>& layer, const TokenTile& tile, int column,
+                            const float* routed) {
     const int lane = threadIdx.x & 31, row = lane >> 2, odd = lane & 1;
     if (column >= layer.inner_size) return;
+    const bool weighted = layer.weighted == GEMM1;
     auto activated = [&](int j) {
-        const float low = sums[4 * j] * fast_sigmoid(sums[4 * j]) * sums[4 * j + 2];
-        const float high = sums[4 * j + 1] * fast_sigmoid(sums[4 * j + 1]) * sums[4 * j + 3];
+        float2 by = make_float2(1.0f, 1.0f);
+        if (weighted) by = *reinterpret_cast<const float2*>(routed + 8 * j + 2 * (lane & 3));
+        const float low = silu(by.x * sums[4 * j]) * (by.x * sums[4 * j + 2]);
+        const float high = silu(by.y * sums[4 * j + 1]) * (by.y * sums[4 * j + 3]);
         return transposed(packed(low, high, T()));
     };
     T* to = layer.inner + static_cast<uint64_t>(tile.first) * layer.inner_size + column;
@@ -187,22 +191,23 @@ DEVICE void compute(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& 
     const int row = walk.weights * S::ROWS + group * S::ROW_BLOCKS * 64 + warp * 16;  // of the weights
     int* slots = shared.slots[group];
     float* routed = shared.routed[group];
-    if (walk.gemm)
+    const bool by_token = walk.gemm || layer.weighted == GEMM1;
+    if (by_token)
         for (int i = thread; i < N; i += 128) {
             const int slot = i && i < walk.tile.rows ? layer.sorted_slots[walk.tile.first + i] : walk.tile.first_slot;
             slots[i] = slot;
-            routed[i] = layer.topk_weights[slot];
+            routed[i] = walk.gemm && layer.weighted == GEMM1 ? 1.0f : layer.topk_weights[slot];
         }
     float sums[S::ROW_BLOCKS][N / 2];
     multiply<S, T, N>(sums, shared, ring, walk.k_steps(), walk.gemm == 0);
-    if (walk.gemm) named_barrier(CONSUMERS + group, 128);
+    if (by_token) named_barrier(CONSUMERS + group, 128);
 #pragma unroll
     for (int block = 0; block < S::ROW_BLOCKS; ++block)
         if (walk.gemm == 0)
-            store_activated<T, N>(sums[block], layer, walk.tile, (row + block * 64) / 2);
+            store_activated<T, N>(sums[block], layer, walk.tile, (row + block * 64) / 2, routed);
         else
             store_weighted<T, N>(sums[block], layer, walk.tile, row + block * 64, slots, routed);
-    if (walk.gemm) named_barrier(CONSUMERS + group, 128);  // before the next tile's slots
+    if (by_token) named_barrier(CONSUMERS + group, 128);  // before the next tile's slots
 }
 
 // `compute` of the fewest tokens that hold this tile's.

@@ -117,7 +117,7 @@ class LayerArguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "inner", "y", "out", "topk_weights", "topk_ids")),
         *((name, ctypes.c_void_p) for name in ("sorted_slots", "tiles", "num_tiles", "ready")),
-        *((name, ctypes.c_int) for name in ("most_tiles", "num_tokens", "top_k", "hidden", "inner_size", "parts")),
+        *((name, ctypes.c_int) for name in ("most_tiles", "num_tokens", "top_k", "hidden", "inner_size", "parts", "weighted")),
         ("scale", ctypes.c_float),
     ]
 
@@ -227,12 +227,13 @@ def fast_layer(
     instance: Instance,
     *,
     scale: float = 1.0,
+    weights_on_input: bool = False,
     parts: int = GEMM1 | GEMM2 | SUM,
 ) -> Tensor:
     """The layer of checked tensors (`check_fast_layer`): x (M, H), w13 (E, 2N, H), w2 (E, H, N); out (M, H).
 
     topk_weights (M, k) float32, topk_ids (M, k) int32; tiles: of at most instance.tokens rows, in multiples of
-    instance.grain but for an expert's last. parts: GEMM1, GEMM2, SUM, to
+    instance.grain but for an expert's last. weights_on_input: weigh GEMM1's rows, before the activation. parts: GEMM1, GEMM2, SUM, to
     leave some out, which then find in their scratch memory what lies there. Deterministic; no host synchronisation.
     """
     device = x.get_device()
@@ -242,7 +243,8 @@ def fast_layer(
     of_w13, of_w2, of_inner = tensor_maps(instance, w13, w2, inner)
     arguments = LayerArguments(
         *(t.data_ptr() for t in (x, inner, y, out, topk_weights, topk_ids, *tiles)),
-        tiles.most, x.shape[0], topk_ids.shape[1], x.shape[1], size, parts, scale,
+        tiles.most, x.shape[0], topk_ids.shape[1], x.shape[1], size, parts,
+        GEMM1 if weights_on_input else GEMM2, scale,
     )  # fmt: skip
     _launch(loaded, instance, device, (_maps.get(w13, of_w13), _maps.get(w2, of_w2), of_inner.encode(inner), arguments))
     return out

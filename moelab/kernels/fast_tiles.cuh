@@ -33,6 +33,7 @@ struct Layer {
     int most_tiles;
     int num_tokens, top_k, hidden, inner_size;
     int parts;
+    int weighted;                // the part that the routed weight is applied in: GEMM1, before the activation, or GEMM2
     float scale;                 // of the sum
 };
 

@@ -175,7 +175,7 @@ DEVICE void add_pair(float& low, float& high, uint32_t pair, __half) {
 // 16 bytes that another block wrote in this launch: past the first-level cache.
 DEVICE uint4 load_written(const void* address) { return __ldcg(static_cast<const uint4*>(address)); }
 
-DEVICE float fast_sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+DEVICE float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 }  // namespace hopper
 #endif

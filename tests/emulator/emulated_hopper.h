@@ -31,6 +31,7 @@ inline thread_local Index threadIdx, blockIdx, gridDim;
 struct uint2 { uint32_t x, y; };
 struct uint4 { uint32_t x, y, z, w; };
 struct float2 { float x, y; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 struct __half { uint16_t bits; };
 struct __nv_bfloat16 { uint16_t bits; };
@@ -295,6 +296,6 @@ inline void add_pair(float& low, float& high, uint32_t pair, T) {
     high += widened(T{static_cast<uint16_t>(pair >> 16)});
 }
 inline uint4 load_written(const void* address) { return *static_cast<const uint4*>(address); }
-inline float fast_sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+inline float silu(float x) { return x / (1.0f + std::exp(-x)); }
 
 }  // namespace hopper
