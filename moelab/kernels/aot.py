@@ -243,6 +243,13 @@ def _align_cases(id_type: str) -> list[Case]:
     ]  # fmt: skip
 
 
+def _token_tiles_case(rows: int, grain: int) -> Case:
+    pointers = ("slots_ptr", "offsets_ptr", "tiles_ptr", "num_tiles_ptr", "ready_ptr")
+    arguments = {**dict.fromkeys(pointers, "*i32"), "num_experts": "i32", "room": "i32"}
+    constants = {"ROWS": rows, "GRAIN": grain, "EXPERTS": 256, "ROOM": 1024}
+    return Case(f"token tiles {rows}", "moelab.kernels.token_tiles:_token_tiles_kernel", arguments, constants, 4)
+
+
 def cases() -> list[Case]:
     """Every Triton kernel, in the dtypes and configs that are claimed to compile everywhere."""
     gemms = [gemm_case(config, dtype) for config in GEMM_CONFIGS for dtype in ("bfloat16", "float16")]
@@ -260,6 +267,7 @@ def cases() -> list[Case]:
     )
     plain = [case for dtype in (*_TYPES, "float64") for case in _elementwise_cases(dtype)]
     plain += [_split_k_reduce_case(dtype) for dtype in (*_TYPES, "float64")]
+    plain += [_token_tiles_case(8, 8), _token_tiles_case(176, 16)]
     return (
         gemms + _sorted_rows_cases() + splits + plain + [case for ids in ("i32", "i64") for case in _align_cases(ids)]
     )

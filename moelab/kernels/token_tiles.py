@@ -21,7 +21,7 @@ from moelab.errors import ShapeError  # noqa: E402
 
 
 class TokenTiles(NamedTuple):
-    """Tiles of expert-sorted slots, by expert, and within one of nearly equal size.
+    """Tiles of expert-sorted slots: those of an expert are of equal size but for the last, and the largest come first.
 
     sorted_slots: (S,) int32, flat slots token * top_k + j; those of ids outside the experts are left out at the end.
     tiles: (most, 4) int32: expert, first row, rows, slot of the first row; num_tiles: (1,) int32 of them in use.
@@ -44,20 +44,33 @@ def most_tiles(num_slots: int, num_experts: int, tile_rows: int) -> int:
     return min(num_experts, num_slots) + num_slots // tile_rows
 
 
+@triton.jit
+def _rows_of_a_tile(rows, ROWS: tl.constexpr, GRAIN: tl.constexpr):
+    """Of an expert with so many rows: as many in each tile, but for the last, in whole GRAINs."""
+    tiles = tl.maximum((rows + ROWS - 1) // ROWS, 1)
+    return (rows + tiles * GRAIN - 1) // (tiles * GRAIN) * GRAIN
+
+
 @triton.jit(do_not_specialize=["num_experts", "room"])
 def _token_tiles_kernel(
     slots_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, ready_ptr, num_experts, room,
     ROWS: tl.constexpr, GRAIN: tl.constexpr, EXPERTS: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """One program. The tiles of an expert are of equal size, a multiple of GRAIN, but for the last."""
+    """One program."""
     expert = tl.arange(0, EXPERTS)
     real = expert < num_experts
     first = tl.load(offsets_ptr + expert, mask=real, other=0)
     rows = tl.load(offsets_ptr + expert + 1, mask=real, other=0) - first
+    each = _rows_of_a_tile(rows, ROWS, GRAIN)
+    # Largest tiles first, lower experts before higher: blocks that take every 132nd then have nearly the same to do.
+    order = tl.sort(each.to(tl.int64) * EXPERTS + (EXPERTS - 1 - expert), descending=True)
+    expert = (EXPERTS - 1 - order % EXPERTS).to(tl.int32)
+    real = expert < num_experts
+    first = tl.load(offsets_ptr + expert, mask=real, other=0)
+    rows = tl.load(offsets_ptr + expert + 1, mask=real, other=0) - first
+    each = _rows_of_a_tile(rows, ROWS, GRAIN)
     tiles = (rows + ROWS - 1) // ROWS
     ends = tl.cumsum(tiles, axis=0)
-    some = tl.maximum(tiles, 1)
-    each = (rows + some * GRAIN - 1) // (some * GRAIN) * GRAIN
     for i in range(tl.max(tiles, axis=0)):
         record = tiles_ptr + 4 * (ends - tiles + i)
         used = i < tiles
@@ -92,7 +105,7 @@ def token_tiles(sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, gr
     ready = sorted_slots.new_empty(tiles.shape[0] + 2)
     _token_tiles_kernel[(1,)](
         sorted_slots, expert_offsets, tiles, num_tiles, ready, num_experts, ready.shape[0],
-        ROWS=tile_rows, GRAIN=grain, EXPERTS=triton.next_power_of_2(num_experts), ROOM=1024, num_warps=4,
+        ROWS=tile_rows, GRAIN=grain, EXPERTS=max(16, triton.next_power_of_2(num_experts)), ROOM=1024, num_warps=4,
     )  # fmt: skip
     return TokenTiles(sorted_slots, tiles, num_tiles, ready)
 
@@ -100,12 +113,14 @@ def token_tiles(sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, gr
 def token_tiles_ref(sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int = 1) -> TokenTiles:
     """The same in plain Python, as the oracle."""
     ends = expert_offsets.tolist()
-    records = []
+    of_experts = []
     for expert, (first, end) in enumerate(zip(ends, ends[1:], strict=False)):
         count = -(-(end - first) // tile_rows)
         each = -(-(end - first) // (max(count, 1) * grain)) * grain
         starts = [first + i * each for i in range(count)]
-        records += [(expert, start, min(each, end - start), int(sorted_slots[start])) for start in starts]
+        of_experts.append((each, [(expert, start, min(each, end - start), int(sorted_slots[start])) for start in starts]))
+    of_experts.sort(key=lambda pair: -pair[0])
+    records = [record for _, of_expert in of_experts for record in of_expert]
     room = max(most_tiles(sorted_slots.shape[0], len(ends) - 1, tile_rows), 1)
     tiles = torch.zeros((room, 4), dtype=torch.int32)
     if records:
