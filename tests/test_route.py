@@ -148,29 +148,34 @@ def test_one_expert_takes_everything() -> None:
     assert order.expert_offsets.tolist() == [0] * 8 + [20] * 53
 
 
-@settings(max_examples=25)
+@settings(max_examples=40)
 @given(
-    num_tokens=st.integers(1, 40), num_experts=st.integers(1, 24), seed=st.integers(0, 2**31),
+    num_tokens=st.integers(1, 40), group_size=st.integers(1, 9), num_groups=st.integers(1, 4), seed=st.integers(0, 2**31),
     score=st.sampled_from(["softmax", "sigmoid"]), renormalize=st.booleans(),
     dtype=st.sampled_from([torch.float16, torch.float32]),
 )  # fmt: skip
 def test_routing_law(
-    num_tokens: int, num_experts: int, seed: int, score: str, renormalize: bool, dtype: torch.dtype
+    num_tokens: int, group_size: int, num_groups: int, seed: int, score: str, renormalize: bool, dtype: torch.dtype
 ) -> None:
-    """Distinct experts, descending logits, weights that sum to 1 where renormalised, and the order of these ids.
+    """Distinct experts of few enough groups, descending logits, weights that sum to 1 where renormalised, their order.
 
     Logits are quarters, so that many tie.
     """
     generator = torch.Generator().manual_seed(seed)
-    logits = (4 * torch.randn(num_tokens, num_experts, generator=generator)).round().to(DEVICE, dtype) / 4
-    top_k = 1 + seed % num_experts
-    routed = route(logits, top_k, score=score, renormalize=renormalize)
-    same(routed, route_ref(logits, top_k, score=score, renormalize=renormalize))
+    logits = (4 * torch.randn(num_tokens, group_size * num_groups, generator=generator)).round().to(DEVICE, dtype) / 4
+    top_k_groups = 1 + seed % num_groups
+    top_k = 1 + seed % (group_size * top_k_groups)
+    rule: dict[str, Any] = {"score": score, "renormalize": renormalize}
+    rule |= {"num_groups": num_groups, "top_k_groups": top_k_groups}
+    routed = route(logits, top_k, **rule)
+    same(routed, route_ref(logits, top_k, **rule))
     assert (routed.topk_ids.sort(dim=1).values.diff(dim=1) > 0).all()
     assert (logits.gather(1, routed.topk_ids.long()).diff(dim=1) <= 0).all()
+    assert all(len(set(row)) <= top_k_groups for row in (routed.topk_ids // group_size).tolist())
     if renormalize and top_k > 1:
         torch.testing.assert_close(routed.topk_weights.sum(1), torch.ones(num_tokens, device=DEVICE))
-    assert torch.equal(expert_order_ref(routed.topk_ids, num_experts).sorted_slots, routed.order.sorted_slots)
+    order = expert_order_ref(routed.topk_ids, logits.shape[1])
+    assert torch.equal(order.sorted_slots, routed.order.sorted_slots)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 17, 80])  # 80 of 60 experts: many programs
