@@ -259,3 +259,16 @@ def test_batch_sizes_share_compiled_kernels() -> None:
         route(torch.randn(num_tokens, 48, device="cuda"), 3)
     assert len(room._route_one._instances) - before[0] <= len(room._ROWS)
     assert len(room._route_many._instances) - before[1] == 1
+
+
+@pytest.mark.gpu
+def test_logits_past_2_to_31_elements() -> None:
+    """2^31 + logits of 1024 experts; the last tokens are checked, and that every slot has a place."""
+    num_tokens = 2**31 // 1024 + 5
+    logits = torch.zeros(num_tokens, 1024, dtype=torch.bfloat16, device="cuda")
+    assert logits.numel() > 2**31
+    logits[-9:] = torch.randn(9, 1024, device="cuda")
+    found, last = route(logits, 2), route(logits[-9:], 2)
+    assert torch.equal(found.topk_ids[-9:], last.topk_ids)
+    assert torch.equal(found.topk_weights[-9:], last.topk_weights)
+    assert found.order.expert_offsets[-1] == found.order.sorted_slots.unique().numel() == 2 * num_tokens
