@@ -59,6 +59,13 @@ def test_nothing_spills(table: list[dict]) -> None:
     assert [row for row in table if row["spilled_bytes"]] == []
 
 
+def test_a_single_token_is_routed_without_shared_memory(table: list[dict]) -> None:
+    """What makes it fast: one warp that waits at no barrier."""
+    ours = [row for row in table if row["label"].startswith(("route_order qwen3 1 ", "route_order deepseek-v3 1 "))]
+    assert len(ours) == 2 * len(aot.CHECKED_TARGETS)
+    assert {row["shared_bytes"] for row in ours} == {0}
+
+
 def test_shipped_configs_compile_without_a_spill() -> None:
     configs = {
         config.short(): config

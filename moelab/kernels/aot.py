@@ -229,13 +229,14 @@ def _align_cases(id_type: str) -> list[Case]:
     outputs = dict.fromkeys(("sorted_ptr", "expert_ids_ptr", "total_ptr"), "*i32")
     sizes = {"num_pairs": "i32", "num_experts": "i32"}
     room, ids, counts = "moelab.kernels.align:", {"ids_ptr": f"*{id_type}"}, {"counts_ptr": "*i32"}
+    chunked = "moelab.kernels.chunk_counts:"
     small = {"BLOCK_SIZE": 64, "BUCKETS": 256, "CHUNK": 2048}
     tables = {"before_ptr": "*i32", "totals_ptr": "*i32"}
     chunks = {"num_chunks": "i32"}
     return [
         Case(f"align small {id_type}", room + "_align_small_kernel", {**ids, **outputs, **sizes}, small, 8),
-        Case(f"align count {id_type}", room + "_count_kernel", {**ids, **counts, **sizes}, {"BUCKETS": 256, "CHUNK": 128}, 4),
-        Case(f"align scan {id_type}", room + "_scan_kernel", {**counts, "totals_ptr": "*i32", **chunks},
+        Case(f"chunk count {id_type}", chunked + "_count_kernel", {**ids, **counts, **sizes}, {"BUCKETS": 256, "CHUNK": 128}, 4),
+        Case(f"chunk scan {id_type}", chunked + "_scan_kernel", {**counts, "totals_ptr": "*i32", **chunks},
              {"BUCKETS": 256, "ROWS": 128}, 4),
         Case(f"align place {id_type}", room + "_place_kernel", {**ids, **tables, **outputs, **sizes, **chunks},
              {**small, "CHUNK": 128, "COLUMNS": 32}, 8),
@@ -248,6 +249,60 @@ def _token_tiles_case(rows: int, grain: int) -> Case:
     arguments = {**dict.fromkeys(pointers, "*i32"), "num_experts": "i32", "room": "i32"}
     constants = {"ROWS": rows, "GRAIN": grain, "EXPERTS": 256, "ROOM": 1024}
     return Case(f"token tiles {rows}", "moelab.kernels.token_tiles:_token_tiles_kernel", arguments, constants, 4)
+
+
+def _order_cases(id_type: str) -> list[Case]:
+    outputs = dict.fromkeys(("sorted_ptr", "offsets_ptr"), "*i32")
+    sizes = {"num_slots": "i32", "num_experts": "i32"}
+    room, ids = "moelab.kernels.expert_order:", {"ids_ptr": f"*{id_type}"}
+    return [
+        Case(f"expert_order small {id_type}", room + "_order_small_kernel", {**ids, **outputs, **sizes}, {"CHUNK": 2048}, 8),
+        Case(f"expert_order place {id_type}", room + "_order_place_kernel",
+             {**ids, "before_ptr": "*i32", **outputs, **sizes, "num_chunks": "i32"},
+             {"BUCKETS": 512, "CHUNK": 128, "COLUMNS": 32}, 8),
+    ]  # fmt: skip
+
+
+def route_case(
+    name: str, rows: int, num_experts: int, top_k: int, dtype: str = "bfloat16", *, one_program: bool = True, bias: bool = False,
+    num_groups: int = 1, top_k_groups: int = 1, score: str = "sigmoid",
+) -> Case:  # fmt: skip
+    """A router's tile of `rows` tokens, by one program with the order, or one of many; sizes of groups are powers of two."""
+    outputs = {"weights_ptr": "*fp32", "ids_ptr": "*i32"}
+    outputs |= dict.fromkeys(("sorted_ptr", "offsets_ptr"), "*i32") if one_program else {}
+    biases = {"bias_ptr": "*fp32"} if bias else {}
+    arguments = {"logits_ptr": "*" + _TYPES[dtype], **biases, **outputs, "scale": "fp32"}
+    constants = {
+        "TOP_K": top_k, "NUM_EXPERTS": num_experts, "SCORE": score, "RENORMALIZE": top_k > 1, "NUM_GROUPS": num_groups,
+        "GROUPS": num_groups, "TOP_K_GROUPS": top_k_groups, "SUM_OF_TWO": bias, "ROWS": rows,
+        "LANES": 1 << (num_experts - 1).bit_length(),
+    }  # fmt: skip
+    constants |= {} if bias else {"bias_ptr": None}
+    constants |= {"SLOTS": 1 << (rows * top_k - 1).bit_length()} if one_program else {}
+    kernel = "moelab.kernels.route:" + ("_route_order_kernel" if one_program else "_route_kernel")
+    return Case(
+        f"{'route_order' if one_program else 'route'} {name} {rows} {dtype}", kernel,
+        arguments | dict.fromkeys(("num_tokens", "first_expert", "num_local"), "i32"), constants, min(8, rows),
+        aligned=frozenset(name for name in arguments if name.endswith("_ptr")),
+    )  # fmt: skip
+
+
+def _route_cases() -> list[Case]:
+    """The routers that differ in kind, at every way of routing."""
+    qwen3: dict[str, Any] = {"name": "qwen3", "num_experts": 128, "top_k": 8, "score": "softmax"}
+    deepseek: dict[str, Any] = {
+        "name": "deepseek-v3", "num_experts": 256, "top_k": 8, "bias": True, "num_groups": 8, "top_k_groups": 4,
+    }  # fmt: skip
+    return [
+        route_case(rows=1, **qwen3),
+        route_case(rows=16, dtype="float32", **qwen3),
+        route_case(rows=4, one_program=False, dtype="float16", **qwen3),
+        *[route_case(rows=rows, **deepseek) for rows in (1, 16)],
+        route_case(rows=4, one_program=False, **deepseek),
+        route_case("scout", 64, 16, 1),
+        route_case("60 experts", 64, 60, 4, score="softmax"),
+        route_case("257 experts", 4, 257, 257, one_program=False, score="softmax"),
+    ]
 
 
 def cases() -> list[Case]:
@@ -271,6 +326,9 @@ def cases() -> list[Case]:
     return (
         gemms + _sorted_rows_cases() + splits + plain + [case for ids in ("i32", "i64") for case in _align_cases(ids)]
     )
+=======
+    sorts = [case for ids in ("i32", "i64") for case in (*_align_cases(ids), *_order_cases(ids))]
+    return gemms + _sorted_rows_cases() + splits + plain + sorts + _route_cases()
 
 
 def compile_case(case: Case, target: str) -> Resources:
