@@ -92,7 +92,15 @@ def run_layer(
     maps = (EmulatedMap * 3)(*map(EmulatedMap.of, specs, (w13, w2, inner)))
     given = (x, inner, y, out, topk_weights, topk_ids, tiles.sorted_slots, tiles.tiles, tiles.num_tiles, ready)
     arguments = LayerArguments(
-        *(t.data_ptr() for t in given), tiles.most, x.shape[0], topk_ids.shape[1], x.shape[1], size, parts, weighted, scale
+        *(t.data_ptr() for t in given),
+        tiles.most,
+        x.shape[0],
+        topk_ids.shape[1],
+        x.shape[1],
+        size,
+        parts,
+        weighted,
+        scale,
     )
     library = built(instance, x.dtype)
     child = os.fork()

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moelab import reference
-from moelab.errors import DtypeError, RuntimeModeError, ShapeError
 from moelab.config import TARGETS
+from moelab.errors import DtypeError, RuntimeModeError, ShapeError
 from moelab.kernels import fast_layer, nvrtc
 from moelab.kernels.fast_layer import INSTANCES, Instance, check_fast_layer, instance_for
 from moelab.kernels.token_tiles import TokenTiles, token_tiles_ref
@@ -45,7 +45,9 @@ def compare(
         ids = torch.stack([torch.randperm(experts, generator=g)[:top_k] for _ in range(num_tokens)]).int()
     weights = torch.rand(num_tokens, top_k, generator=g)
     tiles = ordered(ids, experts, instance)
-    out, _, _, ready = emulated_gpu.run_layer(x, w13, w2, weights, ids, tiles, instance, scale=1.5, weighted=2 - on_input, blocks=blocks)
+    out, _, _, ready = emulated_gpu.run_layer(
+        x, w13, w2, weights, ids, tiles, instance, scale=1.5, weighted=2 - on_input, blocks=blocks
+    )
     options = {"routed_scaling_factor": 1.5, "apply_router_weight_on_input": on_input}
     truth = reference.fused_moe_ref(*(t.double() for t in (x, w13, w2, weights)), ids, **options)
     own = reference.fused_moe_ref(x, w13, w2, weights, ids, **options)

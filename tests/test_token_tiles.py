@@ -51,6 +51,11 @@ def test_every_row_is_in_one_tile(rows: list[int], tile: int, grain: int) -> Non
 
 def test_what_is_no_order() -> None:
     slots, offsets = torch.arange(4).int(), offsets_of([4])
-    for bad in ((slots[None], offsets, 8, 8), (slots, offsets[:1], 8, 8), (slots, offsets, 0, 1), (slots, offsets, 12, 8)):
+    for bad in (
+        (slots[None], offsets, 8, 8),
+        (slots, offsets[:1], 8, 8),
+        (slots, offsets, 0, 1),
+        (slots, offsets, 12, 8),
+    ):
         with pytest.raises(ShapeError, match="expert_order"):
             token_tiles(*bad)

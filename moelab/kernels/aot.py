@@ -323,10 +323,6 @@ def cases() -> list[Case]:
     plain = [case for dtype in (*_TYPES, "float64") for case in _elementwise_cases(dtype)]
     plain += [_split_k_reduce_case(dtype) for dtype in (*_TYPES, "float64")]
     plain += [_token_tiles_case(8, 8), _token_tiles_case(176, 16)]
-    return (
-        gemms + _sorted_rows_cases() + splits + plain + [case for ids in ("i32", "i64") for case in _align_cases(ids)]
-    )
-=======
     sorts = [case for ids in ("i32", "i64") for case in (*_align_cases(ids), *_order_cases(ids))]
     return gemms + _sorted_rows_cases() + splits + plain + sorts + _route_cases()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moelab.config import Target
 from moelab.errors import DtypeError, RuntimeModeError, ShapeError
-from moelab.kernels import checks, nvrtc
+from moelab.kernels import nvrtc
 from moelab.kernels.tensor_map import TensorMap
 from moelab.kernels.token_tiles import TokenTiles
 
@@ -76,7 +76,9 @@ class Instance:
     def source(self, dtype: torch.dtype) -> str:
         """fast_layer.cu with the wgmma shapes that this instance asks for."""
         shapes = "\n".join(_wgmma(n, dtype) for n in range(self.tokens, 0, -self.grain))
-        head = "template <typename T, int N> DEVICE void wgmma(float (&sums)[N / 2], uint64_t weights, uint64_t tokens);"
+        head = (
+            "template <typename T, int N> DEVICE void wgmma(float (&sums)[N / 2], uint64_t weights, uint64_t tokens);"
+        )
         return f'#include "hopper.cuh"\nnamespace hopper {{\n{head}\n{shapes}\n}}\n{SOURCE.read_text()}'
 
 
@@ -117,7 +119,10 @@ class LayerArguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "inner", "y", "out", "topk_weights", "topk_ids")),
         *((name, ctypes.c_void_p) for name in ("sorted_slots", "tiles", "num_tiles", "ready")),
-        *((name, ctypes.c_int) for name in ("most_tiles", "num_tokens", "top_k", "hidden", "inner_size", "parts", "weighted")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("most_tiles", "num_tokens", "top_k", "hidden", "inner_size", "parts", "weighted")
+        ),
         ("scale", ctypes.c_float),
     ]
 
@@ -233,8 +238,9 @@ def fast_layer(
     """The layer of checked tensors (`check_fast_layer`): x (M, H), w13 (E, 2N, H), w2 (E, H, N); out (M, H).
 
     topk_weights (M, k) float32, topk_ids (M, k) int32; tiles: of at most instance.tokens rows, in multiples of
-    instance.grain but for an expert's last. weights_on_input: weigh GEMM1's rows, before the activation. parts: GEMM1, GEMM2, SUM, to
-    leave some out, which then find in their scratch memory what lies there. Deterministic; no host synchronisation.
+    instance.grain but for an expert's last. weights_on_input: weigh GEMM1's rows, before the activation. parts: GEMM1,
+    GEMM2, SUM, to leave some out, which then find in their scratch memory what lies there. Deterministic; no host
+    synchronisation.
     """
     device = x.get_device()
     loaded = _loaded(device, instance, x.dtype)
@@ -260,9 +266,3 @@ def _launch(loaded: _Loaded, instance: Instance, device: int, parameters: tuple[
         driver.CUstream(stream), ctypes.addressof(addresses), 0,
     )  # fmt: skip
     _require(error, f"a launch of {loaded.grid} blocks of {instance.threads} threads")
-
-
-def available() -> bool:
-    """Whether this process sees a GPU that the kernel runs on."""
-    target = checks.current_target()
-    return target is not None and target.name == "sm_90"

@@ -10,6 +10,7 @@ from moelab import runtime
 
 runtime.prepare_triton()
 
+from itertools import pairwise  # noqa: E402
 from typing import NamedTuple  # noqa: E402
 
 import torch  # noqa: E402
@@ -18,6 +19,8 @@ import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moelab.errors import ShapeError  # noqa: E402
+from moelab.kernels import checks  # noqa: E402
+from moelab.kernels.launch import Launcher  # noqa: E402
 
 
 class TokenTiles(NamedTuple):
@@ -26,6 +29,7 @@ class TokenTiles(NamedTuple):
     sorted_slots: (S,) int32, flat slots token * top_k + j; those of ids outside the experts are left out at the end.
     tiles: (most, 4) int32: expert, first row, rows, slot of the first row; num_tiles: (1,) int32 of them in use.
     ready: (most + 2,) int32 zeros, which a kernel counts in and leaves as zeros: one launch at a time.
+    Tensors of int32 on the device of the slots.
     """
 
     sorted_slots: Tensor
@@ -90,23 +94,42 @@ def token_tiles(sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, gr
     grain: divides tile_rows; all tiles of an expert but its last are a multiple of it, where there are several.
 
     sorted_slots: (S,) int32; expert_offsets: (E + 1,) int32, first row of each expert, then the end of the last.
-    Raises ShapeError.
+    Raises ShapeError, DeviceError, RuntimeModeError.
     """
-    if sorted_slots.ndim != 1 or expert_offsets.ndim != 1 or expert_offsets.shape[0] < 2 or tile_rows < 1 or tile_rows % grain:
+    checks.check_kernel_device("sorted_slots", sorted_slots)
+    if (
+        sorted_slots.ndim != 1
+        or expert_offsets.ndim != 1
+        or expert_offsets.shape[0] < 2
+        or tile_rows < 1
+        or tile_rows % grain
+    ):
         raise ShapeError(
             f"sorted_slots is {tuple(sorted_slots.shape)}, expert_offsets {tuple(expert_offsets.shape)}, tile_rows {tile_rows}, "
             f"grain {grain}. "
-            "Expected (S,), (E + 1,), at least one row, and a grain that divides them. Pass what moelab.kernels.expert_order returns."
+            "Expected (S,), (E + 1,), at least one row, and a grain that divides them. Pass what expert_order returns."
         )
+    return token_tiles_unchecked(sorted_slots, expert_offsets, tile_rows, grain)
+
+
+_launcher = Launcher(_token_tiles_kernel)
+
+
+def token_tiles_unchecked(sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int) -> TokenTiles:
+    """`token_tiles`, for callers that have checked the call as a whole."""
     num_experts = expert_offsets.shape[0] - 1
-    most = most_tiles(sorted_slots.shape[0], num_experts, tile_rows)
-    tiles = sorted_slots.new_empty((max(most, 1), 4))
-    num_tiles = sorted_slots.new_empty(1)
-    ready = sorted_slots.new_empty(tiles.shape[0] + 2)
-    _token_tiles_kernel[(1,)](
-        sorted_slots, expert_offsets, tiles, num_tiles, ready, num_experts, ready.shape[0],
-        ROWS=tile_rows, GRAIN=grain, EXPERTS=max(16, triton.next_power_of_2(num_experts)), ROOM=1024, num_warps=4,
-    )  # fmt: skip
+    most = max(most_tiles(sorted_slots.shape[0], num_experts, tile_rows), 1)
+    buffer = sorted_slots.new_empty(5 * most + 6)  # one allocation; records on 16 bytes
+    tiles, num_tiles, ready = buffer[: 4 * most].view(most, 4), buffer[4 * most : 4 * most + 1], buffer[4 * most + 4 :]
+    experts = max(16, triton.next_power_of_2(num_experts))
+    constants = {"ROWS": tile_rows, "GRAIN": grain, "EXPERTS": experts, "ROOM": 1024}
+    _launcher(
+        (tile_rows, grain, experts),
+        (1, 1),
+        (sorted_slots, expert_offsets, tiles, num_tiles, ready),
+        (num_experts, ready.shape[0]),
+        lambda: (constants, {"num_warps": 4}),
+    )
     return TokenTiles(sorted_slots, tiles, num_tiles, ready)
 
 
@@ -114,15 +137,19 @@ def token_tiles_ref(sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int
     """The same in plain Python, as the oracle."""
     ends = expert_offsets.tolist()
     of_experts = []
-    for expert, (first, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for expert, (first, end) in enumerate(pairwise(ends)):
         count = -(-(end - first) // tile_rows)
         each = -(-(end - first) // (max(count, 1) * grain)) * grain
         starts = [first + i * each for i in range(count)]
-        of_experts.append((each, [(expert, start, min(each, end - start), int(sorted_slots[start])) for start in starts]))
+        of_experts.append(
+            (each, [(expert, start, min(each, end - start), int(sorted_slots[start])) for start in starts])
+        )
     of_experts.sort(key=lambda pair: -pair[0])
     records = [record for _, of_expert in of_experts for record in of_expert]
     room = max(most_tiles(sorted_slots.shape[0], len(ends) - 1, tile_rows), 1)
     tiles = torch.zeros((room, 4), dtype=torch.int32)
     if records:
         tiles[: len(records)] = torch.tensor(records, dtype=torch.int32)
-    return TokenTiles(sorted_slots, tiles, torch.tensor([len(records)], dtype=torch.int32), torch.zeros(room + 2, dtype=torch.int32))
+    return TokenTiles(
+        sorted_slots, tiles, torch.tensor([len(records)], dtype=torch.int32), torch.zeros(room + 2, dtype=torch.int32)
+    )
