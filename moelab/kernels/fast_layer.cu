@@ -316,9 +316,10 @@ __global__ void __launch_bounds__(S::THREADS, S::PER_PROCESSOR)
     const int roles = gridDim.x * (S::WARPGROUPS + 1);
     if (threadIdx.x < 128) {
         if constexpr (CONSUMER > 0) fewer_registers<PRODUCER>();
-        if (threadIdx.x == 0)
+        if (threadIdx.x == 0) {
             stream_weights<S>(shared, layer, &w13, &w2);
-        else if (threadIdx.x >= 32) {
+            let_successor_start();
+        } else if (threadIdx.x >= 32) {
             stream_tokens<S>(shared, layer, &inner);
             if (threadIdx.x == 32) leave(layer, roles);
         }

@@ -174,7 +174,8 @@ def check_fast_layer(x: Tensor, w13: Tensor, w2: Tensor, target: Target | None) 
 
 @dataclass(frozen=True)
 class _Loaded:
-    kernel: Any
+    kernel: Any  # kept, since it owns the code
+    function: Any
     grid: int
 
 
@@ -191,8 +192,14 @@ def _loaded(device: int, instance: Instance, dtype: torch.dtype) -> _Loaded:
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     (error,) = driver.cuKernelSetAttribute(attribute, instance.shared_bytes, kernel.handle, driver.CUdevice(device))
     _require(error, f"{instance.shared_bytes} bytes of shared memory a block")
+    fit = kernel.occupancy.max_active_blocks_per_multiprocessor(instance.threads, instance.shared_bytes)
+    if fit < instance.per_processor:  # blocks wait for each other: one that finds no room would make the others hang
+        raise RuntimeModeError(
+            f"A multiprocessor holds {fit} blocks of {instance}. Expected {instance.per_processor}. Use impl='triton', and "
+            "report the GPU and its driver."
+        )
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return _Loaded(kernel, processors * instance.per_processor)
+    return _Loaded(kernel, driver.CUfunction(int(kernel.handle)), processors * instance.per_processor)
 
 
 def _require(error: Any, what: str) -> None:
@@ -234,35 +241,54 @@ def fast_layer(
     scale: float = 1.0,
     weights_on_input: bool = False,
     parts: int = GEMM1 | GEMM2 | SUM,
+    scratch: tuple[Tensor, Tensor] | None = None,
+    overlap: bool = True,
 ) -> Tensor:
     """The layer of checked tensors (`check_fast_layer`): x (M, H), w13 (E, 2N, H), w2 (E, H, N); out (M, H).
 
     topk_weights (M, k) float32, topk_ids (M, k) int32; tiles: of at most instance.tokens rows, in multiples of
     instance.grain but for an expert's last. weights_on_input: weigh GEMM1's rows, before the activation. parts: GEMM1,
-    GEMM2, SUM, to leave some out, which then find in their scratch memory what lies there. Deterministic; no host
-    synchronisation.
+    GEMM2, SUM, to leave some out. scratch: (S, N) and (S, H), what GEMM1 and GEMM2 write; its own unless given. overlap:
+    programmatic dependent launch, which sets blocks up while the launch before this one ends.
+    Deterministic; no host synchronisation.
     """
     device = x.get_device()
     loaded = _loaded(device, instance, x.dtype)
     num_slots, size = topk_ids.numel(), w2.shape[2]
-    inner, y, out = x.new_empty((num_slots, size)), x.new_empty((num_slots, x.shape[1])), torch.empty_like(x)
+    inner, y = scratch or (x.new_empty((num_slots, size)), x.new_empty((num_slots, x.shape[1])))
+    out = torch.empty_like(x)
     of_w13, of_w2, of_inner = tensor_maps(instance, w13, w2, inner)
     arguments = LayerArguments(
         *(t.data_ptr() for t in (x, inner, y, out, topk_weights, topk_ids, *tiles)),
         tiles.most, x.shape[0], topk_ids.shape[1], x.shape[1], size, parts,
         GEMM1 if weights_on_input else GEMM2, scale,
     )  # fmt: skip
-    _launch(loaded, instance, device, (_maps.get(w13, of_w13), _maps.get(w2, of_w2), of_inner.encode(inner), arguments))
+    parameters = (_maps.get(w13, of_w13), _maps.get(w2, of_w2), of_inner.encode(inner), arguments)
+    _launch(loaded, instance, torch.cuda.current_stream(device).cuda_stream, overlap, parameters)
     return out
 
 
-def _launch(loaded: _Loaded, instance: Instance, device: int, parameters: tuple[Any, ...]) -> None:
+def _launch(loaded: _Loaded, instance: Instance, stream: int, overlap: bool, parameters: tuple[Any, ...]) -> None:
     from cuda.bindings import driver
 
     addresses = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(p) for p in parameters))
-    stream = torch.cuda.current_stream(device).cuda_stream
-    (error,) = driver.cuLaunchKernel(
-        driver.CUfunction(int(loaded.kernel.handle)), loaded.grid, 1, 1, instance.threads, 1, 1, instance.shared_bytes,
-        driver.CUstream(stream), ctypes.addressof(addresses), 0,
-    )  # fmt: skip
+    config = _config(loaded.grid, instance.threads, instance.shared_bytes, stream, overlap)
+    (error,) = driver.cuLaunchKernelEx(config, loaded.function, ctypes.addressof(addresses), 0)
     _require(error, f"a launch of {loaded.grid} blocks of {instance.threads} threads")
+
+
+@functools.lru_cache(maxsize=256)
+def _config(grid: int, threads: int, shared_bytes: int, stream: int, overlap: bool) -> Any:
+    from cuda.bindings import driver
+
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes, config.hStream = shared_bytes, driver.CUstream(stream)
+    if overlap:
+        attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        value.programmaticStreamSerializationAllowed = 1
+        attribute.value = value
+        config.attrs, config.numAttrs = [attribute], 1
+    return config

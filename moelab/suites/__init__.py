@@ -8,7 +8,7 @@ from pathlib import Path
 from moelab import recordings
 from moelab.errors import UnknownNameError, nearest_names
 from moelab.recordings import Recording
-from moelab.suites import ceilings, layer_baseline, layer_classic, split_k, sum_reduce, tma_overhead
+from moelab.suites import ceilings, fast_layer, layer_baseline, layer_classic, split_k, sum_reduce, tma_overhead
 
 SUITES: dict[str, Callable[[], Recording]] = {
     "ceilings": ceilings.record,
@@ -18,6 +18,7 @@ SUITES: dict[str, Callable[[], Recording]] = {
     "split_k": split_k.record,
     "layer_baseline": layer_baseline.record,
     "tma_overhead": tma_overhead.record,
+    "fast_layer": fast_layer.record,
 }
 
 
