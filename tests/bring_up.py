@@ -23,6 +23,7 @@ def part(most: int, parts: int, sizes: tuple[int, ...]) -> str:
     from moelab.inputs import make_inputs
     from moelab.kernels import fast_layer as room
     from moelab.kernels.expert_order import expert_order
+    from moelab.kernels.fast_instances import INSTANCES as INSTANCES_BY_TOKENS
     from moelab.pipelines.fast import tiles_for
     from moelab.shapes import MoEShape
 
@@ -30,7 +31,7 @@ def part(most: int, parts: int, sizes: tuple[int, ...]) -> str:
     shape = MoEShape.from_sizes(num_experts=experts, top_k=top_k, hidden_size=hidden, moe_intermediate_size=size)
     i = make_inputs(shape, num_tokens, dtype=torch.bfloat16, device="cuda", seed=3)
     ids = i.topk_ids.int()
-    tiles = tiles_for(expert_order(ids, experts), room.INSTANCES[most])
+    tiles = tiles_for(expert_order(ids, experts), INSTANCES_BY_TOKENS[most], hidden)
     slots = tiles.sorted_slots.long()
     expert = ids.flatten()[slots].long()
     rows = i.hidden_states.double()[slots // top_k]
@@ -44,7 +45,15 @@ def part(most: int, parts: int, sizes: tuple[int, ...]) -> str:
         y.bfloat16() if parts == room.SUM else torch.full_like(y, nan, dtype=torch.bfloat16),
     )
     out = room.fast_layer(
-        i.hidden_states, i.w13, i.w2, i.topk_weights, ids, tiles, room.INSTANCES[most], parts=parts, scratch=scratch
+        i.hidden_states,
+        i.w13,
+        i.w2,
+        i.topk_weights,
+        ids,
+        tiles,
+        INSTANCES_BY_TOKENS[most],
+        parts=parts,
+        scratch=scratch,
     )
     torch.cuda.synchronize()
     found, expected = {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moelab.kernels import fast_layer
-from moelab.kernels.fast_layer import STORAGE, Instance, LayerArguments
+from moelab.kernels.fast_instances import SOURCE, STORAGE, Instance
 from moelab.kernels.tensor_map import TensorMap
 from moelab.kernels.token_tiles import TokenTiles
 
@@ -55,11 +55,11 @@ def built(instance: Instance, dtype: torch.dtype) -> ctypes.CDLL:
     """That instance as a shared library."""
     folder = Path(tempfile.mkdtemp(prefix="moelab-emulated-"))
     text = MAIN.format(
-        source=fast_layer.SOURCE, storage=STORAGE[dtype][0], threads=instance.threads, shape=instance.shape,
+        source=SOURCE, storage=STORAGE[dtype][0], threads=instance.threads, shape=instance.shape,
         expression=instance.expression(dtype),
     )  # fmt: skip
     (folder / "main.cpp").write_text(text)
-    command = ["g++", "-std=c++20", "-O2", "-DMOELAB_EMULATED", f"-I{HERE}", f"-I{fast_layer.SOURCE.parent}", "-shared"]
+    command = ["g++", "-std=c++20", "-O2", "-DMOELAB_EMULATED", f"-I{HERE}", f"-I{SOURCE.parent}", "-shared"]
     subprocess.run([*command, "-fPIC", "-o", str(folder / "main.so"), str(folder / "main.cpp")], check=True)
     return ctypes.CDLL(str(folder / "main.so"))
 
@@ -79,7 +79,7 @@ def run_layer(
     instance: Instance,
     *,
     scale: float = 1.0,
-    weighted: int = 2,
+    weights_on_input: bool = False,
     parts: int = 7,
     blocks: int = 2,
     timeout_s: float = 60.0,
@@ -90,18 +90,8 @@ def run_layer(
     out, ready = shared(torch.full_like(x, nan)), shared(tiles.ready)
     specs = fast_layer.tensor_maps(instance, w13, w2, inner)
     maps = (EmulatedMap * 3)(*map(EmulatedMap.of, specs, (w13, w2, inner)))
-    given = (x, inner, y, out, topk_weights, topk_ids, tiles.sorted_slots, tiles.tiles, tiles.num_tiles, ready)
-    arguments = LayerArguments(
-        *(t.data_ptr() for t in given),
-        tiles.most,
-        x.shape[0],
-        topk_ids.shape[1],
-        x.shape[1],
-        size,
-        parts,
-        weighted,
-        scale,
-    )
+    given = (x, inner, y, out, topk_weights, topk_ids, tiles._replace(ready=ready))
+    arguments = fast_layer.layer_arguments(*given, parts, scale=scale, weights_on_input=weights_on_input)
     library = built(instance, x.dtype)
     child = os.fork()
     if not child:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import subprocess
+from pathlib import Path
 
 import emulated_gpu
 import pytest
@@ -15,8 +17,9 @@ from hypothesis import strategies as st
 from moelab import reference
 from moelab.config import TARGETS
 from moelab.errors import DtypeError, RuntimeModeError, ShapeError
-from moelab.kernels import fast_layer, nvrtc
-from moelab.kernels.fast_layer import INSTANCES, Instance, check_fast_layer, instance_for
+from moelab.kernels import aot, fast_layer, nvrtc
+from moelab.kernels.fast_instances import INSTANCES, Instance, instance_for
+from moelab.kernels.fast_layer import check_fast_layer
 from moelab.kernels.token_tiles import TokenTiles, token_tiles_ref
 
 needs_compiler = pytest.mark.skipif(
@@ -24,12 +27,14 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def ordered(topk_ids: torch.Tensor, num_experts: int, instance: Instance) -> TokenTiles:
+def ordered(topk_ids: torch.Tensor, num_experts: int, instance: Instance, hidden: int = 64) -> TokenTiles:
     flat = topk_ids.flatten()
     slots = torch.argsort(torch.where(flat < 0, num_experts, flat), stable=True).int()
     counts = torch.bincount(flat[flat >= 0].long(), minlength=num_experts)
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]).int()
-    return token_tiles_ref(slots, offsets, instance.tokens, 16 if instance.tokens % 16 == 0 else 8)
+    return token_tiles_ref(
+        slots, offsets, instance.tokens, 16 if instance.tokens % 16 == 0 else 8, instance.column_counters(hidden)
+    )
 
 
 def compare(
@@ -44,9 +49,9 @@ def compare(
     if ids is None:
         ids = torch.stack([torch.randperm(experts, generator=g)[:top_k] for _ in range(num_tokens)]).int()
     weights = torch.rand(num_tokens, top_k, generator=g)
-    tiles = ordered(ids, experts, instance)
+    tiles = ordered(ids, experts, instance, hidden)
     out, _, _, ready = emulated_gpu.run_layer(
-        x, w13, w2, weights, ids, tiles, instance, scale=1.5, weighted=2 - on_input, blocks=blocks
+        x, w13, w2, weights, ids, tiles, instance, scale=1.5, weights_on_input=on_input, blocks=blocks
     )
     options = {"routed_scaling_factor": 1.5, "apply_router_weight_on_input": on_input}
     truth = reference.fused_moe_ref(*(t.double() for t in (x, w13, w2, weights)), ids, **options)
@@ -134,13 +139,21 @@ def test_sizes_are_those_of_the_source(instance: Instance) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("most", INSTANCES)
-def test_instances_compile_for_hopper(most: int, dtype: torch.dtype) -> None:
+def test_instances_compile_for_hopper(most: int, dtype: torch.dtype, tmp_path: Path) -> None:
     """No spill, no wgmma that the compiler had to serialise, and as many blocks a multiprocessor as it says."""
     instance = INSTANCES[most]
     assert instance.tokens == most
     assert (instance.shared_bytes + 1024) * instance.per_processor <= 228 * 1024
-    code = nvrtc.compiled("sm_90a", instance.source(dtype), instance.expression(dtype))
-    assert len(code.code) > 1000
+    code = nvrtc.compiled("sm_90a", instance.source(dtype), instance.expression(dtype)).code
+    registers, spilled = aot.usage_of_cubin(code)
+    assert not spilled and registers * instance.threads * instance.per_processor <= 64 * 1024
+    cubin = tmp_path / "fast_layer.cubin"
+    cubin.write_bytes(code)
+    sass = subprocess.run([aot.cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    products, shapes = sass.count("HGMMA"), len(range(instance.tokens, 0, -instance.grain))
+    assert products >= shapes * 4 * instance.row_blocks
+    # Two waits a loop: for all but the newest group, and after the last. A product that is serialised has its own.
+    assert sass.count("WARPGROUP.DEPBAR") <= products // (4 * instance.row_blocks) * 2
 
 
 @given(num_tokens=st.integers(1, 20000), top_k=st.integers(1, 8), experts=st.integers(8, 512))

@@ -12,7 +12,8 @@ from moelab.errors import RuntimeModeError
 from moelab.fused_moe import available_implementations, fused_moe
 from moelab.inputs import MoEInputs
 from moelab.kernels.expert_order import expert_order
-from moelab.kernels.fast_layer import GEMM1, GEMM2, INSTANCES, SUM, Instance, fast_layer
+from moelab.kernels.fast_instances import INSTANCES, Instance
+from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM, fast_layer
 from moelab.pipelines.fast import choose, tiles_for
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -35,7 +36,7 @@ def call(case: Case, i: MoEInputs) -> torch.Tensor:
 
 def by(instance: Instance, i: MoEInputs, **options: object) -> torch.Tensor:
     ids = i.topk_ids.int()
-    tiles = tiles_for(expert_order(ids, i.w13.shape[0]), instance)
+    tiles = tiles_for(expert_order(ids, i.w13.shape[0]), instance, i.w2.shape[1])
     return fast_layer(i.hidden_states, i.w13, i.w2, i.topk_weights, ids, tiles, instance, **options)
 
 

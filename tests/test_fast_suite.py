@@ -10,7 +10,8 @@ import torch
 from moelab import recordings, reference, runtime
 from moelab.config import KernelConfig
 from moelab.kernels.expert_order import expert_order
-from moelab.kernels.fast_layer import GEMM1, GEMM2, INSTANCES, SUM
+from moelab.kernels.fast_instances import INSTANCES
+from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM
 from moelab.measure import Measurement
 from moelab.shapes import MoEShape
 from moelab.suites import fast_layer, screening
@@ -74,7 +75,7 @@ def test_each_idea_off_is_another_instance_or_launch(small: None, most: int) -> 
 
 def test_tiles_by_expert_hold_the_same_rows() -> None:
     ids = torch.tensor([[0, 3], [3, 5], [3, 0], [1, 3]], dtype=torch.int32)
-    found = fast_layer.tiles_for(expert_order(ids, 8), INSTANCES[8])
+    found = fast_layer.tiles_for(expert_order(ids, 8), INSTANCES[8], 64)
     again = fast_layer.by_expert(found)
     used = int(found.num_tiles)
     assert sorted(found.tiles[:used].tolist()) == sorted(again.tiles[:used].tolist())

@@ -1,7 +1,8 @@
 // A whole fused MoE layer in one launch, for Hopper (sm_90a).
 //
 // Blocks stay for the whole launch and take tiles in turn: first those of GEMM1 (w13, then silu(gate) * up), then those of
-// GEMM2 (w2, times the routed weight, unless GEMM1's rows were); once all are done, they share out the sums over each token's slots. Weights are
+// GEMM2 (w2, times the routed weight, unless GEMM1's rows were); once all are done, they share out the sums over each
+// token's slots. Weights are
 // wgmma's M and tokens its N, so a tile fits its number of tokens to a multiple of GRAIN and pads nothing in memory. In a
 // block, one warp streams weights by TMA, three gather tokens, and WARPGROUPS warpgroups multiply; a ring of STAGES
 // buffers lets the copies run ahead, across tiles and across the two GEMMs: w2 is on its way while the last tiles of GEMM1
@@ -15,7 +16,7 @@
 //
 // Compiled by moelab/kernels/fast_layer.py through NVRTC.
 
-#include "fast_tiles.cuh"
+#include "fast_sums.cuh"
 
 // One thread: the weights of every tile, stage after stage.
 template <typename S, typename T>
@@ -219,40 +220,6 @@ DEVICE void compute_fitting(Shared<S>& shared, const Layer<T>& layer, const Walk
     compute<S, T, N>(shared, layer, walk, ring);
 }
 
-// Adds to a count that other blocks wait for, once all of this warpgroup's stores are done, for TMA's eyes too.
-DEVICE void report(int* count, int done) {
-    fence_async_global();
-    named_barrier(CONSUMERS + threadIdx.x / 128 - 1, 128);
-    if (threadIdx.x % 128 == 0) add_release(count, done);
-}
-
-// out[t] = scale * sum over slots of y[t * top_k + slot], eight columns a thread, by the consumers of all blocks.
-template <typename T>
-DEVICE void sum_slots(const Layer<T>& layer, int consumers) {
-    const int columns = layer.hidden / 8;
-    const int first = blockIdx.x * consumers + threadIdx.x - 128;
-    for (int i = first; i < layer.num_tokens * columns; i += gridDim.x * consumers) {
-        const int token = i / columns, column = i % columns * 8;
-        float sums[8] = {};
-#pragma unroll 8
-        for (int slot = token * layer.top_k; slot < (token + 1) * layer.top_k; ++slot) {
-            uint4 eight = {};
-            if (layer.topk_ids[slot] >= 0)
-                eight = load_written(layer.y + static_cast<uint64_t>(slot) * layer.hidden + column);
-            add_pair(sums[0], sums[1], eight.x, T());
-            add_pair(sums[2], sums[3], eight.y, T());
-            add_pair(sums[4], sums[5], eight.z, T());
-            add_pair(sums[6], sums[7], eight.w, T());
-        }
-        uint4 result;
-        result.x = packed(layer.scale * sums[0], layer.scale * sums[1], T());
-        result.y = packed(layer.scale * sums[2], layer.scale * sums[3], T());
-        result.z = packed(layer.scale * sums[4], layer.scale * sums[5], T());
-        result.w = packed(layer.scale * sums[6], layer.scale * sums[7], T());
-        *reinterpret_cast<uint4*>(layer.out + static_cast<uint64_t>(token) * layer.hidden + column) = result;
-    }
-}
-
 // A warpgroup's tiles. A tile of GEMM1 is reported after the next one, when its stores have long landed, unless what comes
 // next may wait for it.
 template <typename S, typename T>
@@ -270,26 +237,17 @@ DEVICE void consume(Shared<S>& shared, const Layer<T>& layer) {
             report(&layer.ready[unreported], 1);
             unreported = -1;
         }
+        if (S::SUMS_AT_ONCE && walk.gemm && layer.parts & SUM) sum_if_last(shared, layer, walk);
     }
-    if (!(layer.parts & SUM)) return;
-    int* all = &layer.ready[layer.most_tiles];
-    report(all, second);
-    if (threadIdx.x % 128 == 0) {
-        const int needed = (walk.total - walk.tiles1) * S::WARPGROUPS;
-        while (load_acquire(all) < needed) back_off();
-    }
-    named_barrier(CONSUMERS + threadIdx.x / 128 - 1, 128);
-    sum_slots(layer, S::WARPGROUPS * 128);
+    const bool summed = S::SUMS_AT_ONCE && walk.total > walk.tiles1;
+    if (layer.parts & SUM && !summed) sum_after_all(layer, walk, second);
 }
 
 // The last role to end in the whole launch leaves ready[] as it was: zeros.
 template <typename T>
 DEVICE void leave(const Layer<T>& layer, int roles) {
-    int* ended = &layer.ready[layer.most_tiles + 1];
-    if (add_acquire_release(ended, 1) + 1 < roles) return;
-    for (int tile = 0; tile < *layer.num_tiles; ++tile) layer.ready[tile] = 0;
-    layer.ready[layer.most_tiles] = 0;
-    *ended = 0;
+    if (add_acquire_release(&layer.ready[layer.most_tiles + 1], 1) + 1 < roles) return;
+    for (int i = 0; i < layer.counters; ++i) layer.ready[i] = 0;
 }
 
 template <typename S, typename T>

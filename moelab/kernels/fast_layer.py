@@ -1,4 +1,4 @@
-"""A whole fused MoE layer in one launch of CUDA C++, for Hopper: fast_layer.cu, its instances and its launcher.
+"""A whole fused MoE layer in one launch of CUDA C++, for Hopper: the launcher of fast_layer.cu.
 
 Compiling needs no GPU (see `moelab.kernels.nvrtc`); running one needs sm_90.
 """
@@ -9,7 +9,6 @@ import ctypes
 import functools
 import weakref
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,99 +17,15 @@ from torch import Tensor
 from moelab.config import Target
 from moelab.errors import DtypeError, RuntimeModeError, ShapeError
 from moelab.kernels import nvrtc
+from moelab.kernels.fast_instances import STORAGE, Instance
 from moelab.kernels.tensor_map import TensorMap
 from moelab.kernels.token_tiles import TokenTiles
 
-SOURCE = Path(__file__).with_name("fast_layer.cu")
-STORAGE = {torch.bfloat16: ("__nv_bfloat16", "bf16"), torch.float16: ("__half", "f16")}
 K_STEP = 64
 """Elements of K in a stage: 128 bytes, TMA's widest swizzle."""
 
 GEMM1, GEMM2, SUM = 1, 2, 4
 """Parts of the layer, for launches of less than the whole."""
-
-
-@dataclass(frozen=True)
-class Instance:
-    """One compiled form of the kernel.
-
-    warpgroups: that multiply, each row_blocks times 64 weight rows. stages: buffers of 64 elements of K in the ring.
-    tokens: most rows of a tile. grain: a tile of fewer rows is multiplied as tokens less a multiple of it. box: rows that
-    one TMA load of tokens brings. per_processor: blocks on a multiprocessor.
-    """
-
-    warpgroups: int
-    row_blocks: int
-    stages: int
-    tokens: int
-    grain: int
-    box: int
-    per_processor: int = 1
-
-    @property
-    def threads(self) -> int:
-        """Of a block: the warpgroups that multiply, and one that copies."""
-        return (self.warpgroups + 1) * 128
-
-    @property
-    def rows(self) -> int:
-        """Weight rows of a tile."""
-        return self.warpgroups * self.row_blocks * 64
-
-    @property
-    def shared_bytes(self) -> int:
-        """Of a block: the ring, its barriers (two of 8 bytes a stage), and the rows' tokens, slots and weights."""
-        stage = (self.rows + self.tokens) * 128 + 16
-        return self.stages * stage + (2 + 2 * self.warpgroups) * self.tokens * 4
-
-    @property
-    def shape(self) -> str:
-        """As fast_tiles.cuh spells it."""
-        numbers = (self.warpgroups, self.row_blocks, self.stages, self.tokens, self.grain, self.box, self.per_processor)
-        return f"Shape<{', '.join(map(str, numbers))}>"
-
-    def expression(self, dtype: torch.dtype) -> str:
-        """The template instance to compile, as NVRTC names it."""
-        return f"fast_layer<{self.shape}, {STORAGE[dtype][0]}>"
-
-    def source(self, dtype: torch.dtype) -> str:
-        """fast_layer.cu with the wgmma shapes that this instance asks for."""
-        shapes = "\n".join(_wgmma(n, dtype) for n in range(self.tokens, 0, -self.grain))
-        head = (
-            "template <typename T, int N> DEVICE void wgmma(float (&sums)[N / 2], uint64_t weights, uint64_t tokens);"
-        )
-        return f'#include "hopper.cuh"\nnamespace hopper {{\n{head}\n{shapes}\n}}\n{SOURCE.read_text()}'
-
-
-def _wgmma(n: int, dtype: torch.dtype) -> str:
-    """sums (64, n) += weights (64, 16) x tokens (n, 16)^T, both in shared memory, K innermost."""
-    storage, kind = STORAGE[dtype]
-    half = n // 2
-    sums = ", ".join(f"%{i}" for i in range(half))
-    operands = ", ".join(f'"+f"(sums[{i}])' for i in range(half))
-    return (
-        f"template <> DEVICE void wgmma<{storage}, {n}>(float (&sums)[{half}], uint64_t weights, uint64_t tokens) {{\n"
-        f'asm volatile("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{sums}}}, %{half}, %{half + 1}, '
-        f'1, 1, 1, 0, 0;" : {operands} : "l"(weights), "l"(tokens)); }}'
-    )
-
-
-# Widest tile of tokens -> the instance for it. Small tiles and two blocks a multiprocessor where weights are all there is to
-# move; 256 weight rows where tokens are read again and again, once for every tile of weight rows. The ring takes what shared
-# memory is left: 227 KiB a block, 228 for all, 1 kept of each.
-INSTANCES = {
-    8: Instance(1, 1, 12, 8, 8, 8, per_processor=2),
-    16: Instance(1, 1, 11, 16, 8, 8, per_processor=2),
-    48: Instance(2, 1, 9, 48, 16, 16),
-    96: Instance(2, 2, 5, 96, 16, 16),
-    176: Instance(2, 2, 4, 176, 16, 16),
-}
-
-
-def instance_for(num_tokens: int, top_k: int, num_experts: int) -> Instance:
-    """The instance for a batch, by the rows an expert gets if tokens spread evenly, and a third more than that."""
-    rows = 1.33 * num_tokens * top_k / num_experts
-    return next((INSTANCES[most] for most in INSTANCES if min(rows, num_tokens) <= most), INSTANCES[176])
 
 
 class LayerArguments(ctypes.Structure):
@@ -121,10 +36,31 @@ class LayerArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("sorted_slots", "tiles", "num_tiles", "ready")),
         *(
             (name, ctypes.c_int)
-            for name in ("most_tiles", "num_tokens", "top_k", "hidden", "inner_size", "parts", "weighted")
+            for name in ("most_tiles", "counters", "num_tokens", "top_k", "hidden", "inner_size", "parts", "weighted")
         ),
         ("scale", ctypes.c_float),
     ]
+
+
+def layer_arguments(
+    x: Tensor,
+    inner: Tensor,
+    y: Tensor,
+    out: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    tiles: TokenTiles,
+    parts: int,
+    *,
+    scale: float,
+    weights_on_input: bool,
+) -> LayerArguments:
+    """The kernel's arguments for these tensors, all of them on one device, and sizes as `fast_layer` has them."""
+    return LayerArguments(
+        *(t.data_ptr() for t in (x, inner, y, out, topk_weights, topk_ids, *tiles)),
+        tiles.most, tiles.ready.shape[0], x.shape[0], topk_ids.shape[1], x.shape[1], inner.shape[1], parts,
+        GEMM1 if weights_on_input else GEMM2, scale,
+    )  # fmt: skip
 
 
 def tensor_maps(instance: Instance, w13: Tensor, w2: Tensor, inner: Tensor) -> tuple[TensorMap, TensorMap, TensorMap]:
@@ -258,11 +194,8 @@ def fast_layer(
     inner, y = scratch or (x.new_empty((num_slots, size)), x.new_empty((num_slots, x.shape[1])))
     out = torch.empty_like(x)
     of_w13, of_w2, of_inner = tensor_maps(instance, w13, w2, inner)
-    arguments = LayerArguments(
-        *(t.data_ptr() for t in (x, inner, y, out, topk_weights, topk_ids, *tiles)),
-        tiles.most, x.shape[0], topk_ids.shape[1], x.shape[1], size, parts,
-        GEMM1 if weights_on_input else GEMM2, scale,
-    )  # fmt: skip
+    given = (x, inner, y, out, topk_weights, topk_ids)
+    arguments = layer_arguments(*given, tiles, parts, scale=scale, weights_on_input=weights_on_input)
     parameters = (_maps.get(w13, of_w13), _maps.get(w2, of_w2), of_inner.encode(inner), arguments)
     _launch(loaded, instance, torch.cuda.current_stream(device).cuda_stream, overlap, parameters)
     return out

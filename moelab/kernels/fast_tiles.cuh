@@ -29,8 +29,9 @@ struct Layer {
     const int* sorted_slots;     // (S), flat slots token * top_k + j by expert
     const TokenTile* tiles;      // (most_tiles), *num_tiles in use
     const int* num_tiles;
-    int* ready;                  // (most_tiles + 2) zeros; left as zeros: tiles, then GEMM2's tiles done, then roles ended
-    int most_tiles;
+    int* ready;                  // (counters) zeros, left as zeros: GEMM1 done of each tile of tokens, GEMM2's tiles done,
+                                 // roles ended, and with SUMS_AT_ONCE tiles done of each part of H
+    int most_tiles, counters;
     int num_tokens, top_k, hidden, inner_size;
     int parts;
     int weighted;                // the part that the routed weight is applied in: GEMM1, before the activation, or GEMM2
@@ -44,6 +45,7 @@ struct Shape {
                          GRAIN = GRAIN_, BOX = BOX_, PER_PROCESSOR = PER_PROCESSOR_;
     static constexpr int ROWS = WARPGROUPS * ROW_BLOCKS * 64;  // of weights in a tile
     static constexpr int THREADS = (WARPGROUPS + 1) * 128;
+    static constexpr bool SUMS_AT_ONCE = TOKENS <= 16;
     static_assert(TOKENS % BOX == 0 && BOX % 8 == 0 && GRAIN % 8 == 0, "the swizzle repeats after eight rows");
     static_assert((TOKENS % 16 == 0 && GRAIN % 16 == 0) || TOKENS <= 16, "a thread stores two groups of eight tokens");
 };

@@ -28,7 +28,7 @@ class TokenTiles(NamedTuple):
 
     sorted_slots: (S,) int32, flat slots token * top_k + j; those of ids outside the experts are left out at the end.
     tiles: (most, 4) int32: expert, first row, rows, slot of the first row; num_tiles: (1,) int32 of them in use.
-    ready: (most + 2,) int32 zeros, which a kernel counts in and leaves as zeros: one launch at a time.
+    ready: (most + 2 + more,) int32 zeros, which a kernel counts in and leaves as zeros: one launch at a time.
     Tensors of int32 on the device of the slots.
     """
 
@@ -88,10 +88,13 @@ def _token_tiles_kernel(
         tl.store(ready_ptr + place, 0 * place, mask=place < room)
 
 
-def token_tiles(sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int = 1) -> TokenTiles:
+def token_tiles(
+    sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int = 1, more: int = 0
+) -> TokenTiles:
     """Cut expert-sorted slots into tiles of at most `tile_rows` rows. No host synchronisation.
 
-    grain: divides tile_rows; all tiles of an expert but its last are a multiple of it, where there are several.
+    grain: divides tile_rows; all tiles of an expert but its last are a multiple of it, where there are several. more:
+    counters of `ready` past the two that every kernel needs.
 
     sorted_slots: (S,) int32; expert_offsets: (E + 1,) int32, first row of each expert, then the end of the last.
     Raises ShapeError, DeviceError, RuntimeModeError.
@@ -109,17 +112,19 @@ def token_tiles(sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, gr
             f"grain {grain}. "
             "Expected (S,), (E + 1,), at least one row, and a grain that divides them. Pass what expert_order returns."
         )
-    return token_tiles_unchecked(sorted_slots, expert_offsets, tile_rows, grain)
+    return token_tiles_unchecked(sorted_slots, expert_offsets, tile_rows, grain, more)
 
 
 _launcher = Launcher(_token_tiles_kernel)
 
 
-def token_tiles_unchecked(sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int) -> TokenTiles:
+def token_tiles_unchecked(
+    sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int, more: int = 0
+) -> TokenTiles:
     """`token_tiles`, for callers that have checked the call as a whole."""
     num_experts = expert_offsets.shape[0] - 1
     most = max(most_tiles(sorted_slots.shape[0], num_experts, tile_rows), 1)
-    buffer = sorted_slots.new_empty(5 * most + 6)  # one allocation; records on 16 bytes
+    buffer = sorted_slots.new_empty(5 * most + 6 + more)  # one allocation; records on 16 bytes
     tiles, num_tiles, ready = buffer[: 4 * most].view(most, 4), buffer[4 * most : 4 * most + 1], buffer[4 * most + 4 :]
     experts = max(16, triton.next_power_of_2(num_experts))
     constants = {"ROWS": tile_rows, "GRAIN": grain, "EXPERTS": experts, "ROOM": 1024}
@@ -133,7 +138,9 @@ def token_tiles_unchecked(sorted_slots: Tensor, expert_offsets: Tensor, tile_row
     return TokenTiles(sorted_slots, tiles, num_tiles, ready)
 
 
-def token_tiles_ref(sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int = 1) -> TokenTiles:
+def token_tiles_ref(
+    sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int = 1, more: int = 0
+) -> TokenTiles:
     """The same in plain Python, as the oracle."""
     ends = expert_offsets.tolist()
     of_experts = []

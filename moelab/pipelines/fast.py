@@ -10,7 +10,8 @@ from torch import Tensor
 from moelab.errors import ConfigError
 from moelab.kernels import checks
 from moelab.kernels.expert_order import expert_order_unchecked, new_expert_order
-from moelab.kernels.fast_layer import Instance, check_fast_layer, fast_layer, instance_for
+from moelab.kernels.fast_instances import Instance, instance_for
+from moelab.kernels.fast_layer import check_fast_layer, fast_layer
 from moelab.kernels.launch import checked, signature
 from moelab.kernels.token_tiles import TokenTiles, token_tiles_unchecked
 from moelab.pipelines.call import MoECall
@@ -35,10 +36,11 @@ def choose(num_tokens: int, top_k: int, num_experts: int) -> Choice:
     )
 
 
-def tiles_for(order: ExpertOrder, instance: Instance) -> TokenTiles:
+def tiles_for(order: ExpertOrder, instance: Instance, hidden_size: int) -> TokenTiles:
     """An order's slots in the tiles of that instance."""
-    grain = 8 if instance.tokens % 16 else 16
-    return token_tiles_unchecked(order.sorted_slots, order.expert_offsets, instance.tokens, min(grain, instance.grain))
+    grain = min(8 if instance.tokens % 16 else 16, instance.grain)
+    counters = instance.column_counters(hidden_size)
+    return token_tiles_unchecked(order.sorted_slots, order.expert_offsets, instance.tokens, grain, counters)
 
 
 def fast_pipeline(call: MoECall, instance: Instance | None = None) -> Tensor:
@@ -52,7 +54,7 @@ def fast_pipeline(call: MoECall, instance: Instance | None = None) -> Tensor:
     order = new_expert_order(ids.numel(), call.num_experts, x.device)
     expert_order_unchecked(ids, call.num_experts, order)
     return fast_layer(
-        x, w13, w2, call.topk_weights, ids, tiles_for(order, instance), instance,
+        x, w13, w2, call.topk_weights, ids, tiles_for(order, instance, x.shape[1]), instance,
         scale=call.routed_scaling_factor, weights_on_input=call.apply_router_weight_on_input,
     )  # fmt: skip
 

@@ -20,7 +20,8 @@ from moelab.errors import MoelabError, RecordingError
 from moelab.fused_moe import fused_moe
 from moelab.inputs import random_tensor
 from moelab.kernels.expert_order import expert_order
-from moelab.kernels.fast_layer import GEMM1, GEMM2, INSTANCES, SUM, Instance, fast_layer, instance_for
+from moelab.kernels.fast_instances import INSTANCES, Instance, instance_for
+from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM, fast_layer
 from moelab.kernels.route import route
 from moelab.kernels.token_tiles import TokenTiles
 from moelab.measure import measure
@@ -57,7 +58,8 @@ def shape_of(name: str) -> MoEShape:
 def tiles_of(layer: Layer, instance: Instance) -> list[TokenTiles]:
     """For each rotation, its slots in tiles of that instance."""
     experts = layer.shape.num_experts
-    return [tiles_for(expert_order(r.topk_ids, experts), instance) for r in layer.routings]
+    hidden = layer.shape.hidden_size
+    return [tiles_for(expert_order(r.topk_ids, experts), instance, hidden) for r in layer.routings]
 
 
 def by_expert(tiles: TokenTiles) -> TokenTiles:
@@ -193,7 +195,7 @@ def from_logits(layer: Layer, instance: Instance | None, config: tuple[KernelCon
                 x, w.w13, w.w2, topk_weights=routed.topk_weights, topk_ids=routed.topk_ids, config=config[0],
                 down_config=config[1],
             )  # fmt: skip
-        tiles = tiles_for(routed.order, instance)
+        tiles = tiles_for(routed.order, instance, shape.hidden_size)
         return fast_layer(x, w.w13, w.w2, routed.topk_weights, routed.topk_ids, tiles, instance)
 
     return run
