@@ -59,18 +59,27 @@ def within_best_groups(key, SUM_OF_TWO: tl.constexpr, GROUPS: tl.constexpr, TOP_
 
 
 @triton.jit
-def router_scores(logits, SCORE: tl.constexpr):
-    """What the router makes of its logits (ROWS, LANES), float32; lanes without an expert hold -inf.
+def close_sigmoid(x):
+    """1 / (1 + exp(-x)) in float32: Triton's quotient, which may be 2 ULP off, and a Newton step.
 
-    div_rn: Triton's own division of float32 may be off by 2 ULP, more than a weight's tolerance has room for.
+    A weight's tolerance has no room for 2 ULP, and a division rounded right is a branch for each value.
     """
+    power = tl.exp(-tl.abs(x))  # at most 1, so that 1 + power and its inverse are in reach of the step
+    inverse = 1 / (1 + power)
+    inverse = tl.fma(inverse, tl.fma(-inverse, power, 1 - inverse), inverse)
+    return tl.where(x >= 0, inverse, power * inverse)
+
+
+@triton.jit
+def router_scores(logits, SCORE: tl.constexpr):
+    """What the router makes of its logits (ROWS, LANES), float32; lanes without an expert hold -inf."""
     if SCORE == "softmax":
         # The maximum over keys: that of floats would pass over a NaN.
         powers = tl.exp(logits - tl.expand_dims(float_of(tl.max(key_of(logits), axis=1)), 1))
         return powers * tl.expand_dims(tl.div_rn(1.0, tl.sum(powers, axis=1)), 1)
     else:
         tl.static_assert(SCORE == "sigmoid", "unknown score")
-        return tl.div_rn(1.0, 1 + tl.exp(-logits))
+        return close_sigmoid(logits)
 
 
 @triton.jit
