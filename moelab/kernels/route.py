@@ -22,7 +22,15 @@ from torch import Tensor  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.expert_order import check_order, expert_order_unchecked  # noqa: E402
 from moelab.kernels.launch import Launcher, checked, signature  # noqa: E402
-from moelab.kernels.top_k import LOWEST, key_of, router_scores, top_k_ranks, with_lane, within_best_groups  # noqa: E402
+from moelab.kernels.top_k import (  # noqa: E402
+    LOWEST,
+    key_of,
+    router_scores,
+    shares,
+    top_k_ranks,
+    with_lane,
+    within_best_groups,
+)
 from moelab.routing import ExpertOrder, Routed, check_local_experts, check_router  # noqa: E402
 
 # Rows of the one program's tile, and the most logits that it may hold: the registers of 8 warps, 16 a thread.
@@ -62,7 +70,8 @@ def _route_rows(
     inside = (row < num_tokens)[:, None] & present[None, :]
     ptrs = logits_ptr + row[:, None] * NUM_EXPERTS + expert[None, :]
     logits = tl.load(ptrs, mask=inside, other=float("-inf")).to(tl.float32)
-    scores = router_scores(logits, SCORE)
+    # Without bias and groups the greatest is chosen: the sum of the chosen is no less than its 1, and 1e-20 no part of it.
+    scores = router_scores(logits, SCORE, RENORMALIZE and bias_ptr is None and GROUPS == 1)
     if bias_ptr is None:
         key = key_of(logits)
     else:
@@ -75,11 +84,10 @@ def _route_rows(
         key = with_lane(key)
     rank = top_k_ranks(key, TOP_K, NARROW)
     chosen = inside & (rank >= 0)
-    weights = scores * scale
     if RENORMALIZE:
-        weights = scores * tl.expand_dims(tl.div_rn(scale, tl.sum(tl.where(chosen, scores, 0.0), axis=1) + 1e-20), 1)
+        scores = shares(scores, tl.sum(tl.where(chosen, scores, 0.0).to(tl.float64), axis=1) + 1e-20)
     slot = row[:, None] * TOP_K + rank
-    tl.store(weights_ptr + slot, weights, mask=chosen)
+    tl.store(weights_ptr + slot, scores * scale, mask=chosen)
     local = expert - first_expert
     local = tl.where(present & (local >= 0) & (local < num_local), local, -1)
     tl.store(ids_ptr + slot, tl.broadcast_to(local[None, :], slot.shape), mask=chosen)

@@ -59,18 +59,65 @@ def within_best_groups(key, SUM_OF_TWO: tl.constexpr, GROUPS: tl.constexpr, TOP_
 
 
 @triton.jit
-def router_scores(logits, SCORE: tl.constexpr):
+def close_exp(x):
+    """exp(x) of x <= 0 in float32, within an ULP, and 0 below 2^-126; NaN stays NaN.
+
+    A weight's tolerance has no room for the 2 ULP of a GPU's own power of two. So: 2^n exp(r) with |r| <= ln(2) / 2, ln(2)
+    in two parts of which n times the first is exact (Cody and Waite, 1980), and Taylor's series up to r^7 / 7!, past which
+    there is 5e-9.
+    """
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = tl.fma(n, 2.12194440054690583e-4, tl.fma(n, -0.693359375, x))
+    power = tl.fma(r, 1 / 5040, 1 / 720)
+    power = tl.fma(power, r, 1 / 120)
+    power = tl.fma(power, r, 1 / 24)
+    power = tl.fma(power, r, 1 / 6)
+    power = tl.fma(power, r, 0.5)
+    power = tl.fma(power, r, 1.0)
+    power = tl.fma(power, r, 1.0)
+    scale = ((tl.maximum(n, -126.0).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.where(x < -87.3, 0.0, power * scale)
+
+
+@triton.jit
+def shares(values, total):
+    """values (ROWS, LANES) / total (ROWS,), rounded to float32 once: a division a row, and a Newton step a value.
+
+    total is float64: summed in float32 it would be off by 2 ULP or 3, and with it every weight of a token.
+    """
+    high = total.to(tl.float32)
+    low = tl.expand_dims((total - high).to(tl.float32), 1)
+    inverse = tl.expand_dims(tl.div_rn(1.0, high), 1)
+    quotient = values * inverse
+    rest = tl.fma(-quotient, low, tl.fma(-quotient, tl.expand_dims(high, 1), values))
+    return tl.fma(inverse, rest, quotient)
+
+
+@triton.jit
+def close_sigmoid(x):
+    """1 / (1 + exp(-x)) in float32, within 2 ULP: Triton's quotient, which may be 2 ULP off, and a Newton step.
+
+    A division rounded right would be a branch for each value.
+    """
+    power = close_exp(-tl.abs(x))  # at most 1, so that 1 + power and its inverse are in reach of the step
+    inverse = 1 / (1 + power)
+    inverse = tl.fma(inverse, tl.fma(-inverse, power, 1 - inverse), inverse)
+    return tl.where(x >= 0, inverse, power * inverse)
+
+
+@triton.jit
+def router_scores(logits, SCORE: tl.constexpr, UP_TO_A_FACTOR: tl.constexpr):
     """What the router makes of its logits (ROWS, LANES), float32; lanes without an expert hold -inf.
 
-    div_rn: Triton's own division of float32 may be off by 2 ULP, more than a weight's tolerance has room for.
+    UP_TO_A_FACTOR: a softmax may go without its sum, as weights that are renormalised do not depend on it.
     """
     if SCORE == "softmax":
         # The maximum over keys: that of floats would pass over a NaN.
-        powers = tl.exp(logits - tl.expand_dims(float_of(tl.max(key_of(logits), axis=1)), 1))
-        return powers * tl.expand_dims(tl.div_rn(1.0, tl.sum(powers, axis=1)), 1)
+        powers = close_exp(logits - tl.expand_dims(float_of(tl.max(key_of(logits), axis=1)), 1))
+        return powers if UP_TO_A_FACTOR else shares(powers, tl.sum(powers.to(tl.float64), axis=1))
     else:
         tl.static_assert(SCORE == "sigmoid", "unknown score")
-        return tl.div_rn(1.0, 1 + tl.exp(-logits))
+        return close_sigmoid(logits)
 
 
 @triton.jit
