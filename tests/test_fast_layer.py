@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-import subprocess
-from pathlib import Path
 
 import emulated_gpu
 import pytest
@@ -17,7 +15,7 @@ from hypothesis import strategies as st
 from moelab import reference
 from moelab.config import TARGETS
 from moelab.errors import DtypeError, RuntimeModeError, ShapeError
-from moelab.kernels import aot, fast_layer, nvrtc
+from moelab.kernels import cubin, fast_layer, nvrtc
 from moelab.kernels.fast_instances import INSTANCES, Instance, instance_for
 from moelab.kernels.fast_layer import check_fast_layer
 from moelab.kernels.token_tiles import TokenTiles, token_tiles_ref
@@ -139,17 +137,15 @@ def test_sizes_are_those_of_the_source(instance: Instance) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("most", INSTANCES)
-def test_instances_compile_for_hopper(most: int, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_instances_compile_for_hopper(most: int, dtype: torch.dtype) -> None:
     """No spill, no wgmma that the compiler had to serialise, and as many blocks a multiprocessor as it says."""
     instance = INSTANCES[most]
     assert instance.tokens == most
     assert (instance.shared_bytes + 1024) * instance.per_processor <= 228 * 1024
     code = nvrtc.compiled("sm_90a", instance.source(dtype), instance.expression(dtype)).code
-    registers, spilled = aot.usage_of_cubin(code)
+    registers, spilled = cubin.usage(code)
     assert not spilled and registers * instance.threads * instance.per_processor <= 64 * 1024
-    cubin = tmp_path / "fast_layer.cubin"
-    cubin.write_bytes(code)
-    sass = subprocess.run([aot.cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    sass = cubin.disassembly(code)
     products, shapes = sass.count("HGMMA"), len(range(instance.tokens, 0, -instance.grain))
     assert products >= shapes * 4 * instance.row_blocks
     # Two waits a loop: for all but the newest group, and after the last. A product that is serialised has its own.
