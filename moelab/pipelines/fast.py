@@ -46,8 +46,9 @@ def tiles_for(order: ExpertOrder, instance: Instance, hidden_size: int) -> Token
 def fast_pipeline(call: MoECall, instance: Instance | None = None) -> Tensor:
     """Order by expert, tiles, and the layer in one launch. Raises RuntimeModeError, DtypeError, ShapeError, ConfigError."""
     x, w13, w2, ids = call.hidden_states, call.w13, call.w2, call.topk_ids
-    key = ("fast_pipeline", signature(x, w13, w2), call.activation, call.gated, call.b13 is None, call.b2 is None)
-    checked(key, lambda: _check(call))
+    aligned = not (x.data_ptr() | w13.data_ptr() | w2.data_ptr()) % 16
+    what = (call.activation, call.gated, call.b13 is None, call.b2 is None, aligned)
+    checked(("fast_pipeline", signature(x, w13, w2), what), lambda: _check(call))
     if instance is None:
         instance = instance_for(call.num_tokens, call.top_k, call.num_experts)
     ids = ids.to(torch.int32)
