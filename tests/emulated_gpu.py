@@ -51,16 +51,18 @@ class EmulatedMap(ctypes.Structure):
 
 
 @functools.cache
-def built(instance: Instance, dtype: torch.dtype) -> ctypes.CDLL:
-    """That instance as a shared library."""
+def built(instance: Instance, dtype: torch.dtype, source: Path = SOURCE, races: bool = False) -> ctypes.CDLL:
+    """That instance as a shared library; with `races` it tells ThreadSanitizer of all that it reads and writes."""
     folder = Path(tempfile.mkdtemp(prefix="moelab-emulated-"))
     text = MAIN.format(
-        source=SOURCE, storage=STORAGE[dtype][0], threads=instance.threads, shape=instance.shape,
+        source=source, storage=STORAGE[dtype][0], threads=instance.threads, shape=instance.shape,
         expression=instance.expression(dtype),
     )  # fmt: skip
     (folder / "main.cpp").write_text(text)
     command = ["g++", "-std=c++20", "-O2", "-DMOELAB_EMULATED", f"-I{HERE}", f"-I{SOURCE.parent}", "-shared"]
-    subprocess.run([*command, "-fPIC", "-o", str(folder / "main.so"), str(folder / "main.cpp")], check=True)
+    command += ["-g", "-fsanitize=thread"] if races else []
+    plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    subprocess.run([*command, "-fPIC", "-o", str(folder / "main.so"), str(folder / "main.cpp")], check=True, env=plain)
     return ctypes.CDLL(str(folder / "main.so"))
 
 
@@ -83,8 +85,12 @@ def run_layer(
     parts: int = 7,
     blocks: int = 2,
     timeout_s: float = 60.0,
+    library: ctypes.CDLL | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, inner, y, ready) of one emulated launch; what the kernel writes starts as NaN."""
+    """(out, inner, y, ready) of one emulated launch; what the kernel writes starts as NaN.
+
+    library: run this one, in this process.
+    """
     slots, size, nan = topk_ids.numel(), w2.shape[2], float("nan")
     inner, y = (shared(x.new_full((slots, columns), nan)) for columns in (size, x.shape[1]))
     out, ready = shared(torch.full_like(x, nan)), shared(tiles.ready)
@@ -92,6 +98,9 @@ def run_layer(
     maps = (EmulatedMap * 3)(*map(EmulatedMap.of, specs, (w13, w2, inner)))
     given = (x, inner, y, out, topk_weights, topk_ids, tiles._replace(ready=ready))
     arguments = fast_layer.layer_arguments(*given, parts, scale=scale, weights_on_input=weights_on_input)
+    if library is not None:
+        library.run(maps, ctypes.byref(arguments), blocks)
+        return out, inner, y, ready
     library = built(instance, x.dtype)
     child = os.fork()
     if not child:
