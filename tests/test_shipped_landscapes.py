@@ -81,9 +81,9 @@ def test_two_runs_of_the_race_agree() -> None:
 
 # Batch sizes at which that race looked at every candidate.
 WELL_COVERED = (1, 16, 32, 64, 128, 512, 1536, 3072, 8192)
-# Largest median over batch sizes, and largest of the worst batch size in nine of ten seeds: the goals of the tuner. 12
-# seeds gave 0.01 % and 2.0 % (race), 0.01 % and 3.2 % with half of the samples (forest).
-MARGINS = {"race": (0.01, 0.03), "forest": (0.02, 0.05)}
+# Largest median over batch sizes, and largest of the worst batch size in four of five seeds. The goal is 2 %; 4 seeds gave
+# 0.00 % and 0.55 % (the last by layers timed whole, whose order is not that of their GEMMs' sums).
+MARGINS = {"race": (0.005, 0.015), "forest": (0.01, 0.02)}
 
 
 @pytest.mark.parametrize("strategy", MARGINS)

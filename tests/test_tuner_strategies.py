@@ -175,6 +175,15 @@ def test_a_pair_is_judged_by_its_sum_under_one_block_size() -> None:
     assert board.configs["up"][board.ranked("up", 64, 1)[0]] == configs[64]  # the slower GEMM1 has the better partner
 
 
+def test_finals_do_not_move_the_finalists_on_the_board() -> None:
+    """They are timed in another protocol: a faster reading of it must not rank a config before those it was not tried with."""
+    board = Board(PROBLEM, build_space(PROBLEM))
+    one, other = ((c,) for c in board.configs["up"][:2])
+    board.add([Result(Request("up", 64, (one, other), 1), (Outcome((9.0,)), Outcome((10.0,))))])
+    board.add([Result(Request("up", 64, (other,), 1, True), (Outcome((8.0,)),))])
+    assert list(board.times("up", 64)[:2]) == [9.0, 10.0] and board.samples("up", 64, other[0]) == (10.0,)
+
+
 def test_equal_programs_share_a_measurement() -> None:
     problem = dataclasses.replace(PROBLEM, axes={**AXES, "GROUP_SIZE_M": (1, 16, 32)})
     board = Board(problem, build_space(problem))

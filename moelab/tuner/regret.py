@@ -1,4 +1,4 @@
-"""Regret: how much slower than the best a search's choice is, judged by a landscape's recorded medians."""
+"""Regret: how much slower than the best a search's choice is, judged by a landscape's medians in the finals' protocol."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Point:
 
 
 class Truth:
-    """The best pair of each batch size by recorded medians, GEMM1 plus GEMM2 under one BLOCK_SIZE_M."""
+    """The best pair of each batch size by `Table.median_us`, GEMM1 plus GEMM2 under one BLOCK_SIZE_M."""
 
     def __init__(self, table: Table, problem: Problem) -> None:
         self.table, self.problem = table, problem
