@@ -86,11 +86,19 @@ WELL_COVERED = (1, 16, 32, 64, 128, 512, 1536, 3072, 8192)
 MARGINS = {"race": (0.005, 0.015), "forest": (0.01, 0.02)}
 
 
-@pytest.mark.parametrize("strategy", MARGINS)
-def test_regret_on_a_real_landscape(strategy: str) -> None:
-    found = landscape.load(runtime.data_dir() / "landscapes" / "qwen3-30b-a3b-tp1-NVIDIA_H200.parquet")
-    truth = Truth(Table(found), dataclasses.replace(found.problem, batch_sizes=WELL_COVERED))
-    ends = [trace(truth, strategy, seed, every=10**9)[-1] for seed in range(5)]
-    median, worst = MARGINS[strategy]
-    assert statistics.median(end.median for end in ends) <= median
-    assert np.quantile([end.worst for end in ends], 0.8) <= worst
+# Most samples, finals included, as a share of what `grid` takes: 28 % and 6.9 % in those seeds.
+SHARES = {"race": 0.33, "forest": 0.1}
+
+
+@pytest.fixture(scope="module")
+def truth(shipped: Landscape) -> Truth:
+    return Truth(Table(shipped), dataclasses.replace(shipped.problem, batch_sizes=WELL_COVERED))
+
+
+def test_regret_on_a_real_landscape(truth: Truth) -> None:
+    everything = trace(truth, "grid", 0, every=10**9)[-1].samples
+    for strategy, (median, worst) in MARGINS.items():
+        ends = [trace(truth, strategy, seed, every=10**9)[-1] for seed in range(5)]
+        assert statistics.median(end.median for end in ends) <= median, strategy
+        assert np.quantile([end.worst for end in ends], 0.8) <= worst, strategy
+        assert max(end.samples for end in ends) <= SHARES[strategy] * everything, strategy

@@ -57,7 +57,7 @@ def test_regret_and_cost_over_30_seeds() -> None:
     )
     assert samples["race"] < 0.7 * samples["grid"] and seconds["race"] < seconds["grid"]
     assert samples["forest"] < samples["grid"] / 2 and seconds["forest"] < seconds["grid"] / 2
-    assert regret["random"] > 5 * max(regret[s] for s in MARGINS), "as cheap as forest, and worse"
+    assert regret["random"] > 5 * max(regret[s] for s in MARGINS), "dearer than forest, and worse"
     for points in itertools.chain.from_iterable(traces.values()):
         assert all(b.samples >= a.samples and b.seconds >= a.seconds for a, b in itertools.pairwise(points))
         assert points[-1].worst <= next(p.worst for p in points if p.worst < math.inf) + 0.02, "regret falls"
