@@ -1,0 +1,90 @@
+"""The study tuner_regret: what it writes from small landscapes, and that the recording is of this tuner and keeps its word."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from synthetic import small_problem, synthetic_landscape
+
+from moelab import recordings, runtime, studies
+from moelab.recordings import Recording
+from moelab.studies import tuner_regret
+from moelab.tuner import landscape
+from moelab.tuner.regret import Point
+
+NAMES = ("one", "two")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Recording:
+    folder, problem = tmp_path_factory.mktemp("landscapes"), small_problem((1, 64, 1024))
+    paths = [
+        landscape.write(synthetic_landscape(problem, seed=seed), folder / f"{name}.parquet")
+        for seed, name in enumerate(NAMES)
+    ]
+    return tuner_regret.record([str(path) for path in paths], seeds=3, strategies=("race", "random"))
+
+
+def test_what_is_written_loads_again(made: Recording, tmp_path: Path) -> None:
+    loaded = recordings.load(recordings.write(made, tmp_path / "tuner_regret.json"))
+    assert "SYNTHETIC" in loaded.source() and loaded.provenance["replayed"]["numpy"]
+    assert set(loaded.protocol["sha256"]) == set(NAMES) and loaded.protocol["seeds"] == 3
+    assert len(loaded.select(kind="end")) == 2 * 2 * 3
+    assert len(loaded.select(kind="curve")) == 2 * 2 * 2 * tuner_regret.STOPS
+
+
+def test_curves_end_where_the_searches_do(made: Recording) -> None:
+    """At the last stop of an axis every search is over: the quantiles are those of the ends."""
+    for name in NAMES:
+        for strategy in ("race", "random"):
+            ends = [row["worst"] for row in made.select(kind="end", landscape=name, strategy=strategy)]
+            for axis in ("samples", "seconds"):
+                rows = made.select(kind="curve", landscape=name, strategy=strategy, axis=axis)
+                assert [row["at"] for row in rows] == sorted({row["at"] for row in rows})
+                assert rows[-1]["worst"] == tuner_regret.quantiles(ends)
+                assert rows[0]["worst"] != rows[-1]["worst"]
+
+
+def test_a_choice_is_judged_by_the_other_run_too(made: Recording) -> None:
+    """These two differ by luck of each config of 2 %: what one run chooses is not the best of the other."""
+    race = made.select(kind="end", strategy="race")
+    assert all(row["other_unknown"] == 0 for row in race)
+    assert max(row["other_worst"] for row in race) > max(row["worst"] for row in race)
+
+
+def test_a_single_landscape_has_no_other_judge(tmp_path: Path) -> None:
+    path = landscape.write(synthetic_landscape(small_problem((1, 64))), tmp_path / "one.parquet")
+    ends = tuner_regret.record([str(path)], seeds=1, strategies=("random",)).select(kind="end")
+    assert len(ends) == 1 and "other_worst" not in ends[0] and "other_unknown" not in ends[0]
+
+
+@given(st.lists(st.floats(0, 1) | st.just(math.inf), min_size=1, max_size=40))
+def test_quantiles_are_values_that_occurred_and_ascend(values: list[float]) -> None:
+    found = tuner_regret.quantiles(values)
+    assert found == sorted(found) and set(found) <= set(values)
+    assert sum(v <= found[1] for v in values) >= len(values) / 2
+
+
+def test_no_choice_yet_is_null_in_a_curve() -> None:
+    runs = {"race": [[Point("a", 10, 1.0, math.inf, math.inf), Point("b", 100, 9.0, 0.01, 0.02)]] * 2}
+    runs["grid"] = [[Point("a", 1000, 90.0, 0.0, 0.0)]] * 2
+    rows = tuner_regret.curves(runs)
+    first, last = (
+        next(r for r in order if r["strategy"] == "grid" and r["axis"] == "samples") for order in (rows, rows[::-1])
+    )
+    assert first["median"] == [None] * 3 and last["median"] == [0.0] * 3
+    assert next(r for r in rows if r["strategy"] == "race")["worst"] == [0.02] * 3
+
+
+def test_a_cpu_study_may_be_recorded_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moelab import cli
+
+    monkeypatch.setenv("MOELAB_DATA_DIR", str(tmp_path))
+    tiny = Recording("tuner_regret", runtime.provenance(0) | {"gpu": "a landscape's"}, {"kind": "test"}, ({"a": 1},))
+    monkeypatch.setitem(studies.STUDIES, "tuner_regret", lambda: tiny)  # type: ignore[arg-type]
+    assert cli.main(["record", "tuner_regret"]) == 0
+    assert (tmp_path / "recordings" / "tuner_regret.json").is_file()
