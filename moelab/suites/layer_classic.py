@@ -87,9 +87,10 @@ class Layer:
         """Mean over rotations."""
         return sum(r.experts_touched() for r in self.routings) / len(self.routings)
 
-    def contender(self, config: KernelConfig) -> Callable[[int], torch.Tensor]:
-        """The layer under one config, its alignment made beforehand, as sglang's rows were timed."""
-        shape = self.shape
+    def contender(self, config: KernelConfig, down_config: KernelConfig | None = None) -> Callable[[int], torch.Tensor]:
+        """The layer under one config (another for GEMM2 if given), its alignment made beforehand, as sglang's rows were
+        timed. A call raises where the two differ in BLOCK_SIZE_M."""
+        shape, down = self.shape, down_config or config
         aligned = [align(r.topk_ids, config.BLOCK_SIZE_M, shape.num_experts) for r in self.routings]
         pairs = self.num_tokens * shape.top_k
 
@@ -98,7 +99,7 @@ class Layer:
             h = grouped_gemm(self.states[i], w.w13, aligned[i], config, num_pairs=pairs, top_k=shape.top_k)
             h = activation(h, shape.activation, gated=shape.gated)
             weights = self.routings[i].topk_weights
-            y = grouped_gemm(h, w.w2, aligned[i], config, num_pairs=pairs, top_k=1, topk_weights=weights)
+            y = grouped_gemm(h, w.w2, aligned[i], down, num_pairs=pairs, top_k=1, topk_weights=weights)
             return sum_reduce(y.view(self.num_tokens, shape.top_k, -1))
 
         return run
