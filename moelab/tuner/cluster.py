@@ -19,6 +19,7 @@ from moelab.tuner.actor import Host, import_ray
 from moelab.tuner.compile import Kernel, kernels_of
 from moelab.tuner.evaluate import Outcome, Request, Result
 from moelab.tuner.landscape import Landscape
+from moelab.tuner.placement import Placement
 from moelab.tuner.problem import GEMMS, Problem
 from moelab.tuner.replay import _require_same as require_same
 from moelab.tuner.supervise import Incident
@@ -104,6 +105,7 @@ class RayEvaluator:
         self._spent_s, self._wall_from = 0.0, None  # type: float, float | None
         self._remote = self.ray.remote(num_cpus=0, num_gpus=1 if landscape is None else 0, max_restarts=0)(Host)
         self.seats = [_Seat(i) for i in range(count)]
+        self.placement = Placement(problem.batch_sizes, range(count))
         for seat in self.seats:
             self._start(seat)
         self._wait_until_up()
@@ -248,10 +250,16 @@ class RayEvaluator:
         return job is not None
 
     def _job_for(self, seat: _Seat) -> _Job | None:
-        """The first job that this seat may do: one of a node goes to the first of the node's seats."""
+        """The first job that this seat may do: compiling for a node is for the first of its seats, measuring a batch size for
+        the seat that has it (replayed devices are all the same: there for any)."""
         leads = next(s for s in self.seats if s.up and s.node == seat.node) is seat
         for job in self._jobs:
-            if job.node is None or (job.node == seat.node and leads):
+            if job.node is None:
+                measured = self._described.get("measured") and job.request.rounds
+                mine = not measured or self.placement.owner(job.request.stage, job.request.num_tokens) == seat.number
+            else:
+                mine = job.node == seat.node and leads
+            if mine:
                 self._jobs.remove(job)
                 return job
         return None
@@ -332,6 +340,7 @@ class RayEvaluator:
 
     def _give_up(self, seat: _Seat) -> None:
         self.seats.remove(seat)
+        self.placement.drop(seat.number)
         if seat.actor is not None:
             self.ray.kill(seat.actor)
         if not self.seats:

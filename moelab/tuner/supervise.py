@@ -2,7 +2,7 @@
 
 A worker that hangs, dies or loses its device is replaced. The contender it was at is tried once more in the fresh one,
 first; if that is lost too, the contender is quarantined: it fails, at this batch size and all others, and a repro is
-written. The others of its request are run again as if nothing had been.
+written. The others of its request are run again as if nothing had been. Which device measures what is `placement`'s.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from moelab.tuner.child import Child
 from moelab.tuner.compile import Compiled, CompilePool, Kernel, kernels_of
 from moelab.tuner.crew import Crew, Event, Member, wait_for
 from moelab.tuner.evaluate import Contender, Outcome, Request, Result, Stage
+from moelab.tuner.placement import STAGES, Placement
 from moelab.tuner.problem import Problem
 from moelab.tuner.worker import Task
 
@@ -28,9 +29,6 @@ START_LIMIT_S = 300.0
 
 PREPARE_LIMIT_S = 120.0
 """For the inputs of a batch size: routings of many tokens are drawn on the host."""
-
-
-_STAGES: tuple[Stage, ...] = ("up", "down", "layer")
 
 
 @dataclass
@@ -77,6 +75,7 @@ class Supervisor:
         self.problem, self.pool, self.quarantine = problem, pool, quarantine
         self.incidents: list[Incident] = []
         self.crew = Crew(devices, start_worker, self._next_task, job_limit_s=deadline_s, start_limit_s=START_LIMIT_S)
+        self.placement = Placement(problem.batch_sizes, range(devices))
         self._about, self._deadline_s = dict(about), deadline_s
         self._open: dict[int, _Open] = {}
         self._ready: deque[int] = deque()
@@ -192,17 +191,23 @@ class Supervisor:
 
     # --- tasks ------------------------------------------------------------------------------------------------------
 
-    def _next_task(self) -> Task | None:
-        """The next to hand out: first what was under way in a worker that was lost."""
-        while self._again or self._ready:
-            task = self._again.popleft() if self._again else None
-            number = task.number if task is not None else self._ready.popleft()
-            if number not in self._open:  # its generator was closed
-                continue
-            made = self._task(number, task.positions if task is not None else self._open[number].left)
+    def _next_task(self, device: int) -> Task | None:
+        """The next for that device: first what was under way in a worker that was lost."""
+        for task in [task for task in self._again if task.number not in self._open or self._owns(device, task.number)]:
+            self._again.remove(task)
+            made = self._task(task.number, task.positions) if task.number in self._open else None
+            if made is not None:
+                return made
+        for number in [n for n in self._ready if n not in self._open or self._owns(device, n)]:
+            self._ready.remove(number)
+            made = self._task(number, self._open[number].left) if number in self._open else None
             if made is not None:
                 return made
         return None
+
+    def _owns(self, device: int, number: int) -> bool:
+        request = self._open[number].request
+        return self.placement.owner(request.stage, request.num_tokens) == device
 
     def _task(self, number: int, positions: Iterable[int]) -> Task | None:
         """A task of those positions, less what is quarantined or done; None, and the request whole, if none is left."""
@@ -248,8 +253,9 @@ class Supervisor:
         if not any(open_.missing for open_ in self._open.values()):
             return
         for b in self.problem.batch_sizes:
-            for stage in _STAGES:
-                self.crew.give(member, Task(0, Request(stage, b, (), 0), ()))
+            for stage in STAGES:
+                if self.placement.owner(stage, b) == member.number:
+                    self.crew.give(member, Task(0, Request(stage, b, (), 0), ()))
 
     @staticmethod
     def _failed(is_final: bool, text: str) -> None:
@@ -272,6 +278,8 @@ class Supervisor:
     def _lost(self, member: Member, lost: str, why: str, jobs: Sequence[Task]) -> None:
         """Blame the contender that was begun, and take up again what the worker held, its task first."""
         at = self._at.pop(member.number, None)
+        if member.retired:
+            self.placement.drop(member.number)
         if jobs or member.about is None:
             self.incidents.append(Incident(self.clock_s(), member.number, f"{lost}: {why}"))
         again = list(jobs)
