@@ -19,7 +19,7 @@ from synthetic import AXES, SMALL, small_problem, synthetic_landscape
 from moelab import config_files, recordings, runtime
 from moelab.errors import LandscapeError, UnknownNameError
 from moelab.recordings import Recording
-from moelab.studies import fleet, fleet_job, timeline, tuned_gain
+from moelab.studies import fleet, fleet_gain, fleet_job, timeline, tuned_gain
 from moelab.studies.fleet import Fleet
 from moelab.studies.fleet_job import Job, Makers
 from moelab.studies.targets import TARGETS, Target
@@ -190,9 +190,8 @@ def test_parts_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert {j.seed for j in fleet.jobs("second", TARGETS, gpus)} == {1}
     assert [len(j.gpus) for j in fleet.jobs("scaling", TARGETS, gpus)] == [1, 2]
-    assert [len(j.gpus) for j in fleet.jobs("scaling", TARGETS, (0,))] == [1] and fleet.jobs(
-        "gain", TARGETS, gpus
-    ) == []
+    assert [len(j.gpus) for j in fleet.jobs("scaling", TARGETS, (0,))] == [1]
+    assert [(j.target, len(j.gpus)) for j in fleet.jobs("gain", TARGETS, gpus)] == [(t, 1) for t in TARGETS]
     every = [job.stem for part in fleet.PARTS for job in fleet.jobs(part, TARGETS, gpus)]
     assert len(set(every)) == len(every)
 
@@ -208,16 +207,73 @@ def test_scaling_is_by_gpus_where_ray_is_not(monkeypatch: pytest.MonkeyPatch, tm
     assert not (tmp_path / "landscapes").exists() and not (tmp_path / "configs").exists()
 
 
-def test_the_gain_is_measured_of_the_new_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+# --- the gain ---------------------------------------------------------------------------------------------------------
 
-    def record(targets: Sequence[Target], *, config_dir: Path) -> Recording:
-        asked.append((targets, config_dir))
-        return Recording("tuned_gain", runtime.provenance(0) | {"gpu": "x"}, {"kind": "test"}, ({"a": 1},))
+
+@pytest.fixture
+def gains(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What tuned_gain was asked for; it answers with rows of the files that are there."""
+    asked: list[tuple] = []
+
+    def record(targets: Sequence[Target], *, config_dir: Path, second: dict) -> Recording:
+        (target,) = targets
+        asked.append((target, config_dir, dict(second)))
+        rows = []
+        for b, pair in tuned_gain.tuned_pairs(target.shape(), "Synthetic_H200", config_dir).items():
+            row = {"kind": "layer", "target": target.name, "num_tokens": b}
+            row |= {side: config.to_json() for side, config in zip(("up", "down"), pair, strict=True)}
+            rows += [row | {"config_name": label} for label in ("tuned", *["second"] * bool(second))]
+        rows.append(
+            {"kind": "summary", "target": target.name, "over": "default", "geometric_mean": 1.25, "slower_at": [64]}
+        )
+        return Recording("tuned_gain", runtime.provenance(0) | {"gpu": "x"}, {"kind": "test"}, tuple(rows))
 
     monkeypatch.setattr(tuned_gain, "record", record)
-    assert a_fleet(tmp_path).run(["tune", "gain"])
-    assert asked == [((ONE, TWO), tmp_path / "configs")] and (tmp_path / "recordings" / "tuned_gain.json").is_file()
+    monkeypatch.setattr(
+        fleet_gain.runtime, "device_key", lambda name=None: (name or "Synthetic_H200").replace(" ", "_")
+    )
+    monkeypatch.setattr(fleet_gain.runtime, "triton_key", lambda version=None: "triton_3_6_0")
+    monkeypatch.setattr(tuned_gain.runtime, "triton_version", lambda: "3.6.0")
+    shapes = {t: problem_of(Job("tune", t, batch_sizes=AT)).shape for t in (ONE, TWO)}
+    monkeypatch.setattr(Target, "shape", lambda self: shapes[self])
+    return asked
+
+
+def test_the_gain_is_measured_of_the_new_files(tmp_path: Path, gains: list[tuple]) -> None:
+    done = a_fleet(tmp_path)
+    assert done.run(["tune", "gain"])
+    assert gains == [(ONE, tmp_path / "configs", {}), (TWO, tmp_path / "configs", {})]
+    assert "default 1.250 (slower at 64)" in done.table()
+    rows = recordings.load(tmp_path / "recordings" / "tuned_gain.json").rows
+    assert {row["target"] for row in rows} == {"one/tp1", "two/tp1"} and len(rows) == 6
+
+
+def test_a_gain_is_measured_again_for_a_second_run_and_only_then(tmp_path: Path, gains: list[tuple]) -> None:
+    a_fleet(tmp_path).run(["tune", "gain"])
+    del gains[:]
+    again = a_fleet(tmp_path)
+    assert again.run(["tune", "gain"]) and gains == []
+    assert [status for *_, status in statuses(again)] == ["complete already"] * 4
+    assert a_fleet(tmp_path).run(["second", "gain"])
+    assert gains == [
+        (ONE, tmp_path / "configs", {"one/tp1": tmp_path / "landscapes" / "one-tp1-Synthetic_H200-seed1.parquet"})
+    ]
+    rows = recordings.load(tmp_path / "recordings" / "tuned_gain.json").rows
+    assert [row["target"] for row in rows].count("one/tp1") == 5, "in place of the rows it had"
+
+
+def test_a_target_without_files_has_no_gain(tmp_path: Path, gains: list[tuple]) -> None:
+    a_fleet(tmp_path, (ONE,)).run(["tune"])
+    done = a_fleet(tmp_path)
+    assert done.run(["gain"]) and [d.status for d in done.done][1] == "has no files yet"
+    assert [target for target, *_ in gains] == [ONE]
+
+
+def test_without_pyarrow_the_run_and_its_files_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    done = a_fleet(tmp_path, (ONE,))
+    assert not done.run(["tune"]) and "pip install pyarrow" in done.done[0].status
+    assert done.done[0].result is not None and len(list((tmp_path / "configs").rglob("*.json"))) == 2
 
 
 # --- what goes into the repository ----------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """Tune a list of models on every GPU of a machine, in one command that can be cut and begun again: `make tuned`.
 
-Parts, in this order, each a list of runs: "tune" (the race at 19 batch sizes and both GEMMs, config files), "gain" (the
-study tuned_gain of those files), "grid" (the whole grid at six batch sizes), "second" (an independent run of the layers
-whose landscapes are kept, for judging the first), "scaling" (the same run on 1 and 2 GPUs, over Ray if it is here). A run
-that is complete is skipped, one that was cut goes on where it stood; after every run the config files, the landscape and
-the recording tune_timeline are on disk.
+Parts, in this order, each a list of runs: "tune" (the race at 19 batch sizes and both GEMMs, config files), "grid" (the
+whole grid at six batch sizes), "second" (an independent run of the layers whose landscapes are kept, for judging the
+first), "gain" (the study tuned_gain of the new files), "scaling" (the same run on 1 and 2 GPUs, over Ray if it is here). A
+run that is complete is skipped, one that was cut goes on where it stood; after every run the config files, the landscape
+and the recordings tune_timeline and tuned_gain are on disk.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from pathlib import Path
 
 from moelab import recordings, runtime
 from moelab.errors import MoelabError, RuntimeModeError, UnknownNameError, nearest_names
-from moelab.studies import timeline, tuned_gain
+from moelab.studies import fleet_gain, timeline
 from moelab.studies.fleet_job import (
+    COMPLETE,
     GRID_AT,
     LARGEST_LANDSCAPE,
     TUNED_AT,
@@ -37,7 +38,7 @@ from moelab.studies.targets import TARGETS, Target
 from moelab.tuner.landscape import landscapes_dir
 from moelab.tuner.progress import Progress
 
-PARTS = ("tune", "gain", "grid", "second", "scaling")
+PARTS = ("tune", "grid", "second", "gain", "scaling")
 
 FAILS = (MoelabError, RuntimeError, OSError)
 """What ends one run and not the fleet: moelab's own errors, CUDA's, a full disk."""
@@ -47,7 +48,9 @@ SCALED = 1
 
 
 def jobs(part: str, targets: Sequence[Target], gpus: tuple[int, ...]) -> list[Job]:
-    """The runs of a part, by value. "gain" is no run of the tuner, and has none."""
+    """The runs of a part, by value. Those of "gain" measure layers, in the process of the command, on one GPU."""
+    if part == "gain":
+        return [Job(part, target) for target in targets]
     if part == "tune":
         return [Job(part, target, batch_sizes=TUNED_AT, gpus=gpus, files=True) for target in targets]
     if part == "grid":
@@ -95,8 +98,6 @@ class Fleet:
                     self.done.append(Done(job, "not begun: the part's time is up"))
                     continue
                 self._run(job)
-            if part == "gain":
-                self._gain()
         return not any(done.failed for done in self.done)
 
     def _run(self, job: Job) -> None:
@@ -104,14 +105,14 @@ class Fleet:
         self.say(f"{job.part}: {job.target.name} on {len(job.gpus)} GPU{'s' * (len(job.gpus) > 1)}")
         begin, path = time.monotonic(), journal_of(job, self.out)
         try:
-            self.done.append(run(job, self.out, self.makers))
+            self.done.append(self._gain(job) if job.part == "gain" else run(job, self.out, self.makers))
         except KeyboardInterrupt:
             self.done.append(Done(job, "cut", time.monotonic() - begin))
             raise
         except FAILS as error:
             self.done.append(Done(job, f"{type(error).__name__}: {error}", time.monotonic() - begin, failed=True))
         finally:
-            if path.is_file() and self.done[-1].status != "complete already":
+            if path.is_file() and self.done[-1].status != COMPLETE:
                 self._note(path)
         self.say(f"  {self.done[-1].status}, {self.done[-1].seconds:.1f} s")
 
@@ -121,16 +122,18 @@ class Fleet:
         except MoelabError as error:
             self.say(f"  no timeline of it: {error}")
 
-    def _gain(self) -> None:
-        """The study of the files that were written here."""
-        self.say("gain: tuned files beside the default, sglang's and a second run's")
-        job, begin = Job("gain", self.targets[0]), time.monotonic()
-        try:
-            made = tuned_gain.record(self.targets, config_dir=self.out / "configs")
-            self.say(f"  wrote {recordings.write(made, self.out / 'recordings' / 'tuned_gain.json')}")
-        except FAILS as error:
-            words = f"{type(error).__name__}: {error}"
-            self.done.append(Done(job, words, time.monotonic() - begin, failed=True))
+    def _gain(self, job: Job) -> Done:
+        begin, path = time.monotonic(), self.out / "recordings" / "tuned_gain.json"
+        if not fleet_gain.has_files(job.target, self.out):
+            return Done(job, "has no files yet")
+        if fleet_gain.is_measured(path, job.target, self.out):
+            return Done(job, COMPLETE)
+        parts = []
+        for row in fleet_gain.measure(path, job.target, self.out):
+            mean, slower = row.get("geometric_mean"), row["slower_at"]
+            parts.append(f"{row['over']} {mean:.3f}" if mean else f"{row['over']} not compared")
+            parts += [f"(slower at {', '.join(map(str, slower))})"] if slower else []
+        return Done(job, f"measured, times over tuned: {' '.join(parts)}", time.monotonic() - begin)
 
     def install(self) -> list[Path]:
         """Copy what belongs into the repository to configs/, data/landscapes and data/recordings; the copies. The timeline

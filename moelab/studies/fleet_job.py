@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moelab.errors import JournalError
+from moelab.errors import JournalError, RuntimeModeError
 from moelab.studies.targets import Target
 from moelab.tuner import journal, landscape
 from moelab.tuner.evaluate import Evaluator
@@ -23,6 +23,9 @@ from moelab.tuner.starting import gpu_problem
 
 TUNED_AT = (*BATCH_SIZES, 8192)
 GRID_AT = (1, 8, 64, 256, 1024, 4096)
+
+COMPLETE = "complete already"
+"""The status of what was on disk in full, and was not measured again."""
 
 LARGEST_LANDSCAPE = 600_000
 """Bytes of a landscape that still belongs into the repository."""
@@ -91,12 +94,17 @@ def run(job: Job, out: Path, makers: Makers) -> Done:
     Ctrl-C passes through, with the journal whole. Raises what ends a run.
     """
     path, begin = journal_of(job, out), time.monotonic()
-    status = "complete already"
+    status = COMPLETE
     if not is_complete(path):
         session, status = _session(job, path, out, makers)
         session.run()
-    paths = (*_configs(job, path, out), *_landscape(job, path, out))
-    return Done(job, status, time.monotonic() - begin, result_of(path), paths)
+    result = result_of(path)
+    paths = tuple(result.write(out / "configs")) if job.files else ()
+    try:
+        paths += _landscape(job, path, out)
+    except RuntimeModeError as error:  # no pyarrow: the run is whole, and its journal can be frozen elsewhere
+        return Done(job, f"{status}, no landscape: {error}", time.monotonic() - begin, result, paths, failed=True)
+    return Done(job, status, time.monotonic() - begin, result, paths)
 
 
 def _session(job: Job, path: Path, out: Path, makers: Makers) -> tuple[TuneSession, str]:
@@ -129,10 +137,6 @@ def result_of(path: Path) -> TuneResult:
     problem = Problem.from_json(content.header["problem"])
     source = f"measured on {problem.device}, triton {problem.triton_version}"
     return Finals.of_results(problem, content.results.values(), source, measured=True).result()
-
-
-def _configs(job: Job, path: Path, out: Path) -> tuple[Path, ...]:
-    return tuple(result_of(path).write(out / "configs")) if job.files else ()
 
 
 def _landscape(job: Job, path: Path, out: Path) -> tuple[Path, ...]:
