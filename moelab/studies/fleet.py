@@ -157,8 +157,10 @@ class Fleet:
     def _place(self, job: Job, path: Path) -> Path | None:
         if path.suffix == ".json":
             return runtime.config_dir() / path.parent.name / path.name
-        fits = job.target.keep and path.stat().st_size <= LARGEST_LANDSCAPE
-        return landscapes_dir() / path.name if fits else None
+        if job.target.keep and path.stat().st_size > LARGEST_LANDSCAPE:
+            self.say(f"{path} stays there: {path.stat().st_size} bytes, over the repository's {LARGEST_LANDSCAPE}")
+            return None
+        return landscapes_dir() / path.name if job.target.keep else None
 
     def table(self) -> str:
         """A line for each run: what became of it, its seconds, what it gained over the default, its landscape's size."""
