@@ -15,12 +15,15 @@ import numpy as np
 from moelab import runtime
 from moelab.errors import LandscapeError
 from moelab.recordings import Recording
-from moelab.tuner.landscape import Landscape, landscapes_dir, load
+from moelab.tuner.landscape import Landscape, landscape_names, landscapes_dir, load
 from moelab.tuner.regret import Point, Truth, replayed
 from moelab.tuner.replay import COMPILE_PROCESSES, Table
 from moelab.tuner.search import Settings, settings_json
 from moelab.tuner.strategies import STRATEGIES
 from moelab.tuner.survey import Survey
+
+LAYER = "qwen3-30b-a3b-tp1-NVIDIA_H200"
+"""The landscape whose runs are replayed where none is named."""
 
 SEEDS = 32
 EVERY = 5
@@ -38,7 +41,7 @@ REGRET = (
 
 
 def record(names: Sequence[str] = (), seeds: int = SEEDS, strategies: Sequence[str] = tuple(STRATEGIES)) -> Recording:
-    """Replay every strategy with every seed on each landscape (default: those in data/landscapes of one layer).
+    """Replay every strategy with every seed on each landscape (default: the runs of LAYER in data/landscapes).
 
     Rows of kind "end": one search, what it took and what its choice loses, by its own landscape and by the others of the
     same layer. Rows of kind "curve": at a number of samples, or of simulated seconds, QUANTILES over the seeds of the
@@ -65,13 +68,8 @@ def record(names: Sequence[str] = (), seeds: int = SEEDS, strategies: Sequence[s
 
 
 def shipped() -> tuple[str, ...]:
-    """The landscapes in data/landscapes of the layer that has most of them, the runs that can judge each other."""
-    from moelab.tuner.landscape import landscape_names
-
-    names = landscape_names()
-    stems = {name: name.split("-seed")[0] for name in names}
-    best = max(sorted(set(stems.values())), key=lambda stem: list(stems.values()).count(stem), default=None)
-    return tuple(name for name, stem in stems.items() if stem == best)
+    """The landscapes of LAYER in data/landscapes: its runs, which can judge each other."""
+    return tuple(name for name in landscape_names() if name == LAYER or name.startswith(f"{LAYER}-seed"))
 
 
 def common_batch_sizes(landscapes: Sequence[Landscape]) -> tuple[int, ...]:

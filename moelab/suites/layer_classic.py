@@ -32,9 +32,6 @@ SHAPES = {
     "deepseek-v3/tp8": ("deepseek-v3", 8),
 }
 
-TUNED_SINCE = ("qwen3-30b-a3b/tp1",)
-"""Shapes whose config files come from a run of the tuner (data/landscapes), and no longer from this suite."""
-
 
 def peer_rows() -> list[dict[str, Any]]:
     """sglang's rows: name, M, floor, and per config its microseconds, as data/upstream/h200_sglang.json has them."""
@@ -212,19 +209,27 @@ def fastest_configs(recording: Recording) -> dict[str, dict[int, KernelConfig]]:
     return {name: {m: config for m, (_, config) in found.items()} for name, found in fastest.items()}
 
 
+def is_tuned(shape: MoEShape, device: str, triton_version: str) -> bool:
+    """Whether the checkout's file for that shape is the tuner's: then a `_down` file lies beside it, which none of this
+    suite's has."""
+    name = config_files.file_name(shape.num_experts, shape.moe_intermediate_size, device, down=True)
+    return (runtime.config_dir() / runtime.triton_key(triton_version) / name).is_file()
+
+
 def write_configs(recording: Recording, folder: Path | None = None) -> list[Path]:
     """Write `fastest_configs` under the names that loaders look for, into the recording's triton_X_Y_Z folder.
 
-    Shapes in TUNED_SINCE are left out.
+    Shapes whose files the tuner made are left out: `is_tuned`.
 
     folder: where the triton_X_Y_Z folders lie; None is the checkout's configs/.
     """
     home = (folder or runtime.config_dir()) / runtime.triton_key(recording.provenance["triton"])
     device = runtime.device_key(recording.provenance["gpu"])
     paths = []
-    fastest = fastest_configs(recording)
-    for name, configs in ((name, fastest[name]) for name in fastest if name not in TUNED_SINCE):
+    for name, configs in fastest_configs(recording).items():
         shape = shape_of(name)
+        if is_tuned(shape, device, recording.provenance["triton"]):
+            continue
         file = config_files.file_name(shape.num_experts, shape.moe_intermediate_size, device)
         paths.append(config_files.write_config_file(home / file, configs))
     return paths
