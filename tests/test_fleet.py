@@ -499,3 +499,28 @@ def test_one_and_two_actors_over_real_ray(tmp_path: Path) -> None:
     assert rows[1]["end_s"] < rows[0]["end_s"], "simulated seconds: two actors measure at once"
     winners = [{b: (x.up, x.down) for b, x in d.result.batches.items()} for d in done.done]
     assert winners[0] == winners[1]
+
+
+@pytest.mark.gpu
+def test_a_small_fleet_on_real_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen3-30B-A3B with 8 configs at two batch sizes on every GPU here, then on 1 and 2, and what it gained."""
+    monkeypatch.delenv("MOELAB_DATA_DIR")
+    import torch
+
+    from moelab.tuner.starting import gpu_problem
+
+    axes = {
+        "num_stages": (3, 4), "BLOCK_SIZE_M": (16, 64), "BLOCK_SIZE_K": (64,), "BLOCK_SIZE_N": (64, 128), "num_warps": (4,),
+        "GROUP_SIZE_M": (1,),
+    }  # fmt: skip
+
+    def problem(job: Job) -> Problem:
+        return dataclasses.replace(gpu_problem(job.target.shape(), job.batch_sizes, seed=job.seed), axes=axes)
+
+    gpus = tuple(range(torch.cuda.device_count()))
+    done = Fleet((TARGETS[0],), gpus, tmp_path, makers=Makers(problem=problem), say=print)
+    assert done.run(["tune", "grid", "gain", "scaling"]), done.table()
+    print(done.table())
+    for row in recordings.load(done.timeline).rows:
+        print({key: row[key] for key in ("run", "phase", "start_s", "end_s", "gpus", "samples", "failures")})
+    assert len(recordings.load(tmp_path / "recordings" / "tuned_gain.json").rows) > 3

@@ -165,3 +165,22 @@ def test_the_second_run_of_qwen3_is_found() -> None:
     pairs = tuned_gain.second_pairs(target, "NVIDIA_H200", None)
     assert len(pairs) == 19 and all(up.BLOCK_SIZE_M == down.BLOCK_SIZE_M for up, down in pairs.values())
     assert tuned_gain.second_pairs(TARGETS[1], "NVIDIA_H200", None) == {}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_tuned_pair_is_right_and_timed(tmp_path: Path) -> None:
+    """Qwen3-30B-A3B at two batch sizes, under made-up files: nothing is said of who is faster."""
+    target, device = TARGETS[0], runtime.device_key()
+    for down, block_n in ((False, 64), (True, 128)):
+        name = config_files.file_name(128, 768, device, down=down)
+        configs = {b: KernelConfig(16, block_n, 64, 1, 4, 3) for b in (1, 64)}
+        config_files.write_config_file(tmp_path / runtime.triton_key() / name, configs)
+    made = tuned_gain.record((target,), config_dir=tmp_path, second={})
+    for b in (1, 64):
+        rows = rows_by_label(made.rows, b)
+        assert {"tuned", "default"} <= set(rows) and all(row["within_bound"] for row in rows.values()), rows
+        assert all(len(row["samples_us"]) == 25 and row["ratio_low"] <= row["ratio"] for row in rows.values())
+        print(
+            b, {label: (round(row["median_us"], 2), round(row["ratio"], 3), row["tie"]) for label, row in rows.items()}
+        )
+    print([dict(row) for row in made.select(kind="summary")])
