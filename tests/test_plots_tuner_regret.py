@@ -32,7 +32,10 @@ ROWS = (
     curve("forest", 100.0, [0.0, 0.01, 0.04]),
 )  # fmt: skip
 RECORDED = Recording(
-    "tuner_regret", PROVENANCE, {"seeds": 1, "batch_sizes": [1, 64], "quantiles": [0.1, 0.5, 0.9]}, ROWS
+    "tuner_regret",
+    PROVENANCE,
+    {"seeds": 1, "compile_processes": 15, "batch_sizes": [1, 64], "quantiles": [0.1, 0.5, 0.9]},
+    ROWS,
 )
 
 

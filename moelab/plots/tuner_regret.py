@@ -14,7 +14,7 @@ from moelab.recordings import Recording
 
 AXES = {
     "samples": "samples taken, finals included",
-    "seconds": "simulated seconds (compiling on 15 processes, measuring on one GPU)",
+    "seconds": "simulated seconds (compiling on {} processes, measuring on one GPU)",
 }
 Which = Literal["median", "worst"]
 
@@ -35,7 +35,7 @@ def curves(recording: Recording, axis: str = "samples", which: Which = "worst") 
         for strategy in _strategies(recording):
             rows = recording.select(kind="curve", landscape=name, strategy=strategy, axis=axis)
             _draw(figure, rows, which, strategy, column)
-    figure.update_xaxes(title=AXES[axis], type="log", dtick="D2")
+    figure.update_xaxes(title=AXES[axis].format(protocol["compile_processes"]), type="log", dtick="D2")
     figure.update_yaxes(**powers(100 * SMALLEST, 100))
     figure.update_yaxes(title=f"{which} regret, %", col=1)
     return Panel(figure, _table(recording), _sentence(recording))
