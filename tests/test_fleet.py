@@ -25,6 +25,7 @@ from moelab.studies.fleet_job import Job, Makers
 from moelab.studies.targets import TARGETS, Target
 from moelab.tuner import evaluators, journal, landscape
 from moelab.tuner.cluster import RayEvaluator
+from moelab.tuner.evaluate import FAILURES
 from moelab.tuner.gpu import GpuEvaluator
 from moelab.tuner.problem import Problem
 from moelab.tuner.replay import ReplayEvaluator, Table
@@ -324,6 +325,20 @@ def test_a_run_is_in_the_timeline_once(tmp_path: Path) -> None:
     path, rows = tmp_path / "runs" / "one-tp1-tune.jsonl", recordings.load(done.timeline).rows
     timeline.append([path], done.timeline)
     assert recordings.load(done.timeline).rows == rows
+
+
+RECORDED = Path(__file__).resolve().parent.parent / "data" / "recordings" / "tune_timeline.json"
+
+
+@pytest.mark.skipif(not RECORDED.is_file(), reason="not recorded yet: make tuned, on a GPU")
+def test_the_recorded_timeline_is_whole() -> None:
+    found = recordings.load(RECORDED)
+    for whole in found.select(phase="all"):
+        phases = [row for row in found.select(run=whole["run"]) if row["phase"] != "all"]
+        assert phases and sum(row["samples"] for row in phases) == whole["samples"], whole["run"]
+        assert set(whole["failures"]) <= set(FAILURES) and whole["gpus"] >= 1
+        if whole["finished"]:
+            assert phases[-1]["phase"] == "layers" and phases[-1]["end_s"] == whole["end_s"]
 
 
 # --- real processes -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from moelab.errors import ConfigFileError, UnknownNameError
 from moelab.measure import Measurement
 from moelab.shapes import MoEShape
 from moelab.studies import tuned_gain
-from moelab.studies.targets import TARGETS, Target
+from moelab.studies.targets import TARGETS, Target, target_of
 from moelab.tuner import landscape
 from moelab.tuner.evaluate import Outcome
 from moelab.tuner.landscape import Row
@@ -165,6 +165,30 @@ def test_the_second_run_of_qwen3_is_found() -> None:
     pairs = tuned_gain.second_pairs(target, "NVIDIA_H200", None)
     assert len(pairs) == 19 and all(up.BLOCK_SIZE_M == down.BLOCK_SIZE_M for up, down in pairs.values())
     assert tuned_gain.second_pairs(TARGETS[1], "NVIDIA_H200", None) == {}
+
+
+RECORDED = recordings.recordings_dir() / "tuned_gain.json"
+
+
+@pytest.mark.skipif(not RECORDED.is_file(), reason="not recorded yet: make tuned, on a GPU")
+def test_the_recorded_files_are_the_ones_shipped_and_lose_nowhere() -> None:
+    found = recordings.load(RECORDED)
+    assert all(row["within_bound"] for row in found.select(kind="layer"))
+    device, version = runtime.device_key(found.provenance["gpu"]), found.provenance["triton"]
+    for row in found.select(kind="layer", config_name="tuned"):
+        shape = target_of(row["target"]).shape()
+        for side in ("up", "down"):
+            answer = config_files.lookup(
+                shape.num_experts, shape.moe_intermediate_size, device, num_tokens=row["num_tokens"],
+                triton_version=version, down=side == "down",
+            )  # fmt: skip
+            assert answer.config is not None and answer.config.to_json() == row[side], (
+                row["target"],
+                row["num_tokens"],
+            )
+    for summary in found.select(kind="summary"):
+        assert summary["slower_at"] == [] or summary["over"] == "second", summary
+        assert summary["geometric_mean"] > 0.99, summary
 
 
 @pytest.mark.gpu

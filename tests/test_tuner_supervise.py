@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -188,6 +189,15 @@ def test_no_comparison_mixes_devices(rack: Rack) -> None:
         assert len(list(evaluator.run(requests))) == len(requests)
     processes = {b: {line.split()[0] for line in rack.trail("check") if line.split()[3] == str(b)} for b in three}
     assert all(len(found) == 1 for found in processes.values()) and len(set.union(*processes.values())) == 3
+
+
+def test_each_kernel_is_compiled_once_for_all_devices(rack: Rack) -> None:
+    """One pool for the machine, as large as without other devices: the workers find what it made in the cache."""
+    alone, four = rack(processes=None), rack(gpus=4, processes=None)
+    assert four.pool.processes == alone.pool.processes == max(1, len(os.sched_getaffinity(0)) - 1)
+    requests = [up(*CONFIGS, b=b, repeat=i) for b in (1, 256) for i in range(2)]
+    charged = [o.compile_s for result in four.run(requests) for o in result.outcomes]
+    assert sum(charged) == pytest.approx(0.1 * len(CONFIGS)) and len(four.pool.known) == len(CONFIGS)
 
 
 def test_what_a_device_had_that_never_comes_up_goes_to_the_others(rack: Rack) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moelab import recordings, runtime
-from moelab.errors import MoelabError, RuntimeModeError, UnknownNameError, nearest_names
+from moelab.errors import MoelabError, RuntimeModeError
 from moelab.studies import fleet_gain, timeline
 from moelab.studies.fleet_job import (
     COMPLETE,
@@ -34,7 +34,7 @@ from moelab.studies.fleet_job import (
     journal_of,
     run,
 )
-from moelab.studies.targets import TARGETS, Target
+from moelab.studies.targets import TARGETS, Target, target_of
 from moelab.tuner.landscape import landscapes_dir
 from moelab.tuner.progress import Progress
 
@@ -181,16 +181,10 @@ class Fleet:
 # --- the command ----------------------------------------------------------------------------------------------------------
 
 
-def chosen(names: Sequence[str], targets: Sequence[Target] = TARGETS) -> tuple[Target, ...]:
+def chosen(names: Sequence[str]) -> tuple[Target, ...]:
     """Targets by name ("qwen3-30b-a3b/tp1"), in their own order; all if none is named. Raises UnknownNameError."""
-    known = {target.name: target for target in targets}
-    for name in names:
-        if name not in known:
-            raise UnknownNameError(
-                f"Unknown target {name!r}.{nearest_names(name, known)} Expected some of {', '.join(known)}. Name those, or "
-                "add it to moelab/studies/targets.py."
-            )
-    return tuple(target for target in targets if not names or target.name in names)
+    wanted = {target_of(name) for name in names}
+    return tuple(target for target in TARGETS if not wanted or target in wanted)
 
 
 def seconds_of(text: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moelab.errors import UnknownNameError, nearest_names
 from moelab.shapes import MoEShape, load_model
 
 DTYPE = "bfloat16"
@@ -39,3 +40,14 @@ TARGETS: tuple[Target, ...] = (
     Target("lfm2-24b-a2b", 1),
 )
 """By value: what is recorded elsewhere in data/ first, then layers that have no file of their own yet."""
+
+
+def target_of(name: str) -> Target:
+    """The target of that name ("qwen3-30b-a3b/tp1"). Raises UnknownNameError."""
+    known = {target.name: target for target in TARGETS}
+    if name not in known:
+        raise UnknownNameError(
+            f"Unknown target {name!r}.{nearest_names(name, known)} Expected some of {', '.join(known)}. Name those, or "
+            "add it to moelab/studies/targets.py."
+        )
+    return known[name]
