@@ -24,6 +24,8 @@ _HOMES = {
     "make_inputs": "inputs",
     "FusedMoE": "module",
     "IMPLEMENTATIONS": "fused_moe",
+    "route": "kernels.route",
+    "expert_order": "kernels.expert_order",
     "sum_reduce": "kernels.sum_reduce",
     "SUM_REDUCE": "kernels.sum_reduce",
     "MoelabError": "errors",

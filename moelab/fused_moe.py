@@ -58,11 +58,21 @@ def _compiled(call: MoECall) -> Tensor:
     return _compile(layer)(*_tensors(call))
 
 
+def _fast(call: MoECall) -> Tensor:
+    """Everything in one launch on Hopper; see `moelab.pipelines.fast`."""
+    from moelab.pipelines.fast import fast_pipeline
+
+    return fast_pipeline(call)
+
+
 IMPLEMENTATIONS: dict[str, Callable[[MoECall], Tensor]] = {
     **PIPELINES,
     "torch": _torch,
     "compiled": _compiled,
 }
+
+EXPERIMENTAL: dict[str, Callable[[MoECall], Tensor]] = {"fast": _fast}
+"""By name only, never among "all": what has not been through its gpu tests yet. "fast" has run on an emulated chip."""
 
 
 def fused_moe(
@@ -95,11 +105,13 @@ def fused_moe(
     impl: a name in IMPLEMENTATIONS: "triton" (default), the same with weights by TMA ("tma"), "split_k_atomic",
     "split_k_workspace"; with the activation inside GEMM1 and GEMM2 over sorted rows: "gated", "gated_tma", and with
     atomic sums over slots in float32 "gated_atomic", "gated_tma_atomic", in hidden_states' dtype "gated_atomic_out",
-    which rounds every sum and may err more than torch; "torch", "compiled". Those with "tma" need sm_90 or later, and H
-    and N times the element's bytes to be multiples of 16.
+    which rounds every sum and may err more than torch; "fast", experimental, one launch of CUDA C++ for Hopper
+    (sm_90; bfloat16 or float16, silu-gated, no biases, H and N multiples of 8); "torch", "compiled". Those with "tma"
+    need sm_90 or later, and H and N times the element's bytes to be multiples of 16.
     config, down_config: for GEMM1 and GEMM2 of those made of kernels, without them sglang's default rule, and the first
     for both where only it is given; the Split-K ones take SPLIT_K from each. "gated" and its kin count gate and up rows
-    together as BLOCK_SIZE_N, at least 32. Torch's own forms have nothing to configure.
+    together as BLOCK_SIZE_N, at least 32. "fast" chooses by the batch itself, and torch's own forms have nothing to
+    configure.
     check_routing: look for ids out of range. None means always on CPU, and never on a GPU, where it would
     synchronise with the host.
     Returns (M, H) in hidden_states' dtype. Deterministic, but for those with "atomic" in their name on a GPU. Only
@@ -137,11 +149,15 @@ def fused_moe(
         return torch.empty_like(hidden_states)
     if compiling:
         return _through_custom_op(call, impl)
-    return IMPLEMENTATIONS[impl](call)
+    return _implementation(impl)(call)
+
+
+def _implementation(impl: str) -> Callable[[MoECall], Tensor]:
+    return IMPLEMENTATIONS.get(impl) or EXPERIMENTAL[impl]
 
 
 def _check_impl(impl: str) -> None:
-    if impl not in IMPLEMENTATIONS:
+    if impl not in IMPLEMENTATIONS and impl not in EXPERIMENTAL:
         raise UnknownNameError(
             f"Unknown implementation {impl!r}. Expected one of {list(IMPLEMENTATIONS)}."
             f"{nearest_names(impl, IMPLEMENTATIONS)} Add your own to moelab.fused_moe.IMPLEMENTATIONS."
@@ -281,7 +297,7 @@ def _fused_moe_op(
     )  # fmt: skip
     if hidden_states.device.type == "cpu":
         check_ids(topk_ids, w13.shape[0])
-    return IMPLEMENTATIONS[impl](call)
+    return _implementation(impl)(call)
 
 
 @_fused_moe_op.register_fake
@@ -298,7 +314,7 @@ def _through_custom_op(call: MoECall, impl: str) -> Tensor:
 
 
 def available_implementations(dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
-    """The names in IMPLEMENTATIONS that run in this process on `dtype`, built-in ones only judged."""
+    """The names in IMPLEMENTATIONS that run in this process on `dtype`; only built-in ones are judged."""
     mode = runtime.current().mode
     runs = {name: mode == "gpu" or (mode == "interpreter" and dtype != torch.bfloat16) for name in PIPELINES}
     if mode == "gpu":

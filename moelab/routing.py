@@ -1,7 +1,8 @@
 """Who goes where: top-k routing of tokens to experts, routings to measure under, and their alignment to tiles.
 
 Everything here is torch and runs on any device without a host synchronisation, so that it may be captured in a
-CUDA graph. Kernels that do the same work faster live in moelab.kernels.align; this is what they are checked with.
+CUDA graph. Kernels that do the same work faster live in moelab.kernels (align, expert_order, route); this is what
+they are checked with.
 """
 
 from __future__ import annotations
@@ -69,6 +70,33 @@ class Alignment:
     num_experts: int
 
 
+@dataclass(frozen=True)
+class ExpertOrder:
+    """Slots sorted by expert, without padding.
+
+    A slot is one of a token's top_k choices, t * top_k + j (a pair, in an Alignment).
+    sorted_slots: (num_slots,) int32, the slots of expert 0 in ascending order, then those of expert 1, and so on; behind
+    them num_slots, once for each slot whose expert is another rank's (id -1).
+    expert_offsets: (num_experts + 1,) int32; expert e has sorted_slots[expert_offsets[e] : expert_offsets[e + 1]].
+    """
+
+    sorted_slots: Tensor
+    expert_offsets: Tensor
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a layer needs to know of its tokens' routing.
+
+    topk_weights: (num_tokens, top_k) float32. topk_ids: (num_tokens, top_k) int32, -1 for another rank's expert.
+    order: the slots by expert of this rank.
+    """
+
+    topk_weights: Tensor
+    topk_ids: Tensor
+    order: ExpertOrder
+
+
 def count_experts(topk_ids: Tensor, num_experts: int) -> Tensor:
     """(num_experts,) int64 pairs per expert; ids outside [0, num_experts) are not counted. No host sync."""
     flat = topk_ids.flatten().long()
@@ -97,7 +125,7 @@ def _check_logits(logits: Tensor, top_k: int) -> None:
 def softmax_topk(logits: Tensor, top_k: int, *, renormalize: bool = True) -> tuple[Tensor, Tensor]:
     """Softmax over experts, then the top_k of each token (Mixtral, Qwen-MoE).
 
-    logits: (num_tokens, num_experts), any float dtype; computed in float32.
+    logits: (num_tokens, num_experts), any float dtype; computed in float32. Ties fall as torch.topk lets them.
     Returns topk_weights (num_tokens, top_k) float32 and topk_ids (num_tokens, top_k) int32.
     renormalize: make each token's weights sum to 1 (Qwen3's norm_topk_prob).
     Raises ShapeError on another rank, RoutingError where top_k does not fit.
@@ -134,12 +162,56 @@ def grouped_topk(
 
     A group's score is its best expert's without a bias, and the sum of its two best with one, as in the
     DeepSeek-V2 and -V3 reports (arXiv 2405.04434 section 2.1.2, arXiv 2412.19437 section 2.1.2).
-    Shapes and dtypes as in `softmax_topk`; with top_k = 1 weights are not renormalised, as in those models, whose
-    single weight would become 1. Raises RoutingError where the groups do not divide the experts, or
-    the chosen groups hold fewer than top_k experts.
+    Which experts: by logit without a bias (Llama 4 does so; scores round neighbours to ties), by score + bias with one;
+    greatest first, of equals the lower id. A NaN is greater than all, so that it reaches a weight and is seen.
+    Shapes and dtypes as in `softmax_topk`, float64 logits in float64; with top_k = 1 weights are not renormalised, as in
+    those models, whose single weight would become 1. Raises RoutingError where the groups do not divide the experts, or
+    the chosen groups hold fewer than top_k experts, UnknownNameError on another score.
     """
     _check_logits(logits, top_k)
-    num_experts = logits.shape[1]
+    check_router(logits.shape[1], top_k, num_groups, top_k_groups, score, correction_bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    scores = SCORES[score](logits)
+    choice = logits if correction_bias is None else scores + correction_bias.to(scores.dtype)
+    order = _descending(choice)
+    if num_groups > 1:
+        grouped = choice.unflatten(1, (num_groups, -1))
+        two = correction_bias is not None and grouped.shape[2] > 1
+        best = grouped.gather(2, _descending(grouped)[..., : 1 + two]).sum(-1)
+        keep = torch.zeros_like(best).scatter_(1, _descending(best)[:, :top_k_groups], 1.0)
+        kept = keep.repeat_interleave(grouped.shape[2], dim=1).gather(1, order)
+        order = order.gather(1, _descending(kept))
+    ids = order[:, :top_k]
+    weights = scores.gather(1, ids)
+    if renormalize and top_k > 1:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return weights * routed_scaling_factor, ids.int()
+
+
+SCORES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: torch.softmax(logits, dim=-1),
+    "sigmoid": torch.sigmoid,
+}
+"""What a router makes of its logits, by name; both grow with the logit."""
+
+
+def _descending(values: Tensor) -> Tensor:
+    """Places along the last dimension, the greatest value first: NaN before all, equals in order of their place."""
+    return values.sort(dim=-1, descending=True, stable=True).indices
+
+
+def check_router(
+    num_experts: int,
+    top_k: int,
+    num_groups: int = 1,
+    top_k_groups: int = 1,
+    score: str = "softmax",
+    correction_bias: Tensor | None = None,
+) -> None:
+    """Raise RoutingError, UnknownNameError or ShapeError unless a router's rule fits its experts, as `grouped_topk` says."""
+    _check_top_k(num_experts, top_k)
+    if score not in SCORES:
+        raise UnknownNameError(f"Unknown score {score!r}. Expected one of {sorted(SCORES)}. Name one of them.")
     if num_groups < 1 or num_experts % num_groups or not 1 <= top_k_groups <= num_groups:
         raise RoutingError(
             f"{num_groups} groups ({top_k_groups} chosen) over {num_experts} experts. Expected groups that divide the "
@@ -155,25 +227,6 @@ def grouped_topk(
             f"correction_bias has shape {tuple(correction_bias.shape)}. Expected ({num_experts},): one value an expert. "
             "Pass the layer's e_score_correction_bias."
         )
-    scores = _scores(logits, score)
-    choice = scores if correction_bias is None else scores + correction_bias.float()
-    if num_groups > 1:
-        grouped = choice.unflatten(1, (num_groups, -1))
-        best = grouped.topk(1 if correction_bias is None else min(2, grouped.shape[2]), dim=-1).values.sum(-1)
-        keep = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(top_k_groups, dim=-1).indices, True)
-        choice = grouped.masked_fill(~keep.unsqueeze(-1), float("-inf")).flatten(1)
-    ids = choice.topk(top_k, dim=-1).indices
-    weights = scores.gather(1, ids)
-    if renormalize and top_k > 1:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-    return weights * routed_scaling_factor, ids.int()
-
-
-def _scores(logits: Tensor, score: str) -> Tensor:
-    functions = {"softmax": lambda x: torch.softmax(x, dim=-1), "sigmoid": torch.sigmoid}
-    if score not in functions:
-        raise UnknownNameError(f"Unknown score {score!r}. Expected one of {sorted(functions)}. Name one of them.")
-    return functions[score](logits.float())
 
 
 # --- routings to measure under ------------------------------------------------------------------------------------
@@ -345,3 +398,41 @@ def moe_align_block_size_ref(topk_ids: Tensor, block_size: int, num_experts: int
     expert_ids = torch.searchsorted(ends, starts, right=True)
     expert_ids = torch.where(expert_ids >= num_experts, -1, expert_ids).int()
     return Alignment(sorted_token_ids, expert_ids, ends[-1:].int(), block_size, num_pairs, num_experts)
+
+
+# --- order without padding ----------------------------------------------------------------------------------------
+
+
+def expert_order_ref(topk_ids: Tensor, num_experts: int) -> ExpertOrder:
+    """Slots sorted by expert (stable), in torch, without a host sync.
+
+    topk_ids: (num_tokens, top_k) integer; ids outside [0, num_experts) are another rank's.
+    """
+    flat = topk_ids.flatten().long()
+    here = (flat >= 0) & (flat < num_experts)
+    order = torch.where(here, flat, num_experts).sort(stable=True).indices
+    sorted_slots = torch.where(here[order], order, flat.numel())
+    ends = count_experts(topk_ids, num_experts).cumsum(0)
+    return ExpertOrder(sorted_slots.int(), torch.cat([ends.new_zeros(1), ends]).int())
+
+
+def route_ref(logits: Tensor, top_k: int, *, local_experts: range | None = None, **rule: Any) -> Routed:
+    """`grouped_topk` by its rule, then `expert_order_ref`; what moelab.kernels.route does in one launch.
+
+    local_experts: the experts of this rank, of step 1, all of them if None; their ids then count from 0.
+    """
+    weights, ids = grouped_topk(logits, top_k, **rule)
+    local = check_local_experts(local_experts, logits.shape[1])
+    ids = torch.where((ids >= local.start) & (ids < local.stop), ids - local.start, -1)
+    return Routed(weights, ids, expert_order_ref(ids, len(local)))
+
+
+def check_local_experts(local_experts: range | None, num_experts: int) -> range:
+    """The experts of this rank, all of them if None; raises RoutingError on a range that is no part of them."""
+    local = range(num_experts) if local_experts is None else local_experts
+    if local.step != 1 or not 0 <= local.start < local.stop <= num_experts:
+        raise RoutingError(
+            f"local_experts = {local} of {num_experts} experts. Expected range(first, last + 1) within "
+            f"range(0, {num_experts}). Pass the experts whose weights this rank holds."
+        )
+    return local

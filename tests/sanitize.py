@@ -12,6 +12,8 @@ from moe_cases import CASES, TILE
 
 from moelab.fused_moe import available_implementations, fused_moe
 from moelab.kernels.align import align, align_pairs, moe_align_block_size
+from moelab.kernels.expert_order import expert_order
+from moelab.kernels.route import route
 from moelab.kernels.split_k_atomic import split_k_atomic_out
 from moelab.kernels.sum_reduce import SUM_REDUCE, sum_reduce
 from moelab.pipelines import NEED_TMA, PIPELINES
@@ -38,11 +40,15 @@ def layers() -> None:
 
 
 def parts() -> None:
-    """What the pipelines do not reach: large alignments, the output-dtype atomics, every sum-reduce."""
+    """What the pipelines do not reach: large alignments, routing, the output-dtype atomics, every sum-reduce."""
     for num_tokens, num_experts, top_k in ((1, 9, 2), (40, 7, 3), (701, 6, 3)):
         ids = make_routing("zipf", num_tokens, num_experts, top_k, device="cuda").topk_ids
         for way in (align_pairs, moe_align_block_size):
             way(torch.where(ids == 1, -1, ids), 16, num_experts)
+        expert_order(torch.where(ids == 1, -1, ids), num_experts)
+        logits = torch.randn(num_tokens, 3 * num_experts, device="cuda")
+        route(logits, top_k, local_experts=range(1, num_experts))
+        route(logits.bfloat16(), top_k, score="sigmoid", correction_bias=logits[0], num_groups=3, top_k_groups=2)
     case = CASES[5]
     i = case.inputs(torch.bfloat16, "cuda")
     aligned = align(i.topk_ids, TILE.BLOCK_SIZE_M, case.num_experts)

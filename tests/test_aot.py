@@ -12,7 +12,7 @@ import pytest
 
 from moelab import config_files, runtime
 from moelab.errors import RuntimeModeError
-from moelab.kernels import aot
+from moelab.kernels import aot, aot_cases
 
 ROOT = Path(__file__).resolve().parent.parent
 TMA_SLACK = 3 * 32  # bytes by which the bound of tma_shared_memory_bytes is loose, in 16 bits and three stages
@@ -33,9 +33,9 @@ def table() -> list[dict]:
 
 def test_every_kernel_on_every_target(table: list[dict]) -> None:
     assert {row["target"] for row in table} == set(aot.CHECKED_TARGETS)
-    assert len(table) == sum(case.runs_on(target) for case in aot.cases() for target in aot.CHECKED_TARGETS)
+    assert len(table) == sum(case.runs_on(target) for case in aot_cases.cases() for target in aot.CHECKED_TARGETS)
     assert {row["target"] for row in table if row["tma"]} == {"sm_90", "sm_100"}
-    kernels = {case.kernel for case in aot.cases()}
+    kernels = {case.kernel for case in aot_cases.cases()}
     sources = [path for path in (ROOT / "moelab" / "kernels").glob("*.py") if path.name != "tiles.py"]
     written = {
         f"moelab.kernels.{path.stem}:{line.split('(')[0].removeprefix('def ')}"
@@ -59,6 +59,13 @@ def test_nothing_spills(table: list[dict]) -> None:
     assert [row for row in table if row["spilled_bytes"]] == []
 
 
+def test_a_single_token_is_routed_without_shared_memory(table: list[dict]) -> None:
+    """What makes it fast: one warp that waits at no barrier."""
+    ours = [row for row in table if row["label"].startswith(("route_order qwen3 1 ", "route_order deepseek-v3 1 "))]
+    assert len(ours) == 2 * len(aot.CHECKED_TARGETS)
+    assert {row["shared_bytes"] for row in ours} == {0}
+
+
 def test_shipped_configs_compile_without_a_spill() -> None:
     configs = {
         config.short(): config
@@ -67,9 +74,9 @@ def test_shipped_configs_compile_without_a_spill() -> None:
     }
     assert configs
     code = (
-        "import json, sys; from moelab.config import KernelConfig; from moelab.kernels import aot\n"
+        "import json, sys; from moelab.config import KernelConfig; from moelab.kernels import aot, aot_cases\n"
         f"for entry in json.loads({json.dumps([c.to_json() for c in configs.values()])!r}):\n"
-        "    case = aot.gemm_case(KernelConfig.from_json(entry), 'bfloat16')\n"
+        "    case = aot_cases.gemm_case(KernelConfig.from_json(entry), 'bfloat16')\n"
         "    row = aot.compile_case(case, 'sm_90')\n"
         "    print(json.dumps([row.label, row.spilled_bytes, row.shared_bytes, row.predicted_shared_bytes]))"
     )
@@ -82,4 +89,4 @@ def test_shipped_configs_compile_without_a_spill() -> None:
 @pytest.mark.skipif(runtime.current().mode != "interpreter", reason="about the interpreter")
 def test_an_interpreting_process_says_why_it_cannot_compile() -> None:
     with pytest.raises(RuntimeModeError, match=r"python -m moelab\.kernels\.aot"):
-        aot.compile_case(aot.cases()[0], "sm_90")
+        aot.compile_case(aot_cases.cases()[0], "sm_90")

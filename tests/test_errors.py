@@ -55,10 +55,12 @@ from moelab.fused_moe import IMPLEMENTATIONS, fused_moe
 from moelab.kernels.activation import activation
 from moelab.kernels.align import align
 from moelab.kernels.descriptors import check_tma, check_tma_config, weight_descriptor
+from moelab.kernels.expert_order import expert_order, new_expert_order
 from moelab.kernels.from_file import load_kernels
 from moelab.kernels.gated_gemm import gated_gemm
 from moelab.kernels.grouped_gemm import grouped_gemm
 from moelab.kernels.grouped_gemm_tma import grouped_gemm_tma
+from moelab.kernels.route import new_routed, route
 from moelab.kernels.sorted_gemm import sorted_gemm
 from moelab.kernels.split_k_atomic import split_k_atomic_f32
 from moelab.kernels.split_k_workspace import new_workspace, split_k_workspace
@@ -199,6 +201,32 @@ TENSORS = [
     Row("weights of another top_k", lambda _: moe(topk_weights=lambda t: t[:, :1]), ShapeError, ("topk_weights",)),
     Row("a bias of another size", lambda _: moe(b13=x(4, 31)), ShapeError, ("b13", "(4, 32)")),
     Row(
+        "logits of rank 1 to a kernel",
+        lambda _: route(x(4), 1),
+        ShapeError,
+        ("router_logits", "(num_tokens, num_experts)"),
+    ),
+    Row(
+        "a bias for other experts",
+        lambda _: route(x(3, 4), 1, correction_bias=x(5)),
+        ShapeError,
+        ("(5,)", "Expected (4,)"),
+    ),
+    Row(
+        "a result for other tokens",
+        lambda _: route(x(3, 4), 2, out=new_routed(2, 4, 2, DEVICE)),
+        ShapeError,
+        ("out.topk_weights", "(3, 2)"),
+    ),
+    Row("flat ids to order", lambda _: expert_order(x(4).int(), 4), ShapeError, ("topk_ids", "(num_tokens, top_k)")),
+    Row("an order of no expert", lambda _: expert_order(x(4, 1).int(), 0), ShapeError, ("num_experts = 0",)),
+    Row(
+        "an order for other slots",
+        lambda _: expert_order(x(4, 1).int(), 4, out=new_expert_order(3, 4, DEVICE)),
+        ShapeError,
+        ("out.sorted_slots", "(4)"),
+    ),
+    Row(
         "logits of rank 1", lambda _: routing.softmax_topk(x(4), 1), ShapeError, ("logits", "(num_tokens, num_experts)")
     ),
     Row("sum over rank 2", lambda _: sum_reduce(x(4, 8)), ShapeError, ("x has shape (4, 8)", "top_k")),
@@ -211,6 +239,21 @@ TENSORS = [
     Row("weights in another dtype", lambda _: moe(w2=lambda w: w.half()), DtypeError, ("w2 is float16", "float32")),
     Row(
         "integer hidden states", lambda _: moe(hidden_states=lambda t: t.int()), DtypeError, ("hidden_states is int32",)
+    ),
+    Row(
+        "float64 logits",
+        lambda _: route(x(3, 4, dtype=torch.float64), 2),
+        DtypeError,
+        ("router_logits is float64", "float32"),
+    ),
+    Row(
+        "integer bias",
+        lambda _: route(x(3, 4), 2, correction_bias=x(4).int()),
+        DtypeError,
+        ("correction_bias is int32",),
+    ),
+    Row(
+        "float ids to order", lambda _: expert_order(x(3, 2), 4), DtypeError, ("topk_ids is float32", "int32 or int64")
     ),
     Row("float ids", lambda _: moe(topk_ids=lambda t: t.float()), DtypeError, ("topk_ids is float32", "int32")),
     Row(
@@ -232,6 +275,19 @@ TENSORS = [
         ("out is on meta",),
     ),
     Row("a sum on meta", lambda _: sum_reduce(x(4, 2, 8, device="meta")), DeviceError, ("x is on meta", DEVICE)),
+    Row("logits on meta", lambda _: route(x(3, 4, device="meta"), 2), DeviceError, ("router_logits is on meta",)),
+    Row(
+        "a bias elsewhere",
+        lambda _: route(x(3, 4), 2, correction_bias=x(4, device="meta")),
+        DeviceError,
+        ("correction_bias", "one device"),
+    ),
+    Row(
+        "logits of every second expert",
+        lambda _: route(x(3, 8)[:, ::2], 2),
+        LayoutError,
+        ("router_logits has strides",),
+    ),
     Row("ids on meta", lambda _: align(x(4, 2, device="meta").int(), 16, 4), DeviceError, ("topk_ids is on meta",)),
     Row("transposed states", lambda _: moe(hidden_states=x(32, 5).T), LayoutError, ("hidden_states", "contiguous")),
     Row("transposed weights", lambda _: moe(w2=x(4, 16, 32).mT), LayoutError, ("w2 has strides", ".contiguous()")),
@@ -317,6 +373,20 @@ PLUGGED_IN = [
 ROUTINGS = [
     Row("top_k over the experts", lambda _: routing.make_routing("uniform", 3, 4, 5), RoutingError, ("top_k = 5", "4")),
     Row("top_k of logits", lambda _: routing.softmax_topk(x(3, 4), 5), RoutingError, ("top_k = 5", "4 experts")),
+    Row("top_k to a kernel", lambda _: route(x(3, 4), 5), RoutingError, ("top_k = 5", "4 experts")),
+    Row("groups to a kernel", lambda _: route(x(3, 8), 2, num_groups=3), RoutingError, ("3 groups", "8 experts")),
+    Row(
+        "experts of a rank there is not",
+        lambda _: route(x(3, 8), 2, local_experts=range(4, 12)),
+        RoutingError,
+        ("range(4, 12) of 8 experts",),
+    ),
+    Row(
+        "every second expert of a rank",
+        lambda _: routing.route_ref(x(3, 8), 2, local_experts=range(0, 8, 2)),
+        RoutingError,
+        ("range(0, 8, 2) of 8 experts",),
+    ),
     Row("top_k of no expert", lambda _: routing.softmax_topk(x(3, 4), 0), RoutingError, ("top_k = 0",)),
     Row("a model's top_k", lambda _: dataclasses.replace(SHAPE, top_k=5), ShapeError, ("top_k is 5", "4 experts")),
     Row(
@@ -727,6 +797,7 @@ NAMES = [
     Row("an activation", lambda _: moe(activation="swish"), UnknownNameError, ("'swish'", "silu")),
     Row("a kernel's activation", lambda _: activation(x(4, 8), "relu2"), UnknownNameError, ("relu2", "gated")),
     Row("an oracle's activation", lambda _: reference.activation_ref(x(4, 8), "gelu2"), UnknownNameError, ("gelu2",)),
+    Row("a score to a kernel", lambda _: route(x(3, 4), 2, score="sigmod"), UnknownNameError, ("sigmod", "'sigmoid'")),
     Row("a router's score", lambda _: routing.grouped_topk(x(3, 4), 2, score="sigmod"), UnknownNameError, ("sigmod",)),
     Row(
         "a bench's implementation",

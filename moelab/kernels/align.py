@@ -19,19 +19,13 @@ from torch import Tensor  # noqa: E402
 
 from moelab.errors import DtypeError, ShapeError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
+from moelab.kernels.chunk_counts import CHUNK, chunk_counts, rank_in_chunk  # noqa: E402
 from moelab.kernels.launch import Launcher, checked, signature  # noqa: E402
+from moelab.kernels.tiles import bucket_of  # noqa: E402
 from moelab.routing import Alignment, max_padded_pairs  # noqa: E402
 
 # Up to this many pairs one launch does everything; above it chunks are counted, scanned and placed apart.
-# Chunks of 128 in 8 warps were the fastest of a sweep on an H200, up to 65,536 pairs of 256 experts.
 _ONE_LAUNCH = 2048
-_CHUNK = 128
-
-
-@triton.jit
-def _bucket(ids, num_experts):
-    """The bucket of each id, int32 whatever the ids are: experts of other ranks (-1) share the last one."""
-    return tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
 
 
 @triton.jit
@@ -70,7 +64,7 @@ def _align_small_kernel(
     bucket = tl.program_id(0)
     pairs = tl.arange(0, CHUNK)
     inside = pairs < num_pairs
-    found = _bucket(tl.load(ids_ptr + pairs, mask=inside, other=0), num_experts)
+    found = bucket_of(tl.load(ids_ptr + pairs, mask=inside, other=0), num_experts)
     # Lanes past num_pairs count in a bin that no bucket uses: BUCKETS > num_experts + 1.
     counts = tl.histogram(tl.where(inside, found, BUCKETS - 1), BUCKETS)
     counts = tl.where(tl.arange(0, BUCKETS) <= num_experts, counts, 0)
@@ -80,32 +74,6 @@ def _align_small_kernel(
     _finish_bucket(
         sorted_ptr, expert_ids_ptr, total_ptr, bucket, start, count, end, num_pairs, num_experts, BLOCK_SIZE, CHUNK
     )
-
-
-@triton.jit(do_not_specialize=["num_pairs", "num_experts"])
-def _count_kernel(ids_ptr, counts_ptr, num_pairs, num_experts, BUCKETS: tl.constexpr, CHUNK: tl.constexpr):
-    """counts[chunk, bucket]: the pairs of each bucket in one chunk."""
-    chunk = tl.program_id(0)
-    pairs = chunk * CHUNK + tl.arange(0, CHUNK)
-    inside = pairs < num_pairs
-    found = _bucket(tl.load(ids_ptr + pairs, mask=inside, other=0), num_experts)
-    counts = tl.histogram(tl.where(inside, found, BUCKETS - 1), BUCKETS)
-    lanes = tl.arange(0, BUCKETS)
-    tl.store(counts_ptr + chunk * BUCKETS + lanes, tl.where(lanes <= num_experts, counts, 0))
-
-
-@triton.jit(do_not_specialize=["num_chunks"])
-def _scan_kernel(counts_ptr, totals_ptr, num_chunks, BUCKETS: tl.constexpr, ROWS: tl.constexpr):
-    """Replace counts[chunk, bucket] by the pairs of that bucket in earlier chunks; totals[bucket]. One program a bucket."""
-    bucket = tl.program_id(0)
-    before = 0
-    for first in range(0, num_chunks, ROWS):
-        chunk = first + tl.arange(0, ROWS)
-        ptrs = counts_ptr + chunk * BUCKETS + bucket
-        counts = tl.load(ptrs, mask=chunk < num_chunks, other=0)
-        tl.store(ptrs, before + tl.cumsum(counts, axis=0) - counts, mask=chunk < num_chunks)
-        before += tl.sum(counts, axis=0)
-    tl.store(totals_ptr + bucket, before)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_experts", "num_chunks"])
@@ -128,14 +96,8 @@ def _place_kernel(
     starts = tl.cumsum(padded, axis=0) - padded + tl.load(before_ptr + chunk * BUCKETS + lanes)
     pairs = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = pairs < num_pairs
-    found = _bucket(tl.load(ids_ptr + pairs, mask=inside, other=0), num_experts)
-    # A pair's rank is how many earlier pairs of its chunk share its bucket: compared COLUMNS at a time.
-    rank = tl.zeros((CHUNK,), dtype=tl.int32)
-    for first in range(0, CHUNK, COLUMNS):
-        other_pairs = chunk * CHUNK + first + tl.arange(0, COLUMNS)
-        other = _bucket(tl.load(ids_ptr + other_pairs, mask=other_pairs < num_pairs, other=0), num_experts)
-        earlier = (other[None, :] == found[:, None]) & (other_pairs[None, :] < pairs[:, None])
-        rank += tl.sum(earlier.to(tl.int32), axis=1)
+    found = bucket_of(tl.load(ids_ptr + pairs, mask=inside, other=0), num_experts)
+    rank = rank_in_chunk(ids_ptr, pairs, found, num_pairs, num_experts, CHUNK, COLUMNS)
     tl.store(sorted_ptr + tl.gather(starts, found, axis=0) + rank, pairs, mask=inside)
 
 
@@ -155,8 +117,6 @@ def _align_pairs_kernel(
 
 _align_small = Launcher(_align_small_kernel)
 _align_pairs = Launcher(_align_pairs_kernel)
-_count = Launcher(_count_kernel)
-_scan = Launcher(_scan_kernel)
 _place = Launcher(_place_kernel)
 
 
@@ -249,29 +209,13 @@ def _in_one_launch(topk_ids: Tensor, result: Alignment) -> None:
 
 def _in_three_launches(topk_ids: Tensor, result: Alignment) -> None:
     num_pairs, block_size, num_experts = result.num_pairs, result.block_size, result.num_experts
-    buckets = triton.next_power_of_2(num_experts + 2)
-    chunks = -(-num_pairs // _CHUNK)
-    counts = torch.empty((chunks + 1, buckets), dtype=torch.int32, device=topk_ids.device)
-    totals = counts[chunks]
-    sizes = {"BUCKETS": buckets, "CHUNK": _CHUNK}
-    _count(
-        (topk_ids.dtype, buckets),
-        (chunks, 1),
-        (topk_ids, counts),
-        (num_pairs, num_experts),
-        lambda: (sizes, {"num_warps": 4}),
-    )
-    _scan(
-        buckets,
-        (num_experts + 1, 1),
-        (counts, totals),
-        (chunks,),
-        lambda: ({"BUCKETS": buckets, "ROWS": 128}, {"num_warps": 4}),
-    )
+    counts = chunk_counts(topk_ids, num_experts)
+    chunks, buckets = counts.shape[0] - 1, counts.shape[1]
+    sizes = {"BUCKETS": buckets, "CHUNK": CHUNK}
     _place(
         (topk_ids.dtype, block_size, buckets),
         (chunks + num_experts + 1, 1),
-        (topk_ids, counts, totals, result.sorted_token_ids, result.expert_ids, result.num_tokens_post_padded),
+        (topk_ids, counts, counts[chunks], result.sorted_token_ids, result.expert_ids, result.num_tokens_post_padded),
         (num_pairs, num_experts, chunks),
         lambda: ({**sizes, "BLOCK_SIZE": block_size, "COLUMNS": 32}, {"num_warps": 8}),
     )  # fmt: skip

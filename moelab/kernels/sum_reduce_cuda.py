@@ -1,13 +1,9 @@
-"""Compiles sum_reduce.cu through NVRTC (NVIDIA's cuda.core), and launches it on torch's current stream.
-
-Compiling needs no GPU and no driver: `compile_kernel("sm_90", ...)` works on a laptop, and the tests do it there.
-"""
+"""Compiles sum_reduce.cu (see `moelab.kernels.nvrtc`) for a size, and launches it on torch's current stream."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moelab import runtime
-from moelab.errors import RuntimeModeError
+from moelab.kernels import nvrtc
 
 SOURCE = Path(__file__).with_name("sum_reduce.cu")
 STORAGE = {
@@ -59,61 +55,30 @@ def plan(num_tokens: int, top_k: int, hidden: int, dtype: torch.dtype, *, aligne
     return Plan(vec, threads, top_k if top_k <= _MAX_UNROLLED_TOP_K else 0)
 
 
-def _cuda_core() -> Any:
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
-        raise RuntimeModeError(
-            "sum_reduce's 'cuda' implementation needs NVIDIA's cuda.core and NVRTC. Expected the extra `cuda`. "
-            "Install it with `pip install moelab[cuda]`, or use 'triton'."
-        )
-    import cuda.core
-
-    return cuda.core
-
-
-def _include_paths() -> list[str]:
-    from cuda.pathfinder import find_nvidia_header_directory
-
-    found = [find_nvidia_header_directory(name) for name in ("cudart", "nvcc")]
-    return list(dict.fromkeys(path for path in found if path))
-
-
 @functools.cache
 def compile_kernel(arch: str, expression: str) -> tuple[Any, str]:
     """Compile one template instance for `arch` ("sm_80", "sm_90", "sm_100"): (object code, mangled name's key)."""
-    core = _cuda_core()
-    options = core.ProgramOptions(arch=arch, std="c++17", include_path=_include_paths())
-    program = core.Program(SOURCE.read_text(), code_type="c++", options=options)
-    return program.compile("cubin", name_expressions=(expression,)), expression
+    return nvrtc.compiled(arch, SOURCE.read_text(), expression), expression
 
 
 @functools.cache
 def _kernel(device_index: int, expression: str) -> tuple[Any, Any]:
-    core = _cuda_core()
+    core = nvrtc.cuda_core()
     device = core.Device(device_index)
     device.set_current()
     code, name = compile_kernel(f"sm_{device.arch}", expression)
     return device, code.get_kernel(name)
 
 
-class _TorchStream:
-    """torch's current stream, in the protocol that cuda.core reads."""
-
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._handle = stream.cuda_stream
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return (0, self._handle)
-
-
 def launch(x: Tensor, out: Tensor, routed_scaling_factor: float) -> None:
     """out[t, h] = routed_scaling_factor * sum over slots of x[t, slot, h], on checked, contiguous CUDA tensors."""
     runtime.require_cuda("sum_reduce's 'cuda' implementation")
     num_tokens, top_k, hidden = x.shape
-    core = _cuda_core()
+    core = nvrtc.cuda_core()
     aligned = x.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
     cut = plan(num_tokens, top_k, hidden, x.dtype, aligned=aligned)
     device, kernel = _kernel(x.device.index or 0, cut.expression(x.dtype))
-    stream = device.create_stream(_TorchStream(torch.cuda.current_stream(x.device)))
+    stream = device.create_stream(nvrtc.TorchStream(torch.cuda.current_stream(x.device)))
     grid = (num_tokens, -(-hidden // (cut.vec * cut.threads)), 1)
     config = core.LaunchConfig(grid=grid, block=(cut.threads, 1, 1))
     scalar = ctypes.c_double if x.dtype == torch.float64 else ctypes.c_float

@@ -29,6 +29,12 @@ def row_block(sorted_token_ids_ptr, pid_m, num_pairs, BLOCK_SIZE_M: tl.constexpr
 
 
 @triton.jit
+def bucket_of(ids, num_experts):
+    """The bucket of each id, int32 whatever the ids are: experts of other ranks (-1) share the last one."""
+    return tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
+
+
+@triton.jit
 def operand_ptrs(a_ptr, w_ptr, rows, expert, offs_n, offs_k, N, K):
     """Pointers to a[rows, offs_k], (BM, BK), and to w[expert, offs_n, offs_k] as (BK, BN); expert is int64.
 

@@ -1,0 +1,90 @@
+"""The compiled forms of fast_layer.cu, and which of them serves a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moelab.kernels import wgmma
+
+SOURCE = Path(__file__).with_name("fast_layer.cu")
+STORAGE = {torch.bfloat16: ("__nv_bfloat16", "bf16"), torch.float16: ("__half", "f16")}
+"""Type of an element in C++ and in PTX."""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One compiled form of the kernel.
+
+    warpgroups: that multiply, each row_blocks times 64 weight rows. stages: buffers of 64 elements of K in the ring.
+    tokens: most rows of a tile. grain: a tile of fewer rows is multiplied as tokens less a multiple of it. box: rows that
+    one TMA load of tokens brings. per_processor: blocks on a multiprocessor.
+    """
+
+    warpgroups: int
+    row_blocks: int
+    stages: int
+    tokens: int
+    grain: int
+    box: int
+    per_processor: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Of a block: the warpgroups that multiply, and one that copies."""
+        return (self.warpgroups + 1) * 128
+
+    @property
+    def rows(self) -> int:
+        """Weight rows of a tile."""
+        return self.warpgroups * self.row_blocks * 64
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block: the ring, its barriers (two of 8 bytes a stage), and the rows' tokens, slots and weights."""
+        stage = (self.rows + self.tokens) * 128 + 16
+        return self.stages * stage + (2 + 2 * self.warpgroups) * self.tokens * 4
+
+    @property
+    def sums_at_once(self) -> bool:
+        """Whether the warpgroup that comes to a token's columns last adds them up: in few tokens, sooner than after all."""
+        return self.tokens <= 16
+
+    def column_counters(self, hidden: int) -> int:
+        """Counters that the kernel needs for parts of hidden_size."""
+        return -(-hidden // self.rows) * self.warpgroups if self.sums_at_once else 0
+
+    @property
+    def shape(self) -> str:
+        """As fast_tiles.cuh spells it."""
+        numbers = (self.warpgroups, self.row_blocks, self.stages, self.tokens, self.grain, self.box, self.per_processor)
+        return f"Shape<{', '.join(map(str, numbers))}>"
+
+    def expression(self, dtype: torch.dtype) -> str:
+        """The template instance to compile, as NVRTC names it."""
+        return f"fast_layer<{self.shape}, {STORAGE[dtype][0]}>"
+
+    def source(self, dtype: torch.dtype) -> str:
+        """fast_layer.cu with the wgmma shapes that this instance asks for."""
+        shapes = wgmma.functions(range(self.tokens, 0, -self.grain), *STORAGE[dtype])
+        return f'#include "hopper.cuh"\n{shapes}\n{SOURCE.read_text()}'
+
+
+# Widest tile of tokens -> the instance for it. Small tiles and two blocks a multiprocessor where weights are all there is to
+# move; 256 weight rows where tokens are read again and again, once for every tile of weight rows. The ring takes what shared
+# memory is left: 227 KiB a block, 228 for all, 1 kept of each.
+INSTANCES = {
+    8: Instance(1, 1, 12, 8, 8, 8, per_processor=2),
+    16: Instance(1, 1, 11, 16, 8, 8, per_processor=2),
+    48: Instance(2, 1, 9, 48, 16, 16),
+    96: Instance(2, 2, 5, 96, 16, 16),
+    176: Instance(2, 2, 4, 176, 16, 16),
+}
+
+
+def instance_for(num_tokens: int, top_k: int, num_experts: int) -> Instance:
+    """The instance for a batch, by the rows an expert gets if tokens spread evenly, and a third more than that."""
+    rows = 1.33 * num_tokens * top_k / num_experts
+    return next((INSTANCES[most] for most in INSTANCES if min(rows, num_tokens) <= most), INSTANCES[176])

@@ -1,0 +1,289 @@
+// A whole fused MoE layer in one launch, for Hopper (sm_90a).
+//
+// Blocks stay for the whole launch and take tiles in turn: first those of GEMM1 (w13, then silu(gate) * up), then those of
+// GEMM2 (w2, times the routed weight, unless GEMM1's rows were); once all are done, they share out the sums over each
+// token's slots. Weights are
+// wgmma's M and tokens its N, so a tile fits its number of tokens to a multiple of GRAIN and pads nothing in memory. In a
+// block, one warp streams weights by TMA, three gather tokens, and WARPGROUPS warpgroups multiply; a ring of STAGES
+// buffers lets the copies run ahead, across tiles and across the two GEMMs: w2 is on its way while the last tiles of GEMM1
+// are computed.
+//
+// A tile of GEMM2 waits until the tiles of GEMM1 with the same tokens are done (ready[]). That cannot hang: every block
+// takes tiles in the same order, and all blocks of the launch are on the chip at once. The sums wait for all of GEMM2.
+//
+// Gate and up rows reach shared memory in alternate groups of eight (the layout of the w13 tensor map), so that one thread
+// holds the gate and the up value of one element.
+//
+// Compiled by moelab/kernels/fast_layer.py through NVRTC.
+
+#include "fast_sums.cuh"
+
+// One thread: the weights of every tile, stage after stage.
+template <typename S, typename T>
+DEVICE void stream_weights(Shared<S>& shared, const Layer<T>& layer, const TensorMap* w13, const TensorMap* w2) {
+    Ring<S::STAGES> ring;
+    for (Walk<S, T> walk(layer); walk.step();)
+        for (int step = 0; step < walk.k_steps(); ++step, ring.advance()) {
+            uint64_t* full = &shared.full[ring.stage];
+            uint8_t* to = shared.weights[ring.stage];
+            barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+            barrier_arrive_expect(full, sizeof(shared.weights[0]));
+            if (walk.gemm == 0)
+                tma_load(to, w13, full, step * K_STEP, 0, 0, walk.weights * (S::ROWS / 16), walk.tile.expert);
+            else
+                tma_load(to, w2, full, step * K_STEP, walk.weights * S::ROWS, walk.tile.expert);
+        }
+}
+
+// Three warps, for GEMM1: rows of x by 16-byte copies. Rows that no token has stay as they were: each row is a column of the
+// product, so what they hold touches no other.
+template <typename S, typename T>
+DEVICE void gather_tokens(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<S::STAGES>& ring, int* rows) {
+    const int thread = threadIdx.x - 32;
+    for (int row = thread; row < walk.tile.rows; row += TOKEN_THREADS)
+        rows[row] = (row ? layer.sorted_slots[walk.tile.first + row] : walk.tile.first_slot) / layer.top_k;
+    named_barrier(GATHER, TOKEN_THREADS);
+    for (int step = 0; step < walk.k_steps(); ++step, ring.advance()) {
+        barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+        uint8_t* to = shared.tokens[ring.stage];
+        for (int chunk = thread; chunk < walk.tile.rows * 8; chunk += TOKEN_THREADS) {
+            const int row = chunk >> 3, part = chunk & 7, column = step * K_STEP + part * 8;
+            const bool inside = column < layer.hidden;
+            const T* from = layer.x + static_cast<uint64_t>(rows[row]) * layer.hidden + (inside ? column : 0);
+            copy_async(to + row * ROW_BYTES + ((part ^ (row & 7)) << 4), from, inside ? 16 : 0);
+        }
+        barrier_arrive_after_copies(&shared.full[ring.stage]);
+    }
+}
+
+// The same threads, for GEMM2: one loads rows of `inner` by TMA, once they are there.
+template <typename S, typename T>
+DEVICE void load_inner(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<S::STAGES>& ring,
+                       const TensorMap* inner) {
+    const bool loads = threadIdx.x == 32;
+    if (loads) {
+        const int needed = layer.parts & GEMM1 ? walk.across1 * S::WARPGROUPS : 0;
+        while (load_acquire(&layer.ready[walk.tokens]) < needed) back_off();
+        fence_async_global();
+    }
+    const int boxes = (walk.tile.rows + S::BOX - 1) / S::BOX;
+    for (int step = 0; step < walk.k_steps(); ++step, ring.advance()) {
+        uint64_t* full = &shared.full[ring.stage];
+        barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+        if (!loads) {
+            barrier_arrive(full);
+            continue;
+        }
+        barrier_arrive_expect(full, boxes * S::BOX * ROW_BYTES);
+        for (int box = 0; box < boxes; ++box)
+            tma_load(shared.tokens[ring.stage] + box * S::BOX * ROW_BYTES, inner, full, step * K_STEP,
+                     walk.tile.first + box * S::BOX);
+    }
+}
+
+template <typename S, typename T>
+DEVICE void stream_tokens(Shared<S>& shared, const Layer<T>& layer, const TensorMap* inner) {
+    Ring<S::STAGES> ring;
+    int buffer = 0;
+    for (Walk<S, T> walk(layer); walk.step(); buffer ^= 1)
+        if (walk.gemm == 0)
+            gather_tokens(shared, layer, walk, ring, shared.gathered[buffer]);
+        else
+            load_inner(shared, layer, walk, ring, inner);
+}
+
+// wgmma's view of a K-major tile under the 128-byte swizzle: groups of eight rows lie 1024 bytes apart.
+DEVICE uint64_t swizzled_tile(const void* tile) {
+    return static_cast<uint64_t>((shared_address(tile) & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+// A warpgroup's weight rows, 64 in a block of sums, times N tokens, over all of K.
+template <typename S, typename T, int N>
+DEVICE void multiply(float (&sums)[S::ROW_BLOCKS][N / 2], Shared<S>& shared, Ring<S::STAGES>& ring, int k_steps,
+                     bool gathered) {
+    constexpr uint64_t UNIT = 16;  // bytes, of a descriptor's addresses
+    const int first = (threadIdx.x / 128 - 1) * S::ROW_BLOCKS * 64;
+    const bool speaks = (threadIdx.x & 31) == 0;
+    uint64_t* done = nullptr;
+#pragma unroll
+    for (int block = 0; block < S::ROW_BLOCKS; ++block) {
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) sums[block][i] = 0.0f;
+        pin(sums[block]);
+    }
+#pragma unroll 1
+    for (int step = 0; step < k_steps; ++step, ring.advance()) {
+        barrier_wait(&shared.full[ring.stage], ring.phase);
+        if (gathered) fence_async_shared();
+        const uint64_t weights = swizzled_tile(shared.weights[ring.stage] + first * ROW_BYTES);
+        const uint64_t tokens = swizzled_tile(shared.tokens[ring.stage]);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < K_STEP * 2 / UNIT; k += 2)  // 16 elements of K are 32 bytes
+#pragma unroll
+            for (int block = 0; block < S::ROW_BLOCKS; ++block)
+                wgmma<T, N>(sums[block], weights + k + block * (64 * ROW_BYTES / UNIT), tokens + k);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (done && speaks) barrier_arrive(done);
+        done = &shared.empty[ring.stage];
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int block = 0; block < S::ROW_BLOCKS; ++block) pin(sums[block]);
+    if (speaks) barrier_arrive(done);
+}
+
+// sums[4 * j ..]: of tokens 8 * j + 2 * (lane % 4) and the next, gate (0, 1) and up (2, 3) of element lane / 4 of this
+// warp's eight. Stored 8 bytes a thread where two groups of tokens can be exchanged between neighbours.
+template <typename T, int N>
+DEVICE void store_activated(const float (&sums)[N / 2], const Layer<T>& layer, const TokenTile& tile, int column,
+                            const float* routed) {
+    const int lane = threadIdx.x & 31, row = lane >> 2, odd = lane & 1;
+    if (column >= layer.inner_size) return;
+    const bool weighted = layer.weighted == GEMM1;
+    auto activated = [&](int j) {
+        float2 by = make_float2(1.0f, 1.0f);
+        if (weighted) by = *reinterpret_cast<const float2*>(routed + 8 * j + 2 * (lane & 3));
+        const float low = silu(by.x * sums[4 * j]) * (by.x * sums[4 * j + 2]);
+        const float high = silu(by.y * sums[4 * j + 1]) * (by.y * sums[4 * j + 3]);
+        return transposed(packed(low, high, T()));
+    };
+    T* to = layer.inner + static_cast<uint64_t>(tile.first) * layer.inner_size + column;
+    if constexpr (N == 8) {
+        const uint32_t pair = activated(0);
+        if (row < tile.rows)
+            *reinterpret_cast<uint32_t*>(to + static_cast<uint64_t>(row) * layer.inner_size + 2 * (lane & 3)) = pair;
+    } else {
+#pragma unroll
+        for (int j = 0; j < N / 8; j += 2) {
+            const uint32_t first = activated(j), second = activated(j + 1);
+            const uint32_t other = from_neighbour(odd ? first : second);
+            const int token = 8 * (j + odd) + row;
+            if (token < tile.rows)
+                *reinterpret_cast<uint2*>(to + static_cast<uint64_t>(token) * layer.inner_size + 4 * ((lane & 3) >> 1)) =
+                    odd ? make_uint2(other, second) : make_uint2(first, other);
+        }
+    }
+}
+
+// sums[4 * j ..]: of tokens 8 * j + 2 * (lane % 4) and the next, rows lane / 4 (0, 1) and 8 further (2, 3) of w2.
+template <typename T, int N>
+DEVICE void store_weighted(const float (&sums)[N / 2], const Layer<T>& layer, const TokenTile& tile, int column,
+                           const int* slots, const float* routed) {
+    const int lane = threadIdx.x & 31, row = lane >> 2, odd = lane & 1;
+    const int mine = column + (odd ? 8 : 0) + 4 * ((lane & 3) >> 1);
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+        const float2 by = *reinterpret_cast<const float2*>(routed + 8 * j + 2 * (lane & 3));
+        const uint32_t low = transposed(packed(sums[4 * j] * by.x, sums[4 * j + 1] * by.y, T()));
+        const uint32_t high = transposed(packed(sums[4 * j + 2] * by.x, sums[4 * j + 3] * by.y, T()));
+        const uint32_t other = from_neighbour(odd ? low : high);
+        const int token = 8 * j + row;
+        if (token < tile.rows && mine < layer.hidden)
+            *reinterpret_cast<uint2*>(layer.y + static_cast<uint64_t>(slots[token]) * layer.hidden + mine) =
+                odd ? make_uint2(other, high) : make_uint2(low, other);
+    }
+}
+
+template <typename S, typename T, int N>
+DEVICE void compute(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<S::STAGES>& ring) {
+    const int thread = threadIdx.x & 127, group = threadIdx.x / 128 - 1, warp = thread / 32;
+    const int row = walk.weights * S::ROWS + group * S::ROW_BLOCKS * 64 + warp * 16;  // of the weights
+    int* slots = shared.slots[group];
+    float* routed = shared.routed[group];
+    const bool by_token = walk.gemm || layer.weighted == GEMM1;
+    if (by_token)
+        for (int i = thread; i < N; i += 128) {
+            const int slot = i && i < walk.tile.rows ? layer.sorted_slots[walk.tile.first + i] : walk.tile.first_slot;
+            slots[i] = slot;
+            routed[i] = walk.gemm && layer.weighted == GEMM1 ? 1.0f : layer.topk_weights[slot];
+        }
+    float sums[S::ROW_BLOCKS][N / 2];
+    multiply<S, T, N>(sums, shared, ring, walk.k_steps(), walk.gemm == 0);
+    if (by_token) named_barrier(CONSUMERS + group, 128);
+#pragma unroll
+    for (int block = 0; block < S::ROW_BLOCKS; ++block)
+        if (walk.gemm == 0)
+            store_activated<T, N>(sums[block], layer, walk.tile, (row + block * 64) / 2, routed);
+        else
+            store_weighted<T, N>(sums[block], layer, walk.tile, row + block * 64, slots, routed);
+    if (by_token) named_barrier(CONSUMERS + group, 128);  // before the next tile's slots
+}
+
+// `compute` of the fewest tokens that hold this tile's.
+template <typename S, typename T, int N>
+DEVICE void compute_fitting(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<S::STAGES>& ring) {
+    if constexpr (N > S::GRAIN) {
+        if (walk.tile.rows <= N - S::GRAIN) return compute_fitting<S, T, N - S::GRAIN>(shared, layer, walk, ring);
+    }
+    compute<S, T, N>(shared, layer, walk, ring);
+}
+
+// A warpgroup's tiles. A tile of GEMM1 is reported after the next one, when its stores have long landed, unless what comes
+// next may wait for it.
+template <typename S, typename T>
+DEVICE void consume(Shared<S>& shared, const Layer<T>& layer) {
+    Ring<S::STAGES> ring;
+    int unreported = -1;
+    int second = 0;  // tiles of GEMM2
+    Walk<S, T> walk(layer);
+    while (walk.step()) {
+        compute_fitting<S, T, S::TOKENS>(shared, layer, walk, ring);
+        if (unreported >= 0) report(&layer.ready[unreported], 1);
+        unreported = walk.gemm ? -1 : walk.tokens;
+        second += walk.gemm;
+        if (unreported >= 0 && !walk.next_is_gemm1()) {
+            report(&layer.ready[unreported], 1);
+            unreported = -1;
+        }
+        if (S::SUMS_AT_ONCE && walk.gemm && layer.parts & SUM) sum_if_last(shared, layer, walk);
+    }
+    const bool summed = S::SUMS_AT_ONCE && walk.total > walk.tiles1;
+    if (layer.parts & SUM && !summed) sum_after_all(layer, walk, second);
+}
+
+// The last role to end in the whole launch leaves ready[] as it was: zeros.
+template <typename T>
+DEVICE void leave(const Layer<T>& layer, int roles) {
+    if (add_acquire_release(&layer.ready[layer.most_tiles + 1], 1) + 1 < roles) return;
+    for (int i = 0; i < layer.counters; ++i) layer.ready[i] = 0;
+}
+
+template <typename S, typename T>
+__global__ void __launch_bounds__(S::THREADS, S::PER_PROCESSOR)
+    fast_layer(const __grid_constant__ TensorMap w13, const __grid_constant__ TensorMap w2,
+               const __grid_constant__ TensorMap inner, const __grid_constant__ Layer<T> layer) {
+    BLOCK_SHARED(raw);
+    auto& shared = *reinterpret_cast<Shared<S>*>(raw);
+    // Of the 64 Ki registers of a multiprocessor, what a thread of each role gets.
+    constexpr int CONSUMER = S::PER_PROCESSOR > 1 ? 0 : S::WARPGROUPS == 3 ? 160 : S::WARPGROUPS == 2 ? 232 : 0;
+    constexpr int PRODUCER = S::WARPGROUPS == 3 ? 32 : 48;
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < S::STAGES; ++stage) {
+            barrier_init(&shared.full[stage], 1 + TOKEN_THREADS);
+            barrier_init(&shared.empty[stage], S::WARPGROUPS * 4);
+        }
+        fence_barrier_init();
+        prefetch(&w13);
+        prefetch(&w2);
+        prefetch(&inner);
+    }
+    __syncthreads();
+    wait_for_predecessor();
+    const int roles = gridDim.x * (S::WARPGROUPS + 1);
+    if (threadIdx.x < 128) {
+        if constexpr (CONSUMER > 0) fewer_registers<PRODUCER>();
+        if (threadIdx.x == 0) {
+            stream_weights<S>(shared, layer, &w13, &w2);
+            let_successor_start();
+        } else if (threadIdx.x >= 32) {
+            stream_tokens<S>(shared, layer, &inner);
+            if (threadIdx.x == 32) leave(layer, roles);
+        }
+    } else {
+        if constexpr (CONSUMER > 0) more_registers<CONSUMER>();
+        consume<S>(shared, layer);
+        if (threadIdx.x % 128 == 0) leave(layer, roles);
+    }
+}

@@ -1,0 +1,227 @@
+"""A whole fused MoE layer in one launch of CUDA C++, for Hopper: the launcher of fast_layer.cu.
+
+Compiling needs no GPU (see `moelab.kernels.nvrtc`); running one needs sm_90.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moelab.config import Target
+from moelab.errors import DtypeError, RuntimeModeError, ShapeError
+from moelab.kernels import nvrtc
+from moelab.kernels.fast_instances import STORAGE, Instance
+from moelab.kernels.tensor_map import TensorMap
+from moelab.kernels.token_tiles import TokenTiles
+
+K_STEP = 64
+"""Elements of K in a stage: 128 bytes, TMA's widest swizzle."""
+
+GEMM1, GEMM2, SUM = 1, 2, 4
+"""Parts of the layer, for launches of less than the whole."""
+
+
+class LayerArguments(ctypes.Structure):
+    """`Layer` of fast_layer.cu, field for field."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "inner", "y", "out", "topk_weights", "topk_ids")),
+        *((name, ctypes.c_void_p) for name in ("sorted_slots", "tiles", "num_tiles", "ready")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("most_tiles", "counters", "num_tokens", "top_k", "hidden", "inner_size", "parts", "weighted")
+        ),
+        ("scale", ctypes.c_float),
+    ]
+
+
+def layer_arguments(
+    x: Tensor,
+    inner: Tensor,
+    y: Tensor,
+    out: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    tiles: TokenTiles,
+    parts: int,
+    *,
+    scale: float,
+    weights_on_input: bool,
+) -> LayerArguments:
+    """The kernel's arguments for these tensors, all of them on one device, and sizes as `fast_layer` has them."""
+    return LayerArguments(
+        *(t.data_ptr() for t in (x, inner, y, out, topk_weights, topk_ids, *tiles)),
+        tiles.most, tiles.ready.shape[0], x.shape[0], topk_ids.shape[1], x.shape[1], inner.shape[1], parts,
+        GEMM1 if weights_on_input else GEMM2, scale,
+    )  # fmt: skip
+
+
+def tensor_maps(instance: Instance, w13: Tensor, w2: Tensor, inner: Tensor) -> tuple[TensorMap, TensorMap, TensorMap]:
+    """Maps of w13 (E, 2N, H), w2 (E, H, N) and inner (S, N), in the boxes of that instance.
+
+    w13's dimensions are H, row in a group of eight, gate or up, group, expert: a box brings groups of gate and of up rows
+    in turn.
+    """
+    experts, rows, hidden = w13.shape
+    size = rows // 2
+    return (
+        TensorMap(
+            (hidden, 8, 2, size // 8, experts),
+            (hidden, size * hidden, 8 * hidden, rows * hidden),
+            (K_STEP, 8, 2, instance.rows // 16, 1),
+        ),
+        TensorMap((size, hidden, experts), (size, hidden * size), (K_STEP, instance.rows, 1)),
+        TensorMap((size, inner.shape[0]), (size,), (K_STEP, instance.box)),
+    )
+
+
+def check_fast_layer(x: Tensor, w13: Tensor, w2: Tensor, target: Target | None) -> None:
+    """Raise unless the kernel takes these sizes and dtypes on that chip: RuntimeModeError, DtypeError, ShapeError."""
+    if target is None or target.name != "sm_90":
+        raise RuntimeModeError(
+            f"impl='fast' was asked for on {'no GPU' if target is None else target.name}. Expected a Hopper GPU (sm_90), whose "
+            "wgmma and TMA it is written for. Use impl='triton', or 'gated_tma' on later chips."
+        )
+    if x.dtype not in STORAGE:
+        raise DtypeError(
+            f"hidden_states is {str(x.dtype).removeprefix('torch.')}. Expected bfloat16 or float16 for impl='fast'. Cast it, "
+            "or use impl='triton'."
+        )
+    for name, size in (("hidden_size", x.shape[1]), ("moe_intermediate_size", w2.shape[2])):
+        if size % 8:
+            raise ShapeError(
+                f"{name} is {size}. Expected a multiple of 8 for impl='fast', whose copies are of 16 bytes. Pad it, or use "
+                "impl='triton'."
+            )
+    for name, tensor in (("hidden_states", x), ("w13", w13), ("w2", w2)):
+        if tensor.data_ptr() % 16:
+            raise ShapeError(
+                f"{name} starts {tensor.data_ptr() % 16} bytes past a multiple of 16. Expected an address on 16 bytes for TMA. "
+                "Call .clone() on the slice once, outside the hot path."
+            )
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    kernel: Any  # kept, since it owns the code
+    function: Any
+    grid: int
+
+
+@functools.cache
+def _loaded(device: int, instance: Instance, dtype: torch.dtype) -> _Loaded:
+    """The instance on that GPU, allowed its shared memory, and the blocks that the GPU holds at once."""
+    from cuda.bindings import driver
+
+    core = nvrtc.cuda_core()
+    core.Device(device).set_current()
+    expression = instance.expression(dtype)
+    code = nvrtc.compiled("sm_90a", instance.source(dtype), expression)
+    kernel = code.get_kernel(expression)
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (error,) = driver.cuKernelSetAttribute(attribute, instance.shared_bytes, kernel.handle, driver.CUdevice(device))
+    _require(error, f"{instance.shared_bytes} bytes of shared memory a block")
+    fit = kernel.occupancy.max_active_blocks_per_multiprocessor(instance.threads, instance.shared_bytes)
+    if fit < instance.per_processor:  # blocks wait for each other: one that finds no room would make the others hang
+        raise RuntimeModeError(
+            f"A multiprocessor holds {fit} blocks of {instance}. Expected {instance.per_processor}. Use impl='triton', and "
+            "report the GPU and its driver."
+        )
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return _Loaded(kernel, driver.CUfunction(int(kernel.handle)), processors * instance.per_processor)
+
+
+def _require(error: Any, what: str) -> None:
+    if error.value:
+        raise RuntimeModeError(
+            f"The CUDA driver refused {what}: {error.name}. Expected a Hopper GPU with a driver for CUDA 12.8 or later. "
+            "Look at nvidia-smi, or use impl='triton'."
+        )
+
+
+class _Maps:
+    """Encoded maps of weights, kept for as long as the weight lives, as moelab.kernels.descriptors keeps its own."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, int, TensorMap], tuple[weakref.ref[Tensor], Any]] = {}
+
+    def get(self, w: Tensor, spec: TensorMap) -> Any:
+        key = (id(w), w.data_ptr(), spec)
+        entry = self._kept.get(key)
+        if entry is not None and entry[0]() is w:
+            return entry[1]
+        encoded = spec.encode(w)
+        self._kept[key] = (weakref.ref(w, lambda _: self._kept.pop(key, None)), encoded)
+        return encoded
+
+
+_maps = _Maps()
+
+
+def fast_layer(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    tiles: TokenTiles,
+    instance: Instance,
+    *,
+    scale: float = 1.0,
+    weights_on_input: bool = False,
+    parts: int = GEMM1 | GEMM2 | SUM,
+    scratch: tuple[Tensor, Tensor] | None = None,
+    overlap: bool = True,
+) -> Tensor:
+    """The layer of checked tensors (`check_fast_layer`): x (M, H), w13 (E, 2N, H), w2 (E, H, N); out (M, H).
+
+    topk_weights (M, k) float32, topk_ids (M, k) int32; tiles: of at most instance.tokens rows, in multiples of
+    instance.grain but for an expert's last. weights_on_input: weigh GEMM1's rows, before the activation. parts: GEMM1,
+    GEMM2, SUM, to leave some out. scratch: (S, N) and (S, H), what GEMM1 and GEMM2 write; its own unless given. overlap:
+    programmatic dependent launch, which sets blocks up while the launch before this one ends.
+    Deterministic; no host synchronisation.
+    """
+    device = x.get_device()
+    loaded = _loaded(device, instance, x.dtype)
+    num_slots, size = topk_ids.numel(), w2.shape[2]
+    inner, y = scratch or (x.new_empty((num_slots, size)), x.new_empty((num_slots, x.shape[1])))
+    out = torch.empty_like(x)
+    of_w13, of_w2, of_inner = tensor_maps(instance, w13, w2, inner)
+    given = (x, inner, y, out, topk_weights, topk_ids)
+    arguments = layer_arguments(*given, tiles, parts, scale=scale, weights_on_input=weights_on_input)
+    parameters = (_maps.get(w13, of_w13), _maps.get(w2, of_w2), of_inner.encode(inner), arguments)
+    _launch(loaded, instance, torch.cuda.current_stream(device).cuda_stream, overlap, parameters)
+    return out
+
+
+def _launch(loaded: _Loaded, instance: Instance, stream: int, overlap: bool, parameters: tuple[Any, ...]) -> None:
+    from cuda.bindings import driver
+
+    addresses = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(p) for p in parameters))
+    config = _config(loaded.grid, instance.threads, instance.shared_bytes, stream, overlap)
+    (error,) = driver.cuLaunchKernelEx(config, loaded.function, ctypes.addressof(addresses), 0)
+    _require(error, f"a launch of {loaded.grid} blocks of {instance.threads} threads")
+
+
+@functools.lru_cache(maxsize=256)
+def _config(grid: int, threads: int, shared_bytes: int, stream: int, overlap: bool) -> Any:
+    from cuda.bindings import driver
+
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes, config.hStream = shared_bytes, driver.CUstream(stream)
+    if overlap:
+        attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        value.programmaticStreamSerializationAllowed = 1
+        attribute.value = value
+        config.attrs, config.numAttrs = [attribute], 1
+    return config

@@ -1,0 +1,181 @@
+// What a Hopper kernel here asks of the chip, one function each: mbarriers, asynchronous copies, TMA, wgmma, fences.
+//
+// Instructions and their operands: PTX ISA 9.0, sections "Parallel Synchronization and Communication", "Data Movement",
+// "Asynchronous Warpgroup Level Matrix Instructions". Needs sm_90a. With MOELAB_EMULATED, tests/emulator/emulated_hopper.h
+// stands in, so that a kernel written with these names runs on a CPU, one thread of the system for each of the GPU's.
+
+#pragma once
+
+#ifdef MOELAB_EMULATED
+#include "emulated_hopper.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+typedef unsigned char uint8_t;
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
+
+struct alignas(64) TensorMap {
+    uint64_t opaque[16];
+};
+
+#define DEVICE __device__ __forceinline__
+#define BLOCK_SHARED(name) extern __shared__ __align__(1024) uint8_t name[]
+
+namespace hopper {
+
+DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
+
+DEVICE void barrier_init(uint64_t* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+}
+
+// Makes initialised barriers visible to the copy engine.
+DEVICE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+DEVICE void barrier_arrive(uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// One arrival, after which the phase also waits for that many bytes of TMA.
+DEVICE void barrier_arrive_expect(uint64_t* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+
+DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "WAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra READY;\nbra WAIT;\nREADY:\n}"
+        ::"r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+}
+
+// 16 bytes from device memory; of which those past `bytes` (0 or 16) become zero.
+DEVICE void copy_async(void* to, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                 : "memory");
+}
+
+// This thread's arrival, made once all its copies so far have landed.
+DEVICE void barrier_arrive_after_copies(uint64_t* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+DEVICE void prefetch(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+DEVICE void tma_load(void* to, const TensorMap* map, uint64_t* barrier, int c0, int c1) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+        ::"r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1)
+        : "memory");
+}
+
+DEVICE void tma_load(void* to, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5}], [%2];"
+        ::"r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2)
+        : "memory");
+}
+
+DEVICE void tma_load(void* to, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2, int c3, int c4) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
+        ::"r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+        : "memory");
+}
+
+// Orders ordinary accesses, to shared or to device memory, against those of TMA and wgmma.
+DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEVICE void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most PENDING groups run.
+template <int PENDING>
+DEVICE void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Keeps the compiler from moving reads or writes of accumulators across: for before the first wgmma and after the last wait.
+template <int COUNT>
+DEVICE void pin(float (&accumulators)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(accumulators[i])::"memory");
+}
+
+template <int COUNT>
+DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT>
+DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+
+// A barrier of `threads` threads of the block; ids 1 to 15, since __syncthreads is 0.
+DEVICE void named_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// An 8 x 8 matrix of 16-bit values, two in each lane (row lane / 4, columns 2 * (lane % 4) and the next), transposed.
+DEVICE uint32_t transposed(uint32_t pair) {
+    uint32_t result;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+    return result;
+}
+
+DEVICE uint32_t from_neighbour(uint32_t value) { return __shfl_xor_sync(0xffffffffu, value, 1); }
+
+DEVICE int load_acquire(const int* address) {
+    int value;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
+DEVICE void add_release(int* address, int value) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+DEVICE int add_acquire_release(int* address, int value) {
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
+    return before;
+}
+
+DEVICE void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DEVICE void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+DEVICE void back_off() { __nanosleep(20); }
+
+// Rounds to nearest even; `low` goes to the lower half.
+DEVICE uint32_t packed(float low, float high, __nv_bfloat16) {
+    __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<uint32_t*>(&both);
+}
+DEVICE uint32_t packed(float low, float high, __half) {
+    __half2 both = __floats2half2_rn(low, high);
+    return *reinterpret_cast<uint32_t*>(&both);
+}
+
+DEVICE void add_pair(float& low, float& high, uint32_t pair, __nv_bfloat16) {
+    low += __uint_as_float(pair << 16);
+    high += __uint_as_float(pair & 0xFFFF0000u);
+}
+DEVICE void add_pair(float& low, float& high, uint32_t pair, __half) {
+    const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+    low += both.x;
+    high += both.y;
+}
+
+// 16 bytes that another block wrote in this launch: past the first-level cache.
+DEVICE uint4 load_written(const void* address) { return __ldcg(static_cast<const uint4*>(address)); }
+
+DEVICE float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+
+}  // namespace hopper
+#endif

@@ -1,0 +1,73 @@
+"""The layer in one launch, for Hopper: which instance serves a batch, and why."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moelab.errors import ConfigError
+from moelab.kernels import checks
+from moelab.kernels.expert_order import expert_order_unchecked, new_expert_order
+from moelab.kernels.fast_instances import Instance, instance_for
+from moelab.kernels.fast_layer import check_fast_layer, fast_layer
+from moelab.kernels.launch import checked, signature
+from moelab.kernels.token_tiles import TokenTiles, token_tiles_unchecked
+from moelab.pipelines.call import MoECall
+from moelab.routing import ExpertOrder
+
+
+class Choice(NamedTuple):
+    """The instance for a batch, and a sentence that says why."""
+
+    instance: Instance
+    reason: str
+
+
+def choose(num_tokens: int, top_k: int, num_experts: int) -> Choice:
+    """The instance that serves a batch of that size, whatever its routing: the host does not know it."""
+    instance = instance_for(num_tokens, top_k, num_experts)
+    rows = num_tokens * top_k / num_experts
+    return Choice(
+        instance,
+        f"{rows:.3g} rows an expert if tokens spread evenly: tiles of at most {instance.tokens} tokens by {instance.rows} "
+        f"weight rows, {instance.per_processor} block{'s' * (instance.per_processor > 1)} a multiprocessor",
+    )
+
+
+def tiles_for(order: ExpertOrder, instance: Instance, hidden_size: int) -> TokenTiles:
+    """An order's slots in the tiles of that instance."""
+    grain = min(8 if instance.tokens % 16 else 16, instance.grain)
+    counters = instance.column_counters(hidden_size)
+    return token_tiles_unchecked(order.sorted_slots, order.expert_offsets, instance.tokens, grain, counters)
+
+
+def fast_pipeline(call: MoECall, instance: Instance | None = None) -> Tensor:
+    """Order by expert, tiles, and the layer in one launch. Raises RuntimeModeError, DtypeError, ShapeError, ConfigError."""
+    x, w13, w2, ids = call.hidden_states, call.w13, call.w2, call.topk_ids
+    aligned = not (x.data_ptr() | w13.data_ptr() | w2.data_ptr()) % 16
+    what = (call.activation, call.gated, call.b13 is None, call.b2 is None, aligned)
+    checked(("fast_pipeline", signature(x, w13, w2), what), lambda: _check(call))
+    if instance is None:
+        instance = instance_for(call.num_tokens, call.top_k, call.num_experts)
+    ids = ids.to(torch.int32)
+    order = new_expert_order(ids.numel(), call.num_experts, x.device)
+    expert_order_unchecked(ids, call.num_experts, order)
+    return fast_layer(
+        x, w13, w2, call.topk_weights, ids, tiles_for(order, instance, x.shape[1]), instance,
+        scale=call.routed_scaling_factor, weights_on_input=call.apply_router_weight_on_input,
+    )  # fmt: skip
+
+
+def _check(call: MoECall) -> None:
+    asked = {
+        f"activation={call.activation!r}": call.activation != "silu", "gated=False": not call.gated,
+        "biases": call.b13 is not None or call.b2 is not None,
+    }  # fmt: skip
+    if more := [what for what, given in asked.items() if given]:
+        raise ConfigError(
+            f"impl='fast' was asked for {', '.join(more)}. Expected silu-gated experts without biases. Use impl='triton' for "
+            "these."
+        )
+    check_fast_layer(call.hidden_states, call.w13, call.w2, checks.current_target())

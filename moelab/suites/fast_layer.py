@@ -1,0 +1,280 @@
+"""The one-launch layer beside the classic one and torch's grouped product, and what each of its ideas is worth.
+
+Order and tiles are made beforehand for all, as sglang's rows were timed (data/upstream/h200_sglang.json); the layer from
+router logits, routing and order included, is a figure of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moelab import runtime
+from moelab.config import KernelConfig
+from moelab.config_files import dtype_selector, lookup
+from moelab.errors import MoelabError, RecordingError
+from moelab.fused_moe import fused_moe
+from moelab.inputs import random_tensor
+from moelab.kernels.expert_order import expert_order
+from moelab.kernels.fast_instances import INSTANCES, Instance, instance_for
+from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM, fast_layer
+from moelab.kernels.route import route
+from moelab.kernels.token_tiles import TokenTiles
+from moelab.measure import measure
+from moelab.pipelines.fast import tiles_for
+from moelab.recordings import Recording, load
+from moelab.reference import activation_ref
+from moelab.shapes import MoEShape, load_model
+from moelab.suites import layer_classic
+from moelab.suites.bench import cost_of, judge
+from moelab.suites.layer_baseline import choose
+from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
+from moelab.suites.screening import quick
+
+SHAPES = {
+    **layer_classic.SHAPES,
+    "mixtral-8x7b/tp2": ("mixtral-8x7b", 2),
+    "qwen3-235b-a22b/tp4": ("qwen3-235b-a22b", 4),
+}
+BATCHES = (1, 4, 16, 64, 256, 1024, 4096, 8192)
+ROUTINGS = ("uniform", "zipf")
+
+Contender = Callable[[int], Tensor]
+
+
+def shape_of(name: str) -> MoEShape:
+    """The sharded shape behind a name of SHAPES, without fused shared experts."""
+    model, tp_size = SHAPES[name]
+    return load_model(model, tp_size=tp_size, disable_shared_experts_fusion=True)
+
+
+# --- contenders ---------------------------------------------------------------------------------------------------
+
+
+def tiles_of(layer: Layer, instance: Instance) -> list[TokenTiles]:
+    """For each rotation, its slots in tiles of that instance."""
+    experts = layer.shape.num_experts
+    hidden = layer.shape.hidden_size
+    return [tiles_for(expert_order(r.topk_ids, experts), instance, hidden) for r in layer.routings]
+
+
+def by_expert(tiles: TokenTiles) -> TokenTiles:
+    """The same tiles in the order of their experts, in place of the largest first."""
+    used = int(tiles.num_tiles)
+    records = tiles.tiles.clone()
+    records[:used] = records[:used][torch.argsort(records[:used, 1], stable=True)]
+    return tiles._replace(tiles=records)
+
+
+def fast(
+    layer: Layer,
+    instance: Instance,
+    *,
+    parts: Sequence[int] = (GEMM1 | GEMM2 | SUM,),
+    overlap: bool = True,
+    largest_first: bool = True,
+) -> Contender:
+    """The layer by one instance, a launch for each of `parts`."""
+    tiles = tiles_of(layer, instance)
+    if not largest_first:
+        tiles = [by_expert(each) for each in tiles]
+    slots, shape = layer.num_tokens * layer.shape.top_k, layer.shape
+
+    def run(i: int) -> Tensor:
+        x, w, r = layer.states[i], layer.weights[i], layer.routings[i]
+        scratch = (x.new_empty((slots, shape.moe_intermediate_size)), x.new_empty((slots, shape.hidden_size)))
+        for part in parts:
+            out = fast_layer(
+                x,
+                w.w13,
+                w.w2,
+                r.topk_weights,
+                r.topk_ids,
+                tiles[i],
+                instance,
+                parts=part,
+                scratch=scratch,
+                overlap=overlap,
+            )
+        return out
+
+    return run
+
+
+def without(layer: Layer, instance: Instance) -> dict[str, Contender]:
+    """The layer with each idea switched off alone, by the idea's name; only those that this instance makes use of."""
+    off = {
+        "one launch": fast(layer, instance, parts=(GEMM1, GEMM2, SUM)),
+        "start during the launch before": fast(layer, instance, overlap=False),
+        "largest tiles first": fast(layer, instance, largest_first=False),
+        "a ring of more than two stages": fast(layer, replace(instance, stages=2)),
+        "tiles as narrow as their tokens": fast(layer, replace(instance, grain=instance.tokens)),
+    }
+    if instance.row_blocks > 1:
+        off["256 weight rows a tile"] = fast(layer, replace(instance, row_blocks=1))
+    if instance.per_processor > 1:
+        off["two blocks a multiprocessor"] = fast(layer, replace(instance, per_processor=1))
+    return off
+
+
+def classic(layer: Layer, name: str) -> tuple[Contender, dict[str, Any]]:
+    """The classic kernel under the fastest of what is known for this cell: tuned files, what layer_baseline chose."""
+    pairs = known_configs(layer, name)
+    if not pairs:
+        chosen = choose(layer, "triton", protocol_for(layer.num_tokens).rotations)
+        pairs = [(chosen.up, chosen.down)]
+    contenders = {pair: layer.contender(*pair) for pair in pairs}
+    times = quick(contenders, protocol_for(layer.num_tokens).rotations)
+    best = min(times, key=lambda pair: times[pair].median_us)
+    return contenders[best], {"config": best[0].to_json(), "down_config": best[1].to_json(), "tried": len(pairs)}
+
+
+def known_configs(layer: Layer, name: str) -> list[tuple[KernelConfig, KernelConfig]]:
+    """Pairs recorded as fastest for this shape and batch size: by the tuner's files, by layer_baseline, by sglang's rows."""
+    pairs = []
+    try:
+        rows = load("layer_baseline").rows
+    except RecordingError:
+        rows = ()
+    for row in rows:
+        if (row["shape"], row["num_tokens"], row["impl"]) == (name, layer.num_tokens, "triton") and row.get("config"):
+            pairs.append((KernelConfig.from_json(row["config"]), KernelConfig.from_json(row["down_config"])))
+    up, down = (tuned(layer.shape, layer.num_tokens, down=down) for down in (False, True))
+    if up is not None and down is not None and up.BLOCK_SIZE_M == down.BLOCK_SIZE_M:
+        pairs.append((up, down))
+    for row in layer_classic.peer_rows():
+        if (row["name"], row["M"]) == (name, layer.num_tokens) and row.get("tuned_cfg"):
+            one = KernelConfig.from_json(row["tuned_cfg"])
+            pairs.append((one, one))
+    return list(dict.fromkeys(pairs))
+
+
+def tuned(shape: MoEShape, num_tokens: int, *, down: bool) -> KernelConfig | None:
+    """What the loader finds for this device, if it finds a file."""
+    return lookup(
+        shape.num_experts, shape.moe_intermediate_size, runtime.current().device_name, num_tokens=num_tokens,
+        triton_version=runtime.versions()["triton"] or "unknown", down=down, dtype_selector=dtype_selector(shape.dtype),
+    ).config  # fmt: skip
+
+
+def grouped_mm(layer: Layer) -> Contender:
+    """torch's grouped product over tokens sorted beforehand; what is between and after in eager torch."""
+    shape = layer.shape
+    orders = [expert_order(r.topk_ids, shape.num_experts) for r in layer.routings]
+    sorted_slots = [order.sorted_slots.long() for order in orders]
+
+    def run(i: int) -> Tensor:
+        w, r, slots, ends = layer.weights[i], layer.routings[i], sorted_slots[i], orders[i].expert_offsets[1:]
+        h = torch.nn.functional.grouped_mm(layer.states[i][slots // shape.top_k], w.w13.transpose(1, 2), offs=ends)
+        h = activation_ref(h, shape.activation, gated=shape.gated)
+        y = torch.nn.functional.grouped_mm(h, w.w2.transpose(1, 2), offs=ends)
+        y = y * r.topk_weights.flatten()[slots].unsqueeze(1).to(y.dtype)
+        return torch.empty_like(y).index_copy(0, slots, y).view(layer.num_tokens, shape.top_k, -1).sum(1)
+
+    return run
+
+
+def from_logits(layer: Layer, instance: Instance | None, config: tuple[KernelConfig, KernelConfig]) -> Contender:
+    """The whole layer from router logits: by the one-launch layer, or with None by the classic one, aligned by `align`."""
+    shape = layer.shape
+    size = (layer.num_tokens, shape.num_experts)
+    logits = [
+        random_tensor(size, 1.0, dtype=w.w13.dtype, device=w.w13.device.type, seed=200 + i)
+        for i, w in enumerate(layer.weights)
+    ]
+
+    def run(i: int) -> Tensor:
+        x, w = layer.states[i], layer.weights[i]
+        routed = route(logits[i], shape.top_k)
+        if instance is None:
+            return fused_moe(
+                x, w.w13, w.w2, topk_weights=routed.topk_weights, topk_ids=routed.topk_ids, config=config[0],
+                down_config=config[1],
+            )  # fmt: skip
+        tiles = tiles_for(routed.order, instance, shape.hidden_size)
+        return fast_layer(x, w.w13, w.w2, routed.topk_weights, routed.topk_ids, tiles, instance)
+
+    return run
+
+
+# --- the recording ------------------------------------------------------------------------------------------------
+
+
+def fastest_instance(layer: Layer, among: Sequence[Instance]) -> Instance:
+    """The fastest of a short pass."""
+    times = quick({each: fast(layer, each) for each in among}, protocol_for(layer.num_tokens).rotations)
+    return min(times, key=lambda each: times[each].median_us)
+
+
+def near(instance: Instance) -> list[Instance]:
+    """An instance and its neighbours in INSTANCES."""
+    known = list(INSTANCES.values())
+    place = known.index(instance)
+    return known[max(0, place - 1) : place + 2]
+
+
+def cell(name: str, layer: Layer, routing: str, *, ablation: bool) -> list[dict[str, Any]]:
+    """A row for each contender at one shape, batch size and routing: checked, then timed interleaved."""
+    protocol = protocol_for(layer.num_tokens)
+    by_rule = instance_for(layer.num_tokens, layer.shape.top_k, layer.shape.num_experts)
+    best = fastest_instance(layer, near(by_rule))
+    run_classic, tiles = classic(layer, name)
+    contenders: dict[str, Contender] = {
+        "classic": run_classic,
+        "grouped_mm": grouped_mm(layer),
+        "fast": fast(layer, by_rule),
+    }
+    notes: dict[str, dict[str, Any]] = {"classic": tiles, "fast": {"instance": repr(by_rule)}}
+    if best != by_rule:
+        contenders["fast, best instance"], notes["fast, best instance"] = fast(layer, best), {"instance": repr(best)}
+    if ablation:
+        contenders |= {f"fast without {idea}": run for idea, run in without(layer, by_rule).items()}
+    judged = judge(layer, contenders)
+    pair = KernelConfig.from_json(tiles["config"]), KernelConfig.from_json(tiles["down_config"])
+    timed = dict(contenders)
+    if routing == "uniform":
+        timed["classic, from logits"] = from_logits(layer, None, pair)
+        timed["fast, from logits"] = from_logits(layer, by_rule, pair)
+    measured = measure({label: run for label, run in timed.items() if "refused" not in judged.get(label, {})}, protocol)
+    cost = cost_of(layer)
+    common = {
+        "shape": name, "num_tokens": layer.num_tokens, "routing": routing, "experts_touched": layer.experts_touched(),
+        "bytes": cost.bytes, "flops": cost.flops, "rotations": protocol.rotations,
+    }  # fmt: skip
+    return [
+        {**common, "impl": label, **judged.get(label, {}), **notes.get(label, {}), **_samples(measured, label)}
+        for label in timed
+    ]
+
+
+def _samples(measured: Mapping[str, Any], label: str) -> dict[str, Any]:
+    return {"samples_us": [round(s, 4) for s in measured[label].samples_us]} if label in measured else {}
+
+
+def record(
+    names: Sequence[str] = tuple(SHAPES), batches: Sequence[int] = BATCHES, routings: Sequence[str] = ROUTINGS
+) -> Recording:
+    """Six shapes, from one token to 8192, uniform and skewed. Minutes on an H200. Raises RuntimeModeError elsewhere."""
+    runtime.require_cuda("the suite 'fast_layer'")
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        shape = shape_of(name)
+        weights = weight_sets(shape)
+        for routing in routings:
+            for num_tokens in batches:
+                layer = Layer(shape, num_tokens, protocol_for(num_tokens).rotations, weights, routing)
+                try:
+                    rows += cell(name, layer, routing, ablation=routing == "uniform")
+                except MoelabError as error:  # the other cells are still worth having
+                    rows.append({"shape": name, "num_tokens": num_tokens, "routing": routing, "refused": str(error)})
+        del weights, layer
+        torch.cuda.empty_cache()
+    protocol = {
+        **protocol_for(1).describe(), "rotations": "in each row", "alignment": "made beforehand, but from logits",
+        "classic": "fastest of the tuned files and of what layer_baseline and sglang's rows found",
+    }  # fmt: skip
+    return Recording("fast_layer", runtime.provenance(seed=0), protocol, tuple(rows))

@@ -1,0 +1,301 @@
+// hopper.cuh for a CPU: every thread of a block is a thread of the system, and each function does what its PTX
+// instruction is documented to do, as late as that allows: a wgmma reads its operands when it is waited for, a copy lands
+// when its arrival is made. A wait that lasts half a minute ends the process with a message: the kernel hangs.
+//
+// What it cannot show: races that need the proxies' own order (fences do nothing here), registers, timing.
+
+#pragma once
+#include <barrier>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#define DEVICE inline
+#define __global__
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define BLOCK_SHARED(name) uint8_t* name = emulated::block->shared
+
+struct Index { int x; };
+inline thread_local Index threadIdx, blockIdx, gridDim;
+struct uint2 { uint32_t x, y; };
+struct uint4 { uint32_t x, y, z, w; };
+struct float2 { float x, y; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+struct __half { uint16_t bits; };
+struct __nv_bfloat16 { uint16_t bits; };
+
+inline float widened(__half value) {
+    _Float16 half;
+    std::memcpy(&half, &value, 2);
+    return static_cast<float>(half);
+}
+inline float widened(__nv_bfloat16 value) {
+    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+}
+inline uint32_t narrowed(float value, __half) {
+    const _Float16 half = static_cast<_Float16>(value);
+    uint16_t bits;
+    std::memcpy(&bits, &half, 2);
+    return bits;
+}
+inline uint32_t narrowed(float value, __nv_bfloat16) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+
+// A tensor in memory and the box of it that one TMA load brings; the layout that moelab.kernels.tensor_map gives the driver.
+struct TensorMap {
+    uint64_t address;
+    uint32_t rank, unused;
+    uint64_t size[5], stride[5];  // stride in bytes; stride[0] is 2
+    uint32_t box[5], unused_too;
+};
+
+namespace emulated {
+
+[[noreturn]] inline void hangs(const char* where) {
+    std::fprintf(stderr, "emulated Hopper: block %d thread %d waits for ever in %s\n", blockIdx.x, threadIdx.x, where);
+    std::_Exit(3);
+}
+
+struct Mbarrier {
+    std::mutex lock;
+    std::condition_variable changed;
+    int arrivals = 0, pending = 0;
+    long bytes = 0;
+    uint32_t phase = 0;
+    void advance_if_done() {
+        if (pending || bytes) return;
+        pending = arrivals;
+        phase ^= 1;
+        changed.notify_all();
+    }
+};
+
+struct Block {
+    uint8_t* shared;
+    std::map<const void*, Mbarrier> mbarriers;
+    std::map<int, std::unique_ptr<std::barrier<>>> named;
+    std::unique_ptr<std::barrier<>> all;
+    std::vector<std::unique_ptr<std::barrier<>>> warps;
+    std::vector<uint32_t> exchanged;
+    std::mutex lock;
+};
+inline thread_local Block* block;
+inline std::mutex device_memory;
+
+struct Copy { void* to; const void* from; int bytes; };
+inline thread_local std::vector<Copy> copies;
+inline thread_local std::vector<std::function<void()>> issued;
+inline thread_local std::vector<std::vector<std::function<void()>>> groups;
+
+inline Mbarrier& mbarrier(const void* address) {
+    std::lock_guard guard(block->lock);
+    return block->mbarriers[address];
+}
+
+inline const uint8_t* swizzled(uint32_t address) { return block->shared + (address ^ (address >> 3 & 0x70)); }
+
+inline void launch(int blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+    std::vector<std::unique_ptr<Block>> resident;
+    std::vector<std::thread> running;
+    for (int b = 0; b < blocks; ++b) {
+        auto mine = std::make_unique<Block>();
+        mine->shared = static_cast<uint8_t*>(std::aligned_alloc(1024, (shared_bytes + 1023) / 1024 * 1024));
+        std::memset(mine->shared, 0xFF, shared_bytes);  // not-a-number in every type: unwritten operands show
+        mine->all = std::make_unique<std::barrier<>>(threads);
+        for (int w = 0; w < threads / 32; ++w) mine->warps.push_back(std::make_unique<std::barrier<>>(32));
+        mine->exchanged.resize(threads);
+        for (int t = 0; t < threads; ++t)
+            running.emplace_back([&kernel, b, t, blocks, at = mine.get()] {
+                threadIdx = {t}, blockIdx = {b}, gridDim = {blocks}, block = at;
+                kernel();
+            });
+        resident.push_back(std::move(mine));
+    }
+    for (auto& thread : running) thread.join();
+    for (auto& each : resident) std::free(each->shared);
+}
+
+}  // namespace emulated
+
+inline void __syncthreads() { emulated::block->all->arrive_and_wait(); }
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+
+namespace hopper {
+using namespace emulated;
+
+inline uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - block->shared);
+}
+
+inline void barrier_init(uint64_t* barrier, int arrivals) {
+    Mbarrier& b = mbarrier(barrier);
+    b.arrivals = b.pending = arrivals;
+}
+inline void fence_barrier_init() {}
+inline void barrier_arrive_expect(uint64_t* barrier, int bytes) {
+    Mbarrier& b = mbarrier(barrier);
+    std::lock_guard guard(b.lock);
+    b.bytes += bytes;
+    --b.pending;
+    b.advance_if_done();
+}
+inline void barrier_arrive(uint64_t* barrier) { barrier_arrive_expect(barrier, 0); }
+inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+    Mbarrier& b = mbarrier(barrier);
+    std::unique_lock guard(b.lock);
+    if (!b.changed.wait_for(guard, std::chrono::seconds(30), [&] { return b.phase != parity; })) hangs("barrier_wait");
+}
+
+inline void copy_async(void* to, const void* from, int bytes) { copies.push_back({to, from, bytes}); }
+inline void barrier_arrive_after_copies(uint64_t* barrier) {
+    for (const Copy& copy : copies) {
+        std::memset(copy.to, 0, 16);
+        std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+    copies.clear();
+    barrier_arrive(barrier);
+}
+
+inline void prefetch(const TensorMap*) {}
+
+inline void tma_load(void* to, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2 = 0, int c3 = 0, int c4 = 0) {
+    const int at[5] = {c0, c1, c2, c3, c4};
+    const uint32_t base = shared_address(to);
+    if (base % 1024) hangs("tma_load to an unaligned tile");
+    int rows = 1;
+    for (uint32_t d = 1; d < map->rank; ++d) rows *= map->box[d];
+    const uint32_t row_bytes = map->box[0] * 2;
+    for (int row = 0; row < rows; ++row) {
+        uint64_t offset = 0;
+        bool inside = true;
+        for (uint32_t d = 1, rest = row; d < map->rank; ++d) {
+            const int64_t index = at[d] + static_cast<int>(rest % map->box[d]);
+            rest /= map->box[d];
+            inside &= index >= 0 && index < static_cast<int64_t>(map->size[d]);
+            offset += index * map->stride[d];
+        }
+        for (uint32_t i = 0; i < map->box[0]; ++i) {
+            uint16_t value = 0;
+            if (inside && at[0] + i < map->size[0])
+                std::memcpy(&value, reinterpret_cast<const uint8_t*>(map->address) + offset + (at[0] + i) * 2, 2);
+            std::memcpy(const_cast<uint8_t*>(swizzled(base + row * row_bytes + i * 2)), &value, 2);
+        }
+    }
+    Mbarrier& b = mbarrier(barrier);
+    std::lock_guard guard(b.lock);
+    b.bytes -= rows * row_bytes;
+    b.advance_if_done();
+}
+
+inline void fence_async_shared() {}
+inline void fence_async_global() {}
+inline void wgmma_fence() {}
+
+// One thread's share of a 64 x N product over 16 of K, when it is waited for.
+template <typename T, int N>
+inline void wgmma(float (&sums)[N / 2], uint64_t weights, uint64_t tokens) {
+    for (uint64_t tile : {weights, tokens})
+        if (tile >> 62 != 1) hangs("a wgmma of a tile without the 128-byte swizzle");
+    const auto value = [](uint64_t tile, int row, int k) {
+        const uint32_t start = (tile & 0x3FFF) << 4, groups = (tile >> 32 & 0x3FFF) << 4;
+        T found;
+        std::memcpy(&found, swizzled(start + row / 8 * groups + row % 8 * 128 + k * 2), 2);
+        return widened(found);
+    };
+    issued.push_back([&sums, weights, tokens, value] {
+        const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+        for (int i = 0; i < N / 2; ++i) {
+            const int row = warp * 16 + lane / 4 + (i & 2 ? 8 : 0), token = i / 4 * 8 + lane % 4 * 2 + (i & 1);
+            for (int k = 0; k < 16; ++k) sums[i] += value(weights, row, k) * value(tokens, token, k);
+        }
+    });
+}
+inline void wgmma_commit() {
+    groups.push_back(std::move(issued));
+    issued.clear();
+}
+template <int PENDING>
+inline void wgmma_wait() {
+    while (groups.size() > PENDING) {
+        for (auto& multiply : groups.front()) multiply();
+        groups.erase(groups.begin());
+    }
+    block->warps[threadIdx.x / 32]->arrive_and_wait();  // .sync.aligned: no lane goes on alone
+}
+template <int COUNT>
+inline void pin(float (&)[COUNT]) {}
+template <int COUNT>
+inline void more_registers() {}
+template <int COUNT>
+inline void fewer_registers() {}
+
+inline void named_barrier(int id, int threads) {
+    std::barrier<>* found;
+    {
+        std::lock_guard guard(block->lock);
+        auto& slot = block->named[id];
+        if (!slot) slot = std::make_unique<std::barrier<>>(threads);
+        found = slot.get();
+    }
+    found->arrive_and_wait();
+}
+
+// Every lane's value, once all lanes have given theirs.
+inline uint32_t of_lane(uint32_t mine, const std::function<uint32_t(const uint32_t*)>& pick) {
+    const int warp = threadIdx.x / 32;
+    uint32_t* lanes = &block->exchanged[warp * 32];
+    lanes[threadIdx.x % 32] = mine;
+    block->warps[warp]->arrive_and_wait();
+    const uint32_t result = pick(lanes);
+    block->warps[warp]->arrive_and_wait();
+    return result;
+}
+inline uint32_t transposed(uint32_t pair) {
+    return of_lane(pair, [](const uint32_t* lanes) {
+        const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+        const auto at = [&](int r, int c) { return lanes[r * 4 + c / 2] >> (c & 1 ? 16 : 0) & 0xFFFF; };
+        return at(column, row) | at(column + 1, row) << 16;
+    });
+}
+inline uint32_t from_neighbour(uint32_t value) {
+    return of_lane(value, [](const uint32_t* lanes) { return lanes[(threadIdx.x % 32) ^ 1]; });
+}
+
+inline int load_acquire(const int* address) { return __atomic_load_n(address, __ATOMIC_ACQUIRE); }
+inline void add_release(int* address, int value) { __atomic_fetch_add(address, value, __ATOMIC_RELEASE); }
+inline int add_acquire_release(int* address, int value) { return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL); }
+inline void wait_for_predecessor() {}
+inline void let_successor_start() {}
+inline void back_off() { std::this_thread::yield(); }
+
+template <typename T>
+inline uint32_t packed(float low, float high, T as) {
+    return narrowed(low, as) | narrowed(high, as) << 16;
+}
+template <typename T>
+inline void add_pair(float& low, float& high, uint32_t pair, T) {
+    low += widened(T{static_cast<uint16_t>(pair)});
+    high += widened(T{static_cast<uint16_t>(pair >> 16)});
+}
+inline uint4 load_written(const void* address) { return *static_cast<const uint4*>(address); }
+inline float silu(float x) { return x / (1.0f + std::exp(-x)); }
+
+}  // namespace hopper

@@ -1,0 +1,175 @@
+"""fast_layer.cu: its arithmetic and its waiting on an emulated chip, its instances through the real compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+
+import emulated_gpu
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moelab import reference
+from moelab.config import TARGETS
+from moelab.errors import DtypeError, RuntimeModeError, ShapeError
+from moelab.kernels import cubin, fast_layer, nvrtc
+from moelab.kernels.fast_instances import INSTANCES, Instance, instance_for
+from moelab.kernels.fast_layer import check_fast_layer
+from moelab.kernels.token_tiles import TokenTiles, token_tiles_ref
+
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++") and not os.environ.get("CI"), reason="needs g++, which emulates the chip"
+)
+
+
+def ordered(topk_ids: torch.Tensor, num_experts: int, instance: Instance, hidden: int = 64) -> TokenTiles:
+    flat = topk_ids.flatten()
+    slots = torch.argsort(torch.where(flat < 0, num_experts, flat), stable=True).int()
+    counts = torch.bincount(flat[flat >= 0].long(), minlength=num_experts)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]).int()
+    return token_tiles_ref(
+        slots, offsets, instance.tokens, 16 if instance.tokens % 16 == 0 else 8, instance.column_counters(hidden)
+    )
+
+
+def compare(
+    instance: Instance, num_tokens: int, experts: int, top_k: int, hidden: int, size: int, *,
+    dtype: torch.dtype = torch.float16, blocks: int = 2, ids: torch.Tensor | None = None, on_input: bool = False,
+) -> None:  # fmt: skip
+    """One emulated layer against float64, within twice the error of torch's own layer in that dtype."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(num_tokens, hidden, generator=g).to(dtype)
+    w13 = (torch.randn(experts, 2 * size, hidden, generator=g) * hidden**-0.5).to(dtype)
+    w2 = (torch.randn(experts, hidden, size, generator=g) * size**-0.5).to(dtype)
+    if ids is None:
+        ids = torch.stack([torch.randperm(experts, generator=g)[:top_k] for _ in range(num_tokens)]).int()
+    weights = torch.rand(num_tokens, top_k, generator=g)
+    tiles = ordered(ids, experts, instance, hidden)
+    out, _, _, ready = emulated_gpu.run_layer(
+        x, w13, w2, weights, ids, tiles, instance, scale=1.5, weights_on_input=on_input, blocks=blocks
+    )
+    options = {"routed_scaling_factor": 1.5, "apply_router_weight_on_input": on_input}
+    truth = reference.fused_moe_ref(*(t.double() for t in (x, w13, w2, weights)), ids, **options)
+    own = reference.fused_moe_ref(x, w13, w2, weights, ids, **options)
+    error, allowed = (out.double() - truth).abs().max(), 2 * (own.double() - truth).abs().max()
+    assert error <= allowed + 1e-6, (error, allowed)
+    assert not ready.any()  # left as it was found
+
+
+SMALL = Instance(1, 1, 3, 16, 8, 8, per_processor=2)
+MIDDLE = Instance(2, 1, 3, 64, 16, 16)
+WIDE = Instance(2, 2, 2, 176, 48, 16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize(
+    "instance, sizes",
+    [
+        (SMALL, (1, 4, 2, 128, 64)),
+        (SMALL, (3, 5, 1, 72, 40)),  # K and both kinds of rows end inside a tile
+        (SMALL, (40, 2, 2, 64, 64)),  # three tiles of tokens an expert
+        (MIDDLE, (40, 3, 2, 136, 72)),
+        (MIDDLE, (70, 1, 1, 200, 136)),
+        (MIDDLE, (9, 20, 3, 64, 8)),  # most experts have a row or none
+        (WIDE, (100, 2, 2, 64, 104)),
+    ],
+)
+def test_the_layer_is_right_and_ends(instance: Instance, sizes: tuple[int, ...], blocks: int) -> None:
+    compare(instance, *sizes, blocks=blocks)
+
+
+@needs_compiler
+def test_in_bfloat16() -> None:
+    compare(MIDDLE, 20, 3, 2, 128, 64, dtype=torch.bfloat16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("instance", [SMALL, MIDDLE])
+def test_weights_on_the_input(instance: Instance) -> None:
+    compare(instance, 20, 3, 1, 128, 64, on_input=True)
+
+
+@needs_compiler
+def test_slots_of_other_ranks_count_nothing() -> None:
+    ids = torch.tensor([[0, -1], [-1, -1], [1, 0], [-1, 1]], dtype=torch.int32)
+    compare(SMALL, 4, 3, 2, 64, 64, ids=ids)
+    compare(SMALL, 2, 3, 2, 64, 64, ids=torch.full((2, 2), -1, dtype=torch.int32))
+
+
+@needs_compiler
+def test_one_expert_that_takes_all() -> None:
+    compare(MIDDLE, 90, 6, 1, 64, 64, ids=torch.full((90, 1), 4, dtype=torch.int32), blocks=4)
+
+
+@needs_compiler
+def test_the_same_bits_every_time() -> None:
+    g = torch.Generator().manual_seed(1)
+    x, weights = torch.randn(33, 64, generator=g).half(), torch.rand(33, 2, generator=g)
+    w13, w2 = torch.randn(4, 128, 64, generator=g).half(), torch.randn(4, 64, 64, generator=g).half()
+    ids = torch.stack([torch.randperm(4, generator=g)[:2] for _ in range(33)]).int()
+    tiles = ordered(ids, 4, SMALL)
+    runs = [emulated_gpu.run_layer(x, w13, w2, weights, ids, tiles, SMALL, blocks=blocks)[0] for blocks in (1, 2, 4)]
+    assert runs[0].equal(runs[1]) and runs[0].equal(runs[2])
+
+
+@needs_compiler
+def test_a_wait_that_never_ends_is_seen() -> None:
+    """GEMM2 before GEMM1's tiles are counted: a count that starts below zero is never reached."""
+    x, ids = torch.randn(2, 64).half(), torch.zeros(2, 1, dtype=torch.int32)
+    tiles = ordered(ids, 1, SMALL)
+    tiles.ready[0] = -1
+    w13, w2 = torch.randn(1, 128, 64).half(), torch.randn(1, 64, 64).half()
+    with pytest.raises((TimeoutError, RuntimeError)):
+        emulated_gpu.run_layer(x, w13, w2, torch.rand(2, 1), ids, tiles, SMALL, timeout_s=2)
+
+
+@needs_compiler
+@pytest.mark.parametrize("instance", [SMALL, MIDDLE])
+def test_sizes_are_those_of_the_source(instance: Instance) -> None:
+    library = emulated_gpu.built(instance, torch.float16)
+    assert library.shared_bytes() == -(-instance.shared_bytes // 8) * 8
+    assert library.argument_bytes() == ctypes.sizeof(fast_layer.LayerArguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("most", INSTANCES)
+def test_instances_compile_for_hopper(most: int, dtype: torch.dtype) -> None:
+    """No spill, no wgmma that the compiler had to serialise, and as many blocks a multiprocessor as it says."""
+    instance = INSTANCES[most]
+    assert instance.tokens == most
+    assert (instance.shared_bytes + 1024) * instance.per_processor <= 228 * 1024
+    code = nvrtc.compiled("sm_90a", instance.source(dtype), instance.expression(dtype)).code
+    registers, spilled = cubin.usage(code)
+    assert not spilled and registers * instance.threads * instance.per_processor <= 64 * 1024
+    sass = cubin.disassembly(code)
+    products, shapes = sass.count("HGMMA"), len(range(instance.tokens, 0, -instance.grain))
+    assert products >= shapes * 4 * instance.row_blocks
+    # Two waits a loop: for all but the newest group, and after the last. A product that is serialised has its own.
+    assert sass.count("WARPGROUP.DEPBAR") <= products // (4 * instance.row_blocks) * 2
+
+
+@given(num_tokens=st.integers(1, 20000), top_k=st.integers(1, 8), experts=st.integers(8, 512))
+@settings(max_examples=50)
+def test_a_batch_finds_its_instance(num_tokens: int, top_k: int, experts: int) -> None:
+    instance = instance_for(num_tokens, top_k, experts)
+    smaller = [most for most in INSTANCES if most < instance.tokens]
+    assert not smaller or num_tokens > max(smaller)
+
+
+def test_what_it_does_not_take() -> None:
+    x, w13, w2 = torch.zeros(2, 64).half(), torch.zeros(2, 128, 64).half(), torch.zeros(2, 64, 64).half()
+    hopper = TARGETS["sm_90"]
+    check_fast_layer(x, w13, w2, hopper)
+    for target in (None, TARGETS["sm_100"]):
+        with pytest.raises(RuntimeModeError, match="Hopper"):
+            check_fast_layer(x, w13, w2, target)
+    with pytest.raises(DtypeError, match="float32"):
+        check_fast_layer(x.float(), w13.float(), w2.float(), hopper)
+    with pytest.raises(ShapeError, match="multiple of 8"):
+        check_fast_layer(torch.zeros(2, 63).half(), w13, w2, hopper)
+    with pytest.raises(ShapeError, match="16 bytes"):
+        check_fast_layer(torch.zeros(129).half()[1:].view(2, 64), w13, w2, hopper)

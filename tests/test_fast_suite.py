@@ -1,0 +1,98 @@
+"""The suite fast_layer, whole, on small sizes, with the clock and the Hopper kernel replaced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moelab import recordings, reference, runtime
+from moelab.config import KernelConfig
+from moelab.kernels.expert_order import expert_order
+from moelab.kernels.fast_instances import INSTANCES
+from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM
+from moelab.measure import Measurement
+from moelab.shapes import MoEShape
+from moelab.suites import fast_layer, screening
+from moelab.suites.layer_classic import Layer, weight_sets
+
+SMALL = MoEShape.from_sizes(num_experts=8, top_k=2, hidden_size=64, moe_intermediate_size=32, dtype="float32")
+TILE = KernelConfig(16, 32, 32, 1, 4, 2)
+
+
+def fake_measure(contenders: dict, protocol: object) -> dict:
+    for run in contenders.values():
+        run(0)
+    return {name: Measurement(name, (1.0, 2.0, 3.0)) for name in contenders}
+
+
+def stand_in(x, w13, w2, weights, ids, tiles, instance, *, parts=7, scratch=None, overlap=True):
+    """By the oracle, as far as the parts go: what GEMM2 leaves in its scratch memory, and the sum of it."""
+    y = scratch[1] if scratch else x.new_empty((ids.numel(), x.shape[1]))
+    if parts & GEMM2:
+        one = reference.fused_moe_ref(
+            x.repeat_interleave(ids.shape[1], 0), w13, w2, weights.flatten()[:, None], ids.flatten()[:, None]
+        )
+        y.copy_(one)
+    return y.view(*ids.shape, -1).sum(1) if parts & SUM else torch.full_like(x, float("nan"))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for room in (fast_layer, screening):
+        monkeypatch.setattr(room, "measure", fake_measure)
+    monkeypatch.setattr(runtime, "require_cuda", lambda what: None)
+    monkeypatch.setattr(fast_layer, "shape_of", lambda name: SMALL)
+    monkeypatch.setattr(fast_layer, "fast_layer", stand_in)
+    monkeypatch.setattr(fast_layer, "known_configs", lambda layer, name: [(TILE, TILE)])
+
+
+def test_every_contender_gets_a_row_that_loads(small: None, tmp_path: Path) -> None:
+    made = fast_layer.record(("small",), (3,))
+    rows = recordings.load(recordings.write(made, tmp_path / "fast_layer.json")).rows
+    uniform = [row["impl"] for row in rows if row["routing"] == "uniform"]
+    assert uniform[:3] == ["classic", "grouped_mm", "fast"] and uniform[-2:] == [
+        "classic, from logits",
+        "fast, from logits",
+    ]
+    assert "fast without one launch" in uniform and "fast without two blocks a multiprocessor" in uniform
+    skewed = [row["impl"] for row in rows if row["routing"] == "zipf"]
+    assert set(skewed) <= {"classic", "grouped_mm", "fast", "fast, best instance"}
+    for row in rows:
+        assert row["samples_us"] == [1.0, 2.0, 3.0]
+        assert row.get("within_bound", "logits" in row["impl"]), row
+
+
+@pytest.mark.parametrize("most", INSTANCES)
+def test_each_idea_off_is_another_instance_or_launch(small: None, most: int) -> None:
+    layer = Layer(SMALL, 3, 1, weight_sets(SMALL))
+    off = fast_layer.without(layer, INSTANCES[most])
+    assert ("256 weight rows a tile" in off) == (most >= 96)
+    out = fast_layer.fast(layer, INSTANCES[most])(0)
+    assert all(run(0).allclose(out, rtol=1e-4, atol=1e-5) for run in off.values())
+
+
+def test_tiles_by_expert_hold_the_same_rows() -> None:
+    ids = torch.tensor([[0, 3], [3, 5], [3, 0], [1, 3]], dtype=torch.int32)
+    found = fast_layer.tiles_for(expert_order(ids, 8), INSTANCES[8], 64)
+    again = fast_layer.by_expert(found)
+    used = int(found.num_tiles)
+    assert sorted(found.tiles[:used].tolist()) == sorted(again.tiles[:used].tolist())
+    assert again.tiles[:used, 0].tolist() == [0, 1, 3, 5] and found.tiles[0, 0] in (0, 3)
+
+
+def test_known_configs_are_of_this_cell() -> None:
+    layer = type("layer", (), {"shape": fast_layer.shape_of("scout/tp4"), "num_tokens": 64})()
+    pairs = fast_layer.known_configs(layer, "scout/tp4")
+    assert pairs and all(up.BLOCK_SIZE_M == down.BLOCK_SIZE_M for up, down in pairs)
+    assert fast_layer.known_configs(layer, "nobody") == [] or len(fast_layer.known_configs(layer, "nobody")) < len(
+        pairs
+    )
+
+
+def test_neighbours() -> None:
+    first, second = list(INSTANCES.values())[:2]
+    assert fast_layer.near(first) == [first, second]
+    assert len(fast_layer.near(second)) == 3
+    assert GEMM1 | GEMM2 | SUM == 7
