@@ -12,7 +12,7 @@ SUITE ?= all
 LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test unit notebooks lint html app pictures gpu sanitize record configs clean
+.PHONY: help setup lab test unit notebooks lint html app pictures gpu sanitize record tuned configs clean
 
 help:
 	@echo 'make lab        JupyterLab on the notebooks (LAB_ARGS="--no-browser --port=8888")'
@@ -24,6 +24,9 @@ help:
 	@echo 'make pictures   docs/*.png and the README figures, from data/recordings (needs chromium)'
 	@echo 'make gpu        on a GPU: the gpu tests, then every recording made again'
 	@echo 'make sanitize   on an NVIDIA GPU: every kernel under compute-sanitizer (memcheck, racecheck)'
+	@echo 'make tuned      on NVIDIA GPUs: tunes the table of models on all of them and records what it took, into tuned/;'
+	@echo '                cut or stopped, the same command goes on (ARGS="--stop-after 8m --install", ARGS=--help)'
+	@echo '                one model alone: ARGS="qwen3-30b-a3b/tp1 --parts tune grid"'
 	@echo 'make configs    configs/ from the recording layer_classic: the fastest config of each batch size'
 	@echo 'make record SUITE=sum_reduce   on a GPU: one recording made again'
 
@@ -80,6 +83,9 @@ sanitize: $(READY)
 
 record: $(READY)
 	$(PY) -m moelab record $(SUITE)
+
+tuned: $(READY)
+	$(PY) -m moelab.studies.fleet $(ARGS)
 
 configs: $(READY)
 	$(PY) -c "from moelab import recordings; from moelab.suites.layer_classic import write_configs; \

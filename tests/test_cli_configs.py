@@ -165,3 +165,14 @@ def test_help_names_the_commands(run) -> None:
     out = run("--help")[1]
     assert all(f"  {name} " in out for name in ("export", "doctor"))
     assert "SOURCE" in run("export", "--help")[1] and "DIR" in run("doctor", "--help")[1]
+
+
+def test_export_says_which_keys_it_does_not_write(run, tmp_path: Path) -> None:
+    """sglang's own tree for the H100 exports, less USE_TMA: where and how often is said."""
+    from moelab.config_files.specimen import shipped_files, write_shipped
+
+    files = [f for f in shipped_files() if (f["device"], f["triton"]) == ("NVIDIA_H100_80GB_HBM3", "3.7.1")]
+    tree = write_shipped(tmp_path / "sglang", files)
+    status, _, err = run("export", str(tree), "--rules", "moelab", "--out", str(tmp_path / "out"))
+    assert status == 0 and err.count("left out USE_TMA at") == len(files) == 2 and "of 18 batch sizes" in err
+    assert not any("USE_TMA" in path.read_text() for path in (tmp_path / "out").rglob("*.json"))

@@ -247,8 +247,21 @@ def test_keys_of_sglangs_own_are_left_out_and_said(tmp_path: Path) -> None:
     answer = search(tmp_path, "sglang")
     assert answer.config == KernelConfig(16, 32, 64, 1)
     assert [step.what for step in answer.steps if step.result == "left out"] == ["USE_TMA = True"]
-    with pytest.raises(ConfigFileError, match="unknown key 'USE_TMA'"):
+    put(tmp_path / "configs" / "triton_3_6_0" / UP, 16, num_ctas=1)
+    with pytest.raises(ConfigFileError, match="unknown key 'num_ctas'"):
         search(tmp_path / "configs", "moelab")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(True, "`tma` reads weights by TMA"), (False, "as moelab's `triton` does")]
+)
+def test_use_tma_is_read_and_its_meaning_said(value: bool, words: str, tmp_path: Path) -> None:
+    """sglang ships it for H100s under Triton 3.7.1: the rest of such an entry is a config like any other."""
+    put(tmp_path / "triton_3_6_0" / UP, 16, USE_TMA=value)
+    answer = search(tmp_path, "moelab")
+    assert answer.config == KernelConfig(16, 32, 64, 1)
+    (step,) = [step for step in answer.steps if step.result == "left out"]
+    assert step.what == f"USE_TMA = {value}" and words in step.reason
 
 
 @pytest.mark.parametrize(

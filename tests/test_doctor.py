@@ -266,8 +266,9 @@ def test_batch_sizes_with_one_fault_are_one_finding(tmp_path: Path) -> None:
     ("content", "moelab", "sglang", "vllm"),
     [
         (GOOD | {"triton_version": "3.6.0"}, "", "triton_version", ""),
-        (entries({"USE_TMA": True}), "unknown_key", "", "unknown_key"),
-        (entries({"USE_TMA": 1}), "unknown_key", "not_an_integer", "unknown_key"),
+        (entries({"USE_TMA": True}), "left_out", "", "unknown_key"),
+        (entries({"USE_TMA": False}), "", "", "unknown_key"),
+        (entries({"USE_TMA": 1}), "not_an_integer", "not_an_integer", "unknown_key"),
         (entries({"num_ctas": 1}), "unknown_key", "", ""),
         (entries({"SPLIT_K": 1}), "", "unknown_key", ""),
         (entries({"SPLIT_K": 2}), "", "unknown_key", "invalid_value"),
@@ -284,6 +285,16 @@ def test_loaders_differ_in_what_they_take(content: dict, moelab: str, sglang: st
     }
     expected = {"moelab": moelab, "sglang": sglang, "vllm": vllm}
     assert problems == {rules: {problem} - {""} for rules, problem in expected.items()}
+
+
+def test_use_tma_is_worth_a_note_and_no_repair(tmp_path: Path) -> None:
+    put(tmp_path / V / UP, entries({"USE_TMA": True}))
+    finding = only(cf.doctor(tmp_path))
+    assert (
+        finding.severity == "note"
+        and "`tma` reads weights by TMA" in finding.reason
+        and "moelab bench" in finding.remedy
+    )
 
 
 def test_vllm_cuts_block_k(tmp_path: Path) -> None:

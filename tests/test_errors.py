@@ -67,6 +67,7 @@ from moelab.kernels.split_k_workspace import new_workspace, split_k_workspace
 from moelab.kernels.sum_reduce import sum_reduce
 from moelab.measure import measure, measure_eager, measure_host, median_interval
 from moelab.plots import gallery, handover
+from moelab.studies import fleet, tuner_regret
 from moelab.suites import bench, your_kernel
 from moelab.tuner import evaluators, export, journal, landscape, space, strategies
 from moelab.tuner.finals import Finals
@@ -881,6 +882,8 @@ TUNER = [
     Row("a closed journal", lambda f: closed_journal(f / "a").note("phase"), JournalError, ("is closed",)),
     Row("no landscape", lambda f: landscape.load(f / "a.parquet"), LandscapeError, ("a.parquet", "none yet")),
     Row("no Parquet", lambda f: landscape.load(a_file(f / "a.parquet", b"PAR1")), LandscapeError, ("a.parquet",)),
+    Row("a fleet's target", lambda _: fleet.chosen(["qwen3-30b-a3b/tp3"]), UnknownNameError, ("tp3", "Did you mean")),
+    Row("regret on no landscape", lambda _: tuner_regret._require_one_layer(()), LandscapeError, ("0 layers",)),
     Row("no finals", lambda _: Finals.of_landscape(no_rows()), LandscapeError, ("holds no finals",)),
     Row(
         "no winner to hand over",

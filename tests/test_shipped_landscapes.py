@@ -12,13 +12,18 @@ import pytest
 from moelab import runtime
 from moelab.config import KernelConfig, default_config, violations
 from moelab.config_files import lookup
+from moelab.studies import tuner_regret
 from moelab.tuner import landscape
 from moelab.tuner.landscape import Landscape
 from moelab.tuner.regret import Truth, trace
 from moelab.tuner.replay import Table
+from moelab.tuner.survey import Survey
 
 FILES = sorted((runtime.data_dir() / "landscapes").glob("*.parquet"))
-TUNED = {"qwen3-30b-a3b-tp1-NVIDIA_H200.parquet": ("NVIDIA H200", "3.6.0")}
+KINDS = ("-seed", "-grid")
+"""What follows a landscape's name: an independent run by another seed, the whole grid at a few batch sizes."""
+TUNED = [path.stem for path in FILES if not any(kind in path.stem for kind in KINDS)]
+"""Runs whose winners are the files in configs/."""
 
 
 @pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)
@@ -33,7 +38,10 @@ def finals(found: Landscape, num_tokens: int) -> dict[tuple[KernelConfig, ...], 
 
 
 def test_a_shipped_landscape_is_sound(shipped: Landscape) -> None:
-    assert len(shipped.problem.batch_sizes) == 19 and len(shipped.rows) > 30_000
+    if shipped.name.endswith("-grid"):
+        assert Survey(shipped).well_covered == shipped.problem.batch_sizes and len(shipped.rows) > 10_000
+    else:
+        assert len(shipped.problem.batch_sizes) == 19 and len(shipped.rows) > 30_000
     assert shipped.provenance["gpu"] == "NVIDIA H200" and shipped.provenance["git_commit"]
     assert shipped.evaluator["measured"] is True
     for row in shipped.rows[::97]:
@@ -41,17 +49,20 @@ def test_a_shipped_landscape_is_sound(shipped: Landscape) -> None:
         assert not any(violations(config, target=shipped.problem.target) for config in row.contender)
 
 
+def test_the_first_model_is_there() -> None:
+    assert "qwen3-30b-a3b-tp1-NVIDIA_H200" in TUNED
+
+
 @pytest.mark.parametrize("name", TUNED)
 def test_tuned_files_are_the_winners_of_their_finals(name: str) -> None:
     """No pair of the finals is faster by more than 1 %, a tie in which the old file stays; and none loses to the default."""
-    found = landscape.load(runtime.data_dir() / "landscapes" / name)
-    device, version = TUNED[name]
+    found = landscape.load(name)
     shape = found.problem.shape
     for num_tokens in found.problem.batch_sizes:
         up, down = (
             lookup(
-                shape.num_experts, shape.moe_intermediate_size, device, num_tokens=num_tokens, triton_version=version,
-                down=down,
+                shape.num_experts, shape.moe_intermediate_size, found.problem.device, num_tokens=num_tokens,
+                triton_version=found.problem.triton_version, down=down,
             )
             for down in (False, True)
         )  # fmt: skip
@@ -61,13 +72,13 @@ def test_tuned_files_are_the_winners_of_their_finals(name: str) -> None:
         mine = times[up.config, down.config]
         assert mine <= 1.01 * min(times.values()), num_tokens
         default = default_config(num_tokens, shape.num_experts)
-        assert mine < times[default, default], num_tokens
+        assert mine < times[default, default] or (up.config, down.config) == (default, default), num_tokens
 
 
-def test_two_runs_of_the_race_agree() -> None:
+@pytest.mark.parametrize("name", [name for name in TUNED if any(p.stem == f"{name}-seed1" for p in FILES)])
+def test_two_runs_of_the_race_agree(name: str) -> None:
     """Each run's winner at a batch size, timed in the other's finals where it got there, is within 1 % of the best there."""
-    runs = [landscape.load(path) for path in FILES if path.name.startswith("qwen3-30b-a3b-tp1")]
-    assert len(runs) == 2
+    runs = [landscape.load(each) for each in (name, f"{name}-seed1")]
     met = 0
     for num_tokens in runs[0].problem.batch_sizes:
         times = [finals(found, num_tokens) for found in runs]
@@ -79,18 +90,22 @@ def test_two_runs_of_the_race_agree() -> None:
     assert met >= 10
 
 
-# Batch sizes at which that race looked at every candidate.
-WELL_COVERED = (1, 16, 32, 64, 128, 512, 1536, 3072, 8192)
-# Largest median over batch sizes, and largest of the worst batch size in nine of ten seeds: the goals of the tuner. 12
-# seeds gave 0.01 % and 2.0 % (race), 0.01 % and 3.2 % with half of the samples (forest).
-MARGINS = {"race": (0.01, 0.03), "forest": (0.02, 0.05)}
+# Largest median over batch sizes, and largest of the worst batch size in four of five seeds. The goal is 2 %; 4 seeds gave
+# 0.00 % and 0.55 % (the last by layers timed whole, whose order is not that of their GEMMs' sums).
+MARGINS = {"race": (0.005, 0.015), "forest": (0.01, 0.02)}
 
 
-@pytest.mark.parametrize("strategy", MARGINS)
-def test_regret_on_a_real_landscape(strategy: str) -> None:
-    found = landscape.load(runtime.data_dir() / "landscapes" / "qwen3-30b-a3b-tp1-NVIDIA_H200.parquet")
-    truth = Truth(Table(found), dataclasses.replace(found.problem, batch_sizes=WELL_COVERED))
-    ends = [trace(truth, strategy, seed, every=10**9)[-1] for seed in range(5)]
-    median, worst = MARGINS[strategy]
-    assert statistics.median(end.median for end in ends) <= median
-    assert np.quantile([end.worst for end in ends], 0.8) <= worst
+# Most samples, finals included, as a share of what `grid` takes: 28 % and 6.9 % in those seeds.
+SHARES = {"race": 0.33, "forest": 0.1}
+
+
+@pytest.mark.parametrize("name", tuner_regret.shipped())
+def test_regret_on_a_real_landscape(name: str) -> None:
+    found = landscape.load(name)
+    truth = Truth(Table(found), dataclasses.replace(found.problem, batch_sizes=Survey(found).well_covered))
+    everything = trace(truth, "grid", 0, every=10**9)[-1].samples
+    for strategy, (median, worst) in MARGINS.items():
+        ends = [trace(truth, strategy, seed, every=10**9)[-1] for seed in range(5)]
+        assert statistics.median(end.median for end in ends) <= median, strategy
+        assert np.quantile([end.worst for end in ends], 0.8) <= worst, strategy
+        assert max(end.samples for end in ends) <= SHARES[strategy] * everything, strategy

@@ -101,6 +101,27 @@ def test_an_actor_that_is_killed_costs_nothing_but_time(ray) -> None:
 
 
 @needs_ray
+def test_actors_that_measure_keep_to_their_batch_sizes(ray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays here, told that they measure: no batch size is timed by two of them, and all have work."""
+    evaluator = RayEvaluator(PROBLEM, landscape=RECORDED, actors=2)
+    evaluator._described["measured"] = True
+    handed: dict[int, set[int]] = {}
+    real = RayEvaluator._job_for
+
+    def spied(self, seat):
+        job = real(self, seat)
+        if job is not None and job.request.rounds:
+            handed.setdefault(job.request.num_tokens, set()).add(seat.number)
+        return job
+
+    monkeypatch.setattr(RayEvaluator, "_job_for", spied)
+    winners, _ = tuned(evaluator)
+    assert winners == tuned(ReplayEvaluator(RECORDED, PROBLEM, seed=PROBLEM.seed))[0]
+    assert set(handed) == set(PROBLEM.batch_sizes) and all(len(seats) == 1 for seats in handed.values())
+    assert set.union(*handed.values()) == {0, 1}
+
+
+@needs_ray
 def test_a_seat_that_is_lost_again_and_again_is_given_up(ray) -> None:
     evaluator = RayEvaluator(PROBLEM, landscape=RECORDED, actors=1)
     session = TuneSession(PROBLEM, evaluator, strategy="grid", settings=SETTINGS)

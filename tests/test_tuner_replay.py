@@ -12,11 +12,13 @@ import pytest
 from synthetic import small_problem, synthetic_landscape
 
 from moelab import runtime
+from moelab.config import KernelConfig
 from moelab.errors import LandscapeError
 from moelab.tuner import landscape
 from moelab.tuner.evaluate import Outcome, Request, Result
 from moelab.tuner.journal import Journal
 from moelab.tuner.landscape import Landscape, Row
+from moelab.tuner.regret import Point, Truth, trace
 from moelab.tuner.replay import ReplayEvaluator, Table
 from moelab.tuner.space import build_space
 
@@ -190,6 +192,71 @@ def test_what_was_not_recorded_is_a_failure_not_a_guess() -> None:
     asked.append(Request("layer", 64, (UP * 2,), 2))
     found = [[o.failure for o in r.outcomes] for r in ReplayEvaluator(table).run(asked)]
     assert found == [["unrecorded", None], ["unrecorded"], ["unrecorded"], ["unrecorded"]]
+
+
+# --- two protocols -----------------------------------------------------------------------------------------------------
+
+
+def final(stage: str, contender: tuple, samples: tuple = (), failure: str | None = None) -> Row:
+    return dataclasses.replace(row(stage, contender, samples, failure), interleaved=True)
+
+
+def drawn(table: Table, config: KernelConfig, *, interleaved: bool) -> tuple[float, ...]:
+    asked = Request("up", 64, ((config,),), 3, interleaved)
+    return next(ReplayEvaluator(table).run([asked])).outcomes[0].samples_us
+
+
+BOTH, SHORT, FINAL, FAILED, OTHER = CONFIGS["up"][:5]
+TWO = Table(
+    with_rows(
+        row("up", (BOTH,), (10.0,)), final("up", (BOTH,), (8.0,)), row("up", (OTHER,), (20.0,)),
+        final("up", (OTHER,), (16.0,)), row("up", (SHORT,), (5.0,)), final("up", (FINAL,), (12.0,)),
+        row("up", (FAILED,), (9.0,)), final("up", (FAILED,), failure="wrong"),
+    )
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "short", "in_finals"), [(BOTH, 10.0, 8.0), (SHORT, 5.0, 4.0), (FINAL, 15.0, 12.0)])
+def test_a_request_is_answered_in_its_own_protocol(config: KernelConfig, short: float, in_finals: float) -> None:
+    """Finals read 0.8 times as much here; what has only one of the two stands in for the other by that ratio."""
+    assert drawn(TWO, config, interleaved=False) == pytest.approx((short,) * 3)
+    assert drawn(TWO, config, interleaved=True) == pytest.approx((in_finals,) * 3)
+    assert TWO.median_us("up", 64, (config,)) == pytest.approx(in_finals)
+
+
+def test_what_fails_in_the_finals_has_no_true_time() -> None:
+    assert math.isnan(TWO.median_us("up", 64, (FAILED,))) and drawn(TWO, FAILED, interleaved=True) == ()
+    assert drawn(TWO, FAILED, interleaved=False) == (9.0,) * 3
+
+
+def test_a_landscape_without_finals_has_one_protocol() -> None:
+    assert TABLE.finals == TABLE.cells and drawn(TABLE, BOTH, interleaved=True)
+
+
+def test_what_a_layer_takes_beyond_its_gemms_is_told_from_the_finals() -> None:
+    down = CONFIGS["down"][0]
+    rows = (*TWO.landscape.rows, row("down", (down,), (5.0,)), final("down", (down,), (4.0,)))
+    assert Table(with_rows(*rows, row("layer", (BOTH, down), (14.0,)))).rest_us(64) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.87, 1.14])
+def test_a_protocol_that_reads_otherwise_changes_no_regret(factor: float) -> None:
+    """A race whose finals all read a factor more chooses as before, and its regret is the same at every moment."""
+    problem = small_problem((16, 64))
+    plain = synthetic_landscape(problem)
+    timed = [r for r in plain.rows if r.outcome.samples_us][::7]
+
+    def traced(by: float) -> list[Point]:
+        finals = [
+            dataclasses.replace(r, interleaved=True, outcome=Outcome(tuple(by * s for s in r.outcome.samples_us)))
+            for r in timed
+        ]
+        table = Table(dataclasses.replace(plain, rows=(*plain.rows, *finals)))
+        return trace(Truth(table, problem), "race", 0, every=5)
+
+    for one, other in zip(traced(1.0), traced(factor), strict=True):
+        assert (one.phase, one.samples) == (other.phase, other.samples)
+        assert other.median == pytest.approx(one.median, abs=1e-9) and other.worst == pytest.approx(one.worst, abs=1e-9)
 
 
 def test_another_layer_is_refused() -> None:

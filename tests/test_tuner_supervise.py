@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -21,9 +22,10 @@ from moelab import runtime
 from moelab.config import KernelConfig
 from moelab.errors import JournalError, RoutingError, RuntimeModeError, UnknownNameError
 from moelab.tuner import device, repro, worker
-from moelab.tuner.child import load
+from moelab.tuner.child import Child, load
 from moelab.tuner.evaluate import FAILURES, Request, Result
 from moelab.tuner.gpu import GpuEvaluator, visible
+from moelab.tuner.placement import Placement
 from moelab.tuner.rig import Rig, routings_of
 from moelab.tuner.session import TuneSession
 from moelab.tuner.space import build_space
@@ -171,6 +173,43 @@ def test_several_devices_share_the_work(rack: Rack) -> None:
     assert all(failures(r) == [None] * 5 + ["crash"] + [None] * (len(CONFIGS) - 6) for r in found.values())
     assert len({line.split()[0] for line in rack.trail("sample")}) >= 2
     assert evaluator.describe()["devices"] == 2
+
+
+def test_no_comparison_mixes_devices(rack: Rack) -> None:
+    """Short looks, finals and layers of a batch size are all timed in one process, though three could share them."""
+    evaluator = rack(gpus=3)
+    three = (1, 16, 256)
+    evaluator.placement = Placement(three, range(3))
+    pairs = tuple((c, c) for c in CONFIGS[:3])
+    for requests in (
+        [up(*CONFIGS[i : i + 4], b=b) for b in three for i in range(0, len(CONFIGS), 4)],
+        [up(*CONFIGS[:4], b=b, interleaved=True) for b in three],
+        [Request("layer", b, pairs, 2, True) for b in three],
+    ):
+        assert len(list(evaluator.run(requests))) == len(requests)
+    processes = {b: {line.split()[0] for line in rack.trail("check") if line.split()[3] == str(b)} for b in three}
+    assert all(len(found) == 1 for found in processes.values()) and len(set.union(*processes.values())) == 3
+
+
+def test_each_kernel_is_compiled_once_for_all_devices(rack: Rack) -> None:
+    """One pool for the machine, as large as without other devices: the workers find what it made in the cache."""
+    alone, four = rack(processes=None), rack(gpus=4, processes=None)
+    assert four.pool.processes == alone.pool.processes == max(1, len(os.sched_getaffinity(0)) - 1)
+    requests = [up(*CONFIGS, b=b, repeat=i) for b in (1, 256) for i in range(2)]
+    charged = [o.compile_s for result in four.run(requests) for o in result.outcomes]
+    assert sum(charged) == pytest.approx(0.1 * len(CONFIGS)) and len(four.pool.known) == len(CONFIGS)
+
+
+def test_what_a_device_had_that_never_comes_up_goes_to_the_others(rack: Rack) -> None:
+    evaluator = rack(gpus=2)
+    start = evaluator.crew._start
+    evaluator.crew._start = lambda number: (
+        start(number) if number == 0 else Child("moelab.tuner.worker:serve", "nowhere:Device", (), PROBLEM)
+    )
+    assert {evaluator.placement.owner("up", b) for b in (1, 256)} == {0, 1}
+    results = list(evaluator.run([up(*CONFIGS[:2], b=b) for b in (1, 256)]))
+    assert all(failures(r) == [None, None] for r in results) and evaluator.crew.members[1].retired
+    assert {evaluator.placement.owner("up", b) for b in (1, 256)} == {0}
 
 
 def test_an_abandoned_run_leaves_the_evaluator_usable(rack: Rack) -> None:

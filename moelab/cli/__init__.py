@@ -239,15 +239,15 @@ def record(
         raise typer.Exit(int(broken))
     if not suite:
         raise typer.BadParameter("name a suite, or: all. `moelab record --list` lists them.")
-    from moelab import runtime, suites
+    from moelab import runtime, studies, suites
 
-    suites.suite_names(suite)
-    if runtime.current().mode != "gpu" and out is None:
+    names = suites.suite_names(suite, studies.known())
+    if runtime.current().mode != "gpu" and out is None and not set(names) <= set(studies.ANYWHERE):
         raise RuntimeModeError(
             f"Recording here ({runtime.current().reason}) would put numbers of this machine in the place of a GPU's. "
             "Expected a GPU, or a folder of its own. Pass --out DIR."
         )
-    printing.show_rows([{"wrote": str(path)} for path in suites.record(suite, out)], as_json)
+    printing.show_rows([{"wrote": str(path)} for path in suites.record(names, out, studies.known())], as_json)
 
 
 # --- what the commands share --------------------------------------------------------------------------------------

@@ -55,6 +55,10 @@ def export(
             if reason and source.is_dir():  # a single file is refused with an error
                 print(f"moelab: left out {item.origin}: {reason}", file=sys.stderr)
                 continue
+            if item.lost:
+                keys = ", ".join(dict.fromkeys(key for left in item.lost.values() for key in left))
+                count = f"{len(item.lost)} of {len(item.configs)} batch sizes"
+                print(f"moelab: left out {keys} at {count} of {item.origin}: it is not written again", file=sys.stderr)
             done.append(_export_one(item, rules, out, triton_version, overwrite))
     except MoelabError:
         for written in done:

@@ -92,11 +92,11 @@ def listing(values: Mapping[str, Any]) -> str:
 
 def list_suites(as_json: bool) -> bool:
     """Print suites and recordings; whether a file is broken."""
-    from moelab import recordings, suites
+    from moelab import recordings, studies
 
     found = {item.suite: item for item in recordings.list_recordings()}
     rows: list[dict[str, Any]] = []
-    for name in sorted({*suites.SUITES, *found}):
+    for name in sorted({*studies.known(), *found}):
         item = found.get(name)
         text = "not recorded" if item is None else item.recording.source() if item.recording else f"BROKEN {item.error}"
         count = len(item.recording.rows) if item and item.recording else None

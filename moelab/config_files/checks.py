@@ -17,7 +17,7 @@ from moelab.config_files.content import no_duplicates, split_entry
 from moelab.config_files.defaults import device_target
 from moelab.config_files.findings import Finding, Severity
 from moelab.config_files.names import FileName
-from moelab.config_files.rules import RULES, Rules
+from moelab.config_files.rules import RULES, USE_TMA, Rules
 from moelab.config_files.running import run_violations
 from moelab.errors import MoelabError, nearest_names
 
@@ -109,6 +109,13 @@ def _entry_problems(entry: Any, name: FileName, rules: Rules, target: Target | N
     ours, extra = split_entry(entry, rules)
     malformed = list(_key_problems(ours, rules, target)) + list(_value_problems(ours, extra))
     yield from malformed
+    if extra.get("USE_TMA") is True and rules.name == "moelab":
+        yield (
+            "note",
+            "left_out",
+            f"USE_TMA: {USE_TMA}",
+            "Time `tma` beside `triton` (moelab bench), or tune the shape here.",
+        )
     if not malformed:
         for sentence in run_violations(KernelConfig(**ours), name, rules, target):
             kind = next((kind for word, kind in _KINDS if word in sentence), "invalid_value")

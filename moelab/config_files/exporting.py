@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from moelab.config import KernelConfig
-from moelab.config_files.content import parse, read_config_file, write_config_file
+from moelab.config_files.content import parse, read_with_rest, write_config_file
 from moelab.config_files.defaults import device_target
 from moelab.config_files.names import FileName, checked_name, parse_file_name
 from moelab.config_files.places import VERSION_FOLDER, version_folders
@@ -30,12 +31,14 @@ class Exported:
 
 @dataclass(frozen=True)
 class Source:
-    """Configs to export: batch size -> config, whose they are, and the Triton version they were tuned under."""
+    """Configs to export: batch size -> config, whose they are, and the Triton version they were tuned under. lost: batch
+    size -> keys that sglang's kernel would have heeded and that are not written again, such as a true USE_TMA."""
 
     configs: Mapping[int, KernelConfig]
     name: FileName
     triton_version: str | None
     origin: Path
+    lost: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def export(
@@ -116,7 +119,9 @@ def _source(path: Path) -> Source:
     inside = parse(path).get("triton_version")
     version = match[1].replace("_", ".") if match else inside if isinstance(inside, str) else None
     name = parse_file_name(path.name, "moelab" if match else "vllm")
-    return Source(read_config_file(path), name, version, path)
+    configs, rest = read_with_rest(path, "moelab")
+    lost = {key: {k: v for k, v in left.items() if v} for key, left in rest.items()}
+    return Source(configs, name, version, path, {key: left for key, left in lost.items() if left})
 
 
 def left_out(name: FileName, rules: str) -> str | None:

@@ -33,8 +33,8 @@ class Rules:
     becomes `_`; `device_families`: (word of a device's name, the name that is asked for instead);
     `other_names`: what stands in the names of other kernels' files.
     Content: `reads_triton_version`: a top-level triton_version is skipped (otherwise it ends the load with a
-    ValueError); `writes_triton_version`; `extra_keys`: keys of an entry that its kernel takes and moelab's
-    config has not; `unknown_keys`: keys of moelab's config that end its launch with an error; `sets_split_k`:
+    ValueError); `writes_triton_version`; `extra_keys`: keys of an entry that it reads and moelab's config has
+    not; `unknown_keys`: keys of moelab's config that end its launch with an error; `sets_split_k`:
     SPLIT_K is set to 1, whatever the file says; `clamps_block_k`: BLOCK_SIZE_K is cut to the quantisation block;
     `pads_small_blocks`: BLOCK_SIZE_M and BLOCK_SIZE_N may be under 16, for Triton pads them (`min_dot_size` of
     Triton 3.7.1's cuda and hip backends); moelab's launchers refuse them in `tl.dot`;
@@ -104,7 +104,7 @@ _MOELAB = Rules(
     other_names=(),
     reads_triton_version=True,
     writes_triton_version=False,
-    extra_keys=(),
+    extra_keys=("USE_TMA",),
     unknown_keys=(),
     sets_split_k=False,
     clamps_block_k=False,
@@ -117,6 +117,7 @@ _MOELAB = Rules(
         "odd_folder_stops": "a folder with another name is none of the tree's, and is left alone",
         "names_kernel": "a kernel beside the exchange kernel has files of its own, which no peer asks for",
         "reads_triton_version": "vLLM writes it, and files travel both ways",
+        "extra_keys": "how operands are read is not the config's to say: `triton` uses pointers, `tma` TMA for weights",
         "down_takes_up_block_m": "a pair that differs is an error: it was not tuned as it would run",
     },
 )
@@ -216,6 +217,20 @@ _VLLM = Rules(
 
 RULES: Mapping[str, Rules] = {rules.name: rules for rules in (_MOELAB, _SGLANG, _VLLM)}
 """Loaders by name."""
+
+USE_TMA = (
+    "sglang's kernel reads by TMA under this entry, and was timed so; moelab's `triton` reads through pointers: the same "
+    "result, perhaps in another time; `tma` reads weights by TMA"
+)
+"""What a true USE_TMA means for moelab, which reads the rest of the entry."""
+
+
+def said_of_left_out(key: str, value: object, rules: Rules) -> str:
+    """Why a lookup of that loader's leaves a key of an entry out."""
+    if rules.name != "moelab":
+        return f"{rules.name}'s kernel takes it, moelab's config has no such key"
+    return USE_TMA if value else "sglang's kernel reads through pointers under this entry, as moelab's `triton` does"
+
 
 TOPICS: tuple[tuple[str, str], ...] = (
     ("environment", "variable that names a folder"),

@@ -16,7 +16,7 @@ from moelab.config_files.content import read_with_rest
 from moelab.config_files.defaults import default_rule
 from moelab.config_files.names import FileName, checked_name
 from moelab.config_files.places import folders, stopping_folders, version_folders
-from moelab.config_files.rules import Rules, get_rules
+from moelab.config_files.rules import Rules, get_rules, said_of_left_out
 from moelab.errors import ConfigFileError
 
 
@@ -207,8 +207,7 @@ def _from_file(path: Path, num_tokens: int, steps: list[Step], rules: Rules) -> 
     if tied:
         reason += f"; {tied[0]} is as near, and the one listed first counts"
     left = [
-        Step(f"{k} = {value}", "left out", f"{rules.name}'s kernel takes it, moelab's config has no such key", path)
-        for k, value in rest[key].items()
+        Step(f"{k} = {value}", "left out", said_of_left_out(k, value, rules), path) for k, value in rest[key].items()
     ]
     used = Step(f"batch size {key}", "used", reason, path)
     return Lookup(configs[key], path, key, False, (*steps, *left, used), rules.name)

@@ -90,6 +90,7 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake("block_m_mismatch", "GEMM2 tuned under another BLOCK_SIZE_M", _here(1057, "_down"),
             _changed({"BLOCK_SIZE_M": 32})),
     Mistake("unknown_device", "a device that data/devices does not have", _here(1059, device="Abacus_9"), _GOOD),
+    Mistake("left_out", "USE_TMA, which only sglang's kernel heeds", _here(1063), _changed({"USE_TMA": True}), "moelab"),
     Mistake("shared", "a name that fits two models", _here(128, size=768), _GOOD),
 )  # fmt: skip
 """Every kind of finding, most of them once."""

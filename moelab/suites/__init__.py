@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from moelab import recordings
@@ -24,25 +24,24 @@ EXPERIMENTAL: dict[str, Callable[[], Recording]] = {"fast_layer": fast_layer.rec
 """By name only, no part of "all": of what has not been through its gpu tests yet."""
 
 
-def record(suites: Sequence[str], out: Path | None = None) -> list[Path]:
-    """Run suites one after another, writing each recording as soon as it is done; "all" means every suite.
+def record(
+    suites: Sequence[str], out: Path | None = None, known: Mapping[str, Callable[[], Recording]] = SUITES
+) -> list[Path]:
+    """Run suites one after another, writing each recording as soon as it is done; "all" means every one that is known.
 
     out: folder of the files; None is data/recordings. Raises UnknownNameError before anything runs, and
     RuntimeModeError where a suite needs a GPU.
     """
-    names = suite_names(suites)
-    return [
-        recordings.write({**SUITES, **EXPERIMENTAL}[name](), None if out is None else out / f"{name}.json")
-        for name in names
-    ]
+    every, names = {**known, **EXPERIMENTAL}, suite_names(suites, known)
+    return [recordings.write(every[name](), None if out is None else out / f"{name}.json") for name in names]
 
 
-def suite_names(asked: Sequence[str]) -> list[str]:
-    """The suites asked for, "all" spelled out. Raises UnknownNameError for a name outside SUITES."""
+def suite_names(asked: Sequence[str], known: Mapping[str, Callable[[], Recording]] = SUITES) -> list[str]:
+    """The suites asked for, "all" spelled out. Raises UnknownNameError for a name that is not known."""
     for name in asked:
-        if name != "all" and name not in SUITES and name not in EXPERIMENTAL:
+        if name != "all" and name not in known and name not in EXPERIMENTAL:
             raise UnknownNameError(
-                f"Unknown suite {name!r}. Expected 'all' or one of {list(SUITES)}.{nearest_names(name, SUITES)} "
+                f"Unknown suite {name!r}. Expected 'all' or one of {list(known)}.{nearest_names(name, known)} "
                 "Name suites to record."
             )
-    return list(SUITES) if "all" in asked else list(asked)
+    return list(known) if "all" in asked else list(asked)

@@ -32,9 +32,6 @@ SHAPES = {
     "deepseek-v3/tp8": ("deepseek-v3", 8),
 }
 
-TUNED_SINCE = ("qwen3-30b-a3b/tp1",)
-"""Shapes whose config files come from a run of the tuner (data/landscapes), and no longer from this suite."""
-
 
 def peer_rows() -> list[dict[str, Any]]:
     """sglang's rows: name, M, floor, and per config its microseconds, as data/upstream/h200_sglang.json has them."""
@@ -88,8 +85,9 @@ class Layer:
         return sum(r.experts_touched() for r in self.routings) / len(self.routings)
 
     def contender(self, config: KernelConfig, down_config: KernelConfig | None = None) -> Callable[[int], torch.Tensor]:
-        """The layer under one config, or another for GEMM2, its alignment made beforehand, as sglang's rows were timed."""
-        shape = self.shape
+        """The layer under one config (another for GEMM2 if given), its alignment made beforehand, as sglang's rows were
+        timed. A call raises where the two differ in BLOCK_SIZE_M."""
+        shape, down = self.shape, down_config or config
         aligned = [align(r.topk_ids, config.BLOCK_SIZE_M, shape.num_experts) for r in self.routings]
         pairs = self.num_tokens * shape.top_k
 
@@ -98,7 +96,7 @@ class Layer:
             h = grouped_gemm(self.states[i], w.w13, aligned[i], config, num_pairs=pairs, top_k=shape.top_k)
             h = activation(h, shape.activation, gated=shape.gated)
             weights = self.routings[i].topk_weights
-            y = grouped_gemm(h, w.w2, aligned[i], down_config or config, num_pairs=pairs, top_k=1, topk_weights=weights)
+            y = grouped_gemm(h, w.w2, aligned[i], down, num_pairs=pairs, top_k=1, topk_weights=weights)
             return sum_reduce(y.view(self.num_tokens, shape.top_k, -1))
 
         return run
@@ -211,19 +209,27 @@ def fastest_configs(recording: Recording) -> dict[str, dict[int, KernelConfig]]:
     return {name: {m: config for m, (_, config) in found.items()} for name, found in fastest.items()}
 
 
+def is_tuned(shape: MoEShape, device: str, triton_version: str) -> bool:
+    """Whether the checkout's file for that shape is the tuner's: then a `_down` file lies beside it, which none of this
+    suite's has."""
+    name = config_files.file_name(shape.num_experts, shape.moe_intermediate_size, device, down=True)
+    return (runtime.config_dir() / runtime.triton_key(triton_version) / name).is_file()
+
+
 def write_configs(recording: Recording, folder: Path | None = None) -> list[Path]:
     """Write `fastest_configs` under the names that loaders look for, into the recording's triton_X_Y_Z folder.
 
-    Shapes in TUNED_SINCE are left out.
+    Shapes whose files the tuner made are left out: `is_tuned`.
 
     folder: where the triton_X_Y_Z folders lie; None is the checkout's configs/.
     """
     home = (folder or runtime.config_dir()) / runtime.triton_key(recording.provenance["triton"])
     device = runtime.device_key(recording.provenance["gpu"])
     paths = []
-    fastest = fastest_configs(recording)
-    for name, configs in ((name, fastest[name]) for name in fastest if name not in TUNED_SINCE):
+    for name, configs in fastest_configs(recording).items():
         shape = shape_of(name)
+        if is_tuned(shape, device, recording.provenance["triton"]):
+            continue
         file = config_files.file_name(shape.num_experts, shape.moe_intermediate_size, device)
         paths.append(config_files.write_config_file(home / file, configs))
     return paths

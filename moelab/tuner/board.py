@@ -21,6 +21,9 @@ Floats = NDArray[np.float64]
 class Board:
     """Medians of every config at every batch size, per GEMM, with equal programs sharing what one of them measured.
 
+    All by one protocol, the short looks that every strategy takes: the finals read up to 18 % apart for the same config,
+    and would move the finalists against the others; who wins is for `results.decide`.
+
     configs[gemm]: those of the space, then the incumbents that are not in it. failures: how many outcomes by class.
     """
 
@@ -75,14 +78,14 @@ class Board:
                     if request.rounds == 0:
                         self.broken[gemm][i] = True
                     continue
-                if outcome.samples_us:
+                if outcome.samples_us and not request.interleaved:
                     row = self.row[request.num_tokens]
                     samples = self._samples.setdefault((gemm, row, i), [])
                     samples.extend(outcome.samples_us)
                     self._median[gemm][row, i] = statistics.median(samples)
 
     def samples(self, gemm: Gemm, num_tokens: int, config: KernelConfig) -> tuple[float, ...]:
-        """Every sample of the program that the config runs there, microseconds; empty before there is one."""
+        """Every short sample of the program that the config runs there, microseconds; empty before there is one."""
         row = self.row[num_tokens]
         measured = int(self.representative[gemm][row][self.index[gemm][config]])
         return tuple(self._samples.get((gemm, row, measured), ()))

@@ -11,16 +11,18 @@ import re
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from moelab.errors import MoelabError, RuntimeModeError
 from moelab.tuner.actor import Host, import_ray
-from moelab.tuner.compile import Kernel, kernels_of
-from moelab.tuner.evaluate import Outcome, Request, Result
+from moelab.tuner.compile import kernels_of
+from moelab.tuner.evaluate import Request, Result
 from moelab.tuner.landscape import Landscape
-from moelab.tuner.problem import GEMMS, Problem
+from moelab.tuner.placement import Placement
+from moelab.tuner.problem import Problem
 from moelab.tuner.replay import _require_same as require_same
+from moelab.tuner.seats import Job, Known, Seat, compile_requests, is_bad
 from moelab.tuner.supervise import Incident
 
 START_LIMIT_S = 300.0
@@ -28,41 +30,6 @@ START_LIMIT_S = 300.0
 
 MOST_LOSSES = 3
 """Times in a row that a seat's actor may be lost without an answer in between."""
-
-COMPILE_CHUNK = 64
-"""Kernels in a request that only compiles, where a strategy asked for none."""
-
-
-@dataclass
-class _Seat:
-    """One place in the cluster. clock_s: seconds its actors worked in this step; busy: requests handed to it."""
-
-    number: int
-    actor: Any = None
-    node: str = ""
-    clock_s: float = 0.0
-    busy: int = 0
-    losses: int = 0
-    up: bool = False
-
-
-@dataclass
-class _Job:
-    """A request to hand out; node: where it has to be done, None for anywhere. dropped: nobody waits for it any more."""
-
-    request: Request
-    node: str | None = None
-    dropped: bool = False
-
-
-@dataclass
-class _Known:
-    """What a new actor is told."""
-
-    compiled: list[Result] = field(default_factory=list)
-    kernels: set[Kernel] = field(default_factory=set)
-    bad: list[Result] = field(default_factory=list)
-    nodes: set[str] = field(default_factory=set)
 
 
 class RayEvaluator:
@@ -97,13 +64,14 @@ class RayEvaluator:
                 "nodes, or pass --replay LANDSCAPE."
             )
         self.incidents: list[Incident] = []
-        self._known, self._charge = _Known(), {}  # type: _Known, dict[Kernel, float]
-        self._pending: dict[Any, tuple[_Seat, _Job | None]] = {}
-        self._jobs: deque[_Job] = deque()
+        self._known = Known()
+        self._pending: dict[Any, tuple[Seat, Job | None]] = {}
+        self._jobs: deque[Job] = deque()
         self._described: dict[str, Any] = {}
         self._spent_s, self._wall_from = 0.0, None  # type: float, float | None
         self._remote = self.ray.remote(num_cpus=0, num_gpus=1 if landscape is None else 0, max_restarts=0)(Host)
-        self.seats = [_Seat(i) for i in range(count)]
+        self.seats = [Seat(i) for i in range(count)]
+        self.placement = Placement(problem.batch_sizes, range(count))
         for seat in self.seats:
             self._start(seat)
         self._wait_until_up()
@@ -120,7 +88,7 @@ class RayEvaluator:
         for result in results:
             for outcome in result.outcomes:
                 self._spent_s += outcome.compile_s / processes + outcome.measure_s / len(self.seats)
-        self._share([result for result in results if _is_bad(result) or self._landscape], None)
+        self._share([result for result in results if is_bad(result) or self._landscape], None)
 
     def run(self, requests: Sequence[Request]) -> Generator[Result, None, None]:
         """See `Evaluator`. What has to be compiled is compiled first, on every node."""
@@ -128,7 +96,7 @@ class RayEvaluator:
         try:
             yield from self._compile(requests)
             self._barrier()
-            for result in self._answers(_Job(request) for request in requests if request.rounds):
+            for result in self._answers(Job(request) for request in requests if request.rounds):
                 yield self._charged(result)
         finally:
             for job in (*self._jobs, *(job for _, job in self._pending.values() if job is not None)):
@@ -166,60 +134,38 @@ class RayEvaluator:
         needed = dict.fromkeys(k for r in requests for c in r.contenders for k in kernels_of(r.stage, c))
         offered = {k for r in asked for c in r.contenders for k in kernels_of(r.stage, c)}
         extra = [k for k in needed if k not in offered and k not in self._known.kernels]
-        jobs = [*dict.fromkeys(r for r in requests if r in asked), *self._compile_requests(extra)]
+        jobs = [*dict.fromkeys(r for r in requests if r in asked), *compile_requests(self.problem, extra)]
         nodes = sorted({seat.node for seat in self.seats if seat.up})
         left = {request: len(nodes) for request in jobs}
         first: dict[Request, Result] = {}
-        for result in self._answers(_Job(request, node) for request in jobs for node in nodes):
+        for result in self._answers(Job(request, node) for request in jobs for node in nodes):
             request = result.request
             first.setdefault(request, result)
             left[request] -= 1
             if left[request] == 0:
-                self._learn_compiled(first[request], nodes)
+                self._known.add_compiled(first[request], nodes, charged=request in asked)
+                self._share([first[request]], None)
                 if request in asked:
                     yield first[request]
-                else:
-                    self._keep_charge(first[request])
-
-    def _compile_requests(self, kernels: Sequence[Kernel]) -> list[Request]:
-        found = []
-        for gemm in GEMMS:
-            contenders = [(config,) for g, config in kernels if g == gemm]
-            for at in range(0, len(contenders), COMPILE_CHUNK):
-                part = tuple(contenders[at : at + COMPILE_CHUNK])
-                found.append(Request(gemm, self.problem.batch_sizes[0], part, 0))
-        return found
-
-    def _learn_compiled(self, result: Result, nodes: Iterable[str]) -> None:
-        known = self._known
-        known.compiled.append(result)
-        known.nodes.update(nodes)
-        known.kernels.update(k for c in result.request.contenders for k in kernels_of(result.request.stage, c))
-        self._share([result], None)
-
-    def _keep_charge(self, result: Result) -> None:
-        for contender, outcome in zip(result.request.contenders, result.outcomes, strict=True):
-            for kernel in kernels_of(result.request.stage, contender):
-                self._charge[kernel] = outcome.compile_s
 
     def _charged(self, result: Result) -> Result:
         """With the time that was spent on compiling ahead for it."""
-        outcomes: list[Outcome] = []
-        for contender, outcome in zip(result.request.contenders, result.outcomes, strict=True):
-            ahead = sum(self._charge.pop(k, 0.0) for k in kernels_of(result.request.stage, contender))
-            outcomes.append(replace(outcome, compile_s=outcome.compile_s + ahead))
+        outcomes = [
+            replace(outcome, compile_s=outcome.compile_s + self._known.take_charge(result, i))
+            for i, outcome in enumerate(result.outcomes)
+        ]
         return Result(result.request, tuple(outcomes))
 
-    def _share(self, results: list[Result], but: _Seat | None) -> None:
+    def _share(self, results: list[Result], but: Seat | None) -> None:
         """Tell the other actors, now and those to come."""
-        self._known.bad += [result for result in results if _is_bad(result)]
+        self._known.bad += [result for result in results if is_bad(result)]
         for seat in self.seats:
             if results and seat.up and seat is not but:
                 seat.actor.learn.remote(results)
 
     # --- handing out ------------------------------------------------------------------------------------------------
 
-    def _answers(self, jobs: Iterable[_Job]) -> Iterator[Result]:
+    def _answers(self, jobs: Iterable[Job]) -> Iterator[Result]:
         """Hand out jobs and give back what comes, until all are answered."""
         self._jobs.extend(jobs)
         while self._jobs or any(job is not None and not job.dropped for _, job in self._pending.values()):
@@ -240,18 +186,24 @@ class RayEvaluator:
                 if seat.busy <= depth:
                     self._hand(seat)
 
-    def _hand(self, seat: _Seat) -> bool:
+    def _hand(self, seat: Seat) -> bool:
         job = self._job_for(seat) if seat.up else None
         if job is not None:
             seat.busy += 1
             self._pending[seat.actor.answer.remote(job.request)] = (seat, job)
         return job is not None
 
-    def _job_for(self, seat: _Seat) -> _Job | None:
-        """The first job that this seat may do: one of a node goes to the first of the node's seats."""
+    def _job_for(self, seat: Seat) -> Job | None:
+        """The first job that this seat may do: compiling for a node is for the first of its seats, measuring a batch size for
+        the seat that has it (replayed devices are all the same: there for any)."""
         leads = next(s for s in self.seats if s.up and s.node == seat.node) is seat
         for job in self._jobs:
-            if job.node is None or (job.node == seat.node and leads):
+            if job.node is None:
+                measured = self._described.get("measured") and job.request.rounds
+                mine = not measured or self.placement.owner(job.request.stage, job.request.num_tokens) == seat.number
+            else:
+                mine = job.node == seat.node and leads
+            if mine:
                 self._jobs.remove(job)
                 return job
         return None
@@ -276,18 +228,18 @@ class RayEvaluator:
         seat.losses = 0
         if job is None or job.dropped:
             return None
-        if _is_bad(result) and self._landscape is None:
+        if is_bad(result) and self._landscape is None:
             self._share([result], seat)
         return result
 
     # --- actors -----------------------------------------------------------------------------------------------------
 
-    def _start(self, seat: _Seat) -> None:
+    def _start(self, seat: Seat) -> None:
         seat.up, seat.busy = False, 0
         seat.actor = self._remote.remote(self.problem, self._landscape)
         self._pending[seat.actor.about.remote()] = (seat, None)
 
-    def _is_up(self, seat: _Seat, about: dict[str, Any]) -> None:
+    def _is_up(self, seat: Seat, about: dict[str, Any]) -> None:
         if about["device"] != self.problem.device:
             self._note(seat, f"{about['node']} has {about['device']}, and the problem is of {self.problem.device}")
             self._give_up(seat)
@@ -311,7 +263,7 @@ class RayEvaluator:
             self._note(seat, f"the actor was not up within {START_LIMIT_S:.0f} s")
             self._give_up(seat)
 
-    def _lost(self, seat: _Seat, job: _Job | None, error: Exception) -> None:
+    def _lost(self, seat: Seat, job: Job | None, error: Exception) -> None:
         """Take back all that the seat's actor had been handed, and start another."""
         dead = [ref for ref, (owner, _) in self._pending.items() if owner is seat]
         handed = [job, *(self._pending.pop(ref)[1] for ref in dead)]
@@ -330,8 +282,9 @@ class RayEvaluator:
         else:
             self._start(seat)
 
-    def _give_up(self, seat: _Seat) -> None:
+    def _give_up(self, seat: Seat) -> None:
         self.seats.remove(seat)
+        self.placement.drop(seat.number)
         if seat.actor is not None:
             self.ray.kill(seat.actor)
         if not self.seats:
@@ -342,9 +295,5 @@ class RayEvaluator:
                 "`ray status`, and check that moelab is installed on every node."
             )
 
-    def _note(self, seat: _Seat, what: str) -> None:
+    def _note(self, seat: Seat, what: str) -> None:
         self.incidents.append(Incident(self.clock_s(), seat.number, what))
-
-
-def _is_bad(result: Result) -> bool:
-    return bool(result.request.rounds) and any(o.failure in ("crash", "timeout") for o in result.outcomes)

@@ -177,7 +177,7 @@ class CompilePool:
         self.crew = Crew(
             self.processes,
             lambda number: Child("moelab.tuner.compile:serve", compiler, problem, environment=environment),
-            lambda: self._queue.popleft() if self._queue else None,
+            lambda _: self._queue.popleft() if self._queue else None,
             job_limit_s=deadline_s,
             start_limit_s=120.0,
         )

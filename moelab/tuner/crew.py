@@ -12,8 +12,8 @@ from typing import Any
 from moelab.errors import RuntimeModeError
 from moelab.tuner.child import Child
 
-NextJob = Callable[[], Any]
-"""Gives the next job to send, None if there is none now."""
+NextJob = Callable[[int], Any]
+"""Gives the next job for the member of that number, None if there is none now."""
 
 JOBS_AHEAD = 2
 """Jobs that a child holds: while it does one the next is there, whatever the parent is busy with."""
@@ -110,9 +110,9 @@ class Crew:
             for member in self.members:
                 if len(member.jobs) > depth or member.retired:
                     continue
-                job = self._next_job()
+                job = self._next_job(member.number)
                 if job is None:
-                    return
+                    continue
                 if member.child is None:
                     self._raise_up(member)
                 self.give(member, job)

@@ -39,12 +39,18 @@ def load_evaluator(name: str) -> type[Any]:
 
 
 def make_gpu_evaluator(
-    problem: Problem, *, ray: str | None = None, gpus: Sequence[int] = (0,), quarantine: Path | None = None
+    problem: Problem,
+    *,
+    ray: str | None = None,
+    gpus: Sequence[int] = (0,),
+    quarantine: Path | None = None,
+    actors: int | None = None,
 ) -> Evaluator:
-    """Who measures on this machine's GPUs, or on a Ray cluster's at that address.
+    """Who measures on this machine's GPUs, or on a Ray cluster's at that address ("local": this machine's), all of them or
+    as many as `actors`.
 
     quarantine: folder for what hung or crashed a worker twice, each a file to repeat it by; None keeps none.
     """
     if ray is not None:
-        return load_evaluator("ray")(problem, address=ray)
+        return load_evaluator("ray")(problem, address=ray, actors=actors)
     return load_evaluator("gpu")(problem, gpus, quarantine=quarantine)

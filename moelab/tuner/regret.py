@@ -1,4 +1,4 @@
-"""Regret: how much slower than the best a search's choice is, judged by a landscape's recorded medians."""
+"""Regret: how much slower than the best a search's choice is, judged by a landscape's medians in the finals' protocol."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from moelab.tuner.board import Board
 from moelab.tuner.evaluate import Request, Result
 from moelab.tuner.problem import GEMMS, Pair, Problem
 from moelab.tuner.replay import ReplayEvaluator, Table
+from moelab.tuner.results import TuneResult
 from moelab.tuner.search import Settings
 from moelab.tuner.session import TuneSession
 from moelab.tuner.space import build_space
@@ -32,7 +33,7 @@ class Point:
 
 
 class Truth:
-    """The best pair of each batch size by recorded medians, GEMM1 plus GEMM2 under one BLOCK_SIZE_M."""
+    """The best pair of each batch size by `Table.median_us`, GEMM1 plus GEMM2 under one BLOCK_SIZE_M."""
 
     def __init__(self, table: Table, problem: Problem) -> None:
         self.table, self.problem = table, problem
@@ -71,8 +72,10 @@ class _Traced(ReplayEvaluator):
                 self.after()
 
 
-def trace(truth: Truth, strategy: str, seed: int, *, settings: Settings | None = None, every: int = 50) -> list[Point]:
-    """Regret during one replayed search of the truth's problem: after every so many requests, and of its result."""
+def replayed(
+    truth: Truth, strategy: str, seed: int, *, settings: Settings | None = None, every: int = 50
+) -> tuple[list[Point], TuneResult]:
+    """One replayed search of the truth's problem: regret after every so many requests and of its result, and that result."""
     problem, points = replace(truth.problem, seed=seed), list[Point]()
     evaluator = _Traced(truth.table, problem, seed=seed, every=every)
     session = TuneSession(problem, evaluator, strategy=strategy, settings=settings)
@@ -86,4 +89,9 @@ def trace(truth: Truth, strategy: str, seed: int, *, settings: Settings | None =
     evaluator.after = look
     result = session.run()
     look({b: (x.up, x.down) if x.up and x.down else None for b, x in result.batches.items()})
-    return points
+    return points, result
+
+
+def trace(truth: Truth, strategy: str, seed: int, *, settings: Settings | None = None, every: int = 50) -> list[Point]:
+    """Regret during one replayed search of the truth's problem: after every so many requests, and of its result."""
+    return replayed(truth, strategy, seed, settings=settings, every=every)[0]

@@ -5,6 +5,11 @@ seed and on the request, not on what was asked before, so that a run that was ki
 undisturbed one would have seen, and several replays share one run's requests. A config is charged its recorded compile
 time once for each GEMM, whatever the number of batch sizes, and every sample its share of the recorded measuring time.
 
+The short looks and the finals of a landscape are two protocols, which read up to 18 % apart for the same config: a short
+request is answered with short samples, an interleaved one with those of the finals. What was recorded under one of them
+alone stands in for the other, times the median ratio of the configs that have both at that GEMM and batch size. The true
+median of a config is the finals', the protocol in which winners are decided.
+
 "layer" pairs that were recorded are drawn from; for others the layer is the sum of a drawn GEMM1, a drawn GEMM2, and what
 the recorded pairs took beyond theirs (activation and sum-reduce, which no config changes): the median of that, or 0.
 """
@@ -62,13 +67,36 @@ class _Cell:
             return float("nan")
         return float(np.median(self.samples[i]))
 
+    def ratio(self, other: _Cell) -> float:
+        """How many times as long the contenders of both cells took here, the median over them; 1 where there are none."""
+        ratios = [self.median(c) / other.median(c) for c in self.index if c in other.index]
+        known = [r for r in ratios if not np.isnan(r)]
+        return float(np.median(known)) if known else 1.0
+
+    def filled(self, other: _Cell, factor: float) -> _Cell:
+        """This cell, and from the other one what is missing here, its samples times that factor."""
+        found = _Cell()
+        for cell, by in ((self, 1.0), (other, factor)):
+            for contender, i in cell.index.items():
+                if contender in self.index and cell is not self:
+                    continue
+                name, message = cell.failures[i] or (None, "")
+                samples = tuple(by * s for s in cell.samples[i])
+                found.add(contender, Outcome(samples, name, message, measure_s=cell.seconds[i]))
+        found.seal()
+        return found
+
 
 class Table:
-    """A landscape by stage and batch size, ready to draw from and to look true medians up in."""
+    """A landscape by stage and batch size, ready to draw from and to look true medians up in.
+
+    cells: short looks, and whole layers. finals: of single GEMMs; where none was recorded, the short looks themselves.
+    """
 
     def __init__(self, landscape: Landscape) -> None:
         self.landscape = landscape
         self.cells: dict[tuple[Stage, int], _Cell] = {}
+        self.finals: dict[tuple[Stage, int], _Cell] = {}
         self.compile_s: dict[tuple[Stage, str], float] = {}
         self.uncompiled: dict[tuple[Stage, str], tuple[str, str]] = {}
         for row in landscape.rows:
@@ -81,14 +109,26 @@ class Table:
                 if outcome.failure in ("compile", "resources"):
                     self.uncompiled[name] = (outcome.failure, outcome.message)
             if outcome.samples_us or outcome.failure:
-                self.cells.setdefault((row.stage, row.num_tokens), _Cell()).add(row.contender, outcome)
-        for cell in self.cells.values():
-            cell.seal()
+                cells = self.finals if row.interleaved and row.stage != "layer" else self.cells
+                cells.setdefault((row.stage, row.num_tokens), _Cell()).add(row.contender, outcome)
+        for key in {*self.cells, *self.finals}:
+            self._complete(key)
         self._rest: dict[int, float] = {}
 
+    def _complete(self, key: tuple[Stage, int]) -> None:
+        """Have each protocol stand in for what the other lacks."""
+        short, final = self.cells.get(key, _Cell()), self.finals.get(key)
+        if final is None:
+            short.seal()
+            self.finals[key] = short
+            return
+        ratio = final.ratio(short)
+        self.cells[key], self.finals[key] = short.filled(final, 1 / ratio), final.filled(short, ratio)
+
     def median_us(self, stage: Stage, num_tokens: int, contender: Contender) -> float:
-        """The recorded median, microseconds ("layer": composed where it was not recorded); NaN if there is none."""
-        cell = self.cells.get((stage, num_tokens))
+        """The median by the finals' protocol, microseconds ("layer": composed where it was not recorded); NaN if there is
+        none."""
+        cell = self.finals.get((stage, num_tokens))
         found = cell.median(contender) if cell else float("nan")
         if stage == "layer" and np.isnan(found):
             parts = [self.median_us(gemm, num_tokens, (c,)) for gemm, c in zip(GEMMS, contender, strict=True)]
@@ -98,7 +138,7 @@ class Table:
     def rest_us(self, num_tokens: int) -> float:
         """What the recorded layers of that batch size took beyond their two GEMMs, median, microseconds."""
         if num_tokens not in self._rest:
-            cell, beyond = self.cells.get(("layer", num_tokens)), []
+            cell, beyond = self.finals.get(("layer", num_tokens)), []
             for up, down in cell.index if cell else ():
                 parts = self.median_us("up", num_tokens, (up,)) + self.median_us("down", num_tokens, (down,))
                 beyond.append(cast(_Cell, cell).median((up, down)) - parts)
@@ -210,7 +250,8 @@ class ReplayEvaluator:
         uniform = draws.random(
             (len(contenders), request.rounds)
         )  # drawn whole: the rest must not hang on what is known
-        cell = self.table.cells.get((stage, request.num_tokens))
+        cells = self.table.finals if request.interleaved else self.table.cells
+        cell = cells.get((stage, request.num_tokens))
         if cell is None:
             return [_UNRECORDED] * len(contenders)
         at = np.array([cell.index.get(contender, -1) for contender in contenders], dtype=np.int64)

@@ -66,14 +66,14 @@ def decide(num_tokens: int, incumbents: Sequence[tuple[str, Pair]], result: Resu
     if not sound:
         return BatchResult(num_tokens, error=_first_failure(result.outcomes))
     first = next(iter(sound))
-    faster = [pair for pair in sound if _gain("", sound[first], sound[pair]).low > 1]
+    faster = [pair for pair in sound if gain_between("", sound[first], sound[pair]).low > 1]
     best = min(faster or [first], key=lambda pair: statistics.median(sound[pair]))
     known = [(label, pair) for label, pair in incumbents if pair in sound]
     kept = next((label for label, pair in known if pair == best), None)
     for label, pair in sorted(known, key=lambda item: item[0] != "current")[:1]:
-        if pair != best and _gain(label, sound[pair], sound[best]).tie:
+        if pair != best and gain_between(label, sound[pair], sound[best]).tie:
             best, kept = pair, label
-    gains = tuple(_gain(label, sound[pair], sound[best]) for label, pair in known)
+    gains = tuple(gain_between(label, sound[pair], sound[best]) for label, pair in known)
     from moelab.measure import median_interval
 
     return BatchResult(
@@ -81,7 +81,8 @@ def decide(num_tokens: int, incumbents: Sequence[tuple[str, Pair]], result: Resu
     )
 
 
-def _gain(label: str, slower: Sequence[float], faster: Sequence[float]) -> Gain:
+def gain_between(label: str, slower: Sequence[float], faster: Sequence[float]) -> Gain:
+    """How many times faster the second is than the first: samples at the same place were taken side by side."""
     from moelab.measure import median_interval
 
     ratios = [s / f for s, f in zip(slower, faster, strict=False)]

@@ -8,17 +8,17 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from moelab import runtime
-from moelab.errors import JournalError, MoelabError, RuntimeModeError
+from moelab.errors import RuntimeModeError
 from moelab.tuner.board import Board
 from moelab.tuner.evaluate import Evaluator, Request, Result, tidy
-from moelab.tuner.journal import Content, Journal, read
+from moelab.tuner.header import make_header, read_header
+from moelab.tuner.journal import Content, Journal
 from moelab.tuner.problem import Problem
 from moelab.tuner.progress import Pace, Progress
 from moelab.tuner.results import BatchResult, TuneResult, decide, provisional
-from moelab.tuner.search import Search, Settings, Step, samples_of, settings_json
+from moelab.tuner.search import Search, Settings, Step, samples_of
 from moelab.tuner.space import build_space
 from moelab.tuner.strategies import plan
 
@@ -57,7 +57,9 @@ class TuneSession:
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self._set_up(problem, evaluator, strategy, settings or Settings(), budget_s, on_progress)
-        self._journal = Journal.create(run, self._header()) if run is not None else None
+        self._journal = (
+            Journal.create(run, make_header(self.search, strategy, budget_s, evaluator)) if run is not None else None
+        )
 
     def _set_up(
         self,
@@ -97,7 +99,7 @@ class TuneSession:
         journal = Journal.resume(run)
         try:
             header = journal.content.header
-            problem, settings = _read_header(run, header)
+            problem, settings = read_header(run, header)
             self = cls.__new__(cls)
             budget_s = budget_s if budget_s is not None else header["strategy"].get("budget_s")
             evaluator = make_evaluator(problem)
@@ -116,17 +118,6 @@ class TuneSession:
         for note in content.notes:
             if note["kind"] == "phase":
                 self._pace.timeline.setdefault(note["name"], note["clock_s"])
-
-    def _header(self) -> dict[str, Any]:
-        return {
-            "provenance": runtime.provenance(self.problem.seed),
-            "problem": self.problem.to_json(),
-            "strategy": {
-                "name": self.strategy, "settings": settings_json(self.search.settings), "budget_s": self.budget_s,
-            },
-            "space": self.search.space.summary(),
-            "evaluator": self.evaluator.describe(),
-        }  # fmt: skip
 
     # --- running --------------------------------------------------------------------------------------------------
 
@@ -288,18 +279,3 @@ class TuneSession:
         described = self.evaluator.describe()
         source = described.get("source") or f"measured on {self.problem.device}, triton {self.problem.triton_version}"
         return TuneResult(self.problem, batches, source, spent, timeline, dict(self.board.failures))
-
-
-def _read_header(run: str | Path, header: Mapping[str, Any]) -> tuple[Problem, Settings]:
-    try:
-        return Problem.from_json(header["problem"]), Settings(**header["strategy"]["settings"])
-    except (KeyError, TypeError, ValueError, MoelabError) as error:
-        raise JournalError(
-            f"The header of {run} does not describe a problem ({type(error).__name__}: {error}). Expected what this "
-            "moelab's `tune` wrote. Take the run up with the moelab that wrote it, or tune again."
-        ) from error
-
-
-def header_of(run: str | Path) -> Mapping[str, Any]:
-    """The header of a run's journal: provenance, problem, strategy, space, evaluator. Raises JournalError."""
-    return read(run).header

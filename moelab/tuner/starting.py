@@ -10,9 +10,9 @@ from moelab.errors import RuntimeModeError
 from moelab.shapes import MoEShape
 from moelab.tuner.evaluate import Evaluator
 from moelab.tuner.evaluators import load_evaluator, make_gpu_evaluator
+from moelab.tuner.header import header_of
 from moelab.tuner.landscape import load
 from moelab.tuner.problem import BATCH_SIZES, Problem, find_incumbents
-from moelab.tuner.session import header_of
 
 
 def gpu_problem(

@@ -2,7 +2,7 @@
 
 A worker that hangs, dies or loses its device is replaced. The contender it was at is tried once more in the fresh one,
 first; if that is lost too, the contender is quarantined: it fails, at this batch size and all others, and a repro is
-written. The others of its request are run again as if nothing had been.
+written. The others of its request are run again as if nothing had been. Which device measures what is `placement`'s.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from moelab.errors import RuntimeModeError
-from moelab.tuner import repro
 from moelab.tuner.child import Child
 from moelab.tuner.compile import Compiled, CompilePool, Kernel, kernels_of
 from moelab.tuner.crew import Crew, Event, Member, wait_for
-from moelab.tuner.evaluate import Contender, Outcome, Request, Result, Stage
+from moelab.tuner.evaluate import Outcome, Request, Result
+from moelab.tuner.placement import STAGES, Placement
 from moelab.tuner.problem import Problem
+from moelab.tuner.quarantine import Quarantine
 from moelab.tuner.worker import Task
 
 START_LIMIT_S = 300.0
@@ -28,9 +29,6 @@ START_LIMIT_S = 300.0
 
 PREPARE_LIMIT_S = 120.0
 """For the inputs of a batch size: routings of many tokens are drawn on the host."""
-
-
-_STAGES: tuple[Stage, ...] = ("up", "down", "layer")
 
 
 @dataclass
@@ -74,17 +72,16 @@ class Supervisor:
         quarantine: Path | None,
         about: Mapping[str, Any],
     ) -> None:
-        self.problem, self.pool, self.quarantine = problem, pool, quarantine
+        self.problem, self.pool, self.quarantine = problem, pool, Quarantine(problem, quarantine)
         self.incidents: list[Incident] = []
         self.crew = Crew(devices, start_worker, self._next_task, job_limit_s=deadline_s, start_limit_s=START_LIMIT_S)
+        self.placement = Placement(problem.batch_sizes, range(devices))
         self._about, self._deadline_s = dict(about), deadline_s
         self._open: dict[int, _Open] = {}
         self._ready: deque[int] = deque()
         self._again: deque[Task] = deque()
         self._whole: deque[int] = deque()
         self._at: dict[int, tuple[int, int]] = {}
-        self._lost_once: set[tuple[Stage, int, Contender]] = set()
-        self._bad: dict[tuple[Stage, Contender], tuple[str, str]] = {}
         self._charge: dict[Kernel, float] = {}
         self._numbers, self._began, self._before = 0, None, 0.0  # type: int, float | None, float
 
@@ -99,20 +96,16 @@ class Supervisor:
         for result in results:
             for contender, outcome in zip(result.request.contenders, result.outcomes, strict=True):
                 self._before += outcome.compile_s / self.pool.processes + outcome.measure_s / len(self.crew.members)
-                self._learn_bad(result.request, contender, outcome)
+                self.quarantine.learn(result.request, contender, outcome)
 
     def learn(self, results: Sequence[Result]) -> None:
         """Take over what others found on this machine: what they compiled is in its cache, what they lost is bad."""
         for result in results:
             for contender, outcome in zip(result.request.contenders, result.outcomes, strict=True):
-                self._learn_bad(result.request, contender, outcome)
+                self.quarantine.learn(result.request, contender, outcome)
                 if result.request.rounds == 0:
                     for kernel in kernels_of(result.request.stage, contender):
                         self.pool.take_over(kernel, Compiled(0.0, outcome.failure, outcome.message))
-
-    def _learn_bad(self, request: Request, contender: Contender, outcome: Outcome) -> None:
-        if outcome.failure in ("crash", "timeout") and request.rounds:
-            self._bad[request.stage, contender] = (outcome.failure, outcome.message)
 
     def run(self, requests: Sequence[Request]) -> Generator[Result, None, None]:
         """See `Evaluator`."""
@@ -192,24 +185,30 @@ class Supervisor:
 
     # --- tasks ------------------------------------------------------------------------------------------------------
 
-    def _next_task(self) -> Task | None:
-        """The next to hand out: first what was under way in a worker that was lost."""
-        while self._again or self._ready:
-            task = self._again.popleft() if self._again else None
-            number = task.number if task is not None else self._ready.popleft()
-            if number not in self._open:  # its generator was closed
-                continue
-            made = self._task(number, task.positions if task is not None else self._open[number].left)
+    def _next_task(self, device: int) -> Task | None:
+        """The next for that device: first what was under way in a worker that was lost."""
+        for task in [task for task in self._again if task.number not in self._open or self._owns(device, task.number)]:
+            self._again.remove(task)
+            made = self._task(task.number, task.positions) if task.number in self._open else None
+            if made is not None:
+                return made
+        for number in [n for n in self._ready if n not in self._open or self._owns(device, n)]:
+            self._ready.remove(number)
+            made = self._task(number, self._open[number].left) if number in self._open else None
             if made is not None:
                 return made
         return None
+
+    def _owns(self, device: int, number: int) -> bool:
+        request = self._open[number].request
+        return self.placement.owner(request.stage, request.num_tokens) == device
 
     def _task(self, number: int, positions: Iterable[int]) -> Task | None:
         """A task of those positions, less what is quarantined or done; None, and the request whole, if none is left."""
         open_ = self._open[number]
         request = open_.request
         for i in open_.left:
-            known = self._known_bad(request.stage, request.contenders[i])
+            known = self.quarantine.known(request.stage, request.contenders[i])
             if known is not None:
                 open_.outcomes[i] = Outcome((), *known)
         left = tuple(i for i in positions if open_.outcomes[i] is None)
@@ -218,11 +217,6 @@ class Supervisor:
         if number not in self._whole:
             self._whole.append(number)
         return None
-
-    def _known_bad(self, stage: Stage, contender: Contender) -> tuple[str, str] | None:
-        names: list[tuple[Stage, Contender]] = [(stage, contender)]
-        names += [(gemm, (config,)) for gemm, config in kernels_of(stage, contender)]
-        return next((self._bad[name] for name in names if name in self._bad), None)
 
     def _handle(self, event: Event) -> None:
         if event.lost is not None:
@@ -248,8 +242,9 @@ class Supervisor:
         if not any(open_.missing for open_ in self._open.values()):
             return
         for b in self.problem.batch_sizes:
-            for stage in _STAGES:
-                self.crew.give(member, Task(0, Request(stage, b, (), 0), ()))
+            for stage in STAGES:
+                if self.placement.owner(stage, b) == member.number:
+                    self.crew.give(member, Task(0, Request(stage, b, (), 0), ()))
 
     @staticmethod
     def _failed(is_final: bool, text: str) -> None:
@@ -272,6 +267,8 @@ class Supervisor:
     def _lost(self, member: Member, lost: str, why: str, jobs: Sequence[Task]) -> None:
         """Blame the contender that was begun, and take up again what the worker held, its task first."""
         at = self._at.pop(member.number, None)
+        if member.retired:
+            self.placement.drop(member.number)
         if jobs or member.about is None:
             self.incidents.append(Incident(self.clock_s(), member.number, f"{lost}: {why}"))
         again = list(jobs)
@@ -282,32 +279,18 @@ class Supervisor:
     def _blame(self, task: Task, index: int, lost: str, why: str) -> Task:
         """The task to go on with: its suspect first, or no more."""
         if index < 0:  # in the inputs: if that happens again, nothing of this request can be measured
-            inputs: Contender = ()
-            name = (task.request.stage, task.request.num_tokens, inputs)
-            if name in self._lost_once:
+            if self.quarantine.is_second_loss((task.request.stage, task.request.num_tokens, ())):
                 for i in task.positions:
                     self._open[task.number].outcomes[i] = Outcome((), lost, f"its inputs cost two workers: {why}")
-            self._lost_once.add(name)
             return task
         suspect, contender = task.positions[index], task.request.contenders[index]
         if self._open[task.number].outcomes[suspect] is not None:  # it was through, and said so
             return task
         request = task.request
-        name = (request.stage, request.num_tokens, contender)
-        if name in self._lost_once:
-            self._put_away(request, contender, lost, why)
-        self._lost_once.add(name)
+        if self.quarantine.is_second_loss((request.stage, request.num_tokens, contender)):
+            self.quarantine.put_away(request, contender, lost, why)
         order = task.positions if request.interleaved else (suspect, *(i for i in task.positions if i != suspect))
         return replace(task, positions=order)
-
-    def _put_away(self, request: Request, contender: Contender, lost: str, why: str) -> None:
-        message = f"lost two workers at {request.num_tokens} tokens, the second: {why}"[:600]
-        if self.quarantine is not None:
-            path = repro.write(
-                self.quarantine, self.problem, request.stage, request.num_tokens, contender, lost, message
-            )
-            message += f"; repeat with: python -m moelab.tuner.repro {path}"
-        self._bad[request.stage, contender] = (lost, message)
 
 
 def _kernels(request: Request) -> list[Kernel]:

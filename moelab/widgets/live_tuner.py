@@ -162,7 +162,7 @@ class LiveTuner(widgets.VBox):
         self._go(TuneSession.resume(path, lambda problem: self._evaluator(path, problem), on_progress=self._look))
 
     def _evaluator(self, path: Path, problem: Problem):  # type: ignore[no-untyped-def]  # an Evaluator of either kind
-        from moelab.tuner.session import header_of
+        from moelab.tuner.header import header_of
 
         about = header_of(path)["evaluator"]
         own = self.landscape.path and str(self.landscape.path.resolve())

@@ -1,0 +1,124 @@
+"""The recording tuner_regret drawn: what each strategy would choose, by the samples or the seconds it has spent."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any, Literal
+
+import numpy as np
+
+from moelab.plots.panel import Panel, Row
+from moelab.plots.strategy_race import LOOKS, SMALLEST
+from moelab.plots.style import grid, number, powers
+from moelab.recordings import Recording
+
+AXES = {
+    "samples": "samples taken, finals included",
+    "seconds": "simulated seconds (compiling on {} processes, measuring on one GPU)",
+}
+Which = Literal["median", "worst"]
+
+
+def curves(recording: Recording, axis: str = "samples", which: Which = "worst") -> Panel:
+    """Regret by strategy, a plot for each landscape: line at the median of the seeds, 80 % of them shaded.
+
+    axis: "samples" or "seconds"; which: over the batch sizes, "median" or "worst".
+    """
+    names = list(dict.fromkeys(row["landscape"] for row in recording.rows))
+    protocol = recording.protocol
+    figure = grid(
+        f"{which.capitalize()} regret over {len(protocol['batch_sizes'])} batch sizes, by {axis}: {_short(recording)}",
+        f"replayed; {recording.source()}; line: median of {protocol['seeds']} seeds, shaded: 80 % of them",
+        titles=names, shared_y=True, height=460,
+    )  # fmt: skip
+    for column, name in enumerate(names, 1):
+        for strategy in _strategies(recording):
+            rows = recording.select(kind="curve", landscape=name, strategy=strategy, axis=axis)
+            _draw(figure, rows, which, strategy, column)
+    figure.update_xaxes(title=AXES[axis].format(protocol["compile_processes"]), type="log", dtick="D2")
+    figure.update_yaxes(**powers(100 * SMALLEST, 100))
+    figure.update_yaxes(title=f"{which} regret, %", col=1)
+    return Panel(figure, _table(recording), _sentence(recording))
+
+
+def _draw(figure: Any, rows: list[Row], which: Which, strategy: str, column: int) -> None:
+    """A line where the median seed has a choice, markers at its ends, and a band where 90 % of the seeds have one."""
+    style, place = LOOKS[strategy], {"row": 1, "col": column}
+    known = [row for row in rows if row[which][1] is not None]
+    whole = [row for row in known if row[which][2] is not None]
+    if whole:
+        x = [row["at"] for row in whole]
+        low, high = ([max(100 * row[which][i], 100 * SMALLEST) for row in whole] for i in (0, 2))
+        figure.add_scatter(
+            x=x + x[::-1], y=high + low[::-1], fill="toself", fillcolor=style.color, opacity=0.15, line={"width": 0},
+            mode="lines", showlegend=False, hoverinfo="skip", **place,
+        )  # fmt: skip
+    sizes = [8 * (i in (0, len(known) - 1)) for i in range(len(known))]
+    figure.add_scatter(
+        x=[row["at"] for row in known], y=[max(100 * row[which][1], 100 * SMALLEST) for row in known], mode="lines+markers",
+        marker={"symbol": style.symbol, "color": style.color, "size": sizes},
+        name=strategy, legendgroup=strategy, showlegend=column == 1, line=style.line(2.5) | {"shape": "hv"},
+        hovertemplate=f"{strategy}: %{{y:.2f}} % after %{{x:.3s}}<extra></extra>", **place,
+    )  # fmt: skip
+
+
+def _strategies(recording: Recording) -> list[str]:
+    return [name for name in LOOKS if recording.select(kind="end", strategy=name)]
+
+
+def _ends(recording: Recording, strategy: str, field: str) -> list[float]:
+    return [row[field] for row in recording.select(kind="end", strategy=strategy) if row.get(field) is not None]
+
+
+def _middle(recording: Recording, strategy: str, field: str) -> float | None:
+    found = _ends(recording, strategy, field)
+    return statistics.median(found) if found else None
+
+
+def _table(recording: Recording) -> list[Row]:
+    """A row per strategy, medians over seeds and landscapes, regret in per cent."""
+    rows: list[Row] = []
+    for strategy in _strategies(recording):
+        share = [100 * s for s in _ends(recording, strategy, "worst")]
+        row: dict[str, Any] = {"strategy": strategy, "searches": len(_ends(recording, strategy, "samples"))}
+        row |= {
+            "samples": _middle(recording, strategy, "samples"),
+            "simulated s": _middle(recording, strategy, "seconds"),
+        }
+        row |= {"median batch, %": 100 * (_middle(recording, strategy, "median") or 0.0)}
+        row |= {"worst batch, %": statistics.median(share), "in 9 of 10": float(np.quantile(share, 0.9))}
+        other = _ends(recording, strategy, "other_worst")
+        if other:
+            row |= {
+                "median batch by the other run, %": 100 * statistics.median(_ends(recording, strategy, "other_median"))
+            }
+            row |= {"worst by the other run, %": 100 * statistics.median(other)}
+        rows.append(row)
+    return rows
+
+
+def _short(recording: Recording) -> str:
+    """The cheapest strategy that stays within 2 % at the worst batch size in nine of ten searches."""
+    good = [name for name in _strategies(recording) if np.quantile(_ends(recording, name, "worst"), 0.9) <= 0.02]
+    if not good:
+        return "none within 2 % at the worst batch size"
+    first = min(good, key=lambda name: statistics.median(_ends(recording, name, "samples")))
+    return f"{first} stays within 2 % on the fewest samples"
+
+
+def _sentence(recording: Recording) -> str:
+    parts = []
+    everything = _middle(recording, "grid", "samples")
+    for row in _table(recording):
+        share = f"{row['samples']:,.0f} samples"
+        if everything and row["strategy"] != "grid":
+            share = f"{100 * row['samples'] / everything:.1f} % of the grid’s samples"
+        text = f"**{row['strategy']}** takes {share} and loses {row['worst batch, %']:.2f} % at its worst batch size"
+        if "worst by the other run, %" in row:
+            text += f" ({row['worst by the other run, %']:.2f} % when an independent run of the same layer judges)"
+        parts.append(text)
+    return (
+        "; ".join(parts)
+        + f". Medians over {number(recording.protocol['seeds'])} seeds and the landscapes; the regret is of the "
+        "sum of both GEMMs, and the finals decide by whole layers, so that not even the whole grid reaches 0."
+    )

@@ -1,0 +1,25 @@
+"""What is recorded of the tuner itself: how its strategies do, what its configs gain, how long it takes.
+
+`moelab record SUITE` finds these beside the suites of `moelab.suites`, which measure kernels and know nothing of a tuner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from moelab import suites
+from moelab.recordings import Recording
+from moelab.studies import tuned_gain, tuner_regret
+
+STUDIES: Mapping[str, Callable[[], Recording]] = {
+    "tuned_gain": tuned_gain.record,
+    "tuner_regret": tuner_regret.record,
+}
+
+ANYWHERE = ("tuner_regret",)
+"""Studies whose numbers come from recorded landscapes: they are the same with a GPU and without."""
+
+
+def known() -> dict[str, Callable[[], Recording]]:
+    """Every suite and study by name."""
+    return {**suites.SUITES, **STUDIES}

@@ -1,0 +1,219 @@
+"""What a tuned pair of configs gains over the default, sglang's file and a second run's winners: whole layers, interleaved."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moelab import runtime
+from moelab.config import default_config
+from moelab.config_files import Lookup, dtype_selector, lookup, read_config_file
+from moelab.config_files.specimen import write_shipped
+from moelab.errors import ConfigFileError, UnknownNameError
+from moelab.measure import Measurement, measure
+from moelab.recordings import Recording
+from moelab.shapes import MoEShape
+from moelab.studies.targets import TARGETS, Target
+from moelab.suites.bench import judge
+from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
+from moelab.tuner import landscape
+from moelab.tuner.finals import Finals
+from moelab.tuner.landscape import Landscape
+from moelab.tuner.problem import Pair
+from moelab.tuner.results import gain_between
+
+RIVALS = ("default", "shipped", "second")
+"""What "tuned" is held against: sglang's default, the file that sglang ships for the device, another run's winners."""
+
+Pairs = dict[str, Pair]
+
+
+def record(
+    targets: Sequence[Target] = TARGETS,
+    *,
+    device: str | None = None,
+    config_dir: Path | None = None,
+    second: Mapping[str, str | Path] | None = None,
+) -> Recording:
+    """Every target that has a file of its own for this device and Triton, at every batch size of it.
+
+    second: target's name -> the landscape or journal of an independent run; default: data/landscapes/...-seed1.parquet
+    where there is one. Rows of kind "layer": one pair of configs, checked, then timed; of kind "summary": one target.
+    Raises RuntimeModeError without a GPU, ConfigFileError where no target has a file.
+    """
+    runtime.require_cuda("the study 'tuned_gain'")
+    device = device or runtime.device_key()
+    with tempfile.TemporaryDirectory() as folder:
+        sglang = write_shipped(folder)
+        found = {target: tuned_pairs(target.shape(), device, config_dir) for target in targets}
+        if not any(found.values()):
+            raise ConfigFileError(
+                f"None of {', '.join(target.name for target in targets)} has a config file for {device} under this Triton. "
+                "Expected one at least. Tune them first: make tuned."
+            )
+        rows = []
+        for target, pairs in found.items():
+            if pairs:
+                others = {"shipped": shipped_pairs(target.shape(), device, sglang, tuple(pairs))}
+                others["second"] = second_pairs(target, device, second)
+                rows += target_rows(target, pairs, others)
+    protocol = protocol_for(1).describe() | {
+        "rotations": "in each row", "layer": "GEMM1, activation, GEMM2, sum-reduce; alignment made beforehand",
+    }  # fmt: skip
+    return Recording("tuned_gain", runtime.provenance(seed=0), protocol, tuple(rows))
+
+
+# --- whose configs ------------------------------------------------------------------------------------------------------
+
+
+def tuned_pairs(shape: MoEShape, device: str, config_dir: Path | None = None) -> dict[int, Pair]:
+    """Batch size -> the pair in this device's own files for the Triton that runs here; empty without a file."""
+    found: dict[int, Pair] = {}
+    path = _find(shape, device, 1, down=False, config_dir=config_dir).path
+    if path is None or path.parent.name != runtime.triton_key():
+        return found
+    for num_tokens in sorted(read_config_file(path)):
+        up, down = (_find(shape, device, num_tokens, down=d, config_dir=config_dir).config for d in (False, True))
+        if up is not None and down is not None:
+            found[num_tokens] = (up, down)
+    return found
+
+
+def shipped_pairs(shape: MoEShape, device: str, sglang: Path, batch_sizes: Sequence[int]) -> dict[int, Pair]:
+    """What sglang's own lookup finds in the files that it ships (those of data/upstream); empty where that is none."""
+    found: dict[int, Pair] = {}
+    for num_tokens in batch_sizes:
+        up, down = (_find(shape, device, num_tokens, down=d, rules="sglang", config_dir=sglang) for d in (False, True))
+        if up.config is not None and down.config is not None and not up.is_default:
+            found[num_tokens] = (up.config, down.config)
+    return found
+
+
+def _find(shape: MoEShape, device: str, num_tokens: int, **how: Any) -> Lookup:
+    return lookup(
+        shape.num_experts, shape.moe_intermediate_size, device, num_tokens=num_tokens,
+        triton_version=runtime.triton_version() or "unknown", dtype_selector=dtype_selector(shape.dtype), **how,
+    )  # fmt: skip
+
+
+def second_pairs(target: Target, device: str, given: Mapping[str, str | Path] | None) -> dict[int, Pair]:
+    """The winners of an independent run of the same layer, by its finals; empty where there is none.
+
+    Raises LandscapeError or JournalError for a file that is neither, UnknownNameError for a run of another layer.
+    """
+    path: str | Path | None
+    if given is not None:
+        path = given.get(target.name)
+    else:
+        found = landscape.landscapes_dir() / f"{target.model}-tp{target.tp_size}-{device}-seed1.parquet"
+        path = found if found.is_file() else None
+    if path is None:
+        return {}
+    run = _run_of(path)
+    if _sizes(run.problem.shape) != _sizes(target.shape()) or run.problem.device.replace(" ", "_") != device:
+        raise UnknownNameError(
+            f"The second run {path} tuned {run.problem.shape.name} on {run.problem.device}. Expected one of {target.name} on "
+            f"{device}. Name that, or leave it out."
+        )
+    winners = Finals.of_landscape(run).result().batches
+    return {b: (w.up, w.down) for b, w in winners.items() if w.up is not None and w.down is not None}
+
+
+def _run_of(path: str | Path) -> Landscape:
+    return landscape.from_journal(path) if str(path).endswith(".jsonl") else landscape.load(path)
+
+
+def _sizes(shape: MoEShape) -> tuple[object, ...]:
+    return shape.num_experts, shape.top_k, shape.hidden_size, shape.moe_intermediate_size, shape.dtype
+
+
+# --- timing -------------------------------------------------------------------------------------------------------------
+
+
+def target_rows(
+    target: Target, tuned: Mapping[int, Pair], others: Mapping[str, Mapping[int, Pair]]
+) -> list[dict[str, Any]]:
+    """Rows of one target: its layers at every batch size, then its summaries."""
+    shape = target.shape()
+    weights, rows = weight_sets(shape), []
+    for num_tokens, pair in tuned.items():
+        default = default_config(num_tokens, shape.num_experts, shape.dtype)
+        pairs: Pairs = {"tuned": pair, "default": (default, default)}
+        pairs |= {label: found[num_tokens] for label, found in others.items() if num_tokens in found}
+        layer = Layer(shape, num_tokens, protocol_for(num_tokens).rotations, weights)
+        rows += layer_rows(target, layer, pairs)
+    del weights
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return [*rows, *summaries(target, rows)]
+
+
+def layer_rows(target: Target, layer: Layer, pairs: Pairs) -> list[dict[str, Any]]:
+    """One row per label. Labels of one pair are timed once, and their rows name the first of them as `same_as`."""
+    first: dict[Pair, str] = {}
+    for label, pair in pairs.items():
+        first.setdefault(pair, label)
+    contenders = {label: layer.contender(*pair) for pair, label in first.items()}
+    judged = judge(layer, contenders)
+    sound = {label: run for label, run in contenders.items() if judged[label]["within_bound"]}
+    protocol = protocol_for(layer.num_tokens)
+    timed = measure(sound, protocol) if sound else {}
+    rows = []
+    for label, pair in pairs.items():
+        source = first[pair]
+        row: dict[str, Any] = {
+            "kind": "layer",
+            "target": target.name,
+            "num_tokens": layer.num_tokens,
+            "config_name": label,
+        }
+        row |= {"up": pair[0].to_json(), "down": pair[1].to_json(), "rotations": protocol.rotations, **judged[source]}
+        if source != label:
+            row["same_as"] = source
+        if source in timed:
+            row |= _times(timed[source], timed.get("tuned"), own=source == label)
+        rows.append(row)
+    return rows
+
+
+def _times(mine: Measurement, tuned: Measurement | None, *, own: bool) -> dict[str, Any]:
+    """Times of a pair, and how many times as long as "tuned" it takes, by samples taken side by side."""
+    low, high = mine.interval_us
+    found: dict[str, Any] = {"median_us": mine.median_us, "low_us": low, "high_us": high}
+    if tuned is not None:
+        gain = gain_between("tuned", mine.samples_us, tuned.samples_us)
+        found |= {"ratio": gain.factor, "ratio_low": gain.low, "ratio_high": gain.high, "tie": gain.tie}
+    return found | ({"samples_us": list(mine.samples_us)} if own else {})
+
+
+# --- summaries ----------------------------------------------------------------------------------------------------------
+
+
+def summaries(target: Target, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each rival: geometric mean of its time over tuned's, at how many batch sizes tuned is faster, ties, or is
+    slower beyond the interval (expected: at none), and how many batch sizes could not be compared."""
+    found = []
+    for label in RIVALS:
+        here = [row for row in rows if row["config_name"] == label]
+        known = [row for row in here if "ratio" in row]
+        if not here:
+            continue
+        summary: dict[str, Any] = {"kind": "summary", "target": target.name, "over": label, "batch_sizes": len(known)}
+        if known:
+            ratios = [row["ratio"] for row in known]
+            worst = min(known, key=lambda row: row["ratio"])
+            summary |= {
+                "geometric_mean": math.exp(statistics.fmean(map(math.log, ratios))), "largest": max(ratios),
+                "smallest": worst["ratio"], "smallest_at": worst["num_tokens"],
+                "faster": sum(row["ratio_low"] > 1 for row in known), "ties": sum(row["tie"] for row in known),
+            }  # fmt: skip
+        summary["slower_at"] = [row["num_tokens"] for row in known if row["ratio_high"] < 1]
+        summary["not_compared"] = [row["num_tokens"] for row in here if "ratio" not in row]
+        found.append(summary)
+    return found

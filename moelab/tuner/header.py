@@ -1,0 +1,41 @@
+"""The header of a run's journal: written when a session begins, read when one is taken up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moelab import runtime
+from moelab.errors import JournalError, MoelabError
+from moelab.tuner.evaluate import Evaluator
+from moelab.tuner.journal import read
+from moelab.tuner.problem import Problem
+from moelab.tuner.search import Search, Settings, settings_json
+
+
+def make_header(search: Search, strategy: str, budget_s: float | None, evaluator: Evaluator) -> dict[str, Any]:
+    """Provenance, problem, strategy, space and evaluator, as JSON values."""
+    return {
+        "provenance": runtime.provenance(search.problem.seed),
+        "problem": search.problem.to_json(),
+        "strategy": {"name": strategy, "settings": settings_json(search.settings), "budget_s": budget_s},
+        "space": search.space.summary(),
+        "evaluator": evaluator.describe(),
+    }
+
+
+def read_header(run: str | Path, header: Mapping[str, Any]) -> tuple[Problem, Settings]:
+    """Problem and settings of the run of that header. Raises JournalError for what no moelab wrote."""
+    try:
+        return Problem.from_json(header["problem"]), Settings(**header["strategy"]["settings"])
+    except (KeyError, TypeError, ValueError, MoelabError) as error:
+        raise JournalError(
+            f"The header of {run} does not describe a problem ({type(error).__name__}: {error}). Expected what this "
+            "moelab's `tune` wrote. Take the run up with the moelab that wrote it, or tune again."
+        ) from error
+
+
+def header_of(run: str | Path) -> Mapping[str, Any]:
+    """The header of a run's journal: provenance, problem, strategy, space, evaluator. Raises JournalError."""
+    return read(run).header

@@ -1,0 +1,210 @@
+"""The study tuned_gain, whole, on small sizes with the clock replaced: whose configs, checked, timed, compared, summed up."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from synthetic import small_problem, synthetic_landscape
+
+from moelab import config_files, recordings, runtime
+from moelab.config import KernelConfig, default_config
+from moelab.errors import ConfigFileError, UnknownNameError
+from moelab.measure import Measurement
+from moelab.shapes import MoEShape
+from moelab.studies import tuned_gain
+from moelab.studies.targets import TARGETS, Target, target_of
+from moelab.tuner import landscape
+from moelab.tuner.evaluate import Outcome
+from moelab.tuner.landscape import Row
+from moelab.tuner.problem import Problem
+
+SMALL = MoEShape.from_sizes(num_experts=4, top_k=2, hidden_size=64, moe_intermediate_size=32, dtype="float32")
+DEVICE = "Tiny_GPU"
+UP, DOWN, OTHER = (
+    KernelConfig(16, 32, 32, 1, 4, 2),
+    KernelConfig(16, 64, 32, 1, 4, 2),
+    KernelConfig(16, 64, 64, 1, 4, 2),
+)
+ONE = Target("tiny", 1)
+TIMES = {(UP, DOWN): 2.0, (OTHER, OTHER): 2.0, (UP, UP): 1.0}
+WAVE = (1.0, 1.01, 0.99, 1.02, 0.98, 1.0, 1.03, 0.97)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A target of SMALL whose tuned pair is (UP, DOWN) at 1 and 3 tokens, on a device with a made-up clock."""
+    monkeypatch.setattr(runtime, "require_cuda", lambda what: None)
+    monkeypatch.setattr(Target, "shape", lambda self: SMALL if self.model == "tiny" else pytest.fail("another model"))
+    monkeypatch.setattr(tuned_gain, "measure", made_up)
+    names = [config_files.file_name(4, 32, DEVICE, "float32", down=down) for down in (False, True)]
+    for name, config in zip(names, (UP, DOWN), strict=True):
+        config_files.write_config_file(tmp_path / runtime.triton_key() / name, {1: config, 3: config})
+    return tmp_path
+
+
+def made_up(contenders: dict, protocol: object) -> dict:
+    """What each label takes, the noise of each out of step with the others'."""
+    for run in contenders.values():
+        run(1)
+    base = {"tuned": 2.0, "default": 3.0, "shipped": 2.0, "second": 1.5}
+    waves = {label: WAVE[i:] + WAVE[:i] for i, label in enumerate(contenders)}
+    return {label: Measurement(label, tuple(base[label] * w for w in waves[label])) for label in contenders}
+
+
+def a_run(path: Path, shape: MoEShape, pair: tuple, device: str = "Tiny GPU") -> Path:
+    """A landscape whose final at 3 tokens that pair has won."""
+    problem = Problem(shape, device, "sm_90", "3.6.0", (3,))
+    plain = synthetic_landscape(small_problem((1,)))
+    row = Row("layer", 3, pair, Outcome((5.0, 5.0, 5.0)), True, "2026")
+    return landscape.write(dataclasses.replace(plain, problem=problem, rows=(row,)), path)
+
+
+def rows_by_label(rows: tuple, num_tokens: int) -> dict:
+    return {row["config_name"]: row for row in rows if row["kind"] == "layer" and row["num_tokens"] == num_tokens}
+
+
+def test_what_is_written_loads_and_compares(tiny: Path, tmp_path: Path) -> None:
+    second = a_run(tmp_path / "second.parquet", SMALL, (UP, UP))
+    made = tuned_gain.record((ONE,), device=DEVICE, config_dir=tiny, second={"tiny/tp1": second})
+    loaded = recordings.load(recordings.write(made, tmp_path / "tuned_gain.json"))
+    assert set(rows_by_label(loaded.rows, 1)) == {"tuned", "default"}
+    at3 = rows_by_label(loaded.rows, 3)
+    assert set(at3) == {"tuned", "default", "second"}
+    assert (at3["tuned"]["up"], at3["tuned"]["down"]) == (UP.to_json(), DOWN.to_json())
+    for row in at3.values():
+        assert row["within_bound"], str(row)
+        assert row["max_abs_error"] <= row["bound"], row
+    assert at3["tuned"]["ratio"] == 1.0 and at3["tuned"]["tie"]
+    assert at3["default"]["ratio"] == pytest.approx(1.5, abs=0.05) and at3["default"]["ratio_low"] > 1
+    over = {row["over"]: row for row in loaded.select(kind="summary")}
+    assert set(over) == {"default", "second"}
+    assert over["default"]["geometric_mean"] == pytest.approx(1.5, abs=0.05)
+    assert (over["default"]["slower_at"], over["default"]["faster"]) == ([], 2)
+    assert over["second"]["slower_at"] == [3] and over["second"]["batch_sizes"] == 1
+
+
+def test_equal_pairs_are_timed_once(tiny: Path, tmp_path: Path) -> None:
+    second = a_run(tmp_path / "second.parquet", SMALL, (UP, DOWN))
+    rows = rows_by_label(tuned_gain.record((ONE,), device=DEVICE, config_dir=tiny, second={"tiny/tp1": second}).rows, 3)
+    assert rows["second"]["same_as"] == "tuned" and "samples_us" not in rows["second"]
+    assert rows["second"]["ratio"] == 1.0 and rows["second"]["tie"]
+
+
+def test_a_wrong_pair_is_a_row_without_times(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tuned_gain.Layer.contender
+
+    def wrong(self: object, up: KernelConfig, down: KernelConfig):
+        run = real(self, up, down)
+        default = default_config(self.num_tokens, 4, "float32")
+        return (lambda i: run(i) * 1.01) if up == default else run
+
+    monkeypatch.setattr(tuned_gain.Layer, "contender", wrong)
+    made = tuned_gain.record((ONE,), device=DEVICE, config_dir=tiny)
+    row = rows_by_label(made.rows, 3)["default"]
+    assert row["within_bound"] is False and "samples_us" not in row and "ratio" not in row
+    (summary,) = made.select(kind="summary")
+    assert summary["not_compared"] == [1, 3] and summary["batch_sizes"] == 0 and "geometric_mean" not in summary
+
+
+def test_gemm2_runs_under_its_own_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moelab.suites import layer_classic
+
+    seen = []
+    real = layer_classic.grouped_gemm
+    monkeypatch.setattr(layer_classic, "grouped_gemm", lambda *a, **k: seen.append(a[3]) or real(*a, **k))
+    layer = layer_classic.Layer(SMALL, 3, 1, layer_classic.weight_sets(SMALL))
+    both, alone = layer.contender(UP, DOWN)(0), layer.contender(UP)(0)
+    assert seen == [UP, DOWN, UP, UP] and torch.allclose(both, alone, atol=1e-5)
+
+
+def test_no_file_of_this_device_is_an_error(tiny: Path) -> None:
+    with pytest.raises(ConfigFileError, match="make tuned"):
+        tuned_gain.record((ONE,), device="Another_GPU", config_dir=tiny)
+    (tiny / runtime.triton_key()).rename(tiny / "triton_3_1_0")  # a fallback to another Triton is no file of its own
+    with pytest.raises(ConfigFileError, match="tiny/tp1"):
+        tuned_gain.record((ONE,), device=DEVICE, config_dir=tiny)
+
+
+def test_a_second_run_of_another_layer_is_refused(tiny: Path, tmp_path: Path) -> None:
+    for name, shape, device in (("a", replace(SMALL, top_k=1), "Tiny GPU"), ("b", SMALL, "Other GPU")):
+        path = a_run(tmp_path / f"{name}.parquet", shape, (UP, UP), device)
+        with pytest.raises(UnknownNameError, match="tiny/tp1"):
+            tuned_gain.record((ONE,), device=DEVICE, config_dir=tiny, second={"tiny/tp1": path})
+
+
+# --- the real targets -------------------------------------------------------------------------------------------------
+
+
+def test_the_targets_have_files_of_their_own() -> None:
+    """Two of one file name would overwrite each other."""
+    shapes = [target.shape() for target in TARGETS]
+    assert (
+        len({(s.num_experts, s.moe_intermediate_size) for s in shapes})
+        == len(TARGETS)
+        == len({t.name for t in TARGETS})
+    )
+    assert all(s.dtype == "bfloat16" for s in shapes)
+
+
+def test_sglangs_file_is_found_by_sglangs_rules(tmp_path: Path) -> None:
+    from moelab.config_files.specimen import write_shipped
+
+    qwen, scout = (next(t for t in TARGETS if t.model == name) for name in ("qwen3-30b-a3b", "llama-4-scout"))
+    sglang = write_shipped(tmp_path)
+    pairs = tuned_gain.shipped_pairs(qwen.shape(), "NVIDIA_H200", sglang, (1, 64))
+    assert set(pairs) == {1, 64} and all(up != default_config(b, 128) for b, (up, _) in pairs.items())
+    assert tuned_gain.shipped_pairs(scout.shape(), "NVIDIA_H200", sglang, (1,)) == {}
+
+
+def test_the_second_run_of_qwen3_is_found() -> None:
+    target = TARGETS[0]
+    pairs = tuned_gain.second_pairs(target, "NVIDIA_H200", None)
+    assert len(pairs) == 19 and all(up.BLOCK_SIZE_M == down.BLOCK_SIZE_M for up, down in pairs.values())
+    assert tuned_gain.second_pairs(TARGETS[1], "NVIDIA_H200", None) == {}
+
+
+RECORDED = recordings.recordings_dir() / "tuned_gain.json"
+
+
+@pytest.mark.skipif(not RECORDED.is_file(), reason="not recorded yet: make tuned, on a GPU")
+def test_the_recorded_files_are_the_ones_shipped_and_lose_nowhere() -> None:
+    found = recordings.load(RECORDED)
+    assert all(row["within_bound"] for row in found.select(kind="layer"))
+    device, version = runtime.device_key(found.provenance["gpu"]), found.provenance["triton"]
+    for row in found.select(kind="layer", config_name="tuned"):
+        shape = target_of(row["target"]).shape()
+        for side in ("up", "down"):
+            answer = config_files.lookup(
+                shape.num_experts, shape.moe_intermediate_size, device, num_tokens=row["num_tokens"],
+                triton_version=version, down=side == "down",
+            )  # fmt: skip
+            assert answer.config is not None and answer.config.to_json() == row[side], (
+                row["target"],
+                row["num_tokens"],
+            )
+    for summary in found.select(kind="summary"):
+        assert summary["slower_at"] == [] or summary["over"] == "second", summary
+        assert summary["geometric_mean"] > 0.99, summary
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_tuned_pair_is_right_and_timed(tmp_path: Path) -> None:
+    """Qwen3-30B-A3B at two batch sizes, under made-up files: nothing is said of who is faster."""
+    target, device = TARGETS[0], runtime.device_key()
+    for down, block_n in ((False, 64), (True, 128)):
+        name = config_files.file_name(128, 768, device, down=down)
+        configs = {b: KernelConfig(16, block_n, 64, 1, 4, 3) for b in (1, 64)}
+        config_files.write_config_file(tmp_path / runtime.triton_key() / name, configs)
+    made = tuned_gain.record((target,), config_dir=tmp_path, second={})
+    for b in (1, 64):
+        rows = rows_by_label(made.rows, b)
+        assert {"tuned", "default"} <= set(rows) and all(row["within_bound"] for row in rows.values()), rows
+        assert all(len(row["samples_us"]) == 25 and row["ratio_low"] <= row["ratio"] for row in rows.values())
+        print(
+            b, {label: (round(row["median_us"], 2), round(row["ratio"], 3), row["tie"]) for label, row in rows.items()}
+        )
+    print([dict(row) for row in made.select(kind="summary")])
