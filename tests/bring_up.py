@@ -2,11 +2,12 @@
 
 `python tests/bring_up.py` prints for every instance, part and size the largest error against float64, and the first rows and
 columns that are off. The emulated chip (emulated_gpu.py) is the place for what is wrong in the algorithm; this is for
-what only the hardware shows.
+what only the hardware shows. The kernel is compiled with its watchdog, which says where a thread waits for ever.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -66,13 +67,15 @@ def part(most: int, parts: int, sizes: tuple[int, ...]) -> str:
     return f"{float(error.max()):.4f}{where if bad.any() else ''}{counters}"
 
 
+def started(most: int) -> subprocess.Popen[str]:
+    """A process for one instance, its kernel compiled with the watchdog."""
+    command, watched = [sys.executable, "-u", __file__, str(most)], {**os.environ, "MOELAB_WATCHDOG": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=watched)
+
+
 def main() -> int:
     """Every instance, in processes side by side; 1 if anything is off."""
-    command = [sys.executable, "-u", __file__]
-    running = {
-        most: subprocess.Popen([*command, str(most)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for most in INSTANCES
-    }
+    running = {most: started(most) for most in INSTANCES}
     end, failed = time.monotonic() + DEADLINE_S, False
     for most, process in running.items():
         try:

@@ -97,7 +97,7 @@ def run_layer(
     specs = fast_layer.tensor_maps(instance, w13, w2, inner)
     maps = (EmulatedMap * 3)(*map(EmulatedMap.of, specs, (w13, w2, inner)))
     given = (x, inner, y, out, topk_weights, topk_ids, tiles._replace(ready=ready))
-    arguments = fast_layer.layer_arguments(*given, parts, scale=scale, weights_on_input=weights_on_input)
+    arguments = fast_layer.layer_arguments(*given, w13.shape[0], parts, scale=scale, weights_on_input=weights_on_input)
     if library is not None:
         library.run(maps, ctypes.byref(arguments), blocks)
         return out, inner, y, ready

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moelab import precision, runtime
-from moelab.errors import ShapeError
+from moelab.errors import RoutingError, ShapeError
 from moelab.kernels import route as room
-from moelab.kernels.route import new_routed, route
+from moelab.kernels.route import new_routed, route, tiles_in_one_launch
+from moelab.kernels.token_tiles import new_token_tiles, token_tiles_ref
 from moelab.routing import Routed, expert_order_ref, route_ref
 
 DEVICE = runtime.current().device
@@ -67,6 +68,32 @@ def judge(logits: torch.Tensor, top_k: int, rule: dict[str, Any], name: str) -> 
     exact = route_ref(logits.double(), top_k, **rule)
     assert torch.equal(exact.topk_ids, found.topk_ids)
     precision.check(found.topk_weights, in_torch.topk_weights, exact.topk_weights, name=name)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 8])
+@pytest.mark.parametrize("name", [*ROUTERS, "60 experts", "one expert", "three groups"])
+def test_tiles_along_with_the_order(name: str, num_tokens: int) -> None:
+    logits, top_k, rule = drawn(name, num_tokens, torch.float32)
+    num_experts = logits.shape[1]
+    out = new_routed(num_tokens, num_experts, top_k, logits.device)
+    tiles = new_token_tiles(out.order.sorted_slots, num_experts, 8, more=5)
+    tiles.ready.fill_(9)
+    same(route(logits, top_k, out=out, tiles=tiles, **rule), route_ref(logits, top_k, **rule))
+    expected = token_tiles_ref(out.order.sorted_slots.cpu(), out.order.expert_offsets.cpu(), 8, more=5)
+    used = int(tiles.num_tiles)
+    assert tiles.tiles[:used].tolist() == sorted(expected.tiles[: int(expected.num_tiles)].tolist())
+    assert not tiles.ready.any() and tiles.ready.shape == expected.ready.shape
+
+
+def test_tiles_need_a_result_and_one_program() -> None:
+    logits, top_k, rule = drawn("qwen3", 40, torch.float32)
+    out = new_routed(40, 128, top_k, logits.device)
+    tiles = new_token_tiles(out.order.sorted_slots, 128, 64)
+    assert tiles_in_one_launch(1, 128) and not tiles_in_one_launch(40, 128) and not tiles_in_one_launch(0, 128)
+    with pytest.raises(RoutingError, match="with 40 tokens"):
+        route(logits, top_k, out=out, tiles=tiles, **rule)
+    with pytest.raises(RoutingError, match="no result to write to"):
+        route(logits[:1], top_k, tiles=tiles, **rule)
 
 
 # 16 bits leave room for a lane in a key, 32 do not: two ways of choosing.

@@ -40,10 +40,10 @@ def test_every_row_is_in_one_tile(rows: list[int], tile: int, grain: int) -> Non
     slots = torch.arange(sum(rows)).int()
     tiles = token_tiles_ref(slots, offsets_of(rows), tile * grain, grain)
     records, offsets = in_use(tiles), offsets_of(rows).tolist()
-    covered = [row for _, first, count, _ in records for row in range(first, first + count)]
+    covered = [row for first, count, _, _ in records for row in range(first, first + count)]
     assert sorted(covered) == list(range(sum(rows)))
     assert len(records) <= most_tiles(sum(rows), len(rows), tile * grain) <= tiles.most
-    for expert, first, count, slot in records:
+    for first, count, expert, slot in records:
         assert 0 < count <= tile * grain and slot == first
         assert offsets[expert] <= first and first + count <= offsets[expert + 1]
         assert first + count == offsets[expert + 1] or count % grain == 0

@@ -229,11 +229,13 @@ def _order_cases(id_type: str) -> list[Case]:
 
 def route_case(
     name: str, rows: int, num_experts: int, top_k: int, dtype: str = "bfloat16", *, one_program: bool = True, bias: bool = False,
-    num_groups: int = 1, top_k_groups: int = 1, score: str = "sigmoid",
+    num_groups: int = 1, top_k_groups: int = 1, score: str = "sigmoid", tiles: bool = False,
 ) -> Case:  # fmt: skip
     """A router's tile of `rows` tokens, by one program with the order, or one of many; sizes of groups are powers of two."""
     outputs = {"weights_ptr": "*fp32", "ids_ptr": "*i32"}
     outputs |= dict.fromkeys(("sorted_ptr", "offsets_ptr"), "*i32") if one_program else {}
+    cut = ("tiles_ptr", "num_tiles_ptr", "ready_ptr")
+    outputs |= dict.fromkeys(cut, "*i32") if tiles else {}
     biases = {"bias_ptr": "*fp32"} if bias else {}
     arguments = {"logits_ptr": "*" + _TYPES[dtype], **biases, **outputs, "scale": "fp32"}
     constants = {
@@ -242,11 +244,13 @@ def route_case(
         "LANES": 1 << (num_experts - 1).bit_length(),
     }  # fmt: skip
     constants |= {} if bias else {"bias_ptr": None}
+    constants |= dict.fromkeys(cut) if one_program and not tiles else {}
     constants |= {"SLOTS": 1 << (rows * top_k - 1).bit_length()} if one_program else {}
+    sizes = ("num_tokens", "first_expert", "num_local", *(["room"] if one_program else []))
     kernel = "moelab.kernels.route:" + ("_route_order_kernel" if one_program else "_route_kernel")
     return Case(
-        f"{'route_order' if one_program else 'route'} {name} {rows} {dtype}", kernel,
-        arguments | dict.fromkeys(("num_tokens", "first_expert", "num_local"), "i32"), constants, min(8, rows),
+        f"{'route_order' if one_program else 'route'} {name} {rows} {dtype}{' tiles' if tiles else ''}", kernel,
+        arguments | dict.fromkeys(sizes, "i32"), constants, min(8, rows),
         aligned=frozenset(name for name in arguments if name.endswith("_ptr")),
     )  # fmt: skip
 
@@ -259,9 +263,10 @@ def _route_cases() -> list[Case]:
     }  # fmt: skip
     return [
         route_case(rows=1, **qwen3),
+        route_case(rows=1, tiles=True, **qwen3),
         route_case(rows=16, dtype="float32", **qwen3),
         route_case(rows=4, one_program=False, dtype="float16", **qwen3),
-        *[route_case(rows=rows, **deepseek) for rows in (1, 16)],
+        *[route_case(rows=rows, tiles=True, **deepseek) for rows in (1, 16)],
         route_case(rows=4, one_program=False, **deepseek),
         route_case("scout", 64, 16, 1),
         route_case("60 experts", 64, 60, 4, score="softmax"),

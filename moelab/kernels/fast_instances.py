@@ -43,9 +43,9 @@ class Instance:
 
     @property
     def shared_bytes(self) -> int:
-        """Of a block: the ring, its barriers (two of 8 bytes a stage), and the rows' tokens, slots and weights."""
+        """Of a block: the ring, barriers of 8 bytes (two a stage, and four), the rows' tokens, twice their slots and weights."""
         stage = (self.rows + self.tokens) * 128 + 16
-        return self.stages * stage + (2 + 2 * self.warpgroups) * self.tokens * 4
+        return -(-(self.stages * stage + 32 + 5 * self.tokens * 4 + self.warpgroups * 4) // 8) * 8
 
     @property
     def sums_at_once(self) -> bool:
@@ -78,7 +78,7 @@ class Instance:
 INSTANCES = {
     8: Instance(1, 1, 12, 8, 8, 8, per_processor=2),
     16: Instance(1, 1, 11, 16, 8, 8, per_processor=2),
-    48: Instance(2, 1, 9, 48, 16, 16),
+    48: Instance(2, 1, 10, 48, 16, 16),
     96: Instance(2, 2, 5, 96, 16, 16),
     176: Instance(2, 2, 4, 176, 16, 16),
 }

@@ -38,22 +38,36 @@ DEVICE void stream_weights(Shared<S>& shared, const Layer<T>& layer, const Tenso
 // Three warps, for GEMM1: rows of x by 16-byte copies. Rows that no token has stay as they were: each row is a column of the
 // product, so what they hold touches no other.
 template <typename S, typename T>
-DEVICE void gather_tokens(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<S::STAGES>& ring, int* rows) {
-    const int thread = threadIdx.x - 32;
+DEVICE void gather_tokens(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<S::STAGES>& ring) {
+    uint32_t* rows = shared.gathered;
+    const int thread = threadIdx.x - 32, part = thread & 7, units = layer.hidden / 8;
+    named_barrier(GATHER, TOKEN_THREADS);  // nobody reads those of the tile before
     for (int row = thread; row < walk.tile.rows; row += TOKEN_THREADS)
-        rows[row] = (row ? layer.sorted_slots[walk.tile.first + row] : walk.tile.first_slot) / layer.top_k;
+        rows[row] = (row ? layer.sorted_slots[walk.tile.first + row] : walk.tile.first_slot) / layer.top_k * units;
     named_barrier(GATHER, TOKEN_THREADS);
     for (int step = 0; step < walk.k_steps(); ++step, ring.advance()) {
+        const int column = step * K_STEP + part * 8, bytes = column < layer.hidden ? 16 : 0;
+        const T* from = layer.x + (bytes ? column : 0);
         barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
         uint8_t* to = shared.tokens[ring.stage];
-        for (int chunk = thread; chunk < walk.tile.rows * 8; chunk += TOKEN_THREADS) {
-            const int row = chunk >> 3, part = chunk & 7, column = step * K_STEP + part * 8;
-            const bool inside = column < layer.hidden;
-            const T* from = layer.x + static_cast<uint64_t>(rows[row]) * layer.hidden + (inside ? column : 0);
-            copy_async(to + row * ROW_BYTES + ((part ^ (row & 7)) << 4), from, inside ? 16 : 0);
-        }
+#pragma unroll 4
+        for (int row = thread >> 3; row < walk.tile.rows; row += TOKEN_THREADS / 8)
+            copy_async(to + row * ROW_BYTES + ((part ^ (row & 7)) << 4), from + static_cast<uint64_t>(rows[row]) * 8, bytes);
         barrier_arrive_after_copies(&shared.full[ring.stage]);
     }
+}
+
+// The same threads: slots and routed weights of a tile's rows for the consumers, a tile ahead of them.
+template <typename S, typename T>
+DEVICE void tell_slots(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<2>& ring) {
+    barrier_wait(&shared.forgotten[ring.stage], ring.phase ^ 1);
+    for (int row = threadIdx.x - 32; row < walk.tile.rows; row += TOKEN_THREADS) {
+        const int slot = row ? layer.sorted_slots[walk.tile.first + row] : walk.tile.first_slot;
+        shared.slots[ring.stage][row] = slot;
+        shared.routed[ring.stage][row] = walk.gemm && layer.weighted == GEMM1 ? 1.0f : layer.topk_weights[slot];
+    }
+    barrier_arrive(&shared.known[ring.stage]);
+    ring.advance();
 }
 
 // The same threads, for GEMM2: one loads rows of `inner` by TMA, once they are there.
@@ -62,8 +76,7 @@ DEVICE void load_inner(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T
                        const TensorMap* inner) {
     const bool loads = threadIdx.x == 32;
     if (loads) {
-        const int needed = layer.parts & GEMM1 ? walk.across1 * S::WARPGROUPS : 0;
-        while (load_acquire(&layer.ready[walk.tokens]) < needed) back_off();
+        wait_for_count(&layer.ready[walk.tokens], layer.parts & GEMM1 ? walk.across1 * S::WARPGROUPS : 0);
         fence_async_global();
     }
     const int boxes = (walk.tile.rows + S::BOX - 1) / S::BOX;
@@ -84,12 +97,14 @@ DEVICE void load_inner(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T
 template <typename S, typename T>
 DEVICE void stream_tokens(Shared<S>& shared, const Layer<T>& layer, const TensorMap* inner) {
     Ring<S::STAGES> ring;
-    int buffer = 0;
-    for (Walk<S, T> walk(layer); walk.step(); buffer ^= 1)
+    Ring<2> told;
+    for (Walk<S, T> walk(layer); walk.step();) {
+        if (walk.by_slot()) tell_slots(shared, layer, walk, told);
         if (walk.gemm == 0)
-            gather_tokens(shared, layer, walk, ring, shared.gathered[buffer]);
+            gather_tokens(shared, layer, walk, ring);
         else
             load_inner(shared, layer, walk, ring, inner);
+    }
 }
 
 // wgmma's view of a K-major tile under the 128-byte swizzle: groups of eight rows lie 1024 bytes apart.
@@ -187,49 +202,50 @@ DEVICE void store_weighted(const float (&sums)[N / 2], const Layer<T>& layer, co
 }
 
 template <typename S, typename T, int N>
-DEVICE void compute(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<S::STAGES>& ring) {
-    const int thread = threadIdx.x & 127, group = threadIdx.x / 128 - 1, warp = thread / 32;
+DEVICE void compute(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T, false>& walk, Ring<S::STAGES>& ring,
+                    Ring<2>& told) {
+    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32;
     const int row = walk.weights * S::ROWS + group * S::ROW_BLOCKS * 64 + warp * 16;  // of the weights
-    int* slots = shared.slots[group];
-    float* routed = shared.routed[group];
-    const bool by_token = walk.gemm || layer.weighted == GEMM1;
-    if (by_token)
-        for (int i = thread; i < N; i += 128) {
-            const int slot = i && i < walk.tile.rows ? layer.sorted_slots[walk.tile.first + i] : walk.tile.first_slot;
-            slots[i] = slot;
-            routed[i] = walk.gemm && layer.weighted == GEMM1 ? 1.0f : layer.topk_weights[slot];
-        }
+    const int* slots = shared.slots[told.stage];
+    const float* routed = shared.routed[told.stage];
     float sums[S::ROW_BLOCKS][N / 2];
     multiply<S, T, N>(sums, shared, ring, walk.k_steps(), walk.gemm == 0);
-    if (by_token) named_barrier(CONSUMERS + group, 128);
+    if (walk.by_slot()) barrier_wait(&shared.known[told.stage], told.phase);
 #pragma unroll
     for (int block = 0; block < S::ROW_BLOCKS; ++block)
         if (walk.gemm == 0)
             store_activated<T, N>(sums[block], layer, walk.tile, (row + block * 64) / 2, routed);
         else
             store_weighted<T, N>(sums[block], layer, walk.tile, row + block * 64, slots, routed);
-    if (by_token) named_barrier(CONSUMERS + group, 128);  // before the next tile's slots
+    if (!walk.by_slot()) return;
+    warp_together();
+    if (threadIdx.x % 32 == 0) barrier_arrive(&shared.forgotten[told.stage]);
+    told.advance();
 }
 
 // `compute` of the fewest tokens that hold this tile's.
 template <typename S, typename T, int N>
-DEVICE void compute_fitting(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<S::STAGES>& ring) {
+DEVICE void compute_fitting(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T, false>& walk, Ring<S::STAGES>& ring,
+                            Ring<2>& told) {
     if constexpr (N > S::GRAIN) {
-        if (walk.tile.rows <= N - S::GRAIN) return compute_fitting<S, T, N - S::GRAIN>(shared, layer, walk, ring);
+        if (walk.tile.rows <= N - S::GRAIN) return compute_fitting<S, T, N - S::GRAIN>(shared, layer, walk, ring, told);
     }
-    compute<S, T, N>(shared, layer, walk, ring);
+    compute<S, T, N>(shared, layer, walk, ring, told);
 }
 
 // A warpgroup's tiles. A tile of GEMM1 is reported after the next one, when its stores have long landed, unless what comes
 // next may wait for it.
 template <typename S, typename T>
-DEVICE void consume(Shared<S>& shared, const Layer<T>& layer) {
+DEVICE void consume(Shared<S>& shared, const Layer<T>& layer, int roles) {
+    const bool speaks = threadIdx.x % 128 == 0, at_once = S::SUMS_AT_ONCE && layer.num_tokens <= AT_ONCE;
     Ring<S::STAGES> ring;
+    Ring<2> told;
     int unreported = -1;
     int second = 0;  // tiles of GEMM2
-    Walk<S, T> walk(layer);
+    bool left = false;
+    Walk<S, T, false> walk(layer);
     while (walk.step()) {
-        compute_fitting<S, T, S::TOKENS>(shared, layer, walk, ring);
+        compute_fitting<S, T, S::TOKENS>(shared, layer, walk, ring, told);
         if (unreported >= 0) report(&layer.ready[unreported], 1);
         unreported = walk.gemm ? -1 : walk.tokens;
         second += walk.gemm;
@@ -237,17 +253,16 @@ DEVICE void consume(Shared<S>& shared, const Layer<T>& layer) {
             report(&layer.ready[unreported], 1);
             unreported = -1;
         }
-        if (S::SUMS_AT_ONCE && walk.gemm && layer.parts & SUM) sum_if_last(shared, layer, walk);
+        if (!at_once || !walk.gemm || !(layer.parts & SUM)) continue;
+        const bool last = is_last(shared, layer, walk);
+        left = !walk.has_next();
+        if (left && speaks) leave(layer, roles);
+        if (last) sum_columns(layer, walk);
     }
-    const bool summed = S::SUMS_AT_ONCE && walk.total > walk.tiles1;
-    if (layer.parts & SUM && !summed) sum_after_all(layer, walk, second);
-}
-
-// The last role to end in the whole launch leaves ready[] as it was: zeros.
-template <typename T>
-DEVICE void leave(const Layer<T>& layer, int roles) {
-    if (add_acquire_release(&layer.ready[layer.most_tiles + 1], 1) + 1 < roles) return;
-    for (int i = 0; i < layer.counters; ++i) layer.ready[i] = 0;
+    const bool after_all = layer.parts & SUM && !(at_once && walk.total > walk.tiles1);
+    if (after_all) wait_for_all(layer, walk, second);
+    if (!left && speaks) leave(layer, roles);
+    if (after_all) sum_all<S>(layer);
 }
 
 template <typename S, typename T>
@@ -256,13 +271,14 @@ __global__ void __launch_bounds__(S::THREADS, S::PER_PROCESSOR)
                const __grid_constant__ TensorMap inner, const __grid_constant__ Layer<T> layer) {
     BLOCK_SHARED(raw);
     auto& shared = *reinterpret_cast<Shared<S>*>(raw);
-    // Of the 64 Ki registers of a multiprocessor, what a thread of each role gets.
-    constexpr int CONSUMER = S::PER_PROCESSOR > 1 ? 0 : S::WARPGROUPS == 3 ? 160 : S::WARPGROUPS == 2 ? 232 : 0;
-    constexpr int PRODUCER = S::WARPGROUPS == 3 ? 32 : 48;
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < S::STAGES; ++stage) {
             barrier_init(&shared.full[stage], 1 + TOKEN_THREADS);
             barrier_init(&shared.empty[stage], S::WARPGROUPS * 4);
+        }
+        for (int buffer = 0; buffer < 2; ++buffer) {
+            barrier_init(&shared.known[buffer], TOKEN_THREADS);
+            barrier_init(&shared.forgotten[buffer], S::WARPGROUPS * 4);
         }
         fence_barrier_init();
         prefetch(&w13);
@@ -273,7 +289,7 @@ __global__ void __launch_bounds__(S::THREADS, S::PER_PROCESSOR)
     wait_for_predecessor();
     const int roles = gridDim.x * (S::WARPGROUPS + 1);
     if (threadIdx.x < 128) {
-        if constexpr (CONSUMER > 0) fewer_registers<PRODUCER>();
+        if constexpr (S::SHARED_OUT) fewer_registers<S::PRODUCER>();
         if (threadIdx.x == 0) {
             stream_weights<S>(shared, layer, &w13, &w2);
             let_successor_start();
@@ -282,8 +298,7 @@ __global__ void __launch_bounds__(S::THREADS, S::PER_PROCESSOR)
             if (threadIdx.x == 32) leave(layer, roles);
         }
     } else {
-        if constexpr (CONSUMER > 0) more_registers<CONSUMER>();
-        consume<S>(shared, layer);
-        if (threadIdx.x % 128 == 0) leave(layer, roles);
+        if constexpr (S::SHARED_OUT) more_registers<S::CONSUMER>();
+        consume<S>(shared, layer, roles);
     }
 }

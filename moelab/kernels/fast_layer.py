@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import weakref
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +34,8 @@ class LayerArguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "inner", "y", "out", "topk_weights", "topk_ids")),
         *((name, ctypes.c_void_p) for name in ("sorted_slots", "tiles", "num_tiles", "ready")),
-        *(
-            (name, ctypes.c_int)
-            for name in ("most_tiles", "counters", "num_tokens", "top_k", "hidden", "inner_size", "parts", "weighted")
-        ),
+        *((name, ctypes.c_int) for name in ("most_tiles", "counters", "num_experts", "num_tokens", "top_k")),
+        *((name, ctypes.c_int) for name in ("hidden", "inner_size", "parts", "weighted")),
         ("scale", ctypes.c_float),
     ]
 
@@ -50,6 +48,7 @@ def layer_arguments(
     topk_weights: Tensor,
     topk_ids: Tensor,
     tiles: TokenTiles,
+    num_experts: int,
     parts: int,
     *,
     scale: float,
@@ -58,7 +57,7 @@ def layer_arguments(
     """The kernel's arguments for these tensors, all of them on one device, and sizes as `fast_layer` has them."""
     return LayerArguments(
         *(t.data_ptr() for t in (x, inner, y, out, topk_weights, topk_ids, *tiles)),
-        tiles.most, tiles.ready.shape[0], x.shape[0], topk_ids.shape[1], x.shape[1], inner.shape[1], parts,
+        tiles.most, tiles.ready.shape[0], num_experts, x.shape[0], topk_ids.shape[1], x.shape[1], inner.shape[1], parts,
         GEMM1 if weights_on_input else GEMM2, scale,
     )  # fmt: skip
 
@@ -123,11 +122,16 @@ def _loaded(device: int, instance: Instance, dtype: torch.dtype) -> _Loaded:
     core = nvrtc.cuda_core()
     core.Device(device).set_current()
     expression = instance.expression(dtype)
-    code = nvrtc.compiled("sm_90a", instance.source(dtype), expression)
+    watched = "#define MOELAB_WATCHDOG\n" if os.environ.get("MOELAB_WATCHDOG") else ""
+    code = nvrtc.compiled("sm_90a", watched + instance.source(dtype), expression)
     kernel = code.get_kernel(expression)
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    (error,) = driver.cuKernelSetAttribute(attribute, instance.shared_bytes, kernel.handle, driver.CUdevice(device))
-    _require(error, f"{instance.shared_bytes} bytes of shared memory a block")
+    names = driver.CUfunction_attribute
+    for name, value in (
+        (names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, instance.shared_bytes),
+        (names.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),  # per cent: all that per_processor blocks need
+    ):
+        (error,) = driver.cuKernelSetAttribute(name, value, kernel.handle, driver.CUdevice(device))
+        _require(error, f"{name.name} = {value}")
     fit = kernel.occupancy.max_active_blocks_per_multiprocessor(instance.threads, instance.shared_bytes)
     if fit < instance.per_processor:  # blocks wait for each other: one that finds no room would make the others hang
         raise RuntimeModeError(
@@ -144,25 +148,6 @@ def _require(error: Any, what: str) -> None:
             f"The CUDA driver refused {what}: {error.name}. Expected a Hopper GPU with a driver for CUDA 12.8 or later. "
             "Look at nvidia-smi, or use impl='triton'."
         )
-
-
-class _Maps:
-    """Encoded maps of weights, kept for as long as the weight lives, as moelab.kernels.descriptors keeps its own."""
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[int, int, TensorMap], tuple[weakref.ref[Tensor], Any]] = {}
-
-    def get(self, w: Tensor, spec: TensorMap) -> Any:
-        key = (id(w), w.data_ptr(), spec)
-        entry = self._kept.get(key)
-        if entry is not None and entry[0]() is w:
-            return entry[1]
-        encoded = spec.encode(w)
-        self._kept[key] = (weakref.ref(w, lambda _: self._kept.pop(key, None)), encoded)
-        return encoded
-
-
-_maps = _Maps()
 
 
 def fast_layer(
@@ -186,7 +171,8 @@ def fast_layer(
     instance.grain but for an expert's last. weights_on_input: weigh GEMM1's rows, before the activation. parts: GEMM1,
     GEMM2, SUM, to leave some out. scratch: (S, N) and (S, H), what GEMM1 and GEMM2 write; its own unless given. overlap:
     programmatic dependent launch, which sets blocks up while the launch before this one ends.
-    Deterministic; no host synchronisation.
+    Deterministic; no host synchronisation. Blocks of a launch wait for each other, so all must fit the GPU at once: launch
+    from one stream at a time, on a GPU whose multiprocessors are not shared out (no green contexts).
     """
     device = x.get_device()
     loaded = _loaded(device, instance, x.dtype)
@@ -195,16 +181,17 @@ def fast_layer(
     out = torch.empty_like(x)
     of_w13, of_w2, of_inner = tensor_maps(instance, w13, w2, inner)
     given = (x, inner, y, out, topk_weights, topk_ids)
-    arguments = layer_arguments(*given, tiles, parts, scale=scale, weights_on_input=weights_on_input)
-    parameters = (_maps.get(w13, of_w13), _maps.get(w2, of_w2), of_inner.encode(inner), arguments)
+    arguments = layer_arguments(*given, tiles, w13.shape[0], parts, scale=scale, weights_on_input=weights_on_input)
+    maps = (of_w13.encode(w13), of_w2.encode(w2), of_inner.encode(inner))
+    parameters = (*(each.address for each in maps), ctypes.addressof(arguments))
     _launch(loaded, instance, torch.cuda.current_stream(device).cuda_stream, overlap, parameters)
     return out
 
 
-def _launch(loaded: _Loaded, instance: Instance, stream: int, overlap: bool, parameters: tuple[Any, ...]) -> None:
+def _launch(loaded: _Loaded, instance: Instance, stream: int, overlap: bool, parameters: tuple[int, ...]) -> None:
     from cuda.bindings import driver
 
-    addresses = (ctypes.c_void_p * len(parameters))(*(ctypes.addressof(p) for p in parameters))
+    addresses = (ctypes.c_void_p * len(parameters))(*parameters)
     config = _config(loaded.grid, instance.threads, instance.shared_bytes, stream, overlap)
     (error,) = driver.cuLaunchKernelEx(config, loaded.function, ctypes.addressof(addresses), 0)
     _require(error, f"a launch of {loaded.grid} blocks of {instance.threads} threads")

@@ -14,7 +14,7 @@ enum Part { GEMM1 = 1, GEMM2 = 2, SUM = 4 };
 // Tokens of one expert that are multiplied together: the expert-sorted rows first .. first + rows. The slot of the first is
 // here too: where experts have one token each, it saves a trip to memory.
 struct alignas(16) TokenTile {
-    int expert, first, rows, first_slot;
+    int first, rows, expert, first_slot;
 };
 
 // S = num_tokens * top_k slots, H = hidden, I = inner_size.
@@ -25,14 +25,14 @@ struct Layer {
     T* y;                        // (S, H), row = flat slot, weighted
     T* out;                      // (num_tokens, H)
     const float* topk_weights;   // (S)
-    const int* topk_ids;         // (S); slots of negative ids count as zeros
+    const int* topk_ids;         // (S); slots of ids outside of the experts count as zeros
     const int* sorted_slots;     // (S), flat slots token * top_k + j by expert
     const TokenTile* tiles;      // (most_tiles), *num_tiles in use
     const int* num_tiles;
     int* ready;                  // (counters) zeros, left as zeros: GEMM1 done of each tile of tokens, GEMM2's tiles done,
                                  // roles ended, and with SUMS_AT_ONCE tiles done of each part of H
     int most_tiles, counters;
-    int num_tokens, top_k, hidden, inner_size;
+    int num_experts, num_tokens, top_k, hidden, inner_size;
     int parts;
     int weighted;                // the part that the routed weight is applied in: GEMM1, before the activation, or GEMM2
     float scale;                 // of the sum
@@ -46,6 +46,15 @@ struct Shape {
     static constexpr int ROWS = WARPGROUPS * ROW_BLOCKS * 64;  // of weights in a tile
     static constexpr int THREADS = (WARPGROUPS + 1) * 128;
     static constexpr bool SUMS_AT_ONCE = TOKENS <= 16;
+
+    // Registers of a thread: as launched; and where the sums need more than that, as shared out between the roles, whose
+    // sum may not pass what the block was given (PTX ISA, setmaxnreg: it waits for ever).
+    static constexpr int LAUNCHED = 65536 / (THREADS * PER_PROCESSOR) / 8 * 8;
+    static constexpr bool SHARED_OUT = ROW_BLOCKS * TOKENS / 2 + 64 > LAUNCHED;
+    static constexpr int PRODUCER = WARPGROUPS == 2 ? 56 : WARPGROUPS == 3 ? 32 : 40;
+    static constexpr int CONSUMER = ((WARPGROUPS + 1) * LAUNCHED - PRODUCER) / WARPGROUPS / 8 * 8;
+    static_assert(!SHARED_OUT || (CONSUMER <= 240 && PRODUCER + WARPGROUPS * CONSUMER <= (WARPGROUPS + 1) * LAUNCHED),
+                  "setmaxnreg would wait for ever");
     static_assert(TOKENS % BOX == 0 && BOX % 8 == 0 && GRAIN % 8 == 0, "the swizzle repeats after eight rows");
     static_assert((TOKENS % 16 == 0 && GRAIN % 16 == 0) || TOKENS <= 16, "a thread stores two groups of eight tokens");
 };
@@ -56,9 +65,12 @@ struct Shared {
     uint8_t tokens[S::STAGES][S::TOKENS * ROW_BYTES];
     uint64_t full[S::STAGES];
     uint64_t empty[S::STAGES];
-    int gathered[2][S::TOKENS];              // token of each row, of this tile and the next
-    int slots[S::WARPGROUPS][S::TOKENS];
-    float routed[S::WARPGROUPS][S::TOKENS];
+    uint64_t known[2];                       // slots and weights are there; and are no longer needed
+    uint64_t forgotten[2];
+    uint32_t gathered[S::TOKENS];            // where each row of GEMM1's tile starts in x, in units of 16 bytes
+    int slots[2][S::TOKENS];
+    float routed[2][S::TOKENS];
+    int last[S::WARPGROUPS];
 };
 
 // A place in the ring of stages.
@@ -74,14 +86,22 @@ struct Ring {
     }
 };
 
-// The tiles that a block takes in turn: which GEMM, which tokens, which weight rows. The record of the next tile is on its
-// way while this one is worked on; that of the first is asked for together with the number of tiles.
-template <typename S, typename T>
+// A record, or of it what consumers need: to load the rest and never look at it keeps the register from its next use.
+template <bool WHOLE>
+DEVICE TokenTile record_at(const TokenTile* tile) {
+    if (WHOLE) return *tile;
+    const int2 rows = *reinterpret_cast<const int2*>(tile);
+    return {rows.x, rows.y, 0, 0};
+}
+
+// The tiles that a block takes in turn: which GEMM, which tokens, which weight rows. The first record is asked for together
+// with the number of tiles; later ones are read by the copying warps far ahead of the consumers, who find them near by.
+template <typename S, typename T, bool WHOLE = true>
 struct Walk {
+    using Tile = S;
     const Layer<T>& layer;
     const int across1, across2;  // tiles of weight rows
-    int tiles1, total, index, coming;
-    TokenTile next;
+    int tiles1, total, index;
     int gemm, tokens, weights;   // of the tile at hand
     TokenTile tile;
 
@@ -90,31 +110,27 @@ struct Walk {
           across1((2 * layer.inner_size + S::ROWS - 1) / S::ROWS),
           across2((layer.hidden + S::ROWS - 1) / S::ROWS),
           index(blockIdx.x) {
-        coming = index / across1;
-        if (coming >= layer.most_tiles) coming = layer.most_tiles - 1;
-        next = layer.tiles[coming];
-        tiles1 = layer.parts & GEMM1 ? *layer.num_tiles * across1 : 0;
-        total = tiles1 + (layer.parts & GEMM2 ? *layer.num_tiles * across2 : 0);
-        look_ahead();
+        tokens = index / across1;
+        if (tokens >= layer.most_tiles) tokens = layer.most_tiles - 1;
+        tile = record_at<WHOLE>(layer.tiles + tokens);
+        const int tiles = *layer.num_tiles;
+        tiles1 = layer.parts & GEMM1 ? tiles * across1 : 0;
+        total = tiles1 + (layer.parts & GEMM2 ? tiles * across2 : 0);
     }
     DEVICE int k_steps() const { return ((gemm ? layer.inner_size : layer.hidden) + K_STEP - 1) / K_STEP; }
+    DEVICE bool has_next() const { return index < total; }
     DEVICE bool next_is_gemm1() const { return index < tiles1; }
-    DEVICE int local() const { return index < tiles1 ? index : index - tiles1; }
-    DEVICE int across() const { return index < tiles1 ? across1 : across2; }
+    // Whether rows of the tile at hand are multiplied by their routed weights, or written to their slots.
+    DEVICE bool by_slot() const { return gemm || layer.weighted == GEMM1; }
 
-    DEVICE void look_ahead() {
-        if (index >= total || local() / across() == coming) return;
-        coming = local() / across();
-        next = layer.tiles[coming];
-    }
     DEVICE bool step() {
         if (index >= total) return false;
         gemm = index >= tiles1;
+        const int local = gemm ? index - tiles1 : index, across = gemm ? across2 : across1, coming = local / across;
+        weights = local - coming * across;
+        if (coming != tokens) tile = record_at<WHOLE>(layer.tiles + coming);
         tokens = coming;
-        weights = local() - coming * across();
-        tile = next;
         index += gridDim.x;
-        look_ahead();
         return true;
     }
 };

@@ -45,7 +45,31 @@ DEVICE void barrier_arrive_expect(uint64_t* barrier, int bytes) {
                  : "memory");
 }
 
+// MOELAB_WATCHDOG: a wait of seconds says which one it is and ends the launch; for bringing a kernel up.
+#ifdef MOELAB_WATCHDOG
+struct Patience {
+    uint64_t begin = clock64();
+    DEVICE void lost(const char* what, uint32_t address, uint32_t value) {
+        if (clock64() - begin < 4000000000ull) return;
+        printf("block %d thread %d waits for ever: %s %u %u\n", blockIdx.x, threadIdx.x, what, address, value);
+        __trap();
+    }
+};
+#else
+struct Patience {
+    DEVICE void lost(const char*, uint32_t, uint32_t) {}
+};
+#endif
+
 DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
+#ifdef MOELAB_WATCHDOG
+    for (Patience patience;; patience.lost("barrier at, for parity", shared_address(barrier), parity)) {
+        uint32_t done;
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+        if (done) return;
+    }
+#endif
     asm volatile(
         "{\n.reg .pred done;\n"
         "WAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
@@ -131,9 +155,17 @@ DEVICE uint32_t transposed(uint32_t pair) {
 
 DEVICE uint32_t from_neighbour(uint32_t value) { return __shfl_xor_sync(0xffffffffu, value, 1); }
 
+DEVICE void back_off() { __nanosleep(20); }
+
 DEVICE int load_acquire(const int* address) {
     int value;
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
+DEVICE int load_relaxed(const int* address) {
+    int value;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
     return value;
 }
 
@@ -147,10 +179,18 @@ DEVICE int add_acquire_release(int* address, int value) {
     return before;
 }
 
+// Waits until a count in device memory is that high. Acquired once at the end: each acquire empties the first-level cache.
+DEVICE void wait_for_count(const int* address, int count) {
+    Patience patience;
+    for (; load_relaxed(address) < count; back_off()) patience.lost("count, is, wanted", load_relaxed(address), count);
+    load_acquire(address);
+}
+
+DEVICE void warp_together() { __syncwarp(); }
+
 DEVICE void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
-DEVICE void back_off() { __nanosleep(20); }
 
 // Rounds to nearest even; `low` goes to the lower half.
 DEVICE uint32_t packed(float low, float high, __nv_bfloat16) {

@@ -19,9 +19,11 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from moelab.errors import RoutingError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.expert_order import check_order, expert_order_unchecked  # noqa: E402
 from moelab.kernels.launch import Launcher, checked, signature  # noqa: E402
+from moelab.kernels.token_tiles import TokenTiles  # noqa: E402
 from moelab.kernels.top_k import (  # noqa: E402
     LOWEST,
     key_of,
@@ -110,14 +112,30 @@ def _route_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_tokens", "first_expert", "num_local"])
+@triton.jit
+def _store_tiles(tiles_ptr, num_tiles_ptr, ready_ptr, local, counts, starts, first_slot, room):
+    """A tile for each expert that has rows, and zeros to count in; see moelab.kernels.token_tiles."""
+    has_rows = counts > 0
+    record = tiles_ptr + 4 * (tl.cumsum(has_rows.to(tl.int32), axis=0) - 1)
+    tl.store(record, starts, mask=has_rows)
+    tl.store(record + 1, counts, mask=has_rows)
+    tl.store(record + 2, local, mask=has_rows)
+    tl.store(record + 3, first_slot, mask=has_rows)
+    tl.store(num_tiles_ptr, tl.sum(has_rows.to(tl.int32), axis=0))
+    for start in range(0, room, 512):
+        place = start + tl.arange(0, 512)
+        tl.store(ready_ptr + place, 0 * place, mask=place < room)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "first_expert", "num_local", "room"])
 def _route_order_kernel(
-    logits_ptr, bias_ptr, weights_ptr, ids_ptr, sorted_ptr, offsets_ptr, num_tokens, first_expert, num_local, scale,
+    logits_ptr, bias_ptr, weights_ptr, ids_ptr, sorted_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, ready_ptr,
+    num_tokens, first_expert, num_local, room, scale,
     TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, SCORE: tl.constexpr, RENORMALIZE: tl.constexpr,
     NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, TOP_K_GROUPS: tl.constexpr, SUM_OF_TWO: tl.constexpr,
     LANES: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Weights, ids and order of at most ROWS tokens, SLOTS slots, by one program."""
+    """Weights, ids and order of at most ROWS tokens, SLOTS slots, by one program; and a tile an expert where asked for."""
     slot, chosen, local = _route_rows(
         logits_ptr, bias_ptr, weights_ptr, ids_ptr, tl.arange(0, ROWS), num_tokens, first_expert, num_local, scale,
         TOP_K, NUM_EXPERTS, SCORE, RENORMALIZE, NUM_GROUPS, GROUPS, TOP_K_GROUPS, SUM_OF_TWO, LANES,
@@ -131,6 +149,9 @@ def _route_order_kernel(
     # Down an expert's column tokens ascend, and so do their slots: the order is stable.
     tl.store(sorted_ptr + starts[None, :] + tl.cumsum(ours, axis=0) - 1, slot, mask=ours == 1)
     num_slots = num_tokens * TOP_K
+    if tiles_ptr is not None:
+        first_slot = tl.min(tl.where(ours == 1, slot, num_slots), axis=0)
+        _store_tiles(tiles_ptr, num_tiles_ptr, ready_ptr, local, counts, starts, first_slot, room)
     if total < num_slots:
         behind = total + tl.arange(0, SLOTS)
         tl.store(sorted_ptr + behind, tl.full((SLOTS,), 0, tl.int32) + num_slots, mask=behind < num_slots)
@@ -168,8 +189,7 @@ def _plan(
             checks.check_together(**{"router_logits": logits, part: values})
         check_order("router_logits", logits, num_tokens * top_k, len(local), out.order)
     size = num_experts // num_groups
-    groups = triton.next_power_of_2(num_groups)
-    lanes = groups * triton.next_power_of_2(size)
+    groups, lanes = _lanes(num_experts, num_groups)
     rows = one_program_rows(num_tokens, lanes)
     constants: dict[str, Any] = {
         "TOP_K": top_k, "NUM_EXPERTS": num_experts, "SCORE": score, "RENORMALIZE": renormalize and top_k > 1,
@@ -185,6 +205,17 @@ def _plan(
 def one_program_rows(num_tokens: int, lanes: int) -> int | None:
     """Rows of the tile on which one program routes and orders num_tokens; None where many programs do."""
     return next((rows for rows in _ROWS if rows >= num_tokens and rows * lanes <= max(_ONE_PROGRAM, lanes)), None)
+
+
+def tiles_in_one_launch(num_tokens: int, num_experts: int, num_groups: int = 1) -> bool:
+    """Whether `route` can write tiles of at least num_tokens rows along with all else: where one program does it all."""
+    return num_tokens > 0 and one_program_rows(num_tokens, _lanes(num_experts, num_groups)[1]) is not None
+
+
+def _lanes(num_experts: int, num_groups: int) -> tuple[int, int]:
+    """(groups, lanes) of a program's tile, both powers of two."""
+    groups = triton.next_power_of_2(num_groups)
+    return groups, groups * triton.next_power_of_2(num_experts // num_groups)
 
 
 def _check_tensors(logits: Tensor, bias: Tensor | None) -> None:
@@ -224,6 +255,7 @@ def route(
     routed_scaling_factor: float = 1.0,
     local_experts: range | None = None,
     out: Routed | None = None,
+    tiles: TokenTiles | None = None,
 ) -> Routed:
     """The top_k experts of each token, their weights, and the slots sorted by expert.
 
@@ -234,12 +266,21 @@ def route(
     top_k_groups=4, routed_scaling_factor=2.5.
     local_experts: under expert parallelism, the experts whose weights this rank holds; ids then count from the first
     of them, those of other ranks are -1, and no part of the order. out: written to where given, see `new_routed`.
+    tiles: written as well where given, a tile for each expert with rows, in the order of the experts. For few tokens only,
+    see `tiles_in_one_launch`; of rows enough for all of them; their slots those of `out`.
 
     Equals routing.route_ref: ids and order exactly (with a bias: but for scores that round differently), weights within
     float32's rounding. Of equal logits the lower expert comes first. A NaN is not looked for, as that would wait for
     the device: it is chosen before every number, and its weight is NaN. Repeated runs are equal bit by bit.
     Raises ShapeError, DtypeError, DeviceError, LayoutError, RoutingError, UnknownNameError, RuntimeModeError.
     """
+    if tiles is not None and not (
+        out is not None and tiles_in_one_launch(router_logits.shape[0], router_logits.shape[1], num_groups)
+    ):
+        raise RoutingError(
+            f"Tiles were asked for with {'no result to write to' if out is None else f'{router_logits.shape[0]} tokens'}. "
+            "Expected `out`, and tokens few enough for one program. Call token_tiles on the order that this returns."
+        )
     parts = () if out is None else (out.topk_weights, out.topk_ids, out.order.sorted_slots, out.order.expert_offsets)
     rule = (top_k, score, num_groups, top_k_groups, renormalize, local_experts)
     plan: _Plan = checked(
@@ -252,19 +293,22 @@ def route(
     if router_logits.shape[0] == 0:
         routed.order.expert_offsets.zero_()
     elif plan.one_program:
-        _in_one_launch(router_logits, correction_bias, float(routed_scaling_factor), plan, routed)
+        _in_one_launch(router_logits, correction_bias, float(routed_scaling_factor), plan, routed, tiles)
     else:
         _in_several_launches(router_logits, correction_bias, float(routed_scaling_factor), plan, routed)
     return routed
 
 
-def _in_one_launch(logits: Tensor, bias: Tensor | None, scale: float, plan: _Plan, routed: Routed) -> None:
+def _in_one_launch(
+    logits: Tensor, bias: Tensor | None, scale: float, plan: _Plan, routed: Routed, tiles: TokenTiles | None
+) -> None:
     num_warps = min(8, plan.constants["ROWS"])  # a row's maxima then stay within a warp
+    order, cut = routed.order, (None, None, None) if tiles is None else (tiles.tiles, tiles.num_tiles, tiles.ready)
     _route_one(
-        plan.key,
+        (plan.key, tiles is None),
         (1, 1),
-        (logits, bias, routed.topk_weights, routed.topk_ids, routed.order.sorted_slots, routed.order.expert_offsets),
-        (logits.shape[0], plan.local.start, len(plan.local), scale),
+        (logits, bias, routed.topk_weights, routed.topk_ids, order.sorted_slots, order.expert_offsets, *cut),
+        (logits.shape[0], plan.local.start, len(plan.local), 0 if tiles is None else tiles.ready.shape[0], scale),
         lambda: (plan.constants, {"num_warps": num_warps}),
     )
 

@@ -27,7 +27,7 @@ class TokenTiles(NamedTuple):
     """Tiles of expert-sorted slots: those of an expert are of equal size but for the last, and the largest come first.
 
     sorted_slots: (S,) int32, flat slots token * top_k + j; those of ids outside the experts are left out at the end.
-    tiles: (most, 4) int32: expert, first row, rows, slot of the first row; num_tiles: (1,) int32 of them in use.
+    tiles: (most, 4) int32: first row, rows, expert, slot of the first row; num_tiles: (1,) int32 of them in use.
     ready: (most + 2 + more,) int32 zeros, which a kernel counts in and leaves as zeros: one launch at a time.
     Tensors of int32 on the device of the slots.
     """
@@ -46,6 +46,14 @@ class TokenTiles(NamedTuple):
 def most_tiles(num_slots: int, num_experts: int, tile_rows: int) -> int:
     """The most tiles that any routing of so many slots can need."""
     return min(num_experts, num_slots) + num_slots // tile_rows
+
+
+def new_token_tiles(sorted_slots: Tensor, num_experts: int, tile_rows: int, more: int = 0) -> TokenTiles:
+    """Tiles to write to, with room for any routing. One allocation, records and counters on 16 bytes."""
+    most = max(most_tiles(sorted_slots.shape[0], num_experts, tile_rows), 1)
+    buffer = sorted_slots.new_empty(5 * most + 6 + more)
+    tiles, num_tiles, ready = buffer[: 4 * most].view(most, 4), buffer[4 * most : 4 * most + 1], buffer[4 * most + 4 :]
+    return TokenTiles(sorted_slots, tiles, num_tiles, ready)
 
 
 @triton.jit
@@ -78,9 +86,9 @@ def _token_tiles_kernel(
     for i in range(tl.max(tiles, axis=0)):
         record = tiles_ptr + 4 * (ends - tiles + i)
         used = i < tiles
-        tl.store(record, expert, mask=used)
-        tl.store(record + 1, first + i * each, mask=used)
-        tl.store(record + 2, tl.minimum(each, rows - i * each), mask=used)
+        tl.store(record, first + i * each, mask=used)
+        tl.store(record + 1, tl.minimum(each, rows - i * each), mask=used)
+        tl.store(record + 2, expert, mask=used)
         tl.store(record + 3, tl.load(slots_ptr + first + i * each, mask=used, other=0), mask=used)
     tl.store(num_tiles_ptr, tl.sum(tiles, axis=0))
     for start in range(0, room, ROOM):
@@ -123,19 +131,17 @@ def token_tiles_unchecked(
 ) -> TokenTiles:
     """`token_tiles`, for callers that have checked the call as a whole."""
     num_experts = expert_offsets.shape[0] - 1
-    most = max(most_tiles(sorted_slots.shape[0], num_experts, tile_rows), 1)
-    buffer = sorted_slots.new_empty(5 * most + 6 + more)  # one allocation; records on 16 bytes
-    tiles, num_tiles, ready = buffer[: 4 * most].view(most, 4), buffer[4 * most : 4 * most + 1], buffer[4 * most + 4 :]
+    found = new_token_tiles(sorted_slots, num_experts, tile_rows, more)
     experts = max(16, triton.next_power_of_2(num_experts))
     constants = {"ROWS": tile_rows, "GRAIN": grain, "EXPERTS": experts, "ROOM": 1024}
     _launcher(
         (tile_rows, grain, experts),
         (1, 1),
-        (sorted_slots, expert_offsets, tiles, num_tiles, ready),
-        (num_experts, ready.shape[0]),
+        (sorted_slots, expert_offsets, found.tiles, found.num_tiles, found.ready),
+        (num_experts, found.ready.shape[0]),
         lambda: (constants, {"num_warps": 4}),
     )
-    return TokenTiles(sorted_slots, tiles, num_tiles, ready)
+    return found
 
 
 def token_tiles_ref(
@@ -149,7 +155,7 @@ def token_tiles_ref(
         each = -(-(end - first) // (max(count, 1) * grain)) * grain
         starts = [first + i * each for i in range(count)]
         of_experts.append(
-            (each, [(expert, start, min(each, end - start), int(sorted_slots[start])) for start in starts])
+            (each, [(start, min(each, end - start), expert, int(sorted_slots[start])) for start in starts])
         )
     of_experts.sort(key=lambda pair: -pair[0])
     records = [record for _, of_expert in of_experts for record in of_expert]
@@ -158,5 +164,8 @@ def token_tiles_ref(
     if records:
         tiles[: len(records)] = torch.tensor(records, dtype=torch.int32)
     return TokenTiles(
-        sorted_slots, tiles, torch.tensor([len(records)], dtype=torch.int32), torch.zeros(room + 2, dtype=torch.int32)
+        sorted_slots,
+        tiles,
+        torch.tensor([len(records)], dtype=torch.int32),
+        torch.zeros(room + 2 + more, dtype=torch.int32),
     )

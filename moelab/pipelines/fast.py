@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from moelab.kernels.expert_order import expert_order_unchecked, new_expert_order
 from moelab.kernels.fast_instances import Instance, instance_for
 from moelab.kernels.fast_layer import check_fast_layer, fast_layer
 from moelab.kernels.launch import checked, signature
-from moelab.kernels.token_tiles import TokenTiles, token_tiles_unchecked
+from moelab.kernels.route import new_routed, route, tiles_in_one_launch
+from moelab.kernels.token_tiles import TokenTiles, new_token_tiles, token_tiles_unchecked
 from moelab.pipelines.call import MoECall
-from moelab.routing import ExpertOrder
+from moelab.routing import ExpertOrder, Routed
 
 
 class Choice(NamedTuple):
@@ -41,6 +42,24 @@ def tiles_for(order: ExpertOrder, instance: Instance, hidden_size: int) -> Token
     grain = min(8 if instance.tokens % 16 else 16, instance.grain)
     counters = instance.column_counters(hidden_size)
     return token_tiles_unchecked(order.sorted_slots, order.expert_offsets, instance.tokens, grain, counters)
+
+
+def route_for(
+    router_logits: Tensor, top_k: int, instance: Instance, hidden_size: int, **rule: Any
+) -> tuple[Routed, TokenTiles]:
+    """`moelab.kernels.route.route`, and the tiles of that instance: for few tokens in one launch. rule: as route has it.
+
+    For a router whose experts are all here.
+    """
+    num_tokens, num_experts = router_logits.shape
+    few = num_tokens <= instance.tokens and tiles_in_one_launch(num_tokens, num_experts, rule.get("num_groups", 1))
+    if not few:
+        routed = route(router_logits, top_k, **rule)
+        return routed, tiles_for(routed.order, instance, hidden_size)
+    out = new_routed(num_tokens, num_experts, top_k, router_logits.device)
+    counters = instance.column_counters(hidden_size)
+    tiles = new_token_tiles(out.order.sorted_slots, num_experts, instance.tokens, counters)
+    return route(router_logits, top_k, out=out, tiles=tiles, **rule), tiles
 
 
 def fast_pipeline(call: MoECall, instance: Instance | None = None) -> Tensor:

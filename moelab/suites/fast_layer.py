@@ -25,7 +25,7 @@ from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM, fast_layer
 from moelab.kernels.route import route
 from moelab.kernels.token_tiles import TokenTiles
 from moelab.measure import measure
-from moelab.pipelines.fast import tiles_for
+from moelab.pipelines.fast import route_for, tiles_for
 from moelab.recordings import Recording, load
 from moelab.reference import activation_ref
 from moelab.shapes import MoEShape, load_model
@@ -66,7 +66,7 @@ def by_expert(tiles: TokenTiles) -> TokenTiles:
     """The same tiles in the order of their experts, in place of the largest first."""
     used = int(tiles.num_tiles)
     records = tiles.tiles.clone()
-    records[:used] = records[:used][torch.argsort(records[:used, 1], stable=True)]
+    records[:used] = records[:used][torch.argsort(records[:used, 0], stable=True)]
     return tiles._replace(tiles=records)
 
 
@@ -189,13 +189,13 @@ def from_logits(layer: Layer, instance: Instance | None, config: tuple[KernelCon
 
     def run(i: int) -> Tensor:
         x, w = layer.states[i], layer.weights[i]
-        routed = route(logits[i], shape.top_k)
         if instance is None:
+            routed = route(logits[i], shape.top_k)
             return fused_moe(
                 x, w.w13, w.w2, topk_weights=routed.topk_weights, topk_ids=routed.topk_ids, config=config[0],
                 down_config=config[1],
             )  # fmt: skip
-        tiles = tiles_for(routed.order, instance, shape.hidden_size)
+        routed, tiles = route_for(logits[i], shape.top_k, instance, shape.hidden_size)
         return fast_layer(x, w.w13, w.w2, routed.topk_weights, routed.topk_ids, tiles, instance)
 
     return run

@@ -30,6 +30,7 @@ struct Index { int x; };
 inline thread_local Index threadIdx, blockIdx, gridDim;
 struct uint2 { uint32_t x, y; };
 struct uint4 { uint32_t x, y, z, w; };
+struct int2 { int x, y; };
 struct float2 { float x, y; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
@@ -280,11 +281,16 @@ inline uint32_t from_neighbour(uint32_t value) {
 }
 
 inline int load_acquire(const int* address) { return __atomic_load_n(address, __ATOMIC_ACQUIRE); }
+inline void wait_for_count(const int* address, int count) {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+    for (; load_acquire(address) < count; std::this_thread::yield())
+        if (std::chrono::steady_clock::now() > end) hangs("wait_for_count");
+}
+inline void warp_together() { block->warps[threadIdx.x / 32]->arrive_and_wait(); }
 inline void add_release(int* address, int value) { __atomic_fetch_add(address, value, __ATOMIC_RELEASE); }
 inline int add_acquire_release(int* address, int value) { return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL); }
 inline void wait_for_predecessor() {}
 inline void let_successor_start() {}
-inline void back_off() { std::this_thread::yield(); }
 
 template <typename T>
 inline uint32_t packed(float low, float high, T as) {
