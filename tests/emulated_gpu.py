@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,19 +52,23 @@ class EmulatedMap(ctypes.Structure):
 
 
 @functools.cache
-def built(instance: Instance, dtype: torch.dtype, source: Path = SOURCE, races: bool = False) -> ctypes.CDLL:
-    """That instance as a shared library; with `races` it tells ThreadSanitizer of all that it reads and writes."""
+def built(instance: Instance, dtype: torch.dtype) -> ctypes.CDLL:
+    """That instance as a shared library."""
+    return ctypes.CDLL(str(compiled(instance, dtype)))
+
+
+def compiled(instance: Instance, dtype: torch.dtype, source: Path = SOURCE, *, races: bool = False) -> Path:
+    """Its file; with `races` it tells ThreadSanitizer of all that it reads and writes."""
     folder = Path(tempfile.mkdtemp(prefix="moelab-emulated-"))
     text = MAIN.format(
         source=source, storage=STORAGE[dtype][0], threads=instance.threads, shape=instance.shape,
         expression=instance.expression(dtype),
     )  # fmt: skip
     (folder / "main.cpp").write_text(text)
-    command = ["g++", "-std=c++20", "-O2", "-DMOELAB_EMULATED", f"-I{HERE}", f"-I{SOURCE.parent}", "-shared"]
+    command = ["g++", "-std=c++20", "-O1", "-DMOELAB_EMULATED", f"-I{HERE}", f"-I{SOURCE.parent}", "-shared"]
     command += ["-g", "-fsanitize=thread"] if races else []
-    plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    subprocess.run([*command, "-fPIC", "-o", str(folder / "main.so"), str(folder / "main.cpp")], check=True, env=plain)
-    return ctypes.CDLL(str(folder / "main.so"))
+    subprocess.run([*command, "-fPIC", "-o", str(folder / "main.so"), str(folder / "main.cpp")], check=True)
+    return folder / "main.so"
 
 
 def shared(tensor: Tensor) -> Tensor:
@@ -71,7 +76,7 @@ def shared(tensor: Tensor) -> Tensor:
     return tensor.clone().share_memory_()
 
 
-def run_layer(
+def arguments_of(
     x: Tensor,
     w13: Tensor,
     w2: Tensor,
@@ -83,14 +88,8 @@ def run_layer(
     scale: float = 1.0,
     weights_on_input: bool = False,
     parts: int = 7,
-    blocks: int = 2,
-    timeout_s: float = 60.0,
-    library: ctypes.CDLL | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, inner, y, ready) of one emulated launch; what the kernel writes starts as NaN.
-
-    library: run this one, in this process.
-    """
+) -> tuple[Any, fast_layer.LayerArguments, list[Tensor]]:
+    """(maps, arguments, every tensor they point to: x, w13, w2, inner, y, out, ready first); outputs start as NaN."""
     slots, size, nan = topk_ids.numel(), w2.shape[2], float("nan")
     inner, y = (shared(x.new_full((slots, columns), nan)) for columns in (size, x.shape[1]))
     out, ready = shared(torch.full_like(x, nan)), shared(tiles.ready)
@@ -98,10 +97,13 @@ def run_layer(
     maps = (EmulatedMap * 3)(*map(EmulatedMap.of, specs, (w13, w2, inner)))
     given = (x, inner, y, out, topk_weights, topk_ids, tiles._replace(ready=ready))
     arguments = fast_layer.layer_arguments(*given, w13.shape[0], parts, scale=scale, weights_on_input=weights_on_input)
-    if library is not None:
-        library.run(maps, ctypes.byref(arguments), blocks)
-        return out, inner, y, ready
-    library = built(instance, x.dtype)
+    return maps, arguments, [x, w13, w2, inner, y, out, ready, topk_weights, topk_ids, *tiles[:3]]
+
+
+def run_layer(*given: Any, blocks: int = 2, timeout_s: float = 60.0, **options: Any) -> tuple[Tensor, ...]:
+    """(out, inner, y, ready) of one emulated launch of what `arguments_of` takes."""
+    maps, arguments, tensors = arguments_of(*given, **options)
+    library = built(given[6], given[0].dtype)
     child = os.fork()
     if not child:
         library.run(maps, ctypes.byref(arguments), blocks)
@@ -118,4 +120,4 @@ def run_layer(
         time.sleep(0.005)
     if status:
         raise RuntimeError(f"the emulated launch ended with status {os.waitstatus_to_exitcode(status)}")
-    return out, inner, y, ready
+    return tensors[5], tensors[3], tensors[4], tensors[6]
