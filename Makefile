@@ -38,7 +38,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 lab: $(READY)
-	$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_welcome.ipynb \
+	JUPYTER_CONFIG_PATH=$(CURDIR)/app$(if $(JUPYTER_CONFIG_PATH),:$(JUPYTER_CONFIG_PATH)) $(PY) -m jupyterlab \
+		--ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_welcome.ipynb \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 test: unit notebooks

@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 
 from playwright.sync_api import Locator, Page, Route, sync_playwright
 
+APP = Path(__file__).resolve().parent.parent / "app"
 TIMEOUT_S = 90
 SETTINGS = {
     # no "would you like to get news" popup over the page, no look-up of newer versions
@@ -102,6 +103,7 @@ def lab(root: Path, state: Path) -> Iterator[Server]:
     command += ["--ServerApp.port_retries=0", f"--ServerApp.root_dir={root}"]
     command += [f"--IdentityProvider.token={server.token}", "--LabApp.extension_manager=readonly"]
     environment = os.environ | {name: str(state / place) for name, place in places.items()}
+    environment["JUPYTER_CONFIG_PATH"] = str(APP)  # as `make lab` does
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=root, env=environment, stdout=out, stderr=subprocess.STDOUT)
     try:

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import plotly.graph_objects as go
 
 from moelab.plots.panel import Panel, Row
 from moelab.plots.style import BLUE, GREEN, GREY, ORANGE, grid
@@ -28,14 +27,6 @@ NEAR = 0.2
 
 Allowed = Mapping[str, Sequence[int]]
 Shares = Sequence[Mapping[str, float]]
-
-
-def slim(figure: go.Figure) -> go.Figure:
-    """The figure without plotly's default template, 6 kB in every saved notebook, of which style.grid uses nothing."""
-    figure.layout.template = go.layout.Template()
-    figure.update_xaxes(automargin=True)
-    figure.update_yaxes(automargin=True)
-    return figure
 
 
 def describe(allowed: Allowed, survey: Survey) -> str:
@@ -77,7 +68,7 @@ def heat_map(survey: Survey, gemm: Gemm, allowed: Allowed | None = None, columns
     )
     figure.update_yaxes(title="batch, tokens", type="category")
     table = _heat_table(survey, gemm, shown)
-    return Panel(slim(figure), table, _heat_sentence(survey, gemm, keep))
+    return Panel(figure, table, _heat_sentence(survey, gemm, keep))
 
 
 def _by_turns(share: np.ndarray, columns: int) -> list[int]:
@@ -152,7 +143,7 @@ def plateaus(survey: Survey) -> Panel:
     figure.update_yaxes(title="different programs", type="log", row=1, col=1)
     figure.update_yaxes(type="log", dtick=1, row=1)
     figure.update_layout(legend={"orientation": "h", "y": -0.3}, margin={"b": 100})
-    return Panel(slim(figure), _cover_table(survey), _cover_sentence(survey))
+    return Panel(figure, _cover_table(survey), _cover_sentence(survey))
 
 
 def _cover_table(survey: Survey) -> list[Row]:
@@ -213,7 +204,7 @@ def importances(survey: Survey) -> Panel:
         for b, each in zip(batches, found[gemm], strict=True)
     ]
     near = {gemm: [importance(survey, gemm, b, NEAR) for b in batches] for gemm in GEMMS}
-    return Panel(slim(figure), table, _importance_sentence(found, near))
+    return Panel(figure, table, _importance_sentence(found, near))
 
 
 def _importance_sentence(found: Mapping[Gemm, Shares], near: Mapping[Gemm, Shares]) -> str:

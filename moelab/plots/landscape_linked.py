@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moelab.plots.landscape import GEMM_NAMES, Allowed, describe, slim
+from moelab.plots.landscape import GEMM_NAMES, Allowed, describe
 from moelab.plots.panel import Panel, Row
 from moelab.plots.style import BLUE, GREY, grid, number, powers
 from moelab.tuner.problem import Gemm
@@ -84,7 +84,7 @@ def scatter(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, withi
     low = min([*finite, floor] if np.isfinite(floor) else finite)
     figure.update_yaxes(title="µs", **_log_ticks(low * 0.95, max(finite) * 1.05))
     figure.update_layout(legend={"orientation": "h", "y": 1.12, "x": 1, "xanchor": "right"})
-    return Panel(slim(figure), _table(details), _sentence(survey, gemm, num_tokens, details))
+    return Panel(figure, _table(details), _sentence(survey, gemm, num_tokens, details))
 
 
 def _log_ticks(low: float, high: float) -> dict[str, object]:
@@ -165,7 +165,7 @@ def parallel(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, with
         line={"color": share.astype(np.float32), "colorscale": "Cividis", "cmin": min(low, 99.0), "cmax": 100},
     )  # fmt: skip
     figure.update_layout(margin={"l": 60, "r": 60, "t": 120, "b": 30})
-    return Panel(slim(figure), _values_table(survey, gemm, indices), _values_sentence(survey, gemm, indices))
+    return Panel(figure, _values_table(survey, gemm, indices), _values_sentence(survey, gemm, indices))
 
 
 def _values_table(survey: Survey, gemm: Gemm, indices: Sequence[int]) -> list[Row]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moelab.plots.landscape import GEMM_NAMES, slim
+from moelab.plots.landscape import GEMM_NAMES
 from moelab.plots.panel import Panel, Row
 from moelab.plots.style import BLUE, GREY, grid, number
 from moelab.tuner.evaluate import FAILURES
@@ -46,7 +46,7 @@ def status(history: Sequence[Snapshot], num_tokens: int, source: str) -> list[Pa
         )
     figure.update_xaxes(title="seconds on the run's clock", rangemode="tozero", visible=bool(known))
     figure.update_yaxes(title="GEMM1 + GEMM2, µs", visible=bool(known))
-    return [Panel(slim(figure), _batches(now), _sentence(now, source)), _leaders(now, num_tokens)]
+    return [Panel(figure, _batches(now), _sentence(now, source)), _leaders(now, num_tokens)]
 
 
 def _batches(now: Snapshot) -> list[Row]:

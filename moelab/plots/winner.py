@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from moelab.plots.landscape import slim
 from moelab.plots.panel import Panel, Row
 from moelab.plots.style import BLUE, GREY, ORANGE, error_bars, grid, number
 from moelab.tuner.finals import Contest, Excluded, Finals
@@ -36,7 +35,7 @@ def card(finals: Finals, num_tokens: int, excluded: Excluded = (), chosen: Pair 
     figure.update_xaxes(title="layer, µs")
     figure.update_yaxes(type="category")
     rows = [_row(c, won, (num_tokens, c.pair) in excluded, c.pair == chosen) for c in contests]
-    return Panel(slim(figure), rows, _sentence(won, finals))
+    return Panel(figure, rows, _sentence(won, finals))
 
 
 def label(contest: Contest) -> str:

@@ -39,14 +39,6 @@ def interactive_panel(
     return widgets.VBox([row, output])
 
 
-def still(panel: Panel) -> widgets.Output:
-    """A panel without controls, in an Output: with each figure that a cell shows itself JupyterLab saves a picture, of 100
-    kB and more, and none with what a widget shows."""
-    output = widgets.Output()
-    show(output, panel)
-    return output
-
-
 def show(output: widgets.Output, panels: Panel | Sequence[Panel]) -> None:
     """Put panels into an Output, in place of what it held."""
     each = [panels] if isinstance(panels, Panel) else panels
