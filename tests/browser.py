@@ -41,6 +41,11 @@ CELL_ERRORS = """() => [...window.jupyterapp.shell.currentWidget.content.model.c
     .flatMap(cell => cell.toJSON().outputs ?? [])
     .filter(output => output.output_type === 'error')
     .map(output => `${output.ename}: ${output.evalue}`)"""
+# The accessible name of every control that takes the focus, and of every figure; "" where it has none.
+NAMES = """() => [...document.querySelectorAll('.jupyter-widgets :is(select, input, textarea, button, [tabindex="0"])'
+    + ', .js-plotly-plot')]
+    .filter(node => node.getClientRects().length && !node.closest('.modebar'))
+    .map(node => (node.getAttribute('aria-label') || node.labels?.[0]?.textContent || node.textContent || '').trim())"""
 # What a plotly figure draws, as text; calcdata holds plain numbers even where the data came as packed arrays.
 DRAWN = "plot => JSON.stringify(plot.calcdata.map(trace => trace.map(point => [point.x, point.y])))"
 
@@ -164,6 +169,12 @@ class Tab:
         errors = self.page.evaluate(CELL_ERRORS)
         if errors:
             raise RuntimeError(f"cells failed in the browser: {errors}")
+
+    def names(self) -> list[str]:
+        """What a screen reader calls each control and figure of the page, "" for nothing, once their script has run."""
+        self.page.wait_for_function("window.moelabNames")
+        self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        return self.page.evaluate(NAMES)
 
     def control(self, description: str) -> Locator:
         """The widget with that description."""

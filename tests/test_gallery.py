@@ -58,6 +58,7 @@ def test_pages_ask_no_other_host(built: Path) -> None:
 
 def test_a_page_holds_figures_settings_and_links(built: Path) -> None:
     text = (built / "01_made_up.html").read_text()
+    assert "moelabNames" not in text, "a page has no controls to name"
     assert text.count("Plotly.newPlot(") == 2 and "dbrx, TP 1, batch 64" in text
     assert "Set here: Model mixtral-8x7b, TP 2, Batch 16." in text
     assert "mixtral-8x7b, TP 2, batch 16" in text  # the figure inside the widget

@@ -23,6 +23,7 @@ from moelab.errors import MoelabError, RuntimeModeError
 PLOTLY, WIDGET, STATE = (
     "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json",
 )  # fmt: skip
+SCRIPT = "application/javascript"
 COVER = "cover"
 """Tag of the cell whose first figure stands for a notebook in the index; without one, the notebook's first figure."""
 
@@ -55,8 +56,11 @@ def figure_html(figure: Mapping[str, Any], name: str) -> str:
 
 
 def flat_outputs(outputs: Sequence[Mapping[str, Any]], widgets: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Outputs with every widget replaced by the settings of its controls, in words, and by what its Output holds."""
+    """Outputs with every widget replaced by the settings of its controls, in words, and by what its Output holds; scripts,
+    which speak to controls, are left out."""
     for output in outputs:
+        if SCRIPT in output.get("data", {}):
+            continue
         view = output.get("data", {}).get(WIDGET)
         if view is None:
             yield output
