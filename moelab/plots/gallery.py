@@ -79,7 +79,8 @@ def _leaves(model: str, widgets: Mapping[str, Any]) -> tuple[list[str], list[Map
     outputs: list[Mapping[str, Any]] = list(state.get("outputs", []))
     name, labels, index = state.get("description"), state.get("_options_labels"), state.get("index")
     if name and labels and index is not None:
-        settings.append(f"{name} {labels[index]}")
+        chosen = index if isinstance(index, list) else [index]  # a range has two ends
+        settings.append(f"{name} {'–'.join(dict.fromkeys(labels[i] for i in chosen))}")
     elif name and "value" in state:
         settings.append(f"{name} {state['value']}")
     for child in state.get("children", []):

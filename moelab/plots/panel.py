@@ -49,6 +49,12 @@ class Panel:
         return bundles
 
     def _ipython_display_(self) -> None:
+        try:
+            self._show()
+        except Exception as error:
+            raise NotShown(f"{type(error).__name__}: {error}") from error
+
+    def _show(self) -> None:
         from IPython.display import display
 
         bundles = self.bundles()
@@ -58,6 +64,11 @@ class Panel:
             bundles = bundles[1:]
         for bundle in bundles:
             display(bundle, raw=True)
+
+
+class NotShown(BaseException):
+    """A panel that could not be shown. No Exception, since IPython prints one that is raised while it displays, and goes on: a
+    notebook with a broken figure would pass its test."""
 
 
 WIDE = 12
