@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from moelab.plots.panel import Panel, Row
-from moelab.plots.style import BLUE, GREEN, GREY, ORANGE, grid
+from moelab.plots.style import BLUE, GREEN, GREY, ORANGE, SCALE, grid
 from moelab.tuner.problem import GEMMS, Gemm
 from moelab.tuner.survey import PARAMETERS, Cover, Survey, cover, importance, plateau, short_names
 
@@ -60,7 +60,7 @@ def heat_map(survey: Survey, gemm: Gemm, allowed: Allowed | None = None, columns
     )
     figure.add_heatmap(
         z=share[:, shown].astype(np.float32), x=configs, y=[str(b) for b in survey.batch_sizes], zmin=LOWEST, zmax=100,
-        colorscale="Cividis", colorbar={"title": {"text": "% of best"}, "tickfont": {"color": GREY}, "outlinewidth": 0},
+        colorscale=SCALE, colorbar={"title": {"text": "% of best"}, "tickfont": {"color": GREY}, "outlinewidth": 0},
         hovertemplate="%{x}<br>batch %{y}: %{z:.1f} % of the best<extra></extra>", xgap=1, ygap=1,
     )  # fmt: skip
     figure.update_xaxes(
@@ -193,7 +193,7 @@ def importances(survey: Survey) -> Panel:
         z = np.array([[100 * each[name] for each in found[gemm]] for name in PARAMETERS], dtype=np.float32)
         figure.add_heatmap(
             z=z, x=[str(b) for b in batches], y=[names[name] for name in PARAMETERS], zmin=0, zmax=100, row=1, col=column,
-            colorscale="Cividis", showscale=False, texttemplate="%{z:.0f}", xgap=1, ygap=1,
+            colorscale=SCALE, showscale=False, texttemplate="%{z:.0f}", xgap=1, ygap=1,
             hovertemplate="%{y} at batch %{x}: %{z:.1f} %<extra></extra>",
         )  # fmt: skip
         figure.update_xaxes(title="batch, tokens", type="category", row=1, col=column)

@@ -8,7 +8,7 @@ import numpy as np
 
 from moelab.plots.landscape import GEMM_NAMES, Allowed, describe
 from moelab.plots.panel import Panel, Row
-from moelab.plots.style import BLUE, GREY, grid, number, powers
+from moelab.plots.style import BLUE, GREY, SCALE, grid, number, powers
 from moelab.tuner.problem import Gemm
 from moelab.tuner.survey import PARAMETERS, Detail, Survey, short_names
 
@@ -162,7 +162,7 @@ def parallel(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, with
     figure.update_yaxes(visible=False)
     figure.add_parcoords(
         dimensions=dimensions, labelfont={"color": GREY}, tickfont={"color": TICKS}, rangefont={"color": GREY},
-        line={"color": share.astype(np.float32), "colorscale": "Cividis", "cmin": min(low, 99.0), "cmax": 100},
+        line={"color": share.astype(np.float32), "colorscale": SCALE, "cmin": min(low, 99.0), "cmax": 100},
     )  # fmt: skip
     figure.update_layout(margin={"l": 60, "r": 60, "t": 120, "b": 30})
     return Panel(figure, _values_table(survey, gemm, indices), _values_sentence(survey, gemm, indices))

@@ -24,6 +24,8 @@ CLEAR = "rgba(0, 0, 0, 0)"
 BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 SKY, PURPLE, BRONZE = "#56B4E9", "#CC79A7", "#9A6A3A"
 HEIGHT = 440
+SCALE = [[0.0, "#3f6fa8"], [0.5, "#a3a3a3"], [1.0, "#f2b71f"]]
+"""From little to much, blue over grey to yellow: neither end vanishes on a white page or on a dark one."""
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def _row(contest: Contest, won: BatchResult, out: bool, chosen: bool) -> Row:
         "layer, µs": contest.median_us,
         "95 % interval": f"{number(contest.low_us, 4)} … {number(contest.high_us, 4)}",
         "samples": contest.samples,
-        "": ", ".join(name for name, is_so in marks.items() if is_so),
+        "is": ", ".join(name for name, is_so in marks.items() if is_so),
     }
 
 
