@@ -7,12 +7,8 @@ The landscape is made up; nothing here says anything of a GPU.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import Any
-
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 from synthetic import synthetic_landscape
 
