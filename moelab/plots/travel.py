@@ -34,8 +34,8 @@ def travel(home: Transfer, landscapes: Sequence[Landscape]) -> Panel:
         command = {"to record it": f"{_command(home.problem, question)}, {_WHERE[question]}"}
         table += [{"run under": question, **_loss(home, other), "landscape": other.name, **command} for other in others]
         if not others:
-            missing = {"lost on average, %": None, "at worst, %": None, "cells": None, "landscape": "not recorded"}
-            table.append({"run under": question, **missing, **command})
+            nothing = {"lost on average, %": None, "at worst, %": None, "cells": None, "landscape": "not recorded"}
+            table.append({"run under": question, **nothing, **command})
     missing = [question for question, others in found.items() if not others]
     known = [f"{row['run under']} {_said(row)}" for row in table if row["landscape"] != "not recorded"]
     said = (
