@@ -48,7 +48,7 @@ def test_what_is_no_long_row_of_numbers_stays(values: list) -> None:
 def test_error_bars_and_matrices_are_packed_and_nothing_else() -> None:
     trace = {
         "z": [[1.5, None, 3.0], [4, 5, 6]], "error_y": {"array": [0.5] * 9, "type": "data"}, "text": ["a"] * 9,
-        "customdata": [1] * 9, "name": "n",
+        "customdata": [1.5] * 9, "name": "n",
     }  # fmt: skip
     done = packed({"data": [trace], "layout": {"title": "t"}})
     (drawn,) = done["data"]
@@ -64,3 +64,10 @@ def test_error_bars_and_matrices_are_packed_and_nothing_else() -> None:
 def test_whole_numbers_stay_whole() -> None:
     (drawn,) = packed({"data": [{"x": [2**i for i in range(14)]}]})["data"]
     assert drawn["x"]["dtype"] == "i4" and unpacked(drawn["x"])[-1] == 8192
+
+
+def test_equal_symbols_become_one_and_whole_customdata_is_packed() -> None:
+    trace = {"marker": {"symbol": ["x"] * 3, "size": 8, "color": ["a", "b"]}, "customdata": [1, 4, 16, 64, 256, 1024]}
+    (drawn,) = packed({"data": [trace]})["data"]
+    assert drawn["marker"] == {"symbol": "x", "size": 8, "color": ["a", "b"]}
+    assert unpacked(drawn["customdata"]) == trace["customdata"]

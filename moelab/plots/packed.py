@@ -31,7 +31,17 @@ def _packed(values: Mapping[str, Any]) -> dict[str, Any]:
             done[name] = _array(value)
         elif name in ("error_x", "error_y"):
             done[name] = _packed(value)
+        elif name == "marker":
+            done[name] = {key: _one(each) for key, each in value.items()}
+        elif name == "customdata" and isinstance(value, list) and all(isinstance(each, int) for each in value):
+            done[name] = _array(value)  # whole numbers are shown as they are
     return done
+
+
+def _one(value: Any) -> Any:
+    """A list of nothing but one text, as the symbols of a line's markers mostly are, as that text."""
+    alike = isinstance(value, list) and value and isinstance(value[0], str) and len(set(map(str, value))) == 1
+    return value[0] if alike else value
 
 
 def _array(values: list[Any]) -> Any:
