@@ -18,7 +18,7 @@ def card(finals: Finals, num_tokens: int, excluded: Excluded = (), chosen: Pair 
     contests = finals.contests(num_tokens)
     figure = grid(
         f"Batch {num_tokens}: {_headline(won)}",
-        f"{'measured' if finals.measured else 'replayed'}; {finals.source}; whole layers, 95 % intervals",
+        f"{'measured; ' if finals.measured else ''}{finals.source}; whole layers, 95 % intervals",
         height=120 + 44 * max(3, len(contests)),
     )
     for contest in reversed(contests):
