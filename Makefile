@@ -12,13 +12,14 @@ SUITE ?= all
 LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test unit notebooks lint html app pictures gpu sanitize record tuned configs clean
+.PHONY: help setup lab test unit notebooks live lint html app pictures gpu sanitize record tuned configs clean
 
 help:
 	@echo 'make lab        JupyterLab on the notebooks (LAB_ARGS="--no-browser --port=8888")'
 	@echo 'make test       tests and notebooks, all that needs no GPU (ARGS="-k roofline" narrows the tests)'
 	@echo 'make lint       ruff (lint, format) and mypy'
 	@echo 'make notebooks  runs every notebook, top to bottom'
+	@echo 'make live       every notebook on the machine at hand, and a tune through 05; what each cell showed: build/live/outputs.json'
 	@echo 'make html       the notebooks, executed, as a gallery that needs no network: build/html/index.html'
 	@echo 'make app        one notebook as an app, without its code (NOTEBOOK=notebooks/01_roofline.ipynb)'
 	@echo 'make pictures   docs/*.png and the README figures, from data/recordings (needs chromium)'
@@ -41,7 +42,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 lab: $(READY)
-	$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_welcome.ipynb \
+	JUPYTER_CONFIG_PATH=$(CURDIR)/app$(if $(JUPYTER_CONFIG_PATH),:$(JUPYTER_CONFIG_PATH)) $(PY) -m jupyterlab \
+		--ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_welcome.ipynb \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 test: unit notebooks
@@ -52,6 +54,11 @@ unit: $(READY)
 notebooks: $(READY)
 	$(if $(filter-out 0 1,$(WORKERS)),OMP_NUM_THREADS=1) $(PY) -m pytest -n $(WORKERS) --dist worksteal \
 		--nbmake --nbmake-timeout=120 notebooks
+
+# tests/live_notebooks.py compare DIR build/live sets it beside a run on another machine.
+live: $(READY)
+	$(PY) tests/live_notebooks.py run build/live $(NOTEBOOKS)
+	$(PY) tests/live_notebooks.py tune build/live/tune $(BATCH)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 
 from playwright.sync_api import Locator, Page, Route, sync_playwright
 
+APP = Path(__file__).resolve().parent.parent / "app"
 TIMEOUT_S = 90
 SETTINGS = {
     # no "would you like to get news" popup over the page, no look-up of newer versions
@@ -40,6 +41,11 @@ CELL_ERRORS = """() => [...window.jupyterapp.shell.currentWidget.content.model.c
     .flatMap(cell => cell.toJSON().outputs ?? [])
     .filter(output => output.output_type === 'error')
     .map(output => `${output.ename}: ${output.evalue}`)"""
+# The accessible name of every control that takes the focus, and of every figure; "" where it has none.
+NAMES = """() => [...document.querySelectorAll('.jupyter-widgets :is(select, input, textarea, button, [tabindex="0"])'
+    + ', .js-plotly-plot')]
+    .filter(node => node.getClientRects().length && !node.closest('.modebar'))
+    .map(node => (node.getAttribute('aria-label') || node.labels?.[0]?.textContent || node.textContent || '').trim())"""
 # What a plotly figure draws, as text; calcdata holds plain numbers even where the data came as packed arrays.
 DRAWN = "plot => JSON.stringify(plot.calcdata.map(trace => trace.map(point => [point.x, point.y])))"
 
@@ -102,6 +108,7 @@ def lab(root: Path, state: Path) -> Iterator[Server]:
     command += ["--ServerApp.port_retries=0", f"--ServerApp.root_dir={root}"]
     command += [f"--IdentityProvider.token={server.token}", "--LabApp.extension_manager=readonly"]
     environment = os.environ | {name: str(state / place) for name, place in places.items()}
+    environment["JUPYTER_CONFIG_PATH"] = str(APP)  # as `make lab` does
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=root, env=environment, stdout=out, stderr=subprocess.STDOUT)
     try:
@@ -162,6 +169,12 @@ class Tab:
         errors = self.page.evaluate(CELL_ERRORS)
         if errors:
             raise RuntimeError(f"cells failed in the browser: {errors}")
+
+    def names(self) -> list[str]:
+        """What a screen reader calls each control and figure of the page, "" for nothing, once their script has run."""
+        self.page.wait_for_function("window.moelabNames")
+        self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        return self.page.evaluate(NAMES)
 
     def control(self, description: str) -> Locator:
         """The widget with that description."""

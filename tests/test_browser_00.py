@@ -18,6 +18,7 @@ def test_welcome_follows_its_widgets(tmp_path: Path) -> None:
         tab.open("notebooks/00_welcome.ipynb")
         tab.run_all()
 
+        assert "" not in tab.names()
         blocks = tab.figure("Block rows")
         title = blocks.title()
         rows = tab.step_slider("Block rows")

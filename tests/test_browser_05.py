@@ -78,14 +78,14 @@ def run_all_again(tab: Tab) -> None:
 
 def tune_hold_and_take_up(tab: Tab) -> None:
     shows(tab, "Strategy", "no GPU here, so this replays")
-    tab.select("Speed", "1 ×")
+    tab.select("Replay speed", "1 ×")
     press(tab, "Start")
     shows(tab, "Strategy", "phase compile")
     press(tab, "Pause")
     shows(tab, "Strategy", "Held after the measurement")
     run_all_again(tab)
     assert "not finished" in tab.options("Runs")[0].replace("\xa0", " ")
-    tab.select("Speed", "no waiting")
+    tab.select("Replay speed", "no waiting")
     press(tab, "Take up")
     shows(tab, "Strategy", "finished: phase layers")
 
@@ -115,6 +115,7 @@ def test_config_search_in_the_browser(tmp_path: Path) -> None:
     with lab(root, tmp_path / "state") as server, page(server, chromium) as tab:
         tab.open(NOTEBOOK)
         tab.run_all()
+        assert "" not in tab.names()
         explore(tab)
         tune_hold_and_take_up(tab)
         judge_and_export(tab, root / "tuned" / "export")

@@ -104,6 +104,7 @@ def test_config_health_follows_its_controls(tmp_path: Path) -> None:
     with lab(root, tmp_path / "state") as server, page(server, chromium) as tab:
         tab.open(NOTEBOOK)
         tab.run_all()
+        assert "" not in tab.names()
         doctor_follows(tab)
         path_follows(tab)
         matrices_follow(tab)

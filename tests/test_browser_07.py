@@ -19,6 +19,7 @@ def test_your_kernel_follows_its_widgets(tmp_path: Path) -> None:
         tab.run_all()
         assert (root / "build" / "kernels" / "pairwise.py").is_file()
 
+        assert "" not in tab.names()
         check = tab.figure("Kernel")
         assert check.title() == "pairwise in float32, hidden size 64, inner size 64: within its bound"
         drawn = check.data()

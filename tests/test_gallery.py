@@ -58,6 +58,7 @@ def test_pages_ask_no_other_host(built: Path) -> None:
 
 def test_a_page_holds_figures_settings_and_links(built: Path) -> None:
     text = (built / "01_made_up.html").read_text()
+    assert "moelabNames" not in text, "a page has no controls to name"
     assert text.count("Plotly.newPlot(") == 2 and "dbrx, TP 1, batch 64" in text
     assert "Set here: Model mixtral-8x7b, TP 2, Batch 16." in text
     assert "mixtral-8x7b, TP 2, batch 16" in text  # the figure inside the widget
@@ -86,6 +87,19 @@ def test_the_tagged_cell_is_the_cover() -> None:
     page = gallery.rendered(plain, "t")
     assert page.cover["layout"]["title"]["text"] == "second" and (page.title, page.summary) == ("T", "")
     assert "<img" not in gallery.index_html([page], {})
+
+
+def test_settings_of_every_kind_of_control_are_said() -> None:
+    states = {
+        "box": {"children": ["IPY_MODEL_range", "IPY_MODEL_one", "IPY_MODEL_text", "IPY_MODEL_pinned"]},
+        "range": {"description": "BLOCK M", "_options_labels": ["16", "32", "64"], "index": [0, 2]},
+        "pinned": {"description": "warps", "_options_labels": ["4", "8"], "index": [1, 1]},
+        "one": {"description": "Batch", "_options_labels": ["1", "2"], "index": 1},
+        "text": {"description": "Folder", "value": "a"},
+    }
+    view = {"output_type": "display_data", "data": {gallery.WIDGET: {"model_id": "box"}}, "metadata": {}}
+    said = next(gallery.flat_outputs([view], {name: {"state": state} for name, state in states.items()}))
+    assert said["data"]["text/markdown"].startswith("*Set here: BLOCK M 16–64, Batch 2, Folder a, warps 8.")
 
 
 def test_without_a_chromium_there_are_no_covers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

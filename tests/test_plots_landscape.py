@@ -49,7 +49,12 @@ def test_linked_views_show_the_same_configs(survey: Survey) -> None:
     points, lines = (draw(survey, "down", 16, allowed, 0.3) for draw in (linked.scatter, linked.parallel))
     count = len(linked.brushed(survey, "down", 16, allowed, 0.3))
     others, brushed = points.figure.data[:2]
-    assert count > 0 and len(brushed.x) == count and len(lines.figure.data[0].dimensions[0]["values"]) == count
+    drawn = [np.asarray(trace.y, dtype=float) for trace in lines.figure.data if trace.mode == "lines"]
+    assert count > 0 and len(brushed.x) == count and sum(np.isnan(y).sum() for y in drawn) == count, (
+        "a gap after each line"
+    )
+    best = max(y.reshape(-1, len(linked.PARAMETERS) + 2)[:, -2].max() for y in drawn if y.size)
+    assert best == pytest.approx(1, abs=0.3) and drawn[-1].size, "the best ones in the last colour, on top"
     measured = np.isfinite(survey.times["down"][survey.row(16)])
     programs = survey.representative["down"][survey.row(16)] == np.arange(len(measured))
     assert len(others.x) == (measured & programs).sum() - count

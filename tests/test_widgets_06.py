@@ -12,8 +12,6 @@ from test_widgets import control, shown, title
 
 from moelab import runtime, widgets
 from moelab.config_files import specimen
-from moelab.plots import config_health
-from moelab.plots.panel import Panel
 from moelab.tuner.transfer import Transfer
 
 SETUP = """
@@ -136,13 +134,3 @@ def test_controls_have_names(trees: dict[str, Path]) -> None:
         "path": ["Tree", "Model", "TP", "Batch", "Device", "Triton", "GEMM", "Rules"],
         "matrix": ["Matrix", "Run", "GEMM"],
     }
-
-
-def test_shown_is_an_output_in_a_lab_and_the_panel_on_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moelab.config_files import doctor
-
-    panel = config_health.findings(doctor(runtime.config_dir()))
-    output = widgets.shown(panel)
-    assert [each["data"] for each in output.outputs] == panel.bundles()
-    monkeypatch.setenv("PLOTLY_RENDERER", "notebook")
-    assert isinstance(widgets.shown(panel), Panel)

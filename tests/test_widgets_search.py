@@ -123,12 +123,26 @@ def test_a_run_from_start_to_finish(tmp_path: Path, finals: Finals) -> None:
     tuner.strategy.value = "random"
     tuner.start()
     tuner.wait(60)
-    assert "finished: phase layers" in text(tuner) and "replay of what was" in text(tuner)
+    assert "finished: phase layers" in text(tuner) and "Replay of what was" in text(tuner)
     assert "Finalists at batch" in text(tuner) and "Failures:" in text(tuner)
     assert tuner.choice.finals is not finals, "the winners are those of this run"
     assert "random-replay" in tuner.found.label and "; finished" in tuner.found.label
     tuner.shown.value = 1
     assert "Batch 1: best so far" in text(tuner)
+
+
+def test_before_a_run_there_is_no_empty_figure_and_nothing_to_stop(tmp_path: Path, finals: Finals) -> None:
+    tuner = a_tuner(tmp_path, finals, speed=1.0)
+    plotly = "application/vnd.plotly.v1+json"
+    assert not any(plotly in each["data"] for each in output(tuner).outputs)
+    assert "synthetic-small; no GPU here" in text(tuner)
+    buttons = {name: controls(tuner)[name] for name in ("Pause", "Go on", "Stop")}
+    assert all(button.disabled for button in buttons.values())
+    tuner.start()
+    assert not any(button.disabled for button in buttons.values())
+    tuner.stop()
+    tuner.wait(60)
+    assert all(button.disabled for button in buttons.values())
 
 
 def until(condition: object) -> None:
@@ -218,6 +232,30 @@ def test_winner_card(finals: Finals) -> None:
     assert "Not timed again: that needs a GPU" in text(card)
 
 
+def test_the_card_turns_to_the_winner_of_another_run(finals: Finals) -> None:
+    choice = widgets.Choice(finals)
+    card = widgets.WinnerCard(choice)
+    first = choice.finals.winner(1)
+    choice.exclude(1, (first.up, first.down))
+    assert card.pair.value == (first.up, first.down), "what the reader chose stays"
+    session = TuneSession(PROBLEM, ReplayEvaluator(LANDSCAPE, PROBLEM, seed=7), strategy="race")
+    session.run()
+    choice.take(Finals.of_results(PROBLEM, session.results(), "made up", measured=False))
+    won = choice.finals.winner(1)
+    assert card.pair.value == (won.up, won.down)
+
+
+def test_each_loader_has_a_folder_until_one_is_typed(tmp_path: Path, finals: Finals) -> None:
+    panel = widgets.ExportPanel(widgets.Choice(finals), tmp_path / "out")
+    panel.rules.value = "vllm"
+    assert panel.folder.value == str(tmp_path / "out" / "vllm")
+    panel.write()
+    assert f"start vllm with `VLLM_TUNED_CONFIG_FOLDER={tmp_path / 'out' / 'vllm'}`" in text(panel)
+    panel.folder.value = str(tmp_path / "mine")
+    panel.rules.value = "sglang"
+    assert panel.folder.value == str(tmp_path / "mine")
+
+
 @pytest.mark.parametrize("rules", ["moelab", "sglang", "vllm"])
 def test_export_panel_reads_back_what_it_writes(tmp_path: Path, finals: Finals, rules: str) -> None:
     choice = widgets.Choice(finals)
@@ -281,8 +319,8 @@ CASES = {
     "browser is made": "widgets.landscape_browser(survey)",
     "within changes": "browser.children[0].children[2].value = 0.02",
     "range changes": "browser.children[0].children[4].index = (1, 1)",
-    "plateaus": "widgets.still(landscape.plateaus(survey))",
-    "importances": "widgets.still(landscape.importances(survey))",
+    "plateaus": "landscape.plateaus(survey)",
+    "importances": "landscape.importances(survey)",
     "race is made": "widgets.strategy_race(traces)",
     "budget changes": "race.children[0].children[2].index = 1",
     "tuner is made": 'widgets.LiveTuner(made, "runs", choice)',

@@ -10,7 +10,7 @@ from typing import Any
 
 from moelab.config_files.findings import SEVERITIES, Finding, Report
 from moelab.plots.panel import Panel
-from moelab.plots.style import GREEN, ORANGE, SKY, VERMILLION, grid, lean
+from moelab.plots.style import GREEN, ORANGE, SKY, VERMILLION, grid
 
 SOUND = "nothing to repair"
 COLORS: Mapping[str, str] = {"error": VERMILLION, "warning": ORANGE, "note": SKY, SOUND: GREEN}
@@ -57,7 +57,7 @@ def findings(
     figure.update_yaxes(
         title="kind of finding", categoryorder="array", categoryarray=names[::-1], showgrid=False, automargin=True
     )
-    return Panel(lean(figure), _table(report, shown, planted), _said(report, sound, planted))
+    return Panel(figure, _table(report, shown, planted), _said(report, sound, planted))
 
 
 def _table(

@@ -23,6 +23,7 @@ from moelab.errors import MoelabError, RuntimeModeError
 PLOTLY, WIDGET, STATE = (
     "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json",
 )  # fmt: skip
+SCRIPT = "application/javascript"
 COVER = "cover"
 """Tag of the cell whose first figure stands for a notebook in the index; without one, the notebook's first figure."""
 
@@ -55,8 +56,11 @@ def figure_html(figure: Mapping[str, Any], name: str) -> str:
 
 
 def flat_outputs(outputs: Sequence[Mapping[str, Any]], widgets: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Outputs with every widget replaced by the settings of its controls, in words, and by what its Output holds."""
+    """Outputs with every widget replaced by the settings of its controls, in words, and by what its Output holds; scripts,
+    which speak to controls, are left out."""
     for output in outputs:
+        if SCRIPT in output.get("data", {}):
+            continue
         view = output.get("data", {}).get(WIDGET)
         if view is None:
             yield output
@@ -75,7 +79,8 @@ def _leaves(model: str, widgets: Mapping[str, Any]) -> tuple[list[str], list[Map
     outputs: list[Mapping[str, Any]] = list(state.get("outputs", []))
     name, labels, index = state.get("description"), state.get("_options_labels"), state.get("index")
     if name and labels and index is not None:
-        settings.append(f"{name} {labels[index]}")
+        chosen = index if isinstance(index, list) else [index]  # a range has two ends
+        settings.append(f"{name} {'–'.join(dict.fromkeys(labels[i] for i in chosen))}")
     elif name and "value" in state:
         settings.append(f"{name} {state['value']}")
     for child in state.get("children", []):

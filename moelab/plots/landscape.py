@@ -6,10 +6,9 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import plotly.graph_objects as go
 
 from moelab.plots.panel import Panel, Row
-from moelab.plots.style import BLUE, GREEN, GREY, ORANGE, grid
+from moelab.plots.style import BLUE, GREEN, GREY, ORANGE, SCALE, grid
 from moelab.tuner.problem import GEMMS, Gemm
 from moelab.tuner.survey import PARAMETERS, Cover, Survey, cover, importance, plateau, short_names
 
@@ -28,14 +27,6 @@ NEAR = 0.2
 
 Allowed = Mapping[str, Sequence[int]]
 Shares = Sequence[Mapping[str, float]]
-
-
-def slim(figure: go.Figure) -> go.Figure:
-    """The figure without plotly's default template, 6 kB in every saved notebook, of which style.grid uses nothing."""
-    figure.layout.template = go.layout.Template()
-    figure.update_xaxes(automargin=True)
-    figure.update_yaxes(automargin=True)
-    return figure
 
 
 def describe(allowed: Allowed, survey: Survey) -> str:
@@ -69,7 +60,7 @@ def heat_map(survey: Survey, gemm: Gemm, allowed: Allowed | None = None, columns
     )
     figure.add_heatmap(
         z=share[:, shown].astype(np.float32), x=configs, y=[str(b) for b in survey.batch_sizes], zmin=LOWEST, zmax=100,
-        colorscale="Cividis", colorbar={"title": {"text": "% of best"}, "tickfont": {"color": GREY}, "outlinewidth": 0},
+        colorscale=SCALE, colorbar={"title": {"text": "% of best"}, "tickfont": {"color": GREY}, "outlinewidth": 0},
         hovertemplate="%{x}<br>batch %{y}: %{z:.1f} % of the best<extra></extra>", xgap=1, ygap=1,
     )  # fmt: skip
     figure.update_xaxes(
@@ -77,7 +68,7 @@ def heat_map(survey: Survey, gemm: Gemm, allowed: Allowed | None = None, columns
     )
     figure.update_yaxes(title="batch, tokens", type="category")
     table = _heat_table(survey, gemm, shown)
-    return Panel(slim(figure), table, _heat_sentence(survey, gemm, keep))
+    return Panel(figure, table, _heat_sentence(survey, gemm, keep))
 
 
 def _by_turns(share: np.ndarray, columns: int) -> list[int]:
@@ -152,7 +143,7 @@ def plateaus(survey: Survey) -> Panel:
     figure.update_yaxes(title="different programs", type="log", row=1, col=1)
     figure.update_yaxes(type="log", dtick=1, row=1)
     figure.update_layout(legend={"orientation": "h", "y": -0.3}, margin={"b": 100})
-    return Panel(slim(figure), _cover_table(survey), _cover_sentence(survey))
+    return Panel(figure, _cover_table(survey), _cover_sentence(survey))
 
 
 def _cover_table(survey: Survey) -> list[Row]:
@@ -202,7 +193,7 @@ def importances(survey: Survey) -> Panel:
         z = np.array([[100 * each[name] for each in found[gemm]] for name in PARAMETERS], dtype=np.float32)
         figure.add_heatmap(
             z=z, x=[str(b) for b in batches], y=[names[name] for name in PARAMETERS], zmin=0, zmax=100, row=1, col=column,
-            colorscale="Cividis", showscale=False, texttemplate="%{z:.0f}", xgap=1, ygap=1,
+            colorscale=SCALE, showscale=False, texttemplate="%{z:.0f}", xgap=1, ygap=1,
             hovertemplate="%{y} at batch %{x}: %{z:.1f} %<extra></extra>",
         )  # fmt: skip
         figure.update_xaxes(title="batch, tokens", type="category", row=1, col=column)
@@ -213,7 +204,7 @@ def importances(survey: Survey) -> Panel:
         for b, each in zip(batches, found[gemm], strict=True)
     ]
     near = {gemm: [importance(survey, gemm, b, NEAR) for b in batches] for gemm in GEMMS}
-    return Panel(slim(figure), table, _importance_sentence(found, near))
+    return Panel(figure, table, _importance_sentence(found, near))
 
 
 def _importance_sentence(found: Mapping[Gemm, Shares], near: Mapping[Gemm, Shares]) -> str:

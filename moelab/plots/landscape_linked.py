@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 
-from moelab.plots.landscape import GEMM_NAMES, Allowed, describe, slim
+from moelab.plots.landscape import GEMM_NAMES, Allowed, describe
 from moelab.plots.panel import Panel, Row
-from moelab.plots.style import BLUE, GREY, grid, number, powers
+from moelab.plots.style import BLUE, GREY, SCALE, grid, number, powers
 from moelab.tuner.problem import Gemm
 from moelab.tuner.survey import PARAMETERS, Detail, Survey, short_names
 
 SHOWN = 250
 """Brushed configs drawn with everything that is known of them: more would make a saved notebook heavy."""
 
-SPREAD = 0.18
-"""How far a line may pass beside its value: configs that share a value would lie on each other."""
+SPREAD = 0.04
+"""How far a line may pass beside its value, of an axis' height: configs that share a value would lie on each other."""
 
-TICKS = "#444444"
-"""Of the ticks on parallel axes, round which plotly draws a white halo on dark pages too."""
+LEVELS = 6
+"""Colours of the lines: each is a trace."""
 
 AXES = {
     "shared memory": ("shared memory a program, KiB", lambda d: d.shared_bytes / 1024),
@@ -66,11 +68,11 @@ def scatter(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, withi
         f"{survey.landscape.source()}; within {within:.0%} of the best; grey: the other {len(behind)} measured",
         height=420,
     )
-    figure.add_scattergl(
+    figure.add_scatter(
         x=np.array([value(d) for d in behind], dtype=np.float32), y=times[others].astype(np.float32), mode="markers",
         name="others", marker={"color": GREY, "size": 4, "opacity": 0.45}, hoverinfo="skip",
     )  # fmt: skip
-    figure.add_scattergl(
+    figure.add_scatter(
         x=np.array([value(d) for d in details], dtype=np.float32), y=times[indices].astype(np.float32), mode="markers",
         name="brushed", marker={"color": BLUE, "size": 7}, customdata=_customdata(details), hovertemplate=_HOVER,
     )  # fmt: skip
@@ -84,7 +86,7 @@ def scatter(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, withi
     low = min([*finite, floor] if np.isfinite(floor) else finite)
     figure.update_yaxes(title="µs", **_log_ticks(low * 0.95, max(finite) * 1.05))
     figure.update_layout(legend={"orientation": "h", "y": 1.12, "x": 1, "xanchor": "right"})
-    return Panel(slim(figure), _table(details), _sentence(survey, gemm, num_tokens, details))
+    return Panel(figure, _table(details), _sentence(survey, gemm, num_tokens, details))
 
 
 def _log_ticks(low: float, high: float) -> dict[str, object]:
@@ -135,37 +137,59 @@ def _sentence(survey: Survey, gemm: Gemm, num_tokens: int, details: Sequence[Det
 
 
 def parallel(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, within: float) -> Panel:
-    """The brushed configs as lines across their parameters, coloured by per cent of the best."""
+    """The brushed configs as lines across their parameters, coloured by per cent of the best.
+
+    Drawn as lines, not by plotly's parallel coordinates: those need WebGL, over a second where a browser computes it, and
+    their ticks have a white halo on dark pages.
+    """
     everything = brushed(survey, gemm, num_tokens, allowed, within)
     indices = everything[:SHOWN]
     share = 100 * survey.best_share[gemm][survey.row(num_tokens)][indices]
-    names, draws = short_names(), np.random.default_rng(0)
-    dimensions = []
-    for column, name in enumerate(PARAMETERS):
-        values = survey.axis(name)
-        at = np.array([values.index(int(v)) for v in survey.values[gemm][indices, column]], dtype=np.float32)
-        at += draws.uniform(-SPREAD, SPREAD, len(at)).astype(np.float32)
-        dimensions.append(
-            {
-                "label": names[name], "values": at, "tickvals": list(range(len(values))),
-                "ticktext": [str(v) for v in values], "range": [-0.3, len(values) - 0.7],
-            }
-        )  # fmt: skip
-    low = float(np.floor(min(share, default=99.0)))
-    dimensions.append({"label": "% of best", "values": share.astype(np.float32), "range": [min(low, 99.0), 100.0]})
+    low = min(99.0, float(np.floor(min(share, default=99.0))))
+    heights = np.column_stack([_heights(survey, gemm, indices), (share - low) / (100 - low)])
     figure = grid(
         f"{GEMM_NAMES[gemm]}, batch {num_tokens}: the same {_counted(everything)} configs across their parameters",
-        f"{survey.landscape.source()}; one line a config, yellow: nearest to the best; drag along an axis to pick lines",
-        height=380,
+        f"{survey.landscape.source()}; one line a config, blue: {low:g} % of the best, yellow: the best",
+        height=400,
     )
-    figure.update_xaxes(visible=False)
-    figure.update_yaxes(visible=False)
-    figure.add_parcoords(
-        dimensions=dimensions, labelfont={"color": GREY}, tickfont={"color": TICKS}, rangefont={"color": GREY},
-        line={"color": share.astype(np.float32), "colorscale": "Cividis", "cmin": min(low, 99.0), "cmax": 100},
-    )  # fmt: skip
-    figure.update_layout(margin={"l": 60, "r": 60, "t": 120, "b": 30})
-    return Panel(slim(figure), _values_table(survey, gemm, indices), _values_sentence(survey, gemm, indices))
+    axes = {short_names()[name]: [str(v) for v in survey.axis(name)] for name in PARAMETERS}
+    axes["% of best"] = [f"{v:g}" for v in np.linspace(low, 100, 5)]
+    for level in range(LEVELS):  # the best last, on top
+        among = np.minimum((heights[:, -1] * LEVELS).astype(int), LEVELS - 1) == level
+        lines = np.column_stack([heights[among], np.full(among.sum(), np.nan)])  # a gap between two lines
+        figure.add_scatter(
+            x=np.tile(np.arange(lines.shape[1], dtype=np.float32), len(lines)), y=lines.ravel().astype(np.float32),
+            mode="lines", line={"width": 1, "color": sample_colorscale(SCALE, (level + 0.5) / LEVELS)[0]},
+            opacity=0.7, hoverinfo="skip", showlegend=False,
+        )  # fmt: skip
+    _draw_axes(figure, axes)
+    return Panel(figure, _values_table(survey, gemm, indices), _values_sentence(survey, gemm, indices))
+
+
+def _heights(survey: Survey, gemm: Gemm, indices: Sequence[int]) -> np.ndarray:
+    """(configs, parameters): where each line crosses each axis, 0 to 1, beside its value so that lines stay apart."""
+    draws, columns = np.random.default_rng(0), []
+    for column, name in enumerate(PARAMETERS):
+        values = survey.axis(name)
+        at = np.array([values.index(int(v)) for v in survey.values[gemm][indices, column]], dtype=float)
+        columns.append(at / max(1, len(values) - 1) + draws.uniform(-SPREAD, SPREAD, len(at)))
+    return np.column_stack(columns)
+
+
+def _draw_axes(figure: go.Figure, axes: Mapping[str, Sequence[str]]) -> None:
+    """An upright line for each axis, its values in boxes on it, over the lines."""
+    ticks = [
+        (i, j / max(1, len(values) - 1), text)
+        for i, values in enumerate(axes.values())
+        for j, text in enumerate(values)
+    ]
+    x, y, text = zip(*ticks, strict=True)
+    figure.add_scatter(x=x, y=y, text=text, mode="markers+text", textfont={"color": "white", "size": 11}, hoverinfo="skip",
+                       marker={"symbol": "square", "size": 22, "color": "#666666"}, showlegend=False)  # fmt: skip
+    figure.update_xaxes(tickvals=list(range(len(axes))), ticktext=list(axes), side="top", range=[-0.25, len(axes) - 0.75],
+                        gridcolor=GREY, showline=False, zeroline=False, fixedrange=True)  # fmt: skip
+    figure.update_yaxes(visible=False, range=[-0.12, 1.12], fixedrange=True)
+    figure.update_layout(margin={"l": 30, "r": 30, "t": 110, "b": 20})
 
 
 def _values_table(survey: Survey, gemm: Gemm, indices: Sequence[int]) -> list[Row]:

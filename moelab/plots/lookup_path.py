@@ -13,7 +13,7 @@ from moelab.config_files import Lookup, Step, dtype_selector, get_rules, lookup,
 from moelab.config_files.rules import RULES
 from moelab.errors import ConfigFileError
 from moelab.plots.panel import Panel
-from moelab.plots.style import BLUE, BRONZE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, grid, lean
+from moelab.plots.style import BLUE, BRONZE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, grid
 from moelab.shapes import MoEShape, load_model
 
 ALL = "all three"
@@ -80,7 +80,7 @@ def explain(
     figure.update_layout(legend={"orientation": "h", "y": 0, "yanchor": "top"}, margin={"l": 12, "r": 12, "b": 70})
     table = [{"rules": name, "step": i, "what": node.what, "result": node.kind, "why": node.reason}
              for name, nodes in paths.items() for i, node in enumerate(nodes, start=1)]  # fmt: skip
-    return Panel(lean(figure), table, _said(found, tree))
+    return Panel(figure, table, _said(found, tree))
 
 
 def _config_dir(name: str, tree: Path, triton_version: str) -> Path:

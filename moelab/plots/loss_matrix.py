@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import plotly.graph_objects as go
 
-from moelab.plots.style import grid, lean
+from moelab.plots.style import grid
 from moelab.tuner.transfer import Cells, Loss
 
 _COLORS = [[0.0, "#eef3f7"], [0.35, "#f6d9b8"], [0.7, "#e8935a"], [1.0, "#b34700"]]
@@ -42,7 +42,7 @@ def matrix(
     figure.update_xaxes(title=x_title, type="category", showgrid=False, categoryorder="array",
                         categoryarray=[str(b) for b in batches])  # fmt: skip
     figure.update_yaxes(title=y_title, type="category", autorange="reversed", showgrid=False, automargin=True)
-    return lean(figure)
+    return figure
 
 
 def _height(loss: Loss | None) -> float:

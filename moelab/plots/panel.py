@@ -10,6 +10,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from moelab.plots.packed import packed
 from moelab.plots.style import number
 
 Row = Mapping[str, Any]
@@ -39,7 +40,7 @@ class Panel:
         """Mime bundles of the three, in order, for an Output widget or a test."""
         bundles: list[dict[str, Any]] = []
         if self.figure is not None:
-            drawn = json.loads(self.figure.to_json())
+            drawn = packed(json.loads(self.figure.to_json()))
             text = self.figure.layout.title.text or "figure"
             bundles.append({"application/vnd.plotly.v1+json": drawn, "text/plain": text})
         bundles.append({"text/markdown": self.sentence, "text/plain": self.sentence})
@@ -48,19 +49,40 @@ class Panel:
         return bundles
 
     def _ipython_display_(self) -> None:
+        try:
+            self._show()
+        except Exception as error:
+            raise NotShown(f"{type(error).__name__}: {error}") from error
+
+    def _show(self) -> None:
         from IPython.display import display
 
         bundles = self.bundles()
         if self.figure is not None:
-            display(self.figure)  # through plotly's renderer, which `make html` chooses
+            # through plotly's renderer, which `make html` chooses
+            display(go.Figure(bundles[0]["application/vnd.plotly.v1+json"]))
             bundles = bundles[1:]
         for bundle in bundles:
             display(bundle, raw=True)
 
 
+class NotShown(BaseException):
+    """A panel that could not be shown. No Exception, since IPython prints one that is raised while it displays, and goes on: a
+    notebook with a broken figure would pass its test."""
+
+
+WIDE = 12
+"""Columns from beyond which on a table is set smaller: one for each of 19 batch sizes fits a page."""
+
 LONG_TEXT = 48
 """Characters of a table's cell from which on it is broken into lines."""
-BROKEN = "; min-width: 18em; overflow-wrap: anywhere"
+CELLS = (
+    "table.moelab td {text-align: right; white-space: nowrap} "
+    "table.moelab th {text-align: right; white-space: normal; vertical-align: bottom} table.moelab .t {text-align: left} "
+    "table.moelab td.b {min-width: 18em; overflow-wrap: anywhere; white-space: normal} "
+    "table.wide td, table.wide th {padding: 3px 4px; font-size: 11px}"
+)
+"""Styles by class: in every cell of a table they would be most of a saved notebook. t: text, b: broken into lines."""
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
@@ -71,18 +93,20 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
 def table_html(rows: Sequence[Row]) -> str:
     """An HTML table, numbers to three digits and right-aligned; over LONG rows folded away; a wide one scrolls in its box."""
     columns = columns_of(rows)
-    numeric = {c: all(isinstance(row.get(c), int | float | None) for row in rows) for c in columns}
-    align = {c: "right" if numeric[c] else "left" for c in columns}
+    text = {c for c in columns if not all(isinstance(row.get(c), int | float | None) for row in rows)}
 
     def cell(tag: str, column: str, value: str) -> str:
-        wrap = "" if tag == "th" else BROKEN if len(value) > LONG_TEXT else "; white-space: nowrap"
-        return f'<{tag} style="text-align: {align[column]}{wrap}">{html.escape(value)}</{tag}>'
+        kinds = ["t"] * (column in text) + ["b"] * (tag == "td" and len(value) > LONG_TEXT)
+        said = " ".join(kinds)
+        return f"<{tag}" + (f' class="{said}">' if kinds else ">") + html.escape(value)
 
     head = "".join(cell("th", c, c) for c in columns)
-    body = "".join("<tr>" + "".join(cell("td", c, number(row.get(c))) for c in columns) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(cell("td", c, number(row.get(c))) for c in columns) for row in rows)
+    kind = "moelab wide" if len(columns) > WIDE else "moelab"
     box = "max-height: 520px; overflow: auto; margin: 4px 0 12px 0"
     table = (
-        f'<div style="{box}"><table style="margin: 0"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<div style="{box}"><style>{CELLS}</style><table class="{kind}" style="margin: 0"><thead><tr>{head}'
+        f"<tbody>{body}</table></div>"
     )
     if len(rows) <= LONG:
         return table
@@ -90,11 +114,12 @@ def table_html(rows: Sequence[Row]) -> str:
 
 
 def table_text(rows: Sequence[Row]) -> str:
-    """The same table for a terminal."""
-    columns = columns_of(rows)
-    cells = [columns, *([number(row.get(c)) for c in columns] for row in rows)]
+    """The same table for a terminal, its first LONG rows: a notebook keeps this text beside the HTML."""
+    columns, first = columns_of(rows), rows[:LONG]
+    cells = [columns, *([number(row.get(c)) for c in columns] for row in first)]
     widths = [min(2 * LONG_TEXT, max(len(line[i]) for line in cells)) for i in range(len(columns))]
-    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
+    lines = ["  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in cells]
+    return "\n".join([*lines, f"... {len(rows) - LONG} more rows"] if len(rows) > LONG else lines)
 
 
 def counted(count: int, noun: str) -> str:

@@ -96,7 +96,7 @@ def where(runtime: Any, versions: Mapping[str, Any], recordings: Sequence[Any]) 
     live = {
         "gpu": "Kernels run compiled, on this GPU; what says “live” is measured here.",
         "interpreter": "Kernels run in Triton’s interpreter: right, but slow, so no time is taken here. Every time shown comes "
-        "from a recording.",
+        "from a recording: measurements made on a real GPU, and kept.",
         "none": "No kernel can run here; everything shown comes from recordings.",
     }[runtime.mode]
     sound = sum(each.recording is not None for each in recordings)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moelab.plots.landscape import slim
 from moelab.plots.panel import Panel, Row
 from moelab.plots.style import BLUE, GREEN, ORANGE, PURPLE, Look, grid, number, powers
 from moelab.tuner.regret import Point, Truth, trace
@@ -96,7 +95,7 @@ def standing(traces: Traces, budget_s: float, which: str = "median") -> Panel:
     figure.update_yaxes(
         title=f"{which} regret over {len(traces.batch_sizes)} batches, %", **powers(100 * SMALLEST, 1000)
     )
-    return Panel(slim(figure), _table(traces, budget_s), _sentence(traces, budget_s))
+    return Panel(figure, _table(traces, budget_s), _sentence(traces, budget_s))
 
 
 def _highest(traces: Traces) -> float:

@@ -9,7 +9,6 @@ figure serves both themes.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from itertools import pairwise
 from typing import Any
 
 import plotly.graph_objects as go
-import plotly.io
 from plotly.subplots import make_subplots
 
 GREY = "#7b7b7b"
@@ -26,6 +24,8 @@ CLEAR = "rgba(0, 0, 0, 0)"
 BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 SKY, PURPLE, BRONZE = "#56B4E9", "#CC79A7", "#9A6A3A"
 HEIGHT = 440
+SCALE = [[0.0, "#3f6fa8"], [0.5, "#a3a3a3"], [1.0, "#f2b71f"]]
+"""From little to much, blue over grey to yellow: neither end vanishes on a white page or on a dark one."""
 
 
 @dataclass(frozen=True)
@@ -102,17 +102,17 @@ def number(value: Any, digits: int = 3) -> str:
     return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
-TRACES = ("bar", "heatmap", "parcoords", "scatter")
-UNUSED = ("coloraxis", "geo", "mapbox", "polar", "scene", "ternary")
-"""Trace types whose defaults a figure carries along, and kinds of axes whose defaults it does without."""
-
-
-@functools.cache
-def _template() -> go.layout.Template:
-    """Plotly's own template without its defaults for what is not drawn here: 7 KB less in every figure of a notebook."""
-    whole = plotly.io.templates["plotly"].to_plotly_json()
-    layout = {name: value for name, value in whole["layout"].items() if name not in UNUSED}
-    return go.layout.Template(layout=layout, data={name: whole["data"][name] for name in TRACES})
+_AXIS = {"automargin": True, "title": {"standoff": 15}, "zerolinewidth": 2}
+_BAR = {"thickness": 1.2, "width": 3}
+TEMPLATE = go.layout.Template(
+    layout={
+        "autotypenumbers": "strict", "hoverlabel": {"align": "left"}, "hovermode": "closest",
+        "annotationdefaults": {"arrowcolor": GREY, "arrowhead": 0, "arrowwidth": 1}, "xaxis": _AXIS, "yaxis": _AXIS,
+    },
+    data={"bar": [{"error_x": {"color": GREY} | _BAR, "error_y": {"color": GREY} | _BAR}],
+          "scatter": [{"error_x": _BAR, "error_y": _BAR}], "heatmap": [{"colorbar": {"outlinewidth": 0}}]},
+)  # fmt: skip
+"""Instead of plotly's own, of which nothing else is used: 6 kB in every figure of a saved notebook."""
 
 
 def grid(
@@ -136,7 +136,7 @@ def grid(
         horizontal_spacing=spacing if cols > 1 else 0.0,
         vertical_spacing=0.17 if rows > 1 else 0.0,
     )
-    figure.layout.template = _template()
+    figure.layout.template = TEMPLATE
     lines = 1 + source.count("<br>")
     plot_titles = 24 if len(titles) > 1 else 0
     figure.update_layout(
@@ -164,16 +164,6 @@ def grid(
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)
     figure.update_annotations(font={"size": 13, "color": GREY})
-    return figure
-
-
-def lean(figure: go.Figure) -> go.Figure:
-    """The figure without the template's defaults for each type of trace: half of what it takes in a saved notebook.
-
-    For figures whose traces set what those defaults would: colours, and the outline of a colour bar.
-    """
-    template = figure.layout.template.to_plotly_json()
-    figure.update_layout(template={"layout": template["layout"]}, overwrite=True)
     return figure
 
 
@@ -214,6 +204,4 @@ def error_bars(middle: Sequence[float], low: Sequence[float], high: Sequence[flo
         "symmetric": False,
         "array": [h - m for m, h in zip(middle, high, strict=True)],
         "arrayminus": [m - below for m, below in zip(middle, low, strict=True)],
-        "thickness": 1.2,
-        "width": 3,
     }

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moelab.plots.landscape import GEMM_NAMES, slim
+from moelab.plots.landscape import GEMM_NAMES
 from moelab.plots.panel import Panel, Row
-from moelab.plots.style import BLUE, GREY, grid, number
+from moelab.plots.style import BLUE, grid, number
 from moelab.tuner.evaluate import FAILURES
 from moelab.tuner.snapshot import Snapshot
 
@@ -23,7 +23,7 @@ def status(history: Sequence[Snapshot], num_tokens: int, source: str) -> list[Pa
     standing = now.standings[num_tokens]
     known = [(s.progress.spent_s, s.standings[num_tokens]) for s in history]
     known = [(t, each) for t, each in known if math.isfinite(each.best_us)]
-    best = f"best so far {number(standing.best_us, 4)} µs" if known else "nothing measured yet"
+    best = f"best so far {number(standing.best_us, 4)} µs"
     figure = grid(f"Batch {num_tokens}: {best} ({now.progress.state})", source, height=360)
     if known:
         times = np.array([t for t, _ in known], dtype=np.float32)
@@ -40,13 +40,10 @@ def status(history: Sequence[Snapshot], num_tokens: int, source: str) -> list[Pa
             marker={"color": BLUE, "size": 5}, hovertemplate="%{y:.2f} µs after %{x:.1f} s<extra></extra>",
         )  # fmt: skip
         figure.update_layout(legend={"orientation": "h", "y": 1.14, "x": 1, "xanchor": "right"})
-    else:
-        figure.add_annotation(
-            text="nothing measured yet", showarrow=False, xref="paper", yref="paper", x=0.5, y=0.5, font={"color": GREY}
-        )
-    figure.update_xaxes(title="seconds on the run's clock", rangemode="tozero", visible=bool(known))
-    figure.update_yaxes(title="GEMM1 + GEMM2, µs", visible=bool(known))
-    return [Panel(slim(figure), _batches(now), _sentence(now, source)), _leaders(now, num_tokens)]
+    figure.update_xaxes(title="seconds on the run's clock", rangemode="tozero")
+    figure.update_yaxes(title="GEMM1 + GEMM2, µs")
+    drawn = figure if known else None  # an empty one would only push the sentence off the screen
+    return [Panel(drawn, _batches(now), _sentence(now, source)), _leaders(now, num_tokens)]
 
 
 def _batches(now: Snapshot) -> list[Row]:
@@ -65,13 +62,13 @@ def _batches(now: Snapshot) -> list[Row]:
 def _sentence(now: Snapshot, source: str) -> str:
     p = now.progress
     if p.state == "new":
-        return f"**Ready: {source}.** Press Start, or take a run up again."
+        return f"**Ready: {source}.** Press Start, or choose a run and take it up again."
     left = f", about {clock(p.eta_s)} to go" if p.eta_s is not None else ""
     phase = f"phase {p.phase}, {p.done} of {p.total} samples" if p.phase else "no phase yet"
     failed = ", ".join(f"{count} {name} ({FAILURES[name]})" for name, count in p.failures.items())
     return (
         f"**{p.state}: {phase}, {clock(p.spent_s)} spent{left}.** Failures: {failed or 'none'}. The band is the sum of the "
-        f"two GEMMs' 95 % intervals. {source}."
+        f"two GEMMs' 95 % intervals. {source[:1].upper()}{source[1:]}.{' The winners are below.' * (p.state == 'finished')}"
     )
 
 

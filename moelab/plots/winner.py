@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from moelab.plots.landscape import slim
 from moelab.plots.panel import Panel, Row
 from moelab.plots.style import BLUE, GREY, ORANGE, error_bars, grid, number
 from moelab.tuner.finals import Contest, Excluded, Finals
@@ -19,7 +18,7 @@ def card(finals: Finals, num_tokens: int, excluded: Excluded = (), chosen: Pair 
     contests = finals.contests(num_tokens)
     figure = grid(
         f"Batch {num_tokens}: {_headline(won)}",
-        f"{'measured' if finals.measured else 'replayed'}; {finals.source}; whole layers, 95 % intervals",
+        f"{'measured; ' if finals.measured else ''}{finals.source}; whole layers, 95 % intervals",
         height=120 + 44 * max(3, len(contests)),
     )
     for contest in reversed(contests):
@@ -36,7 +35,7 @@ def card(finals: Finals, num_tokens: int, excluded: Excluded = (), chosen: Pair 
     figure.update_xaxes(title="layer, µs")
     figure.update_yaxes(type="category")
     rows = [_row(c, won, (num_tokens, c.pair) in excluded, c.pair == chosen) for c in contests]
-    return Panel(slim(figure), rows, _sentence(won, finals))
+    return Panel(figure, rows, _sentence(won, finals))
 
 
 def label(contest: Contest) -> str:
@@ -59,7 +58,7 @@ def _row(contest: Contest, won: BatchResult, out: bool, chosen: bool) -> Row:
         "layer, µs": contest.median_us,
         "95 % interval": f"{number(contest.low_us, 4)} … {number(contest.high_us, 4)}",
         "samples": contest.samples,
-        "": ", ".join(name for name, is_so in marks.items() if is_so),
+        "is": ", ".join(name for name, is_so in marks.items() if is_so),
     }
 
 

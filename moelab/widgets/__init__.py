@@ -3,10 +3,10 @@
 from moelab.widgets.choice import Choice
 from moelab.widgets.config_search import landscape_browser, layer_picker
 from moelab.widgets.follow import follow_tokens
-from moelab.widgets.health import config_doctor, config_path, config_transfer, shown
+from moelab.widgets.health import config_doctor, config_path, config_transfer
 from moelab.widgets.kernels import kernel_check, kernel_roof
 from moelab.widgets.live_tuner import LiveTuner
-from moelab.widgets.panels import explorer, interactive_panel, padding_picture, still
+from moelab.widgets.panels import explorer, interactive_panel, padding_picture
 from moelab.widgets.strategy_race import strategy_race
 from moelab.widgets.winner import ExportPanel, WinnerCard
 
@@ -26,7 +26,5 @@ __all__ = [
     "landscape_browser",
     "layer_picker",
     "padding_picture",
-    "shown",
-    "still",
     "strategy_race",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from moelab.plots import transfer as plots_transfer
 from moelab.plots.panel import Panel
 from moelab.roofline import device_names
 from moelab.tuner.transfer import PARTS, Transfer
-from moelab.widgets.panels import _display_data, _dropdown, interactive_panel, model_controls
+from moelab.widgets.panels import _dropdown, interactive_panel, model_controls
 
 OTHER = "another folder"
 SHOWN: Mapping[str, Sequence[str]] = {
@@ -29,17 +28,6 @@ SHOWN: Mapping[str, Sequence[str]] = {
 }
 TRITONS = ("3.2.0", "3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.7.1")
 MATRICES = ("batch by batch", "shortcuts", "other devices’ files")
-
-
-def shown(panel: Panel) -> widgets.Output | Panel:
-    """The panel in an Output, for a notebook that is to stay small when it is saved.
-
-    JupyterLab's plotly extension adds a picture of about 100 kB to the file for every figure that is a cell's own output,
-    and none for one in an Output. Under PLOTLY_RENDERER, as `make html` sets it, the panel itself: pages have no kernel.
-    """
-    if os.environ.get("PLOTLY_RENDERER"):
-        return panel
-    return widgets.Output(outputs=tuple(_display_data(bundle) for bundle in panel.bundles()))
 
 
 def config_doctor(trees: Mapping[str, Path], specimen: str | None = None) -> widgets.VBox:

@@ -81,18 +81,21 @@ class LiveTuner(widgets.VBox):
         self.strategy = dropdown("Strategy", tuple(STRATEGIES), "race")
         self.sizes = dropdown("Batches", options, few)
         self.budget = dropdown("Time limit", BUDGETS, math.inf)
-        self.speed = dropdown("Speed", SPEEDS, speed)
+        self.speed = dropdown("Replay speed", SPEEDS, speed)
         self.speed.disabled = self.live
         self.shown = dropdown("Shown batch", few, few[-1])
         self.found = dropdown("Runs", [("none found", "")], "")
         self.found.layout.max_width = "520px"
         self.shown.observe(self.draw, "value")
         self._settings = _row(self.strategy, self.sizes, self.budget, self.speed, self.shown)
-        self._buttons = _row(
-            self._button("Start", "A new run with these settings", self.start),
+        self._while_running = [
             self._button("Pause", "Hold after the measurement under way", self.pause),
             self._button("Go on", "Go on after Pause", self.go_on),
             self._button("Stop", "End; the run can be taken up again", self.stop),
+        ]
+        self._buttons = _row(
+            self._button("Start", "A new run with these settings", self.start),
+            *self._while_running,
             self.found,
             self._button("Take up", "Go on with the chosen run from its journal", self.take_up),
             self._button("Look again", "Look for runs in the folder once more", self.find_runs),
@@ -246,7 +249,10 @@ class LiveTuner(widgets.VBox):
         self.draw()
 
     def draw(self, _: object = None) -> None:
-        """Show where the run stands."""
+        """Show where the run stands; Pause, Go on and Stop can be pressed while there is a run."""
+        under_way = self.session is not None and self.session.progress().state in ("new", "running", "paused")
+        for button in self._while_running:
+            button.disabled = not under_way
         history = self._history or [self._blank()]
         shown = self.shown.value if self.shown.value in history[-1].standings else next(iter(history[-1].standings))
         panels = plots.status(history, shown, _source(self.session) if self.session else self._intent())
@@ -264,7 +270,7 @@ class LiveTuner(widgets.VBox):
     def _intent(self) -> str:
         if self.live:
             return f"{self.shape.name} will be measured on this machine's {runtime.current().device_name}"
-        return f"no GPU here, so this replays what was {self.landscape.source()}"
+        return f"{self.landscape.problem.shape.name}; no GPU here, so this replays what was {self.landscape.source()}"
 
 
 def _source(session: TuneSession) -> str:

@@ -18,6 +18,7 @@ from moelab.plots.panel import Panel
 from moelab.plots.roofline import BATCHES, tp_choices
 from moelab.roofline import Ceilings
 from moelab.shapes import preset_names
+from moelab.widgets.spoken import spoken_names
 
 
 def interactive_panel(
@@ -36,15 +37,9 @@ def interactive_panel(
     for control in controls.values():
         control.observe(redraw, "value")
     row = widgets.HBox(list(controls.values()), layout=widgets.Layout(flex_flow="row wrap"))
-    return widgets.VBox([row, output])
-
-
-def still(panel: Panel) -> widgets.Output:
-    """A panel without controls, in an Output: with each figure that a cell shows itself JupyterLab saves a picture, of 100
-    kB and more, and none with what a widget shows."""
-    output = widgets.Output()
-    show(output, panel)
-    return output
+    box = widgets.VBox([row, output, spoken_names()])
+    box.add_class("moelab-panel")
+    return box
 
 
 def show(output: widgets.Output, panels: Panel | Sequence[Panel]) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import ipywidgets as widgets
 
 from moelab import runtime
-from moelab.config_files import RULES
+from moelab.config_files import RULES, get_rules
 from moelab.errors import MoelabError
 from moelab.plots import handover as plots_handover
 from moelab.plots import winner as plots_winner
@@ -28,7 +30,7 @@ class WinnerCard(widgets.VBox):
     GPU) and to exclude it. Every button calls the method of its name."""
 
     def __init__(self, choice: Choice) -> None:
-        self.choice, self._said = choice, ""
+        self.choice, self._said, self._finals = choice, "", choice.finals
         self.batch = dropdown("Batch", list(choice.finals.layers), next(iter(choice.finals.layers)))
         self.pair = dropdown("Pair", self._pairs(self.batch.value), None)
         self.pair.layout.max_width = "420px"
@@ -56,6 +58,10 @@ class WinnerCard(widgets.VBox):
         if list(self.batch.options) != sizes:
             self._filling = True
             self.batch.options = sizes
+            self._filling = False
+        if self.choice.finals is not self._finals:  # of another run: its winner is what the reader asks for
+            self._finals, self._said = self.choice.finals, ""
+            self._filling, self.pair.value = True, None
             self._filling = False
         self._fill()
 
@@ -135,19 +141,27 @@ def _time(contest: Contest) -> str:
 
 class ExportPanel(widgets.VBox):
     """The winners as files of a loader, read back through its rules: Loader and Folder to choose, and a button to write.
-    Until it is pressed, files are written to a throwaway folder only."""
+    Until it is pressed, files are written to a throwaway folder only. Folder starts as one below `folder` for each loader,
+    and stays what the reader makes it."""
 
     def __init__(self, choice: Choice, folder: str | Path) -> None:
-        self.choice, self._said = choice, ""
+        self.choice, self._said, self._below = choice, "", Path(folder)
         self.rules = dropdown("Loader", tuple(RULES), "moelab")
-        self.folder = widgets.Text(value=str(folder), description="Folder", layout=widgets.Layout(width="420px"))
+        first = str(self._below / self.rules.value)
+        self.folder = widgets.Text(value=first, description="Folder", layout=widgets.Layout(width="420px"))
         self.output = widgets.Output()
         row = widgets.HBox([self.rules, self.folder, _button("Write files", "Write them into the folder", self.write)])
         super().__init__([row, self.output])
         self.draw()
+        self.rules.observe(self._offer, "value")
         self.rules.observe(self._changed, "value")
         self.folder.observe(self._changed, "value")
         choice.follow(self._changed)
+
+    def _offer(self, change: Mapping[str, Any]) -> None:
+        """The other loader's own folder, unless the reader has typed one."""
+        if self.folder.value == str(self._below / change["old"]):
+            self.folder.value = str(self._below / change["new"])
 
     def _changed(self, _: object = None) -> None:
         self._said = ""
@@ -167,7 +181,12 @@ class ExportPanel(widgets.VBox):
         """Write the files into the folder, over older ones, and say where they lie."""
         try:
             written = plots_handover.write(self.choice.result(), self.rules.value, self.folder.value)
-            self._said = f"Wrote {', '.join(str(each.path) for each in written)}."
+            folder = Path(self.folder.value).resolve()
+            names = ", ".join(str(each.path.resolve().relative_to(folder)) for each in written)
+            variable = get_rules(self.rules.value).environment
+            self._said = (
+                f"Wrote {names} into {folder}. To use them, start {self.rules.value} with `{variable}={folder}`."
+            )
         except (MoelabError, OSError) as error:
             self._said = f"Nothing was written: {error}"
         self.draw()
