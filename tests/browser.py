@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from playwright.sync_api import Locator, Page, Route, sync_playwright
 
 APP = Path(__file__).resolve().parent.parent / "app"
-TIMEOUT_S = 90
+TIMEOUT_S = 180
 SETTINGS = {
     # no "would you like to get news" popup over the page, no look-up of newer versions
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},

@@ -17,7 +17,7 @@ from browser import Server, _free_port, page
 from test_browser import chromium_or_skip
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT_S = 90
+TIMEOUT_S = 180
 
 
 def recipe() -> str:

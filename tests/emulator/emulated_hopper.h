@@ -1,6 +1,6 @@
 // hopper.cuh for a CPU: every thread of a block is a thread of the system, and each function does what its PTX
 // instruction is documented to do, as late as that allows: a wgmma reads its operands when it is waited for, a copy lands
-// when its arrival is made. A wait that lasts half a minute ends the process with a message: the kernel hangs.
+// when its arrival is made. A wait that lasts two minutes ends the process with a message: the kernel hangs.
 //
 // What it cannot show: races that need the proxies' own order (fences do nothing here), registers, timing.
 
@@ -162,7 +162,7 @@ inline void barrier_arrive(uint64_t* barrier) { barrier_arrive_expect(barrier, 0
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
     Mbarrier& b = mbarrier(barrier);
     std::unique_lock guard(b.lock);
-    if (!b.changed.wait_for(guard, std::chrono::seconds(30), [&] { return b.phase != parity; })) hangs("barrier_wait");
+    if (!b.changed.wait_for(guard, std::chrono::seconds(120), [&] { return b.phase != parity; })) hangs("barrier_wait");
 }
 
 inline void copy_async(void* to, const void* from, int bytes) { copies.push_back({to, from, bytes}); }
@@ -282,7 +282,7 @@ inline uint32_t from_neighbour(uint32_t value) {
 
 inline int load_acquire(const int* address) { return __atomic_load_n(address, __ATOMIC_ACQUIRE); }
 inline void wait_for_count(const int* address, int count) {
-    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(120);
     for (; load_acquire(address) < count; std::this_thread::yield())
         if (std::chrono::steady_clock::now() > end) hangs("wait_for_count");
 }
