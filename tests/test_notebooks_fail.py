@@ -22,6 +22,7 @@ from nbclient.exceptions import CellExecutionError
 from test_notebooks_house import NOTEBOOKS, code_of
 
 import moelab.plots
+from moelab import recordings
 
 ROOT = Path(__file__).resolve().parent.parent
 BROKEN = "the drawing function is broken"
@@ -38,6 +39,10 @@ BY_WIDGETS = {
 
 BESIDE_ONE = {"loading.lookup": "loading.sizes", "landscape_linked.parallel": "landscape_linked.scatter"}
 """Drawn by the same call of the same widget as another one."""
+
+
+UNSEEN = {"tuned_gain.gains": "tuned_gain"}
+"""In no notebook while there is no recording of that name to draw: then it has to be in one."""
 
 
 def drawing_functions() -> dict[str, Any]:
@@ -168,7 +173,9 @@ def test_a_cell_that_hides_an_exception_is_seen() -> None:
 def test_every_drawing_function_is_broken_somewhere() -> None:
     plainly = {name for _, _, _, drawn, _ in CELLS for name in drawn}
     by_widgets = {name for names in BY_WIDGETS.values() for name in names}
-    assert by_widgets | set(BESIDE_ONE) | plainly >= set(drawing_functions())
+    unseen = {name for name, suite in UNSEEN.items() if not (recordings.recordings_dir() / f"{suite}.json").is_file()}
+    assert by_widgets | set(BESIDE_ONE) | plainly | unseen >= set(drawing_functions())
+    assert not unseen & plainly
     assert set(BESIDE_ONE.values()) <= by_widgets <= set(drawing_functions())
     for file, names in BY_WIDGETS.items():
         text = (ROOT / "tests" / file).read_text()
