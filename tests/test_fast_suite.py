@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from moelab import recordings, reference, runtime
+from moelab import fused_moe, recordings, reference, runtime
 from moelab.config import KernelConfig
+from moelab.errors import UnknownNameError
 from moelab.kernels.expert_order import expert_order
 from moelab.kernels.fast_instances import INSTANCES
 from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM
 from moelab.measure import Measurement
 from moelab.shapes import MoEShape
-from moelab.suites import fast_layer, screening
+from moelab.suites import bench, fast_layer, screening, suite_names
 from moelab.suites.layer_classic import Layer, weight_sets
 
 SMALL = MoEShape.from_sizes(num_experts=8, top_k=2, hidden_size=64, moe_intermediate_size=32, dtype="float32")
@@ -86,9 +87,15 @@ def test_known_configs_are_of_this_cell() -> None:
     layer = type("layer", (), {"shape": fast_layer.shape_of("scout/tp4"), "num_tokens": 64})()
     pairs = fast_layer.known_configs(layer, "scout/tp4")
     assert pairs and all(up.BLOCK_SIZE_M == down.BLOCK_SIZE_M for up, down in pairs)
-    assert fast_layer.known_configs(layer, "nobody") == [] or len(fast_layer.known_configs(layer, "nobody")) < len(
-        pairs
-    )
+    assert set(fast_layer.known_configs(layer, "nobody")) < set(pairs)
+
+
+def test_experimental_ones_answer_to_their_names_alone() -> None:
+    assert suite_names(["fast_layer"]) == ["fast_layer"] and "fast_layer" not in suite_names(["all"])
+    assert "fast" in fused_moe.EXPERIMENTAL and "fast" not in fused_moe.IMPLEMENTATIONS
+    bench._require_known(["fast", "triton"])
+    with pytest.raises(UnknownNameError, match="Unknown implementation 'fsat'"):
+        bench._require_known(["fsat"])
 
 
 def test_neighbours() -> None:

@@ -49,7 +49,7 @@ class Instance:
 
     @property
     def sums_at_once(self) -> bool:
-        """Whether the warpgroup that comes to a token's columns last adds them up: in few tokens, sooner than after all."""
+        """Whether, of at most 8 tokens, the warpgroup that comes to columns last adds them up; else all wait for all."""
         return self.tokens <= 16
 
     def column_counters(self, hidden: int) -> int:
@@ -74,7 +74,7 @@ class Instance:
 
 # Widest tile of tokens -> the instance for it. Small tiles and two blocks a multiprocessor where weights are all there is to
 # move; 256 weight rows where tokens are read again and again, once for every tile of weight rows. The ring takes what shared
-# memory is left: 227 KiB a block, 228 for all, 1 kept of each.
+# memory is left: 227 KiB a block, 228 for all, 1 kept of each. Chosen by reckoning: `moelab record fast_layer` is to judge them.
 INSTANCES = {
     8: Instance(1, 1, 12, 8, 8, 8, per_processor=2),
     16: Instance(1, 1, 11, 16, 8, 8, per_processor=2),
@@ -85,6 +85,6 @@ INSTANCES = {
 
 
 def instance_for(num_tokens: int, top_k: int, num_experts: int) -> Instance:
-    """The instance for a batch, by the rows an expert gets if tokens spread evenly, and a third more than that."""
+    """The instance for a batch, by the rows an expert gets if tokens spread evenly and a third more: a guess as yet."""
     rows = 1.33 * num_tokens * top_k / num_experts
     return next((INSTANCES[most] for most in INSTANCES if min(rows, num_tokens) <= most), INSTANCES[176])

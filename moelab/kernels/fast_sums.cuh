@@ -49,7 +49,8 @@ DEVICE void sum_all(const Layer<T>& layer) {
         sum_eight(layer, i / columns, i % columns * 8);
 }
 
-// Where tokens are few, the warpgroup that comes last to a tile's columns adds them up, sooner than all are done.
+// Up to so many tokens, the warpgroup that comes last to a tile's columns adds them up, sooner than all are done. A guess, as
+// yet: for more of them the sums would lie on too few warpgroups.
 constexpr int AT_ONCE = 8;
 
 // Counts this warpgroup's tile of GEMM2 done; whether it was the last over its columns.

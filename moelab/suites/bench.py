@@ -11,7 +11,7 @@ import torch
 from moelab import precision, recordings, roofline, runtime
 from moelab.config_files import Lookup, dtype_selector, lookup
 from moelab.errors import MoelabError, PrecisionError, RuntimeModeError, UnknownNameError, nearest_names
-from moelab.fused_moe import IMPLEMENTATIONS
+from moelab.fused_moe import EXPERIMENTAL, IMPLEMENTATIONS
 from moelab.measure import EagerProtocol, Measurement, measure, measure_eager, tie
 from moelab.routing import make_routing
 from moelab.shapes import MoEShape
@@ -103,7 +103,7 @@ def require_gpu() -> None:
 
 def _require_known(impls: Sequence[str]) -> None:
     for name in impls:
-        if name not in IMPLEMENTATIONS:
+        if name not in IMPLEMENTATIONS and name not in EXPERIMENTAL:
             raise UnknownNameError(
                 f"Unknown implementation {name!r}. Expected one of {', '.join(IMPLEMENTATIONS)}."
                 f"{nearest_names(name, IMPLEMENTATIONS)} Name one of them."
