@@ -33,10 +33,11 @@ help:
 
 setup: $(READY)
 
+# --no-compile: bytecode is left to the first import; all of torch's and transformers' would double the install's time.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo 'moelab needs Python >= 3.11 and found none on PATH; give one: make PYTHON=/path/to/python3' >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV) || { echo 'no virtual environment (on Debian and Ubuntu: install python3-venv)' >&2; exit 1; }
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	mkdir -p $(LAB_SETTINGS)
 	echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' > $(LAB_SETTINGS)/overrides.json
 	touch $@

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from moelab.config import KernelConfig
@@ -125,11 +125,8 @@ def tidy(result: Result) -> Result:
     return Result(
         result.request,
         tuple(
-            replace(
-                o,
-                samples_us=tuple(round(s, 4) for s in o.samples_us),
-                compile_s=round(o.compile_s, 6),
-                measure_s=round(o.measure_s, 6),
+            Outcome(
+                tuple([round(s, 4) for s in o.samples_us]), o.failure, o.message, round(o.compile_s, 6), round(o.measure_s, 6)
             )
             for o in result.outcomes
         ),

@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 from moelab.config import KernelConfig, get_target, prunings, violations
@@ -138,17 +139,20 @@ def effective_group(config: KernelConfig, num_row_blocks: int, num_column_blocks
     return 1 if num_column_blocks == 1 else min(config.GROUP_SIZE_M, num_row_blocks)
 
 
+_rest = attrgetter(*(field.name for field in fields(KernelConfig) if field.name != "GROUP_SIZE_M"))
+
+
 def representatives(
     configs: Sequence[KernelConfig], problem: Problem, gemm: Gemm, num_tokens: int
 ) -> dict[KernelConfig, KernelConfig]:
     """config -> the first config in order that runs the same program at that batch size (itself, if none does)."""
     columns = problem.columns(gemm)
     blocks = {m: row_blocks(problem, num_tokens, m) for m in {c.BLOCK_SIZE_M for c in configs}}
-    first: dict[KernelConfig, KernelConfig] = {}
+    first: dict[tuple[Any, ...], KernelConfig] = {}
     found = {}
     for config in configs:
         group = effective_group(config, blocks[config.BLOCK_SIZE_M], -(-columns // config.BLOCK_SIZE_N))
-        found[config] = first.setdefault(replace(config, GROUP_SIZE_M=group), config)
+        found[config] = first.setdefault((group, _rest(config)), config)
     return found
 
 
