@@ -61,7 +61,9 @@ def test_nothing_spills(table: list[dict]) -> None:
 
 def test_a_single_token_is_routed_without_shared_memory(table: list[dict]) -> None:
     """What makes it fast: one warp that waits at no barrier."""
-    labels = [f"route_order {name}" for name in ("qwen3 1 bfloat16", "qwen3 1 bfloat16 tiles", "deepseek-v3 1 bfloat16 tiles")]
+    labels = [
+        f"route_order {name}" for name in ("qwen3 1 bfloat16", "qwen3 1 bfloat16 tiles", "deepseek-v3 1 bfloat16 tiles")
+    ]
     ours = [row for row in table if row["label"] in labels]
     assert sorted(row["label"] for row in ours) == sorted(labels * len(aot.CHECKED_TARGETS))
     assert {row["shared_bytes"] for row in ours} == {0}

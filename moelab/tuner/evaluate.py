@@ -126,7 +126,11 @@ def tidy(result: Result) -> Result:
         result.request,
         tuple(
             Outcome(
-                tuple([round(s, 4) for s in o.samples_us]), o.failure, o.message, round(o.compile_s, 6), round(o.measure_s, 6)
+                tuple([round(s, 4) for s in o.samples_us]),
+                o.failure,
+                o.message,
+                round(o.compile_s, 6),
+                round(o.measure_s, 6),
             )
             for o in result.outcomes
         ),
