@@ -497,7 +497,7 @@ def test_a_kill_by_timeout_is_a_ctrl_c(tmp_path: Path, monkeypatch: pytest.Monke
 def test_one_and_two_actors_over_real_ray(tmp_path: Path) -> None:
     """Replays in the actors; Ray is started once for both runs."""
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 
     def over_ray(job: Job, problem: Problem, _: Path) -> RayEvaluator:
         return RayEvaluator(problem, landscape=synthetic_landscape(problem), actors=len(job.gpus))

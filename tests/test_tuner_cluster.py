@@ -42,7 +42,7 @@ def test_a_ray_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.fixture(scope="module")
 def ray():
     module = pytest.importorskip("ray")
-    module.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    module.init(num_cpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield module
     module.shutdown()
 
