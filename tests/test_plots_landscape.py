@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 from synthetic import small_problem, synthetic_landscape
@@ -57,10 +59,25 @@ def test_linked_views_show_the_same_configs(survey: Survey) -> None:
     assert best == pytest.approx(1, abs=0.3) and drawn[-1].size, "the best ones in the last colour, on top"
     measured = np.isfinite(survey.times["down"][survey.row(16)])
     programs = survey.representative["down"][survey.row(16)] == np.arange(len(measured))
-    assert len(others.x) == (measured & programs).sum() - count
+    rest = (measured & programs).sum() - count
+    assert 0 < len(others.x) <= rest and f"the other {rest}," in points.figure.layout.title.subtitle.text
     assert brushed.customdata.shape == (count, 13)
     assert set(np.asarray(brushed.customdata)[:, 0]) <= {16.0, 64.0}
     assert f"{count} configs brushed (BLOCK M 16–64)" in titles(points) and f"same {count} configs" in titles(lines)
+
+
+@hypothesis.given(
+    st.lists(st.tuples(st.floats(0, 50), st.floats(0.1, 1e5)), max_size=300).map(lambda p: np.array(p).reshape(-1, 2))
+)
+def test_every_point_has_a_speck_near_it(points: np.ndarray) -> None:
+    x, y = linked._apart(points[:, 0], points[:, 1])
+    cells = np.array(linked.SPECKS) + 1
+    assert len(x) <= min(len(points), cells.prod()) and {*zip(x, y, strict=True)} <= {*map(tuple, points)}
+    if len(points):
+        place = np.column_stack([points[:, 0], np.log(points[:, 1])])
+        drawn = np.column_stack([x, np.log(y)])
+        size = np.maximum(np.ptp(place, axis=0), 1e-9) / linked.SPECKS
+        assert (np.abs(place[:, None] - drawn[None]) <= size * (1 + 1e-9)).all(axis=2).any(axis=1).all()
 
 
 def test_a_long_selection_is_cut_and_says_so(survey: Survey, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,9 +38,14 @@ def output(box: object) -> object:
     return next(child for child in box.children if hasattr(child, "outputs"))
 
 
+def all_shown(box: object) -> list[dict]:
+    """The bundles of each of a widget's Outputs."""
+    return [each["data"] for child in box.children for each in getattr(child, "outputs", ())]
+
+
 def text(box: object) -> str:
     """Sentences and titles that a widget shows."""
-    bundles = [each["data"] for each in output(box).outputs]
+    bundles = all_shown(box)
     return "\n".join(bundle.get("text/markdown") or bundle["text/plain"] for bundle in bundles)
 
 
@@ -84,13 +89,27 @@ def test_landscape_browser_links_its_views(survey: Survey) -> None:
     for name, value in {
         "GEMM": "down", "Batch": 16, "Within": 0.5, "X axis": "padding", "BLOCK M": (64, 128), "warps": (4, 4),
     }.items():  # fmt: skip
-        before = [each["data"] for each in output(box).outputs]
+        before = all_shown(box)
         choose[name].value = value
-        assert [each["data"] for each in output(box).outputs] != before, name
+        assert all_shown(box) != before, name
     scatter, lines, heat = (line for line in text(box).splitlines() if line.startswith("GEMM2"))
     assert "BLOCK M 64–128, warps 4" in scatter and "BLOCK M 64–128, warps 4" in heat
     count = scatter.split(": ")[1].split()[0]
     assert f"the same {count} configs" in lines
+
+
+def test_a_view_that_a_control_does_not_touch_is_not_sent_again(survey: Survey) -> None:
+    box = widgets.landscape_browser(survey)
+    sent = []
+    for number, child in enumerate(box.children[1:4]):
+        child.observe(lambda _, number=number: sent.append(number), "outputs")
+    choose = controls(box)
+    for name, value, views in (
+        ("GEMM", "down", [0, 1, 2]), ("Batch", 16, [0, 1]), ("Within", 0.5, [0, 1]), ("X axis", "padding", [0]),
+    ):  # fmt: skip
+        sent.clear()
+        choose[name].value = value
+        assert sent == views, name
 
 
 def test_strategy_race_follows_budget_play_and_measure(survey: Survey) -> None:

@@ -6,7 +6,7 @@ from moelab.widgets.follow import follow_tokens
 from moelab.widgets.health import config_doctor, config_path, config_transfer
 from moelab.widgets.kernels import kernel_check, kernel_roof
 from moelab.widgets.live_tuner import LiveTuner
-from moelab.widgets.panels import explorer, interactive_panel, padding_picture
+from moelab.widgets.panels import explorer, interactive_panel, interactive_panels, padding_picture
 from moelab.widgets.strategy_race import strategy_race
 from moelab.widgets.winner import ExportPanel, WinnerCard
 
@@ -21,6 +21,7 @@ __all__ = [
     "explorer",
     "follow_tokens",
     "interactive_panel",
+    "interactive_panels",
     "kernel_check",
     "kernel_roof",
     "landscape_browser",

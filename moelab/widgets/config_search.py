@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets as widgets
@@ -17,7 +17,7 @@ from moelab.plots.roofline import tp_choices
 from moelab.shapes import load_model, preset_names
 from moelab.tuner.problem import BATCH_SIZES
 from moelab.tuner.survey import PARAMETERS, Survey, short_names
-from moelab.widgets.panels import interactive_panel
+from moelab.widgets.panels import interactive_panel, interactive_panels
 
 DTYPES = ("bfloat16", "float16", "float32")
 WITHIN = (0.02, 0.05, 0.1, 0.2, 0.5, 10.0)
@@ -127,15 +127,15 @@ def landscape_browser(survey: Survey, gemm: str = "up", num_tokens: int = 64) ->
     names = short_names()
     controls |= {name: _range(names[name], survey.axis(name)) for name in PARAMETERS}
 
-    def draw(gemm: str, num_tokens: int, within: float, x: str, **ranges: tuple[int, int]) -> list[Panel]:
-        allowed = {n: [v for v in survey.axis(n) if low <= v <= high] for n, (low, high) in ranges.items()}
-        return [
-            plots_linked.scatter(survey, gemm, num_tokens, allowed, within, x),  # type: ignore[arg-type]
-            plots_linked.parallel(survey, gemm, num_tokens, allowed, within),  # type: ignore[arg-type]
-            plots_landscape.heat_map(survey, gemm, allowed),  # type: ignore[arg-type]
-        ]
+    def allowed(values: Mapping[str, Any]) -> dict[str, list[int]]:
+        return {n: [v for v in survey.axis(n) if values[n][0] <= v <= values[n][1]] for n in PARAMETERS}
 
-    return interactive_panel(draw, controls)
+    views: list[Callable[..., Panel]] = [
+        lambda gemm, num_tokens, within, x, **r: plots_linked.scatter(survey, gemm, num_tokens, allowed(r), within, x),
+        lambda gemm, num_tokens, within, x, **r: plots_linked.parallel(survey, gemm, num_tokens, allowed(r), within),
+        lambda gemm, num_tokens, within, x, **r: plots_landscape.heat_map(survey, gemm, allowed(r)),
+    ]
+    return interactive_panels(views, controls)
 
 
 def _range(description: str, values: Sequence[int]) -> widgets.SelectionRangeSlider:

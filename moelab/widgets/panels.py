@@ -20,24 +20,34 @@ from moelab.roofline import Ceilings
 from moelab.shapes import preset_names
 from moelab.widgets.spoken import spoken_names
 
+Draw = Callable[..., Panel | Sequence[Panel]]
 
-def interactive_panel(
-    draw: Callable[..., Panel | Sequence[Panel]], controls: Mapping[str, widgets.Widget]
-) -> widgets.VBox:
+
+def interactive_panel(draw: Draw, controls: Mapping[str, widgets.Widget]) -> widgets.VBox:
     """The controls in a row, and draw(**values) below, one panel or several, drawn now and whenever a value changes.
 
     controls: argument name of `draw` -> widget, each with a description. What `draw` raises passes through.
     """
-    output = widgets.Output()
+    return interactive_panels([draw], controls)
+
+
+def interactive_panels(draws: Sequence[Draw], controls: Mapping[str, widgets.Widget]) -> widgets.VBox:
+    """`interactive_panel` of several drawing functions, each with an Output of its own.
+
+    The page shows the first while the next is still being computed, and leaves alone what a change did not touch.
+    """
+    outputs = [widgets.Output() for _ in draws]
 
     def redraw(_: object = None) -> None:
-        show(output, draw(**{name: control.value for name, control in controls.items()}))
+        values = {name: control.value for name, control in controls.items()}
+        for output, draw in zip(outputs, draws, strict=True):
+            show(output, draw(**values))
 
     redraw()
     for control in controls.values():
         control.observe(redraw, "value")
     row = widgets.HBox(list(controls.values()), layout=widgets.Layout(flex_flow="row wrap"))
-    box = widgets.VBox([row, output, spoken_names()])
+    box = widgets.VBox([row, *outputs, spoken_names()])
     box.add_class("moelab-panel")
     return box
 
