@@ -11,11 +11,11 @@ from moelab import fused_moe, recordings, reference, runtime
 from moelab.config import KernelConfig
 from moelab.errors import UnknownNameError
 from moelab.kernels.expert_order import expert_order
-from moelab.kernels.fast_instances import INSTANCES
+from moelab.kernels.fast_instances import INSTANCES, instance_for
 from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM
 from moelab.measure import Measurement
 from moelab.shapes import MoEShape
-from moelab.suites import bench, fast_layer, screening, suite_names
+from moelab.suites import bench, fast_choice, fast_layer, screening, suite_names
 from moelab.suites.layer_classic import Layer, weight_sets
 
 SMALL = MoEShape.from_sizes(num_experts=8, top_k=2, hidden_size=64, moe_intermediate_size=32, dtype="float32")
@@ -103,3 +103,66 @@ def test_neighbours() -> None:
     assert fast_layer.near(first) == [first, second]
     assert len(fast_layer.near(second)) == 3
     assert GEMM1 | GEMM2 | SUM == 7
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "num_experts"), [(1, 8, 128), (64, 8, 128), (8192, 2, 8), (4096, 8, 256)]
+)
+def test_candidates_are_near_the_rows_of_an_expert(num_tokens: int, top_k: int, num_experts: int) -> None:
+    found = fast_choice.candidates_for(num_tokens, top_k, num_experts)
+    assert found[0] == instance_for(num_tokens, top_k, num_experts) and 1 < len(found) == len(set(found))
+    assert num_tokens > 1 or max(each.tokens for each in found) <= 16
+    assert num_tokens < 4096 or min(each.tokens for each in found) >= 32
+
+
+def test_candidates_fit_a_processor() -> None:
+    for each in fast_choice.CANDIDATES:
+        assert each.per_processor * (each.shared_bytes + 1024) <= 228 * 1024 and each.shared_bytes <= 227 * 1024
+        assert each.tokens % each.box == each.tokens % each.grain == 0
+
+
+def test_a_choice_is_recorded_cell_by_cell(small: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "fast_choice.json"
+    assert fast_choice.main(["qwen3-30b-a3b/tp1", "--batch-size", "1", "3", "--out", str(out)]) == 0
+    rows = recordings.load(out).rows
+    assert {row["num_tokens"] for row in rows} == {1, 3}
+    for num_tokens in (1, 3):
+        of_cell = [row for row in rows if row["num_tokens"] == num_tokens]
+        assert [row["by_rule"] for row in of_cell] == [True] + [False] * (len(of_cell) - 1)
+        assert all(row["samples_us"] == [1.0, 2.0, 3.0] and row["within_bound"] for row in of_cell)
+    assert "by the rule" in capsys.readouterr().out
+
+
+def test_a_candidate_that_is_wrong_is_not_timed_and_told(
+    small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    wrong = fast_choice.candidates_for(3, SMALL.top_k, SMALL.num_experts)[1]
+
+    def off(*args, **kwargs):
+        return stand_in(*args, **kwargs) + (args[6] == wrong)
+
+    monkeypatch.setattr(fast_layer, "fast_layer", off)
+    out = tmp_path / "x.json"
+    assert fast_choice.main(["mixtral-8x7b/tp2", "--batch-size", "3", "--out", str(out)]) == 1
+    (row,) = [row for row in recordings.load(out).rows if not row["within_bound"]]
+    assert row["instance"] == repr(wrong) and "samples_us" not in row and repr(wrong) in capsys.readouterr().out
+
+
+def test_a_stop_keeps_the_cells_so_far(small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = fast_choice.cell
+
+    def stopped(name, layer, routing):
+        if layer.num_tokens == 3:
+            raise KeyboardInterrupt
+        return real(name, layer, routing)
+
+    monkeypatch.setattr(fast_choice, "cell", stopped)
+    out = tmp_path / "x.json"
+    assert fast_choice.main(["mixtral-8x7b/tp2", "--batch-size", "1", "3", "--out", str(out)]) == 130
+    assert {row["num_tokens"] for row in recordings.load(out).rows} == {1}
+
+
+def test_an_unknown_shape_is_named(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as left:
+        fast_choice.main(["mixtral"])
+    assert left.value.code == 2 and "no shape is named mixtral. Expected some of" in capsys.readouterr().err
