@@ -33,7 +33,7 @@ help:
 
 setup: $(READY)
 
-# --no-compile: bytecode is left to the first import; all of torch's and transformers' would double the install's time.
+# --no-compile: bytecode is left to the first import; most files of torch and transformers never see one.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo 'moelab needs Python >= 3.11 and found none on PATH; give one: make PYTHON=/path/to/python3' >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV) || { echo 'no virtual environment (on Debian and Ubuntu: install python3-venv)' >&2; exit 1; }

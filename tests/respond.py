@@ -120,9 +120,8 @@ def in_the_browser() -> list[dict[str, Any]]:
 
 def _seen(tab: Any, name: str, views: int, number: int) -> tuple[float, float]:
     """Change a control; when the first and the last of so many new figures were seen."""
-    tab.page.wait_for_timeout(
-        1500
-    )  # until what the last change left to do is done: plotly keeps a picture of each figure
+    # what the last change left to do goes on: plotly keeps a picture of each figure
+    tab.page.wait_for_timeout(1500)
     control = tab.control(name)
     tab.page.evaluate(WATCH, tab.page.locator(".jp-Cell").first.element_handle())
     if control.locator("select").count():
@@ -147,8 +146,8 @@ def shown(rows: list[dict[str, Any]], *columns: str) -> None:
 def main() -> None:
     """Print the table."""
     if "--browser" in sys.argv[1:]:
-        rows = in_the_browser()
-        return shown(rows, "first figure, ms", "last figure, ms")
+        shown(in_the_browser(), "first figure, ms", "last figure, ms")
+        return
     landscape = made()
     survey = Survey(landscape)
     at = roofline.load_ceilings("NVIDIA_H200", "floors")

@@ -63,3 +63,8 @@ def test_controls_have_names_and_follow_the_keyboard(tmp_path: Path) -> None:
         assert tab.names()[-1] == figure.title(), "a figure that was drawn anew has its name, too"
         assert tab.page.locator(".noUi-handle").first.get_attribute("aria-valuetext") == "eight"
         assert (tab.outside, tab.console_errors) == ([], [])
+
+        other = "https://192.0.2.1/x.js"  # reserved for documentation, RFC 5737
+        tab.page.evaluate("url => fetch(url).catch(() => null)", other)
+        assert tab.outside == [other], "a request that would leave the machine is seen"
+        assert "ERR_NAME_NOT_RESOLVED" in tab.console_errors[0], "and goes nowhere"

@@ -91,7 +91,8 @@ def test_known_configs_are_of_this_cell() -> None:
 
 
 def test_experimental_ones_answer_to_their_names_alone() -> None:
-    assert suite_names(["fast_layer"]) == ["fast_layer"] and "fast_layer" not in suite_names(["all"])
+    for name in ("fast_layer", "fast_choice"):
+        assert suite_names([name]) == [name] and name not in suite_names(["all"])
     assert "fast" in fused_moe.EXPERIMENTAL and "fast" not in fused_moe.IMPLEMENTATIONS
     bench._require_known(["fast", "triton"])
     with pytest.raises(UnknownNameError, match="Unknown implementation 'fsat'"):
@@ -121,48 +122,18 @@ def test_candidates_fit_a_processor() -> None:
         assert each.tokens % each.box == each.tokens % each.grain == 0
 
 
-def test_a_choice_is_recorded_cell_by_cell(small: None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    out = tmp_path / "fast_choice.json"
-    assert fast_choice.main(["qwen3-30b-a3b/tp1", "--batch-size", "1", "3", "--out", str(out)]) == 0
-    rows = recordings.load(out).rows
+def test_every_candidate_gets_a_row_that_loads(small: None, tmp_path: Path) -> None:
+    made = fast_choice.record(("small",), (1, 3))
+    rows = recordings.load(recordings.write(made, tmp_path / "fast_choice.json")).rows
     assert {row["num_tokens"] for row in rows} == {1, 3}
     for num_tokens in (1, 3):
         of_cell = [row for row in rows if row["num_tokens"] == num_tokens]
         assert [row["by_rule"] for row in of_cell] == [True] + [False] * (len(of_cell) - 1)
         assert all(row["samples_us"] == [1.0, 2.0, 3.0] and row["within_bound"] for row in of_cell)
-    assert "by the rule" in capsys.readouterr().out
 
 
-def test_a_candidate_that_is_wrong_is_not_timed_and_told(
-    small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_candidate_that_is_wrong_is_told_and_not_timed(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = fast_choice.candidates_for(3, SMALL.top_k, SMALL.num_experts)[1]
-
-    def off(*args, **kwargs):
-        return stand_in(*args, **kwargs) + (args[6] == wrong)
-
-    monkeypatch.setattr(fast_layer, "fast_layer", off)
-    out = tmp_path / "x.json"
-    assert fast_choice.main(["mixtral-8x7b/tp2", "--batch-size", "3", "--out", str(out)]) == 1
-    (row,) = [row for row in recordings.load(out).rows if not row["within_bound"]]
-    assert row["instance"] == repr(wrong) and "samples_us" not in row and repr(wrong) in capsys.readouterr().out
-
-
-def test_a_stop_keeps_the_cells_so_far(small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    real = fast_choice.cell
-
-    def stopped(name, layer, routing):
-        if layer.num_tokens == 3:
-            raise KeyboardInterrupt
-        return real(name, layer, routing)
-
-    monkeypatch.setattr(fast_choice, "cell", stopped)
-    out = tmp_path / "x.json"
-    assert fast_choice.main(["mixtral-8x7b/tp2", "--batch-size", "1", "3", "--out", str(out)]) == 130
-    assert {row["num_tokens"] for row in recordings.load(out).rows} == {1}
-
-
-def test_an_unknown_shape_is_named(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as left:
-        fast_choice.main(["mixtral"])
-    assert left.value.code == 2 and "no shape is named mixtral. Expected some of" in capsys.readouterr().err
+    monkeypatch.setattr(fast_layer, "fast_layer", lambda *a, **k: stand_in(*a, **k) + (a[6] == wrong))
+    (row,) = [row for row in fast_choice.record(("small",), (3,)).rows if not row["within_bound"]]
+    assert row["instance"] == repr(wrong) and row["problem"] and "samples_us" not in row

@@ -48,7 +48,8 @@ def test_the_heat_map_follows_the_brush(survey: Survey) -> None:
 
 def test_linked_views_show_the_same_configs(survey: Survey) -> None:
     allowed = {"BLOCK_SIZE_M": [16, 64]}
-    points, lines = (draw(survey, "down", 16, allowed, 0.3) for draw in (linked.scatter, linked.parallel))
+    points = linked.scatter(survey, "down", 16, allowed, 0.3, "padding")  # waves are not known of the made-up device
+    lines = linked.parallel(survey, "down", 16, allowed, 0.3)
     count = len(linked.brushed(survey, "down", 16, allowed, 0.3))
     others, brushed = points.figure.data[:2]
     drawn = [np.asarray(trace.y, dtype=float) for trace in lines.figure.data if trace.mode == "lines"]

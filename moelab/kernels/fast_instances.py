@@ -75,7 +75,7 @@ class Instance:
 # Widest tile of tokens -> the instance for it. Small tiles and two blocks a multiprocessor where weights are all there is to
 # move; 256 weight rows where tokens are read again and again, once for every tile of weight rows. The ring takes what shared
 # memory is left: 227 KiB a block, 228 for all, 1 kept of each. Chosen by reckoning:
-# `python -m moelab.suites.fast_choice` and `moelab record fast_layer` are to judge them.
+# `moelab record fast_choice` and `moelab record fast_layer` are to judge them.
 INSTANCES = {
     8: Instance(1, 1, 12, 8, 8, 8, per_processor=2),
     16: Instance(1, 1, 11, 16, 8, 8, per_processor=2),

@@ -8,7 +8,16 @@ from pathlib import Path
 from moelab import recordings
 from moelab.errors import UnknownNameError, nearest_names
 from moelab.recordings import Recording
-from moelab.suites import ceilings, fast_layer, layer_baseline, layer_classic, split_k, sum_reduce, tma_overhead
+from moelab.suites import (
+    ceilings,
+    fast_choice,
+    fast_layer,
+    layer_baseline,
+    layer_classic,
+    split_k,
+    sum_reduce,
+    tma_overhead,
+)
 
 SUITES: dict[str, Callable[[], Recording]] = {
     "ceilings": ceilings.record,
@@ -20,7 +29,10 @@ SUITES: dict[str, Callable[[], Recording]] = {
     "tma_overhead": tma_overhead.record,
 }
 
-EXPERIMENTAL: dict[str, Callable[[], Recording]] = {"fast_layer": fast_layer.record}
+EXPERIMENTAL: dict[str, Callable[[], Recording]] = {
+    "fast_layer": fast_layer.record,
+    "fast_choice": fast_choice.record,
+}
 """By name only, no part of "all": of what has not been through its gpu tests yet."""
 
 

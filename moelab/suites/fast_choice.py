@@ -1,4 +1,4 @@
-"""Which instance of the one-launch layer serves a batch best: `python -m moelab.suites.fast_choice --out FILE`, on an H200.
+"""Which instance of the one-launch layer serves a batch best.
 
 Every candidate is checked against float64 and timed, a short pass each, at every shape and batch size of the suite fast_layer.
 What it finds goes into `moelab.kernels.fast_instances` by hand: INSTANCES and the rule `instance_for` are reckoned, as yet.
@@ -6,22 +6,19 @@ What it finds goes into `moelab.kernels.fast_instances` by hand: INSTANCES and t
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import statistics
-import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from moelab import recordings, runtime
-from moelab.errors import MoelabError
+import torch
+
+from moelab import runtime
 from moelab.kernels.fast_instances import INSTANCES, Instance, instance_for
 from moelab.recordings import Recording
 from moelab.suites import fast_layer as suite
 from moelab.suites.bench import judge
 from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
-from moelab.suites.screening import quick
+from moelab.suites.screening import quick, short_pass
 
 CANDIDATES = (
     *INSTANCES.values(),
@@ -59,69 +56,29 @@ def cell(name: str, layer: Layer, routing: str) -> list[dict[str, Any]]:
     timed = quick(right, len(layer.routings))
     return [
         {
-            "shape": name, "num_tokens": num_tokens, "routing": routing, "instance": repr(each), "by_rule": each == by_rule,
-            **judged[repr(each)],
-            **({"samples_us": [round(s, 4) for s in timed[each].samples_us]} if each in timed else {}),
+            "shape": name, "num_tokens": num_tokens, "routing": routing, "rotations": len(layer.routings),
+            "instance": repr(each), "by_rule": each == by_rule,
+            **judged[repr(each)], **suite.samples_of(timed, each),
         }
         for each in contenders
     ]  # fmt: skip
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of one cell, a line each: the rule's choice and the fastest three, fastest first; then what failed, and how."""
-    timed = sorted((r for r in rows if "samples_us" in r), key=lambda r: statistics.median(r["samples_us"]))
-    lines = [
-        f"{statistics.median(r['samples_us']):10.2f} us  {r['instance']}{'  (by the rule)' if r['by_rule'] else ''}"
-        for place, r in enumerate(timed)
-        if place < 3 or r["by_rule"]
-    ]
-    failed = [r for r in rows if "samples_us" not in r]
-    return lines + [f"    not timed  {r['instance']}: {r.get('refused') or r.get('problem', '')}" for r in failed]
-
-
 def record(
-    out: Path, names: Sequence[str], batches: Sequence[int] = suite.BATCHES, routings: Sequence[str] = ("uniform",)
+    names: Sequence[str] = tuple(suite.SHAPES),
+    batches: Sequence[int] = suite.BATCHES,
+    routings: Sequence[str] = ("uniform",),
 ) -> Recording:
-    """Every candidate at every cell, written to `out` after each of them. Raises RuntimeModeError without a GPU."""
-    runtime.require_cuda("moelab.suites.fast_choice")
+    """Every candidate at every cell. Raises RuntimeModeError without a GPU."""
+    runtime.require_cuda("the suite 'fast_choice'")
     rows: list[dict[str, Any]] = []
-    origin, protocol = (
-        runtime.provenance(seed=0),
-        {"kind": "short passes", "passes": "as moelab.suites.screening.quick"},
-    )
     for name in names:
-        weights = weight_sets(suite.shape_of(name))
+        shape = suite.shape_of(name)
+        weights = weight_sets(shape)
         for routing, num_tokens in itertools.product(routings, batches):
-            layer = Layer(suite.shape_of(name), num_tokens, protocol_for(num_tokens).rotations, weights, routing)
-            found = cell(name, layer, routing)
-            print(f"{name}, {num_tokens} tokens, {routing}:", *summary(found), sep="\n", flush=True)
-            rows += found
-            recording = Recording("fast_choice", origin, protocol, tuple(rows))
-            recordings.write(recording, out)
-    return recording
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0 if every candidate that was timed is right, 1 if not, 2 for bad use, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="python -m moelab.suites.fast_choice", description=(__doc__ or "").split("\n\n")[0]
-    )
-    parser.add_argument("shapes", nargs="*", help=f"some of {', '.join(suite.SHAPES)}; default: all")
-    parser.add_argument("--batch-size", nargs="+", type=int, default=list(suite.BATCHES), help="default: %(default)s")
-    parser.add_argument("--routing", nargs="+", choices=suite.ROUTINGS, default=["uniform"], help="default: uniform")
-    parser.add_argument("--out", type=Path, default=Path("fast_choice.json"), help="default: %(default)s")
-    given = parser.parse_args(arguments)
-    if unknown := [name for name in given.shapes if name not in suite.SHAPES]:
-        parser.error(f"no shape is named {', '.join(unknown)}. Expected some of {', '.join(suite.SHAPES)}.")
-    try:
-        made = record(given.out, given.shapes or list(suite.SHAPES), given.batch_size, given.routing)
-    except MoelabError as error:
-        parser.error(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        print(f"\nstopped; the cells so far are in {given.out}, if there was one", flush=True)
-        return 130
-    return int(any(row["within_bound"] is False for row in made.rows))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+            layer = Layer(shape, num_tokens, protocol_for(num_tokens).rotations, weights, routing)
+            rows += cell(name, layer, routing)
+        del weights, layer
+        torch.cuda.empty_cache()
+    protocol = {**short_pass(protocol_for(1).rotations).describe(), "rotations": "in each row"}
+    return Recording("fast_choice", runtime.provenance(seed=0), protocol, tuple(rows))

@@ -24,7 +24,7 @@ from moelab.kernels.fast_instances import INSTANCES, Instance, instance_for
 from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM, fast_layer
 from moelab.kernels.route import route
 from moelab.kernels.token_tiles import TokenTiles
-from moelab.measure import measure
+from moelab.measure import Measurement, measure
 from moelab.pipelines.fast import route_for, tiles_for
 from moelab.recordings import Recording, load
 from moelab.reference import activation_ref
@@ -246,12 +246,13 @@ def cell(name: str, layer: Layer, routing: str, *, ablation: bool) -> list[dict[
         "bytes": cost.bytes, "flops": cost.flops, "rotations": protocol.rotations,
     }  # fmt: skip
     return [
-        {**common, "impl": label, **judged.get(label, {}), **notes.get(label, {}), **_samples(measured, label)}
+        {**common, "impl": label, **judged.get(label, {}), **notes.get(label, {}), **samples_of(measured, label)}
         for label in timed
     ]
 
 
-def _samples(measured: Mapping[str, Any], label: str) -> dict[str, Any]:
+def samples_of(measured: Mapping[Any, Measurement], label: Any) -> dict[str, Any]:
+    """What a row says of a contender's times: nothing where it was not timed."""
     return {"samples_us": [round(s, 4) for s in measured[label].samples_us]} if label in measured else {}
 
 

@@ -42,10 +42,13 @@ def usable(contenders: Mapping[Label, Contender]) -> tuple[dict[Label, Contender
     return {label: run for label, run in contenders.items() if label not in failures}, failures
 
 
-def quick(contenders: Mapping[Label, Contender], rotations: int) -> dict[Label, Measurement]:
+def short_pass(rotations: int) -> Protocol:
     """Three replays of one pass over the rotations each: enough to drop what is clearly slower, no more."""
+    return Protocol(rotations, rounds=3, graph_us=1.0)
+
+
+def quick(contenders: Mapping[Label, Contender], rotations: int) -> dict[Label, Measurement]:
+    """Each contender's `short_pass`, interleaved."""
     names = {f"{i}": label for i, label in enumerate(contenders)}
-    found = measure(
-        {name: contenders[label] for name, label in names.items()}, Protocol(rotations, rounds=3, graph_us=1.0)
-    )
+    found = measure({name: contenders[label] for name, label in names.items()}, short_pass(rotations))
     return {label: found[name] for name, label in names.items()}

@@ -66,7 +66,7 @@ class _Cell:
         i = self.index.get(contender)
         if i is None or self.failures[i] is not None or not self.samples[i]:
             return float("nan")
-        return float(statistics.median(self.samples[i]))
+        return statistics.median(self.samples[i])
 
     def ratio(self, other: _Cell) -> float:
         """How many times as long the contenders of both cells took here, the median over them; 1 where there are none."""
