@@ -49,6 +49,19 @@ def test_a_shipped_landscape_is_sound(shipped: Landscape) -> None:
         assert not any(violations(config, target=shipped.problem.target) for config in row.contender)
 
 
+def test_the_protocols_read_up_to_a_fifth_apart() -> None:
+    """What replay, board, survey and the notebook give as the reason to keep them apart."""
+    ratios = []
+    for path in FILES:
+        medians: dict[bool, dict[tuple, float]] = {False: {}, True: {}}
+        for row in landscape.load(path).rows:
+            if row.stage != "layer" and row.outcome.samples_us:
+                key = row.stage, row.num_tokens, row.contender
+                medians[row.interleaved][key] = statistics.median(row.outcome.samples_us)
+        ratios += [finals / medians[False][key] for key, finals in medians[True].items() if key in medians[False]]
+    assert 0.15 < max(abs(ratio - 1) for ratio in ratios) < 0.225
+
+
 def test_the_first_model_is_there() -> None:
     assert "qwen3-30b-a3b-tp1-NVIDIA_H200" in TUNED
 
