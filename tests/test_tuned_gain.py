@@ -94,6 +94,28 @@ def test_equal_pairs_are_timed_once(tiny: Path, tmp_path: Path) -> None:
     assert rows["second"]["ratio"] == 1.0 and rows["second"]["tie"]
 
 
+def test_placements_that_disagree_are_a_tie(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair that is faster where the weights lie once, and slower where they lie next, is no faster pair."""
+    looks: list[int] = []
+
+    def moved(contenders: dict, protocol: object) -> dict:
+        looks.append(len(looks))
+        found = made_up(contenders, protocol)
+        factor = (0.62, 0.67, 0.72)[looks[-1] // 2] if len(looks) <= 6 else 1.0
+        return {
+            label: Measurement(label, tuple(s * (factor if label == "default" else 1.0) for s in each.samples_us))
+            for label, each in found.items()
+        }
+
+    monkeypatch.setattr(tuned_gain, "measure", moved)
+    made = tuned_gain.record((ONE,), device=DEVICE, config_dir=tiny)
+    assert len(looks) == 2 * tuned_gain.PLACEMENTS
+    row = rows_by_label(made.rows, 3)["default"]
+    assert len(row["ratios"]) == tuned_gain.PLACEMENTS and row["ratios"][0] < 1 < row["ratios"][2] and row["tie"]
+    assert len(row["samples_us"]) == len(WAVE) * tuned_gain.PLACEMENTS
+    assert made.select(kind="summary")[0]["slower_at"] == []
+
+
 def test_a_wrong_pair_is_a_row_without_times(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = tuned_gain.Layer.contender
 

@@ -136,8 +136,8 @@ class Fleet:
         return Done(job, f"measured, times over tuned: {' '.join(parts)}", time.monotonic() - begin)
 
     def install(self) -> list[Path]:
-        """Copy what belongs into the repository to configs/, data/landscapes and data/recordings; the copies. The timeline
-        is added to the one there.
+        """Copy what belongs into the repository to configs/, data/landscapes and data/recordings; the copies. Timeline
+        and gains are added to those there.
 
         Landscapes of targets without `keep`, and those over LARGEST_LANDSCAPE, stay in `out`.
         """
@@ -150,7 +150,7 @@ class Fleet:
                     copies.append(Path(shutil.copyfile(path, place)))
         gain, place = self.out / "recordings" / "tuned_gain.json", recordings.recordings_dir()
         if gain.is_file():
-            copies.append(Path(shutil.copyfile(gain, place / gain.name)))
+            copies.append(fleet_gain.merge(recordings.load(gain), place / gain.name))
         runs = [path for done in self.done if (path := journal_of(done.job, self.out)).is_file()]
         return [*copies, timeline.append(runs, place / self.timeline.name)] if runs else copies
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab import recordings, runtime
+from moelab.recordings import Recording
 from moelab.studies import tuned_gain
 from moelab.studies.targets import Target
 from moelab.tuner.landscape import landscapes_dir
@@ -40,7 +41,13 @@ def measure(path: Path, target: Target, out: Path) -> list[dict[str, Any]]:
     made = tuned_gain.record(
         (target,), config_dir=out / "configs", second={} if second is None else {target.name: second}
     )
-    old = recordings.load(path).rows if path.is_file() else ()
-    kept = tuple(row for row in old if row["target"] != target.name)
-    recordings.write(replace(made, rows=(*kept, *made.rows)), path)
+    merge(made, path)
     return [dict(row) for row in made.select(kind="summary")]
+
+
+def merge(made: Recording, path: Path) -> Path:
+    """Put the rows of a recording of gains into the one at `path`, target by target, in place of those it had."""
+    targets = {row["target"] for row in made.rows}
+    old = recordings.load(path).rows if path.is_file() else ()
+    kept = tuple(row for row in old if row["target"] not in targets)
+    return recordings.write(replace(made, rows=(*kept, *made.rows), path=None), path)

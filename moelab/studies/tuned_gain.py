@@ -1,4 +1,5 @@
-"""What a tuned pair of configs gains over the default, sglang's file and a second run's winners: whole layers, interleaved."""
+"""What a tuned pair of configs gains over the default, sglang's file and a second run's winners: whole layers, interleaved,
+over weights that are placed in memory anew for each of a few rounds."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,13 @@ RIVALS = ("default", "shipped", "second")
 """What "tuned" is held against: sglang's default, the file that sglang ships for the device, another run's winners."""
 
 Pairs = dict[str, Pair]
+
+PLACEMENTS = 3
+"""Times that every layer is timed over weights placed anew. Where tensors lie in memory moves a layer by half a per cent,
+which the interval of one placement cannot know: a difference counts where all of them agree."""
+
+SHIFT_BYTES = 37 << 20
+"""Held while weights are placed anew, once for each placement before: an odd number of MiB, to shift them within pages too."""
 
 
 def record(
@@ -65,6 +74,8 @@ def record(
                 rows += target_rows(target, pairs, others)
     protocol = protocol_for(1).describe() | {
         "rotations": "in each row", "layer": "GEMM1, activation, GEMM2, sum-reduce; alignment made beforehand",
+        "placements": PLACEMENTS,
+        "ratio": "median over placements of each one's median ratio; ratio_low, ratio_high hold all placements' 95 % intervals",
     }  # fmt: skip
     return Recording("tuned_gain", runtime.provenance(seed=0), protocol, tuple(rows))
 
@@ -140,55 +151,80 @@ def target_rows(
     target: Target, tuned: Mapping[int, Pair], others: Mapping[str, Mapping[int, Pair]]
 ) -> list[dict[str, Any]]:
     """Rows of one target: its layers at every batch size, then its summaries."""
-    shape = target.shape()
-    weights, rows = weight_sets(shape), []
-    for num_tokens, pair in tuned.items():
-        default = default_config(num_tokens, shape.num_experts, shape.dtype)
-        pairs: Pairs = {"tuned": pair, "default": (default, default)}
-        pairs |= {label: found[num_tokens] for label, found in others.items() if num_tokens in found}
-        layer = Layer(shape, num_tokens, protocol_for(num_tokens).rotations, weights)
-        rows += layer_rows(target, layer, pairs)
-    del weights
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    shape, rounds = target.shape(), []
+    for placement in range(PLACEMENTS):
+        shift = torch.empty(placement * SHIFT_BYTES, dtype=torch.uint8, device=runtime.current().device)
+        weights = weight_sets(shape)
+        round_of = {}
+        for num_tokens, pair in tuned.items():
+            default = default_config(num_tokens, shape.num_experts, shape.dtype)
+            pairs: Pairs = {"tuned": pair, "default": (default, default)}
+            pairs |= {label: found[num_tokens] for label, found in others.items() if num_tokens in found}
+            layer = Layer(shape, num_tokens, protocol_for(num_tokens).rotations, weights)
+            round_of[num_tokens] = _round(layer, pairs)
+        rounds.append(round_of)
+        del weights, layer, shift
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    rows = [
+        row
+        for num_tokens in tuned
+        for row in layer_rows(target, num_tokens, [round_of[num_tokens] for round_of in rounds])
+    ]
     return [*rows, *summaries(target, rows)]
 
 
-def layer_rows(target: Target, layer: Layer, pairs: Pairs) -> list[dict[str, Any]]:
-    """One row per label. Labels of one pair are timed once, and their rows name the first of them as `same_as`."""
+@dataclass(frozen=True)
+class Round:
+    """One placement's look at a batch size. first: pair -> the label it was timed under; judged, timed: by that label."""
+
+    pairs: Pairs
+    first: Mapping[Pair, str]
+    judged: Mapping[str, Mapping[str, Any]]
+    timed: Mapping[str, Measurement]
+
+
+def _round(layer: Layer, pairs: Pairs) -> Round:
+    """Check every pair, then time those that are right, side by side. Labels of one pair are timed once."""
     first: dict[Pair, str] = {}
     for label, pair in pairs.items():
         first.setdefault(pair, label)
     contenders = {label: layer.contender(*pair) for pair, label in first.items()}
     judged = judge(layer, contenders)
     sound = {label: run for label, run in contenders.items() if judged[label]["within_bound"]}
-    protocol = protocol_for(layer.num_tokens)
-    timed = measure(sound, protocol) if sound else {}
+    return Round(pairs, first, judged, measure(sound, protocol_for(layer.num_tokens)) if sound else {})
+
+
+def layer_rows(target: Target, num_tokens: int, rounds: Sequence[Round]) -> list[dict[str, Any]]:
+    """One row per label. Labels of one pair were timed once, and their rows name the first of them as `same_as`."""
     rows = []
-    for label, pair in pairs.items():
-        source = first[pair]
-        row: dict[str, Any] = {
-            "kind": "layer",
-            "target": target.name,
-            "num_tokens": layer.num_tokens,
-            "config_name": label,
-        }
-        row |= {"up": pair[0].to_json(), "down": pair[1].to_json(), "rotations": protocol.rotations, **judged[source]}
+    for label, pair in rounds[0].pairs.items():
+        source = rounds[0].first[pair]
+        row: dict[str, Any] = {"kind": "layer", "target": target.name, "num_tokens": num_tokens, "config_name": label}
+        row |= {"up": pair[0].to_json(), "down": pair[1].to_json(), "rotations": protocol_for(num_tokens).rotations}
+        row |= max((each.judged[source] for each in rounds), key=lambda judged: judged["max_abs_error"])
         if source != label:
             row["same_as"] = source
-        if source in timed:
-            row |= _times(timed[source], timed.get("tuned"), own=source == label)
+        if row["within_bound"] and all(source in each.timed for each in rounds):
+            row |= _times(source, [each.timed for each in rounds], own=source == label)
         rows.append(row)
     return rows
 
 
-def _times(mine: Measurement, tuned: Measurement | None, *, own: bool) -> dict[str, Any]:
+def _times(label: str, rounds: Sequence[Mapping[str, Measurement]], *, own: bool) -> dict[str, Any]:
     """Times of a pair, and how many times as long as "tuned" it takes, by samples taken side by side."""
+    mine = Measurement(label, tuple(sample for timed in rounds for sample in timed[label].samples_us))
     low, high = mine.interval_us
     found: dict[str, Any] = {"median_us": mine.median_us, "low_us": low, "high_us": high}
-    if tuned is not None:
-        gain = gain_between("tuned", mine.samples_us, tuned.samples_us)
-        found |= {"ratio": gain.factor, "ratio_low": gain.low, "ratio_high": gain.high, "tie": gain.tie}
+    if all("tuned" in timed for timed in rounds):
+        gains = [gain_between("tuned", timed[label].samples_us, timed["tuned"].samples_us) for timed in rounds]
+        ends = min(gain.low for gain in gains), max(gain.high for gain in gains)
+        found |= {
+            "ratio": statistics.median(gain.factor for gain in gains),
+            "ratio_low": ends[0],
+            "ratio_high": ends[1],
+        }
+        found |= {"tie": ends[0] <= 1 <= ends[1], "ratios": [gain.factor for gain in gains]}
     return found | ({"samples_us": list(mine.samples_us)} if own else {})
 
 
