@@ -883,7 +883,12 @@ TUNER = [
     Row("no landscape", lambda f: landscape.load(f / "a.parquet"), LandscapeError, ("a.parquet", "none yet")),
     Row("no Parquet", lambda f: landscape.load(a_file(f / "a.parquet", b"PAR1")), LandscapeError, ("a.parquet",)),
     Row("a fleet's target", lambda _: fleet.chosen(["qwen3-30b-a3b/tp3"]), UnknownNameError, ("tp3", "Did you mean")),
-    Row("regret on no landscape", lambda _: tuner_regret._require_one_layer(()), LandscapeError, ("0 layers",)),
+    Row(
+        "regret on no landscape",
+        lambda f: with_environment("MOELAB_DATA_DIR", str(f), tuner_regret.record),
+        LandscapeError,
+        ("whole grid", "make tuned"),
+    ),
     Row("no finals", lambda _: Finals.of_landscape(no_rows()), LandscapeError, ("holds no finals",)),
     Row(
         "no winner to hand over",

@@ -34,7 +34,7 @@ ROWS = (
 RECORDED = Recording(
     "tuner_regret",
     PROVENANCE,
-    {"seeds": 1, "compile_processes": 15, "batch_sizes": [1, 64], "quantiles": [0.1, 0.5, 0.9]},
+    {"seeds": 1, "compile_processes": 15, "batch_sizes": {"a": [1, 64]}, "quantiles": [0.1, 0.5, 0.9]},
     ROWS,
 )
 
@@ -49,7 +49,7 @@ def test_a_line_where_half_have_a_choice_and_a_band_where_nearly_all_have() -> N
 def test_words_and_table_say_what_each_takes_and_loses() -> None:
     panel = plots.curves(RECORDED)
     assert "**forest** takes 10.0 % of the grid’s samples and loses 1.00 %" in panel.sentence
-    assert "(1.20 % when an independent run" in panel.sentence and panel.sentence.count("independent run") == 1
+    assert "(1.20 % when independent runs" in panel.sentence and panel.sentence.count("independent runs") == 1
     assert "forest stays within 2 % on the fewest samples" in panel.figure.layout.title.text
     assert [row["strategy"] for row in panel.table] == ["forest", "random", "grid"]
 
@@ -58,3 +58,17 @@ def test_without_a_good_one_or_a_grid_the_words_claim_neither() -> None:
     bad = dataclasses.replace(RECORDED, rows=(end("random", 150, 0.05),))
     panel = plots.curves(bad)
     assert "none within 2 %" in panel.figure.layout.title.text and "grid’s" not in panel.sentence
+
+
+def test_races_that_ran_are_judged_in_the_sentence() -> None:
+    ran = tuple(
+        {"kind": "run", "landscape": "a", "run": "b", "num_tokens": b, "regret": regret}
+        for b, regret in ((1, 0.002), (8, 0.012), (64, 0.0), (256, None))
+    )
+    panel = plots.curves(dataclasses.replace(RECORDED, rows=(*ROWS, *ran)))
+    assert (
+        "3 winners of races that ran on a GPU (b) lose 0.20 % in the median and 1.20 % at worst (b, 8 tokens)"
+        in panel.sentence
+    )
+    assert "over 2 batch sizes" in panel.figure.layout.title.text
+    assert "winners lose" not in plots.curves(RECORDED).sentence

@@ -49,7 +49,7 @@ def test_a_shipped_landscape_is_sound(shipped: Landscape) -> None:
         assert not any(violations(config, target=shipped.problem.target) for config in row.contender)
 
 
-def test_the_protocols_read_up_to_a_fifth_apart() -> None:
+def test_the_protocols_read_up_to_a_quarter_apart() -> None:
     """What replay, board, survey and the notebook give as the reason to keep them apart."""
     ratios = []
     for path in FILES:
@@ -59,7 +59,7 @@ def test_the_protocols_read_up_to_a_fifth_apart() -> None:
                 key = row.stage, row.num_tokens, row.contender
                 medians[row.interleaved][key] = statistics.median(row.outcome.samples_us)
         ratios += [finals / medians[False][key] for key, finals in medians[True].items() if key in medians[False]]
-    assert 0.15 < max(abs(ratio - 1) for ratio in ratios) < 0.225
+    assert 0.2 < max(abs(ratio - 1) for ratio in ratios) < 0.28
 
 
 def test_the_first_model_is_there() -> None:
@@ -103,13 +103,13 @@ def test_two_runs_of_the_race_agree(name: str) -> None:
     assert met >= 10
 
 
-# Largest median over batch sizes, and largest of the worst batch size in four of five seeds. The goal is 2 %; 4 seeds gave
-# 0.00 % and 0.55 % (the last by layers timed whole, whose order is not that of their GEMMs' sums).
-MARGINS = {"race": (0.005, 0.015), "forest": (0.01, 0.02)}
+# Largest median over batch sizes, and largest of the worst batch size in four of five seeds, on whole grids. The goals are 1 %
+# and 3 % for the race, 2 % in the median for the forest; data/recordings/tuner_regret.json holds 32 seeds.
+MARGINS = {"race": (0.005, 0.02), "forest": (0.01, 0.03)}
 
 
-# Most samples, finals included, as a share of what `grid` takes: 28 % and 6.9 % in those seeds.
-SHARES = {"race": 0.33, "forest": 0.1}
+# Most samples, finals included, as a share of what `grid` takes.
+SHARES = {"race": 0.35, "forest": 0.1}
 
 
 @pytest.mark.parametrize("name", tuner_regret.shipped())

@@ -182,11 +182,11 @@ def test_sglangs_file_is_found_by_sglangs_rules(tmp_path: Path) -> None:
     assert tuned_gain.shipped_pairs(scout.shape(), "NVIDIA_H200", sglang, (1,)) == {}
 
 
-def test_the_second_run_of_qwen3_is_found() -> None:
-    target = TARGETS[0]
-    pairs = tuned_gain.second_pairs(target, "NVIDIA_H200", None)
-    assert len(pairs) == 19 and all(up.BLOCK_SIZE_M == down.BLOCK_SIZE_M for up, down in pairs.values())
-    assert tuned_gain.second_pairs(TARGETS[1], "NVIDIA_H200", None) == {}
+def test_second_runs_are_found_where_there_are_any() -> None:
+    for target in (target for target in TARGETS if target.keep):
+        pairs = tuned_gain.second_pairs(target, "NVIDIA_H200", None)
+        assert len(pairs) == 19 and all(up.BLOCK_SIZE_M == down.BLOCK_SIZE_M for up, down in pairs.values())
+    assert tuned_gain.second_pairs(next(t for t in TARGETS if not t.keep), "NVIDIA_H200", None) == {}
 
 
 RECORDED = recordings.recordings_dir() / "tuned_gain.json"

@@ -96,8 +96,8 @@ def test_a_cpu_study_may_be_recorded_in_place(tmp_path: Path, monkeypatch: pytes
 # --- the recording ----------------------------------------------------------------------------------------------------
 
 # strategy -> goals for the recorded searches: largest median over the seeds of the median batch size's regret, largest
-# worst batch size in nine of ten, most samples as a share of the grid's. Recorded: forest 0.04 %, 0.7 %, 7.0 %.
-GOALS = {"grid": (0.002, 0.01, 1.01), "race": (0.002, 0.01, 0.33), "forest": (0.005, 0.02, 0.1)}
+# worst batch size in nine of ten, most samples as a share of the grid's.
+GOALS = {"grid": (0.002, 0.015, 1.01), "race": (0.01, 0.03, 0.35), "forest": (0.02, 0.04, 0.1)}
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +110,10 @@ def ends(found: Recording, strategy: str, field: str, **equals: object) -> list[
 
 
 def test_the_recording_is_of_the_landscapes_that_are_shipped(recorded: Recording) -> None:
-    landscapes = [landscape.load(name) for name in tuner_regret.shipped()]
-    again = tuner_regret._protocol(landscapes, tuner_regret.common_batch_sizes(landscapes), recorded.protocol["seeds"])
+    whole = [landscape.load(name) for name in tuner_regret.shipped()]
+    assert {found.problem.shape.name for found in whole} >= {"qwen3-30b-a3b", "llama-4-scout"}
+    runs = [landscape.load(name) for name in landscape.landscape_names() if not name.endswith(tuner_regret.WHOLE)]
+    again = tuner_regret._protocol(whole, runs, recorded.protocol["seeds"])
     assert dict(recorded.protocol) == json.loads(json.dumps(again)), "record it again: moelab record tuner_regret"
     assert recorded.path is not None and recorded.path.stat().st_size < 300_000
     for name in tuner_regret.shipped():
@@ -127,9 +129,18 @@ def test_the_recorded_searches_reach_their_goals(recorded: Recording, strategy: 
         assert np.median(found["median"]) <= median and np.quantile(found["worst"], 0.9) <= worst
         everything = np.median(ends(recorded, "grid", "samples", landscape=name))
         assert max(found["samples"]) <= share * everything
-        others = recorded.select(kind="end", strategy=strategy, landscape=name)
-        assert np.quantile([row["other_worst"] for row in others], 0.9) <= 0.02  # judged by the independent run
     assert np.median(ends(recorded, "random", "worst")) > np.median(ends(recorded, strategy, "worst"))
+
+
+def test_races_that_ran_are_within_their_goals_of_the_whole_grid(recorded: Recording) -> None:
+    """At most 1 % in the median and 3 % at worst, over every run of a layer whose whole grid was measured apart from it."""
+    rows = recorded.select(kind="run")
+    assert {(row["landscape"], row["num_tokens"]) for row in rows} == {
+        (name, b) for name, sizes in recorded.protocol["batch_sizes"].items() for b in sizes
+    }
+    for run in {row["run"] for row in rows}:
+        regrets = [row["regret"] for row in rows if row["run"] == run]
+        assert np.median(regrets) <= 0.01 and max(regrets) <= 0.03, run
 
 
 def test_a_fresh_replay_gives_what_was_recorded(recorded: Recording) -> None:
@@ -140,7 +151,7 @@ def test_a_fresh_replay_gives_what_was_recorded(recorded: Recording) -> None:
     (was,) = recorded.select(kind="end", strategy="race", seed=0, landscape=name)
     assert race["samples"] == pytest.approx(was["samples"], rel=0.02)
     assert race["worst"] == pytest.approx(was["worst"], abs=0.003)
-    assert forest["median"] <= 0.01 and forest["worst"] <= 0.03
+    assert forest["median"] <= 0.02 and forest["worst"] <= 0.05
     assert forest["samples"] <= 0.1 * max(ends(recorded, "grid", "samples", landscape=name))
 
 
@@ -151,7 +162,7 @@ def test_the_drawn_recording_says_who_needs_least(recorded: Recording) -> None:
         for which in ("median", "worst"):
             panel = curves(recorded, axis, which)
             assert (
-                "forest stays within 2 % on the fewest samples" in panel.figure.layout.title.text
+                "race stays within 2 % on the fewest samples" in panel.figure.layout.title.text
                 and len(panel.table) == 4
             )
-    assert "independent run" in panel.sentence
+    assert "independent runs" in panel.sentence and "ran on a GPU" in panel.sentence

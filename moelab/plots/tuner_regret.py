@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +28,7 @@ def curves(recording: Recording, axis: str = "samples", which: Which = "worst") 
     names = list(dict.fromkeys(row["landscape"] for row in recording.rows))
     protocol = recording.protocol
     figure = grid(
-        f"{which.capitalize()} regret over {len(protocol['batch_sizes'])} batch sizes, by {axis}: {_short(recording)}",
+        f"{which.capitalize()} regret over {_sizes(protocol)} batch sizes, by {axis}: {_short(recording)}",
         f"replayed; {recording.source()}; line: median of {protocol['seeds']} seeds, shaded: 80 % of them",
         titles=names, shared_y=True, height=460,
     )  # fmt: skip
@@ -62,6 +63,12 @@ def _draw(figure: Any, rows: list[Row], which: Which, strategy: str, column: int
     )  # fmt: skip
 
 
+def _sizes(protocol: Mapping[str, Any]) -> str:
+    """How many batch sizes the landscapes have: one number, or from the fewest to the most."""
+    counts = sorted({len(sizes) for sizes in protocol["batch_sizes"].values()})
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
 def _strategies(recording: Recording) -> list[str]:
     return [name for name in LOOKS if recording.select(kind="end", strategy=name)]
 
@@ -90,9 +97,9 @@ def _table(recording: Recording) -> list[Row]:
         other = _ends(recording, strategy, "other_worst")
         if other:
             row |= {
-                "median batch by the other run, %": 100 * statistics.median(_ends(recording, strategy, "other_median"))
+                "median batch by other runs, %": 100 * statistics.median(_ends(recording, strategy, "other_median"))
             }
-            row |= {"worst by the other run, %": 100 * statistics.median(other)}
+            row |= {"worst by other runs, %": 100 * statistics.median(other)}
         rows.append(row)
     return rows
 
@@ -114,11 +121,26 @@ def _sentence(recording: Recording) -> str:
         if everything and row["strategy"] != "grid":
             share = f"{100 * row['samples'] / everything:.1f} % of the grid’s samples"
         text = f"**{row['strategy']}** takes {share} and loses {row['worst batch, %']:.2f} % at its worst batch size"
-        if "worst by the other run, %" in row:
-            text += f" ({row['worst by the other run, %']:.2f} % when an independent run of the same layer judges)"
+        if "worst by other runs, %" in row:
+            text += f" ({row['worst by other runs, %']:.2f} % when independent runs of the same layer judge)"
         parts.append(text)
     return (
         "; ".join(parts)
         + f". Medians over {number(recording.protocol['seeds'])} seeds and the landscapes; the regret is of the "
         "sum of both GEMMs, and the finals decide by whole layers, so that not even the whole grid reaches 0."
+        + _ran(recording)
+    )
+
+
+def _ran(recording: Recording) -> str:
+    """What the searches that really ran lose, by the whole grid measured apart from them; empty where none is judged."""
+    rows = [row for row in recording.select(kind="run") if row["regret"] is not None]
+    if not rows:
+        return ""
+    worst, runs = max(rows, key=lambda row: row["regret"]), list(dict.fromkeys(row["run"] for row in rows))
+    return (
+        f" {len(rows)} winners of races that ran on a GPU ({', '.join(runs)}) lose "
+        f"{100 * statistics.median(row['regret'] for row in rows):.2f} % in the median and "
+        f"{100 * worst['regret']:.2f} % at worst ({worst['run']}, {worst['num_tokens']} tokens), judged by the whole grid "
+        "measured apart from them."
     )

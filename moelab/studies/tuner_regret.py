@@ -15,6 +15,7 @@ import numpy as np
 from moelab import runtime
 from moelab.errors import LandscapeError
 from moelab.recordings import Recording
+from moelab.tuner.finals import Finals
 from moelab.tuner.landscape import Landscape, landscape_names, landscapes_dir, load
 from moelab.tuner.regret import Point, Truth, replayed
 from moelab.tuner.replay import COMPILE_PROCESSES, Table
@@ -22,8 +23,8 @@ from moelab.tuner.search import Settings, settings_json
 from moelab.tuner.strategies import STRATEGIES
 from moelab.tuner.survey import Survey
 
-LAYER = "qwen3-30b-a3b-tp1-NVIDIA_H200"
-"""The landscape whose runs are replayed where none is named."""
+WHOLE = "-grid"
+"""How the name of a landscape ends whose run measured the whole grid: its best is the best there is."""
 
 SEEDS = 32
 EVERY = 5
@@ -41,50 +42,68 @@ REGRET = (
 
 
 def record(names: Sequence[str] = (), seeds: int = SEEDS, strategies: Sequence[str] = tuple(STRATEGIES)) -> Recording:
-    """Replay every strategy with every seed on each landscape (default: the runs of LAYER in data/landscapes).
+    """Replay every strategy with every seed on each landscape (default: the whole grids in data/landscapes).
 
     Rows of kind "end": one search, what it took and what its choice loses, by its own landscape and by the others of the
     same layer. Rows of kind "curve": at a number of samples, or of simulated seconds, QUANTILES over the seeds of the
-    median and of the worst regret over batch sizes, null where a quantile has no choice yet.
-    Raises LandscapeError without a landscape, or where those named are not of one layer.
+    median and of the worst regret over batch sizes, null where a quantile has no choice yet. Rows of kind "run": what a
+    search that really ran chose at a batch size, judged by a whole grid of its layer that was measured apart from it.
+    Raises LandscapeError without a landscape.
     """
-    landscapes = [load(name) for name in names or shipped()]
-    _require_one_layer(landscapes)
-    sizes = common_batch_sizes(landscapes)
-    truths = {
-        found.name: Truth(Table(found), replace(found.problem, batch_sizes=sizes, incumbents=_cut(found, sizes)))
-        for found in landscapes
-    }
+    replayed_ones = [load(name) for name in names or shipped()]
+    runs = [] if names else [load(name) for name in landscape_names() if not name.endswith(WHOLE)]
+    if not replayed_ones:
+        raise LandscapeError(
+            f"There is nothing to replay: no landscape of a whole grid is in {landscapes_dir()}. Expected NAME{WHOLE}.parquet. "
+            "Name landscapes, or record one: make tuned."
+        )
+    truths = {found.name: _truth(found) for found in (*replayed_ones, *runs)}
     rows: list[dict[str, Any]] = []
-    for name, truth in truths.items():
-        others = [other for key, other in truths.items() if key != name]
-        runs = {s: [_one(truth, others, s, seed) for seed in range(seeds)] for s in strategies}
-        rows += [{"kind": "end", "landscape": name, **end} for found in runs.values() for _, end in found]
-        rows += [
-            {"kind": "curve", "landscape": name, **row}
-            for row in curves({s: [p for p, _ in f] for s, f in runs.items()})
-        ]
-    return Recording("tuner_regret", _provenance(landscapes), _protocol(landscapes, sizes, seeds), tuple(rows))
+    for found in replayed_ones:
+        truth = truths[found.name]
+        others = [truths[other.name] for other in _of_layer(found, (*replayed_ones, *runs)) if other.name != found.name]
+        done = {s: [_one(truth, others, s, seed) for seed in range(seeds)] for s in strategies}
+        rows += [{"kind": "end", "landscape": found.name, **end} for each in done.values() for _, end in each]
+        searches = curves({s: [points for points, _ in each] for s, each in done.items()})
+        rows += [{"kind": "curve", "landscape": found.name, **row} for row in searches]
+        rows += [row for run in _of_layer(found, runs) for row in judged(run, found.name, truth)]
+    return Recording("tuner_regret", _provenance(replayed_ones), _protocol(replayed_ones, runs, seeds), tuple(rows))
 
 
 def shipped() -> tuple[str, ...]:
-    """The landscapes of LAYER in data/landscapes: its runs, which can judge each other."""
-    return tuple(name for name in landscape_names() if name == LAYER or name.startswith(f"{LAYER}-seed"))
+    """The landscapes of whole grids in data/landscapes."""
+    return tuple(name for name in landscape_names() if name.endswith(WHOLE))
 
 
-def common_batch_sizes(landscapes: Sequence[Landscape]) -> tuple[int, ...]:
-    """Batch sizes where each of them measured nearly the whole grid."""
-    covered = [set(Survey(found).well_covered) for found in landscapes]
-    return tuple(b for b in landscapes[0].problem.batch_sizes if all(b in c for c in covered))
-
-
-def _require_one_layer(landscapes: Sequence[Landscape]) -> None:
-    layers = {(found.problem.shape, found.problem.device, found.problem.kernel) for found in landscapes}
-    if len(layers) != 1:
-        raise LandscapeError(
-            f"Regret is judged on {len(layers)} layers ({', '.join(found.name for found in landscapes) or 'no landscape'} in "
-            f"{landscapes_dir()}). Expected landscapes of one layer on one device. Name those of one."
+def judged(run: Landscape, name: str, truth: Truth) -> list[dict[str, Any]]:
+    """What that run's finals chose at each batch size of the truth, and what it loses there."""
+    winners = Finals.of_landscape(run).result().batches
+    rows = []
+    for b in truth.problem.batch_sizes:
+        winner = winners.get(b)
+        pair = (winner.up, winner.down) if winner and winner.up and winner.down else None
+        rows.append(
+            {
+                "kind": "run",
+                "landscape": name,
+                "run": run.name,
+                "num_tokens": b,
+                "regret": _short(truth.regret(b, pair)),
+            }
         )
+    return rows
+
+
+def _truth(found: Landscape) -> Truth:
+    sizes = Survey(found).well_covered
+    return Truth(Table(found), replace(found.problem, batch_sizes=sizes, incumbents=_cut(found, sizes)))
+
+
+def _of_layer(found: Landscape, others: Sequence[Landscape]) -> list[Landscape]:
+    def layer(each: Landscape) -> tuple[object, ...]:
+        return each.problem.shape, each.problem.device, each.problem.kernel
+
+    return [other for other in others if layer(other) == layer(found)]
 
 
 def _cut(landscape: Landscape, sizes: Sequence[int]) -> dict[str, Any]:
@@ -96,13 +115,13 @@ def _one(truth: Truth, others: Sequence[Truth], strategy: str, seed: int) -> tup
     """One search: its points, and what it came to."""
     points, result = replayed(truth, strategy, seed, every=EVERY)
     pairs = {b: (x.up, x.down) if x.up and x.down else None for b, x in result.batches.items()}
-    judged = [other.regret(b, pair) for other in others for b, pair in pairs.items()]
-    known = [regret for regret in judged if math.isfinite(regret)]
+    verdicts = [other.regret(b, pair) for other in others for b, pair in pairs.items() if b in other.best_us]
+    known = [regret for regret in verdicts if math.isfinite(regret)]
     end = points[-1]
     row: dict[str, Any] = {"strategy": strategy, "seed": seed, "samples": end.samples, "seconds": round(end.seconds, 2)}
     row |= {"median": _short(end.median), "worst": _short(end.worst)}
     row |= {"other_median": _short(statistics.median(known)), "other_worst": _short(max(known))} if known else {}
-    return points, row | ({"other_unknown": len(judged) - len(known)} if others else {})
+    return points, row | ({"other_unknown": len(verdicts) - len(known)} if others else {})
 
 
 def curves(runs: Mapping[str, Sequence[Sequence[Point]]]) -> list[dict[str, Any]]:
@@ -146,10 +165,14 @@ def _provenance(landscapes: Sequence[Landscape]) -> dict[str, Any]:
     return {**landscapes[0].provenance, "replayed": own}
 
 
-def _protocol(landscapes: Sequence[Landscape], sizes: Sequence[int], seeds: int) -> dict[str, Any]:
-    files = {found.name: hashlib.sha256(found.path.read_bytes()).hexdigest() for found in landscapes if found.path}
+def _protocol(replayed_ones: Sequence[Landscape], runs: Sequence[Landscape], seeds: int) -> dict[str, Any]:
+    judges = [run for run in runs if any(_of_layer(found, [run]) for found in replayed_ones)]
+    files = {
+        each.name: hashlib.sha256(each.path.read_bytes()).hexdigest() for each in (*replayed_ones, *judges) if each.path
+    }
     return {
         "kind": "strategies replayed on recorded landscapes", "regret": REGRET, "seeds": seeds,
-        "batch_sizes": list(sizes), "quantiles": list(QUANTILES), "every": EVERY,
+        "batch_sizes": {found.name: list(Survey(found).well_covered) for found in replayed_ones},
+        "quantiles": list(QUANTILES), "every": EVERY,
         "compile_processes": COMPILE_PROCESSES, "settings": settings_json(Settings()), "sha256": files,
     }  # fmt: skip

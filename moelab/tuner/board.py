@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 class Board:
     """Medians of every config at every batch size, per GEMM, with equal programs sharing what one of them measured.
 
-    All by one protocol, the short looks that every strategy takes: the finals read up to a fifth apart for the same config,
+    All by one protocol, the short looks that every strategy takes: the finals read up to a quarter apart for the same config,
     and would move the finalists against the others; who wins is for `results.decide`.
 
     configs[gemm]: those of the space, then the incumbents that are not in it. failures: how many outcomes by class.

@@ -5,7 +5,7 @@ seed and on the request, not on what was asked before, so that a run that was ki
 undisturbed one would have seen, and several replays share one run's requests. A config is charged its recorded compile
 time once for each GEMM, whatever the number of batch sizes, and every sample its share of the recorded measuring time.
 
-The short looks and the finals of a landscape are two protocols, which read up to a fifth apart for the same config: a short
+The short looks and the finals of a landscape are two protocols, which read up to a quarter apart for the same config: a short
 request is answered with short samples, an interleaved one with those of the finals. What was recorded under one of them
 alone stands in for the other, times the median ratio of the configs that have both at that GEMM and batch size. The true
 median of a config is the finals', the protocol in which winners are decided.

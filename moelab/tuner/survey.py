@@ -1,7 +1,7 @@
 """Survey: a recorded landscape as arrays, and the questions one asks of it.
 
 Every time here is of one protocol, the short one that every config went through (back to back, rotated inputs). The
-finals of a run are timed interleaved in a CUDA graph, which reads up to a fifth apart for the same config: pooled with the
+finals of a run are timed interleaved in a CUDA graph, which reads up to a quarter apart for the same config: pooled with the
 rest, they would move the finalists against everything they are compared with.
 """
 
