@@ -71,4 +71,4 @@ def test_races_that_ran_are_judged_in_the_sentence() -> None:
         in panel.sentence
     )
     assert "over 2 batch sizes" in panel.figure.layout.title.text
-    assert "winners lose" not in plots.curves(RECORDED).sentence
+    assert "ran on a GPU" not in plots.curves(RECORDED).sentence
