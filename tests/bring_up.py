@@ -13,18 +13,17 @@ import sys
 import time
 
 DEADLINE_S = 120
-INSTANCES = (8, 16, 48, 96, 176)
 SIZES = ((1, 8, 2, 128, 64), (20, 6, 2, 256, 128), (300, 5, 2, 264, 200), (2000, 8, 2, 512, 384))
 
 
-def part(most: int, parts: int, sizes: tuple[int, ...]) -> str:
+def part(number: int, parts: int, sizes: tuple[int, ...]) -> str:
     """One launch of the parts asked for, after those before them by torch."""
     import torch
 
     from moelab.inputs import make_inputs
     from moelab.kernels import fast_layer as room
     from moelab.kernels.expert_order import expert_order
-    from moelab.kernels.fast_instances import INSTANCES as INSTANCES_BY_TOKENS
+    from moelab.kernels.fast_instances import ALL
     from moelab.pipelines.fast import tiles_for
     from moelab.shapes import MoEShape
 
@@ -32,7 +31,7 @@ def part(most: int, parts: int, sizes: tuple[int, ...]) -> str:
     shape = MoEShape.from_sizes(num_experts=experts, top_k=top_k, hidden_size=hidden, moe_intermediate_size=size)
     i = make_inputs(shape, num_tokens, dtype=torch.bfloat16, device="cuda", seed=3)
     ids = i.topk_ids.int()
-    tiles = tiles_for(expert_order(ids, experts), INSTANCES_BY_TOKENS[most], hidden)
+    tiles = tiles_for(expert_order(ids, experts), ALL[number], hidden)
     slots = tiles.sorted_slots.long()
     expert = ids.flatten()[slots].long()
     rows = i.hidden_states.double()[slots // top_k]
@@ -52,7 +51,7 @@ def part(most: int, parts: int, sizes: tuple[int, ...]) -> str:
         i.topk_weights,
         ids,
         tiles,
-        INSTANCES_BY_TOKENS[most],
+        ALL[number],
         parts=parts,
         scratch=scratch,
     )
@@ -67,34 +66,36 @@ def part(most: int, parts: int, sizes: tuple[int, ...]) -> str:
     return f"{float(error.max()):.4f}{where if bad.any() else ''}{counters}"
 
 
-def started(most: int) -> subprocess.Popen[str]:
+def started(number: int) -> subprocess.Popen[str]:
     """A process for one instance, its kernel compiled with the watchdog."""
-    command, watched = [sys.executable, "-u", __file__, str(most)], {**os.environ, "MOELAB_WATCHDOG": "1"}
+    command, watched = [sys.executable, "-u", __file__, str(number)], {**os.environ, "MOELAB_WATCHDOG": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=watched)
 
 
 def main() -> int:
     """Every instance, in processes side by side; 1 if anything is off."""
-    running = {most: started(most) for most in INSTANCES}
+    from moelab.kernels.fast_instances import ALL
+
+    running = {each: started(number) for number, each in enumerate(ALL)}
     end, failed = time.monotonic() + DEADLINE_S, False
-    for most, process in running.items():
+    for instance, process in running.items():
         try:
             said, _ = process.communicate(timeout=max(end - time.monotonic(), 1))
         except subprocess.TimeoutExpired:
             process.kill()
             said = process.communicate()[0] + "HANGS\n"
         failed |= process.returncode != 0
-        print("".join(f"tokens {most:3} {line}\n" for line in said.splitlines()[-24:]), end="", flush=True)
+        print("".join(f"{instance.shape} {line}\n" for line in said.splitlines()[-24:]), end="", flush=True)
     return int(failed)
 
 
-def child(most: int) -> int:
+def child(number: int) -> int:
     """All parts and sizes of one instance."""
     wrong = False
     for parts in (1, 2, 4, 7):
         for sizes in SIZES:
             print(f"parts {parts} {sizes}: ", end="")
-            said = part(most, parts, sizes)
+            said = part(number, parts, sizes)
             print(said)
             wrong |= len(said) > 6
     return int(wrong)

@@ -16,7 +16,7 @@ from moelab import reference
 from moelab.config import TARGETS
 from moelab.errors import DtypeError, RuntimeModeError, ShapeError
 from moelab.kernels import cubin, fast_layer, nvrtc
-from moelab.kernels.fast_instances import INSTANCES, Instance, instance_for
+from moelab.kernels.fast_instances import ALL, INSTANCES, Instance, instance_for
 from moelab.kernels.fast_layer import check_fast_layer
 from moelab.kernels.token_tiles import TokenTiles, token_tiles_ref
 
@@ -136,12 +136,12 @@ def test_sizes_are_those_of_the_source(instance: Instance) -> None:
 
 
 @pytest.mark.parametrize(
-    ("most", "dtype"), [*((most, torch.bfloat16) for most in INSTANCES), (8, torch.float16), (48, torch.float16)]
+    ("instance", "dtype"),
+    [*((each, torch.bfloat16) for each in ALL), (INSTANCES[8], torch.float16), (INSTANCES[48], torch.float16)],
+    ids=str,
 )
-def test_instances_compile_for_hopper(most: int, dtype: torch.dtype) -> None:
+def test_instances_compile_for_hopper(instance: Instance, dtype: torch.dtype) -> None:
     """No spill, no wgmma that the compiler had to serialise, and as many blocks a multiprocessor as it says."""
-    instance = INSTANCES[most]
-    assert instance.tokens == most
     assert (instance.shared_bytes + 1024) * instance.per_processor <= 228 * 1024
     code = nvrtc.compiled("sm_90a", instance.source(dtype), instance.expression(dtype)).code
     registers, spilled = cubin.usage(code)

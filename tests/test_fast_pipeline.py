@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import replace
 
 import pytest
 import torch
 from moe_cases import CASES, LARGE_CASES, Case, judge
 
+from moelab import recordings
 from moelab.errors import RuntimeModeError
 from moelab.fused_moe import available_implementations, fused_moe
 from moelab.inputs import MoEInputs
 from moelab.kernels.expert_order import expert_order
-from moelab.kernels.fast_instances import INSTANCES, Instance
+from moelab.kernels.fast_instances import ALL, INSTANCES, ONE_TOKEN, Instance, instance_for
 from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM, fast_layer
-from moelab.pipelines.fast import choose, tiles_for
+from moelab.pipelines import fast
+from moelab.pipelines.fast import Choice, choose, tiles_for
+from moelab.suites import fast_layer as fast_layer_suite
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -29,9 +33,14 @@ def plain(case: Case) -> bool:
 
 
 def call(case: Case, i: MoEInputs) -> torch.Tensor:
-    return fused_moe(
-        i.hidden_states, i.w13, i.w2, topk_weights=i.topk_weights, topk_ids=i.topk_ids, impl="fast", **case.options
-    )
+    """In one launch, whether or not that is what serves such a batch best."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            fast, "choose", lambda tokens, top_k, experts, inner: Choice(instance_for(tokens, top_k, experts), "")
+        )
+        return fused_moe(
+            i.hidden_states, i.w13, i.w2, topk_weights=i.topk_weights, topk_ids=i.topk_ids, impl="fast", **case.options
+        )
 
 
 def by(instance: Instance, i: MoEInputs, **options: object) -> torch.Tensor:
@@ -50,8 +59,38 @@ def test_elsewhere_it_says_so(device: str) -> None:
 
 
 def test_a_choice_says_why() -> None:
-    assert choose(1, 8, 128).instance is INSTANCES[8] and "0.0625 rows an expert" in choose(1, 8, 128).reason
-    assert choose(8192, 8, 128).instance is INSTANCES[176] and "512 rows" in choose(8192, 8, 128).reason
+    one, many = choose(1, 8, 128, 768), choose(8192, 8, 128, 768)
+    assert one.instance is ONE_TOKEN and one.reason.startswith("one launch: 0.0625 rows an expert")
+    assert many.instance is INSTANCES[176] and "512 rows" in many.reason
+    few, short = choose(1, 1, 16, 2048), choose(64, 8, 256, 256)
+    assert few.instance is None and "classic: GEMM1 has at most 32 tiles" in few.reason
+    assert short.instance is None and "classic: an inner size of 256" in short.reason
+    assert choose(4096, 8, 256, 256).instance is INSTANCES[176]
+
+
+def test_the_classic_layer_is_chosen_only_where_it_is_recorded_faster() -> None:
+    recorded, chosen = recordings.load("fast_layer"), 0
+    for name in fast_layer_suite.SHAPES:
+        shape = fast_layer_suite.shape_of(name)
+        for b in fast_layer_suite.BATCHES:
+            if choose(b, shape.top_k, shape.num_experts, shape.moe_intermediate_size).instance is None:
+                chosen += 1
+                classic, fast = (
+                    statistics.median(recorded.select(shape=name, num_tokens=b, routing="uniform", impl=impl)[0]["samples_us"])
+                    for impl in ("classic", "fast")
+                )  # fmt: skip
+                assert classic < fast, (name, b)
+    assert 5 <= chosen <= 8
+
+
+def test_what_is_chosen_as_classic_runs_as_the_classic_layer(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """A batch of one over one small expert: its result is the classic layer's own, bit by bit."""
+    monkeypatch.setattr(fast, "_check", lambda call: None)
+    inputs = Case("one", 1, 2, 1, 64, 32).inputs(torch.float16, device)
+    given = {"topk_weights": inputs.topk_weights, "topk_ids": inputs.topk_ids}
+    assert choose(1, 1, 2, 32).instance is None
+    out = fused_moe(inputs.hidden_states, inputs.w13, inputs.w2, impl="fast", **given)
+    assert out.equal(fused_moe(inputs.hidden_states, inputs.w13, inputs.w2, impl="triton", **given))
 
 
 @pytest.mark.gpu
@@ -71,10 +110,10 @@ WIDE = Case("wide", 700, 6, 2, 1032, 520)
 @pytest.mark.parametrize(
     "case", [ODD, FOREIGN, WIDE, replace(WIDE, routing="zipf"), Case("one", 1, 8, 2, 512, 256)], ids=str
 )
-@pytest.mark.parametrize("most", INSTANCES)
-def test_every_instance_serves_every_batch(most: int, case: Case) -> None:
+@pytest.mark.parametrize("instance", ALL, ids=str)
+def test_every_instance_serves_every_batch(instance: Instance, case: Case) -> None:
     inputs = case.inputs(torch.bfloat16, "cuda")
-    judge(case, inputs, by(INSTANCES[most], inputs))
+    judge(case, inputs, by(instance, inputs))
 
 
 @pytest.mark.gpu
@@ -107,11 +146,11 @@ def test_in_a_cuda_graph_with_a_routing_that_changes(num_tokens: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("most", INSTANCES)
-def test_twenty_runs_are_equal_bit_by_bit(most: int) -> None:
+@pytest.mark.parametrize("instance", ALL, ids=str)
+def test_twenty_runs_are_equal_bit_by_bit(instance: Instance) -> None:
     inputs = Case("qwen3-like", 200, 32, 8, 2048, 768).inputs(torch.bfloat16, "cuda")
-    first = by(INSTANCES[most], inputs)
-    assert all(by(INSTANCES[most], inputs).equal(first) for _ in range(19))
+    first = by(instance, inputs)
+    assert all(by(instance, inputs).equal(first) for _ in range(19))
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from moelab import fused_moe, recordings, reference, runtime
 from moelab.config import KernelConfig
 from moelab.errors import UnknownNameError
 from moelab.kernels.expert_order import expert_order
-from moelab.kernels.fast_instances import INSTANCES, instance_for
+from moelab.kernels.fast_instances import ALL, INSTANCES, Instance, instance_for
 from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM
 from moelab.measure import Measurement
 from moelab.shapes import MoEShape
@@ -65,12 +66,12 @@ def test_every_contender_gets_a_row_that_loads(small: None, tmp_path: Path) -> N
         assert row.get("within_bound", "logits" in row["impl"]), row
 
 
-@pytest.mark.parametrize("most", INSTANCES)
-def test_each_idea_off_is_another_instance_or_launch(small: None, most: int) -> None:
+@pytest.mark.parametrize("instance", ALL, ids=str)
+def test_each_idea_off_is_another_instance_or_launch(small: None, instance: Instance) -> None:
     layer = Layer(SMALL, 3, 1, weight_sets(SMALL))
-    off = fast_layer.without(layer, INSTANCES[most])
-    assert ("256 weight rows a tile" in off) == (most >= 96)
-    out = fast_layer.fast(layer, INSTANCES[most])(0)
+    off = fast_layer.without(layer, instance)
+    assert (f"{instance.rows} weight rows a tile" in off) == (instance.row_blocks == 2)
+    out = fast_layer.fast(layer, instance)(0)
     assert all(run(0).allclose(out, rtol=1e-4, atol=1e-5) for run in off.values())
 
 
@@ -100,7 +101,7 @@ def test_experimental_ones_answer_to_their_names_alone() -> None:
 
 
 def test_neighbours() -> None:
-    first, second = list(INSTANCES.values())[:2]
+    first, second = ALL[:2]
     assert fast_layer.near(first) == [first, second]
     assert len(fast_layer.near(second)) == 3
     assert GEMM1 | GEMM2 | SUM == 7
@@ -137,3 +138,20 @@ def test_a_candidate_that_is_wrong_is_told_and_not_timed(small: None, monkeypatc
     monkeypatch.setattr(fast_layer, "fast_layer", lambda *a, **k: stand_in(*a, **k) + (a[6] == wrong))
     (row,) = [row for row in fast_choice.record(("small",), (3,)).rows if not row["within_bound"]]
     assert row["instance"] == repr(wrong) and row["problem"] and "samples_us" not in row
+
+
+def test_the_rule_is_near_the_best_recorded() -> None:
+    """Over the cells of fast_choice: what the rule's form takes over the fastest form's time."""
+    recorded = recordings.load("fast_choice")
+    assert all(row["within_bound"] for row in recorded.rows)
+    lost = {}
+    for name in fast_layer.SHAPES:
+        shape = fast_layer.shape_of(name)
+        for b in fast_layer.BATCHES:
+            times = {
+                row["instance"]: statistics.median(row["samples_us"])
+                for row in recorded.select(shape=name, num_tokens=b)
+            }
+            lost[name, b] = times[repr(instance_for(b, shape.top_k, shape.num_experts))] / min(times.values())
+    assert len(lost) == 48 and max(lost.values()) < 1.09, max(lost, key=lambda cell: lost[cell])
+    assert statistics.geometric_mean(lost.values()) < 1.01

@@ -72,20 +72,31 @@ class Instance:
         return f'#include "hopper.cuh"\n{shapes}\n{SOURCE.read_text()}'
 
 
-# Widest tile of tokens -> the instance for it. Small tiles and two blocks a multiprocessor where weights are all there is to
-# move; 256 weight rows where tokens are read again and again, once for every tile of weight rows. The ring takes what shared
-# memory is left: 227 KiB a block, 228 for all, 1 kept of each. Chosen by reckoning:
-# `moelab record fast_choice` and `moelab record fast_layer` are to judge them.
+ONE_TOKEN = Instance(2, 1, 12, 8, 8, 8)
+"""For a batch of one: a multiprocessor reads most at once as one block."""
+
 INSTANCES = {
-    8: Instance(1, 1, 12, 8, 8, 8, per_processor=2),
-    16: Instance(1, 1, 11, 16, 8, 8, per_processor=2),
-    48: Instance(2, 1, 10, 48, 16, 16),
+    8: Instance(1, 2, 6, 8, 8, 8, per_processor=2),
+    16: Instance(1, 2, 6, 16, 8, 8, per_processor=2),
+    48: Instance(1, 2, 4, 48, 16, 16, per_processor=2),
     96: Instance(2, 2, 5, 96, 16, 16),
     176: Instance(2, 2, 4, 176, 16, 16),
 }
+"""Widest tile of tokens -> the instance for it. Two blocks a multiprocessor where weights are all there is to move; 256 weight
+rows where tokens are read again and again, once for every tile of weight rows. The ring takes what shared memory is left:
+227 KiB a block, 228 for all, 1 kept of each."""
+
+ALL = (ONE_TOKEN, *INSTANCES.values())
+
+MOST_ROWS = {8: 3.0, 16: 11.0, 48: 23.0, 96: 90.0}
+"""Widest tile of tokens -> the most rows, as an expert gets them if tokens spread evenly, that it is used for. The fastest
+forms of data/recordings/fast_choice.json lie on either side of each limit, at half and at twice as many rows or nearer."""
 
 
 def instance_for(num_tokens: int, top_k: int, num_experts: int) -> Instance:
-    """The instance for a batch, by the rows an expert gets if tokens spread evenly and a third more: a guess as yet."""
-    rows = 1.33 * num_tokens * top_k / num_experts
-    return next((INSTANCES[most] for most in INSTANCES if min(rows, num_tokens) <= most), INSTANCES[176])
+    """The instance for a batch, by the rows that an expert gets if tokens spread evenly."""
+    if num_tokens == 1:
+        return ONE_TOKEN
+    rows = num_tokens * top_k / num_experts
+    fits = (most for most, limit in MOST_ROWS.items() if rows <= limit or num_tokens <= most)
+    return INSTANCES[next(fits, 176)]

@@ -1,4 +1,4 @@
-"""The layer in one launch, for Hopper: which instance serves a batch, and why."""
+"""The layer in one launch, for Hopper: what serves a batch, and why."""
 
 from __future__ import annotations
 
@@ -16,24 +16,43 @@ from moelab.kernels.launch import checked, signature
 from moelab.kernels.route import new_routed, route, tiles_in_one_launch
 from moelab.kernels.token_tiles import TokenTiles, new_token_tiles, token_tiles_unchecked
 from moelab.pipelines.call import MoECall
+from moelab.pipelines.layers import triton_pipeline
 from moelab.routing import ExpertOrder, Routed
+
+FEW_TILES = 40
+"""GEMM1 tiles of 128 weight rows, over all experts that a batch can touch, under which most multiprocessors would have
+nothing to read: the classic layer, with narrower tiles, is recorded faster at 32 (data/recordings/fast_layer.json, Llama-4-Scout
+tp4 and DeepSeek-V3 tp8 at one token), and not at 48."""
+
+SHORT_INNER, ENOUGH_ROWS = 256, 64
+"""An inner size on this rank of so few elements makes GEMM2's tiles four steps of 64, whose beginnings and ends weigh more than
+the steps, until an expert has so many rows: recorded for DeepSeek-V3 tp8, slower from 4 to 1024 tokens and faster at 4096."""
 
 
 class Choice(NamedTuple):
-    """The instance for a batch, and a sentence that says why."""
+    """The instance for a batch, None for the classic layer, and a sentence that says why."""
 
-    instance: Instance
+    instance: Instance | None
     reason: str
 
 
-def choose(num_tokens: int, top_k: int, num_experts: int) -> Choice:
-    """The instance that serves a batch of that size, whatever its routing: the host does not know it."""
-    instance = instance_for(num_tokens, top_k, num_experts)
+def choose(num_tokens: int, top_k: int, num_experts: int, moe_intermediate_size: int) -> Choice:
+    """What serves a batch of that size, whatever its routing: the host does not know it. Sizes as on this rank."""
     rows = num_tokens * top_k / num_experts
+    even = f"{rows:.3g} rows an expert if tokens spread evenly"
+    tiles = min(num_tokens * top_k, num_experts) * -(-2 * moe_intermediate_size // 128)
+    if tiles < FEW_TILES:
+        return Choice(
+            None,
+            f"classic: GEMM1 has at most {tiles} tiles of 128 weight rows, too few for all multiprocessors",
+        )
+    if moe_intermediate_size <= SHORT_INNER and rows < ENOUGH_ROWS:
+        return Choice(None, f"classic: an inner size of {moe_intermediate_size} is short for one launch, with {even}")
+    instance = instance_for(num_tokens, top_k, num_experts)
+    blocks = f"{instance.per_processor} block{'s' * (instance.per_processor > 1)} a multiprocessor"
     return Choice(
         instance,
-        f"{rows:.3g} rows an expert if tokens spread evenly: tiles of at most {instance.tokens} tokens by {instance.rows} "
-        f"weight rows, {instance.per_processor} block{'s' * (instance.per_processor > 1)} a multiprocessor",
+        f"one launch: {even}: tiles of at most {instance.tokens} tokens by {instance.rows} weight rows, {blocks}",
     )
 
 
@@ -63,13 +82,18 @@ def route_for(
 
 
 def fast_pipeline(call: MoECall, instance: Instance | None = None) -> Tensor:
-    """Order by expert, tiles, and the layer in one launch. Raises RuntimeModeError, DtypeError, ShapeError, ConfigError."""
+    """Order by expert, tiles, and the layer in one launch, or `triton_pipeline` with the call's configs where `choose` says so.
+
+    instance: that one, whatever the batch. Raises RuntimeModeError, DtypeError, ShapeError, ConfigError.
+    """
     x, w13, w2, ids = call.hidden_states, call.w13, call.w2, call.topk_ids
     aligned = not (x.data_ptr() | w13.data_ptr() | w2.data_ptr()) % 16
     what = (call.activation, call.gated, call.b13 is None, call.b2 is None, aligned)
     checked(("fast_pipeline", signature(x, w13, w2), what), lambda: _check(call))
     if instance is None:
-        instance = instance_for(call.num_tokens, call.top_k, call.num_experts)
+        instance = choose(call.num_tokens, call.top_k, call.num_experts, w2.shape[2]).instance
+    if instance is None:
+        return triton_pipeline(call)
     ids = ids.to(torch.int32)
     order = new_expert_order(ids.numel(), call.num_experts, x.device)
     expert_order_unchecked(ids, call.num_experts, order)

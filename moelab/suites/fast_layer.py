@@ -20,7 +20,7 @@ from moelab.errors import MoelabError, RecordingError
 from moelab.fused_moe import fused_moe
 from moelab.inputs import random_tensor
 from moelab.kernels.expert_order import expert_order
-from moelab.kernels.fast_instances import INSTANCES, Instance, instance_for
+from moelab.kernels.fast_instances import ALL, Instance, instance_for
 from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM, fast_layer
 from moelab.kernels.route import route
 from moelab.kernels.token_tiles import TokenTiles
@@ -115,7 +115,7 @@ def without(layer: Layer, instance: Instance) -> dict[str, Contender]:
         "tiles as narrow as their tokens": fast(layer, replace(instance, grain=instance.tokens)),
     }
     if instance.row_blocks > 1:
-        off["256 weight rows a tile"] = fast(layer, replace(instance, row_blocks=1))
+        off[f"{instance.rows} weight rows a tile"] = fast(layer, replace(instance, row_blocks=1))
     if instance.per_processor > 1:
         off["two blocks a multiprocessor"] = fast(layer, replace(instance, per_processor=1))
     return off
@@ -211,10 +211,9 @@ def fastest_instance(layer: Layer, among: Sequence[Instance]) -> Instance:
 
 
 def near(instance: Instance) -> list[Instance]:
-    """An instance and its neighbours in INSTANCES."""
-    known = list(INSTANCES.values())
-    place = known.index(instance)
-    return known[max(0, place - 1) : place + 2]
+    """An instance and its neighbours among all in use."""
+    place = ALL.index(instance)
+    return list(ALL[max(0, place - 1) : place + 2])
 
 
 def cell(name: str, layer: Layer, routing: str, *, ablation: bool) -> list[dict[str, Any]]:
