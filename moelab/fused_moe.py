@@ -72,7 +72,8 @@ IMPLEMENTATIONS: dict[str, Callable[[MoECall], Tensor]] = {
 }
 
 EXPERIMENTAL: dict[str, Callable[[MoECall], Tensor]] = {"fast": _fast}
-"""By name only, never among "all": what has not been through its gpu tests yet. "fast" has run on an emulated chip."""
+"""By name only, never among "all": what has not been through all of its gpu tests. "fast" has, with the forms that it was first
+given; those in use since have run in the suite fast_choice, where every result was checked, and on an emulated chip."""
 
 
 def fused_moe(
@@ -110,7 +111,8 @@ def fused_moe(
     need sm_90 or later, and H and N times the element's bytes to be multiples of 16.
     config, down_config: for GEMM1 and GEMM2 of those made of kernels, without them sglang's default rule, and the first
     for both where only it is given; the Split-K ones take SPLIT_K from each. "gated" and its kin count gate and up rows
-    together as BLOCK_SIZE_N, at least 32. "fast" chooses by the batch itself, and torch's own forms have nothing to
+    together as BLOCK_SIZE_N, at least 32. "fast" chooses its form by the batch itself, and the classic layer with the
+    configs given where that is recorded faster (`moelab.pipelines.fast.choose` says why), and torch's own forms have nothing to
     configure.
     check_routing: look for ids out of range. None means always on CPU, and never on a GPU, where it would
     synchronise with the host.

@@ -27,13 +27,9 @@ SUITES: dict[str, Callable[[], Recording]] = {
     "split_k": split_k.record,
     "layer_baseline": layer_baseline.record,
     "tma_overhead": tma_overhead.record,
-}
-
-EXPERIMENTAL: dict[str, Callable[[], Recording]] = {
     "fast_layer": fast_layer.record,
     "fast_choice": fast_choice.record,
 }
-"""By name only, no part of "all": of what has not been through its gpu tests yet."""
 
 
 def record(
@@ -44,14 +40,16 @@ def record(
     out: folder of the files; None is data/recordings. Raises UnknownNameError before anything runs, and
     RuntimeModeError where a suite needs a GPU.
     """
-    every, names = {**known, **EXPERIMENTAL}, suite_names(suites, known)
-    return [recordings.write(every[name](), None if out is None else out / f"{name}.json") for name in names]
+    return [
+        recordings.write(known[name](), None if out is None else out / f"{name}.json")
+        for name in suite_names(suites, known)
+    ]
 
 
 def suite_names(asked: Sequence[str], known: Mapping[str, Callable[[], Recording]] = SUITES) -> list[str]:
     """The suites asked for, "all" spelled out. Raises UnknownNameError for a name that is not known."""
     for name in asked:
-        if name != "all" and name not in known and name not in EXPERIMENTAL:
+        if name != "all" and name not in known:
             raise UnknownNameError(
                 f"Unknown suite {name!r}. Expected 'all' or one of {list(known)}.{nearest_names(name, known)} "
                 "Name suites to record."
