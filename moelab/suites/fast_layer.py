@@ -6,6 +6,7 @@ router logits, routing and order included, is a figure of its own.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -103,6 +104,23 @@ def fast(
         return out
 
     return run
+
+
+def alone(layer: Layer, instance: Instance) -> dict[str, Contender]:
+    """Each part in a launch of its own, over what the parts before it left: where the layer's time goes."""
+    tiles, shape = tiles_of(layer, instance), layer.shape
+    slots = layer.num_tokens * shape.top_k
+    left: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def run(i: int, parts: int) -> Tensor:
+        x, w, r = layer.states[i], layer.weights[i], layer.routings[i]
+        if i not in left:
+            left[i] = (x.new_empty((slots, shape.moe_intermediate_size)), x.new_empty((slots, shape.hidden_size)))
+            run(i, GEMM1 | GEMM2 | SUM)
+        return fast_layer(x, w.w13, w.w2, r.topk_weights, r.topk_ids, tiles[i], instance, parts=parts, scratch=left[i])
+
+    named = {"GEMM1": GEMM1, "GEMM2": GEMM2, "the sum": SUM}
+    return {name: functools.partial(run, parts=part) for name, part in named.items()}
 
 
 def without(layer: Layer, instance: Instance) -> dict[str, Contender]:
@@ -238,6 +256,8 @@ def cell(name: str, layer: Layer, routing: str, *, ablation: bool) -> list[dict[
     if routing == "uniform":
         timed["classic, from logits"] = from_logits(layer, None, pair)
         timed["fast, from logits"] = from_logits(layer, by_rule, pair)
+    if ablation:
+        timed |= {f"fast, {name} alone": run for name, run in alone(layer, by_rule).items()}
     measured = measure({label: run for label, run in timed.items() if "refused" not in judged.get(label, {})}, protocol)
     cost = cost_of(layer)
     common = {
