@@ -31,7 +31,8 @@ from moelab.errors import (
 from moelab.pipelines import NEED_TMA, PIPELINES
 from moelab.pipelines.call import MoECall
 from moelab.reference import check_activation
-from moelab.routing import check_ids, softmax_topk
+from moelab.routers import softmax_topk
+from moelab.routing import check_ids
 
 
 def _tensors(call: MoECall) -> tuple[Any, ...]:

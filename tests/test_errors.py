@@ -23,6 +23,7 @@ from moelab import (
     recordings,
     reference,
     roofline,
+    routers,
     routing,
     runtime,
     shapes,
@@ -227,7 +228,7 @@ TENSORS = [
         ("out.sorted_slots", "(4)"),
     ),
     Row(
-        "logits of rank 1", lambda _: routing.softmax_topk(x(4), 1), ShapeError, ("logits", "(num_tokens, num_experts)")
+        "logits of rank 1", lambda _: routers.softmax_topk(x(4), 1), ShapeError, ("logits", "(num_tokens, num_experts)")
     ),
     Row("sum over rank 2", lambda _: sum_reduce(x(4, 8)), ShapeError, ("x has shape (4, 8)", "top_k")),
     Row("sum over no slot", lambda _: sum_reduce(x(4, 0, 8)), ShapeError, ("top_k >= 1",)),
@@ -372,7 +373,7 @@ PLUGGED_IN = [
 
 ROUTINGS = [
     Row("top_k over the experts", lambda _: routing.make_routing("uniform", 3, 4, 5), RoutingError, ("top_k = 5", "4")),
-    Row("top_k of logits", lambda _: routing.softmax_topk(x(3, 4), 5), RoutingError, ("top_k = 5", "4 experts")),
+    Row("top_k of logits", lambda _: routers.softmax_topk(x(3, 4), 5), RoutingError, ("top_k = 5", "4 experts")),
     Row("top_k to a kernel", lambda _: route(x(3, 4), 5), RoutingError, ("top_k = 5", "4 experts")),
     Row("groups to a kernel", lambda _: route(x(3, 8), 2, num_groups=3), RoutingError, ("3 groups", "8 experts")),
     Row(
@@ -387,7 +388,7 @@ ROUTINGS = [
         RoutingError,
         ("range(0, 8, 2) of 8 experts",),
     ),
-    Row("top_k of no expert", lambda _: routing.softmax_topk(x(3, 4), 0), RoutingError, ("top_k = 0",)),
+    Row("top_k of no expert", lambda _: routers.softmax_topk(x(3, 4), 0), RoutingError, ("top_k = 0",)),
     Row("a model's top_k", lambda _: dataclasses.replace(SHAPE, top_k=5), ShapeError, ("top_k is 5", "4 experts")),
     Row(
         "an id over the last",
@@ -405,7 +406,7 @@ ROUTINGS = [
     Row("logits for other experts", lambda _: logits(x(5, 6), 2), ShapeError, ("(5, 6)", "Expected (5, 4)")),
     Row(
         "groups that do not divide",
-        lambda _: routing.grouped_topk(x(3, 8), 2, num_groups=3),
+        lambda _: routers.grouped_topk(x(3, 8), 2, num_groups=3),
         RoutingError,
         ("3 groups",),
     ),
@@ -798,7 +799,7 @@ NAMES = [
     Row("a kernel's activation", lambda _: activation(x(4, 8), "relu2"), UnknownNameError, ("relu2", "gated")),
     Row("an oracle's activation", lambda _: reference.activation_ref(x(4, 8), "gelu2"), UnknownNameError, ("gelu2",)),
     Row("a score to a kernel", lambda _: route(x(3, 4), 2, score="sigmod"), UnknownNameError, ("sigmod", "'sigmoid'")),
-    Row("a router's score", lambda _: routing.grouped_topk(x(3, 4), 2, score="sigmod"), UnknownNameError, ("sigmod",)),
+    Row("a router's score", lambda _: routers.grouped_topk(x(3, 4), 2, score="sigmod"), UnknownNameError, ("sigmod",)),
     Row(
         "a bench's implementation",
         lambda _: bench.bench(SHAPE, [1], ["torch", "tritn"]),

@@ -12,18 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moelab.errors import RoutingError, ShapeError, UnknownNameError
+from moelab.routers import grouped_topk, sigmoid_topk, softmax_topk
 from moelab.routing import (
     ROUTINGS,
     check_ids,
     count_experts,
     expected_experts_touched,
-    grouped_topk,
     load_routing,
     make_routing,
     max_padded_pairs,
     moe_align_block_size_ref,
-    sigmoid_topk,
-    softmax_topk,
 )
 
 

@@ -33,7 +33,8 @@ from moelab.kernels.top_k import (  # noqa: E402
     with_lane,
     within_best_groups,
 )
-from moelab.routing import ExpertOrder, Routed, check_local_experts, check_router  # noqa: E402
+from moelab.routers import check_local_experts, check_router  # noqa: E402
+from moelab.routing import ExpertOrder, Routed  # noqa: E402
 
 # Rows of the one program's tile, and the most logits that it may hold: the registers of 8 warps, 16 a thread.
 _ROWS = (1, 4, 16, 64)
@@ -261,7 +262,7 @@ def route(
 
     router_logits: (num_tokens, num_experts) bfloat16, float16 or float32, contiguous; computed in float32.
     score, correction_bias (num_experts,), num_groups, top_k_groups, renormalize, routed_scaling_factor: the rule, as
-    in routing.grouped_topk. Qwen3: the defaults; Llama 4: top_k=1, score="sigmoid"; LFM2: score="sigmoid" and the bias
+    in routers.grouped_topk. Qwen3: the defaults; Llama 4: top_k=1, score="sigmoid"; LFM2: score="sigmoid" and the bias
     (its own form adds 1e-6 to the sum of scores, this 1e-20); DeepSeek-V3: score="sigmoid", the bias, num_groups=8,
     top_k_groups=4, routed_scaling_factor=2.5.
     local_experts: under expert parallelism, the experts whose weights this rank holds; ids then count from the first
