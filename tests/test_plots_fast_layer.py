@@ -123,6 +123,11 @@ def test_routings_are_drawn_apart_and_level_is_said() -> None:
     assert alone.sentence == "**No shape has fast and classic at the same batch size under uniform routing.**"
 
 
+def test_what_is_past_its_bound_is_not_drawn_over_the_floor() -> None:
+    wrong = made(*WHOLE.rows[:2], row("a", 1, "grouped_mm", 9.0, within_bound=False))
+    assert [trace.name for trace in fast_layer.over_floor(wrong, AT).figure.data] == ["classic"] * 2 + ["fast"] * 2
+
+
 def test_runs_of_batch_sizes() -> None:
     assert fast_layer.runs_of([1, 4, 64], [1, 4, 16, 64]) == "1–4, 64"
     assert fast_layer.runs_of([], [1]) == ""

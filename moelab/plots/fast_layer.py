@@ -59,6 +59,7 @@ def over_floor(recording: Recording, at: Ceilings, routing: str = "uniform") -> 
     The mean is over shapes whose classic layer had tuned configs to choose from, where there are any.
     """
     rows = [row for row in timed(recording) if row["routing"] == routing and row["impl"] in LOOKS]
+    rows = [row for row in rows if row["within_bound"]]
     if not rows:
         return Panel(None, [], NOTHING)
     shapes, batches = names_of(rows, "shape"), sorted(names_of(rows, "num_tokens"))
@@ -68,12 +69,13 @@ def over_floor(recording: Recording, at: Ceilings, routing: str = "uniform") -> 
     titles = [f"mean of {counted(len(compared), 'shape')}", *(_titled(shape, fallen) for shape in shapes)]
     lines = math.ceil(len(titles) / _PER_LINE)
     note = (
-        "; classic*: no tuned file, sglang’s default config alone; not in the mean"
+        "<br>classic*: no tuned file, so sglang’s default config alone; not in the mean"
         if fallen and compared != shapes
         else ""
     )
     figure = grid(
-        f"Time over floor, {routing} routing: {_short(means, batches)}", f"{recording.source()}, 95 % intervals{note}",
+        f"Time over floor, {routing} routing: {_short(means, batches)}",
+        f"{recording.source()}, 95 % intervals, within the error bound only{note}",
         titles=titles, rows=lines, height=130 + 230 * lines, shared_y=True,
     )  # fmt: skip
     for name, style in LOOKS.items():
