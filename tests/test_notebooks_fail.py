@@ -41,7 +41,7 @@ BESIDE_ONE = {"loading.lookup": "loading.sizes", "landscape_linked.parallel": "l
 """Drawn by the same call of the same widget as another one."""
 
 
-UNSEEN = {"tuned_gain.gains": "tuned_gain"}
+UNSEEN: dict[str, str] = {}
 """In no notebook while there is no recording of that name to draw: then it has to be in one."""
 
 

@@ -1,9 +1,8 @@
-"""plots.tuned_gain: every cell that was timed is drawn with its interval, and the words count ties and losses."""
+"""plots.tuned_gain: every cell that was timed is drawn, ties grey, and the words count ties and losses."""
 
 from __future__ import annotations
 
-import pytest
-
+from moelab import recordings
 from moelab.plots import tuned_gain as plots
 from moelab.recordings import Recording
 
@@ -38,16 +37,19 @@ def made(*more: dict, slower_at: list[int] | None = None) -> Recording:
     return Recording("tuned_gain", PROVENANCE, {}, rows)
 
 
-def test_a_plot_for_each_rival_with_what_was_timed() -> None:
+def test_a_row_for_each_rival_and_target_with_what_was_timed() -> None:
     figure = plots.gains(made()).figure
-    default, shipped = figure.data
-    assert (list(default.x), list(default.y)) == ([1, 64], [2.0, 1.125]) and list(shipped.x) == [1]
-    assert default.error_y.array == pytest.approx([0.1, 0.075]) and default.error_y.arrayminus == pytest.approx(
-        [0.1, 0.025]
-    )
-    assert (
-        "never slower than the default" in figure.layout.title.text and "SYNTHETIC" in figure.layout.title.subtitle.text
-    )
+    clear, ties, text = figure.data
+    assert (list(clear.y), list(clear.x)) == (["default, a", "shipped file, a"], ["1", "64"])
+    assert [[v == v for v in line] for line in clear.z] == [[True, True], [False, False]]
+    assert [[v == v for v in line] for line in ties.z] == [[False, False], [True, False]]
+    assert dict(zip(zip(text.y, text.x, strict=True), text.text, strict=True)) == {
+        ("default, a", "1"): "2.00", ("default, a", "64"): "1.12", ("shipped file, a", "1"): "1.01",
+    }  # fmt: skip
+    assert [line.y0 for line in figure.layout.shapes] == [0.5], "a line where another rival begins"
+    title = figure.layout.title
+    assert title.text.endswith("never slower than the default, which takes 1.50 times as long")
+    assert "SYNTHETIC" in title.subtitle.text
 
 
 def test_words_count_means_ties_and_losses() -> None:
@@ -60,14 +62,25 @@ def test_words_count_means_ties_and_losses() -> None:
     assert "slower beyond its interval in 1" in loses.sentence
 
 
-def test_more_targets_than_looks_are_told_apart() -> None:
+def test_seven_targets_have_a_row_each() -> None:
     more = [
-        row for i in range(8) for row in (layer(f"t{i}", 1, "default", 1.5, 1.4, 1.6), summary(f"t{i}", "default", []))
+        row for i in range(6) for row in (layer(f"t{i}", 1, "default", 1.5, 1.4, 1.6), summary(f"t{i}", "default", []))
     ]
-    lines = [t for t in plots.gains(made(*more)).figure.data if t.xaxis == "x"]
-    assert len({(t.marker.symbol, t.line.color) for t in lines}) == len(lines) == 9
+    rows = list(plots.gains(made(*more)).figure.data[0].y)
+    assert rows == ["default, a", *(f"default, t{i}" for i in range(6)), "shipped file, a"]
 
 
 def test_a_rival_that_was_never_timed_is_said() -> None:
     rows = (layer("a", 1, "shipped"), summary("a", "shipped", []))
-    assert "could not be timed" in plots.gains(Recording("tuned_gain", PROVENANCE, {}, rows)).sentence
+    panel = plots.gains(Recording("tuned_gain", PROVENANCE, {}, rows))
+    assert "could not be timed" in panel.sentence and panel.figure is None
+    timed = (*rows, layer("b", 1, "shipped", 1.1, 1.05, 1.2), summary("b", "shipped", []))
+    title = plots.gains(Recording("tuned_gain", PROVENANCE, {}, timed)).figure.layout.title.text
+    assert title.endswith("the default was not timed")
+
+
+def test_the_shipped_recording_draws_every_target() -> None:
+    found = recordings.load("tuned_gain")
+    rows = list(plots.gains(found).figure.data[0].y)
+    summaries = found.select(kind="summary")
+    assert sorted(rows) == sorted(f"{plots.SHORT[row['over']]}, {row['target']}" for row in summaries)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
 
+from moelab.plots import ratio_map
 from moelab.plots.panel import Panel, Row, counted, geometric_mean
-from moelab.plots.style import SERIES, error_bars, grid, log_axis
+from moelab.plots.style import GREY, VERMILLION, grid
 from moelab.recordings import Recording
 
 TITLES = {
@@ -13,45 +14,43 @@ TITLES = {
     "shipped": "the file that sglang ships",
     "second": "an independent run’s winners",
 }
-"""Rivals in order, and what a plot of each is called."""
+"""Rivals in order, and what each is called."""
 
-SHOWN = (1, 4, 16, 64, 256, 1024, 4096)
-"""Batch sizes whose ticks have room for a label."""
+SHORT = {"default": "default", "shipped": "shipped file", "second": "second run"}
+"""Each rival's name beside its rows of the map."""
 
 
 def gains(recording: Recording) -> Panel:
-    """A plot for each rival, a line for each target: its time over the tuned pair's, with 95 % intervals; over 1 the tuned
-    pair is faster. What was not within its error bound was not timed, and is in no line."""
+    """Map of rival and target by batch: the rival's time over the tuned pair's; over 1 the tuned pair is faster, grey is a tie.
+
+    What was not within its error bound was not timed, and its cell is empty.
+    """
     rivals = [name for name in TITLES if recording.select(kind="summary", over=name)]
     targets = list(dict.fromkeys(row["target"] for row in recording.rows))
+    found = {
+        (f"{SHORT[rival]}, {target}", row["num_tokens"]): ratio_map.cell_of(row["ratio"], row["tie"])
+        for rival in rivals for target in targets for row in _timed(recording, target, rival)
+    }  # fmt: skip
+    if not found:
+        return Panel(None, _table(recording), _sentence(recording, rivals))
+    names = list(dict.fromkeys(name for name, _ in found))
     figure = grid(
-        f"Times over the tuned configs’: {_short(recording)}", f"whole layers, interleaved; {recording.source()}",
-        titles=[TITLES[name] for name in rivals], height=500, gap=0.06,
+        f"Times over the tuned configs’: {_short(recording)}",
+        f"{recording.source()}; whole layers, interleaved<br>green, over 1: tuned is faster; orange: it is slower; grey: a tie, "
+        "the ratio’s interval holds 1; empty: not timed",
+        height=190 + 30 * len(names),
     )  # fmt: skip
-    sizes = sorted({row["num_tokens"] for row in recording.select(kind="layer")})
-    for column, rival in enumerate(rivals, 1):
-        for number, target in enumerate(targets):
-            _draw(figure, _timed(recording, target, rival), target, number, column)
-        figure.add_hline(y=1.0, line={"color": "#7b7b7b", "width": 1}, row=1, col=column)
-    figure.update_xaxes(title="batch size, tokens", **log_axis([b for b in sizes if b in SHOWN] or sizes))
-    figure.update_layout(legend={"orientation": "h", "y": -0.2})
-    figure.update_yaxes(title="times as long as tuned", col=1)
+    sizes = sorted({num_tokens for _, num_tokens in found})
+    ratio_map.draw(figure, found, names, sizes, low=VERMILLION, bar="time / tuned", size=11)
+    for above, below in itertools.pairwise(names):
+        if above.partition(",")[0] != below.partition(",")[0]:  # another rival begins
+            figure.add_hline(len(names) - names.index(below) - 0.5, line={"color": GREY, "width": 2})
+    figure.update_xaxes(title="batch size, tokens")
     return Panel(figure, _table(recording), _sentence(recording, rivals))
 
 
 def _timed(recording: Recording, target: str, rival: str) -> list[Row]:
     return [row for row in recording.select(kind="layer", target=target, config_name=rival) if "ratio" in row]
-
-
-def _draw(figure: Any, rows: list[Row], target: str, number: int, column: int) -> None:
-    """The line of the target of that number: hollow markers where the looks begin anew."""
-    look, ratios = SERIES[number % len(SERIES)], [row["ratio"] for row in rows]
-    bars = error_bars(ratios, *([row[end] for row in rows] for end in ("ratio_low", "ratio_high")))
-    figure.add_scatter(
-        x=[row["num_tokens"] for row in rows], y=ratios, mode="lines+markers", name=target, legendgroup=target,
-        showlegend=column == 1, line=look.line(1.5), marker=look.marker(7, hollow=number >= len(SERIES)), error_y=bars,
-        hovertemplate=f"{target}, %{{x}} tokens: %{{y:.3f}}<extra></extra>", row=1, col=column,
-    )  # fmt: skip
 
 
 def _table(recording: Recording) -> list[Row]:
@@ -68,8 +67,13 @@ def _table(recording: Recording) -> list[Row]:
 
 
 def _short(recording: Recording) -> str:
+    """Where tuned is slower than the default, and how many times as long the default takes on average."""
+    rows = [row for row in recording.select(kind="layer", config_name="default") if "ratio" in row]
+    if not rows:
+        return "the default was not timed"
     slower = sum(len(row["slower_at"]) for row in recording.select(kind="summary", over="default"))
-    return "never slower than the default" if not slower else f"slower than the default in {counted(slower, 'cell')}"
+    head = "never slower than the default" if not slower else f"slower than the default in {counted(slower, 'cell')}"
+    return f"{head}, which takes {geometric_mean([row['ratio'] for row in rows]):.2f} times as long"
 
 
 def _sentence(recording: Recording, rivals: list[str]) -> str:

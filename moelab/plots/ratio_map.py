@@ -1,0 +1,115 @@
+"""A map of ratios: rows by batch size, coloured to either side of 1, ties grey, what each cell says written into it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import plotly.graph_objects as go
+
+from moelab.plots.style import BLUE, GREEN
+
+TIED = "#bdbdbd"
+MIDDLE = "#f7f7f7"
+_TICKS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0)
+LEAST_SPAN = math.log(1.25)
+"""Half of the colours' range at least, so that a per cent is not drawn as a great gain."""
+
+_DARK = 0.21
+"""Luminance below which white text has more contrast than #222 (WCAG's formula)."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A ratio (positive), what its cell says ("<br>" breaks it), and whether it is no difference: then it is grey."""
+
+    ratio: float
+    text: str
+    tie: bool
+
+
+def cell_of(ratio: float, tie: bool) -> Cell:
+    """A cell that says its ratio: to two digits after the point, to three where two would say 1.00 of what is no tie."""
+    text = f"{ratio:.2f}"
+    return Cell(ratio, f"{ratio:.3f}" if text == "1.00" and not tie else text, tie)
+
+
+def span_of(cells: Mapping[tuple[str, int], Cell]) -> float:
+    """Half of the range that colours have to cover: the largest |log ratio|."""
+    return max([abs(math.log(each.ratio)) for each in cells.values() if not each.tie] + [LEAST_SPAN])
+
+
+def draw(
+    figure: go.Figure,
+    cells: Mapping[tuple[str, int], Cell],
+    names: Sequence[str],
+    batches: Sequence[int],
+    *,
+    row: int = 1,
+    span: float | None = None,
+    low: str = BLUE,
+    high: str = GREEN,
+    bar: str = "",
+    size: int = 12,
+) -> None:
+    """Draw a map into a row of the figure: (name, batch) -> cell. Colours are logarithmic, `low` below 1 and `high` above.
+
+    span: of the colours, for maps that share them. bar: the colour bar's title; "" draws none. size: of the text.
+    """
+    span = span or span_of(cells)
+    places = {"row": row, "col": 1}
+    across = [str(b) for b in batches]
+    shared = {"x": across, "y": list(names), "xgap": 2, "ygap": 2, "hoverinfo": "skip", **places}
+    heights = [_heights(cells, names, batches, tie) for tie in (False, True)]
+    ticks = [t for t in _TICKS if abs(math.log(t)) <= span + 1e-9]
+    figure.add_heatmap(
+        z=heights[0], zmin=-span, zmax=span, colorscale=_scale(low, high), showscale=bool(bar),
+        colorbar={"title": {"text": bar}, "outlinewidth": 0, "thickness": 14, "tickvals": [math.log(t) for t in ticks],
+                  "ticktext": [f"{t:g}" for t in ticks]},
+        **shared,
+    )  # fmt: skip
+    figure.add_heatmap(z=heights[1], colorscale=[[0, TIED], [1, TIED]], showscale=False, **shared)
+    shown = [(at, cells[at]) for at in ((name, b) for name in names for b in batches) if at in cells]
+    figure.add_scatter(
+        x=[str(b) for (_, b), _ in shown], y=[name for (name, _), _ in shown], mode="text", text=[c.text for _, c in shown],
+        textfont={"size": size, "color": [_text_color(c, span, low, high) for _, c in shown]},
+        hovertemplate="%{y}, batch %{x}: %{text}<extra></extra>", showlegend=False, **places,
+    )  # fmt: skip
+    category = {"type": "category", "showgrid": False, "categoryorder": "array", **places}
+    figure.update_xaxes(categoryarray=across, range=[-0.5, len(across) - 0.5], **category)
+    figure.update_yaxes(categoryarray=list(names)[::-1], range=[-0.5, len(names) - 0.5], **category)
+
+
+def _heights(
+    cells: Mapping[tuple[str, int], Cell], names: Sequence[str], batches: Sequence[int], tie: bool
+) -> np.ndarray:
+    """Log ratios of the cells that are ties, or of those that are not; NaN draws nothing."""
+    found = [[cells.get((name, b)) for b in batches] for name in names]
+    return np.array(
+        [[math.log(c.ratio) if c and c.tie is tie else math.nan for c in line] for line in found], np.float32
+    )
+
+
+def _scale(low: str, high: str) -> list[list[object]]:
+    """From `low` over nearly white to `high`, tinted from the first per cent on: which side of 1 is seen at sight."""
+    return [[0.0, low], [0.499, _tint(low)], [0.5, MIDDLE], [0.501, _tint(high)], [1.0, high]]
+
+
+def _channels(color: str) -> list[int]:
+    return [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+
+
+def _tint(color: str, share: float = 0.15) -> str:
+    return "#" + "".join(f"{round(255 - (255 - part) * share):02x}" for part in _channels(color))
+
+
+def _text_color(cell: Cell, span: float, low: str, high: str) -> str:
+    """Dark or white, whichever has more contrast to the cell's colour."""
+    if cell.tie:
+        return "#222"
+    share = 0.15 + 0.85 * min(1.0, abs(math.log(cell.ratio)) / span)
+    parts = [part / 255 for part in _channels(_tint(high if cell.ratio >= 1 else low, share))]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return "#222" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > _DARK else "#fff"

@@ -1,0 +1,338 @@
+"""plots.fast_layer, fast_beside, fast_ideas: what is ahead, tied, behind or kept apart follows the rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+
+import pytest
+
+from moelab import recordings
+from moelab.config import KernelConfig, default_config
+from moelab.plots import Panel, fast_beside, fast_ideas, fast_layer, ratio_map
+from moelab.recordings import Recording
+from moelab.roofline import Ceilings
+from moelab.shapes import MoEShape, load_model
+
+PROVENANCE = {"gpu": "SYNTHETIC", "triton": "3.6.0", "date": "2026-11-21"}
+AT = Ceilings(copy_bytes_per_s=1e12, flops_per_s=1e15, device="made up", source="made up")
+BYTES = 10e6
+"""Of every row: 10 µs at 1 TB/s, the floor."""
+
+DEFAULT, TUNED = default_config(1, 8), KernelConfig(16, 64, 128, 1)
+SMALL = "Instance(warpgroups=1, row_blocks=1, stages=12, tokens=8, grain=8, box=8, per_processor=2)"
+WIDE = "Instance(warpgroups=2, row_blocks=1, stages=10, tokens=48, grain=16, box=16, per_processor=1)"
+
+
+def row(shape: str, num_tokens: int, impl: str, us: float, routing: str = "uniform", **more: object) -> dict:
+    """Samples within 1 % of `us`, so that two rows under 1 % apart tie; a field given as None is left out."""
+    samples = [us * (1 + 0.005 * (i - 4) / 4) for i in range(9)]
+    fields = {
+        "shape": shape, "num_tokens": num_tokens, "routing": routing, "impl": impl, "bytes": BYTES, "flops": 1e6,
+        "within_bound": True, "samples_us": samples, **more,
+    }  # fmt: skip
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def classic(
+    shape: str, num_tokens: int, us: float, routing: str = "uniform", config: KernelConfig = TUNED, tried: int = 2
+) -> dict:
+    both = {"config": config.to_json(), "down_config": config.to_json(), "tried": tried}
+    return row(shape, num_tokens, "classic", us, routing, **both)
+
+
+def made(*rows: dict, suite: str = "fast_layer") -> Recording:
+    return Recording(suite, PROVENANCE, {}, rows)
+
+
+WHOLE = made(
+    classic("a", 1, 20.0), row("a", 1, "fast", 25.0), row("a", 1, "grouped_mm", 40.0),
+    classic("a", 64, 30.0), row("a", 64, "fast", 20.0), row("a", 64, "grouped_mm", 60.0),
+    classic("b", 1, 20.0, config=DEFAULT, tried=1), row("b", 1, "fast", 10.0), row("b", 1, "grouped_mm", 30.0),
+    classic("a", 1, 20.0, "zipf"), row("a", 1, "fast", 20.02, "zipf"), row("a", 1, "grouped_mm", 50.0, "zipf"),
+    row("a", 1, "fast without one launch", 50.0), row("a", 64, "fast without one launch", 20.0),
+    row("b", 1, "fast without one launch", 12.5), row("b", 1, "fast without a trick", 8.0),
+    row("a", 1, "classic, from logits", 33.0, within_bound=None), row("a", 1, "fast, from logits", 29.0, within_bound=None),
+)  # fmt: skip
+CHOICE = made(
+    row("mixtral", 4, "", 20.0, instance=SMALL), row("mixtral", 4, "", 25.0, instance=WIDE),
+    row("mixtral", 64, "", 44.0, instance=SMALL), row("mixtral", 64, "", 40.0, instance=WIDE),
+    suite="fast_choice",
+)  # fmt: skip
+SHAPES = {"mixtral": load_model("mixtral-8x7b")}  # 2 of 8 experts: a quarter of the batch is rows an expert
+
+
+def ruled(shape: MoEShape, num_tokens: int) -> str:
+    """A rule for CHOICE: right at 4 tokens, wrong at 64."""
+    return WIDE if num_tokens == 256 else SMALL
+
+
+PANELS: dict[str, Callable[[Recording], Panel]] = {
+    "over_floor": lambda found: fast_layer.over_floor(found, AT),
+    "beside_classic": fast_beside.beside_classic,
+    "from_logits": fast_beside.from_logits,
+    "ablation": fast_ideas.ablation,
+}
+
+
+def whole(panel: Panel, source: str) -> None:
+    assert panel.figure.layout.title.text and source in panel.figure.layout.title.subtitle.text
+    assert panel.sentence.startswith("**") and panel.sentence.rstrip("*").endswith(".") and panel.table
+    assert "NaN" not in json.dumps(panel.bundles()[1:]) and "nan" not in panel.sentence
+
+
+@pytest.mark.parametrize("name", PANELS)
+def test_every_panel_is_whole(name: str) -> None:
+    whole(PANELS[name](WHOLE), WHOLE.source())
+
+
+@pytest.mark.parametrize("name", PANELS)
+def test_the_shipped_recording_draws(name: str) -> None:
+    found = recordings.load("fast_layer")
+    whole(PANELS[name](found), found.source())
+
+
+@pytest.mark.parametrize("name", PANELS)
+def test_nothing_timed_is_said(name: str) -> None:
+    refused = {"shape": "a", "num_tokens": 1, "routing": "uniform", "refused": "ConfigError: no"}
+    panel = PANELS[name](made(refused))
+    assert panel.figure is None and panel.table == [] and panel.sentence == fast_layer.NOTHING
+
+
+# --- over the floor -----------------------------------------------------------------------------------------------
+
+
+def test_lines_are_times_over_the_floor_and_the_mean_leaves_out_the_untuned() -> None:
+    panel = PANELS["over_floor"](WHOLE)
+    lines = {(t.name, t.xaxis or "x"): (list(t.x), list(t.y)) for t in panel.figure.data}
+    for plot in ("x", "x2"):
+        assert lines["classic", plot] == ([1, 64], pytest.approx([2.0, 3.0]))
+    assert lines["fast", "x3"] == ([1], [pytest.approx(1.0)])
+    titles = [a.text for a in panel.figure.layout.annotations]
+    assert titles == ["mean of 1 shape", "a", "b, classic*"]
+    assert panel.figure.layout.title.text.endswith("fast is ahead at batch 64, behind at 1")
+    assert "classic at 1.50 times fast’s time at batch 64, and at 0.80 times at batch 1" in panel.sentence
+    assert "b is drawn and not counted" in panel.sentence and panel.table[0]["64"] == pytest.approx(3.0)
+
+
+def test_a_shape_without_tuned_configs_alone_is_the_mean() -> None:
+    panel = PANELS["over_floor"](made(*(each for each in WHOLE.rows if each["shape"] == "b")))
+    assert "not counted" not in panel.sentence and "not in the mean" not in panel.figure.layout.title.subtitle.text
+    assert panel.figure.layout.title.text.endswith("fast is ahead at batch 1")
+
+
+def test_routings_are_drawn_apart_and_level_is_said() -> None:
+    panel = fast_layer.over_floor(WHOLE, AT, "zipf")
+    assert panel.figure.layout.title.text == "Time over floor, zipf routing: fast is level at batch 1"
+    alone = fast_layer.over_floor(made(row("a", 1, "fast", 25.0)), AT)
+    assert alone.sentence == "**No shape has fast and classic at the same batch size under uniform routing.**"
+
+
+def test_what_is_past_its_bound_is_not_drawn_over_the_floor() -> None:
+    wrong = made(*WHOLE.rows[:2], row("a", 1, "grouped_mm", 9.0, within_bound=False))
+    assert [trace.name for trace in fast_layer.over_floor(wrong, AT).figure.data] == ["classic"] * 2 + ["fast"] * 2
+
+
+def test_runs_of_batch_sizes() -> None:
+    assert fast_layer.runs_of([1, 4, 64], [1, 4, 16, 64]) == "1–4, 64"
+    assert fast_layer.runs_of([], [1]) == ""
+
+
+def test_default_only_is_one_config_tried_and_the_default_in_both_gemms() -> None:
+    assert fast_layer.default_only(WHOLE) == ["b"]
+    several, tuned = classic("c", 1, 9.0, config=DEFAULT, tried=2), classic("c", 1, 9.0, tried=1)
+    down = classic("c", 1, 9.0, config=DEFAULT, tried=1) | {"down_config": TUNED.to_json()}
+    assert fast_layer.default_only(made(several, tuned, down)) == []
+    many = classic("c", 64, 9.0, config=default_config(64, 8), tried=1)
+    assert fast_layer.default_only(made(many)) == ["c"]
+
+
+# --- cell by cell -------------------------------------------------------------------------------------------------
+
+
+def test_verdicts_and_ratios_of_cells() -> None:
+    table = fast_beside.outcomes(WHOLE)
+    found = [(r["routing"], r["shape"], r["batch"], r["fast is"]) for r in table]
+    assert found == [
+        ("uniform", "a", 1, "slower"), ("uniform", "a", 64, "faster"), ("uniform", "b", 1, "faster"),
+        ("zipf", "a", 1, "tie"),
+    ]  # fmt: skip
+    assert [r["classic / fast"] for r in table] == pytest.approx([0.8, 1.5, 2.0, 0.999], abs=1e-3)
+    assert (table[0]["classic’s configs"], table[2]["tried"]) == ("16x64x128 g1 w4 s3 / 16x64x128 g1 w4 s3", 1)
+
+
+def test_what_is_past_its_bound_is_no_contest() -> None:
+    wrong = made(classic("a", 1, 20.0), row("a", 1, "fast", 5.0, within_bound=False), *WHOLE.rows[3:5])
+    assert [(r["shape"], r["batch"]) for r in fast_beside.outcomes(wrong)] == [("a", 64)]
+
+
+def test_a_map_for_each_routing_with_ties_grey_and_the_untuned_apart() -> None:
+    panel = fast_beside.beside_classic(WHOLE)
+    uniform, uniform_ties, zipf, zipf_ties = (t for t in panel.figure.data if t.type == "heatmap")
+    assert list(uniform.y) == ["a", "b<br>classic: default only"] and list(uniform.x) == ["1", "64"]
+    assert [[v == v for v in line] for line in uniform.z] == [[True, True], [True, False]]
+    assert all(v != v for line in uniform_ties.z for v in line) and zipf.z[0][0] != zipf.z[0][0]
+    assert zipf_ties.z[0][0] == zipf_ties.z[0][0] and zipf_ties.colorscale[0][1] == ratio_map.TIED
+    texts = [list(t.text) for t in panel.figure.data if t.type == "scatter"]
+    assert texts == [["0.80", "1.50", "2.00"], ["1.00"]]
+    assert [shape.y0 for shape in panel.figure.layout.shapes] == [0.5, 0.5]  # above b, which comes last
+    title = panel.figure.layout.title.text
+    assert title.endswith("faster in 1, level in 1 and slower in 1 of 3 cells where classic is tuned")
+
+
+def test_words_count_the_untuned_apart() -> None:
+    said = fast_beside.beside_classic(WHOLE).sentence
+    assert "faster in 1, level in 1 and slower in 1 of 3 cells.**" in said
+    assert "from 0.80 of fast’s time (a, batch 1, uniform) to 1.50 (a, batch 64, uniform)" in said
+    assert "uniform 1.095, zipf 0.999" in said and "by batch: 0/2 at 1, 1/1 at 64." in said
+    assert "Counted apart: b," in said and "faster in 1, level in 0 and slower in 0 of 1 cell there, 2.00 on" in said
+    assert "tuned since" not in said
+
+
+def test_words_without_or_with_only_the_untuned() -> None:
+    tuned = fast_beside.beside_classic(made(*WHOLE.rows[:6]))
+    assert "Counted apart" not in tuned.sentence and "default only" not in tuned.figure.layout.title.subtitle.text
+    assert tuned.figure.layout.title.text.endswith("of 2 cells") and not tuned.figure.layout.shapes
+    untuned = fast_beside.beside_classic(made(*WHOLE.rows[6:9]))
+    assert untuned.figure.layout.title.text.endswith("of 1 cell, none tuned")
+    assert untuned.sentence.startswith("Counted apart: b")
+
+
+def test_what_a_tuned_config_would_leave_is_reckoned_from_the_other_recording() -> None:
+    gain = {"kind": "layer", "target": "b", "num_tokens": 1, "config_name": "default", "ratio": 1.6}
+    other = gain | {"num_tokens": 64, "ratio": 9.0}
+    said = fast_beside.beside_classic(WHOLE, made(gain, other, suite="tuned_gain")).sentence
+    assert "b has been tuned since" in said and "takes 1.60 times the tuned pair’s" in said
+    assert "would leave 1.25 of the 2.00" in said
+
+
+def test_a_cell_says_more_digits_where_two_would_hide_a_difference() -> None:
+    assert ratio_map.cell_of(1.003, False).text == "1.003" and ratio_map.cell_of(1.003, True).text == "1.00"
+    assert ratio_map.cell_of(0.984, False).text == "0.98"
+
+
+def test_text_is_dark_on_light_and_white_on_dark() -> None:
+    cells = {("a", 1): ratio_map.Cell(0.5, "", False), ("a", 4): ratio_map.Cell(2.0, "", False),
+             ("a", 16): ratio_map.Cell(0.5, "", True)}  # fmt: skip
+    colors = [ratio_map._text_color(cell, ratio_map.span_of(cells), "#0072B2", "#009E73") for cell in cells.values()]
+    assert colors == ["#fff", "#222", "#222"]
+
+
+def test_colours_span_a_quarter_at_least_and_the_largest_ratio() -> None:
+    def span(*ratios: float, tie: bool = False) -> float:
+        return ratio_map.span_of({("a", i): ratio_map.Cell(r, "", tie) for i, r in enumerate(ratios)})
+
+    assert span(1.01) == span(9.0, tie=True) == ratio_map.LEAST_SPAN
+    assert span(0.5, 1.5) == pytest.approx(0.6931, abs=1e-4)
+
+
+# --- from logits --------------------------------------------------------------------------------------------------
+
+
+def test_microseconds_from_logits_beside_the_mark() -> None:
+    panel = fast_beside.from_logits(WHOLE, shape="a")
+    (text,) = (t for t in panel.figure.data if t.type == "scatter")
+    assert list(text.text) == ["<b>29.0</b><br>33.0"]
+    assert "a at one token: fast takes 29.0 µs (28.9 to 29.1), under 30 µs; classic takes 33.0 µs (" in panel.sentence
+    assert "over 30 µs." in panel.sentence
+    at = fast_beside.from_logits(WHOLE, shape="a", mark_us=29.0).sentence
+    assert "fast takes 29.0 µs (28.9 to 29.1), not to be told from 29 µs" in at
+    assert "at one token" not in fast_beside.from_logits(WHOLE, shape="nothing").sentence
+
+
+# --- ideas --------------------------------------------------------------------------------------------------------
+
+
+def test_an_idea_is_worth_the_mean_over_shapes_where_most_agree() -> None:
+    panel = fast_ideas.ablation(WHOLE)
+    clear, ties = (t for t in panel.figure.data if t.type == "heatmap")
+    assert list(clear.y) == ["one launch", "a trick"]
+    (text,) = (t for t in panel.figure.data if t.type == "scatter")
+    # batch 1: sqrt(2 * 1.25); batch 64: a alone, no difference; the trick: b alone, and faster without
+    assert dict(zip(zip(text.y, text.x, strict=True), text.text, strict=True)) == {
+        ("one launch", "1"): "1.58", ("one launch", "64"): "1.00 (1)", ("a trick", "1"): "0.80 (1)",
+    }  # fmt: skip
+    assert clear.z[0][1] != clear.z[0][1] and ties.z[0][1] == ties.z[0][1]
+    assert panel.sentence.startswith(
+        "**Without each the layer takes so many times as long: one launch 1.58 at batch 1.**"
+    )
+    assert "Switched off, the layer is faster: a trick at batch 1, 0.80 at 1." in panel.sentence
+    assert panel.sentence.endswith("The most in one cell: one launch, 2.00 (a, batch 1).")
+    assert panel.figure.layout.title.text.endswith("one launch most, 1 of 2 nothing")
+    assert panel.table[0] == {"without": "one launch", "shape": "a", "1": pytest.approx(2.0), "64": pytest.approx(1.0)}
+
+
+def test_an_idea_that_shapes_disagree_on_is_worth_nothing() -> None:
+    rows = [row("a", 1, "fast", 10.0), row("b", 1, "fast", 10.0)]
+    rows += [row("a", 1, "fast without it", 14.0), row("b", 1, "fast without it", 10.0)]
+    panel = fast_ideas.ablation(made(*rows))
+    assert panel.sentence.startswith("**No idea shows a gain.** Worth nothing that most shapes agree on: it.")
+    assert panel.figure.layout.title.text.endswith("nothing that shows")
+    small = [row(shape, 1, "fast", 10.0) for shape in "ab"]
+    small += [row(shape, 1, "fast without it", 10.08, samples_us=[10.08] * 9) for shape in "ab"]
+    assert "**No idea shows a gain.**" in fast_ideas.ablation(made(*small)).sentence
+
+
+def test_an_ablation_past_its_bound_or_without_its_whole_is_left_out() -> None:
+    wrong = row("a", 1, "fast without it", 14.0, within_bound=False)
+    assert fast_ideas.ablation(made(row("a", 1, "fast", 10.0), wrong)).figure is None
+    assert fast_ideas.ablation(made(row("a", 1, "fast without it", 14.0))).figure is None
+
+
+# --- forms --------------------------------------------------------------------------------------------------------
+
+
+def test_forms_by_rows_an_expert_with_the_rule_boxed() -> None:
+    panel = fast_ideas.instances(CHOICE, SHAPES, ruled)
+    (drawn,) = panel.figure.data
+    assert list(drawn.y) == ["8×64 w1 s12 b2", "48×128 w2 s10 b1"] and list(drawn.x) == ["1", "16"]
+    assert [list(line) for line in drawn.text] == [["<b>1.00</b>", "1.10"], ["1.25", "<b>1.00</b>"]]
+    boxes = [(round(box.x0), round(box.y0)) for box in panel.figure.layout.shapes]
+    assert boxes == [(0, 0), (1, 0)]
+    assert [r["the rule’s loss, %"] for r in panel.table] == pytest.approx([0.0, 10.0])
+    assert "fastest form in 1 of 2 cells, a tie with it in 0, and loses in 1; 4.9 % on average" in panel.sentence
+    assert (
+        "10.0 % (mixtral, batch 64, 16 rows an expert: 48×128 w2 s10 b1 in place of 8×64 w1 s12 b2)" in panel.sentence
+    )
+    assert "loses nowhere" not in panel.sentence
+    assert panel.figure.layout.title.text.endswith("within 2 % or a tie in 1 of 2 cells")
+
+
+def test_where_the_rule_loses_nowhere_is_said() -> None:
+    more = [row("mixtral", 256, "", us, instance=each) for us, each in ((40.0, WIDE), (80.0, SMALL))]
+    said = fast_ideas.instances(made(*CHOICE.rows, *more), SHAPES, ruled).sentence
+    assert "Above 16 rows an expert it loses nowhere (1 cell)." in said
+
+
+def test_odd_recordings_of_forms() -> None:
+    panel = fast_ideas.instances(CHOICE, SHAPES, lambda shape, num_tokens: "another")
+    assert panel.sentence == "**The rule’s choice was timed in none of 2 cells.**"
+    wrong = [{**each, "within_bound": False} for each in CHOICE.rows]
+    assert fast_ideas.instances(made(*wrong), SHAPES).figure is None
+    assert fast_ideas.instances(CHOICE, {}).sentence.startswith("**Nothing of it was timed.**")
+
+
+def test_short_names_and_fractions() -> None:
+    assert fast_ideas.short("Instance(warpgroups=1, row_blocks=2, stages=6, tokens=16, grain=8, box=8)") == (
+        "16×128 w1 s6 b1"
+    )
+    assert [fast_ideas._as_text(rows) for rows in (1 / 32, 1.0, 2048.0)] == ["1/32", "1", "2048"]
+
+
+def test_the_shipped_choice_draws() -> None:
+    from moelab.suites.fast_layer import SHAPES as NAMES
+    from moelab.suites.fast_layer import shape_of
+
+    found = recordings.load("fast_choice")
+    panel = fast_ideas.instances(found, {name: shape_of(name) for name in NAMES})
+    whole(panel, found.source())
+    assert len(panel.table) == len({(r["shape"], r["num_tokens"], r["routing"]) for r in found.rows})
+
+
+def test_ties_are_judged_by_the_samples() -> None:
+    """The same medians with wider samples are a tie."""
+    wide = [20.0 + 2 * (i - 4) for i in range(9)]
+    rows = (dict(WHOLE.rows[0]) | {"samples_us": wide}, dict(WHOLE.rows[1]) | {"samples_us": [w + 5 for w in wide]})
+    (found,) = fast_beside.outcomes(dataclasses.replace(WHOLE, rows=rows))
+    assert found["fast is"] == "tie" and found["classic / fast"] == pytest.approx(0.8)
