@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 
 from moelab import recordings, roofline, runtime
 from moelab.errors import MoelabError, RecordingError, RuntimeModeError
-from moelab.plots import accuracy, host_time, layer, sum_reduce
+from moelab.plots import accuracy, fast_ideas, host_time, layer, sum_reduce, tuned_gain
 from moelab.plots.panel import Panel, Row, columns_of
 from moelab.plots.roofline import recorded_ceilings
 from moelab.plots.style import number
@@ -43,6 +43,10 @@ def panels() -> dict[str, Panel]:
         datasheet = roofline.load_ceilings(_device(ceilings), "datasheet")
         made["roofline"] = layer.roof(found["layer_classic"], recorded_ceilings(ceilings), datasheet)
         made["layer"] = layer.time_over_floor(found["layer_classic"], peers["rows"], at, peers["source"])
+    if "tuned_gain" in found:
+        made["tuned"] = tuned_gain.gains(found["tuned_gain"])
+    if "fast_layer" in found:
+        made["ideas"] = fast_ideas.ablation(found["fast_layer"])
     if "tma_overhead" in found and "layer_baseline" in found:
         own, shape = _upstream("h200_sglang_host"), "qwen3-30b-a3b/tp1"
         made["host_time"] = host_time.timeline(found["tma_overhead"], found["layer_baseline"], shape, own)
@@ -60,6 +64,8 @@ def panels() -> dict[str, Panel]:
 HEADINGS = {
     "roofline": "The classic layer on the roof",
     "layer": "The classic layer over its floor, beside sglang’s",
+    "tuned": "What tuning gains",
+    "ideas": "What each idea of the one-launch layer is worth",
     "host_time": "Who waits for whom without a CUDA graph",
     "sum_reduce": "Sum-reduce, five ways",
     "accuracy": "Which of them is right",
@@ -67,6 +73,8 @@ HEADINGS = {
 ALT = {
     "roofline": "FLOP per byte against TFLOP/s reached, four MoE layers under the roof of an H200",
     "layer": "time over floor by batch size, four MoE layers, three configs, beside sglang",
+    "tuned": "times as long as the tuned configs take, by batch size: default, shipped file, an independent run",
+    "ideas": "time without each idea over time with it, by batch size",
     "host_time": "host and GPU over time, drawn to scale, for layers of one token launched eagerly",
     "sum_reduce": "microseconds by number of tokens, five implementations and the floor",
     "accuracy": "error over tolerance for five implementations in four dtypes, by two rules",

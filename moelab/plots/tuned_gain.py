@@ -12,7 +12,7 @@ from moelab.recordings import Recording
 TITLES = {
     "default": "sglang’s default",
     "shipped": "the file that sglang ships",
-    "second": "an independent run’s winners",
+    "second": "an independent run’s choice",
 }
 """Rivals in order, and what each is called."""
 
