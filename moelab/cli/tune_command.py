@@ -43,6 +43,10 @@ def tune(
     disable_shared_experts_fusion: Annotated[
         bool, typer.Option("--disable-shared-experts-fusion", help="Leave shared experts out, as sglang's switch does.")
     ] = False,
+    kernel: Annotated[
+        str | None,
+        typer.Option("--kernel", help="Of fused_moe: triton (as sglang and vLLM run; the default), tma."),
+    ] = None,
     down: Annotated[bool, typer.Option("--down/--no-down", help="A config file of its own for GEMM2.")] = True,
     strategy: Annotated[str, typer.Option("--strategy", help="race, forest, grid or random.")] = "race",
     budget: Annotated[
@@ -65,7 +69,8 @@ def tune(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     _tune: Annotated[bool, typer.Option("--tune", hidden=True, help="Taken for sglang's sake; does nothing.")] = False,
 ) -> None:
-    """Find the fastest kernel configs of a layer, on a GPU or by replay, and write the files that sglang and vLLM load."""
+    """Find the fastest kernel configs of a layer, on a GPU or by replay, and write the files that sglang and vLLM load;
+    those of another --kernel are moelab's own."""
     budget_s = _seconds(budget)
     if resume is None and replay is None and model is None:
         raise typer.BadParameter("pass --model M; or --replay LANDSCAPE, or --resume RUN, which name their own.")
@@ -80,7 +85,7 @@ def tune(
         asked = {
             "model": model, "tp_size": tp_size, "ep_size": ep_size, "dtype": None if dtype == "auto" else dtype,
             "disable_shared_experts_fusion": disable_shared_experts_fusion, "batch_sizes": batch_size,
-            "routing": routing, "seed": seed, "separate_down": down, "gpus": _numbers(gpus),
+            "routing": routing, "seed": seed, "separate_down": down, "kernel": kernel, "gpus": _numbers(gpus),
         }  # fmt: skip
         out = out or (None if replay else Path("tuned"))
         session, run = _new(asked, replay, ray, strategy, budget_s, out, shown)
@@ -136,11 +141,12 @@ def _new(
 
 
 def _replayed(asked: Mapping[str, Any], replay: str, ray: str | None) -> tuple[Problem, Evaluator]:
-    """The landscape's own problem, at the batch sizes asked for; a model that is named has to be the one recorded."""
+    """The landscape's own problem, at the batch sizes asked for; a model or kernel that is named has to be the one recorded."""
     from dataclasses import replace
 
     from moelab.tuner.evaluators import load_evaluator
     from moelab.tuner.landscape import load
+    from moelab.tuner.tuned_kernels import kernel_name
 
     landscape = load(replay)
     recorded = landscape.problem
@@ -150,6 +156,7 @@ def _replayed(asked: Mapping[str, Any], replay: str, ray: str | None) -> tuple[P
         batch_sizes=tuple(asked["batch_sizes"] or recorded.batch_sizes),
         seed=asked["seed"],
         separate_down=asked["separate_down"],
+        kernel=kernel_name(asked["kernel"]) if asked["kernel"] else recorded.kernel,
     )
     if ray is not None:
         return problem, load_evaluator("ray")(problem, address=ray, landscape=landscape)
@@ -165,12 +172,13 @@ def _shape(asked: Mapping[str, Any]) -> Any:
 
 def _on_gpu(asked: Mapping[str, Any], ray: str | None, quarantine: Path | None) -> tuple[Problem, Evaluator]:
     from moelab.tuner.evaluators import make_gpu_evaluator
+    from moelab.tuner.problem import EXCHANGE
     from moelab.tuner.starting import gpu_problem
 
     shape = _shape(asked)
     problem = gpu_problem(
         shape, asked["batch_sizes"], routing=_routing(asked["routing"], shape.num_experts), seed=asked["seed"],
-        separate_down=asked["separate_down"],
+        separate_down=asked["separate_down"], kernel=asked["kernel"] or EXCHANGE,
     )  # fmt: skip
     return problem, make_gpu_evaluator(problem, ray=ray, gpus=asked["gpus"], quarantine=quarantine)
 

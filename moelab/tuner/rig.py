@@ -20,18 +20,20 @@ from moelab.inputs import random_tensor, routing_for
 from moelab.kernels import checks
 from moelab.kernels.activation import activation_unchecked
 from moelab.kernels.align import align
-from moelab.kernels.grouped_gemm import grouped_gemm_unchecked
 from moelab.kernels.sum_reduce import sum_reduce_unchecked
 from moelab.measure import rotations_for
 from moelab.roofline import gemm_cost, layer_cost
 from moelab.routing import ROUTINGS, Alignment, Routing, load_routing
 from moelab.suites.layer_classic import protocol_for
 from moelab.suites.stages import weight_sets
-from moelab.tuner.compile import kernels_of, require_exchange_kernel
+from moelab.tuner.child import load
+from moelab.tuner.compile import kernels_of
 from moelab.tuner.evaluate import Contender, Stage
 from moelab.tuner.gate import Gate, gemm_gate, layer_gate
-from moelab.tuner.problem import Problem
+from moelab.tuner.launches import GemmLaunch, extra_of
+from moelab.tuner.problem import GEMMS, Gemm, Problem
 from moelab.tuner.space import grid
+from moelab.tuner.tuned_kernels import require_rules, require_tunable
 
 MOST_ROTATIONS = 48
 """A batch of one on a fine shard reads so little that more sets of inputs would not pass the cache either."""
@@ -69,11 +71,11 @@ class Launch:
 
 
 class Rig:
-    """See the module. Raises UnknownNameError for another kernel, RoutingError for a routing file that does not fit."""
+    """See the module. Raises what `require_tunable` does, RoutingError for a routing file that does not fit."""
 
     def __init__(self, problem: Problem) -> None:
-        require_exchange_kernel(problem)
-        shape = problem.shape
+        self.kernel, shape = require_tunable(problem), problem.shape
+        self.gemms: dict[Gemm, GemmLaunch] = {"up": load(self.kernel.up), "down": load(self.kernel.down)}
         self.problem, self.shape, self.device = problem, shape, runtime.current().device
         self.dtype = runtime.torch_dtype(shape.dtype)
         self.w13, self.w2 = weight_sets("up", shape), weight_sets("down", shape)
@@ -153,17 +155,19 @@ class Rig:
         cell, shape = self.cell(num_tokens), self.shape
         for gemm, config in kernels_of(stage, contender):
             checks.checked_config(config, self.dtype, self.problem.inner_size(gemm))
+            require_rules(config, gemm, self.problem)
         pairs, aligned = num_tokens * shape.top_k, cell.alignments(contender[0].BLOCK_SIZE_M)
         h, act, y = (buffer[: buffer.numel() // self._most_pairs * pairs].view(pairs, -1) for buffer in self._buffers)
         up, down = contender[0], contender[-1]
-        w13, w2 = self.w13, self.w2
+        w13, w2, gemm1, gemm2 = self.w13, self.w2, self.gemms["up"], self.gemms["down"]
+        of_up, of_down = (extra_of(self.problem, gemm) for gemm in GEMMS)
 
         def first(i: int) -> None:
-            grouped_gemm_unchecked(cell.states[i], w13[i % len(w13)], h, aligned[i], up, pairs, shape.top_k, None, None)
+            gemm1(cell.states[i], w13[i % len(w13)], h, aligned[i], up, pairs, shape.top_k, None, of_up)
 
         def second(i: int, inner: Tensor) -> None:
             weights = cell.routings[i].topk_weights
-            grouped_gemm_unchecked(inner, w2[i % len(w2)], y, aligned[i], down, pairs, 1, None, weights)
+            gemm2(inner, w2[i % len(w2)], y, aligned[i], down, pairs, 1, weights, of_down)
 
         if stage == "up":
             return Launch(first, (h,))

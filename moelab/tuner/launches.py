@@ -1,0 +1,67 @@
+"""How each tuned kernel's GEMMs are launched over buffers that are there: by the rig, and by the process that compiles.
+
+The two launch by the same function, one over a device's tensors, the other over tensors on "meta": so what is compiled
+ahead is what a launch looks for. Nothing is checked here: the rig does so once for each contender.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from moelab.config import KernelConfig
+from moelab.kernels.grouped_gemm import grouped_gemm_unchecked
+from moelab.kernels.grouped_gemm_tma import grouped_gemm_tma_unchecked
+from moelab.routing import Alignment
+from moelab.tuner.problem import Gemm, Problem
+from moelab.tuner.tuned_kernels import TUNED
+
+
+class Extra(NamedTuple):
+    """What some kernels take beside operands. activation: of a GEMM1 that applies it, None otherwise; gated: whether that has
+    a gate."""
+
+    activation: str | None
+    gated: bool
+
+
+class GemmLaunch(Protocol):
+    """Launches one GEMM of at least one pair, unchecked."""
+
+    def __call__(
+        self,
+        a: Tensor,
+        w: Tensor,
+        out: Tensor,
+        alignment: Alignment,
+        config: KernelConfig,
+        num_pairs: int,
+        top_k: int,
+        topk_weights: Tensor | None,
+        extra: Extra,
+        /,
+    ) -> None:
+        """a: (num_pairs / top_k, K), w: (E, columns, K), out: one row a pair; see `grouped_gemm`."""
+
+
+def grouped_gemm(
+    a: Tensor, w: Tensor, out: Tensor, alignment: Alignment, config: KernelConfig, num_pairs: int, top_k: int,
+    topk_weights: Tensor | None, extra: Extra,
+) -> None:  # fmt: skip
+    """The exchange kernel: either GEMM."""
+    grouped_gemm_unchecked(a, w, out, alignment, config, num_pairs, top_k, None, topk_weights)
+
+
+def tma(
+    a: Tensor, w: Tensor, out: Tensor, alignment: Alignment, config: KernelConfig, num_pairs: int, top_k: int,
+    topk_weights: Tensor | None, extra: Extra,
+) -> None:  # fmt: skip
+    """Weights by TMA: either GEMM."""
+    grouped_gemm_tma_unchecked(a, w, out, alignment, config, num_pairs, top_k, None, topk_weights)
+
+
+def extra_of(problem: Problem, gemm: Gemm) -> Extra:
+    """What that GEMM of the problem's kernel takes beside operands."""
+    activates = gemm == "up" and TUNED[problem.kernel].activates
+    return Extra(problem.shape.activation if activates else None, activates and problem.shape.gated)
