@@ -99,6 +99,25 @@ def test_wrong_kernels_do_not(rig: Rig, monkeypatch, stage: str, how: str, failu
 
 
 @interpreted
+def test_another_activation_is_seen(rig: Rig, monkeypatch) -> None:
+    """Where GEMM1 applies it: the gate's exact rows are activated too."""
+    up = rig.gemms["up"]
+
+    def wrong(*operands) -> None:
+        up(*operands[:-1], operands[-1]._replace(activation="gelu"))
+
+    monkeypatch.setitem(rig.gemms, "up", wrong)
+    verdict = rig.check("up", 21, contenders(rig, "up")[0])
+    assert (verdict and verdict[0]) == ("wrong" if rig.kernel.activates else None)
+
+
+@interpreted
+def test_the_workspace_holds_the_largest_of_all(rig: Rig) -> None:
+    needed = max(rig.problem.split_k) * 21 * SHAPE.top_k * max(2 * SHAPE.moe_intermediate_size, SHAPE.hidden_size)
+    assert rig.workspace.numel() == (needed if max(rig.problem.split_k) > 1 else 0)
+
+
+@interpreted
 def test_nothing_is_allocated_while_it_is_timed(rig: Rig, monkeypatch) -> None:
     for stage in ("up", "down", "layer"):
         run = rig.launch(stage, 21, contenders(rig, stage)[1]).run
@@ -142,6 +161,17 @@ def test_boxes_of_tma_have_sides_of_256() -> None:
 def test_split_k_is_not_tried_where_a_kernel_does_not_split() -> None:
     space = build_space(small_problem((1,), kernel="tma", split_k=(1, 2)))
     assert space.pruned["up"]["SPLIT_K"] > 0 and {c.SPLIT_K for c in space.configs["up"]} == {1}
+
+
+def test_split_k_that_leaves_slices_empty_is_pruned_with_its_reason() -> None:
+    """K = 512 of GEMM2 has four blocks of 128, and eight of 64."""
+    space = build_space(of_kernel("split_k_workspace"))
+    assert {(c.BLOCK_SIZE_K, c.SPLIT_K) for c in space.configs["down"]} == {
+        *((64, split) for split in (1, 2, 4, 8)),
+        *((128, split) for split in (1, 2, 4)),
+    }
+    assert set(space.pruned["down"]) >= {"empty SPLIT_K slices"} and "empty SPLIT_K slices" not in space.pruned["up"]
+    assert "SPLIT_K = 8 leaves empty slices" in space.examples["empty SPLIT_K slices"]
 
 
 # --- what cannot be tuned ----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from moelab.shapes import MoEShape
 from moelab.tuner.compile import Compiled, CompilePool, Kernel, first_words, kernels_of
 from moelab.tuner.crew import wait_for
 from moelab.tuner.problem import EXCHANGE, GEMMS, Problem
+from moelab.tuner.tuned_kernels import TUNED
 
 SHAPE = MoEShape("small", num_experts=4, top_k=2, hidden_size=256, moe_intermediate_size=128)
 PROBLEM = Problem(SHAPE, "NVIDIA H200", "sm_90", "3.6.0", (1, 3, 40))
@@ -25,8 +26,10 @@ NO_PTXAS = KernelConfig(256, 256, 16, 1, 16, 1)  # 512 threads share a register 
 TOO_LARGE = KernelConfig(128, 256, 128, 1, 8, 4)
 
 
-KERNELS = ("grouped_gemm", "tma")
-BOTH: list[Kernel] = [(gemm, config) for config in GOOD for gemm in ("up", "down")]
+def both(kernel: str) -> list[Kernel]:
+    """GOOD for both GEMMs, split in two where the kernel splits."""
+    split = 2 if max(TUNED[kernel].split_k) > 1 else 1
+    return [(gemm, replace(config, SPLIT_K=split)) for config in GOOD for gemm in GEMMS]
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +56,8 @@ def compiled(kernel: str, cache: Path, asked: list[Kernel]) -> dict[Kernel, Comp
 @pytest.fixture(scope="module")
 def known(cache: Path) -> dict[str, dict[Kernel, Compiled]]:
     """Everything these tests compile, by kernel."""
-    more: list[Kernel] = [("up", NO_PTXAS), ("down", TOO_LARGE), *BOTH]
-    return {name: compiled(name, cache, [*BOTH, *(more if name == EXCHANGE else [])]) for name in KERNELS}
+    more: list[Kernel] = [("up", NO_PTXAS), ("down", TOO_LARGE), *both(EXCHANGE)]
+    return {name: compiled(name, cache, [*both(name), *(more if name == EXCHANGE else [])]) for name in TUNED}
 
 
 # In a process of its own: Triton compiles there, and does not interpret. Launches over real tensors are stopped after
@@ -62,7 +65,7 @@ def known(cache: Path) -> dict[str, dict[Kernel, Compiled]]:
 LAUNCHES = """
 import json, sys
 from dataclasses import replace
-from test_tuner_compile import GOOD, KERNELS, PROBLEM
+from test_tuner_compile import PROBLEM, both
 from moelab import runtime
 runtime.prepare_triton()
 import torch
@@ -73,7 +76,6 @@ from moelab.tuner import rig
 from moelab.tuner.compile import TritonCompiler
 from moelab.tuner.tuned_kernels import TUNED
 
-assert set(KERNELS) == set(TUNED)
 TritonCompiler(PROBLEM)
 found = []
 def launch(self, key, grid, tensors, values, instance, descriptors=()):
@@ -89,9 +91,9 @@ def unsorted(ids, block, experts):
     return align._allocate(max_padded_pairs(ids.numel(), block, experts), block, ids.numel(), experts, ids.device)
 rig.align = unsorted
 entries = {}
-for name in KERNELS:
-    made = rig.Rig(replace(PROBLEM, kernel=name))
-    for i, config in enumerate(GOOD):
+for name, kernel in TUNED.items():
+    made = rig.Rig(replace(PROBLEM, kernel=name, split_k=kernel.split_k))
+    for i, (_, config) in enumerate(both(name)[::2]):
         for b in PROBLEM.batch_sizes:
             found.clear()
             made.launch("layer", b, (config, config)).run(b % made.cell(b).rotations)
@@ -102,7 +104,7 @@ print(json.dumps(entries))
 
 def test_a_launch_finds_what_was_compiled_ahead(known: dict[str, dict[Kernel, Compiled]], cache: Path) -> None:
     """The same cache entry, of every kernel, for both GEMMs, at every batch size: nothing is compiled where it is measured."""
-    every = [known[name][k] for name in KERNELS for k in BOTH]
+    every = [known[name][k] for name in TUNED for k in both(name)]
     assert [one.message for one in every if one.failure] == []
     assert all(one.seconds > 0 and one.shared_bytes > 0 for one in every)
     assert len({one.entry for one in every}) == len(every) <= len(list(cache.iterdir()))
@@ -112,8 +114,8 @@ def test_a_launch_finds_what_was_compiled_ahead(known: dict[str, dict[Kernel, Co
     done = subprocess.run([sys.executable, "-c", LAUNCHES], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     entries = json.loads(done.stdout)
-    for name, i, b in product(KERNELS, range(len(GOOD)), PROBLEM.batch_sizes):
-        found, up, down = entries[f"{name} {i} {b}"], *(known[name][gemm, GOOD[i]].entry for gemm in GEMMS)
+    for name, i, b in product(TUNED, range(len(GOOD)), PROBLEM.batch_sizes):
+        found, up, down = entries[f"{name} {i} {b}"], *(known[name][k].entry for k in both(name)[2 * i : 2 * i + 2])
         assert found[0] == up and down in found[1:], (name, i, b)
     assert sorted(cache.iterdir()) == before
 

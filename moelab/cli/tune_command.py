@@ -45,7 +45,9 @@ def tune(
     ] = False,
     kernel: Annotated[
         str | None,
-        typer.Option("--kernel", help="Of fused_moe: triton (as sglang and vLLM run; the default), tma."),
+        typer.Option(
+            "--kernel", help="Of fused_moe: triton (as sglang and vLLM run; the default), tma, split_k_workspace."
+        ),
     ] = None,
     down: Annotated[bool, typer.Option("--down/--no-down", help="A config file of its own for GEMM2.")] = True,
     strategy: Annotated[str, typer.Option("--strategy", help="race, forest, grid or random.")] = "race",

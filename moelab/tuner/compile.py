@@ -20,7 +20,7 @@ from moelab.tuner.child import Channel, Child, load
 from moelab.tuner.crew import Crew, Event
 from moelab.tuner.evaluate import Contender, Stage
 from moelab.tuner.problem import GEMMS, Gemm, Problem
-from moelab.tuner.tuned_kernels import require_tunable
+from moelab.tuner.tuned_kernels import require_tunable, result_columns
 
 if TYPE_CHECKING:
     from moelab.tuner.launches import GemmLaunch
@@ -117,6 +117,7 @@ class TritonCompiler:
         import torch
 
         from moelab import runtime
+        from moelab.kernels.checks import accumulator_dtype
         from moelab.kernels.launch import compiling
         from moelab.routing import Alignment, max_padded_pairs
         from moelab.tuner.launches import extra_of
@@ -125,6 +126,7 @@ class TritonCompiler:
         problem, shape = self.problem, self.problem.shape
         top_k, rows = shape.top_k, config.BLOCK_SIZE_M
         dtype = runtime.torch_dtype(shape.dtype)
+        wide = accumulator_dtype(dtype)
         padded = max_padded_pairs(top_k, rows, shape.num_experts)
 
         def tensor(*size: int, of: torch.dtype = dtype) -> torch.Tensor:
@@ -136,8 +138,8 @@ class TritonCompiler:
         a, weights = (tensor(1, K), None) if gemm == "up" else (tensor(top_k, K), tensor(top_k, of=torch.float32))
         with compiling() as made:  # one token: what follows the batch size is not specialised
             self._launch[gemm](
-                a, tensor(shape.num_experts, columns, K), tensor(top_k, columns), alignment, config, top_k,
-                top_k if gemm == "up" else 1, weights, extra_of(problem, gemm),
+                a, tensor(shape.num_experts, columns, K), tensor(top_k, result_columns(problem, gemm)), alignment,
+                config, top_k, top_k if gemm == "up" else 1, weights, extra_of(problem, gemm, tensor(0, of=wide)),
             )  # fmt: skip
         return made
 

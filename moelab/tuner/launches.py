@@ -13,6 +13,7 @@ from torch import Tensor
 from moelab.config import KernelConfig
 from moelab.kernels.grouped_gemm import grouped_gemm_unchecked
 from moelab.kernels.grouped_gemm_tma import grouped_gemm_tma_unchecked
+from moelab.kernels.split_k_workspace import split_k_workspace_unchecked
 from moelab.routing import Alignment
 from moelab.tuner.problem import Gemm, Problem
 from moelab.tuner.tuned_kernels import TUNED
@@ -20,10 +21,11 @@ from moelab.tuner.tuned_kernels import TUNED
 
 class Extra(NamedTuple):
     """What some kernels take beside operands. activation: of a GEMM1 that applies it, None otherwise; gated: whether that has
-    a gate."""
+    a gate. workspace: room for the partial sums of the largest batch size and SPLIT_K, empty for a kernel without."""
 
     activation: str | None
     gated: bool
+    workspace: Tensor
 
 
 class GemmLaunch(Protocol):
@@ -42,7 +44,7 @@ class GemmLaunch(Protocol):
         extra: Extra,
         /,
     ) -> None:
-        """a: (num_pairs / top_k, K), w: (E, columns, K), out: one row a pair; see `grouped_gemm`."""
+        """a: (num_pairs / top_k, K), w: (E, columns, K), out: one row a pair; see `grouped_gemm`. Allocates nothing."""
 
 
 def grouped_gemm(
@@ -61,7 +63,15 @@ def tma(
     grouped_gemm_tma_unchecked(a, w, out, alignment, config, num_pairs, top_k, None, topk_weights)
 
 
-def extra_of(problem: Problem, gemm: Gemm) -> Extra:
+def split_k_workspace(
+    a: Tensor, w: Tensor, out: Tensor, alignment: Alignment, config: KernelConfig, num_pairs: int, top_k: int,
+    topk_weights: Tensor | None, extra: Extra,
+) -> None:  # fmt: skip
+    """Split-K by workspace: GEMM1 with its activation, or GEMM2."""
+    split_k_workspace_unchecked(a, w, out, alignment, config, num_pairs, top_k, None, topk_weights, *extra)
+
+
+def extra_of(problem: Problem, gemm: Gemm, workspace: Tensor) -> Extra:
     """What that GEMM of the problem's kernel takes beside operands."""
     activates = gemm == "up" and TUNED[problem.kernel].activates
-    return Extra(problem.shape.activation if activates else None, activates and problem.shape.gated)
+    return Extra(problem.shape.activation if activates else None, activates and problem.shape.gated, workspace)

@@ -20,6 +20,7 @@ from moelab.inputs import random_tensor, routing_for
 from moelab.kernels import checks
 from moelab.kernels.activation import activation_unchecked
 from moelab.kernels.align import align
+from moelab.kernels.split_k_workspace import new_workspace
 from moelab.kernels.sum_reduce import sum_reduce_unchecked
 from moelab.measure import rotations_for
 from moelab.roofline import gemm_cost, layer_cost
@@ -33,7 +34,7 @@ from moelab.tuner.gate import Gate, gemm_gate, layer_gate
 from moelab.tuner.launches import GemmLaunch, extra_of
 from moelab.tuner.problem import GEMMS, Gemm, Problem
 from moelab.tuner.space import grid
-from moelab.tuner.tuned_kernels import require_rules, require_tunable
+from moelab.tuner.tuned_kernels import require_rules, require_tunable, result_columns
 
 MOST_ROTATIONS = 48
 """A batch of one on a fine shard reads so little that more sets of inputs would not pass the cache either."""
@@ -80,7 +81,7 @@ class Rig:
         self.dtype = runtime.torch_dtype(shape.dtype)
         self.w13, self.w2 = weight_sets("up", shape), weight_sets("down", shape)
         tokens = max(problem.batch_sizes)
-        sizes = (problem.columns("up"), shape.moe_intermediate_size, problem.columns("down"))
+        sizes = (result_columns(problem, "up"), shape.moe_intermediate_size, result_columns(problem, "down"))
         self._buffers = [
             torch.empty(tokens * shape.top_k * size, dtype=self.dtype, device=self.device) for size in sizes
         ]
@@ -89,6 +90,12 @@ class Rig:
         incumbents = (pair[0] for pairs in problem.incumbents.values() for pair in pairs.values())
         configs = (*grid(problem.target, problem.split_k, problem.axes), *incumbents)
         self.block_sizes = sorted({config.BLOCK_SIZE_M for config in configs})
+        self.workspace = self._new_workspace(max(config.SPLIT_K for config in configs))
+
+    def _new_workspace(self, split_k: int) -> Tensor:
+        """Room for the partial sums of either GEMM at the largest batch size; empty for a kernel that splits nothing."""
+        columns = max(self.problem.columns(gemm) for gemm in GEMMS) if max(self.kernel.split_k) > 1 else 0
+        return new_workspace(split_k, self._most_pairs, columns, self.dtype, self.device).view(-1)
 
     def prepare(self, stage: Stage, num_tokens: int) -> None:
         """Make the inputs, alignments and gate of that stage and batch size, unless they are there."""
@@ -136,7 +143,8 @@ class Rig:
     def _gate(self, stage: Stage, cell: Cell) -> Gate:
         routing, w13, w2 = cell.routings[0], self.w13[0], self.w2[0]
         if stage == "up":
-            return gemm_gate(cell.states[0], w13, routing, top_k=self.shape.top_k, weighted=False)
+            activated = (self.shape.activation, self.shape.gated) if self.kernel.activates else None
+            return gemm_gate(cell.states[0], w13, routing, top_k=self.shape.top_k, weighted=False, activated=activated)
         if stage == "down":
             return gemm_gate(cell.inner[0], w2, routing, top_k=1, weighted=True)
         return layer_gate(cell.states[0], w13, w2, routing, self.shape)
@@ -160,7 +168,7 @@ class Rig:
         h, act, y = (buffer[: buffer.numel() // self._most_pairs * pairs].view(pairs, -1) for buffer in self._buffers)
         up, down = contender[0], contender[-1]
         w13, w2, gemm1, gemm2 = self.w13, self.w2, self.gemms["up"], self.gemms["down"]
-        of_up, of_down = (extra_of(self.problem, gemm) for gemm in GEMMS)
+        of_up, of_down = (extra_of(self.problem, gemm, self.workspace) for gemm in GEMMS)
 
         def first(i: int) -> None:
             gemm1(cell.states[i], w13[i % len(w13)], h, aligned[i], up, pairs, shape.top_k, None, of_up)
@@ -182,6 +190,13 @@ class Rig:
             second(i, act)
             sum_reduce_unchecked(slots, 1.0, out)
 
+        def activated_layer(i: int) -> None:
+            first(i)
+            second(i, h)
+            sum_reduce_unchecked(slots, 1.0, out)
+
+        if self.kernel.activates:
+            return Launch(activated_layer, (h, y, out))
         return Launch(layer, (h, act, y, out))
 
     @property

@@ -30,7 +30,7 @@ class TunedKernel:
 
     implementation: the name in `fused_moe` of the layer that runs it. up, down: "module:function" of a
     `launches.GemmLaunch` for GEMM1 and GEMM2. rules: what its configs must keep to. needs_tma: only chips that have it,
-    and inner sizes of whole 16 bytes. split_k: values of SPLIT_K to try.
+    and inner sizes of whole 16 bytes. split_k: values of SPLIT_K to try; a workspace is made for the largest over 1.
     activates: GEMM1's result is activated already, N columns a row, and the layer launches no activation.
     """
 
@@ -71,7 +71,11 @@ TUNED: Mapping[str, TunedKernel] = {
     "tma": TunedKernel(
         "tma", "moelab.tuner.launches:tma", "moelab.tuner.launches:tma", (_one_split, _fits_tma), needs_tma=True
     ),
-}
+    "split_k_workspace": TunedKernel(
+        "split_k_workspace", "moelab.tuner.launches:split_k_workspace", "moelab.tuner.launches:split_k_workspace", (),
+        split_k=(1, 2, 4, 8), activates=True,
+    ),
+}  # fmt: skip
 """Name of the kernel -> how it is tuned."""
 
 
@@ -113,6 +117,12 @@ def _require_tma(problem: Problem) -> None:
                 f"is {row_bytes} bytes. Expected a multiple of {TMA_ROW_BYTES} bytes for TMA. Tune a kernel without TMA, such as "
                 f"{EXCHANGE!r} (--kernel), or split the layer otherwise."
             )
+
+
+def result_columns(problem: Problem, gemm: Gemm) -> int:
+    """Columns of what that GEMM writes: N after an activation, which makes one of gate and up."""
+    activated = gemm == "up" and TUNED[problem.kernel].activates
+    return problem.shape.moe_intermediate_size if activated else problem.columns(gemm)
 
 
 def broken_rule(config: KernelConfig, gemm: Gemm, problem: Problem) -> tuple[str, str] | None:
