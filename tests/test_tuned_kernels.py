@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from synthetic import SMALL, small_problem, synthetic_landscape
@@ -15,8 +16,9 @@ from moelab import cli, config_files, runtime
 from moelab.config import KernelConfig, default_config
 from moelab.errors import ConfigError, DeviceError, LandscapeError, LayoutError, UnknownNameError
 from moelab.fused_moe import IMPLEMENTATIONS
+from moelab.routing import Alignment
 from moelab.shapes import MoEShape
-from moelab.tuner import landscape
+from moelab.tuner import landscape, sorted_rows
 from moelab.tuner import rig as room
 from moelab.tuner.landscape import default_name
 from moelab.tuner.problem import EXCHANGE, Problem, find_incumbents
@@ -128,6 +130,35 @@ def test_nothing_is_allocated_while_it_is_timed(rig: Rig, monkeypatch) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("kernel", [name for name, kernel in TUNED.items() if not kernel.needs_tma])
+def test_pairs_of_another_ranks_experts(tmp_path: Path, monkeypatch, kernel: str) -> None:
+    """A recorded routing of one rank of two: half of its ids are -1, and their rows of the results are zeros."""
+    ids = np.stack([np.arange(7) % 4, np.full(7, -1)], axis=1).astype(np.int32)
+    ids[3] = -1
+    np.save(tmp_path / "ids.npy", ids)
+    monkeypatch.setattr(room, "MOST_ROTATIONS", 1)
+    made = Rig(Problem(SHAPE, "cpu", "sm_90", "3.7.1", (7,), routing=str(tmp_path / "ids.npy"), kernel=kernel))
+    made.block_sizes = [16, 32]
+    assert all((routing.topk_ids < 0).any() for routing in made.cell(7).routings)
+    for stage in ("up", "down", "layer"):
+        assert made.check(stage, 7, contenders(made, stage)[0]) is None, stage
+
+
+def test_rows_are_laid_where_pairs_lie_and_gathered_again() -> None:
+    """5 pairs in blocks of 4 rows: expert 0 has pairs 1 and 4, expert 1 pair 0, expert -1 the others."""
+    ids = torch.tensor([[1], [0], [-1], [-1], [0]], dtype=torch.int32)
+    order = torch.tensor([1, 4, 5, 5, 0, 5, 5, 5, 2, 3, 5, 5, 77, 0], dtype=torch.int32)  # the last two are not in use
+    alignment = Alignment(order, torch.tensor([0, 1, -1]), torch.tensor([12]), 4, 5, 2)
+    place = sorted_rows.places(alignment, ids)
+    assert place.tolist() == [4, 0, -1, -1, 1]
+    pairs = torch.arange(1.0, 11.0).view(5, 2)
+    rows = sorted_rows.laid(pairs, place, 12)
+    assert rows.isnan().all(dim=1).nonzero().flatten().tolist() == [2, 3, *range(5, 12)]
+    pairs[2:4] = 0
+    assert torch.equal(sorted_rows.gathered(rows, place), pairs)
+
+
+@interpreted
 def test_a_config_that_the_kernel_cannot_run_is_refused(rig: Rig) -> None:
     if max(rig.problem.split_k) == 1:
         with pytest.raises(ConfigError, match=f"SPLIT_K = 2.*{rig.problem.kernel}"):
@@ -156,6 +187,17 @@ def test_boxes_of_tma_have_sides_of_256() -> None:
     }
     space = build_space(of_kernel("tma", axes=axes))
     assert space.pruned["down"] == {"TMA boxes": 1} and "512" in space.examples["TMA boxes"]
+
+
+def test_half_a_block_of_columns_is_gate_and_half_up() -> None:
+    """AMD's grid has blocks of 16 columns, of which a gated GEMM1 would multiply 8 and 8."""
+    space = build_space(dataclasses.replace(of_kernel("gated", axes=None), target="gfx942"))
+    assert space.pruned["up"]["gate and up"] > 0 and "gate and up" not in space.pruned["down"]
+    assert [min(c.BLOCK_SIZE_N for c in space.configs[gemm]) for gemm in ("up", "down")] == [32, 16]
+    plain = dataclasses.replace(
+        of_kernel("gated", axes=None), target="gfx942", shape=dataclasses.replace(SMALL, gated=False)
+    )
+    assert "gate and up" not in build_space(plain).pruned["up"]
 
 
 def test_split_k_is_not_tried_where_a_kernel_does_not_split() -> None:

@@ -46,7 +46,8 @@ def tune(
     kernel: Annotated[
         str | None,
         typer.Option(
-            "--kernel", help="Of fused_moe: triton (as sglang and vLLM run; the default), tma, split_k_workspace."
+            "--kernel",
+            help="Of fused_moe: triton (as sglang and vLLM run; the default), tma, split_k_workspace, gated, gated_tma.",
         ),
     ] = None,
     down: Annotated[bool, typer.Option("--down/--no-down", help="A config file of its own for GEMM2.")] = True,

@@ -94,8 +94,8 @@ class TritonCompiler:
 
         from moelab.kernels.aot import _gpu_target
 
-        self.problem, kernel = problem, require_tunable(problem)
-        self._launch: dict[Gemm, GemmLaunch] = {"up": load(kernel.up), "down": load(kernel.down)}
+        self.problem, self.kernel = problem, require_tunable(problem)
+        self._launch: dict[Gemm, GemmLaunch] = {"up": load(self.kernel.up), "down": load(self.kernel.down)}
         self._limit = get_target(problem.target).shared_memory_per_block
         driver.set_active(_AheadDriver(_gpu_target(problem.target)))
 
@@ -117,7 +117,7 @@ class TritonCompiler:
         import torch
 
         from moelab import runtime
-        from moelab.kernels.checks import accumulator_dtype
+        from moelab.kernels.checks import accumulator_dtype, rows_in_use
         from moelab.kernels.launch import compiling
         from moelab.routing import Alignment, max_padded_pairs
         from moelab.tuner.launches import extra_of
@@ -135,10 +135,12 @@ class TritonCompiler:
         ids, experts, used = (tensor(size, of=torch.int32) for size in (padded, padded // rows, 1))
         alignment = Alignment(ids, experts, used, rows, top_k, shape.num_experts)
         K, columns = problem.inner_size(gemm), problem.columns(gemm)
-        a, weights = (tensor(1, K), None) if gemm == "up" else (tensor(top_k, K), tensor(top_k, of=torch.float32))
+        inner = rows_in_use(alignment, top_k) if self.kernel.sorted_rows else top_k
+        a, weights = (tensor(1, K), None) if gemm == "up" else (tensor(inner, K), tensor(top_k, of=torch.float32))
+        out = tensor(inner if gemm == "up" else top_k, result_columns(problem, gemm))
         with compiling() as made:  # one token: what follows the batch size is not specialised
             self._launch[gemm](
-                a, tensor(shape.num_experts, columns, K), tensor(top_k, result_columns(problem, gemm)), alignment,
+                a, tensor(shape.num_experts, columns, K), out, alignment,
                 config, top_k, top_k if gemm == "up" else 1, weights, extra_of(problem, gemm, tensor(0, of=wide)),
             )  # fmt: skip
         return made

@@ -6,13 +6,16 @@ ahead is what a launch looks for. Nothing is checked here: the rig does so once 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from moelab.config import KernelConfig
+from moelab.kernels.gated_gemm import gated_gemm_unchecked
 from moelab.kernels.grouped_gemm import grouped_gemm_unchecked
 from moelab.kernels.grouped_gemm_tma import grouped_gemm_tma_unchecked
+from moelab.kernels.sorted_gemm import sorted_gemm_unchecked
 from moelab.kernels.split_k_workspace import split_k_workspace_unchecked
 from moelab.routing import Alignment
 from moelab.tuner.problem import Gemm, Problem
@@ -44,7 +47,10 @@ class GemmLaunch(Protocol):
         extra: Extra,
         /,
     ) -> None:
-        """a: (num_pairs / top_k, K), w: (E, columns, K), out: one row a pair; see `grouped_gemm`. Allocates nothing."""
+        """a: (num_pairs / top_k, K), w: (E, columns, K), out: one row a pair; see `grouped_gemm`. Allocates nothing.
+
+        With `TunedKernel.sorted_rows`, GEMM1's out and GEMM2's a are (rows, N), sorted by expert; see `gated_gemm`.
+        """
 
 
 def grouped_gemm(
@@ -69,6 +75,32 @@ def split_k_workspace(
 ) -> None:  # fmt: skip
     """Split-K by workspace: GEMM1 with its activation, or GEMM2."""
     split_k_workspace_unchecked(a, w, out, alignment, config, num_pairs, top_k, None, topk_weights, *extra)
+
+
+def gated(
+    a: Tensor, w: Tensor, out: Tensor, alignment: Alignment, config: KernelConfig, num_pairs: int, top_k: int,
+    topk_weights: Tensor | None, extra: Extra, *, tma: bool = False,
+) -> None:  # fmt: skip
+    """GEMM1 with its activation, its rows left sorted."""
+    assert extra.activation is not None  # of a kernel that activates
+    gated_gemm_unchecked(
+        a, w, out, alignment, config, num_pairs, top_k, None, topk_weights, extra.activation, extra.gated, tma
+    )
+
+
+def sorted_scatter(
+    a: Tensor, w: Tensor, out: Tensor, alignment: Alignment, config: KernelConfig, num_pairs: int, top_k: int,
+    topk_weights: Tensor | None, extra: Extra, *, tma: bool = False,
+) -> None:  # fmt: skip
+    """GEMM2 over sorted rows, each product put in its pair's place."""
+    sorted_gemm_unchecked(a, w, out, alignment, config, num_pairs, None, topk_weights, "scatter", 1, tma)
+
+
+gated_tma: GemmLaunch = partial(gated, tma=True)
+"""`gated` with weights by TMA."""
+
+sorted_scatter_tma: GemmLaunch = partial(sorted_scatter, tma=True)
+"""`sorted_scatter` with both operands by TMA."""
 
 
 def extra_of(problem: Problem, gemm: Gemm, workspace: Tensor) -> Extra:

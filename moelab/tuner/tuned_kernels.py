@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from moelab.config import KernelConfig, dtype_bytes, get_target, tma_shared_memory_bytes
+from moelab.config import MIN_DOT_BLOCK, KernelConfig, dtype_bytes, get_target, tma_shared_memory_bytes
 from moelab.errors import ConfigError, DeviceError, LayoutError, UnknownNameError, nearest_names
 from moelab.tuner.problem import EXCHANGE, GEMMS, Gemm, Problem
 
@@ -31,7 +31,8 @@ class TunedKernel:
     implementation: the name in `fused_moe` of the layer that runs it. up, down: "module:function" of a
     `launches.GemmLaunch` for GEMM1 and GEMM2. rules: what its configs must keep to. needs_tma: only chips that have it,
     and inner sizes of whole 16 bytes. split_k: values of SPLIT_K to try; a workspace is made for the largest over 1.
-    activates: GEMM1's result is activated already, N columns a row, and the layer launches no activation.
+    activates: GEMM1's result is activated already, N columns a row, and the layer launches no activation. sorted_rows: it
+    lies sorted by expert, padded, and GEMM2 reads it so.
     """
 
     implementation: str
@@ -41,6 +42,7 @@ class TunedKernel:
     needs_tma: bool = False
     split_k: tuple[int, ...] = (1,)
     activates: bool = False
+    sorted_rows: bool = False
 
 
 def _one_split(config: KernelConfig, gemm: Gemm, problem: Problem) -> tuple[str, str] | None:
@@ -49,9 +51,17 @@ def _one_split(config: KernelConfig, gemm: Gemm, problem: Problem) -> tuple[str,
     return "SPLIT_K", f"SPLIT_K = {config.SPLIT_K}, and the kernel {problem.kernel} sums K in one program"
 
 
+def _halves(config: KernelConfig, gemm: Gemm, problem: Problem) -> tuple[str, str] | None:
+    """Of the rows of weights that a program of a gated GEMM1 multiplies, half are gate and half up."""
+    columns, least = config.BLOCK_SIZE_N, 2 * MIN_DOT_BLOCK
+    if gemm == "down" or not problem.shape.gated or columns >= least:
+        return None
+    return "gate and up", f"BLOCK_SIZE_N = {columns}, under {least}: half of it is gate and half up"
+
+
 def _fits_tma(config: KernelConfig, gemm: Gemm, problem: Problem) -> tuple[str, str] | None:
-    """Weights by boxes of (BLOCK_SIZE_N, BLOCK_SIZE_K), whose barriers take shared memory."""
-    longest = max(config.BLOCK_SIZE_N, config.BLOCK_SIZE_K)
+    """Weights by boxes of (BLOCK_SIZE_N, BLOCK_SIZE_K), and sorted rows by such of BLOCK_SIZE_M; barriers take shared memory."""
+    longest = max(config.BLOCK_SIZE_N, config.BLOCK_SIZE_K, config.BLOCK_SIZE_M if _reads_sorted(gemm, problem) else 0)
     if longest > TMA_BOX:
         return "TMA boxes", f"a box of TMA with a side of {longest}, over {TMA_BOX}"
     needs = tma_shared_memory_bytes(config, problem.shape.dtype, problem.target)
@@ -64,6 +74,10 @@ def _fits_tma(config: KernelConfig, gemm: Gemm, problem: Problem) -> tuple[str, 
     return None
 
 
+def _reads_sorted(gemm: Gemm, problem: Problem) -> bool:
+    return gemm == "down" and TUNED[problem.kernel].sorted_rows
+
+
 TUNED: Mapping[str, TunedKernel] = {
     EXCHANGE: TunedKernel(
         "triton", "moelab.tuner.launches:grouped_gemm", "moelab.tuner.launches:grouped_gemm", (_one_split,)
@@ -74,6 +88,14 @@ TUNED: Mapping[str, TunedKernel] = {
     "split_k_workspace": TunedKernel(
         "split_k_workspace", "moelab.tuner.launches:split_k_workspace", "moelab.tuner.launches:split_k_workspace", (),
         split_k=(1, 2, 4, 8), activates=True,
+    ),
+    "gated": TunedKernel(
+        "gated", "moelab.tuner.launches:gated", "moelab.tuner.launches:sorted_scatter", (_one_split, _halves),
+        activates=True, sorted_rows=True,
+    ),
+    "gated_tma": TunedKernel(
+        "gated_tma", "moelab.tuner.launches:gated_tma", "moelab.tuner.launches:sorted_scatter_tma",
+        (_one_split, _halves, _fits_tma), needs_tma=True, activates=True, sorted_rows=True,
     ),
 }  # fmt: skip
 """Name of the kernel -> how it is tuned."""
