@@ -14,7 +14,7 @@ from test_errors import unhelpful
 
 from moelab import cli, config_files, runtime
 from moelab.config import KernelConfig, default_config
-from moelab.errors import ConfigError, DeviceError, LandscapeError, LayoutError, UnknownNameError
+from moelab.errors import ConfigError, DeviceError, LandscapeError, LayoutError, UnknownNameError, WorkspaceError
 from moelab.fused_moe import IMPLEMENTATIONS
 from moelab.routing import Alignment
 from moelab.shapes import MoEShape
@@ -159,10 +159,15 @@ def test_rows_are_laid_where_pairs_lie_and_gathered_again() -> None:
 
 
 @interpreted
-def test_a_config_that_the_kernel_cannot_run_is_refused(rig: Rig) -> None:
+def test_a_config_that_the_kernel_cannot_run_is_refused(rig: Rig, monkeypatch) -> None:
     if max(rig.problem.split_k) == 1:
         with pytest.raises(ConfigError, match=f"SPLIT_K = 2.*{rig.problem.kernel}"):
             rig.launch("up", 21, (dataclasses.replace(TALL_TILE, SPLIT_K=2),))
+    else:
+        monkeypatch.setattr(rig, "_most_splits", 1)
+        with pytest.raises(WorkspaceError, match=r"SPLIT_K = 2.*holds 1 slices") as caught:
+            rig.launch("down", 21, (dataclasses.replace(TALL_TILE, SPLIT_K=2),))
+        assert unhelpful(str(caught.value)) is None
 
 
 # --- spaces ------------------------------------------------------------------------------------------------------------

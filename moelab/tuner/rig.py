@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from moelab import runtime
-from moelab.errors import RoutingError
+from moelab.config import KernelConfig
+from moelab.errors import RoutingError, WorkspaceError
 from moelab.inputs import random_tensor, routing_for
 from moelab.kernels import checks
 from moelab.kernels.activation import activation_unchecked
@@ -121,8 +122,18 @@ class Rig:
 
     def _new_workspace(self, split_k: int) -> Tensor:
         """Room for the partial sums of either GEMM at the largest batch size; empty for a kernel that splits nothing."""
+        self._most_splits = split_k
         columns = max(self.problem.columns(gemm) for gemm in GEMMS) if max(self.kernel.split_k) > 1 else 0
         return new_workspace(split_k, self._most_pairs, columns, self.dtype, self.device).view(-1)
+
+    def _require_room(self, config: KernelConfig) -> None:
+        splits = config.SPLIT_K
+        if splits > self._most_splits:  # past the workspace's end lie other tensors
+            raise WorkspaceError(
+                f"The config {config.short()} has SPLIT_K = {splits}, and the workspace of this problem holds "
+                f"{self._most_splits} slices. Expected no more than the problem's split_k and incumbents have. Add "
+                f"{splits} to split_k."
+            )
 
     def _inner_rows(self, num_tokens: int) -> int:
         """Rows between the GEMMs at most: the pairs, and with sorted rows the padding of any BLOCK_SIZE_M too."""
@@ -193,11 +204,16 @@ class Rig:
         return self.cell(num_tokens).gates[stage].verdict(launch.result())
 
     def launch(self, stage: Stage, num_tokens: int, contender: Contender) -> Launch:
-        """A contender over that batch size's inputs. Raises ConfigError for a config that the device cannot take."""
+        """A contender over that batch size's inputs.
+
+        Raises ConfigError for a config that the device or the kernel cannot take, WorkspaceError for a SPLIT_K that is not
+        the problem's.
+        """
         cell, shape = self.cell(num_tokens), self.shape
         for gemm, config in kernels_of(stage, contender):
             checks.checked_config(config, self.dtype, self.problem.inner_size(gemm))
             require_rules(config, gemm, self.problem)
+            self._require_room(config)
         up, down = contender[0], contender[-1]
         pairs, aligned = num_tokens * shape.top_k, cell.alignments(up.BLOCK_SIZE_M)
         is_sorted = self.kernel.sorted_rows
