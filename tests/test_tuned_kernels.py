@@ -13,12 +13,22 @@ from synthetic import SMALL, small_problem, synthetic_landscape
 from test_errors import unhelpful
 
 from moelab import cli, config_files, runtime
-from moelab.config import KernelConfig, default_config
-from moelab.errors import ConfigError, DeviceError, LandscapeError, LayoutError, UnknownNameError, WorkspaceError
-from moelab.fused_moe import IMPLEMENTATIONS
+from moelab.config import TARGETS, KernelConfig, default_config
+from moelab.errors import (
+    ConfigError,
+    ConfigFileError,
+    DeviceError,
+    LandscapeError,
+    LayoutError,
+    UnknownNameError,
+    WorkspaceError,
+)
+from moelab.fused_moe import IMPLEMENTATIONS, fused_moe
+from moelab.kernels import checks
+from moelab.plots import handover
 from moelab.routing import Alignment
 from moelab.shapes import MoEShape
-from moelab.tuner import landscape, sorted_rows
+from moelab.tuner import landscape, sorted_rows, starting
 from moelab.tuner import rig as room
 from moelab.tuner.landscape import default_name
 from moelab.tuner.problem import EXCHANGE, Problem, find_incumbents
@@ -78,6 +88,20 @@ def contenders(rig: Rig, stage: str) -> list[tuple[KernelConfig, ...]]:
 def test_right_kernels_pass_the_gate(rig: Rig, stage: str, b: int) -> None:
     for contender in contenders(rig, stage):
         assert rig.check(stage, b, contender) is None, contender
+
+
+@interpreted
+def test_the_layer_that_is_timed_is_the_layer_that_is_served(rig: Rig) -> None:
+    """Bit for bit what `fused_moe` gives under that implementation and those configs."""
+    cell = rig.cell(21)
+    for pair in contenders(rig, "layer"):
+        timed = rig.launch("layer", 21, pair)
+        timed.run(0)
+        served = fused_moe(
+            cell.states[0], rig.w13[0], rig.w2[0], topk_weights=cell.routings[0].topk_weights,
+            topk_ids=cell.routings[0].topk_ids, impl=rig.kernel.implementation, config=pair[0], down_config=pair[1],
+        )  # fmt: skip
+        assert torch.equal(timed.result(), served)
 
 
 @interpreted
@@ -276,6 +300,16 @@ def test_files_are_the_kernels_own(tmp_path: Path, kernel: str) -> None:
     assert {source.name.kernel for source in config_files.sources(tmp_path)} == {kernel}
 
 
+def test_winners_are_handed_to_moelabs_loader_alone(tmp_path: Path) -> None:
+    """Under a peer's rules they would be taken for the exchange kernel's."""
+    written = handover.write(tuned("tma"), "moelab", tmp_path)
+    assert all(",kernel=tma" in each.path.name for each in written) and len(written) == 2
+    for rules in ("sglang", "vllm"):
+        with pytest.raises(ConfigFileError, match=f"{rules} has no file of its own for kernel"):
+            handover.write(tuned("tma"), rules, tmp_path / rules)
+        assert not list(tmp_path.glob(f"{rules}/**/*.json"))
+
+
 def test_incumbents_are_the_kernels_own_then_the_exchange_kernels_then_the_default(tmp_path: Path) -> None:
     def current(kernel: str) -> KernelConfig | None:
         pairs = find_incumbents(SMALL, "Synthetic H200", "3.6.0", (64,), config_dir=tmp_path, kernel=kernel)
@@ -290,6 +324,23 @@ def test_incumbents_are_the_kernels_own_then_the_exchange_kernels_then_the_defau
     assert current("tma") == CONFIGS[64] and current(EXCHANGE) == CONFIGS[1]
 
 
+def on_a(monkeypatch, target: str) -> None:
+    """As if this process had that GPU."""
+    monkeypatch.setattr(starting.runtime, "current", lambda: runtime.Runtime("gpu", "cuda", "NVIDIA X", "pretended"))
+    monkeypatch.setattr(checks, "current_target", lambda: TARGETS[target])
+
+
+def test_the_problem_of_a_gpu_is_of_the_kernel_asked_for(monkeypatch, capsys) -> None:
+    on_a(monkeypatch, "sm_80")
+    split = starting.gpu_problem(SMALL, [1], kernel="split_k_workspace")
+    assert (split.kernel, split.split_k) == ("split_k_workspace", (1, 2, 4, 8))
+    assert starting.gpu_problem(SMALL, [1], kernel="triton") == starting.gpu_problem(SMALL, [1])
+    assert cli.main(["tune", "--model", "qwen3-30b-a3b", "--kernel", "gated_tma"]) == 2
+    assert "'gated_tma' cannot be tuned on NVIDIA X: sm_80 has no TMA" in capsys.readouterr().err
+    on_a(monkeypatch, "sm_100")
+    assert starting.gpu_problem(SMALL, [1], kernel="gated_tma").kernel == "gated_tma"
+
+
 @pytest.mark.parametrize("kernel", OTHERS)
 def test_a_landscape_is_replayed_into_the_kernels_files(tmp_path: Path, capsys, kernel: str) -> None:
     problem = of_kernel(kernel)
@@ -298,6 +349,7 @@ def test_a_landscape_is_replayed_into_the_kernels_files(tmp_path: Path, capsys, 
     asked = ["tune", "--replay", str(recorded), "--json"]
     assert cli.main([*asked, "--out", str(tmp_path), "--kernel", kernel]) == 0
     answer = json.loads(capsys.readouterr().out)
+    assert answer["kernel"] == kernel
     assert len(answer["files"]) == 2 and all(f",kernel={kernel}" in path for path in answer["files"])
     assert cli.main(asked) == 0
     assert json.loads(capsys.readouterr().out)["configs"] == answer["configs"]

@@ -256,13 +256,15 @@ def _report(result: TuneResult, run: Path | None, files: list[Path], as_json: bo
         configs = {side: {str(b): c.to_json() for b, c in found.items()} for side, found in result.to_configs().items()}
         printing.print_json(
             {
-                "source": result.source, "run": str(run) if run else None, "files": [str(path) for path in files],
+                "source": result.source, "kernel": result.problem.kernel, "run": str(run) if run else None,
+                "files": [str(path) for path in files],
                 "spent_s": result.spent_s, "timeline": [list(item) for item in result.timeline],
                 "failures": dict(result.failures), "batches": result.rows(), "configs": configs,
             }
         )  # fmt: skip
         return
-    print(f"{result.source}\n")
+    own = result.problem.file_kernel
+    print(f"{result.source}{f', kernel {own}' if own else ''}\n")
     print(printing.table([_shown_row(row) for row in result.rows()]))
     phases = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in result.timeline)
     print(f"\n{_minutes(result.spent_s)} in all: {phases}")
