@@ -30,10 +30,12 @@ from moelab.routing import Alignment
 from moelab.shapes import MoEShape
 from moelab.tuner import landscape, sorted_rows, starting
 from moelab.tuner import rig as room
+from moelab.tuner.gpu import GpuEvaluator
 from moelab.tuner.landscape import default_name
 from moelab.tuner.problem import EXCHANGE, Problem, find_incumbents
 from moelab.tuner.results import BatchResult, TuneResult
 from moelab.tuner.rig import Rig
+from moelab.tuner.session import TuneSession
 from moelab.tuner.space import build_space
 from moelab.tuner.tuned_kernels import TUNED, kernel_name, require_tunable
 
@@ -388,3 +390,37 @@ def test_explain_finds_the_kernels_own_file(tmp_path: Path, capsys) -> None:
     assert told("--kernel", "triton") == told() and told()["is_default"]
     assert told("--kernel", "gated")["config"] is None
     assert cli.main([*asked, "--kernel", "tma", "--rules", "vllm"]) == 2
+
+
+# --- whole runs --------------------------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("kernel", ["split_k_workspace", "gated_tma"])
+def test_a_whole_run_in_float16(tmp_path: Path, kernel: str) -> None:
+    """Compiled by real processes, checked by Triton's interpreter, timed by nobody: every config runs, the best is written."""
+    shape = MoEShape("tiny", num_experts=4, top_k=2, hidden_size=128, moe_intermediate_size=64, dtype="float16")
+    axes = {
+        "num_stages": (2,), "BLOCK_SIZE_M": (16,), "BLOCK_SIZE_K": (32,), "BLOCK_SIZE_N": (32, 64), "num_warps": (4,),
+        "GROUP_SIZE_M": (1,),
+    }  # fmt: skip
+    name, sizes = "NVIDIA H200", (1, 6)
+    incumbents = find_incumbents(shape, name, "3.7.1", sizes, config_dir=tmp_path, kernel=kernel)
+    split = TUNED[kernel].split_k
+    problem = Problem(
+        shape, name, "sm_90", "3.7.1", sizes, kernel=kernel, split_k=split, axes=axes, incumbents=incumbents
+    )
+    evaluator = GpuEvaluator(
+        problem, device="interpreted_device:InterpretedDevice", processes=1, cache_dir=tmp_path / "cache"
+    )
+    session = TuneSession(problem, evaluator, strategy="grid", run=tmp_path / "run.jsonl")
+    result = session.run()
+    assert result.complete and not result.errors and not result.failures and not evaluator.incidents
+    result.write(tmp_path)
+    fitting = {"up": 4, "down": 2}  # blocks that K of 128 and 64 has
+    for gemm, most in fitting.items():
+        for b in sizes:
+            found = config_files.lookup(
+                4, 64, name, num_tokens=b, triton_version="3.7.1", kernel=kernel, down=gemm == "down", config_dir=tmp_path
+            )  # fmt: skip
+            assert found.config == KernelConfig(16, 32, 32, 1, 4, 2, SPLIT_K=min(most, max(split)))
