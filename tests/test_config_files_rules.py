@@ -215,7 +215,7 @@ def test_a_kernels_configs_are_found_by_the_same_search(tmp_path: Path) -> None:
     for down in (False, True):
         answer = search(tmp_path, "moelab", kernel="split_k_workspace", down=down)
         assert answer.path == ours and answer.config == KernelConfig(32, 32, 64, 1, SPLIT_K=4)
-    other = search(tmp_path, "moelab", kernel="gated_gemm")
+    other = search(tmp_path, "moelab", kernel="gated")
     assert other.is_default and other.config is None and "launcher" in other.steps[-1].reason
     assert search(tmp_path, "moelab").config == KernelConfig(16, 32, 64, 1)
 

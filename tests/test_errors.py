@@ -75,6 +75,7 @@ from moelab.tuner.finals import Finals
 from moelab.tuner.problem import Problem
 from moelab.tuner.results import TuneResult
 from moelab.tuner.transfer import Transfer
+from moelab.tuner.tuned_kernels import kernel_name, require_rules, require_tunable
 
 DEVICE = runtime.current().device
 SHAPE = shapes.MoEShape("tiny", num_experts=4, top_k=2, hidden_size=32, moe_intermediate_size=16, dtype="float32")
@@ -859,6 +860,25 @@ TUNER = [
     Row("a batch of nothing", lambda _: a_problem(batch_sizes=(4, 0)), ShapeError, ("batch size 0",)),
     Row("a tuner's target", lambda _: a_problem(target="sm_9"), UnknownNameError, ("sm_9", "sm_90")),
     Row("a grid's axes", lambda _: space.grid("sm_90", axes={"BLOCK_M": (16,)}), ConfigError, ("BLOCK_M", "num_warps")),
+    Row("a kernel to tune", lambda _: kernel_name("tam"), UnknownNameError, ("'tam'", "Did you mean tma", "'triton'")),
+    Row(
+        "a kernel by TMA on a chip without",
+        lambda _: require_tunable(a_problem(target="sm_80", kernel="tma")),
+        DeviceError,
+        ("'tma'", "sm_80", "sm_90", "--kernel"),
+    ),
+    Row(
+        "a kernel by TMA of ragged rows",
+        lambda _: require_tunable(a_problem(shape=dataclasses.replace(SHAPE, hidden_size=302), kernel="tma")),
+        LayoutError,
+        ("'tma'", "302", "16 bytes"),
+    ),
+    Row(
+        "a config that a tuned kernel cannot run",
+        lambda _: require_rules(KernelConfig(16, 64, 64, 1, SPLIT_K=2), "up", a_problem(kernel="tma")),
+        ConfigError,
+        ("SPLIT_K = 2", "'tma'"),
+    ),
     Row("a strategy", lambda _: strategies.plan("gird", None), UnknownNameError, ("'gird'", "Did you mean grid")),
     Row(
         "an evaluator",

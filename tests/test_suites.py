@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moelab import config, config_files, fused_moe, recordings, roofline, runtime, suites
+from moelab.cli import printing
 from moelab.config import KernelConfig
 from moelab.errors import ConfigError, PrecisionError, RecordingError, RuntimeModeError, UnknownNameError
 from moelab.measure import Measurement
@@ -244,6 +245,37 @@ def test_a_bench_takes_any_names_and_calls_no_wrong_one_fastest(timed: dict, mon
     assert "median_us" not in rows["torch"] and "asks the host" in rows["torch"]["note"]
     assert len(rows["torch"]["eager_samples_us"]) == 9
     assert result.protocols["eager"]["rotations"] == result.protocols["graph"]["rotations"] == 8
+
+
+def test_a_bench_takes_the_kernels_own_files(
+    timed: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of those that have some; the others take the exchange kernel's."""
+    monkeypatch.setenv("MOELAB_CONFIG_DIR", str(tmp_path))
+    up, down = KernelConfig(16, 32, 16, 1, SPLIT_K=2), KernelConfig(16, 64, 16, 1)
+    folder = tmp_path / runtime.triton_key(runtime.versions()["triton"] or "")
+    for best, is_down in ((up, False), (down, True)):
+        name = config_files.file_name(
+            SMALL.num_experts, SMALL.moe_intermediate_size, "cpu", config_files.dtype_selector(SMALL.dtype), down=is_down,
+            kernel="split_k_workspace",
+        )  # fmt: skip
+        config_files.write_config_file(folder / name, {4: best})
+    given: dict[str, object] = {}
+    for impl in ("triton", "split_k_workspace", "split_k_atomic"):
+        right = fused_moe.IMPLEMENTATIONS[impl]
+
+        def seen(call, impl=impl, right=right):
+            given[impl] = (call.config, call.down_config)
+            return right(call)
+
+        monkeypatch.setitem(fused_moe.IMPLEMENTATIONS, impl, seen)
+    (result,) = bench.bench(SMALL, [5], ["triton", "split_k_workspace", "split_k_atomic"], eager=False)
+    default = (result.config.config, result.down.config)
+    assert given == {"triton": default, "split_k_workspace": (up, down), "split_k_atomic": default}
+    rows = {row["impl"]: row for row in result.rows}
+    assert [name for name in rows if "own_configs" in rows[name]] == ["split_k_workspace"]
+    printing.print_bench(SMALL, result)
+    assert f"split_k_workspace: {up.short()} and {down.short()} from {folder}" in capsys.readouterr().out
 
 
 def test_a_bench_without_eager_times_and_one_that_all_refuse(timed: dict, monkeypatch: pytest.MonkeyPatch) -> None:

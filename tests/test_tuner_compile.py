@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from moelab.config import KernelConfig
 from moelab.shapes import MoEShape
 from moelab.tuner.compile import Compiled, CompilePool, Kernel, first_words, kernels_of
 from moelab.tuner.crew import wait_for
-from moelab.tuner.problem import Problem
+from moelab.tuner.problem import EXCHANGE, GEMMS, Problem
+from moelab.tuner.tuned_kernels import TUNED
 
 SHAPE = MoEShape("small", num_experts=4, top_k=2, hidden_size=256, moe_intermediate_size=128)
 PROBLEM = Problem(SHAPE, "NVIDIA H200", "sm_90", "3.6.0", (1, 3, 40))
@@ -23,7 +26,10 @@ NO_PTXAS = KernelConfig(256, 256, 16, 1, 16, 1)  # 512 threads share a register 
 TOO_LARGE = KernelConfig(128, 256, 128, 1, 8, 4)
 
 
-BOTH: list[Kernel] = [(gemm, config) for config in GOOD for gemm in ("up", "down")]
+def both(kernel: str) -> list[Kernel]:
+    """GOOD for both GEMMs, split in two where the kernel splits."""
+    split = 2 if max(TUNED[kernel].split_k) > 1 else 1
+    return [(gemm, replace(config, SPLIT_K=split)) for config in GOOD for gemm in GEMMS]
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +37,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture(scope="module")
-def known(cache: Path) -> dict[Kernel, Compiled]:
-    """Everything these tests compile, by two processes."""
-    pool = CompilePool(PROBLEM, processes=2, environment={"TRITON_CACHE_DIR": str(cache)})
+def compiled(kernel: str, cache: Path, asked: list[Kernel]) -> dict[Kernel, Compiled]:
+    """What becomes of these in two processes."""
+    problem = replace(PROBLEM, kernel=kernel)
+    pool = CompilePool(problem, processes=2, environment={"TRITON_CACHE_DIR": str(cache)})
     try:
-        pool.ask([*BOTH, ("up", NO_PTXAS), ("down", TOO_LARGE), *BOTH])
-        while len(pool.known) < 6:
+        pool.ask(asked)
+        while len(pool.known) < len(set(asked)):
             list(pool.poll())
             wait_for([pool.crew])
         list(pool.poll())
@@ -47,11 +53,19 @@ def known(cache: Path) -> dict[Kernel, Compiled]:
         pool.close()
 
 
+@pytest.fixture(scope="module")
+def known(cache: Path) -> dict[str, dict[Kernel, Compiled]]:
+    """Everything these tests compile, by kernel."""
+    more: list[Kernel] = [("up", NO_PTXAS), ("down", TOO_LARGE), *both(EXCHANGE)]
+    return {name: compiled(name, cache, [*both(name), *(more if name == EXCHANGE else [])]) for name in TUNED}
+
+
 # In a process of its own: Triton compiles there, and does not interpret. Launches over real tensors are stopped after
 # Triton has looked at every argument, and found its cache entry.
 LAUNCHES = """
 import json, sys
-from test_tuner_compile import GOOD, PROBLEM
+from dataclasses import replace
+from test_tuner_compile import PROBLEM, both
 from moelab import runtime
 runtime.prepare_triton()
 import torch
@@ -60,47 +74,54 @@ from moelab.kernels.launch import Launcher
 from moelab.routing import max_padded_pairs
 from moelab.tuner import rig
 from moelab.tuner.compile import TritonCompiler
+from moelab.tuner.tuned_kernels import TUNED
 
 TritonCompiler(PROBLEM)
 found = []
-def launch(self, key, grid, tensors, values, instance):
+def launch(self, key, grid, tensors, values, instance, descriptors=()):
     constants, options = instance()
-    if "grouped_gemm" in self.kernel.__name__:
-        assert all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
-        found.append(self.kernel.run(*tensors, *values, grid=grid, warmup=True, **constants, **options).hash)
+    if "gemm" in self.kernel.__name__ or "split_k" in self.kernel.__name__:
+        assert all(t is None or t.device.type == "cpu" and t.data_ptr() % 16 == 0 for t in tensors)
+        arguments = [*tensors, *values]
+        for place, descriptor in descriptors:
+            arguments[place] = descriptor
+        found.append(self.kernel.run(*arguments, grid=grid, warmup=True, **constants, **options).hash)
 Launcher.__call__ = launch
 def unsorted(ids, block, experts):
     return align._allocate(max_padded_pairs(ids.numel(), block, experts), block, ids.numel(), experts, ids.device)
 rig.align = unsorted
-made = rig.Rig(PROBLEM)
 entries = {}
-for i, config in enumerate(GOOD):
-    for b in PROBLEM.batch_sizes:
-        found.clear()
-        made.launch("layer", b, (config, config)).run(b % made.cell(b).rotations)
-        entries[f"{i} {b}"] = list(found)
+for name, kernel in TUNED.items():
+    made = rig.Rig(replace(PROBLEM, kernel=name, split_k=kernel.split_k))
+    for i, (_, config) in enumerate(both(name)[::2]):
+        for b in PROBLEM.batch_sizes:
+            found.clear()
+            made.launch("layer", b, (config, config)).run(b % made.cell(b).rotations)
+            entries[f"{name} {i} {b}"] = list(found)
 print(json.dumps(entries))
 """
 
 
-def test_a_launch_finds_what_was_compiled_ahead(known: dict[Kernel, Compiled], cache: Path) -> None:
-    """The same cache entry, for both GEMMs, at every batch size: nothing is compiled where it is measured."""
-    assert all(known[k].failure is None and known[k].seconds > 0 and known[k].shared_bytes > 0 for k in BOTH)
-    assert len({known[k].entry for k in BOTH}) == 4 and len(list(cache.iterdir())) >= 4
+def test_a_launch_finds_what_was_compiled_ahead(known: dict[str, dict[Kernel, Compiled]], cache: Path) -> None:
+    """The same cache entry, of every kernel, for both GEMMs, at every batch size: nothing is compiled where it is measured."""
+    every = [known[name][k] for name in TUNED for k in both(name)]
+    assert [one.message for one in every if one.failure] == []
+    assert all(one.seconds > 0 and one.shared_bytes > 0 for one in every)
+    assert len({one.entry for one in every}) == len(every) <= len(list(cache.iterdir()))
     before = sorted(cache.iterdir())
     environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(cache)}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run([sys.executable, "-c", LAUNCHES], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     entries = json.loads(done.stdout)
-    for i, config in enumerate(GOOD):
-        for b in PROBLEM.batch_sizes:
-            assert entries[f"{i} {b}"] == [known["up", config].entry, known["down", config].entry]
+    for name, i, b in product(TUNED, range(len(GOOD)), PROBLEM.batch_sizes):
+        found, up, down = entries[f"{name} {i} {b}"], *(known[name][k].entry for k in both(name)[2 * i : 2 * i + 2])
+        assert found[0] == up and down in found[1:], (name, i, b)
     assert sorted(cache.iterdir()) == before
 
 
-def test_what_does_not_compile_or_fit_is_told_apart(known: dict[Kernel, Compiled]) -> None:
-    refused, large = known["up", NO_PTXAS], known["down", TOO_LARGE]
+def test_what_does_not_compile_or_fit_is_told_apart(known: dict[str, dict[Kernel, Compiled]]) -> None:
+    refused, large = known[EXCHANGE]["up", NO_PTXAS], known[EXCHANGE]["down", TOO_LARGE]
     assert (refused.failure, large.failure) == ("compile", "resources")
     assert "registers" in refused.message and len(refused.message) <= 300 and "232448" in large.message
 

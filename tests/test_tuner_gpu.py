@@ -11,15 +11,16 @@ import pytest
 from faulty_gpu import DEVICE
 
 from moelab import runtime
-from moelab.config import KernelConfig
+from moelab.config import KernelConfig, get_target
 from moelab.measure import Protocol, measure
 from moelab.shapes import load_model
 from moelab.tuner.evaluate import Request
 from moelab.tuner.gpu import GpuEvaluator
-from moelab.tuner.problem import Problem, find_incumbents
+from moelab.tuner.problem import EXCHANGE, Problem, find_incumbents
 from moelab.tuner.search import Settings
 from moelab.tuner.session import Progress, TuneSession
 from moelab.tuner.space import build_space
+from moelab.tuner.tuned_kernels import TUNED
 
 pytestmark = pytest.mark.gpu
 
@@ -99,6 +100,33 @@ def test_compiled_ahead_is_not_compiled_again(warm: Path) -> None:
         assert entries(warm) == before
     finally:
         evaluator.close()
+
+
+@pytest.mark.parametrize("kernel", [name for name in TUNED if name != EXCHANGE])
+def test_kernels_beside_the_exchange_kernel(tmp_path: Path, kernel: str) -> None:
+    """Each passes its gate in every stage, and is measured without another compile of its GEMMs."""
+    tuned = problem(kernel=kernel, split_k=TUNED[kernel].split_k[:2])
+    if TUNED[kernel].needs_tma and not get_target(tuned.target).has_tma:
+        pytest.skip(f"{tuned.target} has no TMA")
+    spaces = build_space(tuned).configs
+    evaluator = GpuEvaluator(tuned, cache_dir=tmp_path / "cache")
+    try:
+        list(evaluator.run([Request(gemm, 64, tuple((c,) for c in spaces[gemm]), 0) for gemm in ("up", "down")]))
+        before = gemm_entries(tmp_path / "cache")
+        both = [c for c in spaces["up"] if c in spaces["down"]][::8]
+        asked = [Request(gemm, b, tuple((c,) for c in spaces[gemm]), 3) for b in BATCH_SIZES for gemm in ("up", "down")]
+        asked += [Request("layer", b, tuple((c, c) for c in both), 3, True) for b in BATCH_SIZES]
+        for result in evaluator.run(asked):
+            assert {o.failure for o in result.outcomes} <= {None, "compile", "resources"}, result.outcomes
+            assert any(o.samples_us for o in result.outcomes)
+        assert not evaluator.incidents and before and gemm_entries(tmp_path / "cache") == before
+    finally:
+        evaluator.close()
+
+
+def gemm_entries(cache: Path) -> set[str]:
+    """Every GEMM and Split-K kernel in the cache, not the activation, the sort or the sum."""
+    return {path.parent.name for name in ("*gemm*", "_split_k*") for path in cache.glob(f"*/{name}_kernel.json")}
 
 
 def test_real_faults_cost_only_their_contenders(warm: Path, tmp_path: Path) -> None:

@@ -51,15 +51,13 @@ def test_right_kernels_pass_the_gate(rig: Rig, stage: str, b: int) -> None:
     assert rig.check(stage, b, STAGES[stage]) is None
 
 
-def spoilt(how: str):
-    right = room.grouped_gemm_unchecked
-
-    def wrong(a, w, out, aligned, config, pairs, top_k, bias, weights) -> None:
-        right(a, w, out, aligned, config, pairs, top_k, bias, weights)
+def spoilt(right, how: str):
+    def wrong(a, w, out, aligned, config, pairs, top_k, weights, extra) -> None:
+        right(a, w, out, aligned, config, pairs, top_k, weights, extra)
         if how == "scaled":
             out *= 1.0001
         elif how == "unweighted" and weights is not None:
-            right(a, w, out, aligned, config, pairs, top_k, bias, None)
+            right(a, w, out, aligned, config, pairs, top_k, None, extra)
         elif how == "a row missing":
             out[len(out) // 2] = float("nan")
         elif how == "infinite":
@@ -81,7 +79,7 @@ def spoilt(how: str):
     ],
 )  # fmt: skip
 def test_wrong_kernels_do_not(rig: Rig, monkeypatch: pytest.MonkeyPatch, how: str, stage: str, failure: str) -> None:
-    monkeypatch.setattr(room, "grouped_gemm_unchecked", spoilt(how))
+    monkeypatch.setattr(rig, "gemms", {gemm: spoilt(right, how) for gemm, right in rig.gemms.items()})
     verdict = rig.check(stage, 21, STAGES[stage])
     assert (verdict and verdict[0]) == failure
 
@@ -89,7 +87,7 @@ def test_wrong_kernels_do_not(rig: Rig, monkeypatch: pytest.MonkeyPatch, how: st
 @interpreted
 def test_a_result_left_from_before_is_no_result(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rig.check("up", 21, (SMALL,)) is None
-    monkeypatch.setattr(room, "grouped_gemm_unchecked", lambda *args: None)
+    monkeypatch.setattr(rig, "gemms", dict.fromkeys(rig.gemms, lambda *args: None))
     for stage in ("up", "layer"):
         assert rig.check(stage, 21, STAGES[stage])[0] == "nan"
 

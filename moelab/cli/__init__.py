@@ -156,11 +156,16 @@ def explain(
         ),
     ] = None,
     down: Annotated[bool, typer.Option("--down", help="The config of GEMM2.")] = False,
+    kernel: Annotated[
+        str | None,
+        typer.Option("--kernel", help="Of a kernel with files of its own, as tma; default: sglang's and vLLM's."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Which config file and batch size a kernel gets, and why. Exit status 1 if the device cannot run that config."""
     from moelab.config_files import dtype_selector, lookup
 
+    kernel = None if kernel == "triton" else kernel
     found = _load(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
     device = device or _this_gpu()
     if device is None:
@@ -172,8 +177,9 @@ def explain(
         found.num_experts, found.moe_intermediate_size, device,
         num_tokens=batch_size, triton_version=triton_version or _installed_triton(), down=down,
         dtype_selector=dtype_selector(found.dtype), config_dir=config_dir, rules=rules,
+        kernel=kernel,
     )  # fmt: skip
-    problems = _problems(answer, found, device)
+    problems = _problems(answer, found, device, kernel)
     if as_json:
         printing.print_json(printing.lookup_json(answer, problems))
     else:
@@ -279,13 +285,18 @@ def _installed_triton() -> str:
         ) from None
 
 
-def _problems(answer: Lookup, found: MoEShape, device: str) -> list[str]:
-    """What the device cannot do with the config; nothing where data/devices does not know the device."""
+def _problems(answer: Lookup, found: MoEShape, device: str, kernel: str | None) -> list[str]:
+    """What the device cannot do with the config; nothing where data/devices does not know the device.
+
+    A kernel beside the exchange kernel is held against what is true of every kernel, as the doctor does.
+    """
     from moelab.config import violations
     from moelab.roofline import device_data, device_names
 
     if answer.config is None or device.replace(" ", "_") not in device_names():
         return []
+    if kernel is not None:
+        return list(violations(answer.config, uses_dot=False))
     return list(violations(answer.config, dtype=found.dtype, target=device_data(device).get("target")))
 
 

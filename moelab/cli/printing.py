@@ -132,6 +132,9 @@ def print_bench(found: MoEShape, result: Result) -> None:
         if used.config is not None:
             key = "" if used.key is None else f", batch size {used.key}"
             print(f"{label}: {used.config.short()} from {used.path or 'the default rule'}{key}")
+    for row in result.rows:
+        if own := row.get("own_configs"):
+            print(f"{row['impl']}: {own['up']} and {own['down']} from {own['path']}")
     print(textwrap.indent(table([_bench_row(row, result) for row in result.rows]), "  "))
     for row in result.rows:
         if "refused" in row:

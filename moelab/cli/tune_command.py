@@ -43,6 +43,13 @@ def tune(
     disable_shared_experts_fusion: Annotated[
         bool, typer.Option("--disable-shared-experts-fusion", help="Leave shared experts out, as sglang's switch does.")
     ] = False,
+    kernel: Annotated[
+        str | None,
+        typer.Option(
+            "--kernel",
+            help="Of fused_moe: triton (as sglang and vLLM run; the default), tma, split_k_workspace, gated, gated_tma.",
+        ),
+    ] = None,
     down: Annotated[bool, typer.Option("--down/--no-down", help="A config file of its own for GEMM2.")] = True,
     strategy: Annotated[str, typer.Option("--strategy", help="race, forest, grid or random.")] = "race",
     budget: Annotated[
@@ -65,7 +72,8 @@ def tune(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     _tune: Annotated[bool, typer.Option("--tune", hidden=True, help="Taken for sglang's sake; does nothing.")] = False,
 ) -> None:
-    """Find the fastest kernel configs of a layer, on a GPU or by replay, and write the files that sglang and vLLM load."""
+    """Find the fastest kernel configs of a layer, on a GPU or by replay, and write the files that sglang and vLLM load;
+    those of another --kernel are moelab's own."""
     budget_s = _seconds(budget)
     if resume is None and replay is None and model is None:
         raise typer.BadParameter("pass --model M; or --replay LANDSCAPE, or --resume RUN, which name their own.")
@@ -80,7 +88,7 @@ def tune(
         asked = {
             "model": model, "tp_size": tp_size, "ep_size": ep_size, "dtype": None if dtype == "auto" else dtype,
             "disable_shared_experts_fusion": disable_shared_experts_fusion, "batch_sizes": batch_size,
-            "routing": routing, "seed": seed, "separate_down": down, "gpus": _numbers(gpus),
+            "routing": routing, "seed": seed, "separate_down": down, "kernel": kernel, "gpus": _numbers(gpus),
         }  # fmt: skip
         out = out or (None if replay else Path("tuned"))
         session, run = _new(asked, replay, ray, strategy, budget_s, out, shown)
@@ -136,11 +144,12 @@ def _new(
 
 
 def _replayed(asked: Mapping[str, Any], replay: str, ray: str | None) -> tuple[Problem, Evaluator]:
-    """The landscape's own problem, at the batch sizes asked for; a model that is named has to be the one recorded."""
+    """The landscape's own problem, at the batch sizes asked for; a model or kernel that is named has to be the one recorded."""
     from dataclasses import replace
 
     from moelab.tuner.evaluators import load_evaluator
     from moelab.tuner.landscape import load
+    from moelab.tuner.tuned_kernels import kernel_name
 
     landscape = load(replay)
     recorded = landscape.problem
@@ -150,6 +159,7 @@ def _replayed(asked: Mapping[str, Any], replay: str, ray: str | None) -> tuple[P
         batch_sizes=tuple(asked["batch_sizes"] or recorded.batch_sizes),
         seed=asked["seed"],
         separate_down=asked["separate_down"],
+        kernel=kernel_name(asked["kernel"]) if asked["kernel"] else recorded.kernel,
     )
     if ray is not None:
         return problem, load_evaluator("ray")(problem, address=ray, landscape=landscape)
@@ -165,12 +175,13 @@ def _shape(asked: Mapping[str, Any]) -> Any:
 
 def _on_gpu(asked: Mapping[str, Any], ray: str | None, quarantine: Path | None) -> tuple[Problem, Evaluator]:
     from moelab.tuner.evaluators import make_gpu_evaluator
+    from moelab.tuner.problem import EXCHANGE
     from moelab.tuner.starting import gpu_problem
 
     shape = _shape(asked)
     problem = gpu_problem(
         shape, asked["batch_sizes"], routing=_routing(asked["routing"], shape.num_experts), seed=asked["seed"],
-        separate_down=asked["separate_down"],
+        separate_down=asked["separate_down"], kernel=asked["kernel"] or EXCHANGE,
     )  # fmt: skip
     return problem, make_gpu_evaluator(problem, ray=ray, gpus=asked["gpus"], quarantine=quarantine)
 
@@ -245,13 +256,15 @@ def _report(result: TuneResult, run: Path | None, files: list[Path], as_json: bo
         configs = {side: {str(b): c.to_json() for b, c in found.items()} for side, found in result.to_configs().items()}
         printing.print_json(
             {
-                "source": result.source, "run": str(run) if run else None, "files": [str(path) for path in files],
+                "source": result.source, "kernel": result.problem.kernel, "run": str(run) if run else None,
+                "files": [str(path) for path in files],
                 "spent_s": result.spent_s, "timeline": [list(item) for item in result.timeline],
                 "failures": dict(result.failures), "batches": result.rows(), "configs": configs,
             }
         )  # fmt: skip
         return
-    print(f"{result.source}\n")
+    own = result.problem.file_kernel
+    print(f"{result.source}{f', kernel {own}' if own else ''}\n")
     print(printing.table([_shown_row(row) for row in result.rows()]))
     phases = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in result.timeline)
     print(f"\n{_minutes(result.spent_s)} in all: {phases}")

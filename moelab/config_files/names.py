@@ -125,8 +125,9 @@ def file_name(
     """The file's name, as the loader `rules` spells it. device_name: as the driver gives it, or with `_` for spaces.
 
     dtype_selector: one of the rules' dtype_selectors, None for bfloat16 and float16; `dtype_selector` below maps
-    a dtype. block_shape: (n, k) of block-quantised weights. kernel: a kernel beside the exchange kernel, which
-    only moelab looks up (`,kernel=NAME`: no device name has a comma, so no peer can ask for it).
+    a dtype. block_shape: (n, k) of block-quantised weights. kernel: a kernel beside the exchange kernel, by the name of
+    its implementation in `fused_moe`, which only moelab looks up (`,kernel=NAME`: no device name has a comma, so no
+    peer can ask for it).
     Raises ConfigFileError for sizes under 1, an empty device name or a kernel's name that cannot stand there,
     UnknownNameError for another selector.
     """

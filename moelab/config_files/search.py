@@ -94,9 +94,9 @@ def lookup(
     moelab's and sglang's order: the folder of triton_version, then every other version folder, newest first; for
     down=True the same again with the up file's name; then the default rule. vLLM's: the named folder, its own,
     the default rule. In a file the nearest batch size counts. `rules_table()` shows how they differ.
-    device: as the driver gives it. triton_version: "3.6.0". kernel: a kernel beside the exchange kernel, with
-    moelab's rules only. config_dir: what the rules' environment variable would name (for sglang the folder above
-    configs/); default: what it names, or the loader's own folder.
+    device: as the driver gives it. triton_version: "3.6.0". kernel: a kernel beside the exchange kernel, as
+    `fused_moe(impl=...)` names it, with moelab's rules only. config_dir: what the rules' environment variable would name
+    (for sglang the folder above configs/); default: what it names, or the loader's own folder.
     Raises UnknownNameError for unknown rules or selectors, ConfigFileError where the loader itself would end with
     an error, or when the file that should be used is broken: a broken file is never skipped in silence.
     """

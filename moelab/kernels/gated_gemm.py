@@ -176,18 +176,40 @@ def gated_gemm(
     Raises what grouped_gemm does, and UnknownNameError.
     """
     key = gemm_signature(a, w13, alignment, config, bias, topk_weights, out)
-    N, K = checked(
+    N = checked(
         ("gated_gemm", num_pairs, top_k, activation, gated, tma, key),
         lambda: _check(a, w13, alignment, config, num_pairs, top_k, activation, gated, bias, topk_weights, tma, out),
     )
-    num_rows = checks.rows_in_use(alignment, num_pairs)
     if out is None:
-        out = a.new_empty((num_rows, N))
-    if num_pairs == 0:
-        return out
+        out = a.new_empty((checks.rows_in_use(alignment, num_pairs), N))
+    if num_pairs:
+        gated_gemm_unchecked(
+            a, w13, out, alignment, config, num_pairs, top_k, bias, topk_weights, activation, gated, tma
+        )
+    return out
+
+
+def gated_gemm_unchecked(
+    a: Tensor,
+    w13: Tensor,
+    out: Tensor,
+    alignment: Alignment,
+    config: KernelConfig,
+    num_pairs: int,
+    top_k: int,
+    bias: Tensor | None,
+    topk_weights: Tensor | None,
+    activation: str,
+    gated: bool,
+    tma: bool,
+) -> None:
+    """`gated_gemm` of at least one pair, for callers that checked it as a whole."""
+    rows, K = w13.shape[1:]
+    N = rows // 2 if gated else rows
+    num_rows = checks.rows_in_use(alignment, num_pairs)
     (_launch_gated if gated else _launch_activated)(
         (config, top_k, N, K, a.dtype, activation, tma, bias is None, topk_weights is None),
-        (checks.tiles_of(config, num_rows, w13.shape[1]), 1),
+        (checks.tiles_of(config, num_rows, rows), 1),
         (
             a, None if tma else w13, out, bias, topk_weights,
             alignment.sorted_token_ids, alignment.expert_ids, alignment.num_tokens_post_padded,
@@ -196,7 +218,6 @@ def gated_gemm(
         lambda: checks.gemm_constants(config, K, ACTIVATION=activation, TMA=tma, TOP_K=top_k),
         ((1, weight_descriptor(w13, _box(config, gated))),) if tma else (),
     )  # fmt: skip
-    return out
 
 
 def _box(config: KernelConfig, gated: bool) -> tuple[int, int]:
@@ -216,10 +237,10 @@ def _check(
     topk_weights: Tensor | None,
     tma: bool,
     out: Tensor | None,
-) -> tuple[int, int]:
-    """(N, K) of operands that fit together; raises what gated_gemm names."""
+) -> int:
+    """N of operands that fit together; raises what gated_gemm names."""
     check_activation(activation, gated)
-    rows, K = checks.check_gemm(a, w13, alignment, config, num_pairs, top_k, bias, topk_weights)
+    rows, _ = checks.check_gemm(a, w13, alignment, config, num_pairs, top_k, bias, topk_weights)
     checks.check_one_split("gated_gemm", config)
     if gated and rows % 2:
         raise ShapeError(
@@ -235,4 +256,4 @@ def _check(
         check_tma_config(config, w13.dtype)
     N = rows // 2 if gated else rows
     checks.check_out(out, a, (checks.rows_in_use(alignment, num_pairs), N))
-    return N, K
+    return N

@@ -97,14 +97,30 @@ def grouped_gemm_tma(
     (ConfigError). Deterministic.
     """
     key = gemm_signature(a, w, alignment, config, bias, topk_weights, out)
-    N, K = checked(
+    N = checked(
         ("grouped_gemm_tma", num_pairs, top_k, key),
         lambda: _check(a, w, alignment, config, num_pairs, top_k, bias, topk_weights, out),
     )
     if out is None:
         out = a.new_empty((num_pairs, N))
-    if num_pairs == 0:
-        return out
+    if num_pairs:
+        grouped_gemm_tma_unchecked(a, w, out, alignment, config, num_pairs, top_k, bias, topk_weights)
+    return out
+
+
+def grouped_gemm_tma_unchecked(
+    a: Tensor,
+    w: Tensor,
+    out: Tensor,
+    alignment: Alignment,
+    config: KernelConfig,
+    num_pairs: int,
+    top_k: int,
+    bias: Tensor | None,
+    topk_weights: Tensor | None,
+) -> None:
+    """`grouped_gemm_tma` of at least one pair, for callers that checked it as a whole."""
+    N, K = w.shape[1:]
     num_rows = checks.rows_in_use(alignment, num_pairs)
     _launch(
         (config, top_k, N, K, a.dtype, bias is None, topk_weights is None),
@@ -117,7 +133,6 @@ def grouped_gemm_tma(
         lambda: checks.gemm_constants(config, K, TOP_K=top_k),
         ((1, weight_descriptor(w, (config.BLOCK_SIZE_N, config.BLOCK_SIZE_K))),),
     )  # fmt: skip
-    return out
 
 
 def _check(
@@ -130,11 +145,11 @@ def _check(
     bias: Tensor | None,
     topk_weights: Tensor | None,
     out: Tensor | None,
-) -> tuple[int, int]:
-    """(N, K) of operands that fit together; raises what grouped_gemm_tma names."""
-    N, K = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
+) -> int:
+    """N of operands that fit together; raises what grouped_gemm_tma names."""
+    N, _ = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
     checks.check_one_split("grouped_gemm_tma", config)
     check_tma("w", w, (config.BLOCK_SIZE_N, config.BLOCK_SIZE_K))
     check_tma_config(config, w.dtype)
     checks.check_out(out, a, (num_pairs, N))
-    return N, K
+    return N

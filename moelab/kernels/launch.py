@@ -11,7 +11,9 @@ from moelab import runtime
 
 runtime.prepare_triton()
 
-from collections.abc import Callable, Hashable, Mapping, Sequence  # noqa: E402
+import contextlib  # noqa: E402
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence  # noqa: E402
+from contextvars import ContextVar  # noqa: E402
 from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -88,8 +90,12 @@ class Launcher:
         arguments: Sequence[Any],
         instance: Callable[[], Instance],
     ) -> None:
-        self._check_device(first)
         constants, options = instance()
+        made = _compiled_only.get()
+        if made is not None:
+            made.append(self.kernel.warmup(*arguments, grid=grid, **constants, **options))
+            return
+        self._check_device(first)
         # The interpreter's numpy warns of inf and NaN; a GPU does not, and rows of padding hold what memory held.
         with np.errstate(over="ignore", invalid="ignore"):
             compiled = self.kernel[grid](*arguments, **constants, **options)
@@ -98,6 +104,24 @@ class Launcher:
         in_order = [constants[name] for name in self.kernel.arg_names[len(arguments) :]]
         stream_of = triton.runtime.driver.active.get_current_stream
         self._instances[key] = (compiled.run, compiled.function, compiled.packed_metadata, in_order, stream_of)
+
+
+_compiled_only: ContextVar[list[Any] | None] = ContextVar("compiled_only", default=None)
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[list[Any]]:
+    """Inside, a launch over tensors on "meta" compiles its instance and runs nothing; yields the list of Triton's compiled
+    kernels, in launch order. Such tensors count as lying on multiples of 16 bytes, as torch allocates them.
+
+    Under Triton's compiler only: its interpreter has nothing to compile.
+    """
+    made: list[Any] = []
+    token = _compiled_only.set(made)
+    try:
+        yield made
+    finally:
+        _compiled_only.reset(token)
 
 
 _hooks = triton.knobs.runtime

@@ -132,7 +132,7 @@ def sorted_gemm(
     Raises what grouped_gemm does, and UnknownNameError.
     """
     key = gemm_signature(a, w, alignment, config, bias, topk_weights, out)
-    N, K, dtype = checked(
+    N, dtype = checked(
         ("sorted_gemm", num_pairs, combine, top_k, tma, key),
         lambda: _check(a, w, alignment, config, num_pairs, bias, topk_weights, combine, top_k, tma, out),
     )
@@ -140,8 +140,26 @@ def sorted_gemm(
         out = a.new_empty((num_pairs // top_k, N), dtype=dtype)
     if combine != "scatter":
         out.zero_()
-    if num_pairs == 0:
-        return out
+    if num_pairs:
+        sorted_gemm_unchecked(a, w, out, alignment, config, num_pairs, bias, topk_weights, combine, top_k, tma)
+    return out
+
+
+def sorted_gemm_unchecked(
+    a: Tensor,
+    w: Tensor,
+    out: Tensor,
+    alignment: Alignment,
+    config: KernelConfig,
+    num_pairs: int,
+    bias: Tensor | None,
+    topk_weights: Tensor | None,
+    combine: str,
+    top_k: int,
+    tma: bool,
+) -> None:
+    """`sorted_gemm` of at least one pair, for callers that checked it as a whole, and zeroed what is added to."""
+    N, K = w.shape[1:]
     num_rows = checks.rows_in_use(alignment, num_pairs)
     _launch(
         (config, top_k, N, K, a.dtype, combine, tma, bias is None, topk_weights is None),
@@ -154,7 +172,6 @@ def sorted_gemm(
         lambda: checks.gemm_constants(config, K, ATOMIC=combine != "scatter", TMA=tma, TOP_K=top_k),
         _descriptors(a, w, config) if tma else (),
     )  # fmt: skip
-    return out
 
 
 def _descriptors(a: Tensor, w: Tensor, config: KernelConfig) -> tuple[tuple[int, Any], ...]:
@@ -174,8 +191,8 @@ def _check(
     top_k: int,
     tma: bool,
     out: Tensor | None,
-) -> tuple[int, int, torch.dtype]:
-    """(N, K, the result's dtype) of operands that fit together; raises what sorted_gemm names."""
+) -> tuple[int, torch.dtype]:
+    """(N, the result's dtype) of operands that fit together; raises what sorted_gemm names."""
     if combine not in COMBINES:
         raise UnknownNameError(
             f"Unknown combine {combine!r}. Expected one of {', '.join(COMBINES)}.{nearest_names(combine, COMBINES)} Name "
@@ -187,7 +204,7 @@ def _check(
             "sum_reduce, or name an atomic combine."
         )
     rows = checks.rows_in_use(alignment, num_pairs)
-    N, K = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights, a_rows=rows)
+    N, _ = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights, a_rows=rows)
     checks.check_one_split("sorted_gemm", config)
     if tma:
         check_tma("a", a, (config.BLOCK_SIZE_M, config.BLOCK_SIZE_K))
@@ -195,4 +212,4 @@ def _check(
         check_tma_config(config, w.dtype)
     dtype = checks.accumulator_dtype(a.dtype) if combine == "atomic_f32" else a.dtype
     checks.check_out(out, a, (num_pairs // top_k, N), dtype)
-    return N, K, dtype
+    return N, dtype

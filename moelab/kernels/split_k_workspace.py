@@ -172,7 +172,7 @@ def split_k_workspace(
     """
     key = gemm_signature(a, w, alignment, config, bias, topk_weights, out, workspace)
     gated = gated and activation is not None
-    N, K = checked(
+    N = checked(
         ("split_k_workspace", num_pairs, top_k, activation, gated, key),
         lambda: _check(
             a, w, alignment, config, num_pairs, top_k, bias, topk_weights, activation, gated, workspace, out
@@ -182,8 +182,29 @@ def split_k_workspace(
         out = a.new_empty((num_pairs, N // 2 if gated else N))
     if workspace is None:
         workspace = new_workspace(config.SPLIT_K, num_pairs, N, a.dtype, a.device)
-    if num_pairs == 0:
-        return out
+    if num_pairs:
+        split_k_workspace_unchecked(
+            a, w, out, alignment, config, num_pairs, top_k, bias, topk_weights, activation, gated, workspace
+        )
+    return out
+
+
+def split_k_workspace_unchecked(
+    a: Tensor,
+    w: Tensor,
+    out: Tensor,
+    alignment: Alignment,
+    config: KernelConfig,
+    num_pairs: int,
+    top_k: int,
+    bias: Tensor | None,
+    topk_weights: Tensor | None,
+    activation: str | None,
+    gated: bool,
+    workspace: Tensor,
+) -> None:
+    """`split_k_workspace` of at least one pair, for callers that checked it as a whole; gated only with an activation."""
+    N, K = w.shape[1:]
     num_rows = checks.rows_in_use(alignment, num_pairs)
     _partial(
         (config, top_k, N, K, a.dtype, bias is None),
@@ -196,7 +217,6 @@ def split_k_workspace(
         lambda: checks.gemm_constants(config, K, TOP_K=top_k, SPLIT_K=config.SPLIT_K),
     )  # fmt: skip
     _reduce_slices(workspace, out, topk_weights, config.SPLIT_K, activation, gated)
-    return out
 
 
 def _check(
@@ -212,9 +232,9 @@ def _check(
     gated: bool,
     workspace: Tensor | None,
     out: Tensor | None,
-) -> tuple[int, int]:
-    """(N, K) of operands that fit together; raises what split_k_workspace names."""
-    N, K = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
+) -> int:
+    """N of operands that fit together; raises what split_k_workspace names."""
+    N, _ = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
     if activation is not None:
         check_activation(activation, gated)
     if gated and N % 2:
@@ -222,7 +242,7 @@ def _check(
     checks.check_out(out, a, (num_pairs, N // 2 if gated else N))
     if workspace is not None:
         _check_workspace(workspace, config.SPLIT_K * num_pairs * N, a)
-    return N, K
+    return N
 
 
 def _check_workspace(workspace: Tensor, needed: int, a: Tensor) -> None:

@@ -17,7 +17,8 @@ from moelab.tuner.results import TuneResult
 def write(result: TuneResult, rules: str, out: str | Path) -> list[Exported]:
     """Write the winners as the loader `rules` reads them, over older files; GEMM2's of its own where it can ask for them.
 
-    Raises LandscapeError without a winner, and what config_files.export raises.
+    Raises LandscapeError without a winner, and what config_files.export raises: ConfigFileError for the winners of a kernel
+    beside the exchange kernel under a peer's rules, among it.
     """
     if not any(result.to_configs().values()):
         raise LandscapeError(
@@ -34,6 +35,7 @@ def write(result: TuneResult, rules: str, out: str | Path) -> list[Exported]:
             result.problem.device,
             dtype_selector(shape.dtype),
             down=down,
+            kernel=result.problem.file_kernel,
         )
         version = result.problem.triton_version
         written.append(export(configs, name, rules=rules, out=out, triton_version=version, overwrite=True))

@@ -13,6 +13,7 @@ from moelab.config_files import Lookup, dtype_selector, lookup
 from moelab.errors import MoelabError, PrecisionError, RuntimeModeError, UnknownNameError, nearest_names
 from moelab.fused_moe import EXPERIMENTAL, IMPLEMENTATIONS
 from moelab.measure import EagerProtocol, Measurement, measure, measure_eager, tie
+from moelab.pipelines import PIPELINES
 from moelab.routing import make_routing
 from moelab.shapes import MoEShape
 from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
@@ -29,8 +30,9 @@ class Result:
 
     experts_touched, padding: means over the routings that were timed; padding under the config's BLOCK_SIZE_M.
     ceilings: whose floor it is, or why there is none. config, down: the lookups that gave the implementations made of
-    kernels their configs. rows: one per implementation, as `rows_of` has them. protocols: "graph" and "eager" (None if
-    not asked for). provenance: as a recording's.
+    kernels their configs. rows: one per implementation, as `rows_of` has them, and, where its kernel has config files of its
+    own, own_configs: "up" and "down", labels, and "path". protocols: "graph" and "eager" (None if not asked for).
+    provenance: as a recording's.
     """
 
     num_tokens: int
@@ -73,7 +75,12 @@ def bench(
         timing = EagerProtocol(rotations=graphs.rotations) if eager else None
         layer = Layer(shape, num_tokens, graphs.rotations, weights, routing)
         up, down = (_lookup(shape, num_tokens, down=down) for down in (False, True))
-        contenders = {name: layer.whole(up.config, down_config=down.config, impl=name) for name in impls}
+        own = {name: pair for name in impls if (pair := own_lookups(shape, num_tokens, name))}
+        used = {name: own.get(name, (up, down)) for name in impls}
+        contenders = {
+            name: layer.whole(of_up.config, down_config=of_down.config, impl=name)
+            for name, (of_up, of_down) in used.items()
+        }
         judged = judge(layer, contenders)
         run = {name: contenders[name] for name in impls if "refused" not in judged[name]}
         captured = {name: call for name, call in run.items() if name not in NOT_CAPTURABLE}
@@ -82,7 +89,7 @@ def bench(
         floor, source = floor_of(cost_of(layer), shape.dtype)
         results.append(Result(
             num_tokens, routing, layer.experts_touched(), padding_of(layer, up), floor, source, up, down,
-            tuple(rows_of(judged, in_graphs, eagerly, floor)),
+            tuple(row | _own_configs(own.get(row["impl"])) for row in rows_of(judged, in_graphs, eagerly, floor)),
             {"graph": graphs.describe(), "eager": timing.describe() if timing else None}, provenance,
         ))  # fmt: skip
     return results
@@ -110,11 +117,26 @@ def _require_known(impls: Sequence[str]) -> None:
             )
 
 
-def _lookup(shape: MoEShape, num_tokens: int, *, down: bool) -> Lookup:
+def own_lookups(shape: MoEShape, num_tokens: int, impl: str) -> tuple[Lookup, Lookup] | None:
+    """GEMM1's and GEMM2's configs from the kernel's own files; None without such, or for what is made of no kernel of ours."""
+    if impl not in PIPELINES:
+        return None
+    up, down = (_lookup(shape, num_tokens, down=down, kernel=impl) for down in (False, True))
+    return None if up.is_default else (up, down)
+
+
+def _own_configs(own: tuple[Lookup, Lookup] | None) -> dict[str, Any]:
+    if own is None:
+        return {}
+    labels = {gemm: used.config.short() for gemm, used in zip(("up", "down"), own, strict=True) if used.config}
+    return {"own_configs": {**labels, "path": str(own[0].path)}}
+
+
+def _lookup(shape: MoEShape, num_tokens: int, *, down: bool, kernel: str | None = None) -> Lookup:
     return lookup(
         shape.num_experts, shape.moe_intermediate_size, runtime.current().device_name,
         num_tokens=num_tokens, triton_version=runtime.versions()["triton"] or "unknown", down=down,
-        dtype_selector=dtype_selector(shape.dtype),
+        dtype_selector=dtype_selector(shape.dtype), kernel=kernel,
     )  # fmt: skip
 
 

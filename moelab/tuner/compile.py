@@ -2,7 +2,8 @@
 
 A kernel is compiled once for all batch sizes: sizes that follow the batch are not specialised. The processes ask Triton's
 own launcher for the instance (`warmup`), with a driver that only names the target, so that they need no GPU and hold no
-context on it, and the cache entry has the name that a launch with real tensors looks for.
+context on it. They launch by the rig's own functions over tensors on "meta", so that the cache entry has the name that a
+launch with real tensors looks for.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moelab.config import KernelConfig, get_target
-from moelab.errors import UnknownNameError
 from moelab.tuner.child import Channel, Child, load
 from moelab.tuner.crew import Crew, Event
 from moelab.tuner.evaluate import Contender, Stage
 from moelab.tuner.problem import GEMMS, Gemm, Problem
+from moelab.tuner.tuned_kernels import require_tunable, result_columns
+
+if TYPE_CHECKING:
+    from moelab.tuner.launches import GemmLaunch
 
 Kernel = tuple[Gemm, KernelConfig]
 """What is compiled: one config for one GEMM."""
@@ -40,7 +44,8 @@ OWN_ENVIRONMENT: Mapping[str, str | None] = {
 class Compiled:
     """What became of a kernel. seconds: of compiling; failure: a key of FAILURES or None, and its text.
 
-    entry: the name of the cache entry; shared_bytes: shared memory of a block.
+    entry: the name of the cache entry, of the first where a GEMM is several kernels; shared_bytes: shared memory of a block,
+    of the one that takes most.
     """
 
     seconds: float = 0.0
@@ -89,8 +94,8 @@ class TritonCompiler:
 
         from moelab.kernels.aot import _gpu_target
 
-        require_exchange_kernel(problem)
-        self.problem = problem
+        self.problem, self.kernel = problem, require_tunable(problem)
+        self._launch: dict[Gemm, GemmLaunch] = {"up": load(self.kernel.up), "down": load(self.kernel.down)}
         self._limit = get_target(problem.target).shared_memory_per_block
         driver.set_active(_AheadDriver(_gpu_target(problem.target)))
 
@@ -98,46 +103,47 @@ class TritonCompiler:
         """Compile one kernel, unless the cache holds it already."""
         begin = time.perf_counter()
         try:
-            compiled = self.instance(kernel)
+            made = self.instances(kernel)
         except Exception as error:  # a compiler fails with anything: its own errors, ptxas's, assertions, RuntimeError
             return Compiled(time.perf_counter() - begin, "compile", first_words(error))
-        seconds, shared = time.perf_counter() - begin, compiled.metadata.shared
+        seconds, shared = time.perf_counter() - begin, max(one.metadata.shared for one in made)
         if shared > self._limit:
             why = f"{shared} bytes of shared memory, {self.problem.target} gives a block {self._limit}"
-            return Compiled(seconds, "resources", why, compiled.hash, shared)
-        return Compiled(seconds, None, "", compiled.hash, shared)
+            return Compiled(seconds, "resources", why, made[0].hash, shared)
+        return Compiled(seconds, None, "", made[0].hash, shared)
 
-    def instance(self, kernel: Kernel) -> Any:
-        """Triton's compiled kernel, as a launch over this problem's tensors would make it."""
-        from moelab.kernels.grouped_gemm import _grouped_gemm_kernel
-
-        arguments, constants, options = self.launch(kernel)
-        return _grouped_gemm_kernel.warmup(*arguments, grid=(1, 1), **constants, **options)
-
-    def launch(self, kernel: Kernel) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, int]]:
-        """Arguments (a dtype stands for a tensor at a multiple of 16 bytes), constants and options of a launch."""
+    def instances(self, kernel: Kernel) -> list[Any]:
+        """Triton's compiled kernels, as a launch over this problem's tensors would make them, in launch order."""
         import torch
 
         from moelab import runtime
-        from moelab.kernels.checks import gemm_constants
+        from moelab.kernels.checks import accumulator_dtype, rows_in_use
+        from moelab.kernels.launch import compiling
+        from moelab.routing import Alignment, max_padded_pairs
+        from moelab.tuner.launches import extra_of
 
         gemm, config = kernel
-        dtype, i32 = runtime.torch_dtype(self.problem.shape.dtype), torch.int32
-        N, K = self.problem.columns(gemm), self.problem.inner_size(gemm)
-        tensors = (dtype, dtype, dtype, None, torch.float32 if gemm == "down" else None, i32, i32, i32)
-        sizes = (N, K, 1, 1)  # the last two, num_pairs and num_rows, are not specialised
-        top_k = self.problem.shape.top_k if gemm == "up" else 1
-        constants, options = gemm_constants(config, K, TOP_K=top_k)
-        return (*tensors, *sizes), constants, options
+        problem, shape = self.problem, self.problem.shape
+        top_k, rows = shape.top_k, config.BLOCK_SIZE_M
+        dtype = runtime.torch_dtype(shape.dtype)
+        wide = accumulator_dtype(dtype)
+        padded = max_padded_pairs(top_k, rows, shape.num_experts)
 
+        def tensor(*size: int, of: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty(size, dtype=of, device="meta")
 
-def require_exchange_kernel(problem: Problem) -> None:
-    """Raise UnknownNameError for a kernel that cannot be tuned on a device yet."""
-    if problem.kernel != "grouped_gemm":
-        raise UnknownNameError(
-            f"Cannot tune the kernel {problem.kernel!r} on a device. Expected 'grouped_gemm', the kernel that sglang and "
-            "vLLM run. Name that one."
-        )
+        ids, experts, used = (tensor(size, of=torch.int32) for size in (padded, padded // rows, 1))
+        alignment = Alignment(ids, experts, used, rows, top_k, shape.num_experts)
+        K, columns = problem.inner_size(gemm), problem.columns(gemm)
+        inner = rows_in_use(alignment, top_k) if self.kernel.sorted_rows else top_k
+        a, weights = (tensor(1, K), None) if gemm == "up" else (tensor(inner, K), tensor(top_k, of=torch.float32))
+        out = tensor(inner if gemm == "up" else top_k, result_columns(problem, gemm))
+        with compiling() as made:  # one token: what follows the batch size is not specialised
+            self._launch[gemm](
+                a, tensor(shape.num_experts, columns, K), out, alignment,
+                config, top_k, top_k if gemm == "up" else 1, weights, extra_of(problem, gemm, tensor(0, of=wide)),
+            )  # fmt: skip
+        return made
 
 
 def serve(channel: Channel, compiler: str, problem: Problem) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moelab import precision
-from moelab.reference import fused_moe_ref, grouped_gemm_ref
+from moelab.reference import activation_ref, fused_moe_ref, grouped_gemm_ref
 from moelab.routing import Routing
 from moelab.shapes import MoEShape
 from moelab.suites.layer_classic import sample_rows
@@ -67,8 +67,19 @@ def telling_pairs(routing: Routing) -> Tensor:
     return torch.tensor(sorted(pairs), dtype=torch.long, device=routing.topk_ids.device)
 
 
-def gemm_gate(a: Tensor, w: Tensor, routing: Routing, *, top_k: int, weighted: bool) -> Gate:
-    """For a grouped product of a (num_tokens, K) with top_k the layer's, or (pairs, K) with top_k 1."""
+def gemm_gate(
+    a: Tensor,
+    w: Tensor,
+    routing: Routing,
+    *,
+    top_k: int,
+    weighted: bool,
+    activated: tuple[str, bool] | None = None,
+) -> Gate:
+    """For a grouped product of a (num_tokens, K) with top_k the layer's, or (pairs, K) with top_k 1.
+
+    activated: the activation, and whether it is gated, that the kernel applies to its sums; None for none.
+    """
     pairs = telling_pairs(routing)
     ids = routing.topk_ids.flatten()[pairs]
     own = ids[ids >= 0].unique().long()  # float64 copies of the experts that are named, not of all
@@ -77,6 +88,8 @@ def gemm_gate(a: Tensor, w: Tensor, routing: Routing, *, top_k: int, weighted: b
     given: dict[str, Any] = {"top_k": 1, "topk_weights": routing.topk_weights.flatten()[pairs] if weighted else None}
     plain = grouped_gemm_ref(rows, few, local, **given)
     exact = grouped_gemm_ref(rows.double(), few.double(), local, **given)
+    if activated is not None:
+        plain, exact = (activation_ref(x, activated[0], gated=activated[1]) for x in (plain, exact))
     return Gate(pairs, exact, precision.tolerance(plain, exact))
 
 

@@ -16,6 +16,9 @@ Gemm = Literal["up", "down"]
 GEMMS: tuple[Gemm, ...] = ("up", "down")
 """GEMM1 and GEMM2 of the layer, as config files call them."""
 
+EXCHANGE = "grouped_gemm"
+"""The kernel that sglang and vLLM run, whose config files are theirs too."""
+
 Pair = tuple[KernelConfig, KernelConfig]
 """Configs of GEMM1 and GEMM2, which share BLOCK_SIZE_M."""
 
@@ -30,7 +33,7 @@ class Problem:
     shape: sizes per rank, dtype among them. device: as the driver names it. target: its architecture ("sm_90").
     triton_version: decides the folder of the config file. batch_sizes: tokens, ascending. routing: a name that
     `routing.make_routing` takes, or the file of recorded ids. seed: of inputs, of routings, and of the search.
-    kernel: whose configs; "grouped_gemm" is the kernel that sglang and vLLM run. split_k: values of SPLIT_K to try.
+    kernel: whose configs, a name of `tuned_kernels.TUNED`. split_k: values of SPLIT_K to try.
     axes: field of KernelConfig -> values to try, for a grid other than the peers'; None is theirs (space.py).
     separate_down: a config of its own for GEMM2 (the `_down` file); otherwise one config serves both.
     incumbents: label -> batch size -> configs to beat; "default" is the loader's default, "current" what its files
@@ -45,7 +48,7 @@ class Problem:
     batch_sizes: tuple[int, ...] = BATCH_SIZES
     routing: str = "uniform"
     seed: int = 0
-    kernel: str = "grouped_gemm"
+    kernel: str = EXCHANGE
     split_k: tuple[int, ...] = (1,)
     axes: Mapping[str, tuple[int, ...]] | None = None
     separate_down: bool = True
@@ -60,6 +63,11 @@ class Problem:
                 "Expected whole numbers of at least 1. Correct --batch-size, or leave it out for the usual 18."
             )
         object.__setattr__(self, "batch_sizes", tuple(sorted(set(self.batch_sizes))))
+
+    @property
+    def file_kernel(self) -> str | None:
+        """What `kernel=` says in the names of its config files; None for the exchange kernel, whose names lack it."""
+        return None if self.kernel == EXCHANGE else self.kernel
 
     def inner_size(self, gemm: Gemm) -> int:
         """K of that GEMM: hidden_size for "up", moe_intermediate_size for "down"."""
@@ -108,25 +116,29 @@ def find_incumbents(
     *,
     config_dir: str | Path | None = None,
     separate_down: bool = True,
+    kernel: str = EXCHANGE,
 ) -> dict[str, dict[int, Pair]]:
     """What a tuned config has to beat: "default" at every batch size, "current" where a config file has one.
 
+    A kernel beside the exchange kernel has files of its own; where there are none, those of the exchange kernel stand in.
     A `_down` file that disagrees with its up file in BLOCK_SIZE_M cannot run beside it: the up config then stands in.
     Raises ConfigFileError for a broken file: what it would have said is not known.
     """
-    from moelab.config_files import dtype_selector, lookup
+    from moelab.config_files import Lookup, dtype_selector, lookup
 
+    def look_up(num_tokens: int, is_down: bool, whose: str | None) -> Lookup:
+        return lookup(
+            shape.num_experts, shape.moe_intermediate_size, device, num_tokens=num_tokens, down=is_down, kernel=whose,
+            triton_version=triton_version, dtype_selector=dtype_selector(shape.dtype), config_dir=config_dir,
+        )  # fmt: skip
+
+    own = None if kernel == EXCHANGE else kernel
     found: dict[str, dict[int, Pair]] = {"default": {}, "current": {}}
     for num_tokens in batch_sizes:
         default = default_config(num_tokens, shape.num_experts, shape.dtype)
         found["default"][num_tokens] = (default, default)
-        up, down = (
-            lookup(
-                shape.num_experts, shape.moe_intermediate_size, device, num_tokens=num_tokens, down=is_down,
-                triton_version=triton_version, dtype_selector=dtype_selector(shape.dtype), config_dir=config_dir,
-            )
-            for is_down in (False, separate_down)
-        )  # fmt: skip
+        whose = None if own and look_up(num_tokens, False, own).is_default else own
+        up, down = (look_up(num_tokens, is_down, whose) for is_down in (False, separate_down))
         if up.config is not None and not up.is_default:
             fits = down.config is not None and down.config.BLOCK_SIZE_M == up.config.BLOCK_SIZE_M
             found["current"][num_tokens] = (up.config, down.config if fits and down.config else up.config)

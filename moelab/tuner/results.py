@@ -130,7 +130,8 @@ class TuneResult:
         return {side: {b: c for b, c in configs.items() if c is not None} for side, configs in found.items()}
 
     def write(self, out: str | Path) -> list[Path]:
-        """Write the config files into triton_X_Y_Z/ below `out`, as sglang's loader finds them; their paths.
+        """Write the config files into triton_X_Y_Z/ below `out`, as sglang's loader finds them; their paths. Those of a
+        kernel beside the exchange kernel are named `kernel=NAME`, and moelab's loader alone finds them.
 
         Raises LandscapeError if the run is incomplete or no batch size has a winner.
         """
@@ -145,7 +146,7 @@ class TuneResult:
         for side, configs in self.to_configs().items():
             name = file_name(
                 shape.num_experts, shape.moe_intermediate_size, self.problem.device,
-                dtype_selector(shape.dtype), down=side == "down",
+                dtype_selector(shape.dtype), down=side == "down", kernel=self.problem.file_kernel,
             )  # fmt: skip
             folder = Path(out) / runtime.triton_key(self.problem.triton_version)
             written.append(write_config_file(folder / name, configs))

@@ -15,23 +15,28 @@ import torch
 from torch import Tensor
 
 from moelab import runtime
-from moelab.errors import RoutingError
+from moelab.config import KernelConfig
+from moelab.errors import RoutingError, WorkspaceError
 from moelab.inputs import random_tensor, routing_for
 from moelab.kernels import checks
 from moelab.kernels.activation import activation_unchecked
 from moelab.kernels.align import align
-from moelab.kernels.grouped_gemm import grouped_gemm_unchecked
+from moelab.kernels.split_k_workspace import new_workspace
 from moelab.kernels.sum_reduce import sum_reduce_unchecked
 from moelab.measure import rotations_for
 from moelab.roofline import gemm_cost, layer_cost
 from moelab.routing import ROUTINGS, Alignment, Routing, load_routing
 from moelab.suites.layer_classic import protocol_for
 from moelab.suites.stages import weight_sets
-from moelab.tuner.compile import kernels_of, require_exchange_kernel
+from moelab.tuner.child import load
+from moelab.tuner.compile import kernels_of
 from moelab.tuner.evaluate import Contender, Stage
 from moelab.tuner.gate import Gate, gemm_gate, layer_gate
-from moelab.tuner.problem import Problem
-from moelab.tuner.space import grid
+from moelab.tuner.launches import GemmLaunch, extra_of
+from moelab.tuner.problem import GEMMS, Gemm, Problem
+from moelab.tuner.sorted_rows import gathered, laid, places
+from moelab.tuner.space import grid, row_blocks
+from moelab.tuner.tuned_kernels import require_rules, require_tunable, result_columns
 
 MOST_ROTATIONS = 48
 """A batch of one on a fine shard reads so little that more sets of inputs would not pass the cache either."""
@@ -39,7 +44,10 @@ MOST_ROTATIONS = 48
 
 @dataclass
 class Cell:
-    """Inputs of one batch size: `rotations` routings, states (num_tokens, H) and inner activations (pairs, N)."""
+    """Inputs of one batch size: `rotations` routings, states (num_tokens, H) and inner activations (pairs, N).
+
+    For a kernel that sorts rows the inner activations are as many as any alignment takes; see `inner_of`.
+    """
 
     num_tokens: int
     routings: Sequence[Routing]
@@ -47,6 +55,8 @@ class Cell:
     inner: Sequence[Tensor]
     aligned: dict[int, list[Alignment]] = field(default_factory=dict)
     gates: dict[Stage, Gate] = field(default_factory=dict)
+    placed: dict[int, Tensor] = field(default_factory=dict)
+    sorted_inner: dict[int, Sequence[Tensor]] = field(default_factory=dict)
 
     @property
     def rotations(self) -> int:
@@ -59,34 +69,77 @@ class Cell:
             self.aligned[block_size] = [align(r.topk_ids, block_size, experts) for r in self.routings]
         return self.aligned[block_size]
 
+    def places(self, block_size: int) -> Tensor:
+        """(pairs,) where each pair of rotation 0, which alone is checked, lies in sorted rows."""
+        if block_size not in self.placed:
+            self.placed[block_size] = places(self.alignments(block_size)[0], self.routings[0].topk_ids)
+        return self.placed[block_size]
+
+    def inner_of(self, block_size: int) -> Sequence[Tensor]:
+        """GEMM2's input of each rotation, sorted: that of rotation 0 is the pairs' own, others draw what lies in a row."""
+        if block_size not in self.sorted_inner:
+            place = self.places(block_size)
+            rows = checks.rows_in_use(self.alignments(block_size)[0], len(place))
+            first = laid(self.inner[0][: len(place)], place, rows)
+            self.sorted_inner[block_size] = [first, *(inner[:rows] for inner in self.inner[1:])]
+        return self.sorted_inner[block_size]
+
 
 @dataclass(frozen=True)
 class Launch:
-    """A contender ready to run: `run(rotation)` writes all of `written`, of which the last is the result."""
+    """A contender ready to run: `run(rotation)` writes all of `written`, of which the last is the result.
+
+    place: where the result is of sorted rows, the row of each pair of rotation 0.
+    """
 
     run: Callable[[int], None]
     written: tuple[Tensor, ...]
+    place: Tensor | None = None
+
+    def result(self) -> Tensor:
+        """What rotation 0 wrote, in the order of pairs, or of tokens."""
+        return self.written[-1] if self.place is None else gathered(self.written[-1], self.place)
 
 
 class Rig:
-    """See the module. Raises UnknownNameError for another kernel, RoutingError for a routing file that does not fit."""
+    """See the module. Raises what `require_tunable` does, RoutingError for a routing file that does not fit."""
 
     def __init__(self, problem: Problem) -> None:
-        require_exchange_kernel(problem)
-        shape = problem.shape
+        self.kernel, shape = require_tunable(problem), problem.shape
+        self.gemms: dict[Gemm, GemmLaunch] = {"up": load(self.kernel.up), "down": load(self.kernel.down)}
         self.problem, self.shape, self.device = problem, shape, runtime.current().device
         self.dtype = runtime.torch_dtype(shape.dtype)
         self.w13, self.w2 = weight_sets("up", shape), weight_sets("down", shape)
-        tokens = max(problem.batch_sizes)
-        sizes = (problem.columns("up"), shape.moe_intermediate_size, problem.columns("down"))
-        self._buffers = [
-            torch.empty(tokens * shape.top_k * size, dtype=self.dtype, device=self.device) for size in sizes
-        ]
-        self._out = torch.empty(tokens * shape.hidden_size, dtype=self.dtype, device=self.device)
         self._cells: dict[int, Cell] = {}
         incumbents = (pair[0] for pairs in problem.incumbents.values() for pair in pairs.values())
         configs = (*grid(problem.target, problem.split_k, problem.axes), *incumbents)
         self.block_sizes = sorted({config.BLOCK_SIZE_M for config in configs})
+        pairs, N, H = self._most_pairs, shape.moe_intermediate_size, shape.hidden_size
+        up_size = max(map(self._inner_rows, problem.batch_sizes)) * result_columns(problem, "up")
+        sizes = (up_size, 0 if self.kernel.activates else pairs * N, pairs * H, pairs // shape.top_k * H)
+        self._buffers = [torch.empty(size, dtype=self.dtype, device=self.device) for size in sizes]
+        self.workspace = self._new_workspace(max(config.SPLIT_K for config in configs))
+
+    def _new_workspace(self, split_k: int) -> Tensor:
+        """Room for the partial sums of either GEMM at the largest batch size; empty for a kernel that splits nothing."""
+        self._most_splits = split_k
+        columns = max(self.problem.columns(gemm) for gemm in GEMMS) if max(self.kernel.split_k) > 1 else 0
+        return new_workspace(split_k, self._most_pairs, columns, self.dtype, self.device).view(-1)
+
+    def _require_room(self, config: KernelConfig) -> None:
+        splits = config.SPLIT_K
+        if splits > self._most_splits:  # past the workspace's end lie other tensors
+            raise WorkspaceError(
+                f"The config {config.short()} has SPLIT_K = {splits}, and the workspace of this problem holds "
+                f"{self._most_splits} slices. Expected no more than the problem's split_k and incumbents have. Add "
+                f"{splits} to split_k."
+            )
+
+    def _inner_rows(self, num_tokens: int) -> int:
+        """Rows between the GEMMs at most: the pairs, and with sorted rows the padding of any BLOCK_SIZE_M too."""
+        if not self.kernel.sorted_rows:
+            return num_tokens * self.shape.top_k
+        return max(m * row_blocks(self.problem, num_tokens, m) for m in self.block_sizes)
 
     def prepare(self, stage: Stage, num_tokens: int) -> None:
         """Make the inputs, alignments and gate of that stage and batch size, unless they are there."""
@@ -123,20 +176,22 @@ class Rig:
             number = 10_000 * seed + 100 + i
             return random_tensor((rows, width), std, dtype=self.dtype, device=self.device, seed=number)
 
-        pairs = num_tokens * shape.top_k
+        rows = self._inner_rows(num_tokens)
         return Cell(
             num_tokens,
             routings_of(self.problem, num_tokens, count, self.device),
             [draw(num_tokens, shape.hidden_size, 1.0, i) for i in range(count)],
-            [draw(pairs, shape.moe_intermediate_size, 0.5, i) for i in range(count)],
+            [draw(rows, shape.moe_intermediate_size, 0.5, i) for i in range(count)],
         )
 
     def _gate(self, stage: Stage, cell: Cell) -> Gate:
         routing, w13, w2 = cell.routings[0], self.w13[0], self.w2[0]
         if stage == "up":
-            return gemm_gate(cell.states[0], w13, routing, top_k=self.shape.top_k, weighted=False)
+            activated = (self.shape.activation, self.shape.gated) if self.kernel.activates else None
+            return gemm_gate(cell.states[0], w13, routing, top_k=self.shape.top_k, weighted=False, activated=activated)
         if stage == "down":
-            return gemm_gate(cell.inner[0], w2, routing, top_k=1, weighted=True)
+            pairs = cell.num_tokens * self.shape.top_k
+            return gemm_gate(cell.inner[0][:pairs], w2, routing, top_k=1, weighted=True)
         return layer_gate(cell.states[0], w13, w2, routing, self.shape)
 
     def check(self, stage: Stage, num_tokens: int, contender: Contender) -> tuple[str, str] | None:
@@ -146,30 +201,44 @@ class Rig:
         for tensor in launch.written:
             tensor.fill_(float("nan"))
         launch.run(0)
-        return self.cell(num_tokens).gates[stage].verdict(launch.written[-1])
+        return self.cell(num_tokens).gates[stage].verdict(launch.result())
 
     def launch(self, stage: Stage, num_tokens: int, contender: Contender) -> Launch:
-        """A contender over that batch size's inputs. Raises ConfigError for a config that the device cannot take."""
+        """A contender over that batch size's inputs.
+
+        Raises ConfigError for a config that the device or the kernel cannot take, WorkspaceError for a SPLIT_K that is not
+        the problem's.
+        """
         cell, shape = self.cell(num_tokens), self.shape
         for gemm, config in kernels_of(stage, contender):
             checks.checked_config(config, self.dtype, self.problem.inner_size(gemm))
-        pairs, aligned = num_tokens * shape.top_k, cell.alignments(contender[0].BLOCK_SIZE_M)
-        h, act, y = (buffer[: buffer.numel() // self._most_pairs * pairs].view(pairs, -1) for buffer in self._buffers)
+            require_rules(config, gemm, self.problem)
+            self._require_room(config)
         up, down = contender[0], contender[-1]
-        w13, w2 = self.w13, self.w2
+        pairs, aligned = num_tokens * shape.top_k, cell.alignments(up.BLOCK_SIZE_M)
+        is_sorted = self.kernel.sorted_rows
+        rows = checks.rows_in_use(aligned[0], pairs) if is_sorted else pairs
+        widths = (result_columns(self.problem, "up"), shape.moe_intermediate_size, shape.hidden_size, shape.hidden_size)
+        heights = (rows, 0 if self.kernel.activates else pairs, pairs, num_tokens)
+        h, act, y, out = (
+            buffer[: height * width].view(height, width)
+            for buffer, height, width in zip(self._buffers, heights, widths, strict=True)
+        )
+        w13, w2, gemm1, gemm2 = self.w13, self.w2, self.gemms["up"], self.gemms["down"]
+        of_up, of_down = (extra_of(self.problem, gemm, self.workspace) for gemm in GEMMS)
 
         def first(i: int) -> None:
-            grouped_gemm_unchecked(cell.states[i], w13[i % len(w13)], h, aligned[i], up, pairs, shape.top_k, None, None)
+            gemm1(cell.states[i], w13[i % len(w13)], h, aligned[i], up, pairs, shape.top_k, None, of_up)
 
         def second(i: int, inner: Tensor) -> None:
             weights = cell.routings[i].topk_weights
-            grouped_gemm_unchecked(inner, w2[i % len(w2)], y, aligned[i], down, pairs, 1, None, weights)
+            gemm2(inner, w2[i % len(w2)], y, aligned[i], down, pairs, 1, weights, of_down)
 
         if stage == "up":
-            return Launch(first, (h,))
+            return Launch(first, (h,), cell.places(up.BLOCK_SIZE_M) if is_sorted else None)
         if stage == "down":
-            return Launch(lambda i: second(i, cell.inner[i]), (y,))
-        out = self._out[: num_tokens * shape.hidden_size].view(num_tokens, -1)
+            inner = cell.inner_of(down.BLOCK_SIZE_M) if is_sorted else cell.inner
+            return Launch(lambda i: second(i, inner[i]), (y,))
         slots = y.view(num_tokens, shape.top_k, -1)
 
         def layer(i: int) -> None:
@@ -178,6 +247,13 @@ class Rig:
             second(i, act)
             sum_reduce_unchecked(slots, 1.0, out)
 
+        def activated_layer(i: int) -> None:
+            first(i)
+            second(i, h)
+            sum_reduce_unchecked(slots, 1.0, out)
+
+        if self.kernel.activates:
+            return Launch(activated_layer, (h, y, out))
         return Launch(layer, (h, act, y, out))
 
     @property

@@ -17,6 +17,7 @@ from typing import Any
 from moelab.config import KernelConfig, get_target, prunings, violations
 from moelab.errors import ConfigError
 from moelab.tuner.problem import GEMMS, Gemm, Problem
+from moelab.tuner.tuned_kernels import broken_rule
 
 Grid = Mapping[str, tuple[int, ...]]
 
@@ -91,7 +92,7 @@ class Space:
 
 
 def build_space(problem: Problem) -> Space:
-    """The grid of the problem's target, pruned by exact rules for each of its GEMMs."""
+    """The grid of the problem's target, pruned for each GEMM by exact rules: every kernel's, and the problem's kernel's."""
     everything = grid(problem.target, problem.split_k, problem.axes)
     configs: dict[Gemm, tuple[KernelConfig, ...]] = {}
     pruned: dict[Gemm, Mapping[str, int]] = {}
@@ -112,6 +113,8 @@ def _excluded(config: KernelConfig, problem: Problem, gemm: Gemm) -> tuple[str, 
     for sentence in broken:
         reason = next((name for words, name in _REASONS if words in sentence), "other rules")
         return reason, sentence
+    if own := broken_rule(config, gemm, problem):
+        return own
     spills = prunings(config, target=problem.target)
     return (ACCUMULATORS, spills[0]) if spills else None
 

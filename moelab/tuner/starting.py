@@ -12,7 +12,8 @@ from moelab.tuner.evaluate import Evaluator
 from moelab.tuner.evaluators import load_evaluator, make_gpu_evaluator
 from moelab.tuner.header import header_of
 from moelab.tuner.landscape import load
-from moelab.tuner.problem import BATCH_SIZES, Problem, find_incumbents
+from moelab.tuner.problem import BATCH_SIZES, EXCHANGE, Problem, find_incumbents
+from moelab.tuner.tuned_kernels import TUNED, kernel_name, require_tunable
 
 
 def gpu_problem(
@@ -22,11 +23,14 @@ def gpu_problem(
     routing: str = "uniform",
     seed: int = 0,
     separate_down: bool = True,
+    kernel: str = EXCHANGE,
 ) -> Problem:
     """What there is to tune on this machine's GPU, with the configs to beat.
 
-    Raises RuntimeModeError without a GPU, or on one whose limits are not known.
+    kernel: a name of `tuned_kernels.TUNED`, or of the implementation of `fused_moe` that runs it.
+    Raises RuntimeModeError without a GPU, or on one whose limits are not known; what `require_tunable` raises.
     """
+    kernel = kernel_name(kernel)
     mode = runtime.current()
     if mode.mode != "gpu":
         raise RuntimeModeError(
@@ -42,11 +46,13 @@ def gpu_problem(
             "its shared memory there."
         )
     version, sizes = runtime.triton_version() or "unknown", tuple(batch_sizes or BATCH_SIZES)
-    incumbents = find_incumbents(shape, mode.device_name, version, sizes, separate_down=separate_down)
-    return Problem(
-        shape, mode.device_name, target.name, version, sizes, routing=routing, seed=seed, separate_down=separate_down,
-        incumbents=incumbents,
+    incumbents = find_incumbents(shape, mode.device_name, version, sizes, separate_down=separate_down, kernel=kernel)
+    problem = Problem(
+        shape, mode.device_name, target.name, version, sizes, routing=routing, seed=seed, kernel=kernel,
+        split_k=TUNED[kernel].split_k, separate_down=separate_down, incumbents=incumbents,
     )  # fmt: skip
+    require_tunable(problem)
+    return problem
 
 
 def evaluator_of(run: str | Path, problem: Problem, *, ray: str | None = None, gpus: Sequence[int] = (0,)) -> Evaluator:

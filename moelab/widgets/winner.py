@@ -122,7 +122,7 @@ def _retimed(finals: Finals, num_tokens: int, pair: Pair) -> str:
     from moelab.tuner.evaluators import make_gpu_evaluator
     from moelab.tuner.starting import gpu_problem
 
-    problem = gpu_problem(finals.problem.shape, [num_tokens])
+    problem = gpu_problem(finals.problem.shape, [num_tokens], kernel=finals.problem.kernel)
     won = finals.winner(num_tokens)
     pairs = dict.fromkeys([pair, *([(won.up, won.down)] if won.up and won.down else [])])
     evaluator = make_gpu_evaluator(problem)
