@@ -176,3 +176,25 @@ def test_export_says_which_keys_it_does_not_write(run, tmp_path: Path) -> None:
     status, _, err = run("export", str(tree), "--rules", "moelab", "--out", str(tmp_path / "out"))
     assert status == 0 and err.count("left out USE_TMA at") == len(files) == 2 and "of 18 batch sizes" in err
     assert not any("USE_TMA" in path.read_text() for path in (tmp_path / "out").rglob("*.json"))
+
+
+def test_explain_says_what_fast_runs(run) -> None:
+    scout = (
+        "explain",
+        "--model",
+        "llama-4-scout",
+        "--tp-size",
+        "4",
+        "--disable-shared-experts-fusion",
+        "--kernel",
+        "fast",
+    )
+    status, out, _ = run(*scout, "--batch-size", "1")
+    assert status == 0 and out.startswith("classic: GEMM1 has at most 32 tiles")
+    status, out, _ = run(*scout, "--batch-size", "4096", "--json")
+    said = json.loads(out)
+    assert (
+        status == 0
+        and said["instance"]["tokens"] == 176
+        and said["reason"].startswith("one launch: 256 rows an expert")
+    )

@@ -158,7 +158,9 @@ def explain(
     down: Annotated[bool, typer.Option("--down", help="The config of GEMM2.")] = False,
     kernel: Annotated[
         str | None,
-        typer.Option("--kernel", help="Of a kernel with files of its own, as tma; default: sglang's and vLLM's."),
+        typer.Option(
+            "--kernel", help="One with files of its own, as tma, or fast, which has none; default: sglang's and vLLM's."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -167,6 +169,8 @@ def explain(
 
     kernel = None if kernel == "triton" else kernel
     found = _load(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
+    if kernel == "fast":
+        return config_commands.explain_fast(found, batch_size, as_json)
     device = device or _this_gpu()
     if device is None:
         raise DeviceError(

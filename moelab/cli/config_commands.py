@@ -1,4 +1,4 @@
-"""`moelab export` and `moelab doctor`: configs handed to a loader, and trees of configs looked over."""
+"""`moelab export` and `moelab doctor`: configs handed to a loader, and trees of configs looked over; what "fast" chooses."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from moelab.errors import ConfigFileError, MoelabError
 
 if TYPE_CHECKING:
     from moelab.config_files import Exported, Finding, Report, Source
+    from moelab.shapes import MoEShape
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -23,6 +24,20 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this module to the command line."""
     app.command()(export)
     app.command()(doctor)
+
+
+def explain_fast(found: MoEShape, num_tokens: int, as_json: bool) -> None:
+    """What `fused_moe(impl="fast")` runs for a batch, and why: it reads no files."""
+    from dataclasses import asdict
+
+    from moelab.pipelines.fast import choose
+
+    choice = choose(num_tokens, found.top_k, found.num_experts, found.moe_intermediate_size)
+    if as_json:
+        instance = None if choice.instance is None else asdict(choice.instance)
+        printing.print_json({"kernel": "fast", "instance": instance, "reason": choice.reason})
+    else:
+        print(choice.reason)
 
 
 def export(
