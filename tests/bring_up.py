@@ -11,9 +11,20 @@ import os
 import subprocess
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moelab.kernels.fast_instances import Instance
 
 DEADLINE_S = 120
 SIZES = ((1, 8, 2, 128, 64), (20, 6, 2, 256, 128), (300, 5, 2, 264, 200), (2000, 8, 2, 512, 384))
+
+
+def forms() -> list[Instance]:
+    """The instances in use, and the candidates whose blocks share weights."""
+    from moelab.suites.fast_choice import ALL, CANDIDATES
+
+    return [*ALL, *(each for each in CANDIDATES if each.cluster > 1)]
 
 
 def part(number: int, parts: int, sizes: tuple[int, ...]) -> str:
@@ -23,7 +34,6 @@ def part(number: int, parts: int, sizes: tuple[int, ...]) -> str:
     from moelab.inputs import make_inputs
     from moelab.kernels import fast_layer as room
     from moelab.kernels.expert_order import expert_order
-    from moelab.kernels.fast_instances import ALL
     from moelab.pipelines.fast import tiles_for
     from moelab.shapes import MoEShape
 
@@ -31,7 +41,8 @@ def part(number: int, parts: int, sizes: tuple[int, ...]) -> str:
     shape = MoEShape.from_sizes(num_experts=experts, top_k=top_k, hidden_size=hidden, moe_intermediate_size=size)
     i = make_inputs(shape, num_tokens, dtype=torch.bfloat16, device="cuda", seed=3)
     ids = i.topk_ids.int()
-    tiles = tiles_for(expert_order(ids, experts), ALL[number], hidden)
+    instance = forms()[number]
+    tiles = tiles_for(expert_order(ids, experts), instance, hidden)
     slots = tiles.sorted_slots.long()
     expert = ids.flatten()[slots].long()
     rows = i.hidden_states.double()[slots // top_k]
@@ -51,7 +62,7 @@ def part(number: int, parts: int, sizes: tuple[int, ...]) -> str:
         i.topk_weights,
         ids,
         tiles,
-        ALL[number],
+        instance,
         parts=parts,
         scratch=scratch,
     )
@@ -73,10 +84,8 @@ def started(number: int) -> subprocess.Popen[str]:
 
 
 def main() -> int:
-    """Every instance, in processes side by side; 1 if anything is off."""
-    from moelab.kernels.fast_instances import ALL
-
-    running = {each: started(number) for number, each in enumerate(ALL)}
+    """Every form, in processes side by side; 1 if anything is off."""
+    running = {each: started(number) for number, each in enumerate(forms())}
     end, failed = time.monotonic() + DEADLINE_S, False
     for instance, process in running.items():
         try:

@@ -22,9 +22,9 @@ from moelab.kernels.token_tiles import TokenTiles
 HERE = Path(__file__).parent / "emulator"
 MAIN = """
 #include "{source}"
-extern "C" void run(const TensorMap* maps, const void* layer, int blocks) {{
+extern "C" void run(const TensorMap* maps, const void* layer, int blocks, int late) {{
     typedef {storage} T;
-    emulated::launch(blocks, {threads}, sizeof(Shared<{shape}>), [=] {{
+    emulated::launch(blocks, {threads}, sizeof(Shared<{shape}>), {cluster}, late, [=] {{
         {expression}(maps[0], maps[1], maps[2], *static_cast<const Layer<T>*>(layer));
     }});
 }}
@@ -52,9 +52,21 @@ class EmulatedMap(ctypes.Structure):
 
 
 @functools.cache
-def built(instance: Instance, dtype: torch.dtype) -> ctypes.CDLL:
+def built(instance: Instance, dtype: torch.dtype, source: Path = SOURCE) -> ctypes.CDLL:
     """That instance as a shared library."""
-    return ctypes.CDLL(str(compiled(instance, dtype)))
+    return ctypes.CDLL(str(compiled(instance, dtype, source)))
+
+
+def altered(folder: Path, *changes: tuple[str, str, str]) -> Path:
+    """The source with some of its text replaced: (file, old, new), each old found once. For tests that must be able to fail."""
+    for path in [SOURCE, *SOURCE.parent.glob("*.cuh")]:
+        (folder / path.name).write_text(path.read_text())
+    for name, old, new in changes:
+        text = (folder / name).read_text()
+        if text.count(old) != 1:
+            raise ValueError(f"{name} holds {old!r} {text.count(old)} times. Expected once. Write the change anew.")
+        (folder / name).write_text(text.replace(old, new))
+    return folder / SOURCE.name
 
 
 def compiled(instance: Instance, dtype: torch.dtype, source: Path = SOURCE, *, races: bool = False) -> Path:
@@ -62,7 +74,7 @@ def compiled(instance: Instance, dtype: torch.dtype, source: Path = SOURCE, *, r
     folder = Path(tempfile.mkdtemp(prefix="moelab-emulated-"))
     text = MAIN.format(
         source=source, storage=STORAGE[dtype][0], threads=instance.threads, shape=instance.shape,
-        expression=instance.expression(dtype),
+        expression=instance.expression(dtype), cluster=instance.cluster,
     )  # fmt: skip
     (folder / "main.cpp").write_text(text)
     command = ["g++", "-std=c++20", "-O1", "-DMOELAB_EMULATED", f"-I{HERE}", f"-I{SOURCE.parent}", "-shared"]
@@ -100,13 +112,15 @@ def arguments_of(
     return maps, arguments, [x, w13, w2, inner, y, out, ready, topk_weights, topk_ids, *tiles[:3]]
 
 
-def run_layer(*given: Any, blocks: int = 2, timeout_s: float = 240.0, **options: Any) -> tuple[Tensor, ...]:
-    """(out, inner, y, ready) of one emulated launch of what `arguments_of` takes."""
+def run_layer(
+    *given: Any, blocks: int = 2, late: int = -1, timeout_s: float = 240.0, source: Path = SOURCE, **options: Any
+) -> tuple[Tensor, ...]:
+    """(out, inner, y, ready) of one emulated launch, by `source`, of what `arguments_of` takes; late: a rank in clusters."""
     maps, arguments, tensors = arguments_of(*given, **options)
-    library = built(given[6], given[0].dtype)
+    library = built(given[6], given[0].dtype, source)
     child = os.fork()
     if not child:
-        library.run(maps, ctypes.byref(arguments), blocks)
+        library.run(maps, ctypes.byref(arguments), blocks, late)
         os._exit(0)
     end = time.monotonic() + timeout_s
     while True:

@@ -53,10 +53,12 @@ from moelab.errors import (
     WorkspaceError,
 )
 from moelab.fused_moe import IMPLEMENTATIONS, fused_moe
+from moelab.kernels import fast_layer
 from moelab.kernels.activation import activation
 from moelab.kernels.align import align
 from moelab.kernels.descriptors import check_tma, check_tma_config, weight_descriptor
 from moelab.kernels.expert_order import expert_order, new_expert_order
+from moelab.kernels.fast_instances import Instance
 from moelab.kernels.from_file import load_kernels
 from moelab.kernels.gated_gemm import gated_gemm
 from moelab.kernels.grouped_gemm import grouped_gemm
@@ -916,6 +918,12 @@ TUNER = [
         lambda f: handover.write(nothing_won(), "moelab", f),
         LandscapeError,
         ("no winner to write",),
+    ),
+    Row(
+        "a cluster that fits nowhere",
+        lambda _: fast_layer.grid_of(Instance(2, 2, 4, 176, 16, 16, cluster=2), 132, 0),
+        RuntimeModeError,
+        ("no cluster of 2 blocks", "cluster=1"),
     ),
     Row("a replay, frozen", lambda f: landscape.freeze(a_journal(f / "a")), LandscapeError, ("not a measurement",)),
 ]

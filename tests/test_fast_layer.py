@@ -3,65 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
 
 import emulated_gpu
 import pytest
 import torch
+from fast_cases import CLUSTERS, MIDDLE, MIDDLE_PAIR, SMALL, SMALL_PAIR, WIDE, compare, needs_compiler, ordered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moelab import reference
 from moelab.config import TARGETS
 from moelab.errors import DtypeError, RuntimeModeError, ShapeError
 from moelab.kernels import cubin, fast_layer, nvrtc
 from moelab.kernels.fast_instances import ALL, INSTANCES, Instance, instance_for
 from moelab.kernels.fast_layer import check_fast_layer
-from moelab.kernels.token_tiles import TokenTiles, token_tiles_ref
-
-needs_compiler = pytest.mark.skipif(
-    not shutil.which("g++") and not os.environ.get("CI"), reason="needs g++, which emulates the chip"
-)
-
-
-def ordered(topk_ids: torch.Tensor, num_experts: int, instance: Instance, hidden: int = 64) -> TokenTiles:
-    flat = topk_ids.flatten()
-    slots = torch.argsort(torch.where(flat < 0, num_experts, flat), stable=True).int()
-    counts = torch.bincount(flat[flat >= 0].long(), minlength=num_experts)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]).int()
-    return token_tiles_ref(
-        slots, offsets, instance.tokens, 16 if instance.tokens % 16 == 0 else 8, instance.column_counters(hidden)
-    )
-
-
-def compare(
-    instance: Instance, num_tokens: int, experts: int, top_k: int, hidden: int, size: int, *,
-    dtype: torch.dtype = torch.float16, blocks: int = 2, ids: torch.Tensor | None = None, on_input: bool = False,
-) -> None:  # fmt: skip
-    """One emulated layer against float64, within twice the error of torch's own layer in that dtype."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(num_tokens, hidden, generator=g).to(dtype)
-    w13 = (torch.randn(experts, 2 * size, hidden, generator=g) * hidden**-0.5).to(dtype)
-    w2 = (torch.randn(experts, hidden, size, generator=g) * size**-0.5).to(dtype)
-    if ids is None:
-        ids = torch.stack([torch.randperm(experts, generator=g)[:top_k] for _ in range(num_tokens)]).int()
-    weights = torch.rand(num_tokens, top_k, generator=g)
-    tiles = ordered(ids, experts, instance, hidden)
-    out, _, _, ready = emulated_gpu.run_layer(
-        x, w13, w2, weights, ids, tiles, instance, scale=1.5, weights_on_input=on_input, blocks=blocks
-    )
-    options = {"routed_scaling_factor": 1.5, "apply_router_weight_on_input": on_input}
-    truth = reference.fused_moe_ref(*(t.double() for t in (x, w13, w2, weights)), ids, **options)
-    own = reference.fused_moe_ref(x, w13, w2, weights, ids, **options)
-    error, allowed = (out.double() - truth).abs().max(), 2 * (own.double() - truth).abs().max()
-    assert error <= allowed + 1e-6, (error, allowed)
-    assert not ready.any()  # left as it was found
-
-
-SMALL = Instance(1, 1, 3, 16, 8, 8, per_processor=2)
-MIDDLE = Instance(2, 1, 3, 64, 16, 16)
-WIDE = Instance(2, 2, 2, 176, 48, 16)
 
 
 @needs_compiler
@@ -83,36 +37,40 @@ def test_the_layer_is_right_and_ends(instance: Instance, sizes: tuple[int, ...],
 
 
 @needs_compiler
-def test_in_bfloat16() -> None:
-    compare(MIDDLE, 20, 3, 2, 128, 64, dtype=torch.bfloat16)
+@pytest.mark.parametrize("instance", [MIDDLE, MIDDLE_PAIR])
+def test_in_bfloat16(instance: Instance) -> None:
+    compare(instance, 20, 3, 2, 128, 64, dtype=torch.bfloat16)
 
 
 @needs_compiler
-@pytest.mark.parametrize("instance", [SMALL, MIDDLE])
+@pytest.mark.parametrize("instance", [SMALL, MIDDLE, SMALL_PAIR, MIDDLE_PAIR])
 def test_weights_on_the_input(instance: Instance) -> None:
     compare(instance, 20, 3, 1, 128, 64, on_input=True)
 
 
 @needs_compiler
-def test_slots_of_other_ranks_count_nothing() -> None:
+@pytest.mark.parametrize("instance", [SMALL, SMALL_PAIR])
+def test_slots_of_other_ranks_count_nothing(instance: Instance) -> None:
     ids = torch.tensor([[0, -1], [-1, -1], [1, 0], [-1, 1]], dtype=torch.int32)
-    compare(SMALL, 4, 3, 2, 64, 64, ids=ids)
-    compare(SMALL, 2, 3, 2, 64, 64, ids=torch.full((2, 2), -1, dtype=torch.int32))
+    compare(instance, 4, 3, 2, 64, 64, ids=ids)
+    compare(instance, 2, 3, 2, 64, 64, ids=torch.full((2, 2), -1, dtype=torch.int32))
 
 
 @needs_compiler
-def test_one_expert_that_takes_all() -> None:
-    compare(MIDDLE, 90, 6, 1, 64, 64, ids=torch.full((90, 1), 4, dtype=torch.int32), blocks=4)
+@pytest.mark.parametrize("instance", [MIDDLE, MIDDLE_PAIR])
+def test_one_expert_that_takes_all(instance: Instance) -> None:
+    compare(instance, 90, 6, 1, 64, 64, ids=torch.full((90, 1), 4, dtype=torch.int32), blocks=4)
 
 
 @needs_compiler
-def test_the_same_bits_every_time() -> None:
+@pytest.mark.parametrize(("instance", "grids"), [(SMALL, (1, 2, 4)), (SMALL_PAIR, (2, 4, 8))])
+def test_the_same_bits_every_time(instance: Instance, grids: tuple[int, ...]) -> None:
     g = torch.Generator().manual_seed(1)
     x, weights = torch.randn(33, 64, generator=g).half(), torch.rand(33, 2, generator=g)
     w13, w2 = torch.randn(4, 128, 64, generator=g).half(), torch.randn(4, 64, 64, generator=g).half()
     ids = torch.stack([torch.randperm(4, generator=g)[:2] for _ in range(33)]).int()
-    tiles = ordered(ids, 4, SMALL)
-    runs = [emulated_gpu.run_layer(x, w13, w2, weights, ids, tiles, SMALL, blocks=blocks)[0] for blocks in (1, 2, 4)]
+    tiles = ordered(ids, 4, instance)
+    runs = [emulated_gpu.run_layer(x, w13, w2, weights, ids, tiles, instance, blocks=blocks)[0] for blocks in grids]
     assert runs[0].equal(runs[1]) and runs[0].equal(runs[2])
 
 
@@ -128,7 +86,7 @@ def test_a_wait_that_never_ends_is_seen() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("instance", [SMALL, MIDDLE])
+@pytest.mark.parametrize("instance", [SMALL, MIDDLE, MIDDLE_PAIR])
 def test_sizes_are_those_of_the_source(instance: Instance) -> None:
     library = emulated_gpu.built(instance, torch.float16)
     assert library.shared_bytes() == instance.shared_bytes
@@ -137,7 +95,11 @@ def test_sizes_are_those_of_the_source(instance: Instance) -> None:
 
 @pytest.mark.parametrize(
     ("instance", "dtype"),
-    [*((each, torch.bfloat16) for each in ALL), (INSTANCES[8], torch.float16), (INSTANCES[48], torch.float16)],
+    [
+        *((each, torch.bfloat16) for each in (*ALL, *CLUSTERS)),
+        (INSTANCES[8], torch.float16),
+        (INSTANCES[48], torch.float16),
+    ],
     ids=str,
 )
 def test_instances_compile_for_hopper(instance: Instance, dtype: torch.dtype) -> None:

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import emulated_gpu
@@ -29,23 +30,26 @@ def move(buffer, places):
         struct.pack_into("Q", buffer, place, struct.unpack_from("Q", buffer, place)[0] + ctypes.addressof(data))
 move(maps, range(0, 3 * MAP, MAP))
 move(arguments, range(0, 80, 8))
-ctypes.CDLL(library).run(maps, arguments, 2)
+ctypes.CDLL(library).run(maps, arguments, BLOCKS, -1)
 print("done")
 """
 INSTANCE = Instance(2, 1, 2, 32, 16, 16)
+PAIR = replace(INSTANCE, cluster=2)
 
 
-def launch_files(folder: Path) -> list[str]:
-    """A launch whose two blocks have three tiles of GEMM2 each.
+def launch_files(folder: Path, instance: Instance) -> list[str]:
+    """A launch whose two blocks, or clusters, have three tiles of GEMM2 each; of the last expert the second block has no rows.
 
     Experts have whole boxes of rows: TMA reads the rows past a tile's last as well, which another block may just be
     writing. They become columns of the product that nobody reads.
     """
     x, w13, w2 = torch.rand(32, 264).half() / 16, torch.rand(2, 80, 264).half(), torch.rand(2, 264, 40).half()
-    ids = torch.tensor([[0, 1]] * 32, dtype=torch.int32)
-    slots = torch.cat([torch.arange(0, 64, 2), torch.arange(1, 64, 2)]).int()
-    tiles = token_tiles_ref(slots, torch.tensor([0, 32, 64], dtype=torch.int32), 32, 16)
-    maps, arguments, tensors = emulated_gpu.arguments_of(x, w13, w2, torch.rand(32, 2), ids, tiles, INSTANCE)
+    first = 32 if instance.cluster == 1 else 48  # rows of expert 0
+    ids = torch.arange(64).view(2, 32).T.ge(first).int()
+    slots = torch.argsort(ids.flatten(), stable=True).int()
+    offsets = torch.tensor([0, first, 64], dtype=torch.int32)
+    tiles = token_tiles_ref(slots, offsets, instance.tile_rows, 16 * instance.cluster)
+    maps, arguments, tensors = emulated_gpu.arguments_of(x, w13, w2, torch.rand(32, 2), ids, tiles, instance)
     piece, moved = b"", {}
     for tensor in tensors:
         moved[tensor.data_ptr()] = len(piece)
@@ -64,7 +68,7 @@ def launch_files(folder: Path) -> list[str]:
     return paths
 
 
-def races_of(source: Path, folder: Path) -> str:
+def races_of(source: Path, folder: Path, instance: Instance = INSTANCE) -> str:
     """What ThreadSanitizer says of that launch."""
     found = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True).stdout
     # Its shadow memory wants addresses that newer kernels' randomisation may have taken.
@@ -73,9 +77,10 @@ def races_of(source: Path, folder: Path) -> str:
     probe = subprocess.run([*command, "print('up')"], capture_output=True, text=True, env=environment, check=False)
     if probe.stdout != "up\n":
         pytest.skip(f"ThreadSanitizer does not start here: {(probe.stderr or 'no message')[:200]}")
-    library = emulated_gpu.compiled(INSTANCE, torch.float16, source, races=True)
+    library = emulated_gpu.compiled(instance, torch.float16, source, races=True)
     child = CHILD.replace("MAP", str(ctypes.sizeof(emulated_gpu.EmulatedMap)))
-    arguments = [*command, child, str(library), *launch_files(folder)]
+    child = child.replace("BLOCKS", str(2 * instance.cluster))
+    arguments = [*command, child, str(library), *launch_files(folder, instance)]
     run = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=True, timeout=300)
     return run.stdout + run.stderr
 
@@ -84,18 +89,24 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++, 
 
 
 @needs_compiler
-def test_no_two_threads_race(tmp_path: Path) -> None:
-    said = races_of(SOURCE, tmp_path)
+@pytest.mark.parametrize("instance", [INSTANCE, PAIR], ids=str)
+def test_no_two_threads_race(tmp_path: Path, instance: Instance) -> None:
+    said = races_of(SOURCE, tmp_path, instance)
     assert "data race" not in said and said.startswith("done"), said[:4000]
 
 
 @needs_compiler
 def test_a_barrier_that_is_missing_is_seen(tmp_path: Path) -> None:
     barrier = "    named_barrier(CONSUMERS + threadIdx.x / 128 - 1, 128);\n    if (threadIdx.x % 128 == 0) add_release"
-    for path in [SOURCE, *SOURCE.parent.glob("*.cuh")]:
-        (tmp_path / path.name).write_text(path.read_text())
-    sums = tmp_path / "fast_sums.cuh"
-    text = sums.read_text()
-    assert text.count(barrier) == 1
-    sums.write_text(text.replace(barrier, barrier.splitlines()[1]))
-    assert "data race" in races_of(tmp_path / SOURCE.name, tmp_path)
+    source = emulated_gpu.altered(tmp_path, ("fast_sums.cuh", barrier, barrier.splitlines()[1]))
+    assert "data race" in races_of(source, tmp_path)
+
+
+@needs_compiler
+def test_a_stage_that_the_other_block_still_reads_is_seen(tmp_path: Path) -> None:
+    """The other block of a cluster is told of a stage as it fills, before it is read."""
+    filled = "        barrier_wait(&shared.full[ring.stage], ring.phase);\n"
+    early = f"{filled}        if (threadIdx.x % 32 == 0) barrier_arrive_at(&shared.empty[ring.stage], 1 - cluster_rank());\n"
+    both, own = "if (lane < S::CLUSTER) barrier_arrive_at(empty, lane);", "if (lane == 0) barrier_arrive(empty);\n"
+    source = emulated_gpu.altered(tmp_path, ("fast_layer.cu", filled, early), ("fast_layer.cu", both, own))
+    assert "data race" in races_of(source, tmp_path, PAIR)

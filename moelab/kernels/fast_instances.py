@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -20,7 +20,8 @@ class Instance:
 
     warpgroups: that multiply, each row_blocks times 64 weight rows. stages: buffers of 64 elements of K in the ring.
     tokens: most rows of a tile. grain: a tile of fewer rows is multiplied as tokens less a multiple of it. box: rows that
-    one TMA load of tokens brings. per_processor: blocks on a multiprocessor.
+    one TMA load of tokens brings. per_processor: blocks on a multiprocessor. cluster: blocks, 1 or 2, that share the weights they
+    read, each for its part of a tile of as many times more tokens.
     """
 
     warpgroups: int
@@ -30,6 +31,12 @@ class Instance:
     grain: int
     box: int
     per_processor: int = 1
+    cluster: int = 1
+
+    def __repr__(self) -> str:
+        """Without a cluster of one block: recordings name forms so that are older than clusters."""
+        named = [f"{each.name}={getattr(self, each.name)}" for each in fields(self)]
+        return f"Instance({', '.join(named[:-1] if self.cluster == 1 else named)})"
 
     @property
     def threads(self) -> int:
@@ -40,6 +47,11 @@ class Instance:
     def rows(self) -> int:
         """Weight rows of a tile."""
         return self.warpgroups * self.row_blocks * 64
+
+    @property
+    def tile_rows(self) -> int:
+        """Most rows of a tile, which the blocks of a cluster split between them."""
+        return self.tokens * self.cluster
 
     @property
     def shared_bytes(self) -> int:
@@ -59,8 +71,7 @@ class Instance:
     @property
     def shape(self) -> str:
         """As fast_tiles.cuh spells it."""
-        numbers = (self.warpgroups, self.row_blocks, self.stages, self.tokens, self.grain, self.box, self.per_processor)
-        return f"Shape<{', '.join(map(str, numbers))}>"
+        return f"Shape<{', '.join(str(getattr(self, each.name)) for each in fields(self))}>"
 
     def expression(self, dtype: torch.dtype) -> str:
         """The template instance to compile, as NVRTC names it."""

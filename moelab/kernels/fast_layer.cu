@@ -11,6 +11,10 @@
 // A tile of GEMM2 waits until the tiles of GEMM1 with the same tokens are done (ready[]). That cannot hang: every block
 // takes tiles in the same order, and all blocks of the launch are on the chip at once. The sums wait for all of GEMM2.
 //
+// The blocks of a cluster, where there are two, take the same tile of weight rows for two halves of a record of tokens. Each
+// loads half of those rows and sends them to both, so a stage is filled again only when the consumers of both have left it.
+// Where a record has few rows, the second block has none: it takes its part in all this, and stores nothing.
+//
 // Gate and up rows reach shared memory in alternate groups of eight (the layout of the w13 tensor map), so that one thread
 // holds the gate and the up value of one element.
 //
@@ -18,20 +22,31 @@
 
 #include "fast_sums.cuh"
 
-// One thread: the weights of every tile, stage after stage.
+// A box of weights to this block, or to all of its cluster.
+template <typename S, typename... C>
+DEVICE void load_weights(uint8_t* to, const TensorMap* map, uint64_t* full, C... coordinates) {
+    if constexpr (S::CLUSTER == 1)
+        tma_load(to, map, full, coordinates...);
+    else
+        tma_multicast(to, map, full, (1 << S::CLUSTER) - 1, coordinates...);
+}
+
+// One thread: the weights of every tile, stage after stage; of them this block's part, to all blocks of the cluster.
 template <typename S, typename T>
 DEVICE void stream_weights(Shared<S>& shared, const Layer<T>& layer, const TensorMap* w13, const TensorMap* w2) {
+    constexpr int PART = S::ROWS / S::CLUSTER;
+    const int first = S::CLUSTER > 1 ? cluster_rank() * PART : 0;
     Ring<S::STAGES> ring;
     for (Walk<S, T> walk(layer); walk.step();)
         for (int step = 0; step < walk.k_steps(); ++step, ring.advance()) {
             uint64_t* full = &shared.full[ring.stage];
-            uint8_t* to = shared.weights[ring.stage];
+            uint8_t* to = shared.weights[ring.stage] + first * ROW_BYTES;
             barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
             barrier_arrive_expect(full, sizeof(shared.weights[0]));
             if (walk.gemm == 0)
-                tma_load(to, w13, full, step * K_STEP, 0, 0, walk.weights * (S::ROWS / 16), walk.tile.expert);
+                load_weights<S>(to, w13, full, step * K_STEP, 0, 0, walk.weights * (S::ROWS / 16) + first / 16, walk.tile.expert);
             else
-                tma_load(to, w2, full, step * K_STEP, walk.weights * S::ROWS, walk.tile.expert);
+                load_weights<S>(to, w2, full, step * K_STEP, walk.weights * S::ROWS + first, walk.tile.expert);
         }
 }
 
@@ -43,7 +58,7 @@ DEVICE void gather_tokens(Shared<S>& shared, const Layer<T>& layer, const Walk<S
     const int thread = threadIdx.x - 32, part = thread & 7, units = layer.hidden / 8;
     named_barrier(GATHER, TOKEN_THREADS);  // nobody reads those of the tile before
     for (int row = thread; row < walk.tile.rows; row += TOKEN_THREADS)
-        rows[row] = (row ? layer.sorted_slots[walk.tile.first + row] : walk.tile.first_slot) / layer.top_k * units;
+        rows[row] = walk.slot_of(row) / layer.top_k * units;
     named_barrier(GATHER, TOKEN_THREADS);
     for (int step = 0; step < walk.k_steps(); ++step, ring.advance()) {
         const int column = step * K_STEP + part * 8, bytes = column < layer.hidden ? 16 : 0;
@@ -62,7 +77,7 @@ template <typename S, typename T>
 DEVICE void tell_slots(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<2>& ring) {
     barrier_wait(&shared.forgotten[ring.stage], ring.phase ^ 1);
     for (int row = threadIdx.x - 32; row < walk.tile.rows; row += TOKEN_THREADS) {
-        const int slot = row ? layer.sorted_slots[walk.tile.first + row] : walk.tile.first_slot;
+        const int slot = walk.slot_of(row);
         shared.slots[ring.stage][row] = slot;
         shared.routed[ring.stage][row] = walk.gemm && layer.weighted == GEMM1 ? 1.0f : layer.topk_weights[slot];
     }
@@ -76,7 +91,7 @@ DEVICE void load_inner(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T
                        const TensorMap* inner) {
     const bool loads = threadIdx.x == 32;
     if (loads) {
-        wait_for_count(&layer.ready[walk.tokens], layer.parts & GEMM1 ? walk.across1 * S::WARPGROUPS : 0);
+        wait_for_count(&layer.ready[walk.tokens], layer.parts & GEMM1 ? walk.across1 * S::CLUSTER * S::WARPGROUPS : 0);
         fence_async_global();
     }
     const int boxes = (walk.tile.rows + S::BOX - 1) / S::BOX;
@@ -112,13 +127,23 @@ DEVICE uint64_t swizzled_tile(const void* tile) {
     return static_cast<uint64_t>((shared_address(tile) & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
+// One warp no longer reads a stage. Every block of the cluster fills part of it, so each of them is told.
+template <typename S>
+DEVICE void release(uint64_t* empty) {
+    const int lane = threadIdx.x & 31;
+    if constexpr (S::CLUSTER == 1) {
+        if (lane == 0) barrier_arrive(empty);
+    } else {
+        if (lane < S::CLUSTER) barrier_arrive_at(empty, lane);
+    }
+}
+
 // A warpgroup's weight rows, 64 in a block of sums, times N tokens, over all of K.
 template <typename S, typename T, int N>
 DEVICE void multiply(float (&sums)[S::ROW_BLOCKS][N / 2], Shared<S>& shared, Ring<S::STAGES>& ring, int k_steps,
                      bool gathered) {
     constexpr uint64_t UNIT = 16;  // bytes, of a descriptor's addresses
     const int first = (threadIdx.x / 128 - 1) * S::ROW_BLOCKS * 64;
-    const bool speaks = (threadIdx.x & 31) == 0;
     uint64_t* done = nullptr;
 #pragma unroll
     for (int block = 0; block < S::ROW_BLOCKS; ++block) {
@@ -140,13 +165,13 @@ DEVICE void multiply(float (&sums)[S::ROW_BLOCKS][N / 2], Shared<S>& shared, Rin
                 wgmma<T, N>(sums[block], weights + k + block * (64 * ROW_BYTES / UNIT), tokens + k);
         wgmma_commit();
         wgmma_wait<1>();
-        if (done && speaks) barrier_arrive(done);
+        if (done) release<S>(done);
         done = &shared.empty[ring.stage];
     }
     wgmma_wait<0>();
 #pragma unroll
     for (int block = 0; block < S::ROW_BLOCKS; ++block) pin(sums[block]);
-    if (speaks) barrier_arrive(done);
+    release<S>(done);
 }
 
 // sums[4 * j ..]: of tokens 8 * j + 2 * (lane % 4) and the next, gate (0, 1) and up (2, 3) of element lane / 4 of this
@@ -274,7 +299,7 @@ __global__ void __launch_bounds__(S::THREADS, S::PER_PROCESSOR)
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < S::STAGES; ++stage) {
             barrier_init(&shared.full[stage], 1 + TOKEN_THREADS);
-            barrier_init(&shared.empty[stage], S::WARPGROUPS * 4);
+            barrier_init(&shared.empty[stage], S::CLUSTER * S::WARPGROUPS * 4);
         }
         for (int buffer = 0; buffer < 2; ++buffer) {
             barrier_init(&shared.known[buffer], TOKEN_THREADS);
@@ -285,7 +310,10 @@ __global__ void __launch_bounds__(S::THREADS, S::PER_PROCESSOR)
         prefetch(&w2);
         prefetch(&inner);
     }
-    __syncthreads();
+    if constexpr (S::CLUSTER > 1)
+        cluster_together();  // nobody arrives at a barrier of the other block before it is there
+    else
+        __syncthreads();
     wait_for_predecessor();
     const int roles = gridDim.x * (S::WARPGROUPS + 1);
     if (threadIdx.x < 128) {
@@ -301,4 +329,5 @@ __global__ void __launch_bounds__(S::THREADS, S::PER_PROCESSOR)
         if constexpr (S::SHARED_OUT) more_registers<S::CONSUMER>();
         consume<S>(shared, layer, roles);
     }
+    if constexpr (S::CLUSTER > 1) cluster_together();  // the other block may yet arrive here
 }

@@ -70,13 +70,14 @@ def tensor_maps(instance: Instance, w13: Tensor, w2: Tensor, inner: Tensor) -> t
     """
     experts, rows, hidden = w13.shape
     size = rows // 2
+    rows_of_a_load = instance.rows // instance.cluster
     return (
         TensorMap(
             (hidden, 8, 2, size // 8, experts),
             (hidden, size * hidden, 8 * hidden, rows * hidden),
-            (K_STEP, 8, 2, instance.rows // 16, 1),
+            (K_STEP, 8, 2, rows_of_a_load // 16, 1),
         ),
-        TensorMap((size, hidden, experts), (size, hidden * size), (K_STEP, instance.rows, 1)),
+        TensorMap((size, hidden, experts), (size, hidden * size), (K_STEP, rows_of_a_load, 1)),
         TensorMap((size, inner.shape[0]), (size,), (K_STEP, instance.box)),
     )
 
@@ -139,7 +140,34 @@ def _loaded(device: int, instance: Instance, dtype: torch.dtype) -> _Loaded:
             "report the GPU and its driver."
         )
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return _Loaded(kernel, driver.CUfunction(int(kernel.handle)), processors * instance.per_processor)
+    function = driver.CUfunction(int(kernel.handle))
+    blocks = processors * instance.per_processor
+    return _Loaded(kernel, function, grid_of(instance, blocks, _clusters_at_once(function, instance, blocks)))
+
+
+def _clusters_at_once(function: Any, instance: Instance, blocks: int) -> int:
+    """Clusters that the GPU holds at once, whose multiprocessors hold so many blocks."""
+    if instance.cluster == 1:
+        return blocks
+    from cuda.bindings import driver
+
+    config = _config(instance, blocks // instance.cluster * instance.cluster, 0, False)
+    error, clusters = driver.cuOccupancyMaxActiveClusters(function, config)
+    _require(error, f"to say how many clusters of {instance.cluster} blocks fit")
+    return clusters
+
+
+def grid_of(instance: Instance, blocks: int, clusters: int) -> int:
+    """Blocks to launch, all of which the GPU holds at once: no more than multiprocessors hold, nor than clusters hold.
+
+    Raises RuntimeModeError where not one cluster fits.
+    """
+    if not clusters:
+        raise RuntimeModeError(
+            f"The GPU holds no cluster of {instance.cluster} blocks of {instance}. Expected at least one. Use an instance of "
+            "cluster=1, and report the GPU and its driver."
+        )
+    return min(blocks // instance.cluster, clusters) * instance.cluster
 
 
 def _require(error: Any, what: str) -> None:
@@ -167,10 +195,10 @@ def fast_layer(
 ) -> Tensor:
     """The layer of checked tensors (`check_fast_layer`): x (M, H), w13 (E, 2N, H), w2 (E, H, N); out (M, H).
 
-    topk_weights (M, k) float32, topk_ids (M, k) int32; tiles: of at most instance.tokens rows, in multiples of
-    instance.grain but for an expert's last. weights_on_input: weigh GEMM1's rows, before the activation. parts: GEMM1,
-    GEMM2, SUM, to leave some out. scratch: (S, N) and (S, H), what GEMM1 and GEMM2 write; its own unless given. overlap:
-    programmatic dependent launch, which sets blocks up while the launch before this one ends.
+    topk_weights (M, k) float32, topk_ids (M, k) int32; tiles: of at most instance.tile_rows rows, in multiples of
+    instance.grain for each block of a cluster but for an expert's last. weights_on_input: weigh GEMM1's rows, before the
+    activation. parts: GEMM1, GEMM2, SUM, to leave some out. scratch: (S, N) and (S, H), what GEMM1 and GEMM2 write; its own
+    unless given. overlap: programmatic dependent launch, which sets blocks up while the launch before this one ends.
     Deterministic; no host synchronisation. Blocks of a launch wait for each other, so all must fit the GPU at once: launch
     from one stream at a time, on a GPU whose multiprocessors are not shared out (no green contexts).
     """
@@ -192,23 +220,32 @@ def _launch(loaded: _Loaded, instance: Instance, stream: int, overlap: bool, par
     from cuda.bindings import driver
 
     addresses = (ctypes.c_void_p * len(parameters))(*parameters)
-    config = _config(loaded.grid, instance.threads, instance.shared_bytes, stream, overlap)
+    config = _config(instance, loaded.grid, stream, overlap)
     (error,) = driver.cuLaunchKernelEx(config, loaded.function, ctypes.addressof(addresses), 0)
     _require(error, f"a launch of {loaded.grid} blocks of {instance.threads} threads")
 
 
 @functools.lru_cache(maxsize=256)
-def _config(grid: int, threads: int, shared_bytes: int, stream: int, overlap: bool) -> Any:
+def _config(instance: Instance, grid: int, stream: int, overlap: bool) -> Any:
     from cuda.bindings import driver
 
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes, config.hStream = shared_bytes, driver.CUstream(stream)
+    config.blockDimX, config.blockDimY, config.blockDimZ = instance.threads, 1, 1
+    config.sharedMemBytes, config.hStream = instance.shared_bytes, driver.CUstream(stream)
+    attributes = []
     if overlap:
         attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         value.programmaticStreamSerializationAllowed = 1
         attribute.value = value
-        config.attrs, config.numAttrs = [attribute], 1
+        attributes.append(attribute)
+    if instance.cluster > 1:
+        attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = instance.cluster, 1, 1
+        attribute.value = value
+        attributes.append(attribute)
+    if attributes:
+        config.attrs, config.numAttrs = attributes, len(attributes)
     return config

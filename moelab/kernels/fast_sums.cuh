@@ -37,7 +37,7 @@ template <typename W, typename T>
 DEVICE void wait_for_all(const Layer<T>& layer, const W& walk, int done) {
     int* all = &layer.ready[layer.most_tiles];
     report(all, done);
-    if (threadIdx.x % 128 == 0) wait_for_count(all, (walk.total - walk.tiles1) * W::Tile::WARPGROUPS);
+    if (threadIdx.x % 128 == 0) wait_for_count(all, (walk.total - walk.tiles1) * W::Tile::CLUSTER * W::Tile::WARPGROUPS);
     named_barrier(CONSUMERS + threadIdx.x / 128 - 1, 128);
 }
 
@@ -60,7 +60,7 @@ DEVICE bool is_last(Shared<S>& shared, const Layer<T>& layer, const W& walk) {
     named_barrier(barrier, 128);
     if (threadIdx.x % 128 == 0) {
         int* columns = &layer.ready[layer.most_tiles + 2 + walk.weights * S::WARPGROUPS + group];
-        shared.last[group] = add_acquire_release(columns, 1) == (walk.total - walk.tiles1) / walk.across2 - 1;
+        shared.last[group] = add_acquire_release(columns, 1) == (walk.total - walk.tiles1) / walk.across2 * S::CLUSTER - 1;
     }
     named_barrier(barrier, 128);
     return shared.last[group];

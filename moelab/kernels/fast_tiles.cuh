@@ -38,11 +38,13 @@ struct Layer {
     float scale;                 // of the sum
 };
 
-// WARPGROUPS multiply, each ROW_BLOCKS times 64 weight rows by at most TOKENS tokens, out of a ring of STAGES.
-template <int WARPGROUPS_, int ROW_BLOCKS_, int STAGES_, int TOKENS_, int GRAIN_, int BOX_, int PER_PROCESSOR_>
+// WARPGROUPS multiply, each ROW_BLOCKS times 64 weight rows by at most TOKENS tokens, out of a ring of STAGES. The blocks of a
+// CLUSTER share the weights: they split the rows of a record of up to CLUSTER times TOKENS.
+template <int WARPGROUPS_, int ROW_BLOCKS_, int STAGES_, int TOKENS_, int GRAIN_, int BOX_, int PER_PROCESSOR_,
+          int CLUSTER_ = 1>
 struct Shape {
     static constexpr int WARPGROUPS = WARPGROUPS_, ROW_BLOCKS = ROW_BLOCKS_, STAGES = STAGES_, TOKENS = TOKENS_,
-                         GRAIN = GRAIN_, BOX = BOX_, PER_PROCESSOR = PER_PROCESSOR_;
+                         GRAIN = GRAIN_, BOX = BOX_, PER_PROCESSOR = PER_PROCESSOR_, CLUSTER = CLUSTER_;
     static constexpr int ROWS = WARPGROUPS * ROW_BLOCKS * 64;  // of weights in a tile
     static constexpr int THREADS = (WARPGROUPS + 1) * 128;
     static constexpr bool SUMS_AT_ONCE = TOKENS <= 16;
@@ -56,6 +58,7 @@ struct Shape {
     static_assert(!SHARED_OUT || (CONSUMER <= 240 && PRODUCER + WARPGROUPS * CONSUMER <= (WARPGROUPS + 1) * LAUNCHED),
                   "setmaxnreg would wait for ever");
     static_assert(TOKENS % BOX == 0 && BOX % 8 == 0 && GRAIN % 8 == 0, "the swizzle repeats after eight rows");
+    static_assert(CLUSTER == 1 || CLUSTER == 2, "half_of splits between two");
     static_assert((TOKENS % 16 == 0 && GRAIN % 16 == 0) || TOKENS <= 16, "a thread stores two groups of eight tokens");
 };
 
@@ -94,8 +97,19 @@ DEVICE TokenTile record_at(const TokenTile* tile) {
     return {rows.x, rows.y, 0, 0};
 }
 
-// The tiles that a block takes in turn: which GEMM, which tokens, which weight rows. The first record is asked for together
-// with the number of tiles; later ones are read by the copying warps far ahead of the consumers, who find them near by.
+// Of a record's rows those of the block of that rank: half of them in whole GRAINs, and what is left. None are left of a few.
+template <typename S>
+DEVICE TokenTile half_of(TokenTile tile, int rank) {
+    const int even = (tile.rows + 2 * S::GRAIN - 1) / (2 * S::GRAIN) * S::GRAIN;
+    const int fitting = even < S::TOKENS ? even : S::TOKENS, half = fitting < tile.rows ? fitting : tile.rows;
+    tile.first += rank ? half : 0;
+    tile.rows = rank ? tile.rows - half : half;
+    return tile;
+}
+
+// The tiles that a cluster (a block, where CLUSTER is 1) takes in turn: which GEMM, which tokens, which weight rows. The first
+// record is asked for together with the number of tiles; later ones are read by the copying warps far ahead of the consumers,
+// who find them near by.
 template <typename S, typename T, bool WHOLE = true>
 struct Walk {
     using Tile = S;
@@ -109,10 +123,10 @@ struct Walk {
         : layer(layer),
           across1((2 * layer.inner_size + S::ROWS - 1) / S::ROWS),
           across2((layer.hidden + S::ROWS - 1) / S::ROWS),
-          index(blockIdx.x) {
+          index(blockIdx.x / S::CLUSTER) {
         tokens = index / across1;
         if (tokens >= layer.most_tiles) tokens = layer.most_tiles - 1;
-        tile = record_at<WHOLE>(layer.tiles + tokens);
+        load(tokens);
         const int tiles = *layer.num_tiles;
         tiles1 = layer.parts & GEMM1 ? tiles * across1 : 0;
         total = tiles1 + (layer.parts & GEMM2 ? tiles * across2 : 0);
@@ -123,14 +137,23 @@ struct Walk {
     // Whether rows of the tile at hand are multiplied by their routed weights, or written to their slots.
     DEVICE bool by_slot() const { return gemm || layer.weighted == GEMM1; }
 
+    DEVICE void load(int tokens) {
+        tile = record_at<WHOLE>(layer.tiles + tokens);
+        if constexpr (S::CLUSTER > 1) tile = half_of<S>(tile, cluster_rank());
+    }
+    // The flat slot of a row of the tile at hand.
+    DEVICE int slot_of(int row) const {
+        return row || S::CLUSTER > 1 ? layer.sorted_slots[tile.first + row] : tile.first_slot;
+    }
+
     DEVICE bool step() {
         if (index >= total) return false;
         gemm = index >= tiles1;
         const int local = gemm ? index - tiles1 : index, across = gemm ? across2 : across1, coming = local / across;
         weights = local - coming * across;
-        if (coming != tokens) tile = record_at<WHOLE>(layer.tiles + coming);
+        if (coming != tokens) load(coming);
         tokens = coming;
-        index += gridDim.x;
+        index += gridDim.x / S::CLUSTER;
         return true;
     }
 };

@@ -14,6 +14,7 @@
 #include <cuda_fp16.h>
 
 typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
 
@@ -43,6 +44,31 @@ DEVICE void barrier_arrive(uint64_t* barrier) {
 DEVICE void barrier_arrive_expect(uint64_t* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
+}
+
+// For the blocks of a cluster, which see each other's shared memory.
+
+DEVICE int cluster_rank() {
+    int rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// Waits for every thread of the cluster; threads of a warp may come one by one. What was written before is seen after only if a
+// fence stands between.
+DEVICE void cluster_together() {
+    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// An arrival at the barrier that lies at the same place in the block of that rank. For what was read: to let the other block
+// see what was written would take .release.cluster, which compiles to a fence for all of memory.
+DEVICE void barrier_arrive_at(uint64_t* barrier, int rank) {
+    asm volatile(
+        "{\n.reg .u32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}"
+        ::"r"(shared_address(barrier)), "r"(rank)
+        : "memory");
 }
 
 // MOELAB_WATCHDOG: a wait of seconds says which one it is and ends the launch; for bringing a kernel up.
@@ -113,6 +139,26 @@ DEVICE void tma_load(void* to, const TensorMap* map, uint64_t* barrier, int c0, 
         "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
         "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
         ::"r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+        : "memory");
+}
+
+// The same to every block of the cluster whose bit is in `ranks`: each gets the box at `to` of its own shared memory, and the
+// bytes counted at its own `barrier`.
+DEVICE void tma_multicast(void* to, const TensorMap* map, uint64_t* barrier, uint16_t ranks, int c0, int c1, int c2) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%4, %5, %6}], [%2], %3;"
+        ::"r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "h"(ranks), "r"(c0), "r"(c1), "r"(c2)
+        : "memory");
+}
+
+DEVICE void tma_multicast(void* to, const TensorMap* map, uint64_t* barrier, uint16_t ranks, int c0, int c1, int c2, int c3,
+                          int c4) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%4, %5, %6, %7, %8}], [%2], %3;"
+        ::"r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "h"(ranks), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
+          "r"(c4)
         : "memory");
 }
 

@@ -58,9 +58,9 @@ def choose(num_tokens: int, top_k: int, num_experts: int, moe_intermediate_size:
 
 def tiles_for(order: ExpertOrder, instance: Instance, hidden_size: int) -> TokenTiles:
     """An order's slots in the tiles of that instance."""
-    grain = min(8 if instance.tokens % 16 else 16, instance.grain)
+    grain = min(8 if instance.tokens % 16 else 16, instance.grain) * instance.cluster
     counters = instance.column_counters(hidden_size)
-    return token_tiles_unchecked(order.sorted_slots, order.expert_offsets, instance.tokens, grain, counters)
+    return token_tiles_unchecked(order.sorted_slots, order.expert_offsets, instance.tile_rows, grain, counters)
 
 
 def route_for(
@@ -71,13 +71,13 @@ def route_for(
     For a router whose experts are all here.
     """
     num_tokens, num_experts = router_logits.shape
-    few = num_tokens <= instance.tokens and tiles_in_one_launch(num_tokens, num_experts, rule.get("num_groups", 1))
+    few = num_tokens <= instance.tile_rows and tiles_in_one_launch(num_tokens, num_experts, rule.get("num_groups", 1))
     if not few:
         routed = route(router_logits, top_k, **rule)
         return routed, tiles_for(routed.order, instance, hidden_size)
     out = new_routed(num_tokens, num_experts, top_k, router_logits.device)
     counters = instance.column_counters(hidden_size)
-    tiles = new_token_tiles(out.order.sorted_slots, num_experts, instance.tokens, counters)
+    tiles = new_token_tiles(out.order.sorted_slots, num_experts, instance.tile_rows, counters)
     return route(router_logits, top_k, out=out, tiles=tiles, **rule), tiles
 
 

@@ -1,24 +1,18 @@
 // hopper.cuh for a CPU: every thread of a block is a thread of the system, and each function does what its PTX
 // instruction is documented to do, as late as that allows: a wgmma reads its operands when it is waited for, a copy lands
-// when its arrival is made. A wait that lasts two minutes ends the process with a message: the kernel hangs.
+// when its arrival is made, an arrival at another block when its sender next waits for a barrier in memory. A wait that lasts
+// two minutes ends the process with a message: the kernel hangs.
 //
 // What it cannot show: races that need the proxies' own order (fences do nothing here), registers, timing.
 
 #pragma once
-#include <barrier>
-#include <chrono>
 #include <cmath>
-#include <condition_variable>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <map>
-#include <memory>
-#include <mutex>
 #include <thread>
 #include <vector>
+
+#include "emulated_chip.h"
 
 #define DEVICE inline
 #define __global__
@@ -26,8 +20,6 @@
 #define __grid_constant__
 #define BLOCK_SHARED(name) uint8_t* name = emulated::block->shared
 
-struct Index { int x; };
-inline thread_local Index threadIdx, blockIdx, gridDim;
 struct uint2 { uint32_t x, y; };
 struct uint4 { uint32_t x, y, z, w; };
 struct int2 { int x, y; };
@@ -68,98 +60,41 @@ struct TensorMap {
     uint32_t box[5], unused_too;
 };
 
-namespace emulated {
-
-[[noreturn]] inline void hangs(const char* where) {
-    std::fprintf(stderr, "emulated Hopper: block %d thread %d waits for ever in %s\n", blockIdx.x, threadIdx.x, where);
-    std::_Exit(3);
-}
-
-struct Mbarrier {
-    std::mutex lock;
-    std::condition_variable changed;
-    int arrivals = 0, pending = 0;
-    long bytes = 0;
-    uint32_t phase = 0;
-    void advance_if_done() {
-        if (pending || bytes) return;
-        pending = arrivals;
-        phase ^= 1;
-        changed.notify_all();
-    }
-};
-
-struct Block {
-    uint8_t* shared;
-    std::map<const void*, Mbarrier> mbarriers;
-    std::map<int, std::unique_ptr<std::barrier<>>> named;
-    std::unique_ptr<std::barrier<>> all;
-    std::vector<std::unique_ptr<std::barrier<>>> warps;
-    std::vector<uint32_t> exchanged;
-    std::mutex lock;
-};
-inline thread_local Block* block;
-inline std::mutex device_memory;
-
-struct Copy { void* to; const void* from; int bytes; };
-inline thread_local std::vector<Copy> copies;
-inline thread_local std::vector<std::function<void()>> issued;
-inline thread_local std::vector<std::vector<std::function<void()>>> groups;
-
-inline Mbarrier& mbarrier(const void* address) {
-    std::lock_guard guard(block->lock);
-    return block->mbarriers[address];
-}
-
-inline const uint8_t* swizzled(uint32_t address) { return block->shared + (address ^ (address >> 3 & 0x70)); }
-
-inline void launch(int blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
-    std::vector<std::unique_ptr<Block>> resident;
-    std::vector<std::thread> running;
-    for (int b = 0; b < blocks; ++b) {
-        auto mine = std::make_unique<Block>();
-        mine->shared = static_cast<uint8_t*>(std::aligned_alloc(1024, (shared_bytes + 1023) / 1024 * 1024));
-        std::memset(mine->shared, 0xFF, shared_bytes);  // not-a-number in every type: unwritten operands show
-        mine->all = std::make_unique<std::barrier<>>(threads);
-        for (int w = 0; w < threads / 32; ++w) mine->warps.push_back(std::make_unique<std::barrier<>>(32));
-        mine->exchanged.resize(threads);
-        for (int t = 0; t < threads; ++t)
-            running.emplace_back([&kernel, b, t, blocks, at = mine.get()] {
-                threadIdx = {t}, blockIdx = {b}, gridDim = {blocks}, block = at;
-                kernel();
-            });
-        resident.push_back(std::move(mine));
-    }
-    for (auto& thread : running) thread.join();
-    for (auto& each : resident) std::free(each->shared);
-}
-
-}  // namespace emulated
-
 inline void __syncthreads() { emulated::block->all->arrive_and_wait(); }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 namespace hopper {
 using namespace emulated;
 
-inline uint32_t shared_address(const void* pointer) {
-    return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - block->shared);
-}
+inline uint32_t shared_address(const void* pointer) { return offset_of(pointer); }
 
 inline void barrier_init(uint64_t* barrier, int arrivals) {
     Mbarrier& b = mbarrier(barrier);
     b.arrivals = b.pending = arrivals;
 }
 inline void fence_barrier_init() {}
-inline void barrier_arrive_expect(uint64_t* barrier, int bytes) {
-    Mbarrier& b = mbarrier(barrier);
+inline void arrive(Mbarrier& b, int bytes) {
     std::lock_guard guard(b.lock);
     b.bytes += bytes;
     --b.pending;
     b.advance_if_done();
 }
-inline void barrier_arrive(uint64_t* barrier) { barrier_arrive_expect(barrier, 0); }
+inline void barrier_arrive_expect(uint64_t* barrier, int bytes) { arrive(mbarrier(barrier), bytes); }
+inline void barrier_arrive(uint64_t* barrier) { arrive(mbarrier(barrier), 0); }
+inline void barrier_arrive_at(uint64_t* barrier, int rank) {
+    if (rank == block->rank)
+        barrier_arrive(barrier);
+    else
+        sent.push_back([barrier, rank] { arrive(mbarrier(barrier, block->cluster[rank]), 0); });
+}
+inline int cluster_rank() { return block->rank; }
+inline void cluster_together() {
+    deliver();
+    block->of_cluster->arrive_and_wait();
+}
+
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+    deliver();
     Mbarrier& b = mbarrier(barrier);
     std::unique_lock guard(b.lock);
     if (!b.changed.wait_for(guard, std::chrono::seconds(120), [&] { return b.phase != parity; })) hangs("barrier_wait");
@@ -177,8 +112,8 @@ inline void barrier_arrive_after_copies(uint64_t* barrier) {
 
 inline void prefetch(const TensorMap*) {}
 
-inline void tma_load(void* to, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2 = 0, int c3 = 0, int c4 = 0) {
-    const int at[5] = {c0, c1, c2, c3, c4};
+// A box, to this place in that block's shared memory and counted at its barrier.
+inline void land(Block* of, void* to, const TensorMap* map, uint64_t* barrier, const int (&at)[5]) {
     const uint32_t base = shared_address(to);
     if (base % 1024) hangs("tma_load to an unaligned tile");
     int rows = 1;
@@ -197,13 +132,22 @@ inline void tma_load(void* to, const TensorMap* map, uint64_t* barrier, int c0, 
             uint16_t value = 0;
             if (inside && at[0] + i < map->size[0])
                 std::memcpy(&value, reinterpret_cast<const uint8_t*>(map->address) + offset + (at[0] + i) * 2, 2);
-            std::memcpy(const_cast<uint8_t*>(swizzled(base + row * row_bytes + i * 2)), &value, 2);
+            std::memcpy(swizzled(base + row * row_bytes + i * 2, of), &value, 2);
         }
     }
-    Mbarrier& b = mbarrier(barrier);
+    Mbarrier& b = mbarrier(barrier, of);
     std::lock_guard guard(b.lock);
     b.bytes -= rows * row_bytes;
     b.advance_if_done();
+}
+
+inline void tma_load(void* to, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2 = 0, int c3 = 0, int c4 = 0) {
+    land(block, to, map, barrier, {c0, c1, c2, c3, c4});
+}
+inline void tma_multicast(void* to, const TensorMap* map, uint64_t* barrier, uint16_t ranks, int c0, int c1, int c2, int c3 = 0,
+                          int c4 = 0) {
+    for (size_t rank = 0; rank < block->cluster.size(); ++rank)
+        if (ranks >> rank & 1) land(block->cluster[rank], to, map, barrier, {c0, c1, c2, c3, c4});
 }
 
 inline void fence_async_shared() {}
@@ -239,6 +183,7 @@ inline void wgmma_wait() {
         for (auto& multiply : groups.front()) multiply();
         groups.erase(groups.begin());
     }
+    if (block->late && !PENDING) std::this_thread::sleep_for(std::chrono::milliseconds(100));
     block->warps[threadIdx.x / 32]->arrive_and_wait();  // .sync.aligned: no lane goes on alone
 }
 template <int COUNT>
@@ -282,6 +227,7 @@ inline uint32_t from_neighbour(uint32_t value) {
 
 inline int load_acquire(const int* address) { return __atomic_load_n(address, __ATOMIC_ACQUIRE); }
 inline void wait_for_count(const int* address, int count) {
+    deliver();
     const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(120);
     for (; load_acquire(address) < count; std::this_thread::yield())
         if (std::chrono::steady_clock::now() > end) hangs("wait_for_count");

@@ -1,0 +1,62 @@
+"""Emulated launches of fast_layer.cu against float64, and small forms of it, for the tests of the kernel and its clusters."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import emulated_gpu
+import pytest
+import torch
+
+from moelab import reference
+from moelab.kernels.fast_instances import SOURCE, Instance
+from moelab.kernels.token_tiles import TokenTiles, token_tiles_ref
+from moelab.suites.fast_choice import CANDIDATES
+
+SMALL = Instance(1, 1, 3, 16, 8, 8, per_processor=2)
+MIDDLE = Instance(2, 1, 3, 64, 16, 16)
+WIDE = Instance(2, 2, 2, 176, 48, 16)
+SMALL_PAIR, MIDDLE_PAIR, WIDE_PAIR = (replace(each, cluster=2) for each in (SMALL, MIDDLE, WIDE))
+CLUSTERS = [each for each in CANDIDATES if each.cluster > 1]
+
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++") and not os.environ.get("CI"), reason="needs g++, which emulates the chip"
+)
+
+
+def ordered(topk_ids: torch.Tensor, num_experts: int, instance: Instance, hidden: int = 64) -> TokenTiles:
+    flat = topk_ids.flatten()
+    slots = torch.argsort(torch.where(flat < 0, num_experts, flat), stable=True).int()
+    counts = torch.bincount(flat[flat >= 0].long(), minlength=num_experts)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]).int()
+    grain = (16 if instance.tokens % 16 == 0 else 8) * instance.cluster
+    return token_tiles_ref(slots, offsets, instance.tile_rows, grain, instance.column_counters(hidden))
+
+
+def compare(
+    instance: Instance, num_tokens: int, experts: int, top_k: int, hidden: int, size: int, *,
+    dtype: torch.dtype = torch.float16, blocks: int = 2, ids: torch.Tensor | None = None, on_input: bool = False,
+    source: Path = SOURCE, late: int = -1,
+) -> None:  # fmt: skip
+    """One emulated layer against float64, within twice the error of torch's own layer in that dtype."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(num_tokens, hidden, generator=g).to(dtype)
+    w13 = (torch.randn(experts, 2 * size, hidden, generator=g) * hidden**-0.5).to(dtype)
+    w2 = (torch.randn(experts, hidden, size, generator=g) * size**-0.5).to(dtype)
+    if ids is None:
+        ids = torch.stack([torch.randperm(experts, generator=g)[:top_k] for _ in range(num_tokens)]).int()
+    weights = torch.rand(num_tokens, top_k, generator=g)
+    tiles = ordered(ids, experts, instance, hidden)
+    out, _, _, ready = emulated_gpu.run_layer(
+        x, w13, w2, weights, ids, tiles, instance, scale=1.5, weights_on_input=on_input, blocks=blocks, source=source,
+        late=late,
+    )  # fmt: skip
+    options = {"routed_scaling_factor": 1.5, "apply_router_weight_on_input": on_input}
+    truth = reference.fused_moe_ref(*(t.double() for t in (x, w13, w2, weights)), ids, **options)
+    own = reference.fused_moe_ref(x, w13, w2, weights, ids, **options)
+    error, allowed = (out.double() - truth).abs().max(), 2 * (own.double() - truth).abs().max()
+    assert error <= allowed + 1e-6, (error, allowed)
+    assert not ready.any()  # left as it was found

@@ -1,0 +1,140 @@
+"""fast_layer.cu with CLUSTER == 2: two blocks that share weights, on an emulated chip, and what the launcher makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import emulated_gpu
+import pytest
+import torch
+from cuda.bindings import driver
+from fast_cases import MIDDLE, MIDDLE_PAIR, SMALL_PAIR, WIDE_PAIR, compare, needs_compiler, ordered
+
+from moelab import recordings
+from moelab.kernels import fast_layer
+from moelab.kernels.expert_order import expert_order
+from moelab.kernels.fast_instances import ALL, Instance
+from moelab.kernels.token_tiles import token_tiles_ref
+from moelab.pipelines.fast import route_for, tiles_for
+
+
+@needs_compiler
+@pytest.mark.parametrize("blocks", [2, 6])
+@pytest.mark.parametrize(
+    "instance, sizes",
+    [
+        (SMALL_PAIR, (1, 4, 2, 128, 64)),  # one row an expert: all second halves are empty
+        (SMALL_PAIR, (7, 1, 1, 72, 40)),  # one expert, of fewer rows than one half
+        (SMALL_PAIR, (45, 2, 2, 64, 64)),  # more pairs than clusters; the last of an expert has a first half alone
+        (MIDDLE_PAIR, (40, 3, 2, 136, 72)),
+        (MIDDLE_PAIR, (150, 1, 1, 200, 136)),
+        (MIDDLE_PAIR, (9, 20, 3, 64, 8)),  # experts without a row, and w13's second half of rows outside of it
+        (WIDE_PAIR, (190, 2, 1, 64, 104)),  # TOKENS is no multiple of GRAIN
+    ],
+)
+def test_blocks_that_share_weights_are_right_and_end(instance: Instance, sizes: tuple[int, ...], blocks: int) -> None:
+    compare(instance, *sizes, blocks=blocks)
+
+
+@needs_compiler
+def test_a_block_that_begins_before_the_other_is_there_is_seen(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    begin = "        cluster_together();  // nobody arrives at a barrier of the other block before it is there\n"
+    source = emulated_gpu.altered(tmp_path, ("fast_layer.cu", begin, "        __syncthreads();\n"))
+    with pytest.raises(RuntimeError, match="status 3"):
+        compare(SMALL_PAIR, 7, 2, 1, 64, 64, source=source)
+    assert "nobody has initialised" in capfd.readouterr().err
+
+
+@needs_compiler
+def test_a_block_that_ends_while_the_other_may_reach_it_is_seen(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """GEMM1 alone, after which no block waits for another: the last a consumer does is to release a stage of both."""
+    x, ids, weights = torch.rand(20, 64).half(), torch.zeros(20, 1, dtype=torch.int32), torch.ones(20, 1)
+    w13, w2 = torch.rand(1, 128, 64).half(), torch.rand(1, 64, 64).half()
+    given = (x, w13, w2, weights, ids, ordered(ids, 1, SMALL_PAIR), SMALL_PAIR)
+    emulated_gpu.run_layer(*given, parts=fast_layer.GEMM1)
+    end = "    if constexpr (S::CLUSTER > 1) cluster_together();  // the other block may yet arrive here\n"
+    source = emulated_gpu.altered(tmp_path, ("fast_layer.cu", end, ""))
+    with pytest.raises(RuntimeError, match="status 3"):
+        emulated_gpu.run_layer(*given, parts=fast_layer.GEMM1, source=source)
+    assert "a block that has ended" in capfd.readouterr().err
+
+
+LATE = [
+    ("fast_layer.cu", "across1 * S::CLUSTER", "across1", (45, 2, 1, 64, 64), 4),  # GEMM2 waits for GEMM1
+    ("fast_sums.cuh", "W::Tile::CLUSTER * W", "W", (45, 2, 1, 64, 64), 4),  # the sums wait for GEMM2
+    ("fast_sums.cuh", "across2 * S::CLUSTER", "across2", (8, 1, 2, 64, 64), 2),  # who is last over a few tokens adds up
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("file", "both", "one", "sizes", "blocks"), LATE)
+def test_a_wait_for_one_block_of_two_is_seen(
+    tmp_path: Path, file: str, both: str, one: str, sizes: tuple[int, ...], blocks: int
+) -> None:
+    """What the late block has yet to write is not-a-number; the kernel as it is waits for it."""
+    ids = (torch.arange(sizes[0])[:, None] % sizes[1]).int().repeat(1, sizes[2])
+    compare(SMALL_PAIR, *sizes, ids=ids, blocks=blocks, late=1)
+    source = emulated_gpu.altered(tmp_path, (file, both, one))
+    with pytest.raises(AssertionError, match="nan"):
+        compare(SMALL_PAIR, *sizes, ids=ids, blocks=blocks, late=1, source=source)
+
+
+def test_a_form_of_single_blocks_keeps_its_recorded_name() -> None:
+    recorded = {row["instance"] for row in recordings.load("fast_choice").rows}
+    assert {repr(each) for each in ALL} <= recorded
+    assert repr(MIDDLE_PAIR) == repr(MIDDLE)[:-1] + ", cluster=2)"
+    assert eval(repr(MIDDLE_PAIR)) == MIDDLE_PAIR != MIDDLE == eval(repr(MIDDLE))
+    assert MIDDLE_PAIR.shape == "Shape<2, 1, 3, 64, 16, 16, 1, 2>"
+
+
+@pytest.mark.parametrize("instance", [MIDDLE, MIDDLE_PAIR])
+def test_tiles_are_of_the_rows_of_a_cluster(instance: Instance, device: str) -> None:
+    """300 rows of expert 0: five tiles of 64, or three of 128 in whole pairs of 16."""
+    ids = torch.zeros(300, 1, dtype=torch.int32, device=device)
+    order = expert_order(ids, 2)
+    tiles = tiles_for(order, instance, 64)
+    expected = token_tiles_ref(
+        order.sorted_slots.cpu(), order.expert_offsets.cpu(), instance.tile_rows, 16 * instance.cluster
+    )
+    used = int(expected.num_tiles)
+    assert used == (5 if instance is MIDDLE else 3) and tiles.most == expected.most and int(tiles.num_tiles) == used
+    assert tiles.tiles[:used].cpu().equal(expected.tiles[:used])
+    assert tiles.tiles[0, 1] == (64 if instance is MIDDLE else 128)
+
+
+@pytest.mark.parametrize(("num_tokens", "rows"), [(100, 100), (128, 128), (129, 96)])
+def test_routed_tiles_are_of_the_rows_of_a_cluster(num_tokens: int, rows: int, device: str) -> None:
+    """Up to 128 tokens an expert's rows are one tile, by whichever launch."""
+    logits = torch.tensor([[1.0, 0.0]], device=device).repeat(num_tokens, 1)
+    _, tiles = route_for(logits, 1, MIDDLE_PAIR, 64)
+    assert tiles.tiles[0, 1] == rows
+
+
+def test_a_launch_says_how_its_blocks_are_clustered() -> None:
+    names = driver.CUlaunchAttributeID
+    overlap, clusters = (
+        names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, names.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+    )  # fmt: skip
+    for instance, overlapped, expected in (
+        (MIDDLE, False, []),
+        (MIDDLE, True, [overlap]),
+        (MIDDLE_PAIR, False, [clusters]),
+        (MIDDLE_PAIR, True, [overlap, clusters]),
+    ):
+        config = fast_layer._config(instance, 132, 0, overlapped)
+        assert [each.id for each in config.attrs] == expected and config.numAttrs == len(expected)
+        for each in config.attrs:
+            if each.id == clusters:
+                size = each.value.clusterDim
+                assert (size.x, size.y, size.z) == (2, 1, 1)
+
+
+def test_a_grid_is_of_whole_clusters_that_fit() -> None:
+    assert fast_layer.grid_of(MIDDLE, 132, 132) == 132
+    assert fast_layer.grid_of(MIDDLE_PAIR, 132, 66) == 132
+    assert fast_layer.grid_of(MIDDLE_PAIR, 132, 60) == 120  # some multiprocessors have no free neighbour
+    assert fast_layer.grid_of(MIDDLE_PAIR, 133, 80) == 132
