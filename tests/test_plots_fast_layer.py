@@ -10,6 +10,7 @@ import pytest
 
 from moelab import recordings
 from moelab.config import KernelConfig, default_config
+from moelab.kernels.fast_instances import Instance
 from moelab.plots import Panel, fast_beside, fast_ideas, fast_layer, ratio_map
 from moelab.recordings import Recording
 from moelab.roofline import Ceilings
@@ -317,6 +318,7 @@ def test_short_names_and_fractions() -> None:
     assert fast_ideas.short("Instance(warpgroups=1, row_blocks=2, stages=6, tokens=16, grain=8, box=8)") == (
         "16×128 w1 s6 b1"
     )
+    assert fast_ideas.short(repr(Instance(2, 2, 4, 176, 16, 16, cluster=2))) == "176×256 w2 s4 b1 c2"
     assert [fast_ideas._as_text(rows) for rows in (1 / 32, 1.0, 2048.0)] == ["1/32", "1", "2048"]
 
 

@@ -134,10 +134,14 @@ def _said(means: Means, ideas: Sequence[str], batches: Sequence[int], single: Se
 
 
 def short(instance: str) -> str:
-    """An instance's repr as "16×128 w1 s6 b2": tokens by weight rows of a tile, multiplying warpgroups, stages, blocks."""
+    """An instance's repr as "16×128 w1 s6 b2": tokens by weight rows of a tile, multiplying warpgroups, stages, blocks on a
+    multiprocessor; and "c2" with clusters of two."""
     field = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", instance)}
     rows = 64 * field["warpgroups"] * field["row_blocks"]
-    return f"{field['tokens']}×{rows} w{field['warpgroups']} s{field['stages']} b{field.get('per_processor', 1)}"
+    cluster = f" c{field['cluster']}" if "cluster" in field else ""
+    return (
+        f"{field['tokens']}×{rows} w{field['warpgroups']} s{field['stages']} b{field.get('per_processor', 1)}{cluster}"
+    )
 
 
 def _order(instance: str) -> tuple[int, ...]:
