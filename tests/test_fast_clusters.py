@@ -11,6 +11,7 @@ from cuda.bindings import driver
 from fast_cases import MIDDLE, MIDDLE_PAIR, SMALL_PAIR, WIDE_PAIR, compare, needs_compiler, ordered
 
 from moelab import recordings
+from moelab.errors import RuntimeModeError
 from moelab.kernels import fast_layer
 from moelab.kernels.expert_order import expert_order
 from moelab.kernels.fast_instances import ALL, Instance
@@ -138,3 +139,21 @@ def test_a_grid_is_of_whole_clusters_that_fit() -> None:
     assert fast_layer.grid_of(MIDDLE_PAIR, 132, 66) == 132
     assert fast_layer.grid_of(MIDDLE_PAIR, 132, 60) == 120  # some multiprocessors have no free neighbour
     assert fast_layer.grid_of(MIDDLE_PAIR, 133, 80) == 132
+
+
+def test_the_driver_is_asked_how_many_clusters_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a launch of as many whole pairs as there are blocks; a refusal is not taken for a number."""
+    asked = []
+
+    def fit(function: object, config: driver.CUlaunchConfig) -> tuple[driver.CUresult, int]:
+        asked.append((config.gridDimX, config.blockDimX, config.sharedMemBytes, len(config.attrs)))
+        return driver.CUresult.CUDA_SUCCESS, 60
+
+    monkeypatch.setattr(driver, "cuOccupancyMaxActiveClusters", fit)
+    assert fast_layer._clusters_at_once(None, MIDDLE_PAIR, 135) == 60
+    assert asked == [(134, MIDDLE_PAIR.threads, MIDDLE_PAIR.shared_bytes, 1)]
+    assert fast_layer._clusters_at_once(None, MIDDLE, 135) == 135 and len(asked) == 1
+    refused = driver.CUresult.CUDA_ERROR_INVALID_CLUSTER_SIZE
+    monkeypatch.setattr(driver, "cuOccupancyMaxActiveClusters", lambda function, config: (refused, 0))
+    with pytest.raises(RuntimeModeError, match="how many clusters"):
+        fast_layer._clusters_at_once(None, MIDDLE_PAIR, 132)
