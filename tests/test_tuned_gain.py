@@ -40,6 +40,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(runtime, "require_cuda", lambda what: None)
     monkeypatch.setattr(Target, "shape", lambda self: SMALL if self.model == "tiny" else pytest.fail("another model"))
     monkeypatch.setattr(tuned_gain, "measure", made_up)
+    monkeypatch.setattr(tuned_gain, "PLACEMENTS", 1)
     names = [config_files.file_name(4, 32, DEVICE, "float32", down=down) for down in (False, True)]
     for name, config in zip(names, (UP, DOWN), strict=True):
         config_files.write_config_file(tmp_path / runtime.triton_key() / name, {1: config, 3: config})
@@ -108,6 +109,7 @@ def test_placements_that_disagree_are_a_tie(tiny: Path, monkeypatch: pytest.Monk
         }
 
     monkeypatch.setattr(tuned_gain, "measure", moved)
+    monkeypatch.setattr(tuned_gain, "PLACEMENTS", 3)
     made = tuned_gain.record((ONE,), device=DEVICE, config_dir=tiny)
     assert len(looks) == 2 * tuned_gain.PLACEMENTS
     row = rows_by_label(made.rows, 3)["default"]
