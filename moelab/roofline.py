@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moelab.config import dtype_bytes
+from moelab.chips import dtype_bytes
 from moelab.errors import MoelabError, RoutingError, ShapeError, UnknownNameError, nearest_names
 from moelab.shapes import MoEShape
 

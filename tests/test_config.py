@@ -8,14 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moelab.chips import TARGETS, Target, dtype_bytes
 from moelab.config import (
-    TARGETS,
     KernelConfig,
-    Target,
     accumulators_per_thread,
     check,
     default_config,
-    dtype_bytes,
     prunings,
     shared_memory_bytes,
     violations,

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moelab import runtime
-from moelab.config import TARGETS, KernelConfig, Target, shared_memory_bytes
+from moelab.chips import TARGETS, Target
+from moelab.config import KernelConfig, shared_memory_bytes
 from moelab.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError, SharedMemoryError
 from moelab.kernels import descriptors
 from moelab.kernels.descriptors import (

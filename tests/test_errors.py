@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from moelab import (
+    chips,
     config,
     config_files,
     errors,
@@ -302,13 +303,13 @@ TENSORS = [
 TMA = [
     Row(
         "TMA on a chip without it",
-        lambda _: check_tma("w13", x(4, 8, 16), (16, 16), config.TARGETS["sm_80"]),
+        lambda _: check_tma("w13", x(4, 8, 16), (16, 16), chips.TARGETS["sm_80"]),
         DeviceError,
         ("TMA", "sm_80", "sm_90 or later"),
     ),
     Row(
         "TMA on AMD",
-        lambda _: check_tma("w13", x(4, 8, 16), (16, 16), config.TARGETS["gfx942"]),
+        lambda _: check_tma("w13", x(4, 8, 16), (16, 16), chips.TARGETS["gfx942"]),
         DeviceError,
         ("TMA", "gfx942"),
     ),
@@ -331,7 +332,7 @@ TMA = [
     ),
     Row(
         "barriers over shared memory",
-        lambda _: check_tma_config(HUGE, torch.bfloat16, config.TARGETS["sm_90"]),
+        lambda _: check_tma_config(HUGE, torch.bfloat16, chips.TARGETS["sm_90"]),
         SharedMemoryError,
         ("with TMA", "232448"),
     ),
@@ -829,7 +830,7 @@ NAMES = [
         UnknownNameError,
         ("int3", "bfloat16"),
     ),
-    Row("bytes of a dtype", lambda _: config.dtype_bytes("bfloat61"), UnknownNameError, ("bfloat61", "bfloat16")),
+    Row("bytes of a dtype", lambda _: chips.dtype_bytes("bfloat61"), UnknownNameError, ("bfloat61", "bfloat16")),
     Row(
         "no torch among contenders",
         lambda _: precision.compare({"a": x(2)}, x(2).double()),

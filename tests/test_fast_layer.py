@@ -11,7 +11,7 @@ from fast_cases import CLUSTERS, MIDDLE, MIDDLE_PAIR, SMALL, SMALL_PAIR, WIDE, c
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moelab.config import TARGETS
+from moelab.chips import TARGETS
 from moelab.errors import DtypeError, RuntimeModeError, ShapeError
 from moelab.kernels import cubin, fast_layer, nvrtc
 from moelab.kernels.fast_instances import ALL, INSTANCES, Instance, instance_for

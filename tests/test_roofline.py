@@ -197,7 +197,7 @@ def test_ceilings_of_the_h200() -> None:
 
 @pytest.mark.parametrize("device", roofline.device_names())
 def test_every_device_has_a_sourced_datasheet(device: str) -> None:
-    from moelab.config import TARGETS
+    from moelab.chips import TARGETS
 
     data = roofline.device_data(device)
     assert runtime.device_key(data["device"]) == device

@@ -13,7 +13,8 @@ from synthetic import SMALL, small_problem, synthetic_landscape
 from test_errors import unhelpful
 
 from moelab import cli, config_files, runtime
-from moelab.config import TARGETS, KernelConfig, default_config
+from moelab.chips import TARGETS
+from moelab.config import KernelConfig, default_config
 from moelab.errors import (
     ConfigError,
     ConfigFileError,

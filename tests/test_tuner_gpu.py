@@ -11,7 +11,8 @@ import pytest
 from faulty_gpu import DEVICE
 
 from moelab import runtime
-from moelab.config import KernelConfig, get_target
+from moelab.chips import get_target
+from moelab.config import KernelConfig
 from moelab.measure import Protocol, measure
 from moelab.shapes import load_model
 from moelab.tuner.evaluate import Request

@@ -12,7 +12,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from moelab.config import KernelConfig, Target
+from moelab.chips import Target
+from moelab.config import KernelConfig
 from moelab.config_files.content import no_duplicates, split_entry
 from moelab.config_files.defaults import device_target
 from moelab.config_files.findings import Finding, Severity

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from moelab.chips import Target, get_target
 from moelab.config import KernelConfig as Config
-from moelab.config import Target, default_config, get_target
+from moelab.config import default_config
 from moelab.config_files.names import FileName
 from moelab.config_files.rules import Rules
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moelab.config import MIN_DOT_BLOCK, KernelConfig, Target, violations
+from moelab.chips import Target
+from moelab.config import MIN_DOT_BLOCK, KernelConfig, violations
 from moelab.config_files.names import FileName, operand_dtype
 from moelab.config_files.rules import Rules
 

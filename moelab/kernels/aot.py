@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from moelab import runtime
-from moelab.config import TARGETS, shared_memory_bytes, tma_shared_memory_bytes
+from moelab.chips import TARGETS
+from moelab.config import shared_memory_bytes, tma_shared_memory_bytes
 from moelab.errors import RuntimeModeError, UnknownNameError
 from moelab.kernels import cubin
 from moelab.kernels.aot_cases import Case, cases

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moelab.config import TARGETS, KernelConfig
+from moelab.chips import TARGETS
+from moelab.config import KernelConfig
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from moelab import config as config_room
 from moelab import runtime
-from moelab.config import TARGETS, KernelConfig, Target
+from moelab.chips import TARGETS, Target
+from moelab.config import KernelConfig
 from moelab.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError
 from moelab.routing import Alignment
 

@@ -25,7 +25,8 @@ import triton  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from moelab.config import KernelConfig, Target, tma_shared_memory_bytes  # noqa: E402
+from moelab.chips import Target  # noqa: E402
+from moelab.config import KernelConfig, tma_shared_memory_bytes  # noqa: E402
 from moelab.errors import ConfigError, DeviceError, LayoutError, ShapeError, SharedMemoryError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelab.config import Target
+from moelab.chips import Target
 from moelab.errors import DtypeError, RuntimeModeError, ShapeError
 from moelab.kernels import nvrtc
 from moelab.kernels.fast_instances import STORAGE, Instance

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moelab.config import KernelConfig, get_target
+from moelab.chips import get_target
+from moelab.config import KernelConfig
 from moelab.tuner.child import Channel, Child, load
 from moelab.tuner.crew import Crew, Event
 from moelab.tuner.evaluate import Contender, Stage

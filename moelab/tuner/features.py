@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moelab import roofline
-from moelab.config import KernelConfig, accumulators_per_thread, dtype_bytes, get_target, shared_memory_bytes
+from moelab.chips import dtype_bytes, get_target
+from moelab.config import KernelConfig, accumulators_per_thread, shared_memory_bytes
 from moelab.errors import UnknownNameError
 from moelab.tuner.problem import GEMMS, Gemm, Problem
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moelab.config import KernelConfig, default_config, get_target
+from moelab.chips import get_target
+from moelab.config import KernelConfig, default_config
 from moelab.errors import ShapeError
 from moelab.shapes import MoEShape
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any
 
-from moelab.config import KernelConfig, get_target, prunings, violations
+from moelab.chips import get_target
+from moelab.config import KernelConfig, prunings, violations
 from moelab.errors import ConfigError
 from moelab.tuner.problem import GEMMS, Gemm, Problem
 from moelab.tuner.tuned_kernels import broken_rule

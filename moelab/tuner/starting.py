@@ -42,7 +42,7 @@ def gpu_problem(
     target = current_target()
     if target is None:
         raise RuntimeModeError(
-            f"Nothing is known of the limits of {mode.device_name}. Expected an architecture of moelab.config.TARGETS. Add "
+            f"Nothing is known of the limits of {mode.device_name}. Expected an architecture of moelab.chips.TARGETS. Add "
             "its shared memory there."
         )
     version, sizes = runtime.triton_version() or "unknown", tuple(batch_sizes or BATCH_SIZES)

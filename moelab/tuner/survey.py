@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moelab import roofline
-from moelab.config import KernelConfig, get_target, shared_memory_bytes
+from moelab.chips import get_target
+from moelab.config import KernelConfig, shared_memory_bytes
 from moelab.tuner.landscape import Landscape
 from moelab.tuner.problem import GEMMS, Gemm
 from moelab.tuner.regret import Truth

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from moelab.config import MIN_DOT_BLOCK, KernelConfig, dtype_bytes, get_target, tma_shared_memory_bytes
+from moelab.chips import dtype_bytes, get_target
+from moelab.config import MIN_DOT_BLOCK, KernelConfig, tma_shared_memory_bytes
 from moelab.errors import ConfigError, DeviceError, LayoutError, UnknownNameError, nearest_names
 from moelab.tuner.problem import EXCHANGE, GEMMS, Gemm, Problem
 
