@@ -198,3 +198,13 @@ def test_explain_says_what_fast_runs(run) -> None:
         and said["instance"]["tokens"] == 176
         and said["reason"].startswith("one launch: 256 rows an expert")
     )
+
+
+def test_explain_of_fast_refuses_what_fast_refuses(run) -> None:
+    asked = ("explain", "--batch-size", "1", "--kernel", "fast", "--device")
+    status, _, err = run(*asked, "NVIDIA A100-SXM4-80GB", "--model", "mixtral-8x7b")
+    assert status != 0 and "sm_80" in err and "Hopper" in err
+    status, _, err = run(*asked, "NVIDIA H200", "--model", "mixtral-8x7b", "--dtype", "float32")
+    assert status != 0 and "float32" in err
+    status, _, err = run(*asked, "NVIDIA H200", "--model", "gpt-oss-20b")
+    assert status != 0 and "activation=" in err

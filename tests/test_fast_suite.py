@@ -99,6 +99,13 @@ def test_known_configs_are_of_this_cell() -> None:
     assert set(fast_layer.known_configs(layer, "nobody")) < set(pairs)
 
 
+def test_without_a_file_there_is_no_known_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The loader's default is none: the classic layer is then searched for, not set up to lose."""
+    monkeypatch.setenv("MOELAB_CONFIG_DIR", str(tmp_path))
+    layer = type("layer", (), {"shape": SMALL, "num_tokens": 3})()
+    assert fast_layer.known_configs(layer, "nobody") == []
+
+
 def test_an_experimental_implementation_answers_to_its_name_alone() -> None:
     assert "fast" in fused_moe.EXPERIMENTAL and "fast" not in fused_moe.IMPLEMENTATIONS
     bench._require_known(["fast", "triton"])

@@ -306,6 +306,13 @@ def test_where_the_rule_loses_nowhere_is_said() -> None:
     assert "Above 16 rows an expert it loses nowhere (1 cell)." in said
 
 
+def test_a_rule_that_chose_otherwise_is_said() -> None:
+    rows = [{**each, "by_rule": each["instance"] == WIDE} for each in CHOICE.rows]
+    assert "chose another form in 2 of 2 cells" in fast_ideas.instances(made(*rows), SHAPES, ruled).sentence
+    right = [{**each, "by_rule": each["instance"] == SMALL} for each in CHOICE.rows]
+    assert "another form" not in fast_ideas.instances(made(*right), SHAPES, ruled).sentence
+
+
 def test_odd_recordings_of_forms() -> None:
     panel = fast_ideas.instances(CHOICE, SHAPES, lambda shape, num_tokens: "another")
     assert panel.sentence == "**The rule’s choice was timed in none of 2 cells.**"

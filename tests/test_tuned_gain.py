@@ -14,8 +14,9 @@ from moelab import config_files, recordings, runtime
 from moelab.config import KernelConfig, default_config
 from moelab.errors import ConfigFileError, UnknownNameError
 from moelab.measure import Measurement
+from moelab.recordings import Recording
 from moelab.shapes import MoEShape
-from moelab.studies import tuned_gain
+from moelab.studies import fleet_gain, tuned_gain
 from moelab.studies.targets import TARGETS, Target, target_of
 from moelab.tuner import landscape
 from moelab.tuner.evaluate import Outcome
@@ -86,6 +87,22 @@ def test_what_is_written_loads_and_compares(tiny: Path, tmp_path: Path) -> None:
     assert over["default"]["geometric_mean"] == pytest.approx(1.5, abs=0.05)
     assert (over["default"]["slower_at"], over["default"]["faster"]) == ([], 2)
     assert over["second"]["slower_at"] == [3] and over["second"]["batch_sizes"] == 1
+
+
+def test_merged_gains_keep_the_run_that_each_is_of(tmp_path: Path) -> None:
+    def of(commit: str, target: str) -> Recording:
+        rows = ({"kind": "layer", "target": target}, {"kind": "summary", "target": target})
+        return Recording("tuned_gain", runtime.provenance(seed=0) | {"git_commit": commit}, {"kind": "test"}, rows)
+
+    path = tmp_path / "tuned_gain.json"
+    for commit, target in (("one", "a"), ("two", "b"), ("three", "a")):
+        fleet_gain.merge(of(commit, target), path)
+    found = recordings.load(path)
+    assert {row["target"]: row["recorded"]["git_commit"] for row in found.select(kind="summary")} == {
+        "b": "two",
+        "a": "three",
+    }
+    assert len(found.rows) == 4 and found.provenance["git_commit"] == "three"
 
 
 def test_equal_pairs_are_timed_once(tiny: Path, tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def explain(
     kernel = None if kernel == "triton" else kernel
     found = _load(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
     if kernel == "fast":
-        return config_commands.explain_fast(found, batch_size, as_json)
+        return config_commands.explain_fast(found, batch_size, device or _this_gpu(), as_json)
     device = device or _this_gpu()
     if device is None:
         raise DeviceError(

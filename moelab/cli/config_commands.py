@@ -26,13 +26,18 @@ def register(app: typer.Typer) -> None:
     app.command()(doctor)
 
 
-def explain_fast(found: MoEShape, num_tokens: int, as_json: bool) -> None:
-    """What `fused_moe(impl="fast")` runs for a batch, and why: it reads no files."""
+def explain_fast(found: MoEShape, num_tokens: int, device: str | None, as_json: bool) -> None:
+    """What `fused_moe(impl="fast")` runs for a batch, and why: it reads no files. device: None, or one not known, is taken for
+    one that it runs on."""
     from dataclasses import asdict
 
-    from moelab.pipelines.fast import choose
+    from moelab.chips import get_target
+    from moelab.pipelines.fast import choose_for
+    from moelab.roofline import device_data, device_names
 
-    choice = choose(num_tokens, found.top_k, found.num_experts, found.moe_intermediate_size)
+    known = device is not None and device.replace(" ", "_") in device_names()
+    name = device_data(str(device)).get("target") if known else None
+    choice = choose_for(found, num_tokens, None if name is None else get_target(name))
     if as_json:
         instance = None if choice.instance is None else asdict(choice.instance)
         printing.print_json({"kernel": "fast", "instance": instance, "reason": choice.reason})

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moelab import runtime
+from moelab.chips import TARGETS, Target
 from moelab.errors import ConfigError
 from moelab.kernels import checks
 from moelab.kernels.expert_order import expert_order_unchecked, new_expert_order
@@ -18,15 +20,16 @@ from moelab.kernels.token_tiles import TokenTiles, new_token_tiles, token_tiles_
 from moelab.pipelines.call import MoECall
 from moelab.pipelines.layers import triton_pipeline
 from moelab.routing import ExpertOrder, Routed
+from moelab.shapes import MoEShape
 
 FEW_TILES = 40
 """GEMM1 tiles of 128 weight rows, over all experts that a batch can touch, under which most multiprocessors would have
 nothing to read: the classic layer, with narrower tiles, is recorded faster at 32 (data/recordings/fast_layer.json, Llama-4-Scout
-tp4 and DeepSeek-V3 tp8 at one token), and not at 48."""
+tp4 and DeepSeek-V3 tp8 at one token), and not at 48, where no tuned config of it was known (Qwen3-235B-A22B tp4)."""
 
-SHORT_INNER, ENOUGH_ROWS = 256, 64
+SHORT_INNER, ENOUGH_ROWS = 256, 32
 """An inner size on this rank of so few elements makes GEMM2's tiles four steps of 64, whose beginnings and ends weigh more than
-the steps, until an expert has so many rows: recorded for DeepSeek-V3 tp8, slower from 4 to 1024 tokens and faster at 4096."""
+the steps, until an expert has so many rows: by the recordings of DeepSeek-V3 tp8, slower in every form from 4 to 256 tokens."""
 
 
 class Choice(NamedTuple):
@@ -104,13 +107,28 @@ def fast_pipeline(call: MoECall, instance: Instance | None = None) -> Tensor:
 
 
 def _check(call: MoECall) -> None:
-    asked = {
-        f"activation={call.activation!r}": call.activation != "silu", "gated=False": not call.gated,
-        "biases": call.b13 is not None or call.b2 is not None,
-    }  # fmt: skip
+    check_kind(call.activation, call.gated, biases=call.b13 is not None or call.b2 is not None)
+    check_fast_layer(call.hidden_states, call.w13, call.w2, checks.current_target())
+
+
+def check_kind(activation: str, gated: bool, *, biases: bool) -> None:
+    """Raise ConfigError for a kind of layer that one launch does not compute."""
+    asked = {f"activation={activation!r}": activation != "silu", "gated=False": not gated, "biases": biases}
     if more := [what for what, given in asked.items() if given]:
         raise ConfigError(
             f"impl='fast' was asked for {', '.join(more)}. Expected silu-gated experts without biases. Use impl='triton' for "
             "these."
         )
-    check_fast_layer(call.hidden_states, call.w13, call.w2, checks.current_target())
+
+
+def choose_for(shape: MoEShape, num_tokens: int, target: Target | None) -> Choice:
+    """`choose` for a layer's sizes. target: the chip, None where it is not known.
+
+    Raises what `fused_moe(impl="fast")` would for such a layer there: ConfigError, RuntimeModeError, DtypeError, ShapeError.
+    """
+    check_kind(shape.activation, shape.gated, biases=False)
+    dtype = runtime.torch_dtype(shape.dtype)
+    w13, w2 = (torch.empty(size, dtype=dtype, device="meta") for size in (shape.w13_shape, shape.w2_shape))
+    x = torch.empty((num_tokens, shape.hidden_size), dtype=dtype, device="meta")
+    check_fast_layer(x, w13, w2, target or TARGETS["sm_90"])
+    return choose(num_tokens, shape.top_k, shape.num_experts, shape.moe_intermediate_size)

@@ -184,7 +184,16 @@ def instances(recording: Recording, shapes: Mapping[str, MoEShape], rule: Rule =
         height=190 + 27 * len(names),
     )  # fmt: skip
     _draw_forms(figure, over, names, columns, rows, shapes, rule)
-    return Panel(figure, table, _said_of_rule(judged, table))
+    return Panel(figure, table, _said_of_rule(judged, table) + _changed_since(rows, shapes, rule))
+
+
+def _changed_since(rows: Sequence[Row], shapes: Mapping[str, MoEShape], rule: Rule) -> str:
+    """In how many cells the rule chose otherwise when this was recorded; empty where in none, or rows do not say."""
+    then = [row for row in rows if row.get("by_rule")]
+    other = sum(row["instance"] != rule(shapes[row["shape"]], row["num_tokens"]) for row in then)
+    if not other:
+        return ""
+    return f" When this was recorded the rule chose another form in {other} of {counted(len(then), 'cell')}; it follows this now."
 
 
 def _rows_an_expert(shape: MoEShape, num_tokens: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,16 @@ def measure(path: Path, target: Target, out: Path) -> list[dict[str, Any]]:
 
 
 def merge(made: Recording, path: Path) -> Path:
-    """Put the rows of a recording of gains into the one at `path`, target by target, in place of those it had."""
+    """Put the rows of a recording of gains into the one at `path`, target by target, in place of those it had.
+
+    The provenance is the latest one's; every summary names the commit, date and driver of its own run.
+    """
     targets = {row["target"] for row in made.rows}
-    old = recordings.load(path).rows if path.is_file() else ()
+    old = _stamped(recordings.load(path)) if path.is_file() else ()
     kept = tuple(row for row in old if row["target"] not in targets)
-    return recordings.write(replace(made, rows=(*kept, *made.rows), path=None), path)
+    return recordings.write(replace(made, rows=(*kept, *_stamped(made)), path=None), path)
+
+
+def _stamped(recording: Recording) -> tuple[Mapping[str, Any], ...]:
+    run = {key: recording.provenance.get(key) for key in ("git_commit", "date", "driver")}
+    return tuple({"recorded": run, **row} if row["kind"] == "summary" else row for row in recording.rows)

@@ -173,10 +173,11 @@ def known_configs(layer: Layer, name: str) -> list[tuple[KernelConfig, KernelCon
 
 def tuned(shape: MoEShape, num_tokens: int, *, down: bool) -> KernelConfig | None:
     """What the loader finds for this device, if it finds a file."""
-    return lookup(
+    found = lookup(
         shape.num_experts, shape.moe_intermediate_size, runtime.current().device_name, num_tokens=num_tokens,
         triton_version=runtime.versions()["triton"] or "unknown", down=down, dtype_selector=dtype_selector(shape.dtype),
-    ).config  # fmt: skip
+    )  # fmt: skip
+    return None if found.is_default else found.config
 
 
 def grouped_mm(layer: Layer) -> Contender:
