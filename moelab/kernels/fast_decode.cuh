@@ -152,6 +152,5 @@ DEVICE void group_pairs(Shared<S>& shared, const Batch<T>& batch) {
         if (leader[round] == pair) shared.experts[group] = shared.ids[pair];
     }
     if (lane == 0) shared.num_groups = bits_below(leaders, PAIRS);
-    warp_together();
     barrier_arrive(&shared.grouped);
 }
