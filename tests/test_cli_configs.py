@@ -179,18 +179,14 @@ def test_export_says_which_keys_it_does_not_write(run, tmp_path: Path) -> None:
 
 
 def test_explain_says_what_fast_runs(run) -> None:
-    scout = (
-        "explain",
-        "--model",
-        "llama-4-scout",
-        "--tp-size",
-        "4",
-        "--disable-shared-experts-fusion",
-        "--kernel",
-        "fast",
-    )
+    asked = ("--disable-shared-experts-fusion", "--kernel", "fast")
+    scout = ("explain", "--model", "llama-4-scout", "--tp-size", "4", *asked)
     status, out, _ = run(*scout, "--batch-size", "1")
-    assert status == 0 and out.startswith("classic: GEMM1 has at most 32 tiles")
+    assert status == 0 and out.startswith("one launch for at most 1 token")
+    status, out, _ = run("explain", "--model", "deepseek-v3", "--tp-size", "8", *asked, "--batch-size", "64")
+    assert status == 0 and out.startswith("classic: an inner size of 256 is short")
+    status, out, _ = run(*scout, "--batch-size", "4", "--json")
+    assert status == 0 and json.loads(out)["instance"]["tokens"] == 4
     status, out, _ = run(*scout, "--batch-size", "4096", "--json")
     said = json.loads(out)
     assert (

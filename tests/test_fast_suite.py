@@ -12,9 +12,11 @@ from moelab import fused_moe, recordings, reference, runtime
 from moelab.config import KernelConfig
 from moelab.errors import UnknownNameError
 from moelab.kernels.expert_order import expert_order
+from moelab.kernels.fast_decode import FewTokens
 from moelab.kernels.fast_instances import ALL, INSTANCES, Instance, instance_for
 from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM
 from moelab.measure import Measurement
+from moelab.pipelines.fast import Choice
 from moelab.shapes import MoEShape
 from moelab.suites import bench, fast_choice, fast_layer, screening
 from moelab.suites.layer_classic import Layer, weight_sets
@@ -40,6 +42,10 @@ def stand_in(x, w13, w2, weights, ids, tiles, instance, *, parts=7, scratch=None
     return y.view(*ids.shape, -1).sum(1) if parts & SUM else torch.full_like(x, float("nan"))
 
 
+def few_stand_in(x, w13, w2, weights, ids, form, *, overlap=True):
+    return reference.fused_moe_ref(x, w13, w2, weights, ids)
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for room in (fast_layer, screening):
@@ -47,22 +53,67 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "require_cuda", lambda what: None)
     monkeypatch.setattr(fast_layer, "shape_of", lambda name: SMALL)
     monkeypatch.setattr(fast_layer, "fast_layer", stand_in)
+    monkeypatch.setattr(fast_layer, "fast_decode", few_stand_in)
     monkeypatch.setattr(fast_layer, "known_configs", lambda layer, name: [(TILE, TILE)])
 
 
-def test_every_contender_gets_a_row_that_loads(small: None, tmp_path: Path) -> None:
-    made = fast_layer.record(("small",), (3,))
+def recorded(num_tokens: int, tmp_path: Path) -> dict[str, list[dict]]:
+    """Rows of one cell by routing, as they load, all of them right and timed."""
+    made = fast_layer.record(("small",), (num_tokens,))
     rows = recordings.load(recordings.write(made, tmp_path / "fast_layer.json")).rows
-    uniform = [row["impl"] for row in rows if row["routing"] == "uniform"]
-    assert uniform[:3] == ["classic", "grouped_mm", "fast"]
-    assert uniform[-5:-3] == ["classic, from logits", "fast, from logits"]
-    assert uniform[-3:] == ["fast, GEMM1 alone", "fast, GEMM2 alone", "fast, the sum alone"]
-    assert "fast without one launch" in uniform and "fast without two blocks a multiprocessor" in uniform
-    skewed = [row["impl"] for row in rows if row["routing"] == "zipf"]
-    assert set(skewed) <= {"classic", "grouped_mm", "fast", "fast, best instance"}
     for row in rows:
         assert row["samples_us"] == [1.0, 2.0, 3.0]
         assert row.get("within_bound", "logits" in row["impl"] or "alone" in row["impl"]), row
+    return {routing: [row for row in rows if row["routing"] == routing] for routing in fast_layer.ROUTINGS}
+
+
+def test_every_contender_gets_a_row_that_loads(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = instance_for(3, SMALL.top_k, SMALL.num_experts)
+    monkeypatch.setattr(fast_layer, "choose_form", lambda *sizes: Choice(served, ""))
+    rows = recorded(3, tmp_path)
+    uniform = [row["impl"] for row in rows["uniform"]]
+    assert uniform[:3] == ["classic", "grouped_mm", "fast"] and rows["uniform"][2]["instance"] == repr(served)
+    assert uniform[-5:-3] == ["classic, from logits", "fast, from logits"]
+    assert uniform[-3:] == ["fast, GEMM1 alone", "fast, GEMM2 alone", "fast, the sum alone"]
+    assert "fast without one launch" in uniform and "fast without two blocks a multiprocessor" in uniform
+    skewed = [row["impl"] for row in rows["zipf"]]
+    assert set(skewed) <= {"classic", "grouped_mm", "fast", "fast, best instance"}
+
+
+def test_a_few_tokens_are_timed_as_they_are_served(small: None, tmp_path: Path) -> None:
+    rows = recorded(3, tmp_path)["uniform"]
+    assert [row["instance"] for row in rows if row["impl"] == "fast"] == [repr(FewTokens(4))]
+    ideas = {row["impl"].removeprefix("fast without ") for row in rows if "without" in row["impl"]}
+    assert ideas == {"start during the launch before", "weights of GEMM2 on their way during the barrier"}
+    assert "fast, from logits" in {row["impl"] for row in rows} and not any("alone" in row["impl"] for row in rows)
+
+
+def test_where_the_classic_layer_serves_its_run_is_fast(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five tokens of this layer: classic's own configs under its own name and under "fast", and the best form beside them."""
+    called = []
+    layer_of = Layer.contender
+    monkeypatch.setattr(Layer, "contender", lambda self, *pair: called.append(pair) or layer_of(self, *pair))
+    rows = {row["impl"]: row for row in recorded(5, tmp_path)["uniform"]}
+    assert fast_layer.served_by(SMALL, 5) is None and set(called) == {(TILE, TILE)}
+    assert rows["fast"]["config"] == rows["classic"]["config"] and "instance" not in rows["fast"]
+    assert rows["fast, best instance"]["instance"] in map(repr, fast_layer.forms_near(SMALL, 5))
+    assert not any("without" in impl or "alone" in impl for impl in rows)
+
+
+def test_the_form_for_a_few_tokens_may_be_the_best() -> None:
+    assert FewTokens(8) in fast_layer.forms_near(SMALL, 5) and FewTokens(1) in fast_layer.forms_near(SMALL, 1)
+    assert all(isinstance(each, Instance) for each in fast_layer.forms_near(SMALL, 9))
+
+
+def test_each_idea_of_a_few_tokens_is_off_alone(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(fast_layer, "fast_decode", lambda *a, overlap: asked.append((a[5], overlap)))
+    layer = Layer(SMALL, 3, 1, weight_sets(SMALL))
+    for run in (fast_layer.by_form(layer, FewTokens(4)), *fast_layer.few_without(layer, FewTokens(4)).values()):
+        run(0)
+    assert asked == [(FewTokens(4), True), (FewTokens(4), False), (FewTokens(4, prefetch=False), True)]
 
 
 @pytest.mark.parametrize("instance", ALL, ids=str)
@@ -130,7 +181,25 @@ def test_candidates_are_near_the_rows_of_an_expert(num_tokens: int, top_k: int, 
     assert num_tokens < 4096 or min(each.tokens for each in found) >= 32
 
 
+@pytest.mark.parametrize(("num_tokens", "tokens"), [(1, {1}), (2, {2}), (3, {4}), (4, {4}), (8, {8}), (9, set())])
+def test_candidates_for_a_few_tokens(num_tokens: int, tokens: set[int]) -> None:
+    found = fast_choice.forms_for(num_tokens, SMALL)
+    few = [each for each in found if isinstance(each, FewTokens)]
+    assert {each.tokens for each in few} == tokens and len(few) == 4 * len(tokens) and len(set(found)) == len(found)
+    first = fast_layer.served_by(SMALL, num_tokens) or instance_for(num_tokens, SMALL.top_k, SMALL.num_experts)
+    assert found[0] == first and isinstance(first, FewTokens) == (num_tokens <= 4)
+
+
+def test_candidates_for_a_few_tokens_are_those_that_take_them() -> None:
+    """Mixtral at eight tokens: activated rows leave no room for a ring."""
+    mixtral = fast_layer.shape_of("mixtral-8x7b/tp2")
+    assert fast_choice.few_candidates(4, mixtral) and not fast_choice.few_candidates(8, mixtral)
+
+
 def test_candidates_fit_a_processor() -> None:
+    for few in fast_choice.FEW:
+        assert few.fixed_bytes + few.stages_beside(0) * few.stage_bytes <= 227 * 1024
+        assert few.stages_beside(0) == few.stages, "else it is another candidate by another name"
     for each in fast_choice.CANDIDATES:
         assert each.per_processor * (each.shared_bytes + 1024) <= 228 * 1024 and each.shared_bytes <= 227 * 1024
         assert each.tokens % each.box == each.tokens % each.grain == 0
@@ -148,13 +217,15 @@ def test_every_candidate_gets_a_row_that_loads(small: None, tmp_path: Path) -> N
 
 def test_a_candidate_that_is_wrong_is_told_and_not_timed(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = fast_choice.candidates_for(3, SMALL.top_k, SMALL.num_experts)[1]
+    assert not isinstance(wrong, FewTokens)
     monkeypatch.setattr(fast_layer, "fast_layer", lambda *a, **k: stand_in(*a, **k) + (a[6] == wrong))
     (row,) = [row for row in fast_choice.record(("small",), (3,)).rows if not row["within_bound"]]
     assert row["instance"] == repr(wrong) and row["problem"] and "samples_us" not in row
 
 
 def test_the_rule_is_near_the_best_recorded() -> None:
-    """Over the cells of fast_choice: what the rule's form takes over the fastest form's time."""
+    """Over the cells of fast_choice: what the rule's form takes over the fastest form's time. What serves a batch, where that
+    was recorded, else the rule's instance."""
     recorded = recordings.load("fast_choice")
     assert all(row["within_bound"] for row in recorded.rows)
     lost = {}
@@ -165,6 +236,8 @@ def test_the_rule_is_near_the_best_recorded() -> None:
                 row["instance"]: statistics.median(row["samples_us"])
                 for row in recorded.select(shape=name, num_tokens=b)
             }
-            lost[name, b] = times[repr(instance_for(b, shape.top_k, shape.num_experts))] / min(times.values())
+            served = repr(fast_layer.served_by(shape, b))
+            rule = served if served in times else repr(instance_for(b, shape.top_k, shape.num_experts))
+            lost[name, b] = times[rule] / min(times.values())
     assert len(lost) == 48 and max(lost.values()) < 1.09, max(lost, key=lambda cell: lost[cell])
     assert statistics.geometric_mean(lost.values()) < 1.01

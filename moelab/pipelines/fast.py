@@ -10,8 +10,9 @@ from torch import Tensor
 from moelab import runtime
 from moelab.chips import TARGETS, Target
 from moelab.errors import ConfigError
-from moelab.kernels import checks
+from moelab.kernels import checks, fast_decode
 from moelab.kernels.expert_order import expert_order_unchecked, new_expert_order
+from moelab.kernels.fast_decode import FewTokens, form_for
 from moelab.kernels.fast_instances import Instance, instance_for
 from moelab.kernels.fast_layer import check_fast_layer, fast_layer
 from moelab.kernels.launch import checked, signature
@@ -33,14 +34,21 @@ the steps, until an expert has so many rows: by the recordings of DeepSeek-V3 tp
 
 
 class Choice(NamedTuple):
-    """The instance for a batch, None for the classic layer, and a sentence that says why."""
+    """The form for a batch, None for the classic layer, and a sentence that says why."""
 
-    instance: Instance | None
+    instance: Instance | FewTokens | None
     reason: str
 
 
-def choose(num_tokens: int, top_k: int, num_experts: int, moe_intermediate_size: int) -> Choice:
+def choose(num_tokens: int, top_k: int, num_experts: int, moe_intermediate_size: int, hidden_size: int) -> Choice:
     """What serves a batch of that size, whatever its routing: the host does not know it. Sizes as on this rank."""
+    few = form_for(num_tokens, top_k, hidden_size, moe_intermediate_size)
+    if few is not None and 0 < num_tokens <= fast_decode.MOST_TOKENS:
+        return Choice(
+            few,
+            f"one launch for at most {few.tokens} token{'s' * (few.tokens > 1)}: no tiles, the rows of all weights in use are "
+            "shared out evenly over the multiprocessors",
+        )
     rows = num_tokens * top_k / num_experts
     even = f"{rows:.3g} rows an expert if tokens spread evenly"
     tiles = min(num_tokens * top_k, num_experts) * -(-2 * moe_intermediate_size // 128)
@@ -67,12 +75,15 @@ def tiles_for(order: ExpertOrder, instance: Instance, hidden_size: int) -> Token
 
 
 def route_for(
-    router_logits: Tensor, top_k: int, instance: Instance, hidden_size: int, **rule: Any
-) -> tuple[Routed, TokenTiles]:
-    """`moelab.kernels.route.route`, and the tiles of that instance: for few tokens in one launch. rule: as route has it.
+    router_logits: Tensor, top_k: int, instance: Instance | FewTokens, hidden_size: int, **rule: Any
+) -> tuple[Routed, TokenTiles | None]:
+    """`moelab.kernels.route.route`, and the tiles of that instance, None where it needs none: for few tokens in one launch.
+    rule: as route has it.
 
     For a router whose experts are all here.
     """
+    if isinstance(instance, FewTokens):
+        return route(router_logits, top_k, **rule), None
     num_tokens, num_experts = router_logits.shape
     few = num_tokens <= instance.tile_rows and tiles_in_one_launch(num_tokens, num_experts, rule.get("num_groups", 1))
     if not few:
@@ -84,8 +95,9 @@ def route_for(
     return route(router_logits, top_k, out=out, tiles=tiles, **rule), tiles
 
 
-def fast_pipeline(call: MoECall, instance: Instance | None = None) -> Tensor:
-    """Order by expert, tiles, and the layer in one launch, or `triton_pipeline` with the call's configs where `choose` says so.
+def fast_pipeline(call: MoECall, instance: Instance | FewTokens | None = None) -> Tensor:
+    """Order by expert, tiles, and the layer in one launch; for a few tokens that launch alone; or `triton_pipeline` with the
+    call's configs, where `choose` says so.
 
     instance: that one, whatever the batch. Raises RuntimeModeError, DtypeError, ShapeError, ConfigError.
     """
@@ -94,16 +106,19 @@ def fast_pipeline(call: MoECall, instance: Instance | None = None) -> Tensor:
     what = (call.activation, call.gated, call.b13 is None, call.b2 is None, aligned)
     checked(("fast_pipeline", signature(x, w13, w2), what), lambda: _check(call))
     if instance is None:
-        instance = choose(call.num_tokens, call.top_k, call.num_experts, w2.shape[2]).instance
+        instance = choose(call.num_tokens, call.top_k, call.num_experts, w2.shape[2], x.shape[1]).instance
     if instance is None:
         return triton_pipeline(call)
     ids = ids.to(torch.int32)
+    options: dict[str, Any] = {
+        "scale": call.routed_scaling_factor, "weights_on_input": call.apply_router_weight_on_input
+    }  # fmt: skip
+    if isinstance(instance, FewTokens):
+        return fast_decode.fast_decode(x, w13, w2, call.topk_weights, ids, instance, **options)
     order = new_expert_order(ids.numel(), call.num_experts, x.device)
     expert_order_unchecked(ids, call.num_experts, order)
-    return fast_layer(
-        x, w13, w2, call.topk_weights, ids, tiles_for(order, instance, x.shape[1]), instance,
-        scale=call.routed_scaling_factor, weights_on_input=call.apply_router_weight_on_input,
-    )  # fmt: skip
+    tiles = tiles_for(order, instance, x.shape[1])
+    return fast_layer(x, w13, w2, call.topk_weights, ids, tiles, instance, **options)
 
 
 def _check(call: MoECall) -> None:
@@ -131,4 +146,4 @@ def choose_for(shape: MoEShape, num_tokens: int, target: Target | None) -> Choic
     w13, w2 = (torch.empty(size, dtype=dtype, device="meta") for size in (shape.w13_shape, shape.w2_shape))
     x = torch.empty((num_tokens, shape.hidden_size), dtype=dtype, device="meta")
     check_fast_layer(x, w13, w2, target or TARGETS["sm_90"])
-    return choose(num_tokens, shape.top_k, shape.num_experts, shape.moe_intermediate_size)
+    return choose(num_tokens, shape.top_k, shape.num_experts, shape.moe_intermediate_size, shape.hidden_size)

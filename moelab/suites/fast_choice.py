@@ -1,4 +1,4 @@
-"""Which instance of the one-launch layer serves a batch best.
+"""Which form of the one-launch layer serves a batch best.
 
 Every candidate is checked against float64 and timed, a short pass each, at every shape and batch size of the suite fast_layer.
 `moelab.kernels.fast_instances` is chosen by what it found, and tests/test_fast_suite.py holds its rule to the recording.
@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from moelab import runtime
+from moelab.kernels import fast_decode
+from moelab.kernels.fast_decode import FewTokens
 from moelab.kernels.fast_instances import ALL, Instance, instance_for
 from moelab.recordings import Recording
+from moelab.shapes import MoEShape
 from moelab.suites import fast_layer as suite
 from moelab.suites.bench import judge
 from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
@@ -34,6 +38,18 @@ CANDIDATES = (
 )
 """Those in use, and what might be better, by the reason beside each."""
 
+FEW = tuple(
+    each
+    for form in fast_decode.ALL
+    for each in (
+        form,
+        replace(form, slice=256, stages=12),  # shorter slices: a ring of finer grain
+        replace(form, slice=1024, stages=3),  # longer ones: half as many copies and turns
+        replace(form, warps=8, stages=12),  # half the rows at a time, each warp with twice the share
+    )
+)
+"""The same for a few tokens."""
+
 NEAR = 4
 """Candidates that are timed hold at most so many times the rows that an expert gets, or at the least a NEARth of them."""
 
@@ -47,18 +63,31 @@ def candidates_for(num_tokens: int, top_k: int, num_experts: int) -> list[Instan
     return list(dict.fromkeys([by_rule, *near]))
 
 
+def few_candidates(num_tokens: int, shape: MoEShape) -> list[FewTokens]:
+    """Candidates for a few tokens that take such a batch, but for those made for twice as many or more."""
+    sizes = num_tokens, shape.top_k, shape.hidden_size, shape.moe_intermediate_size
+    return [each for each in FEW if each.takes(*sizes) and each.tokens < 2 * num_tokens]
+
+
+def forms_for(num_tokens: int, shape: MoEShape) -> list[suite.AnyForm]:
+    """All candidates for a batch, what serves it first: of the instances the rule's, where that is the classic layer."""
+    instances = candidates_for(num_tokens, shape.top_k, shape.num_experts)
+    served = suite.served_by(shape, num_tokens) or instances[0]
+    return list(dict.fromkeys([served, *instances, *few_candidates(num_tokens, shape)]))
+
+
 def cell(name: str, layer: Layer, routing: str) -> list[dict[str, Any]]:
     """A row for each candidate: its error beside the bound, and the samples of a short pass; those refused say why."""
     num_tokens, shape = layer.num_tokens, layer.shape
-    by_rule = instance_for(num_tokens, shape.top_k, shape.num_experts)
-    contenders = {each: suite.fast(layer, each) for each in candidates_for(num_tokens, shape.top_k, shape.num_experts)}
+    forms = forms_for(num_tokens, shape)
+    contenders = {each: suite.by_form(layer, each) for each in forms}
     judged = judge(layer, {repr(each): run for each, run in contenders.items()})
     right = {each: run for each, run in contenders.items() if judged[repr(each)]["within_bound"]}
     timed = quick(right, len(layer.routings))
     return [
         {
             "shape": name, "num_tokens": num_tokens, "routing": routing, "rotations": len(layer.routings),
-            "instance": repr(each), "by_rule": each == by_rule,
+            "instance": repr(each), "by_rule": each == forms[0],
             **judged[repr(each)], **suite.samples_of(timed, each),
         }
         for each in contenders

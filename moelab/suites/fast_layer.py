@@ -21,11 +21,13 @@ from moelab.errors import MoelabError, RecordingError
 from moelab.fused_moe import fused_moe
 from moelab.inputs import random_tensor
 from moelab.kernels.expert_order import expert_order
+from moelab.kernels.fast_decode import FewTokens, fast_decode, form_for
 from moelab.kernels.fast_instances import ALL, Instance, instance_for
 from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM, fast_layer
 from moelab.kernels.route import route
 from moelab.kernels.token_tiles import TokenTiles
 from moelab.measure import Measurement, measure
+from moelab.pipelines.fast import choose as choose_form
 from moelab.pipelines.fast import route_for, tiles_for
 from moelab.recordings import Recording, load
 from moelab.reference import activation_ref
@@ -45,12 +47,19 @@ BATCHES = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 ROUTINGS = ("uniform", "zipf")
 
 Contender = Callable[[int], Tensor]
+AnyForm = Instance | FewTokens
 
 
 def shape_of(name: str) -> MoEShape:
     """The sharded shape behind a name of SHAPES, without fused shared experts."""
     model, tp_size = SHAPES[name]
     return load_model(model, tp_size=tp_size, disable_shared_experts_fusion=True)
+
+
+def served_by(shape: MoEShape, num_tokens: int) -> AnyForm | None:
+    """The form that serves such a batch, None for the classic layer: what a user gets."""
+    sizes = shape.top_k, shape.num_experts, shape.moe_intermediate_size, shape.hidden_size
+    return choose_form(num_tokens, *sizes).instance
 
 
 # --- contenders ---------------------------------------------------------------------------------------------------
@@ -106,6 +115,21 @@ def fast(
     return run
 
 
+def few_tokens(layer: Layer, form: FewTokens, *, overlap: bool = True) -> Contender:
+    """The layer by a form for a few tokens, which takes no order and no tiles."""
+
+    def run(i: int) -> Tensor:
+        w, r = layer.weights[i], layer.routings[i]
+        return fast_decode(layer.states[i], w.w13, w.w2, r.topk_weights, r.topk_ids, form, overlap=overlap)
+
+    return run
+
+
+def by_form(layer: Layer, form: AnyForm) -> Contender:
+    """The layer in one launch, by a form of either kernel."""
+    return few_tokens(layer, form) if isinstance(form, FewTokens) else fast(layer, form)
+
+
 def alone(layer: Layer, instance: Instance) -> dict[str, Contender]:
     """Each part in a launch of its own, over what the parts before it left: where the layer's time goes."""
     tiles, shape = tiles_of(layer, instance), layer.shape
@@ -137,6 +161,14 @@ def without(layer: Layer, instance: Instance) -> dict[str, Contender]:
     if instance.per_processor > 1:
         off["two blocks a multiprocessor"] = fast(layer, replace(instance, per_processor=1))
     return off
+
+
+def few_without(layer: Layer, form: FewTokens) -> dict[str, Contender]:
+    """The same for a form for a few tokens."""
+    return {
+        "start during the launch before": few_tokens(layer, form, overlap=False),
+        "weights of GEMM2 on their way during the barrier": few_tokens(layer, replace(form, prefetch=False)),
+    }
 
 
 def classic(layer: Layer, name: str) -> tuple[Contender, dict[str, Any]]:
@@ -197,7 +229,7 @@ def grouped_mm(layer: Layer) -> Contender:
     return run
 
 
-def from_logits(layer: Layer, instance: Instance | None, config: tuple[KernelConfig, KernelConfig]) -> Contender:
+def from_logits(layer: Layer, instance: AnyForm | None, config: tuple[KernelConfig, KernelConfig]) -> Contender:
     """The whole layer from router logits: by the one-launch layer, or with None by the classic one, aligned by `align`."""
     shape = layer.shape
     size = (layer.num_tokens, shape.num_experts)
@@ -215,6 +247,9 @@ def from_logits(layer: Layer, instance: Instance | None, config: tuple[KernelCon
                 down_config=config[1],
             )  # fmt: skip
         routed, tiles = route_for(logits[i], shape.top_k, instance, shape.hidden_size)
+        if isinstance(instance, FewTokens):
+            return fast_decode(x, w.w13, w.w2, routed.topk_weights, routed.topk_ids, instance)
+        assert tiles is not None
         return fast_layer(x, w.w13, w.w2, routed.topk_weights, routed.topk_ids, tiles, instance)
 
     return run
@@ -223,9 +258,9 @@ def from_logits(layer: Layer, instance: Instance | None, config: tuple[KernelCon
 # --- the recording ------------------------------------------------------------------------------------------------
 
 
-def fastest_instance(layer: Layer, among: Sequence[Instance]) -> Instance:
+def fastest_form(layer: Layer, among: Sequence[AnyForm]) -> AnyForm:
     """The fastest of a short pass."""
-    times = quick({each: fast(layer, each) for each in among}, protocol_for(layer.num_tokens).rotations)
+    times = quick({each: by_form(layer, each) for each in among}, protocol_for(layer.num_tokens).rotations)
     return min(times, key=lambda each: times[each].median_us)
 
 
@@ -235,30 +270,50 @@ def near(instance: Instance) -> list[Instance]:
     return list(ALL[max(0, place - 1) : place + 2])
 
 
+def forms_near(shape: MoEShape, num_tokens: int) -> list[AnyForm]:
+    """Forms that may be the fastest for a batch: instances about the rule's, and the one for a few tokens, if it takes them."""
+    few = form_for(num_tokens, shape.top_k, shape.hidden_size, shape.moe_intermediate_size)
+    return [*near(instance_for(num_tokens, shape.top_k, shape.num_experts)), *([few] if few else [])]
+
+
+def ablated(layer: Layer, form: AnyForm | None) -> tuple[dict[str, Contender], dict[str, Contender]]:
+    """What is served without each of its ideas, and its parts alone; of the classic layer neither."""
+    if form is None:
+        return {}, {}
+    if isinstance(form, FewTokens):
+        return few_without(layer, form), {}
+    return without(layer, form), alone(layer, form)
+
+
 def cell(name: str, layer: Layer, routing: str, *, ablation: bool) -> list[dict[str, Any]]:
-    """A row for each contender at one shape, batch size and routing: checked, then timed interleaved."""
-    protocol = protocol_for(layer.num_tokens)
-    by_rule = instance_for(layer.num_tokens, layer.shape.top_k, layer.shape.num_experts)
-    best = fastest_instance(layer, near(by_rule))
+    """A row for each contender at one shape, batch size and routing: checked, then timed interleaved.
+
+    "fast" is what serves the batch: a form, or the classic layer's own run; "fast, best instance" the fastest form, where that is
+    another.
+    """
+    protocol, served = protocol_for(layer.num_tokens), served_by(layer.shape, layer.num_tokens)
+    best = fastest_form(layer, forms_near(layer.shape, layer.num_tokens))
     run_classic, tiles = classic(layer, name)
     contenders: dict[str, Contender] = {
         "classic": run_classic,
         "grouped_mm": grouped_mm(layer),
-        "fast": fast(layer, by_rule),
+        "fast": run_classic if served is None else by_form(layer, served),
     }
-    notes: dict[str, dict[str, Any]] = {"classic": tiles, "fast": {"instance": repr(by_rule)}}
-    if best != by_rule:
-        contenders["fast, best instance"], notes["fast, best instance"] = fast(layer, best), {"instance": repr(best)}
-    if ablation:
-        contenders |= {f"fast without {idea}": run for idea, run in without(layer, by_rule).items()}
+    notes: dict[str, dict[str, Any]] = {
+        "classic": tiles,
+        "fast": tiles if served is None else {"instance": repr(served)},
+    }
+    if best != served:
+        contenders["fast, best instance"], notes["fast, best instance"] = by_form(layer, best), {"instance": repr(best)}
+    ideas, parts = ablated(layer, served) if ablation else ({}, {})
+    contenders |= {f"fast without {idea}": run for idea, run in ideas.items()}
     judged = judge(layer, contenders)
     pair = KernelConfig.from_json(tiles["config"]), KernelConfig.from_json(tiles["down_config"])
     timed = dict(contenders)
     if routing == "uniform":
         timed["classic, from logits"] = from_logits(layer, None, pair)
-        timed["fast, from logits"] = from_logits(layer, by_rule, pair)
-    if ablation:
-        timed |= {f"fast, {name} alone": run for name, run in alone(layer, by_rule).items()}
+        timed["fast, from logits"] = from_logits(layer, served, pair)
+    timed |= {f"fast, {name} alone": run for name, run in parts.items()}
     measured = measure({label: run for label, run in timed.items() if "refused" not in judged.get(label, {})}, protocol)
     cost = cost_of(layer)
     common = {
