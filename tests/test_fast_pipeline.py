@@ -14,12 +14,14 @@ from moelab import recordings
 from moelab.errors import RuntimeModeError
 from moelab.fused_moe import available_implementations, fused_moe
 from moelab.inputs import MoEInputs
+from moelab.kernels import fast_decode
 from moelab.kernels.expert_order import expert_order
 from moelab.kernels.fast_decode import FewTokens
 from moelab.kernels.fast_instances import ALL, INSTANCES, ONE_TOKEN, Instance, instance_for
 from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM, fast_layer
+from moelab.kernels.route import route
 from moelab.pipelines import fast
-from moelab.pipelines.fast import Choice, choose, tiles_for
+from moelab.pipelines.fast import Choice, choose, route_for, tiles_for
 from moelab.suites import fast_layer as fast_layer_suite
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -118,12 +120,46 @@ def test_what_is_chosen_as_classic_runs_as_the_classic_layer(monkeypatch: pytest
     assert out.equal(fused_moe(inputs.hidden_states, inputs.w13, inputs.w2, impl="triton", **given))
 
 
+def test_a_few_tokens_are_routed_without_tiles(device: str) -> None:
+    logits = torch.randn(3, 8, device=device)
+    routed, tiles = route_for(logits, 2, FewTokens(4), 64)
+    plain = route(logits, 2)
+    assert tiles is None and routed.topk_ids.equal(plain.topk_ids) and routed.topk_weights.equal(plain.topk_weights)
+
+
+def test_a_few_tokens_go_to_their_kernel_alone(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """With ids in int32, the scale and where the weight goes; and by a form that is asked for, whatever the batch."""
+    asked = []
+
+    def stand_in(x, w13, w2, weights, ids, form, **options):
+        asked.append((ids.dtype, form, options))
+        return x
+
+    monkeypatch.setattr(fast, "_check", lambda call: None)
+    monkeypatch.setattr(fast_decode, "fast_decode", stand_in)
+    case = Case("scaled", 2, 6, 3, 64, 32, on_input=True, scale=2.5)
+    i = case.inputs(torch.float16, device)
+    given = {"topk_weights": i.topk_weights, "topk_ids": i.topk_ids.long()}
+    out = fused_moe(i.hidden_states, i.w13, i.w2, impl="fast", **given, **case.options)
+    assert out.equal(i.hidden_states)
+    assert asked == [(torch.int32, FewTokens(2), {"scale": 2.5, "weights_on_input": True})]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES + LARGE_CASES if plain(case)], ids=str)
 def test_against_float64(case: Case, dtype: torch.dtype) -> None:
     inputs = case.inputs(dtype, "cuda")
     judge(case, inputs, call(case, inputs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 5])
+def test_small_batches_as_they_are_served(num_tokens: int) -> None:
+    case = Case("served", num_tokens, 16, 4, 512, 1024)
+    i = case.inputs(torch.bfloat16, "cuda")
+    given = {"topk_weights": i.topk_weights, "topk_ids": i.topk_ids}
+    judge(case, i, fused_moe(i.hidden_states, i.w13, i.w2, impl="fast", **given))
 
 
 ODD = Case("odd", 77, 12, 3, 264, 136)

@@ -18,7 +18,7 @@ from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM
 from moelab.measure import Measurement
 from moelab.pipelines.fast import Choice
 from moelab.shapes import MoEShape
-from moelab.suites import bench, fast_choice, fast_layer, screening
+from moelab.suites import bench, fast_choice, fast_layer, fast_rivals, screening
 from moelab.suites.layer_classic import Layer, weight_sets
 
 SMALL = MoEShape.from_sizes(num_experts=8, top_k=2, hidden_size=64, moe_intermediate_size=32, dtype="float32")
@@ -54,7 +54,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_layer, "shape_of", lambda name: SMALL)
     monkeypatch.setattr(fast_layer, "fast_layer", stand_in)
     monkeypatch.setattr(fast_layer, "fast_decode", few_stand_in)
-    monkeypatch.setattr(fast_layer, "known_configs", lambda layer, name: [(TILE, TILE)])
+    monkeypatch.setattr(fast_rivals, "known_configs", lambda layer, name: [(TILE, TILE)])
 
 
 def recorded(num_tokens: int, tmp_path: Path) -> dict[str, list[dict]]:
@@ -145,16 +145,16 @@ def test_tiles_by_expert_hold_the_same_rows() -> None:
 
 def test_known_configs_are_of_this_cell() -> None:
     layer = type("layer", (), {"shape": fast_layer.shape_of("scout/tp4"), "num_tokens": 64})()
-    pairs = fast_layer.known_configs(layer, "scout/tp4")
+    pairs = fast_rivals.known_configs(layer, "scout/tp4")
     assert pairs and all(up.BLOCK_SIZE_M == down.BLOCK_SIZE_M for up, down in pairs)
-    assert set(fast_layer.known_configs(layer, "nobody")) < set(pairs)
+    assert set(fast_rivals.known_configs(layer, "nobody")) < set(pairs)
 
 
 def test_without_a_file_there_is_no_known_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The loader's default is none: the classic layer is then searched for, not set up to lose."""
     monkeypatch.setenv("MOELAB_CONFIG_DIR", str(tmp_path))
     layer = type("layer", (), {"shape": SMALL, "num_tokens": 3})()
-    assert fast_layer.known_configs(layer, "nobody") == []
+    assert fast_rivals.known_configs(layer, "nobody") == []
 
 
 def test_an_experimental_implementation_answers_to_its_name_alone() -> None:

@@ -135,8 +135,12 @@ def _said(means: Means, ideas: Sequence[str], batches: Sequence[int], single: Se
 
 def short(instance: str) -> str:
     """An instance's repr as "16×128 w1 s6 b2": tokens by weight rows of a tile, multiplying warpgroups, stages, blocks on a
-    multiprocessor; and "c2" with clusters of two."""
+    multiprocessor; and "c2" with clusters of two. Of a form for a few tokens "few 4 w16 s6 k512": tokens, multiplying warps,
+    stages, elements of a row in a stage; and "late" where weights of GEMM2 wait for the barrier."""
     field = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", instance)}
+    if instance.startswith("FewTokens"):
+        late = " late" * ("prefetch=False" in instance)
+        return f"few {field['tokens']} w{field['warps']} s{field['stages']} k{field['slice']}{late}"
     rows = 64 * field["warpgroups"] * field["row_blocks"]
     cluster = f" c{field['cluster']}" if "cluster" in field else ""
     return (
@@ -145,25 +149,39 @@ def short(instance: str) -> str:
 
 
 def _order(instance: str) -> tuple[int, ...]:
-    return tuple(int(value) for value in re.findall(r"\d+", short(instance)))
+    """Forms for a few tokens first."""
+    numbers = tuple(int(value) for value in re.findall(r"\d+", short(instance)))
+    return (0 if instance.startswith("FewTokens") else 1, *numbers)
 
 
 Rule = Callable[[MoEShape, int], str]
 """A shape and a batch size -> the instance chosen for it, as rows name it."""
 
 
-def rule_in_use(shape: MoEShape, num_tokens: int) -> str:
-    """What `moelab.kernels.fast_instances` chooses: the rule follows the recording, whose `by_rule` is of the rule before."""
+def rule_in_use(recording: Recording) -> Rule:
+    """What `moelab.pipelines.fast` chooses, the rule's instance where that is the classic layer: the rule follows the recording,
+    whose `by_rule` is of the rule before. Of a recording without forms for a few tokens, what its instances' rule chooses.
+    """
     from moelab.kernels.fast_instances import instance_for
+    from moelab.pipelines.fast import choose
 
-    return repr(instance_for(num_tokens, shape.top_k, shape.num_experts))
+    few = any(row["instance"].startswith("FewTokens") for row in recording.rows if "instance" in row)
+
+    def rule(shape: MoEShape, num_tokens: int) -> str:
+        sizes = shape.top_k, shape.num_experts, shape.moe_intermediate_size, shape.hidden_size
+        served = choose(num_tokens, *sizes).instance if few else None
+        return repr(served or instance_for(num_tokens, shape.top_k, shape.num_experts))
+
+    return rule
 
 
-def instances(recording: Recording, shapes: Mapping[str, MoEShape], rule: Rule = rule_in_use) -> Panel:
+def instances(recording: Recording, shapes: Mapping[str, MoEShape], rule: Rule | None = None) -> Panel:
     """Map of instance by rows an expert gets: its time over the best instance's, geometric mean over the cells there.
 
-    recording: of the suite fast_choice. shapes: its shapes by name. Bold: the best; boxed: what the rule chooses.
+    recording: of the suite fast_choice. shapes: its shapes by name. rule: None for the one in use. Bold: the best; boxed: what
+    the rule chooses.
     """
+    rule = rule or rule_in_use(recording)
     rows = [row for row in timed(recording) if row["within_bound"] and row["shape"] in shapes]
     cells: dict[tuple[str, int, str], list[Row]] = {}
     for row in rows:
@@ -180,11 +198,14 @@ def instances(recording: Recording, shapes: Mapping[str, MoEShape], rule: Rule =
         f"Which form of the kernel serves best: {_short_of_rule(judged)}",
         f"{recording.source()}, short passes; time over the best form’s, geometric mean over shapes; bold: the best; boxed: what "
         "the rule chooses<br>16×128 w1 s6 b2: tiles of 16 tokens by 128 weight rows, 1 warpgroup, 6 stages, 2 blocks a "
-        "multiprocessor",
+        f"multiprocessor{_FEW if any(name.startswith('FewTokens') for name in names) else ''}",
         height=190 + 27 * len(names),
     )  # fmt: skip
     _draw_forms(figure, over, names, columns, rows, shapes, rule)
     return Panel(figure, table, _said_of_rule(judged, table) + _changed_since(rows, shapes, rule))
+
+
+_FEW = "; few 4 w16 s6 k512: at most 4 tokens, 16 warps, 6 stages of 512 elements a row"
 
 
 def _changed_since(rows: Sequence[Row], shapes: Mapping[str, MoEShape], rule: Rule) -> str:

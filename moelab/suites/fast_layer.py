@@ -16,8 +16,7 @@ from torch import Tensor
 
 from moelab import runtime
 from moelab.config import KernelConfig
-from moelab.config_files import dtype_selector, lookup
-from moelab.errors import MoelabError, RecordingError
+from moelab.errors import MoelabError
 from moelab.fused_moe import fused_moe
 from moelab.inputs import random_tensor
 from moelab.kernels.expert_order import expert_order
@@ -29,12 +28,11 @@ from moelab.kernels.token_tiles import TokenTiles
 from moelab.measure import Measurement, measure
 from moelab.pipelines.fast import choose as choose_form
 from moelab.pipelines.fast import route_for, tiles_for
-from moelab.recordings import Recording, load
-from moelab.reference import activation_ref
+from moelab.recordings import Recording
 from moelab.shapes import MoEShape, load_model
 from moelab.suites import layer_classic
 from moelab.suites.bench import cost_of, judge
-from moelab.suites.layer_baseline import choose
+from moelab.suites.fast_rivals import classic, grouped_mm
 from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
 from moelab.suites.screening import quick
 
@@ -169,64 +167,6 @@ def few_without(layer: Layer, form: FewTokens) -> dict[str, Contender]:
         "start during the launch before": few_tokens(layer, form, overlap=False),
         "weights of GEMM2 on their way during the barrier": few_tokens(layer, replace(form, prefetch=False)),
     }
-
-
-def classic(layer: Layer, name: str) -> tuple[Contender, dict[str, Any]]:
-    """The classic kernel under the fastest of what is known for this cell: tuned files, what layer_baseline chose."""
-    pairs = known_configs(layer, name)
-    if not pairs:
-        chosen = choose(layer, "triton", protocol_for(layer.num_tokens).rotations)
-        pairs = [(chosen.up, chosen.down)]
-    contenders = {pair: layer.contender(*pair) for pair in pairs}
-    times = quick(contenders, protocol_for(layer.num_tokens).rotations)
-    best = min(times, key=lambda pair: times[pair].median_us)
-    return contenders[best], {"config": best[0].to_json(), "down_config": best[1].to_json(), "tried": len(pairs)}
-
-
-def known_configs(layer: Layer, name: str) -> list[tuple[KernelConfig, KernelConfig]]:
-    """Pairs recorded as fastest for this shape and batch size: by the tuner's files, by layer_baseline, by sglang's rows."""
-    pairs = []
-    try:
-        rows = load("layer_baseline").rows
-    except RecordingError:
-        rows = ()
-    for row in rows:
-        if (row["shape"], row["num_tokens"], row["impl"]) == (name, layer.num_tokens, "triton") and row.get("config"):
-            pairs.append((KernelConfig.from_json(row["config"]), KernelConfig.from_json(row["down_config"])))
-    up, down = (tuned(layer.shape, layer.num_tokens, down=down) for down in (False, True))
-    if up is not None and down is not None and up.BLOCK_SIZE_M == down.BLOCK_SIZE_M:
-        pairs.append((up, down))
-    for row in layer_classic.peer_rows():
-        if (row["name"], row["M"]) == (name, layer.num_tokens) and row.get("tuned_cfg"):
-            one = KernelConfig.from_json(row["tuned_cfg"])
-            pairs.append((one, one))
-    return list(dict.fromkeys(pairs))
-
-
-def tuned(shape: MoEShape, num_tokens: int, *, down: bool) -> KernelConfig | None:
-    """What the loader finds for this device, if it finds a file."""
-    found = lookup(
-        shape.num_experts, shape.moe_intermediate_size, runtime.current().device_name, num_tokens=num_tokens,
-        triton_version=runtime.versions()["triton"] or "unknown", down=down, dtype_selector=dtype_selector(shape.dtype),
-    )  # fmt: skip
-    return None if found.is_default else found.config
-
-
-def grouped_mm(layer: Layer) -> Contender:
-    """torch's grouped product over tokens sorted beforehand; what is between and after in eager torch."""
-    shape = layer.shape
-    orders = [expert_order(r.topk_ids, shape.num_experts) for r in layer.routings]
-    sorted_slots = [order.sorted_slots.long() for order in orders]
-
-    def run(i: int) -> Tensor:
-        w, r, slots, ends = layer.weights[i], layer.routings[i], sorted_slots[i], orders[i].expert_offsets[1:]
-        h = torch.nn.functional.grouped_mm(layer.states[i][slots // shape.top_k], w.w13.transpose(1, 2), offs=ends)
-        h = activation_ref(h, shape.activation, gated=shape.gated)
-        y = torch.nn.functional.grouped_mm(h, w.w2.transpose(1, 2), offs=ends)
-        y = y * r.topk_weights.flatten()[slots].unsqueeze(1).to(y.dtype)
-        return torch.empty_like(y).index_copy(0, slots, y).view(layer.num_tokens, shape.top_k, -1).sum(1)
-
-    return run
 
 
 def from_logits(layer: Layer, instance: AnyForm | None, config: tuple[KernelConfig, KernelConfig]) -> Contender:
