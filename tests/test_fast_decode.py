@@ -16,6 +16,7 @@ from fast_cases import needs_compiler
 from moelab.errors import ShapeError
 from moelab.kernels import cubin, fast_decode, nvrtc
 from moelab.kernels.fast_decode import ALL, SOURCE, FewTokens, form_for
+from moelab.suites.fast_choice import FEW
 
 ONE, TWO, FOUR, EIGHT = (FewTokens(tokens, warps=2, stages=3, slice=256) for tokens in (1, 2, 4, 8))
 DEEP = FewTokens(4, warps=4, stages=2)  # stages of 512 elements a row, two loads for each lane
@@ -111,10 +112,10 @@ def test_a_wait_that_never_ends_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
 WRONG = {
     "gate and up from the same rows": ("fast_decode.cu", "* 2 + copier.second) * size", "* 2) * size"),
     "a token's x for another": ("fast_decode.cu", "group.pair[token] : token) *", "group.pair[token] : 0) *"),
-    "rows that no block takes": ("fast_decode.cuh", "(blockIdx.x + 1) / gridDim.x", "(blockIdx.x + 1) / gridDim.x - 1"),
+    "rows that no block takes": ("fast_decode.cuh", "rows * (block + 1) / blocks", "rows * (block + 1) / blocks - 1"),
     "w2 with no weight": ("fast_decode.cu", "(batch.on_input ? 1.0f : group.routed[token]) *", ""),
     "twice the same expert in one group": ("fast_decode.cuh", "id * PAIRS + earlier", "id * PAIRS"),
-    "a last slice as long as the others": ("fast_decode.cuh", "slice + 1 < count ? length", "true ? length"),
+    "a last slice as long as the others": ("fast_decode.cuh", "slice + 1 < count ? S::SLICE", "true ? S::SLICE"),
 }  # fmt: skip
 
 
@@ -127,6 +128,23 @@ def test_what_is_wrong_is_seen(tmp_path: Path, change: tuple[str, str, str]) -> 
         compare(layer(4, 3, 2, 264, 40, ids=ids), FOUR, source=source)
 
 
+LATE = "    if (blockIdx.x == 1) std::this_thread::sleep_for(std::chrono::milliseconds(300));\n"
+BEGIN = "    compute_gemm1(shared, batch, place);\n"
+
+
+@needs_compiler
+@pytest.mark.parametrize("form", [TWO, WAITING])
+def test_a_block_that_is_late_is_waited_for(tmp_path: Path, form: FewTokens) -> None:
+    """What it has yet to write is not-a-number."""
+    given, late = layer(2, 3, 2, 64, 40), ("fast_decode.cu", BEGIN, LATE + BEGIN)
+    compare(given, form, blocks=3, source=emulated_gpu.altered(tmp_path, late, source=SOURCE))
+    wait = "wait_for_count(&batch.counters[0], gridDim.x);"
+    source = emulated_gpu.altered(tmp_path, late, ("fast_decode.cu", wait, ""), source=SOURCE)
+    emulated_decode.built.cache_clear()
+    with pytest.raises(AssertionError, match="nan"):
+        compare(given, form, blocks=3, source=source)
+
+
 @needs_compiler
 @pytest.mark.parametrize("form", [ONE, EIGHT, DEEP])
 def test_sizes_are_those_of_the_source(form: FewTokens) -> None:
@@ -136,7 +154,7 @@ def test_sizes_are_those_of_the_source(form: FewTokens) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("form", [*ALL, replace(ALL[0], prefetch=False)], ids=str)
+@pytest.mark.parametrize("form", [*ALL, replace(ALL[0], prefetch=False), *(f for f in FEW if f.tokens == 8)], ids=str)
 def test_forms_compile_for_hopper(form: FewTokens, dtype: torch.dtype) -> None:
     """No spill, no more registers than a multiprocessor has, and copies that are one instruction each."""
     code = nvrtc.compiled("sm_90a", form.source(), form.expression(dtype)).code

@@ -5,12 +5,12 @@
 // gate and an up row, over all experts in use, and then its part of GEMM2's rows, which are the columns of the output, over all
 // experts in use. No tensor cores: a warp multiplies a row by all tokens that go to its expert, sums in float32.
 //
-// In a block one warp streams the weights, two slices of rows for each of the others, through a ring in shared memory; it runs
+// In a block a few warps stream the weights, two slices of rows for each of the others, through a ring in shared memory; they run
 // ahead across rows and across the two GEMMs: the ring fills with w2 while the block waits for the others to end GEMM1. x, and
 // then the activated rows of GEMM1, which all blocks wrote, lie in shared memory whole.
 //
 // Each block finds out by itself which tokens go to which expert: no other launch comes before. Every output is summed by one
-// warp in a fixed order, so the bits depend on nothing but the input and the number of blocks' shares: runs are equal.
+// warp in a fixed order, so the bits depend on the input alone, not even on how many blocks share the rows.
 //
 // Blocks wait for each other once, so all of a launch must be on the chip at once.
 //
@@ -44,7 +44,7 @@ DEVICE void load_stage(Shared<S>& shared, const Batch<T>& batch, Copier& copier,
 template <typename S, typename T>
 DEVICE void stream_w13(Shared<S>& shared, const Batch<T>& batch, Copier& copier) {
     const int size = batch.inner_size;
-    const Slices slices(batch.hidden, S::SLICE);
+    const Slices<S> slices(batch.hidden);
     const Share share(shared.num_groups * size);
     for (int first = share.begin; first < share.end; first += S::WARPS) {
         const int row = first + copier.warp;
@@ -66,7 +66,7 @@ DEVICE void stream_w13(Shared<S>& shared, const Batch<T>& batch, Copier& copier)
 template <typename S, typename T>
 DEVICE void stream_w2(Shared<S>& shared, const Batch<T>& batch, Copier& copier) {
     const int size = batch.inner_size;
-    const Slices slices(size, S::SLICE);
+    const Slices<S> slices(size);
     const Share share(batch.hidden);
     const int all = shared.num_groups * slices.count;
     for (int first = share.begin; first < share.end; first += S::WARPS) {
@@ -77,7 +77,7 @@ DEVICE void stream_w2(Shared<S>& shared, const Batch<T>& batch, Copier& copier) 
             const T* from = nullptr;
             if (row < share.end && mine < all) {
                 const uint64_t of_w2 = static_cast<uint64_t>(shared.experts[group]) * batch.hidden + row;
-                from = batch.w2 + of_w2 * size + slice * slices.length;
+                from = batch.w2 + of_w2 * size + slice * S::SLICE;
             }
             load_stage(shared, batch, copier, from, slices.length_of(slice));
         }
@@ -164,7 +164,7 @@ template <typename S, typename T>
 DEVICE void compute_gemm1(Shared<S>& shared, const Batch<T>& batch, Place& place) {
     const int warp = threadIdx.x / 32 - COPYING, size = batch.inner_size;
     const T* x = reinterpret_cast<const T*>(region_of(shared));
-    const Slices slices(batch.hidden, S::SLICE);
+    const Slices<S> slices(batch.hidden);
     const Share share(shared.num_groups * size);
     for (int first = share.begin; first < share.end; first += S::WARPS) {
         const int row = first + warp, which = row / size;
@@ -175,7 +175,7 @@ DEVICE void compute_gemm1(Shared<S>& shared, const Batch<T>& batch, Place& place
         for (int slice = 0; slice < slices.count; ++slice) {
             barrier_wait(&shared.full[place.stage], place.phase);
             const T* mine = slices_of(shared, batch, place.stage) + warp * (2 * S::SLICE);
-            const T* columns = x + slice * slices.length;
+            const T* columns = x + slice * S::SLICE;
             const int length = slices.length_of(slice);
             if (has_row && length == S::SLICE)
                 multiply<S, true, false>(sums, mine, columns, batch.hidden, length, group);
@@ -206,7 +206,7 @@ template <typename S, typename T>
 DEVICE void compute_gemm2(Shared<S>& shared, const Batch<T>& batch, Place& place) {
     const int warp = threadIdx.x / 32 - COPYING, lane = threadIdx.x % 32;
     const T* inner = reinterpret_cast<const T*>(region_of(shared));
-    const Slices slices(batch.inner_size, S::SLICE);
+    const Slices<S> slices(batch.inner_size);
     const Share share(batch.hidden);
     const int all = shared.num_groups * slices.count;
     for (int first = share.begin; first < share.end; first += S::WARPS) {
@@ -220,7 +220,7 @@ DEVICE void compute_gemm2(Shared<S>& shared, const Batch<T>& batch, Place& place
 #pragma unroll
             for (int second = 0; second < 2; ++second) {
                 if (!has_row || even + second >= all) continue;
-                const T* columns = inner + slice * slices.length;
+                const T* columns = inner + slice * S::SLICE;
                 add_weighted<S>(sums, batch, mine + second * S::SLICE, columns, slices.length_of(slice), shared.groups[which]);
                 if (++slice == slices.count) {
                     slice = 0;

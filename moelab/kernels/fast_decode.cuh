@@ -86,71 +86,71 @@ struct Place {
     }
 };
 
-// This block's share of so many rows.
+// This block's share of so many rows: no more than columns of 16 bits fit in shared memory, so products fit in 32 bits.
 struct Share {
     int begin, end;
-    DEVICE explicit Share(int rows)
-        : begin(static_cast<int64_t>(rows) * blockIdx.x / gridDim.x),
-          end(static_cast<int64_t>(rows) * (blockIdx.x + 1) / gridDim.x) {}
+    DEVICE explicit Share(unsigned rows) {
+        const unsigned block = blockIdx.x, blocks = gridDim.x;
+        begin = rows * block / blocks;
+        end = rows * (block + 1) / blocks;
+    }
 };
 
-// A row cut into slices of the same length, but for the last.
+// A row cut into slices of SLICE elements, and what is left.
+template <typename S>
 struct Slices {
-    int columns, length, count;
-    DEVICE Slices(int columns, int longest) : columns(columns) {
-        const int most = (columns + longest - 1) / longest;
-        length = (columns + most * UNIT - 1) / (most * UNIT) * UNIT;
-        count = (columns + length - 1) / length;
-    }
-    DEVICE int length_of(int slice) const { return slice + 1 < count ? length : columns - slice * length; }
+    int columns, count;
+    DEVICE explicit Slices(int columns) : columns(columns), count((columns + S::SLICE - 1) / S::SLICE) {}
+    DEVICE int length_of(int slice) const { return slice + 1 < count ? S::SLICE : columns - slice * S::SLICE; }
 };
+
+// One warp: a step for each pair, a lane each.
+constexpr int ROUNDS = PAIRS / 32;
+template <typename Step>
+DEVICE void each_pair(int pairs, const Step& step) {
+#pragma unroll
+    for (int round = 0; round < ROUNDS; ++round)
+        if (round * 32 < pairs) step(round, round * 32 + static_cast<int>(threadIdx.x & 31));
+    warp_together();
+}
 
 // One warp: groups in the order in which their first pairs come. A pair joins the others of its expert, but a token that
 // names an expert again goes to another group, so that a group has one place for each token.
 template <typename S, typename T>
 DEVICE void group_pairs(Shared<S>& shared, const Batch<T>& batch) {
-    constexpr int ROUNDS = PAIRS / 32;
     const int lane = threadIdx.x & 31, pairs = batch.num_tokens * batch.top_k;
     float routed[ROUNDS];
-#pragma unroll
-    for (int round = 0; round < ROUNDS; ++round) {
-        const int pair = round * 32 + lane;
+    int leader[ROUNDS];
+    uint64_t leaders = 0;  // first pairs of groups
+    each_pair(pairs, [&](int round, int pair) {
         routed[round] = pair < pairs ? batch.topk_weights[pair] : 0.0f;
         shared.ids[pair] = pair < pairs ? batch.topk_ids[pair] : -1;
         shared.groups[pair] = {};
 #pragma unroll
         for (int token = 0; token < S::TOKENS; ++token) shared.groups[pair].pair[token] = -1;
-    }
-    warp_together();
-#pragma unroll
-    for (int round = 0; round < ROUNDS; ++round) {
-        const int pair = round * 32 + lane, id = shared.ids[pair];
+    });
+    each_pair(pairs, [&](int, int pair) {
+        const int id = shared.ids[pair];
         int earlier = 0;  // slots of the token with this expert
         for (int other = pair - pair % batch.top_k; other < pair; ++other) earlier += shared.ids[other] == id;
         const bool counts = static_cast<unsigned>(id) < static_cast<unsigned>(batch.num_experts);
         shared.keys[pair] = counts ? id * PAIRS + earlier : -1;
-    }
-    warp_together();
-    uint64_t leaders = 0;  // first pairs of groups
-    int leader[ROUNDS];
-#pragma unroll
-    for (int round = 0; round < ROUNDS; ++round) {
-        const int pair = round * 32 + lane, key = shared.keys[pair];
+    });
+    each_pair(pairs, [&](int round, int pair) {
+        const int key = shared.keys[pair];
         leader[round] = pair;
 #pragma unroll 8
         for (int other = 0; other < pairs; ++other)
             if (shared.keys[other] == key && other < leader[round]) leader[round] = other;
         leaders |= static_cast<uint64_t>(warp_ballot(key >= 0 && leader[round] == pair)) << (32 * round);
-    }
-#pragma unroll
-    for (int round = 0; round < ROUNDS; ++round) {
-        const int pair = round * 32 + lane, key = shared.keys[pair];
-        if (key < 0) continue;
+    });
+    each_pair(pairs, [&](int round, int pair) {
+        if (shared.keys[pair] < 0) return;
         const int group = bits_below(leaders, leader[round]);
         shared.groups[group].pair[pair / batch.top_k] = pair;
         shared.groups[group].routed[pair / batch.top_k] = routed[round];
         if (leader[round] == pair) shared.experts[group] = shared.ids[pair];
-    }
+    });
     if (lane == 0) shared.num_groups = bits_below(leaders, PAIRS);
     barrier_arrive(&shared.grouped);
 }
