@@ -14,31 +14,17 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from moelab.kernels.fast_decode import FewTokens
     from moelab.kernels.fast_instances import Instance
 
 DEADLINE_S = 120
-FEW_SIZES = (
-    (1, 8, 2, 128, 64),
-    (3, 6, 2, 264, 200),
-    (4, 40, 8, 2048, 768),
-    (8, 8, 2, 1032, 520),
-    (8, 16, 8, 7168, 256),
-)
 SIZES = ((1, 8, 2, 128, 64), (20, 6, 2, 256, 128), (300, 5, 2, 264, 200), (2000, 8, 2, 512, 384))
 
 
-def forms() -> list[Instance | FewTokens]:
-    """The instances in use, the candidates whose blocks share weights, and the forms for a few tokens."""
-    from dataclasses import replace
-
-    from moelab.kernels import fast_decode
+def forms() -> list[Instance]:
+    """The instances in use, and the candidates whose blocks share weights."""
     from moelab.suites.fast_choice import ALL, CANDIDATES
 
-    few = (*fast_decode.ALL, replace(fast_decode.ALL[0], prefetch=False))
-    return [*ALL, *(each for each in CANDIDATES if each.cluster > 1), *few]
+    return [*ALL, *(each for each in CANDIDATES if each.cluster > 1)]
 
 
 def part(number: int, parts: int, sizes: tuple[int, ...]) -> str:
@@ -48,7 +34,6 @@ def part(number: int, parts: int, sizes: tuple[int, ...]) -> str:
     from moelab.inputs import make_inputs
     from moelab.kernels import fast_layer as room
     from moelab.kernels.expert_order import expert_order
-    from moelab.kernels.fast_instances import Instance
     from moelab.pipelines.fast import tiles_for
     from moelab.shapes import MoEShape
 
@@ -57,7 +42,6 @@ def part(number: int, parts: int, sizes: tuple[int, ...]) -> str:
     i = make_inputs(shape, num_tokens, dtype=torch.bfloat16, device="cuda", seed=3)
     ids = i.topk_ids.int()
     instance = forms()[number]
-    assert isinstance(instance, Instance)
     tiles = tiles_for(expert_order(ids, experts), instance, hidden)
     slots = tiles.sorted_slots.long()
     expert = ids.flatten()[slots].long()
@@ -86,38 +70,11 @@ def part(number: int, parts: int, sizes: tuple[int, ...]) -> str:
     found, expected = {
         1: (scratch[0], inner.double()), 2: (scratch[1], y),
     }.get(parts, (out, y.view(num_tokens, top_k, -1).sum(1)))  # fmt: skip
-    return off(found, expected) + (" counters left" if tiles.ready.any() else "")
-
-
-def off(found: Tensor, expected: Tensor) -> str:
-    """The largest error, and where the first too large ones are."""
     error = (found.double() - expected).abs().nan_to_num(nan=float("inf"))
     bad = error > 0.03
     where = f" rows {bad.any(1).nonzero().flatten().tolist()[:8]} columns {bad.any(0).nonzero().flatten().tolist()[:8]}"
-    return f"{float(error.max()):.4f}{where if bad.any() else ''}"
-
-
-def few_tokens(form: FewTokens, sizes: tuple[int, ...]) -> tuple[str, str]:
-    """One launch of the whole layer: what is off in the activated rows of GEMM1, and in the output."""
-    import torch
-
-    from moelab.inputs import make_inputs
-    from moelab.kernels.fast_decode import counters_on, fast_decode
-    from moelab.shapes import MoEShape
-
-    num_tokens, experts, top_k, hidden, size = sizes
-    shape = MoEShape.from_sizes(num_experts=experts, top_k=top_k, hidden_size=hidden, moe_intermediate_size=size)
-    i = make_inputs(shape, min(num_tokens, form.tokens), dtype=torch.bfloat16, device="cuda", seed=3)
-    ids = i.topk_ids.int()
-    rows = i.hidden_states.double().repeat_interleave(top_k, 0)
-    h = torch.stack([i.w13[e].double() @ row for e, row in zip(ids.flatten().tolist(), rows, strict=True)])
-    inner = (torch.nn.functional.silu(h[:, :size]) * h[:, size:]).bfloat16()
-    y = torch.stack([i.w2[e].double() @ row for e, row in zip(ids.flatten().tolist(), inner.double(), strict=True)])
-    out = (y * i.topk_weights.double().view(-1, 1)).view(*ids.shape, hidden).sum(1)
-    scratch = torch.full_like(inner, float("nan"))
-    found = fast_decode(i.hidden_states, i.w13, i.w2, i.topk_weights, ids, form, scratch=scratch)
-    torch.cuda.synchronize()
-    return off(scratch, inner.double()), off(found, out) + (" counters left" if counters_on(0).any() else "")
+    counters = " counters left" if tiles.ready.any() else ""
+    return f"{float(error.max()):.4f}{where if bad.any() else ''}{counters}"
 
 
 def started(number: int) -> subprocess.Popen[str]:
@@ -142,17 +99,8 @@ def main() -> int:
 
 
 def child(number: int) -> int:
-    """All parts and sizes of one form."""
-    from moelab.kernels.fast_instances import Instance
-
-    wrong, form = False, forms()[number]
-    if not isinstance(form, Instance):
-        for sizes in FEW_SIZES:
-            print(f"{sizes}: ", end="")
-            of_gemm1, whole = few_tokens(form, sizes)
-            print(f"GEMM1 {of_gemm1}, layer {whole}")
-            wrong |= len(of_gemm1) > 6 or len(whole) > 6
-        return int(wrong)
+    """All parts and sizes of one instance."""
+    wrong = False
     for parts in (1, 2, 4, 7):
         for sizes in SIZES:
             print(f"parts {parts} {sizes}: ", end="")

@@ -1,7 +1,4 @@
-"""Runs fast_layer.cu on the CPU: built by g++ on emulated_hopper.h, in a process of its own, which a hang may kill.
-
-The same for fast_decode.cu is in emulated_decode.py.
-"""
+"""Runs fast_layer.cu on the CPU: built by g++ on emulated_hopper.h, in a process of its own, which a hang may kill."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,31 +57,26 @@ def built(instance: Instance, dtype: torch.dtype, source: Path = SOURCE) -> ctyp
     return ctypes.CDLL(str(compiled(instance, dtype, source)))
 
 
-def altered(folder: Path, *changes: tuple[str, str, str], source: Path = SOURCE) -> Path:
+def altered(folder: Path, *changes: tuple[str, str, str]) -> Path:
     """The source with some of its text replaced: (file, old, new), each old found once. For tests that must be able to fail."""
-    for path in [source, *source.parent.glob("*.cuh")]:
+    for path in [SOURCE, *SOURCE.parent.glob("*.cuh")]:
         (folder / path.name).write_text(path.read_text())
     for name, old, new in changes:
         text = (folder / name).read_text()
         if text.count(old) != 1:
             raise ValueError(f"{name} holds {old!r} {text.count(old)} times. Expected once. Write the change anew.")
         (folder / name).write_text(text.replace(old, new))
-    return folder / source.name
+    return folder / SOURCE.name
 
 
 def compiled(instance: Instance, dtype: torch.dtype, source: Path = SOURCE, *, races: bool = False) -> Path:
     """Its file; with `races` it tells ThreadSanitizer of all that it reads and writes."""
+    folder = Path(tempfile.mkdtemp(prefix="moelab-emulated-"))
     text = MAIN.format(
         source=source, storage=STORAGE[dtype][0], threads=instance.threads, shape=instance.shape,
         expression=instance.expression(dtype), cluster=instance.cluster,
     )  # fmt: skip
-    return library_of(text, races=races)
-
-
-def library_of(main: str, *, races: bool) -> Path:
-    """The file of a shared library, built from that text on the emulated chip."""
-    folder = Path(tempfile.mkdtemp(prefix="moelab-emulated-"))
-    (folder / "main.cpp").write_text(main)
+    (folder / "main.cpp").write_text(text)
     command = ["g++", "-std=c++20", "-O1", "-DMOELAB_EMULATED", f"-I{HERE}", f"-I{SOURCE.parent}", "-shared"]
     command += ["-g", "-fsanitize=thread"] if races else []
     subprocess.run([*command, "-fPIC", "-o", str(folder / "main.so"), str(folder / "main.cpp")], check=True)
@@ -127,15 +118,9 @@ def run_layer(
     """(out, inner, y, ready) of one emulated launch, by `source`, of what `arguments_of` takes; late: a rank in clusters."""
     maps, arguments, tensors = arguments_of(*given, **options)
     library = built(given[6], given[0].dtype, source)
-    in_a_child(lambda: library.run(maps, ctypes.byref(arguments), blocks, late), timeout_s)
-    return tensors[5], tensors[3], tensors[4], tensors[6]
-
-
-def in_a_child(launch: Callable[[], Any], timeout_s: float) -> None:
-    """Raise TimeoutError or RuntimeError where an emulated launch does not end, or ends with a message."""
     child = os.fork()
     if not child:
-        launch()
+        library.run(maps, ctypes.byref(arguments), blocks, late)
         os._exit(0)
     end = time.monotonic() + timeout_s
     while True:
@@ -149,3 +134,4 @@ def in_a_child(launch: Callable[[], Any], timeout_s: float) -> None:
         time.sleep(0.005)
     if status:
         raise RuntimeError(f"the emulated launch ended with status {os.waitstatus_to_exitcode(status)}")
+    return tensors[5], tensors[3], tensors[4], tensors[6]

@@ -12,7 +12,7 @@ from fast_cases import MIDDLE, MIDDLE_PAIR, SMALL_PAIR, WIDE_PAIR, compare, need
 
 from moelab import recordings
 from moelab.errors import RuntimeModeError
-from moelab.kernels import fast_layer, hopper_launch
+from moelab.kernels import fast_layer
 from moelab.kernels.expert_order import expert_order
 from moelab.kernels.fast_instances import ALL, Instance
 from moelab.kernels.token_tiles import token_tiles_ref
@@ -120,13 +120,13 @@ def test_a_launch_says_how_its_blocks_are_clustered() -> None:
     overlap, clusters = (
         names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, names.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
     )  # fmt: skip
-    for cluster, overlapped, expected in (
-        (1, False, []),
-        (1, True, [overlap]),
-        (2, False, [clusters]),
-        (2, True, [overlap, clusters]),
+    for instance, overlapped, expected in (
+        (MIDDLE, False, []),
+        (MIDDLE, True, [overlap]),
+        (MIDDLE_PAIR, False, [clusters]),
+        (MIDDLE_PAIR, True, [overlap, clusters]),
     ):
-        config = hopper_launch.launch_config(132, 384, 1024, 0, overlap=overlapped, cluster=cluster)
+        config = fast_layer._config(instance, 132, 0, overlapped)
         assert [each.id for each in config.attrs] == expected and config.numAttrs == len(expected)
         for each in config.attrs:
             if each.id == clusters:
@@ -135,10 +135,10 @@ def test_a_launch_says_how_its_blocks_are_clustered() -> None:
 
 
 def test_a_grid_is_of_whole_clusters_that_fit() -> None:
-    assert hopper_launch.grid_of(1, 132, 132, "a form") == 132
-    assert hopper_launch.grid_of(2, 132, 66, "a form") == 132
-    assert hopper_launch.grid_of(2, 132, 60, "a form") == 120  # some multiprocessors have no free neighbour
-    assert hopper_launch.grid_of(2, 133, 80, "a form") == 132
+    assert fast_layer.grid_of(MIDDLE, 132, 132) == 132
+    assert fast_layer.grid_of(MIDDLE_PAIR, 132, 66) == 132
+    assert fast_layer.grid_of(MIDDLE_PAIR, 132, 60) == 120  # some multiprocessors have no free neighbour
+    assert fast_layer.grid_of(MIDDLE_PAIR, 133, 80) == 132
 
 
 def test_the_driver_is_asked_how_many_clusters_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,12 +149,11 @@ def test_the_driver_is_asked_how_many_clusters_fit(monkeypatch: pytest.MonkeyPat
         asked.append((config.gridDimX, config.blockDimX, config.sharedMemBytes, len(config.attrs)))
         return driver.CUresult.CUDA_SUCCESS, 60
 
-    alone, pair = (fast_layer.form_of(each, torch.bfloat16) for each in (MIDDLE, MIDDLE_PAIR))
     monkeypatch.setattr(driver, "cuOccupancyMaxActiveClusters", fit)
-    assert hopper_launch.clusters_at_once(None, pair, 135) == 60
+    assert fast_layer._clusters_at_once(None, MIDDLE_PAIR, 135) == 60
     assert asked == [(134, MIDDLE_PAIR.threads, MIDDLE_PAIR.shared_bytes, 1)]
-    assert hopper_launch.clusters_at_once(None, alone, 135) == 135 and len(asked) == 1
+    assert fast_layer._clusters_at_once(None, MIDDLE, 135) == 135 and len(asked) == 1
     refused = driver.CUresult.CUDA_ERROR_INVALID_CLUSTER_SIZE
     monkeypatch.setattr(driver, "cuOccupancyMaxActiveClusters", lambda function, config: (refused, 0))
     with pytest.raises(RuntimeModeError, match="how many clusters"):
-        hopper_launch.clusters_at_once(None, pair, 132)
+        fast_layer._clusters_at_once(None, MIDDLE_PAIR, 132)

@@ -27,8 +27,8 @@ def register(app: typer.Typer) -> None:
 
 
 def explain_fast(found: MoEShape, num_tokens: int, device: str | None, as_json: bool) -> None:
-    """What `fused_moe(impl="fast")` runs for a batch, and why: it reads no files. device: None, or one not known, is taken for
-    one that it runs on."""
+    """What `fused_moe(impl="fast")` runs for a batch, and why. device: whose tuned files count; None, or one not known, is taken
+    for one that it runs on."""
     from dataclasses import asdict
 
     from moelab.chips import get_target
@@ -37,10 +37,10 @@ def explain_fast(found: MoEShape, num_tokens: int, device: str | None, as_json: 
 
     known = device is not None and device.replace(" ", "_") in device_names()
     name = device_data(str(device)).get("target") if known else None
-    choice = choose_for(found, num_tokens, None if name is None else get_target(name))
+    choice = choose_for(found, num_tokens, None if name is None else get_target(name), device)
     if as_json:
-        instance = None if choice.instance is None else asdict(choice.instance)
-        printing.print_json({"kernel": "fast", "instance": instance, "reason": choice.reason})
+        form = None if choice.form is None else {"kind": type(choice.form).__name__, **asdict(choice.form)}
+        printing.print_json({"kernel": "fast", "form": form, "reason": choice.reason})
     else:
         print(choice.reason)
 

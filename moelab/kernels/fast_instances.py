@@ -97,7 +97,11 @@ INSTANCES = {
 rows where tokens are read again and again, once for every tile of weight rows. The ring takes what shared memory is left:
 227 KiB a block, 228 for all, 1 kept of each."""
 
-ALL = (ONE_TOKEN, *INSTANCES.values())
+PAIRED, PAIRED_ROWS = Instance(2, 2, 4, 176, 16, 16, cluster=2), (176, 304)
+"""For as many rows an expert as two blocks of a cluster take at once, each half of them: they share the weights. Faster at 256
+rows in all five shapes of data/recordings/fast_choice.json that have them, slower at 128 and 512."""
+
+ALL = (ONE_TOKEN, *INSTANCES.values(), PAIRED)
 
 MOST_ROWS = {8: 3.0, 16: 11.0, 48: 23.0, 96: 90.0}
 """Widest tile of tokens -> the most rows, as an expert gets them if tokens spread evenly, that it is used for. The fastest
@@ -109,5 +113,7 @@ def instance_for(num_tokens: int, top_k: int, num_experts: int) -> Instance:
     if num_tokens == 1:
         return ONE_TOKEN
     rows = num_tokens * top_k / num_experts
+    if PAIRED_ROWS[0] < rows <= PAIRED_ROWS[1]:
+        return PAIRED
     fits = (most for most, limit in MOST_ROWS.items() if rows <= limit or num_tokens <= most)
     return INSTANCES[next(fits, 176)]

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moelab.chips import Target
 from moelab.errors import DtypeError, RuntimeModeError, ShapeError
+from moelab.kernels import nvrtc
 from moelab.kernels.fast_instances import STORAGE, Instance
-from moelab.kernels.hopper_launch import Form, Loaded, launch, launch_config, loaded
 from moelab.kernels.tensor_map import TensorMap
 from moelab.kernels.token_tiles import TokenTiles
 
@@ -105,16 +108,74 @@ def check_fast_layer(x: Tensor, w13: Tensor, w2: Tensor, target: Target | None) 
             )
 
 
-def form_of(instance: Instance, dtype: torch.dtype) -> Form:
-    """What the launcher needs to know of an instance."""
-    source, expression = instance.source(dtype), instance.expression(dtype)
-    sizes = instance.threads, instance.shared_bytes, instance.per_processor, instance.cluster
-    return Form(source, expression, *sizes, str(instance))
+@dataclass(frozen=True)
+class _Loaded:
+    kernel: Any  # kept, since it owns the code
+    function: Any
+    grid: int
 
 
 @functools.cache
-def _loaded(device: int, instance: Instance, dtype: torch.dtype) -> Loaded:
-    return loaded(device, form_of(instance, dtype))
+def _loaded(device: int, instance: Instance, dtype: torch.dtype) -> _Loaded:
+    """The instance on that GPU, allowed its shared memory, and the blocks that the GPU holds at once."""
+    from cuda.bindings import driver
+
+    core = nvrtc.cuda_core()
+    core.Device(device).set_current()
+    expression = instance.expression(dtype)
+    watched = "#define MOELAB_WATCHDOG\n" if os.environ.get("MOELAB_WATCHDOG") else ""
+    code = nvrtc.compiled("sm_90a", watched + instance.source(dtype), expression)
+    kernel = code.get_kernel(expression)
+    names = driver.CUfunction_attribute
+    for name, value in (
+        (names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, instance.shared_bytes),
+        (names.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),  # per cent: all that per_processor blocks need
+    ):
+        (error,) = driver.cuKernelSetAttribute(name, value, kernel.handle, driver.CUdevice(device))
+        _require(error, f"{name.name} = {value}")
+    fit = kernel.occupancy.max_active_blocks_per_multiprocessor(instance.threads, instance.shared_bytes)
+    if fit < instance.per_processor:  # blocks wait for each other: one that finds no room would make the others hang
+        raise RuntimeModeError(
+            f"A multiprocessor holds {fit} blocks of {instance}. Expected {instance.per_processor}. Use impl='triton', and "
+            "report the GPU and its driver."
+        )
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    function = driver.CUfunction(int(kernel.handle))
+    blocks = processors * instance.per_processor
+    return _Loaded(kernel, function, grid_of(instance, blocks, _clusters_at_once(function, instance, blocks)))
+
+
+def _clusters_at_once(function: Any, instance: Instance, blocks: int) -> int:
+    """Clusters that the GPU holds at once, whose multiprocessors hold so many blocks."""
+    if instance.cluster == 1:
+        return blocks
+    from cuda.bindings import driver
+
+    config = _config(instance, blocks // instance.cluster * instance.cluster, 0, False)
+    error, clusters = driver.cuOccupancyMaxActiveClusters(function, config)
+    _require(error, f"to say how many clusters of {instance.cluster} blocks fit")
+    return clusters
+
+
+def grid_of(instance: Instance, blocks: int, clusters: int) -> int:
+    """Blocks to launch, all of which the GPU holds at once: no more than multiprocessors hold, nor than clusters hold.
+
+    Raises RuntimeModeError where not one cluster fits.
+    """
+    if not clusters:
+        raise RuntimeModeError(
+            f"The GPU holds no cluster of {instance.cluster} blocks of {instance}. Expected at least one. Use an instance of "
+            "cluster=1, and report the GPU and its driver."
+        )
+    return min(blocks // instance.cluster, clusters) * instance.cluster
+
+
+def _require(error: Any, what: str) -> None:
+    if error.value:
+        raise RuntimeModeError(
+            f"The CUDA driver refused {what}: {error.name}. Expected a Hopper GPU with a driver for CUDA 12.8 or later. "
+            "Look at nvidia-smi, or use impl='triton'."
+        )
 
 
 def fast_layer(
@@ -142,7 +203,7 @@ def fast_layer(
     from one stream at a time, on a GPU whose multiprocessors are not shared out (no green contexts).
     """
     device = x.get_device()
-    found = _loaded(device, instance, x.dtype)
+    loaded = _loaded(device, instance, x.dtype)
     num_slots, size = topk_ids.numel(), w2.shape[2]
     inner, y = scratch or (x.new_empty((num_slots, size)), x.new_empty((num_slots, x.shape[1])))
     out = torch.empty_like(x)
@@ -151,7 +212,40 @@ def fast_layer(
     arguments = layer_arguments(*given, tiles, w13.shape[0], parts, scale=scale, weights_on_input=weights_on_input)
     maps = (of_w13.encode(w13), of_w2.encode(w2), of_inner.encode(inner))
     parameters = (*(each.address for each in maps), ctypes.addressof(arguments))
-    stream = torch.cuda.current_stream(device).cuda_stream
-    sizes = found.grid, instance.threads, instance.shared_bytes
-    launch(found, launch_config(*sizes, stream, overlap=overlap, cluster=instance.cluster), parameters)
+    _launch(loaded, instance, torch.cuda.current_stream(device).cuda_stream, overlap, parameters)
     return out
+
+
+def _launch(loaded: _Loaded, instance: Instance, stream: int, overlap: bool, parameters: tuple[int, ...]) -> None:
+    from cuda.bindings import driver
+
+    addresses = (ctypes.c_void_p * len(parameters))(*parameters)
+    config = _config(instance, loaded.grid, stream, overlap)
+    (error,) = driver.cuLaunchKernelEx(config, loaded.function, ctypes.addressof(addresses), 0)
+    _require(error, f"a launch of {loaded.grid} blocks of {instance.threads} threads")
+
+
+@functools.lru_cache(maxsize=256)
+def _config(instance: Instance, grid: int, stream: int, overlap: bool) -> Any:
+    from cuda.bindings import driver
+
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = instance.threads, 1, 1
+    config.sharedMemBytes, config.hStream = instance.shared_bytes, driver.CUstream(stream)
+    attributes = []
+    if overlap:
+        attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        value.programmaticStreamSerializationAllowed = 1
+        attribute.value = value
+        attributes.append(attribute)
+    if instance.cluster > 1:
+        attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = instance.cluster, 1, 1
+        attribute.value = value
+        attributes.append(attribute)
+    if attributes:
+        config.attrs, config.numAttrs = attributes, len(attributes)
+    return config

@@ -17,7 +17,6 @@ typedef unsigned char uint8_t;
 typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
-typedef long long int64_t;
 
 struct alignas(64) TensorMap {
     uint64_t opaque[16];
@@ -143,14 +142,7 @@ DEVICE void tma_load(void* to, const TensorMap* map, uint64_t* barrier, int c0, 
         : "memory");
 }
 
-// So many bytes from device memory, as they lie there; a multiple of 16, from and to addresses on 16.
-DEVICE void bulk_load(void* to, const void* from, int bytes, uint64_t* barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier))
-                 : "memory");
-}
-
-// A box to every block of the cluster whose bit is in `ranks`: each gets it at `to` of its own shared memory, and the
+// The same to every block of the cluster whose bit is in `ranks`: each gets the box at `to` of its own shared memory, and the
 // bytes counted at its own `barrier`.
 DEVICE void tma_multicast(void* to, const TensorMap* map, uint64_t* barrier, uint16_t ranks, int c0, int c1, int c2) {
     asm volatile(
@@ -209,17 +201,6 @@ DEVICE uint32_t transposed(uint32_t pair) {
 
 DEVICE uint32_t from_neighbour(uint32_t value) { return __shfl_xor_sync(0xffffffffu, value, 1); }
 
-// Over a warp: the sum, in the same order for every lane; a bit of each lane.
-DEVICE float warp_sum(float value) {
-#pragma unroll
-    for (int distance = 16; distance; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
-    return value;
-}
-DEVICE uint32_t warp_ballot(bool bit) { return __ballot_sync(0xffffffffu, bit); }
-
-// How many bits are set under that place, 0 to 64.
-DEVICE int bits_below(uint64_t bits, int place) { return __popcll(place < 64 ? bits & ((1ull << place) - 1) : bits); }
-
 DEVICE void back_off() { __nanosleep(20); }
 
 DEVICE int load_acquire(const int* address) {
@@ -276,14 +257,6 @@ DEVICE void add_pair(float& low, float& high, uint32_t pair, __half) {
     low += both.x;
     high += both.y;
 }
-
-DEVICE float2 unpacked(uint32_t pair, __nv_bfloat16) {
-    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
-}
-DEVICE float2 unpacked(uint32_t pair, __half) { return __half22float2(*reinterpret_cast<const __half2*>(&pair)); }
-
-DEVICE void store_one(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
-DEVICE void store_one(__half* to, float value) { *to = __float2half_rn(value); }
 
 // 16 bytes that another block wrote in this launch: past the first-level cache.
 DEVICE uint4 load_written(const void* address) { return __ldcg(static_cast<const uint4*>(address)); }

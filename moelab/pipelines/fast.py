@@ -1,7 +1,9 @@
-"""The layer in one launch, for Hopper: what serves a batch, and why."""
+"""The fastest layer there is here for a batch, for Hopper: what serves it, and why."""
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -9,17 +11,19 @@ from torch import Tensor
 
 from moelab import runtime
 from moelab.chips import TARGETS, Target
+from moelab.config import KernelConfig
+from moelab.config_files import dtype_selector, lookup
 from moelab.errors import ConfigError
-from moelab.kernels import checks, fast_decode
+from moelab.kernels import checks
 from moelab.kernels.expert_order import expert_order_unchecked, new_expert_order
-from moelab.kernels.fast_decode import FewTokens, form_for
 from moelab.kernels.fast_instances import Instance, instance_for
 from moelab.kernels.fast_layer import check_fast_layer, fast_layer
+from moelab.kernels.few_tokens import FewTokens, few_tokens, form_for
 from moelab.kernels.launch import checked, signature
 from moelab.kernels.route import new_routed, route, tiles_in_one_launch
 from moelab.kernels.token_tiles import TokenTiles, new_token_tiles, token_tiles_unchecked
 from moelab.pipelines.call import MoECall
-from moelab.pipelines.layers import triton_pipeline
+from moelab.pipelines.layers import sorted_pipeline, triton_pipeline
 from moelab.routing import ExpertOrder, Routed
 from moelab.shapes import MoEShape
 
@@ -33,24 +37,55 @@ SHORT_INNER, ENOUGH_ROWS = 256, 32
 the steps, until an expert has so many rows: by the recordings of DeepSeek-V3 tp8, slower in every form from 4 to 256 tokens."""
 
 
+GATED_KERNEL = "gated_tma"
+"""The implementation, and the kernel= of its tuned files, for batches between a few tokens and tiles full of them."""
+
+MOST_ROWS_OF_GATED = 32
+"""Rows that an expert gets, if tokens spread evenly, over which one launch is faster than GATED_KERNEL under its tuned configs:
+by data/recordings/fast_layer.json and fast_choice.json it is not at 32 (DeepSeek-V3 tp8 and LFM2-8B) and is at 64."""
+
+
+@dataclass(frozen=True)
+class Gated:
+    """GATED_KERNEL's tuned configs of GEMM1 and of GEMM2."""
+
+    up: KernelConfig
+    down: KernelConfig
+
+
+Form = Instance | FewTokens | Gated
+"""What can serve a batch beside the classic layer."""
+
+
 class Choice(NamedTuple):
     """The form for a batch, None for the classic layer, and a sentence that says why."""
 
-    instance: Instance | FewTokens | None
+    form: Form | None
     reason: str
 
 
-def choose(num_tokens: int, top_k: int, num_experts: int, moe_intermediate_size: int, hidden_size: int) -> Choice:
-    """What serves a batch of that size, whatever its routing: the host does not know it. Sizes as on this rank."""
-    few = form_for(num_tokens, top_k, hidden_size, moe_intermediate_size)
-    if few is not None and 0 < num_tokens <= fast_decode.MOST_TOKENS:
+def choose(
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    moe_intermediate_size: int,
+    hidden_size: int,
+    gated: Gated | None = None,
+) -> Choice:
+    """What serves a batch of that size, whatever its routing: the host does not know it. Sizes as on this rank.
+
+    gated: what the tuned files of GATED_KERNEL have for it, if there are any.
+    """
+    few = form_for(num_tokens, top_k, num_experts, hidden_size, moe_intermediate_size)
+    if few is not None:
         return Choice(
-            few,
-            f"one launch for at most {few.tokens} token{'s' * (few.tokens > 1)}: no tiles, the rows of all weights in use are "
-            "shared out evenly over the multiprocessors",
-        )
+            few, f"two launches for a few tokens: {num_tokens * top_k} pairs of a token and an expert, a program for every few "
+            "elements of each, no order and no tiles",
+        )  # fmt: skip
     rows = num_tokens * top_k / num_experts
     even = f"{rows:.3g} rows an expert if tokens spread evenly"
+    if gated is not None and rows <= MOST_ROWS_OF_GATED:
+        return Choice(gated, f"{GATED_KERNEL} with its tuned configs: {even}, at most {MOST_ROWS_OF_GATED}")
     tiles = min(num_tokens * top_k, num_experts) * -(-2 * moe_intermediate_size // 128)
     if tiles < FEW_TILES:
         return Choice(
@@ -74,16 +109,31 @@ def tiles_for(order: ExpertOrder, instance: Instance, hidden_size: int) -> Token
     return token_tiles_unchecked(order.sorted_slots, order.expert_offsets, instance.tile_rows, grain, counters)
 
 
+@functools.lru_cache(maxsize=4096)
+def tuned_gated(
+    num_experts: int, moe_intermediate_size: int, device: str, triton_version: str, dtype: str, num_tokens: int
+) -> Gated | None:
+    """What the tuned files of GATED_KERNEL have for such a batch on a device, None without a file. Kept: a file is read once a
+    batch size."""
+    up, down = (
+        lookup(
+            num_experts, moe_intermediate_size, device, num_tokens=num_tokens, triton_version=triton_version,
+            down=of_gemm2, dtype_selector=dtype_selector(dtype), kernel=GATED_KERNEL,
+        )
+        for of_gemm2 in (False, True)
+    )  # fmt: skip
+    if up.is_default or down.is_default or up.config is None or down.config is None:
+        return None
+    return Gated(up.config, down.config)
+
+
 def route_for(
-    router_logits: Tensor, top_k: int, instance: Instance | FewTokens, hidden_size: int, **rule: Any
-) -> tuple[Routed, TokenTiles | None]:
-    """`moelab.kernels.route.route`, and the tiles of that instance, None where it needs none: for few tokens in one launch.
-    rule: as route has it.
+    router_logits: Tensor, top_k: int, instance: Instance, hidden_size: int, **rule: Any
+) -> tuple[Routed, TokenTiles]:
+    """`moelab.kernels.route.route`, and the tiles of that instance: for few tokens in one launch. rule: as route has it.
 
     For a router whose experts are all here.
     """
-    if isinstance(instance, FewTokens):
-        return route(router_logits, top_k, **rule), None
     num_tokens, num_experts = router_logits.shape
     few = num_tokens <= instance.tile_rows and tiles_in_one_launch(num_tokens, num_experts, rule.get("num_groups", 1))
     if not few:
@@ -95,30 +145,44 @@ def route_for(
     return route(router_logits, top_k, out=out, tiles=tiles, **rule), tiles
 
 
-def fast_pipeline(call: MoECall, instance: Instance | FewTokens | None = None) -> Tensor:
-    """Order by expert, tiles, and the layer in one launch; for a few tokens that launch alone; or `triton_pipeline` with the
-    call's configs, where `choose` says so.
+def fast_pipeline(call: MoECall, form: Form | None = None) -> Tensor:
+    """The layer by what `choose` says serves the batch: a few tokens' two launches; the gated pipeline under its tuned configs;
+    order by expert, tiles, and one launch; or `triton_pipeline` with the call's configs.
 
-    instance: that one, whatever the batch. Raises RuntimeModeError, DtypeError, ShapeError, ConfigError.
+    form: that one, whatever the batch. Raises RuntimeModeError, DtypeError, ShapeError, ConfigError.
     """
     x, w13, w2, ids = call.hidden_states, call.w13, call.w2, call.topk_ids
     aligned = not (x.data_ptr() | w13.data_ptr() | w2.data_ptr()) % 16
     what = (call.activation, call.gated, call.b13 is None, call.b2 is None, aligned)
     checked(("fast_pipeline", signature(x, w13, w2), what), lambda: _check(call))
-    if instance is None:
-        instance = choose(call.num_tokens, call.top_k, call.num_experts, w2.shape[2], x.shape[1]).instance
-    if instance is None:
+    if form is None:
+        form = _chosen(call)
+    if form is None:
         return triton_pipeline(call)
+    if isinstance(form, Gated):
+        return sorted_pipeline(call._replace(config=form.up, down_config=form.down), combine="scatter", tma=True)
     ids = ids.to(torch.int32)
     options: dict[str, Any] = {
         "scale": call.routed_scaling_factor, "weights_on_input": call.apply_router_weight_on_input
     }  # fmt: skip
-    if isinstance(instance, FewTokens):
-        return fast_decode.fast_decode(x, w13, w2, call.topk_weights, ids, instance, **options)
+    if isinstance(form, FewTokens):
+        return few_tokens(x, w13, w2, call.topk_weights, ids, form, **options)
     order = new_expert_order(ids.numel(), call.num_experts, x.device)
     expert_order_unchecked(ids, call.num_experts, order)
-    tiles = tiles_for(order, instance, x.shape[1])
-    return fast_layer(x, w13, w2, call.topk_weights, ids, tiles, instance, **options)
+    tiles = tiles_for(order, form, x.shape[1])
+    return fast_layer(x, w13, w2, call.topk_weights, ids, tiles, form, **options)
+
+
+@functools.cache
+def _here() -> tuple[str, str]:
+    """This device and this Triton, as config files are looked up by."""
+    return runtime.current().device_name, runtime.versions()["triton"] or "unknown"
+
+
+def _chosen(call: MoECall) -> Form | None:
+    size, dtype = call.w2.shape[2], str(call.w2.dtype).removeprefix("torch.")
+    gated = tuned_gated(call.num_experts, size, *_here(), dtype, call.num_tokens)
+    return choose(call.num_tokens, call.top_k, call.num_experts, size, call.w2.shape[1], gated).form
 
 
 def _check(call: MoECall) -> None:
@@ -136,8 +200,8 @@ def check_kind(activation: str, gated: bool, *, biases: bool) -> None:
         )
 
 
-def choose_for(shape: MoEShape, num_tokens: int, target: Target | None) -> Choice:
-    """`choose` for a layer's sizes. target: the chip, None where it is not known.
+def choose_for(shape: MoEShape, num_tokens: int, target: Target | None, device: str | None = None) -> Choice:
+    """`choose` for a layer's sizes. target: the chip, None where it is not known; device: whose tuned files count, None for none.
 
     Raises what `fused_moe(impl="fast")` would for such a layer there: ConfigError, RuntimeModeError, DtypeError, ShapeError.
     """
@@ -146,4 +210,7 @@ def choose_for(shape: MoEShape, num_tokens: int, target: Target | None) -> Choic
     w13, w2 = (torch.empty(size, dtype=dtype, device="meta") for size in (shape.w13_shape, shape.w2_shape))
     x = torch.empty((num_tokens, shape.hidden_size), dtype=dtype, device="meta")
     check_fast_layer(x, w13, w2, target or TARGETS["sm_90"])
-    return choose(num_tokens, shape.top_k, shape.num_experts, shape.moe_intermediate_size, shape.hidden_size)
+    gated, size = None, shape.moe_intermediate_size
+    if device is not None:
+        gated = tuned_gated(shape.num_experts, size, device, _here()[1], shape.dtype, num_tokens)
+    return choose(num_tokens, shape.top_k, shape.num_experts, size, shape.hidden_size, gated)

@@ -135,12 +135,14 @@ def _said(means: Means, ideas: Sequence[str], batches: Sequence[int], single: Se
 
 def short(instance: str) -> str:
     """An instance's repr as "16×128 w1 s6 b2": tokens by weight rows of a tile, multiplying warpgroups, stages, blocks on a
-    multiprocessor; and "c2" with clusters of two. Of a form for a few tokens "few 4 w16 s6 k512": tokens, multiplying warps,
-    stages, elements of a row in a stage; and "late" where weights of GEMM2 wait for the barrier."""
-    field = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", instance)}
+    multiprocessor; and "c2" with clusters of two. Of a form for a few tokens "few 1×1024 2×256": rows by columns of
+    weights in a tile of GEMM1 and of GEMM2; and "gated", under its tuned configs."""
+    if not instance.startswith(("Instance", "FewTokens")):
+        return "gated"
     if instance.startswith("FewTokens"):
-        late = " late" * ("prefetch=False" in instance)
-        return f"few {field['tokens']} w{field['warps']} s{field['stages']} k{field['slice']}{late}"
+        tiles = re.findall(r"rows=(\d+), columns=(\d+)", instance)
+        return f"few {' '.join(f'{rows}×{columns}' for rows, columns in tiles)}"
+    field = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", instance)}
     rows = 64 * field["warpgroups"] * field["row_blocks"]
     cluster = f" c{field['cluster']}" if "cluster" in field else ""
     return (
@@ -149,9 +151,10 @@ def short(instance: str) -> str:
 
 
 def _order(instance: str) -> tuple[int, ...]:
-    """Forms for a few tokens first."""
+    """Forms for a few tokens first, then the gated pipeline."""
     numbers = tuple(int(value) for value in re.findall(r"\d+", short(instance)))
-    return (0 if instance.startswith("FewTokens") else 1, *numbers)
+    kinds = ("FewTokens", "gated", "Instance")
+    return (next(i for i, kind in enumerate(kinds) if instance.startswith(kind)), *numbers)
 
 
 Rule = Callable[[MoEShape, int], str]
@@ -159,18 +162,20 @@ Rule = Callable[[MoEShape, int], str]
 
 
 def rule_in_use(recording: Recording) -> Rule:
-    """What `moelab.pipelines.fast` chooses, the rule's instance where that is the classic layer: the rule follows the recording,
-    whose `by_rule` is of the rule before. Of a recording without forms for a few tokens, what its instances' rule chooses.
+    """What `moelab.pipelines.fast` chooses on the recording's device, the rule's instance where that is the classic layer: the
+    rule follows the recording, whose `by_rule` is of the rule before. Of a recording of instances alone, what their rule
+    chooses.
     """
     from moelab.kernels.fast_instances import instance_for
-    from moelab.pipelines.fast import choose
+    from moelab.pipelines.fast import choose_for
+    from moelab.suites.fast_layer import name_of
 
-    few = any(row["instance"].startswith("FewTokens") for row in recording.rows if "instance" in row)
+    others = any(not row["instance"].startswith("Instance") for row in recording.rows if "instance" in row)
+    device = str(recording.provenance["gpu"])
 
     def rule(shape: MoEShape, num_tokens: int) -> str:
-        sizes = shape.top_k, shape.num_experts, shape.moe_intermediate_size, shape.hidden_size
-        served = choose(num_tokens, *sizes).instance if few else None
-        return repr(served or instance_for(num_tokens, shape.top_k, shape.num_experts))
+        served = choose_for(shape, num_tokens, None, device).form if others else None
+        return name_of(served or instance_for(num_tokens, shape.top_k, shape.num_experts))
 
     return rule
 
@@ -205,7 +210,7 @@ def instances(recording: Recording, shapes: Mapping[str, MoEShape], rule: Rule |
     return Panel(figure, table, _said_of_rule(judged, table) + _changed_since(rows, shapes, rule))
 
 
-_FEW = "; few 4 w16 s6 k512: at most 4 tokens, 16 warps, 6 stages of 512 elements a row"
+_FEW = "; few 1×1024 2×256: tiles of 1 row by 1024 columns of weights in GEMM1, 2 by 256 in GEMM2"
 
 
 def _changed_since(rows: Sequence[Row], shapes: Mapping[str, MoEShape], rule: Rule) -> str:

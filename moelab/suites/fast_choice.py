@@ -1,4 +1,4 @@
-"""Which form of the one-launch layer serves a batch best.
+"""Which form of the fastest layer serves a batch best: of the one-launch layer, for a few tokens, or gated under tuned configs.
 
 Every candidate is checked against float64 and timed, a short pass each, at every shape and batch size of the suite fast_layer.
 `moelab.kernels.fast_instances` is chosen by what it found, and tests/test_fast_suite.py holds its rule to the recording.
@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from moelab import runtime
-from moelab.kernels import fast_decode
-from moelab.kernels.fast_decode import FewTokens
+from moelab.kernels import few_tokens
 from moelab.kernels.fast_instances import ALL, Instance, instance_for
+from moelab.pipelines.fast import Form
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape
 from moelab.suites import fast_layer as suite
@@ -34,21 +33,8 @@ CANDIDATES = (
     Instance(2, 1, 6, 96, 16, 16),
     Instance(2, 1, 5, 176, 16, 16),
     Instance(2, 2, 5, 96, 16, 16, cluster=2),  # two blocks read each weight once, for two tiles of tokens
-    Instance(2, 2, 4, 176, 16, 16, cluster=2),
 )
 """Those in use, and what might be better, by the reason beside each."""
-
-FEW = tuple(
-    each
-    for form in fast_decode.ALL
-    for each in (
-        form,
-        replace(form, slice=256, stages=12),  # shorter slices: a ring of finer grain
-        replace(form, slice=1024, stages=3),  # longer ones: half as many copies and turns
-        replace(form, warps=8, stages=12),  # half the rows at a time, each warp with twice the share
-    )
-)
-"""The same for a few tokens."""
 
 NEAR = 4
 """Candidates that are timed hold at most so many times the rows that an expert gets, or at the least a NEARth of them."""
@@ -63,17 +49,13 @@ def candidates_for(num_tokens: int, top_k: int, num_experts: int) -> list[Instan
     return list(dict.fromkeys([by_rule, *near]))
 
 
-def few_candidates(num_tokens: int, shape: MoEShape) -> list[FewTokens]:
-    """Candidates for a few tokens that take such a batch, but for those made for twice as many or more."""
-    sizes = num_tokens, shape.top_k, shape.hidden_size, shape.moe_intermediate_size
-    return [each for each in FEW if each.takes(*sizes) and each.tokens < 2 * num_tokens]
-
-
-def forms_for(num_tokens: int, shape: MoEShape) -> list[suite.AnyForm]:
+def forms_for(num_tokens: int, shape: MoEShape) -> list[Form]:
     """All candidates for a batch, what serves it first: of the instances the rule's, where that is the classic layer."""
     instances = candidates_for(num_tokens, shape.top_k, shape.num_experts)
     served = suite.served_by(shape, num_tokens) or instances[0]
-    return list(dict.fromkeys([served, *instances, *few_candidates(num_tokens, shape)]))
+    few = few_tokens.FORMS if num_tokens <= few_tokens.MOST_TOKENS else ()
+    gated = suite.gated_of(shape, num_tokens)
+    return list(dict.fromkeys([served, *instances, *few, *([gated] if gated else [])]))
 
 
 def cell(name: str, layer: Layer, routing: str) -> list[dict[str, Any]]:
@@ -81,14 +63,14 @@ def cell(name: str, layer: Layer, routing: str) -> list[dict[str, Any]]:
     num_tokens, shape = layer.num_tokens, layer.shape
     forms = forms_for(num_tokens, shape)
     contenders = {each: suite.by_form(layer, each) for each in forms}
-    judged = judge(layer, {repr(each): run for each, run in contenders.items()})
-    right = {each: run for each, run in contenders.items() if judged[repr(each)]["within_bound"]}
+    judged = judge(layer, {suite.name_of(each): run for each, run in contenders.items()})
+    right = {each: run for each, run in contenders.items() if judged[suite.name_of(each)]["within_bound"]}
     timed = quick(right, len(layer.routings))
     return [
         {
             "shape": name, "num_tokens": num_tokens, "routing": routing, "rotations": len(layer.routings),
-            "instance": repr(each), "by_rule": each == forms[0],
-            **judged[repr(each)], **suite.samples_of(timed, each),
+            **suite.note_of(each), "by_rule": each == forms[0],
+            **judged[suite.name_of(each)], **suite.samples_of(timed, each),
         }
         for each in contenders
     ]  # fmt: skip

@@ -1,6 +1,6 @@
-"""The one-launch layer beside the classic one and torch's grouped product, and what each of its ideas is worth.
+"""The fastest layer beside the classic one and torch's grouped product, and what each of its ideas is worth.
 
-Order and tiles are made beforehand for all, as sglang's rows were timed (data/upstream/h200_sglang.json); the layer from
+Order, tiles and alignment are made beforehand for all, as sglang's rows were timed (data/upstream/h200_sglang.json); the layer from
 router logits, routing and order included, is a figure of its own.
 """
 
@@ -20,14 +20,18 @@ from moelab.errors import MoelabError
 from moelab.fused_moe import fused_moe
 from moelab.inputs import random_tensor
 from moelab.kernels.expert_order import expert_order
-from moelab.kernels.fast_decode import FewTokens, fast_decode, form_for
+from moelab.kernels import few_tokens as few_room
+from moelab.kernels.align import align
 from moelab.kernels.fast_instances import ALL, Instance, instance_for
 from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM, fast_layer
+from moelab.kernels.few_tokens import FewTokens, few_tokens
+from moelab.kernels.gated_gemm import gated_gemm
 from moelab.kernels.route import route
+from moelab.kernels.sorted_gemm import sorted_gemm
+from moelab.kernels.sum_reduce import sum_reduce
 from moelab.kernels.token_tiles import TokenTiles
 from moelab.measure import Measurement, measure
-from moelab.pipelines.fast import choose as choose_form
-from moelab.pipelines.fast import route_for, tiles_for
+from moelab.pipelines.fast import GATED_KERNEL, Form, Gated, choose_for, route_for, tiles_for, tuned_gated
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape, load_model
 from moelab.suites import layer_classic
@@ -45,7 +49,6 @@ BATCHES = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 ROUTINGS = ("uniform", "zipf")
 
 Contender = Callable[[int], Tensor]
-AnyForm = Instance | FewTokens
 
 
 def shape_of(name: str) -> MoEShape:
@@ -54,10 +57,29 @@ def shape_of(name: str) -> MoEShape:
     return load_model(model, tp_size=tp_size, disable_shared_experts_fusion=True)
 
 
-def served_by(shape: MoEShape, num_tokens: int) -> AnyForm | None:
-    """The form that serves such a batch, None for the classic layer: what a user gets."""
-    sizes = shape.top_k, shape.num_experts, shape.moe_intermediate_size, shape.hidden_size
-    return choose_form(num_tokens, *sizes).instance
+def served_by(shape: MoEShape, num_tokens: int) -> Form | None:
+    """The form that serves such a batch here, None for the classic layer: what a user gets."""
+    return choose_for(shape, num_tokens, None, runtime.current().device_name).form
+
+
+def gated_of(shape: MoEShape, num_tokens: int) -> Gated | None:
+    """What the tuned files here have for such a batch."""
+    size, device = shape.moe_intermediate_size, runtime.current().device_name
+    return tuned_gated(
+        shape.num_experts, size, device, runtime.versions()["triton"] or "unknown", shape.dtype, num_tokens
+    )
+
+
+def name_of(form: Form) -> str:
+    """As rows name it."""
+    return GATED_KERNEL if isinstance(form, Gated) else repr(form)
+
+
+def note_of(form: Form) -> dict[str, Any]:
+    """What a row says of its form."""
+    if isinstance(form, Gated):
+        return {"instance": name_of(form), "config": form.up.to_json(), "down_config": form.down.to_json()}
+    return {"instance": name_of(form)}
 
 
 # --- contenders ---------------------------------------------------------------------------------------------------
@@ -113,19 +135,40 @@ def fast(
     return run
 
 
-def few_tokens(layer: Layer, form: FewTokens, *, overlap: bool = True) -> Contender:
+def of_few_tokens(layer: Layer, form: FewTokens, *, overlap: bool = True) -> Contender:
     """The layer by a form for a few tokens, which takes no order and no tiles."""
 
     def run(i: int) -> Tensor:
         w, r = layer.weights[i], layer.routings[i]
-        return fast_decode(layer.states[i], w.w13, w.w2, r.topk_weights, r.topk_ids, form, overlap=overlap)
+        return few_tokens(layer.states[i], w.w13, w.w2, r.topk_weights, r.topk_ids, form, overlap=overlap)
 
     return run
 
 
-def by_form(layer: Layer, form: AnyForm) -> Contender:
-    """The layer in one launch, by a form of either kernel."""
-    return few_tokens(layer, form) if isinstance(form, FewTokens) else fast(layer, form)
+def of_gated(layer: Layer, form: Gated, *, tma: bool = True) -> Contender:
+    """The gated pipeline over an alignment made beforehand."""
+    shape, pairs = layer.shape, layer.num_tokens * layer.shape.top_k
+    aligned = [align(r.topk_ids, form.up.BLOCK_SIZE_M, shape.num_experts) for r in layer.routings]
+
+    def run(i: int) -> Tensor:
+        w, weights = layer.weights[i], layer.routings[i].topk_weights
+        h = gated_gemm(
+            layer.states[i], w.w13, aligned[i], form.up, num_pairs=pairs, top_k=shape.top_k, activation=shape.activation,
+            tma=tma,
+        )  # fmt: skip
+        y = sorted_gemm(
+            h, w.w2, aligned[i], form.down, num_pairs=pairs, topk_weights=weights, combine="scatter", top_k=1, tma=tma
+        )
+        return sum_reduce(y.view(layer.num_tokens, shape.top_k, -1))
+
+    return run
+
+
+def by_form(layer: Layer, form: Form) -> Contender:
+    """The layer by that form."""
+    if isinstance(form, FewTokens):
+        return of_few_tokens(layer, form)
+    return of_gated(layer, form) if isinstance(form, Gated) else fast(layer, form)
 
 
 def alone(layer: Layer, instance: Instance) -> dict[str, Contender]:
@@ -161,16 +204,8 @@ def without(layer: Layer, instance: Instance) -> dict[str, Contender]:
     return off
 
 
-def few_without(layer: Layer, form: FewTokens) -> dict[str, Contender]:
-    """The same for a form for a few tokens."""
-    return {
-        "start during the launch before": few_tokens(layer, form, overlap=False),
-        "weights of GEMM2 on their way during the barrier": few_tokens(layer, replace(form, prefetch=False)),
-    }
-
-
-def from_logits(layer: Layer, instance: AnyForm | None, config: tuple[KernelConfig, KernelConfig]) -> Contender:
-    """The whole layer from router logits: by the one-launch layer, or with None by the classic one, aligned by `align`."""
+def from_logits(layer: Layer, form: Form | None, config: tuple[KernelConfig, KernelConfig]) -> Contender:
+    """The whole layer from router logits: by that form, or with None by the classic layer, aligned by `align`."""
     shape = layer.shape
     size = (layer.num_tokens, shape.num_experts)
     logits = [
@@ -180,17 +215,15 @@ def from_logits(layer: Layer, instance: AnyForm | None, config: tuple[KernelConf
 
     def run(i: int) -> Tensor:
         x, w = layer.states[i], layer.weights[i]
-        if instance is None:
-            routed = route(logits[i], shape.top_k)
-            return fused_moe(
-                x, w.w13, w.w2, topk_weights=routed.topk_weights, topk_ids=routed.topk_ids, config=config[0],
-                down_config=config[1],
-            )  # fmt: skip
-        routed, tiles = route_for(logits[i], shape.top_k, instance, shape.hidden_size)
-        if isinstance(instance, FewTokens):
-            return fast_decode(x, w.w13, w.w2, routed.topk_weights, routed.topk_ids, instance)
-        assert tiles is not None
-        return fast_layer(x, w.w13, w.w2, routed.topk_weights, routed.topk_ids, tiles, instance)
+        if isinstance(form, Instance):
+            routed, tiles = route_for(logits[i], shape.top_k, form, shape.hidden_size)
+            return fast_layer(x, w.w13, w.w2, routed.topk_weights, routed.topk_ids, tiles, form)
+        routed = route(logits[i], shape.top_k)
+        weights, ids = routed.topk_weights, routed.topk_ids
+        if isinstance(form, FewTokens):
+            return few_tokens(x, w.w13, w.w2, weights, ids, form)
+        impl, (up, down) = ("triton", config) if form is None else (GATED_KERNEL, (form.up, form.down))
+        return fused_moe(x, w.w13, w.w2, topk_weights=weights, topk_ids=ids, impl=impl, config=up, down_config=down)
 
     return run
 
@@ -198,7 +231,7 @@ def from_logits(layer: Layer, instance: AnyForm | None, config: tuple[KernelConf
 # --- the recording ------------------------------------------------------------------------------------------------
 
 
-def fastest_form(layer: Layer, among: Sequence[AnyForm]) -> AnyForm:
+def fastest_form(layer: Layer, among: Sequence[Form]) -> Form:
     """The fastest of a short pass."""
     times = quick({each: by_form(layer, each) for each in among}, protocol_for(layer.num_tokens).rotations)
     return min(times, key=lambda each: times[each].median_us)
@@ -210,19 +243,21 @@ def near(instance: Instance) -> list[Instance]:
     return list(ALL[max(0, place - 1) : place + 2])
 
 
-def forms_near(shape: MoEShape, num_tokens: int) -> list[AnyForm]:
-    """Forms that may be the fastest for a batch: instances about the rule's, and the one for a few tokens, if it takes them."""
-    few = form_for(num_tokens, shape.top_k, shape.hidden_size, shape.moe_intermediate_size)
-    return [*near(instance_for(num_tokens, shape.top_k, shape.num_experts)), *([few] if few else [])]
+def forms_near(shape: MoEShape, num_tokens: int) -> list[Form]:
+    """Forms that may be the fastest for a batch: what serves it, instances about the rule's, those for a few tokens."""
+    served = served_by(shape, num_tokens)
+    few = few_room.FORMS if num_tokens <= few_room.MOST_TOKENS else ()
+    found: list[Form] = [] if served is None else [served]
+    return list(dict.fromkeys([*found, *near(instance_for(num_tokens, shape.top_k, shape.num_experts)), *few]))
 
 
-def ablated(layer: Layer, form: AnyForm | None) -> tuple[dict[str, Contender], dict[str, Contender]]:
+def ablated(layer: Layer, form: Form | None) -> tuple[dict[str, Contender], dict[str, Contender]]:
     """What is served without each of its ideas, and its parts alone; of the classic layer neither."""
-    if form is None:
-        return {}, {}
     if isinstance(form, FewTokens):
-        return few_without(layer, form), {}
-    return without(layer, form), alone(layer, form)
+        return {"start during the launch before": of_few_tokens(layer, form, overlap=False)}, {}
+    if isinstance(form, Gated):
+        return {"weights by TMA": of_gated(layer, form, tma=False)}, {}
+    return ({}, {}) if form is None else (without(layer, form), alone(layer, form))
 
 
 def cell(name: str, layer: Layer, routing: str, *, ablation: bool) -> list[dict[str, Any]]:
@@ -241,10 +276,10 @@ def cell(name: str, layer: Layer, routing: str, *, ablation: bool) -> list[dict[
     }
     notes: dict[str, dict[str, Any]] = {
         "classic": tiles,
-        "fast": tiles if served is None else {"instance": repr(served)},
+        "fast": tiles if served is None else note_of(served),
     }
     if best != served:
-        contenders["fast, best instance"], notes["fast, best instance"] = by_form(layer, best), {"instance": repr(best)}
+        contenders["fast, best instance"], notes["fast, best instance"] = by_form(layer, best), note_of(best)
     ideas, parts = ablated(layer, served) if ablation else ({}, {})
     contenders |= {f"fast without {idea}": run for idea, run in ideas.items()}
     judged = judge(layer, contenders)

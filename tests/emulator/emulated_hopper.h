@@ -150,17 +150,6 @@ inline void tma_multicast(void* to, const TensorMap* map, uint64_t* barrier, uin
         if (ranks >> rank & 1) land(block->cluster[rank], to, map, barrier, {c0, c1, c2, c3, c4});
 }
 
-inline std::atomic<long> bulk_bytes{0};  // loaded in this process
-inline void bulk_load(void* to, const void* from, int bytes, uint64_t* barrier) {
-    if (bytes <= 0 || (bytes | shared_address(to) | reinterpret_cast<uintptr_t>(from)) % 16) hangs("a bulk_load off 16 bytes");
-    std::memcpy(to, from, bytes);
-    bulk_bytes += bytes;
-    Mbarrier& b = mbarrier(barrier);
-    std::lock_guard guard(b.lock);
-    b.bytes -= bytes;
-    b.advance_if_done();
-}
-
 inline void fence_async_shared() {}
 inline void fence_async_global() {}
 inline void wgmma_fence() {}
@@ -236,32 +225,6 @@ inline uint32_t from_neighbour(uint32_t value) {
     return of_lane(value, [](const uint32_t* lanes) { return lanes[(threadIdx.x % 32) ^ 1]; });
 }
 
-inline float warp_sum(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    bits = of_lane(bits, [](const uint32_t* lanes) {
-        float sums[32];
-        std::memcpy(sums, lanes, sizeof sums);
-        for (int distance = 16; distance; distance /= 2)
-            for (int lane = 0; lane < distance; ++lane) sums[lane] += sums[lane + distance];
-        uint32_t sum;
-        std::memcpy(&sum, sums, 4);
-        return sum;
-    });
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-inline uint32_t warp_ballot(bool bit) {
-    return of_lane(bit, [](const uint32_t* lanes) {
-        uint32_t bits = 0;
-        for (int lane = 0; lane < 32; ++lane) bits |= lanes[lane] << lane;
-        return bits;
-    });
-}
-inline int bits_below(uint64_t bits, int place) {
-    return __builtin_popcountll(place < 64 ? bits & ((uint64_t{1} << place) - 1) : bits);
-}
-
 inline int load_acquire(const int* address) { return __atomic_load_n(address, __ATOMIC_ACQUIRE); }
 inline void wait_for_count(const int* address, int count) {
     deliver();
@@ -283,14 +246,6 @@ template <typename T>
 inline void add_pair(float& low, float& high, uint32_t pair, T) {
     low += widened(T{static_cast<uint16_t>(pair)});
     high += widened(T{static_cast<uint16_t>(pair >> 16)});
-}
-template <typename T>
-inline float2 unpacked(uint32_t pair, T) {
-    return {widened(T{static_cast<uint16_t>(pair)}), widened(T{static_cast<uint16_t>(pair >> 16)})};
-}
-template <typename T>
-inline void store_one(T* to, float value) {
-    to->bits = static_cast<uint16_t>(narrowed(value, T()));
 }
 inline uint4 load_written(const void* address) { return *static_cast<const uint4*>(address); }
 inline float silu(float x) { return x / (1.0f + std::exp(-x)); }

@@ -1,0 +1,150 @@
+"""The layer for a few tokens in two launches: in the interpreter, and on a GPU at the sizes of real models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from moe_cases import CASES, LARGE_CASES, Case, judge
+
+from moelab.inputs import MoEInputs
+from moelab.kernels.few_tokens import FORMS, FewTokens, Tile, few_tokens, form_for, reread
+
+SMALL = FewTokens(Tile(4, 64, 4), Tile(8, 32, 2))
+ODD = [
+    Case("odd sizes", 4, 5, 3, 264, 136),
+    Case("one element", 1, 1, 1, 8, 8),
+    Case("experts of another rank", 4, 12, 3, 72, 40, foreign=True),
+    Case("an input weighed, a scale", 3, 6, 2, 136, 72, on_input=True, scale=2.5),
+    Case("tokens share all experts", 4, 2, 2, 64, 40),
+]
+REAL = [
+    Case("Qwen3-30B-A3B tp1", 4, 128, 8, 2048, 768),
+    Case("Scout tp4", 4, 16, 1, 5120, 2048),
+    Case("LFM2-8B tp1", 3, 32, 4, 2048, 1792),
+    Case("DeepSeek-V3 tp8", 2, 256, 8, 7168, 256),
+    Case("Mixtral tp2", 1, 8, 2, 4096, 7168),
+    Case("Qwen3-235B tp4", 4, 128, 8, 4096, 384),
+]
+
+
+def plain(case: Case) -> bool:
+    """Whether the kernel does what this case asks for."""
+    silu = case.activation == "silu" and case.gated and not case.bias
+    return silu and case.hidden % 8 == case.inner % 8 == 0 and case.num_tokens <= 40
+
+
+def by(form: FewTokens, case: Case, i: MoEInputs, *, overlap: bool) -> torch.Tensor:
+    given = (i.hidden_states, i.w13, i.w2, i.topk_weights, i.topk_ids.int(), form)
+    return few_tokens(*given, scale=case.scale, weights_on_input=case.on_input, overlap=overlap)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", ODD, ids=str)
+def test_the_layer_is_right(case: Case, dtype: torch.dtype, device: str) -> None:
+    inputs = case.inputs(dtype, device)
+    judge(case, inputs, by(SMALL, case, inputs, overlap=False))
+
+
+def test_ids_that_are_no_experts_here_count_nothing(device: str) -> None:
+    case = Case("ids", 3, 3, 2, 64, 40)
+    inputs = case.inputs(torch.float32, device)
+    past = torch.tensor([[3, 0], [-1, 2], [-1, 9]], dtype=torch.int32, device=device)
+    foreign = torch.where((past < 0) | (past >= 3), -1, past)
+    found = by(SMALL, case, replace(inputs, topk_ids=past), overlap=False)
+    judge(case, replace(inputs, topk_ids=foreign), found)
+    assert not found[2].any()
+
+
+def test_a_weight_that_is_not_a_number_stays_with_its_expert(device: str) -> None:
+    """The first expert stands in for ids that count nothing: what it holds must not show."""
+    case = Case("nan", 1, 2, 2, 64, 40)
+    inputs = case.inputs(torch.float32, device)
+    inputs.w2[0] = inputs.w13[0] = float("nan")
+    found = by(SMALL, case, replace(inputs, topk_ids=torch.tensor([[-1, 1]], device=device).int()), overlap=False)
+    assert found.isfinite().all()
+
+
+def test_who_has_a_form() -> None:
+    """Four tokens, unless pairs of one expert would be read too often one by one, or programs grow too long to unroll."""
+    assert [form_for(tokens, 8, 128, 2048, 768) for tokens in (0, 1, 4, 5)] == [None, FORMS[0], FORMS[0], None]
+    assert [form_for(1, 1, 16, hidden, 2048) for hidden in (2048, 4096, 5120, 7168)] == [FORMS[i] for i in (0, 2, 1, 0)]
+    assert form_for(1, 2, 8, 4096, 7168) is FORMS[2] and form_for(2, 2, 8, 4096, 7168) is None
+    assert form_for(3, 4, 32, 2048, 1792) is None and form_for(2, 4, 32, 2048, 1792) is FORMS[0]
+    assert form_for(1, 8, 128, 2048, 256 * 32) is FORMS[0] and form_for(1, 8, 128, 2048, 256 * 32 + 8) is None
+
+
+def test_how_often_weights_are_read() -> None:
+    assert reread(1, 8, 128) == 1 and reread(1, 3, 2) == 1.5
+    assert reread(2, 2, 8) == pytest.approx(4 / (8 * (1 - 0.75**2)))
+    drawn = torch.stack([torch.randperm(32)[:4] for _ in range(4 * 4000)]).view(4000, -1)
+    touched = sum(len(set(batch.tolist())) for batch in drawn) / 4000
+    assert reread(4, 4, 32) == pytest.approx(16 / touched, rel=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [*(c for c in CASES + LARGE_CASES if plain(c)), *ODD, *REAL], ids=str)
+def test_against_float64(case: Case, dtype: torch.dtype) -> None:
+    inputs = case.inputs(dtype, "cuda")
+    form = form_for(case.num_tokens, case.top_k, case.num_experts, case.hidden, case.inner) or FORMS[0]
+    judge(case, inputs, by(form, case, inputs, overlap=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_every_form_serves_every_batch(form: FewTokens, overlap: bool) -> None:
+    for num_tokens in range(1, 5):
+        case = replace(ODD[0], num_tokens=num_tokens)
+        inputs = case.inputs(torch.bfloat16, "cuda")
+        judge(case, inputs, by(form, case, inputs, overlap=overlap))
+
+
+@pytest.mark.gpu
+def test_launches_one_after_another() -> None:
+    """Each is set up while the one before ends, and often has the same scratch memory."""
+    case = replace(REAL[0], num_tokens=2)
+    inputs = [replace(case, routing=routing).inputs(torch.bfloat16, "cuda") for routing in ("uniform", "zipf")]
+    first = [by(FORMS[0], case, each, overlap=False) for each in inputs]
+    torch.cuda.synchronize()
+    later = [by(FORMS[0], case, inputs[n % 2], overlap=True) for n in range(200)]
+    assert all(out.equal(first[n % 2]) for n, out in enumerate(later))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_in_a_cuda_graph_with_a_routing_that_changes(num_tokens: int) -> None:
+    case = Case("graph", num_tokens, 16, 4, 256, 128)
+    first, second = case.inputs(torch.bfloat16, "cuda"), replace(case, routing="zipf").inputs(torch.bfloat16, "cuda")
+    by(FORMS[0], case, first, overlap=True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = by(FORMS[0], case, first, overlap=True)
+    first.topk_ids.copy_(second.topk_ids)
+    first.hidden_states.copy_(second.hidden_states)
+    first.topk_weights.copy_(second.topk_weights)
+    for _ in range(3):
+        graph.replay()
+    judge(case, replace(first, topk_ids=first.topk_ids), out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", REAL, ids=str)
+def test_twenty_runs_are_equal_bit_by_bit(case: Case) -> None:
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    first = by(FORMS[0], case, inputs, overlap=True)
+    assert all(by(FORMS[0], case, inputs, overlap=True).equal(first) for _ in range(19))
+
+
+@pytest.mark.gpu
+def test_weights_past_2_to_31_elements() -> None:
+    """w13 of 2^31 + elements: the last experts lie past what an int32 offset reaches."""
+    case = Case("past 2^31", 4, 260, 2, 4096, 1024)
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    ids = torch.arange(252, 260, device="cuda", dtype=torch.int32).view(4, 2)
+    inputs = replace(inputs, topk_ids=ids)
+    own = replace(inputs, w13=inputs.w13[252:].clone(), w2=inputs.w2[252:].clone(), topk_ids=ids - 252)
+    judge(case, own, by(FORMS[0], case, inputs, overlap=True))
