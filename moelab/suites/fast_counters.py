@@ -1,0 +1,129 @@
+"""What the chip's counters say of the one-launch layer: its traffic, its tensor units, its threads, for a layer of each regime.
+
+NVIDIA's Nsight Compute (`ncu`) reads them: it runs this module, which launches the layer whole and then each part alone, and
+replays every launch with cold caches. It sets a launch apart from its neighbours, so its times are not those of a recording.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from moelab import runtime
+from moelab.errors import RecordingError, RuntimeModeError
+from moelab.recordings import Recording
+from moelab.suites import fast_layer as suite
+from moelab.suites.layer_classic import Layer, weight_sets
+
+CELLS = tuple((name, batch) for name in ("qwen3-30b-a3b/tp1", "deepseek-v3/tp8") for batch in (1, 64, 1024, 8192))
+"""Shape and tokens: one batch of each regime, of the two shapes whose inner sizes are furthest apart."""
+
+PERCENT = "avg.pct_of_peak_sustained_elapsed"
+METRICS: Mapping[str, tuple[str, ...]] = {
+    "duration_ns": ("gpu__time_duration.sum",),
+    "clocks": ("sm__cycles_elapsed.max",),
+    "memory_bytes": ("dram__bytes.sum",),
+    "memory_percent": (f"dram__throughput.{PERCENT}",),
+    "l2_bytes": ("lts__t_bytes.sum",),
+    "l2_percent": (f"lts__throughput.{PERCENT}",),
+    "l2_to_processors_bytes": ("l1tex__m_xbar2l1tex_read_bytes.sum",),
+    "tensor_percent": (
+        f"sm__pipe_tensor_cycles_active.{PERCENT}",
+        f"sm__pipe_tensor_op_hmma_cycles_active.{PERCENT}",
+        f"sm__inst_executed_pipe_tensor.{PERCENT}",
+    ),
+    "issue_percent": (f"sm__inst_issued.{PERCENT}",),
+    "warps_percent": ("sm__warps_active.avg.pct_of_peak_sustained_active",),
+    "registers": ("launch__registers_per_thread",),
+}
+"""Field of a row -> ncu's metrics for it; the first that the chip has is read."""
+
+LAUNCHES = ("whole", "GEMM1", "GEMM2", "the sum")
+"""What `launch` profiles, in this order."""
+
+
+def launch(name: str, num_tokens: int) -> None:
+    """The layer whole, then its parts alone, by the rule's instance, each once warm and once between profiler marks."""
+    shape = suite.shape_of(name)
+    layer = Layer(shape, num_tokens, 1, weight_sets(shape)[:1])
+    instance = suite.instance_for(num_tokens, shape.top_k, shape.num_experts)
+    contenders = {"whole": suite.fast(layer, instance, overlap=False), **suite.alone(layer, instance)}
+    for label in LAUNCHES:
+        contenders[label](0)
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaProfilerStart()
+        contenders[label](0)
+        torch.cuda.synchronize()
+        torch.cuda.cudart().cudaProfilerStop()
+
+
+def chosen_metrics(known: Iterable[str]) -> dict[str, str]:
+    """Field -> the metric to ask for, of what `ncu --query-metrics` lists; a field that the chip cannot give is left out."""
+    bases = {line.split()[0] for line in known if line.strip()}
+    found = {}
+    for field, names in METRICS.items():
+        name = next((each for each in names if each.split(".")[0] in bases or each.startswith("launch__")), None)
+        if name is not None:
+            found[field] = name
+    return found
+
+
+def rows_of(text: str, metrics: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A row for each launch, in order, from ncu's CSV. Raises RecordingError where there is none."""
+    lines = text.splitlines()
+    head = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if head is None:
+        raise RecordingError(
+            f"ncu gave no table: {' '.join(lines[-3:])[:300]!r}. Expected its CSV with a column ID. Run `ncu --version`, and see "
+            "whether this user may read the counters."
+        )
+    fields = {metric: field for field, metric in metrics.items()}
+    launches: dict[int, dict[str, Any]] = {}
+    for line in csv.DictReader(lines[head:]):
+        if line["Metric Name"] not in fields:
+            continue
+        of = launches.setdefault(int(line["ID"]), {"kernel": line["Kernel Name"]})
+        of[fields[line["Metric Name"]]] = float(re.sub(r"[,\s]", "", line["Metric Value"]))
+    return [launches[number] for number in sorted(launches)]
+
+
+def profiled(name: str, num_tokens: int, metrics: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A row for each of LAUNCHES. Raises RecordingError where ncu counted anything else."""
+    command = ["ncu", "--csv", "--profile-from-start", "off", "--clock-control", "none", "--print-units", "base"]
+    command += ["--kernel-name", "regex:fast_", "--metrics", ",".join(metrics.values())]
+    command += [sys.executable, "-m", "moelab.suites.fast_counters", name, str(num_tokens)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    rows = rows_of(done.stdout + done.stderr, metrics)
+    if len(rows) != len(LAUNCHES):
+        raise RecordingError(
+            f"ncu counted {len(rows)} launches of {name} with {num_tokens} tokens. Expected {len(LAUNCHES)}: "
+            f"{', '.join(LAUNCHES)}. It said: {done.stderr[-200:]!r}"
+        )
+    common = {"shape": name, "num_tokens": num_tokens, "routing": "uniform"}
+    return [{**common, "launch": label, **row} for label, row in zip(LAUNCHES, rows, strict=True)]
+
+
+def record(cells: Sequence[tuple[str, int]] = CELLS) -> Recording:
+    """Counters of every launch of every cell. Raises RuntimeModeError without a GPU or without ncu, RecordingError."""
+    runtime.require_cuda("the suite 'fast_counters'")
+    if shutil.which("ncu") is None:
+        raise RuntimeModeError(
+            "The suite 'fast_counters' reads the chip's counters with ncu, which is not on PATH. Expected NVIDIA Nsight Compute. "
+            "Install it, or name the other suites."
+        )
+    query = subprocess.run(["ncu", "--query-metrics", "--chip", "gh100"], capture_output=True, text=True)
+    metrics = chosen_metrics(query.stdout.splitlines())
+    rows = [row for name, num_tokens in cells for row in profiled(name, num_tokens, metrics)]
+    protocol = {"tool": "ncu, caches flushed before each replay, clocks left alone", "metrics": metrics, "launches": "each alone"}
+    return Recording("fast_counters", runtime.provenance(seed=0), protocol, tuple(rows))
+
+
+if __name__ == "__main__":
+    launch(sys.argv[1], int(sys.argv[2]))
