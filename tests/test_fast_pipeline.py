@@ -9,6 +9,7 @@ import pytest
 import torch
 from fast_cases import CLUSTERS
 from moe_cases import CASES, LARGE_CASES, Case, judge
+from moelab.kernels.fast_decode import FewTokens
 
 from moelab import recordings
 from moelab.errors import RuntimeModeError
@@ -16,7 +17,6 @@ from moelab.fused_moe import available_implementations, fused_moe
 from moelab.inputs import MoEInputs
 from moelab.kernels import fast_decode
 from moelab.kernels.expert_order import expert_order
-from moelab.kernels.fast_decode import FewTokens
 from moelab.kernels.fast_instances import ALL, INSTANCES, ONE_TOKEN, Instance, instance_for
 from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM, fast_layer
 from moelab.kernels.route import route

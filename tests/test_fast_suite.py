@@ -12,11 +12,11 @@ from moelab import fused_moe, recordings, reference, runtime
 from moelab.config import KernelConfig
 from moelab.errors import UnknownNameError
 from moelab.kernels.expert_order import expert_order
-from moelab.kernels.fast_decode import FewTokens
 from moelab.kernels.fast_instances import ALL, INSTANCES, Instance, instance_for
 from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM
+from moelab.kernels.few_tokens import FORMS, FewTokens
 from moelab.measure import Measurement
-from moelab.pipelines.fast import Choice
+from moelab.pipelines.fast import Choice, Gated, choose_for
 from moelab.shapes import MoEShape
 from moelab.suites import bench, fast_choice, fast_layer, fast_rivals, screening
 from moelab.suites.layer_classic import Layer, weight_sets
@@ -53,7 +53,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "require_cuda", lambda what: None)
     monkeypatch.setattr(fast_layer, "shape_of", lambda name: SMALL)
     monkeypatch.setattr(fast_layer, "fast_layer", stand_in)
-    monkeypatch.setattr(fast_layer, "fast_decode", few_stand_in)
+    monkeypatch.setattr(fast_layer, "few_tokens", few_stand_in)
     monkeypatch.setattr(fast_rivals, "known_configs", lambda layer, name: [(TILE, TILE)])
 
 
@@ -69,7 +69,7 @@ def recorded(num_tokens: int, tmp_path: Path) -> dict[str, list[dict]]:
 
 def test_every_contender_gets_a_row_that_loads(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served = instance_for(3, SMALL.top_k, SMALL.num_experts)
-    monkeypatch.setattr(fast_layer, "choose_form", lambda *sizes: Choice(served, ""))
+    monkeypatch.setattr(fast_layer, "choose_form", lambda *asked: Choice(served, ""))
     rows = recorded(3, tmp_path)
     uniform = [row["impl"] for row in rows["uniform"]]
     assert uniform[:3] == ["classic", "grouped_mm", "fast"] and rows["uniform"][2]["instance"] == repr(served)
@@ -81,39 +81,56 @@ def test_every_contender_gets_a_row_that_loads(small: None, tmp_path: Path, monk
 
 
 def test_a_few_tokens_are_timed_as_they_are_served(small: None, tmp_path: Path) -> None:
-    rows = recorded(3, tmp_path)["uniform"]
-    assert [row["instance"] for row in rows if row["impl"] == "fast"] == [repr(FewTokens(4))]
+    rows = recorded(1, tmp_path)["uniform"]
+    assert [row["instance"] for row in rows if row["impl"] == "fast"] == [repr(FORMS[0])]
     ideas = {row["impl"].removeprefix("fast without ") for row in rows if "without" in row["impl"]}
-    assert ideas == {"start during the launch before", "weights of GEMM2 on their way during the barrier"}
+    assert ideas == {"start during the launch before"}
     assert "fast, from logits" in {row["impl"] for row in rows} and not any("alone" in row["impl"] for row in rows)
+
+
+def test_the_gated_kernels_are_timed_where_they_serve(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With their configs in the row, over an alignment made beforehand, and without TMA as their idea switched off."""
+    gated, asked = Gated(TILE, TILE), []
+    gemm = fast_layer.gated_gemm
+    monkeypatch.setattr(fast_layer, "choose_form", lambda *asked: Choice(gated, ""))
+    monkeypatch.setattr(fast_layer, "gated_gemm", lambda *a, tma, **k: asked.append(tma) or gemm(*a, tma=False, **k))
+    rows = {row["impl"]: row for row in recorded(3, tmp_path)["zipf"]}
+    assert rows["fast"]["instance"] == "gated_tma" and rows["fast"]["config"] == TILE.to_json()
+    layer = Layer(SMALL, 3, 1, weight_sets(SMALL))
+    ideas, parts = fast_layer.ablated(layer, gated)
+    asked.clear()
+    ideas["weights by TMA"](0)
+    assert asked == [False] and not parts
 
 
 def test_where_the_classic_layer_serves_its_run_is_fast(
     small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five tokens of this layer: classic's own configs under its own name and under "fast", and the best form beside them."""
+    """Three tokens of this layer: classic's own configs under its own name and under "fast", and the best form beside them."""
     called = []
     layer_of = Layer.contender
     monkeypatch.setattr(Layer, "contender", lambda self, *pair: called.append(pair) or layer_of(self, *pair))
-    rows = {row["impl"]: row for row in recorded(5, tmp_path)["uniform"]}
-    assert fast_layer.served_by(SMALL, 5) is None and set(called) == {(TILE, TILE)}
+    rows = {row["impl"]: row for row in recorded(3, tmp_path)["uniform"]}
+    assert fast_layer.served_by(SMALL, 3) is None and set(called) == {(TILE, TILE)}
     assert rows["fast"]["config"] == rows["classic"]["config"] and "instance" not in rows["fast"]
-    assert rows["fast, best instance"]["instance"] in map(repr, fast_layer.forms_near(SMALL, 5))
+    assert rows["fast, best instance"]["instance"] in map(repr, fast_layer.forms_near(SMALL, 3))
     assert not any("without" in impl or "alone" in impl for impl in rows)
 
 
-def test_the_form_for_a_few_tokens_may_be_the_best() -> None:
-    assert FewTokens(8) in fast_layer.forms_near(SMALL, 5) and FewTokens(1) in fast_layer.forms_near(SMALL, 1)
+def test_the_forms_for_a_few_tokens_may_be_the_best() -> None:
+    assert set(FORMS) < set(fast_layer.forms_near(SMALL, 1)) and set(FORMS) < set(fast_layer.forms_near(SMALL, 4))
     assert all(isinstance(each, Instance) for each in fast_layer.forms_near(SMALL, 9))
 
 
-def test_each_idea_of_a_few_tokens_is_off_alone(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_idea_of_a_few_tokens_is_off_alone(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(fast_layer, "fast_decode", lambda *a, overlap: asked.append((a[5], overlap)))
-    layer = Layer(SMALL, 3, 1, weight_sets(SMALL))
-    for run in (fast_layer.by_form(layer, FewTokens(4)), *fast_layer.few_without(layer, FewTokens(4)).values()):
+    monkeypatch.setattr(fast_layer, "few_tokens", lambda *a, overlap: asked.append((a[5], overlap)))
+    layer = Layer(SMALL, 1, 1, weight_sets(SMALL))
+    for run in (fast_layer.by_form(layer, FORMS[0]), *fast_layer.ablated(layer, FORMS[0])[0].values()):
         run(0)
-    assert asked == [(FewTokens(4), True), (FewTokens(4), False), (FewTokens(4, prefetch=False), True)]
+    assert asked == [(FORMS[0], True), (FORMS[0], False)]
 
 
 @pytest.mark.parametrize("instance", ALL, ids=str)
@@ -181,25 +198,16 @@ def test_candidates_are_near_the_rows_of_an_expert(num_tokens: int, top_k: int, 
     assert num_tokens < 4096 or min(each.tokens for each in found) >= 32
 
 
-@pytest.mark.parametrize(("num_tokens", "tokens"), [(1, {1}), (2, {2}), (3, {4}), (4, {4}), (8, {8}), (9, set())])
-def test_candidates_for_a_few_tokens(num_tokens: int, tokens: set[int]) -> None:
+@pytest.mark.parametrize("num_tokens", [1, 2, 4, 5])
+def test_candidates_for_a_few_tokens(num_tokens: int) -> None:
     found = fast_choice.forms_for(num_tokens, SMALL)
     few = [each for each in found if isinstance(each, FewTokens)]
-    assert {each.tokens for each in few} == tokens and len(few) == 4 * len(tokens) and len(set(found)) == len(found)
+    assert set(few) == (set(FORMS) if num_tokens < 5 else set()) and len(set(found)) == len(found)
     first = fast_layer.served_by(SMALL, num_tokens) or instance_for(num_tokens, SMALL.top_k, SMALL.num_experts)
-    assert found[0] == first and isinstance(first, FewTokens) == (num_tokens <= 4)
-
-
-def test_candidates_for_a_few_tokens_are_those_that_take_them() -> None:
-    """Mixtral at eight tokens: activated rows leave no room for a ring."""
-    mixtral = fast_layer.shape_of("mixtral-8x7b/tp2")
-    assert fast_choice.few_candidates(4, mixtral) and not fast_choice.few_candidates(8, mixtral)
+    assert found[0] == first and isinstance(first, FewTokens) == (num_tokens == 1)
 
 
 def test_candidates_fit_a_processor() -> None:
-    for few in fast_choice.FEW:
-        assert few.fixed_bytes + few.stages_beside(0) * few.stage_bytes <= 227 * 1024
-        assert few.stages_beside(0) == few.stages, "else it is another candidate by another name"
     for each in fast_choice.CANDIDATES:
         assert each.per_processor * (each.shared_bytes + 1024) <= 228 * 1024 and each.shared_bytes <= 227 * 1024
         assert each.tokens % each.box == each.tokens % each.grain == 0
@@ -236,7 +244,8 @@ def test_the_rule_is_near_the_best_recorded() -> None:
                 row["instance"]: statistics.median(row["samples_us"])
                 for row in recorded.select(shape=name, num_tokens=b)
             }
-            served = repr(fast_layer.served_by(shape, b))
+            form = choose_for(shape, b, None, recorded.provenance["gpu"]).form
+            served = "" if form is None else fast_layer.name_of(form)
             rule = served if served in times else repr(instance_for(b, shape.top_k, shape.num_experts))
             lost[name, b] = times[rule] / min(times.values())
     assert len(lost) == 48 and max(lost.values()) < 1.09, max(lost, key=lambda cell: lost[cell])

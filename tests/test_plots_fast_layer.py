@@ -7,10 +7,10 @@ import json
 from collections.abc import Callable
 
 import pytest
+from moelab.kernels.fast_decode import FewTokens
 
 from moelab import recordings
 from moelab.config import KernelConfig, default_config
-from moelab.kernels.fast_decode import FewTokens
 from moelab.kernels.fast_instances import Instance, instance_for
 from moelab.plots import Panel, fast_beside, fast_ideas, fast_layer, ratio_map
 from moelab.recordings import Recording

@@ -164,7 +164,7 @@ def _down_kernel(
         for step in tl.static_range((N + COLUMNS - 1) // COLUMNS):
             start = step * COLUMNS
             there = (column + start < N) & counts
-            if PDL and j == 0 and step == 0:
+            if PDL and j == 0 and step == 0:  # noqa: SIM108 (only a statement leaves the other branch uncompiled)
                 w = early
             else:
                 w = tl.load(w_ptrs + start, mask=rows & there[None, :], other=0.0)

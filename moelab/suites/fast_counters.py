@@ -121,7 +121,11 @@ def record(cells: Sequence[tuple[str, int]] = CELLS) -> Recording:
     query = subprocess.run(["ncu", "--query-metrics", "--chip", "gh100"], capture_output=True, text=True)
     metrics = chosen_metrics(query.stdout.splitlines())
     rows = [row for name, num_tokens in cells for row in profiled(name, num_tokens, metrics)]
-    protocol = {"tool": "ncu, caches flushed before each replay, clocks left alone", "metrics": metrics, "launches": "each alone"}
+    protocol = {
+        "tool": "ncu, caches flushed before each replay, clocks left alone",
+        "metrics": metrics,
+        "launches": "each alone",
+    }
     return Recording("fast_counters", runtime.provenance(seed=0), protocol, tuple(rows))
 
 

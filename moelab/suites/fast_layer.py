@@ -1,7 +1,7 @@
 """The fastest layer beside the classic one and torch's grouped product, and what each of its ideas is worth.
 
-Order, tiles and alignment are made beforehand for all, as sglang's rows were timed (data/upstream/h200_sglang.json); the layer from
-router logits, routing and order included, is a figure of its own.
+Order, tiles and alignment are made beforehand for all, as sglang's rows were timed (data/upstream/h200_sglang.json); the layer
+from router logits, routing and order included, is a figure of its own.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from moelab.config import KernelConfig
 from moelab.errors import MoelabError
 from moelab.fused_moe import fused_moe
 from moelab.inputs import random_tensor
-from moelab.kernels.expert_order import expert_order
 from moelab.kernels import few_tokens as few_room
 from moelab.kernels.align import align
+from moelab.kernels.expert_order import expert_order
 from moelab.kernels.fast_instances import ALL, Instance, instance_for
 from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM, fast_layer
 from moelab.kernels.few_tokens import FewTokens, few_tokens
@@ -31,7 +31,8 @@ from moelab.kernels.sorted_gemm import sorted_gemm
 from moelab.kernels.sum_reduce import sum_reduce
 from moelab.kernels.token_tiles import TokenTiles
 from moelab.measure import Measurement, measure
-from moelab.pipelines.fast import GATED_KERNEL, Form, Gated, choose_for, route_for, tiles_for, tuned_gated
+from moelab.pipelines.fast import GATED_KERNEL, Form, Gated, route_for, tiles_for, tuned_gated
+from moelab.pipelines.fast import choose as choose_form
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape, load_model
 from moelab.suites import layer_classic
@@ -59,7 +60,8 @@ def shape_of(name: str) -> MoEShape:
 
 def served_by(shape: MoEShape, num_tokens: int) -> Form | None:
     """The form that serves such a batch here, None for the classic layer: what a user gets."""
-    return choose_for(shape, num_tokens, None, runtime.current().device_name).form
+    sizes = shape.top_k, shape.num_experts, shape.moe_intermediate_size, shape.hidden_size
+    return choose_form(num_tokens, *sizes, gated_of(shape, num_tokens)).form
 
 
 def gated_of(shape: MoEShape, num_tokens: int) -> Gated | None:
