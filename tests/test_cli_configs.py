@@ -182,18 +182,19 @@ def test_explain_says_what_fast_runs(run) -> None:
     asked = ("--disable-shared-experts-fusion", "--kernel", "fast")
     scout = ("explain", "--model", "llama-4-scout", "--tp-size", "4", *asked)
     status, out, _ = run(*scout, "--batch-size", "1")
-    assert status == 0 and out.startswith("one launch for at most 1 token")
-    status, out, _ = run("explain", "--model", "deepseek-v3", "--tp-size", "8", *asked, "--batch-size", "64")
+    assert status == 0 and out.startswith("two launches for a few tokens: 1 pairs")
+    deepseek = ("explain", "--model", "deepseek-v3", "--tp-size", "8", *asked, "--batch-size", "64", "--device")
+    status, out, _ = run(*deepseek, "NVIDIA H200")
+    assert status == 0 and out.startswith("gated_tma with its tuned configs: 2 rows an expert")
+    status, out, _ = run(*deepseek, "NVIDIA H100")
     assert status == 0 and out.startswith("classic: an inner size of 256 is short")
-    status, out, _ = run(*scout, "--batch-size", "4", "--json")
-    assert status == 0 and json.loads(out)["instance"]["tokens"] == 4
+    status, out, _ = run(*scout, "--batch-size", "64", "--device", "NVIDIA H200", "--json")
+    said = json.loads(out)
+    assert status == 0 and said["form"]["kind"] == "Gated" and said["form"]["up"]["BLOCK_SIZE_M"] == 16
     status, out, _ = run(*scout, "--batch-size", "4096", "--json")
     said = json.loads(out)
-    assert (
-        status == 0
-        and said["instance"]["tokens"] == 176
-        and said["reason"].startswith("one launch: 256 rows an expert")
-    )
+    assert status == 0 and said["form"]["tokens"] == 176 and said["form"]["cluster"] == 2
+    assert said["reason"].startswith("one launch: 256 rows an expert")
 
 
 def test_explain_of_fast_refuses_what_fast_refuses(run) -> None:

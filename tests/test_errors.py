@@ -54,11 +54,12 @@ from moelab.errors import (
     WorkspaceError,
 )
 from moelab.fused_moe import IMPLEMENTATIONS, fused_moe
-from moelab.kernels import fast_decode, hopper_launch
+from moelab.kernels import fast_layer
 from moelab.kernels.activation import activation
 from moelab.kernels.align import align
 from moelab.kernels.descriptors import check_tma, check_tma_config, weight_descriptor
 from moelab.kernels.expert_order import expert_order, new_expert_order
+from moelab.kernels.fast_instances import Instance
 from moelab.kernels.from_file import load_kernels
 from moelab.kernels.gated_gemm import gated_gemm
 from moelab.kernels.grouped_gemm import grouped_gemm
@@ -921,17 +922,9 @@ TUNER = [
     ),
     Row(
         "a cluster that fits nowhere",
-        lambda _: hopper_launch.grid_of(2, 132, 0, "a form"),
+        lambda _: fast_layer.grid_of(Instance(2, 2, 4, 176, 16, 16, cluster=2), 132, 0),
         RuntimeModeError,
         ("no cluster of 2 blocks", "cluster=1"),
-    ),
-    Row(
-        "a batch that the kernel of few tokens does not take",
-        lambda _: fast_decode.fast_decode(
-            x(5, 64), x(2, 128, 64), x(2, 64, 64), x(5, 1), x(5, 1), fast_decode.FewTokens(4)
-        ),
-        ShapeError,
-        ("FewTokens(tokens=4", "5 tokens of 1 experts", "at most 4 tokens"),
     ),
     Row("a replay, frozen", lambda f: landscape.freeze(a_journal(f / "a")), LandscapeError, ("not a measurement",)),
 ]

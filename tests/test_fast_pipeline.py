@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import replace
 
 import pytest
 import torch
 from fast_cases import CLUSTERS
 from moe_cases import CASES, LARGE_CASES, Case, judge
-from moelab.kernels.fast_decode import FewTokens
 
-from moelab import recordings
+from moelab import recordings, runtime
+from moelab.config import KernelConfig
+from moelab.config_files import read_config_file
 from moelab.errors import RuntimeModeError
 from moelab.fused_moe import available_implementations, fused_moe
 from moelab.inputs import MoEInputs
-from moelab.kernels import fast_decode
 from moelab.kernels.expert_order import expert_order
-from moelab.kernels.fast_instances import ALL, INSTANCES, ONE_TOKEN, Instance, instance_for
+from moelab.kernels.fast_instances import ALL, INSTANCES, ONE_TOKEN, PAIRED, Instance, instance_for
 from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM, fast_layer
-from moelab.kernels.route import route
+from moelab.kernels.few_tokens import FORMS
+from moelab.measure import tie
 from moelab.pipelines import fast
-from moelab.pipelines.fast import Choice, choose, route_for, tiles_for
+from moelab.pipelines.fast import Choice, Gated, choose, choose_for, tiles_for, tuned_gated
+from moelab.plots.panel import timing
 from moelab.suites import fast_layer as fast_layer_suite
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -42,7 +43,7 @@ def call(case: Case, i: MoEInputs) -> torch.Tensor:
         patch.setattr(
             fast,
             "choose",
-            lambda tokens, top_k, experts, inner, hidden: Choice(instance_for(tokens, top_k, experts), ""),
+            lambda tokens, top_k, experts, *others: Choice(instance_for(tokens, top_k, experts), ""),
         )
         return fused_moe(
             i.hidden_states, i.w13, i.w2, topk_weights=i.topk_weights, topk_ids=i.topk_ids, impl="fast", **case.options
@@ -64,50 +65,66 @@ def test_elsewhere_it_says_so(device: str) -> None:
         call(CASES[1], inputs)
 
 
+TILE = KernelConfig(16, 32, 32, 1, 4, 2)
+
+
 def test_a_choice_says_why() -> None:
     some, many = choose(5, 8, 128, 768, 2048), choose(8192, 8, 128, 768, 2048)
-    assert some.instance is INSTANCES[8] and some.reason.startswith("one launch: 0.312 rows an expert")
-    assert many.instance is INSTANCES[176] and "512 rows" in many.reason
+    assert some.form is INSTANCES[8] and some.reason.startswith("one launch: 0.312 rows an expert")
+    assert many.form is INSTANCES[176] and "512 rows" in many.reason
     few, short = choose(5, 1, 4, 256, 5120), choose(64, 8, 256, 256, 7168)
-    assert few.instance is None and "classic: GEMM1 has at most 16 tiles" in few.reason
-    assert short.instance is None and "classic: an inner size of 256" in short.reason
-    assert choose(4096, 8, 256, 256, 7168).instance is INSTANCES[176]
+    assert few.form is None and "classic: GEMM1 has at most 16 tiles" in few.reason
+    assert short.form is None and "classic: an inner size of 256" in short.reason
+    assert choose(4096, 8, 256, 256, 7168).form is INSTANCES[176]
+    assert choose(4096, 8, 128, 768, 2048).form is PAIRED
 
 
-def test_a_few_tokens_have_forms_of_their_own() -> None:
-    one, four = choose(1, 8, 128, 768, 2048), choose(3, 8, 128, 768, 2048)
-    assert one.instance == FewTokens(1) and "one launch for at most 1 token: no tiles" in one.reason
-    assert four.instance == FewTokens(4) and "at most 4 tokens: no tiles" in four.reason
+def test_a_few_tokens_have_a_form_of_their_own() -> None:
+    """Whether or not there are tuned configs; but not where pairs would read an expert's weights too often."""
+    for gated in (None, Gated(TILE, TILE)):
+        few = choose(3, 8, 128, 768, 2048, gated)
+        assert few.form is FORMS[0] and "two launches for a few tokens: 24 pairs" in few.reason
+    assert choose(4, 2, 8, 7168, 4096).form is INSTANCES[8]
+    assert choose(1, 8, 128, 768 * 200, 2048).form is ONE_TOKEN
+    assert choose(0, 8, 128, 768, 2048).form is None
 
 
-def test_what_has_no_form_for_a_few_tokens_goes_on() -> None:
-    """More pairs than there is room for, more shared memory, more tokens, none: each as before."""
-    assert choose(4, 17, 64, 768, 2048).instance is INSTANCES[8]  # 68 pairs
-    assert choose(4, 4, 64, 14336, 4096).instance is INSTANCES[8]  # 448 KiB of activated rows
-    assert choose(1, 8, 128, 768, 200_000).instance is ONE_TOKEN
-    assert choose(0, 8, 128, 768, 2048).instance is None
+def test_tuned_configs_serve_up_to_as_many_rows_as_they_are_recorded_faster_at() -> None:
+    gated = Gated(TILE, TILE)
+    middle, more = choose(512, 8, 128, 768, 2048, gated), choose(513, 8, 128, 768, 2048, gated)
+    assert middle.form is gated and middle.reason.startswith("gated_tma with its tuned configs: 32 rows")
+    assert more.form is INSTANCES[96] and choose(64, 8, 256, 256, 7168, gated).form is gated
 
 
-def test_the_classic_layer_is_chosen_only_where_it_is_recorded_faster() -> None:
-    """Faster than the form that the rule would choose: fast_layer's time of another form, times what fast_choice has
-    between the two."""
-    layers, forms, chosen = recordings.load("fast_layer"), recordings.load("fast_choice"), 0
+def test_tuned_configs_are_those_of_the_shipped_files() -> None:
+    """By the files of kernel=gated_tma, of the nearest batch size; none for a layer or a device that has no such file."""
+    h200 = ("NVIDIA H200", "3.6.0", "bfloat16")
+    found = tuned_gated(128, 768, *h200, 64)
+    assert found is not None and found.up.BLOCK_SIZE_M == found.down.BLOCK_SIZE_M
+    files = [
+        read_config_file(
+            runtime.config_dir() / "triton_3_6_0" / f"E=128,N=768,device_name=NVIDIA_H200,kernel=gated_tma{end}.json"
+        )
+        for end in ("", "_down")
+    ]
+    assert (found.up, found.down) == (files[0][64], files[1][64])
+    assert tuned_gated(128, 768, *h200, 70) == found
+    assert (
+        tuned_gated(127, 768, *h200, 64) is None and tuned_gated(128, 768, "NVIDIA H7", "3.6.0", "bfloat16", 64) is None
+    )
+
+
+def test_what_serves_is_not_slower_than_the_classic_layer_under_uniform_routing() -> None:
+    """In no cell of fast_layer beyond its interval; and "fast" there is what is chosen now."""
+    layers = recordings.load("fast_layer")
     for name in fast_layer_suite.SHAPES:
         shape = fast_layer_suite.shape_of(name)
         for b in fast_layer_suite.BATCHES:
-            sizes = shape.top_k, shape.num_experts, shape.moe_intermediate_size, shape.hidden_size
-            if choose(b, *sizes).instance is not None:
-                continue
-            chosen += 1
             here = {row["impl"]: row for row in layers.select(shape=name, num_tokens=b, routing="uniform")}
-            classic, fast = here["classic"], here["fast"] if "instance" in here["fast"] else here["fast, best instance"]
-            times = {
-                row["instance"]: statistics.median(row["samples_us"]) for row in forms.select(shape=name, num_tokens=b)
-            }
-            in_use = repr(instance_for(b, shape.top_k, shape.num_experts))
-            one_launch = statistics.median(fast["samples_us"]) * times[in_use] / times[fast["instance"]]
-            assert statistics.median(classic["samples_us"]) < one_launch, (name, b)
-    assert 3 <= chosen <= 8
+            form = choose_for(shape, b, None, layers.provenance["gpu"]).form
+            assert form is not None and here["fast"]["instance"] == fast_layer_suite.name_of(form)
+            classic, fast = timing(here["classic"]), timing(here["fast"])
+            assert tie(fast, classic) or fast.median_us < classic.median_us, (name, b)
 
 
 def test_what_is_chosen_as_classic_runs_as_the_classic_layer(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
@@ -115,20 +132,13 @@ def test_what_is_chosen_as_classic_runs_as_the_classic_layer(monkeypatch: pytest
     monkeypatch.setattr(fast, "_check", lambda call: None)
     inputs = Case("small", 5, 2, 1, 64, 32).inputs(torch.float16, device)
     given = {"topk_weights": inputs.topk_weights, "topk_ids": inputs.topk_ids}
-    assert choose(5, 1, 2, 32, 64).instance is None
+    assert choose(5, 1, 2, 32, 64).form is None
     out = fused_moe(inputs.hidden_states, inputs.w13, inputs.w2, impl="fast", **given)
     assert out.equal(fused_moe(inputs.hidden_states, inputs.w13, inputs.w2, impl="triton", **given))
 
 
-def test_a_few_tokens_are_routed_without_tiles(device: str) -> None:
-    logits = torch.randn(3, 8, device=device)
-    routed, tiles = route_for(logits, 2, FewTokens(4), 64)
-    plain = route(logits, 2)
-    assert tiles is None and routed.topk_ids.equal(plain.topk_ids) and routed.topk_weights.equal(plain.topk_weights)
-
-
-def test_a_few_tokens_go_to_their_kernel_alone(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """With ids in int32, the scale and where the weight goes; and by a form that is asked for, whatever the batch."""
+def test_a_few_tokens_go_to_their_kernel(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """With ids in int32, the scale and where the weight goes."""
     asked = []
 
     def stand_in(x, w13, w2, weights, ids, form, **options):
@@ -136,13 +146,32 @@ def test_a_few_tokens_go_to_their_kernel_alone(monkeypatch: pytest.MonkeyPatch, 
         return x
 
     monkeypatch.setattr(fast, "_check", lambda call: None)
-    monkeypatch.setattr(fast_decode, "fast_decode", stand_in)
-    case = Case("scaled", 2, 6, 3, 64, 32, on_input=True, scale=2.5)
+    monkeypatch.setattr(fast, "few_tokens", stand_in)
+    case = Case("scaled", 1, 6, 3, 64, 32, on_input=True, scale=2.5)
     i = case.inputs(torch.float16, device)
     given = {"topk_weights": i.topk_weights, "topk_ids": i.topk_ids.long()}
     out = fused_moe(i.hidden_states, i.w13, i.w2, impl="fast", **given, **case.options)
     assert out.equal(i.hidden_states)
-    assert asked == [(torch.int32, FewTokens(2), {"scale": 2.5, "weights_on_input": True})]
+    assert asked == [(torch.int32, FORMS[0], {"scale": 2.5, "weights_on_input": True})]
+
+
+def test_tuned_configs_go_to_the_gated_kernels(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """The result is that of the implementation "gated" under the same configs, bit by bit: TMA changes how weights come."""
+    tile = KernelConfig(16, 32, 32, 1, 4, 2)
+    monkeypatch.setattr(fast, "_check", lambda call: None)
+    monkeypatch.setattr(fast, "tuned_gated", lambda *asked: Gated(tile, tile))
+    asked, sorted_pipeline = [], fast.sorted_pipeline
+
+    def without_tma(call, combine, tma):
+        asked.append((combine, tma))
+        return sorted_pipeline(call, combine, False)
+
+    monkeypatch.setattr(fast, "sorted_pipeline", without_tma)
+    i = Case("tuned", 9, 4, 2, 64, 32).inputs(torch.float16, device)
+    given = {"topk_weights": i.topk_weights, "topk_ids": i.topk_ids}
+    out = fused_moe(i.hidden_states, i.w13, i.w2, impl="fast", **given)
+    assert asked == [("scatter", True)]
+    assert out.equal(fused_moe(i.hidden_states, i.w13, i.w2, impl="gated", config=tile, down_config=tile, **given))
 
 
 @pytest.mark.gpu

@@ -7,11 +7,11 @@ import json
 from collections.abc import Callable
 
 import pytest
-from moelab.kernels.fast_decode import FewTokens
 
 from moelab import recordings
 from moelab.config import KernelConfig, default_config
 from moelab.kernels.fast_instances import Instance, instance_for
+from moelab.kernels.few_tokens import FORMS
 from moelab.plots import Panel, fast_beside, fast_ideas, fast_layer, ratio_map
 from moelab.recordings import Recording
 from moelab.roofline import Ceilings
@@ -327,20 +327,20 @@ def test_short_names_and_fractions() -> None:
         "16×128 w1 s6 b1"
     )
     assert fast_ideas.short(repr(Instance(2, 2, 4, 176, 16, 16, cluster=2))) == "176×256 w2 s4 b1 c2"
-    assert fast_ideas.short(repr(FewTokens(4, slice=256))) == "few 4 w16 s6 k256"
-    assert fast_ideas.short(repr(FewTokens(4, prefetch=False))) == "few 4 w16 s6 k512 late"
+    assert [fast_ideas.short(repr(each)) for each in FORMS[::2]] == ["few 1×1024 2×256", "few 1×256 2×256"]
+    assert fast_ideas.short("gated_tma") == "gated"
     assert [fast_ideas._as_text(rows) for rows in (1 / 32, 1.0, 2048.0)] == ["1/32", "1", "2048"]
 
 
-def test_forms_for_a_few_tokens_stand_beside_the_others() -> None:
+def test_other_forms_stand_beside_the_instances() -> None:
     """The rule in use is judged by what serves a batch where the recording has such forms, else by the instances alone."""
-    few = [row("mixtral", 1, "", us, instance=repr(FewTokens(1, slice=k))) for us, k in ((10.0, 512), (12.0, 256))]
-    panel = fast_ideas.instances(made(*CHOICE.rows, *few, suite="fast_choice"), SHAPES)
-    assert list(panel.figure.data[0].y)[:2] == ["few 1 w16 s6 k256", "few 1 w16 s6 k512"]
-    assert "at most 4 tokens" in panel.figure.layout.title.subtitle.text
-    assert panel.table[0]["the rule’s"] == "few 1 w16 s6 k512"
+    other = [row("mixtral", 1, "", us, instance=name) for us, name in ((10.0, repr(FORMS[2])), (12.0, "gated_tma"))]
+    panel = fast_ideas.instances(made(*CHOICE.rows, *other, suite="fast_choice"), SHAPES)
+    assert list(panel.figure.data[0].y)[:2] == ["few 1×256 2×256", "gated"]
+    assert "1 row by 1024 columns" in panel.figure.layout.title.subtitle.text
+    assert panel.table[0]["the rule’s"] == "few 1×256 2×256"
     assert fast_ideas.rule_in_use(CHOICE)(SHAPES["mixtral"], 1) == repr(instance_for(1, 2, 8))
-    assert "at most 4 tokens" not in fast_ideas.instances(CHOICE, SHAPES).figure.layout.title.subtitle.text
+    assert "1 row by 1024" not in fast_ideas.instances(CHOICE, SHAPES).figure.layout.title.subtitle.text
 
 
 def test_the_shipped_choice_draws() -> None:

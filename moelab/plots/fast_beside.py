@@ -1,4 +1,4 @@
-"""The recording fast_layer, cell by cell: the layer in one launch beside the classic one, as maps of shape by batch size."""
+"""The recording fast_layer, cell by cell: the fastest layer beside the classic one, as maps of shape by batch size."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def beside_classic(recording: Recording, gains: Recording | None = None) -> Pane
     routings, batches = names_of(table, "routing"), sorted(names_of(table, "batch"))
     labels = _labels(shapes, fallen)
     figure = grid(
-        f"One launch beside four: {_tally(table, fallen)}",
+        f"The fastest layer beside the classic one: {_tally(table, fallen)}",
         f"{recording.source()}; classic’s time over fast’s; {COLORS}{UNTUNED if fallen else ''}",
         titles=[f"{routing} routing" for routing in routings], rows=len(routings),
         height=190 + (34 * len(shapes) + 40) * len(routings),
@@ -180,7 +180,7 @@ def from_logits(recording: Recording, shape: str = "qwen3-30b-a3b/tp1", mark_us:
     shapes, fallen = _sorted_apart(table, recording)
     labels = _labels(shapes, fallen)
     figure = grid(
-        f"From router logits, one launch is {_tally(table, fallen)}",
+        f"From router logits, fast is {_tally(table, fallen)}",
         f"{recording.source()}; µs, above fast’s, below classic’s; {COLORS}{UNTUNED if fallen else ''}",
         height=190 + 44 * len(shapes),
     )  # fmt: skip

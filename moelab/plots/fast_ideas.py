@@ -1,4 +1,4 @@
-"""What the one-launch layer is made of: what each of its ideas is worth, and which of its compiled forms serves which batch."""
+"""What the fastest layer is made of: what each of its ideas is worth, and which of its forms serves which batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recording fast_layer over its floor: the layer in one launch beside the classic one and torch's grouped product."""
+"""The recording fast_layer over its floor: the fastest layer beside the classic one and torch's grouped product."""
 
 from __future__ import annotations
 

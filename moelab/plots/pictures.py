@@ -65,7 +65,7 @@ HEADINGS = {
     "roofline": "The classic layer on the roof",
     "layer": "The classic layer over its floor, beside sglang’s",
     "tuned": "What tuning gains",
-    "ideas": "What each idea of the one-launch layer is worth",
+    "ideas": "What each idea of the fastest layer is worth",
     "host_time": "Who waits for whom without a CUDA graph",
     "sum_reduce": "Sum-reduce, five ways",
     "accuracy": "Which of them is right",
