@@ -69,9 +69,15 @@ def altered(folder: Path, *changes: tuple[str, str, str]) -> Path:
     return folder / SOURCE.name
 
 
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """For this process's libraries; gone when it ends."""
+    return tempfile.TemporaryDirectory(prefix="moelab-emulated-")
+
+
 def compiled(instance: Instance, dtype: torch.dtype, source: Path = SOURCE, *, races: bool = False) -> Path:
     """Its file; with `races` it tells ThreadSanitizer of all that it reads and writes."""
-    folder = Path(tempfile.mkdtemp(prefix="moelab-emulated-"))
+    folder = Path(tempfile.mkdtemp(dir=_scratch().name))
     text = MAIN.format(
         source=source, storage=STORAGE[dtype][0], threads=instance.threads, shape=instance.shape,
         expression=instance.expression(dtype), cluster=instance.cluster,
