@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_tuned_configs_serve_up_to_as_many_rows_as_they_are_recorded_faster_at()
     assert more.form is INSTANCES[96] and choose(64, 8, 256, 256, 7168, gated).form is gated
 
 
-def test_tuned_configs_are_those_of_the_shipped_files() -> None:
+def test_tuned_configs_are_those_of_the_shipped_files(tmp_path: Path) -> None:
     """By the files of kernel=gated_tma, of the nearest batch size; none for a layer or a device that has no such file."""
     h200 = ("NVIDIA H200", "3.6.0", "bfloat16")
     found = tuned_gated(128, 768, *h200, 64)
@@ -109,6 +110,9 @@ def test_tuned_configs_are_those_of_the_shipped_files() -> None:
     ]
     assert (found.up, found.down) == (files[0][64], files[1][64])
     assert tuned_gated(128, 768, *h200, 70) == found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOELAB_CONFIG_DIR", str(tmp_path))
+        assert tuned_gated(128, 768, *h200, 64) is None
     assert (
         tuned_gated(127, 768, *h200, 64) is None and tuned_gated(128, 768, "NVIDIA H7", "3.6.0", "bfloat16", 64) is None
     )

@@ -41,7 +41,7 @@ class FewTokens:
 
 
 DOWN = Tile(2, 256, 1)
-"""Of GEMM2: within 5 % of the best at every cell of the search that chose the forms."""
+"""Of GEMM2, at every shape."""
 
 FORMS = (
     FewTokens(Tile(1, 1024, 2), DOWN),
@@ -51,14 +51,15 @@ FORMS = (
 """Those in use; data/recordings/fast_choice.json has all of them at every shape."""
 
 UP_COLUMNS = {4096: 256, 5120: 512}
-"""hidden_size -> columns of GEMM1's tile where that is not the first form's: as data/recordings/fast_choice.json has it."""
+"""hidden_size -> columns of GEMM1's tile where another than the first form is fastest in data/recordings/fast_choice.json."""
 
 MOST_TOKENS = 4
 """Of a batch that goes here."""
 
 MOST_REREAD = 1.12
 """Weights read by pairs over weights read once an expert, if tokens choose evenly, over which another form is faster: each
-pair reads its expert's for itself. By the recording, Mixtral-8x7B from 2 tokens on and LFM2-8B from 4."""
+pair reads its expert's for itself. In data/recordings/fast_choice.json at four tokens, LFM2-8B (1.21) and Mixtral-8x7B (1.46)
+are faster by another form, Llama-4-Scout and Qwen3 (both 1.10) by these."""
 
 MOST_STEPS = 256
 """Of a program: they are unrolled, so that all loads may be on their way together."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,13 +30,12 @@ from moelab.shapes import MoEShape
 
 FEW_TILES = 40
 """GEMM1 tiles of 128 weight rows, over all experts that a batch can touch, under which most multiprocessors would have
-nothing to read: the classic layer, with narrower tiles, is recorded faster at 32 (data/recordings/fast_layer.json, Llama-4-Scout
-tp4 and DeepSeek-V3 tp8 at one token), and not at 48, where no tuned config of it was known (Qwen3-235B-A22B tp4)."""
+nothing to read: the classic layer, with narrower tiles, was recorded faster at 32 (fast_layer.json of commit 66551de,
+Llama-4-Scout tp4 and DeepSeek-V3 tp8 at one token), and not at 48 (Qwen3-235B-A22B tp4)."""
 
 SHORT_INNER, ENOUGH_ROWS = 256, 32
 """An inner size on this rank of so few elements makes GEMM2's tiles four steps of 64, whose beginnings and ends weigh more than
-the steps, until an expert has so many rows: by the recordings of DeepSeek-V3 tp8, slower in every form from 4 to 256 tokens."""
-
+the steps, until an expert has so many rows: DeepSeek-V3 tp8 was slower in every form from 4 to 256 tokens (as above)."""
 
 GATED_KERNEL = "gated_tma"
 """The implementation, and the kernel= of its tuned files, for batches between a few tokens and tiles full of them."""
@@ -109,16 +109,23 @@ def tiles_for(order: ExpertOrder, instance: Instance, hidden_size: int) -> Token
     return token_tiles_unchecked(order.sorted_slots, order.expert_offsets, instance.tile_rows, grain, counters)
 
 
-@functools.lru_cache(maxsize=4096)
 def tuned_gated(
     num_experts: int, moe_intermediate_size: int, device: str, triton_version: str, dtype: str, num_tokens: int
 ) -> Gated | None:
     """What the tuned files of GATED_KERNEL have for such a batch on a device, None without a file. Kept: a file is read once a
-    batch size."""
+    batch size. Raises ConfigFileError for a file that is broken."""
+    asked = num_experts, moe_intermediate_size, device, triton_version, dtype, num_tokens
+    return _tuned_gated(*asked, os.environ.get("MOELAB_CONFIG_DIR"))
+
+
+@functools.lru_cache(maxsize=4096)
+def _tuned_gated(
+    num_experts: int, size: int, device: str, triton_version: str, dtype: str, num_tokens: int, config_dir: str | None
+) -> Gated | None:
     up, down = (
         lookup(
-            num_experts, moe_intermediate_size, device, num_tokens=num_tokens, triton_version=triton_version,
-            down=of_gemm2, dtype_selector=dtype_selector(dtype), kernel=GATED_KERNEL,
+            num_experts, size, device, num_tokens=num_tokens, triton_version=triton_version, down=of_gemm2,
+            dtype_selector=dtype_selector(dtype), kernel=GATED_KERNEL,
         )
         for of_gemm2 in (False, True)
     )  # fmt: skip
