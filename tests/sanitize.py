@@ -8,15 +8,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from moe_cases import CASES, TILE
+from moe_cases import CASES, TILE, Case
 
 from moelab.fused_moe import available_implementations, fused_moe
+from moelab.kernels import checks, fast_instances, few_tokens
 from moelab.kernels.align import align, align_pairs, moe_align_block_size
 from moelab.kernels.expert_order import expert_order
+from moelab.kernels.fast_layer import fast_layer
 from moelab.kernels.route import route
 from moelab.kernels.split_k_atomic import split_k_atomic_out
 from moelab.kernels.sum_reduce import SUM_REDUCE, sum_reduce
 from moelab.pipelines import NEED_TMA, PIPELINES
+from moelab.pipelines.fast import tiles_for
 from moelab.routing import make_routing
 
 SPLIT_K = {"split_k_atomic": 2, "split_k_workspace": 2}
@@ -61,8 +64,25 @@ def parts() -> None:
             sum_reduce(x, 0.3, impl=impl)
 
 
+def hopper() -> None:
+    """What `impl="fast"` runs beside those kernels, where the chip is a Hopper: the few tokens' form, and every compiled one."""
+    target = checks.current_target()
+    if target is None or target.name != "sm_90":
+        return
+    for num_tokens, num_experts, top_k, hidden, size in ((1, 9, 2, 136, 72), (4, 7, 3, 264, 40), (77, 12, 3, 264, 136)):
+        i = Case("odd", num_tokens, num_experts, top_k, hidden, size).inputs(torch.bfloat16, "cuda")
+        ids = i.topk_ids.int()
+        if num_tokens <= 4:
+            for form in few_tokens.FORMS:
+                few_tokens.few_tokens(i.hidden_states, i.w13, i.w2, i.topk_weights, ids, form)
+        for instance in fast_instances.ALL:
+            tiles = tiles_for(expert_order(ids, num_experts), instance, hidden)
+            fast_layer(i.hidden_states, i.w13, i.w2, i.topk_weights, ids, tiles, instance)
+
+
 if __name__ == "__main__":
     layers()
     parts()
+    hopper()
     torch.cuda.synchronize()
     print("every kernel ran")
