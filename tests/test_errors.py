@@ -722,7 +722,7 @@ FILES = [
         "counters of another number of launches",
         lambda p: with_ncu(p, lambda: fast_counters.profiled("scout/tp4", 8, {})),
         RecordingError,
-        ("0 launches of scout/tp4 with 8 tokens", "Expected 4", "the sum"),
+        ("0 launches of scout/tp4 with 8 tokens", "Expected 4", "the sum", "fast_counters scout/tp4 8"),
     ),
     Row(
         "counters without ncu",

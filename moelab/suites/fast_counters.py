@@ -119,7 +119,8 @@ def profiled(name: str, num_tokens: int, metrics: Mapping[str, str]) -> list[dic
     if len(rows) != len(LAUNCHES):
         raise RecordingError(
             f"ncu counted {len(rows)} launches of {name} with {num_tokens} tokens. Expected {len(LAUNCHES)}: "
-            f"{', '.join(LAUNCHES)}. It said: {done.stderr[-200:]!r}"
+            f"{', '.join(LAUNCHES)}. It said: {done.stderr[-200:]!r}. Run `python -m moelab.suites.fast_counters {name} "
+            f"{num_tokens}`, and see what it launches."
         )
     common = {"shape": name, "num_tokens": num_tokens, "routing": "uniform"}
     return [{**common, "launch": label, **row} for label, row in zip(LAUNCHES, rows, strict=True)]
