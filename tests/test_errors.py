@@ -72,7 +72,7 @@ from moelab.kernels.sum_reduce import sum_reduce
 from moelab.measure import measure, measure_eager, measure_host, median_interval
 from moelab.plots import gallery, handover
 from moelab.studies import fleet, tuner_regret
-from moelab.suites import bench, your_kernel
+from moelab.suites import bench, fast_counters, your_kernel
 from moelab.tuner import evaluators, export, journal, landscape, space, strategies
 from moelab.tuner.finals import Finals
 from moelab.tuner.problem import Problem
@@ -714,6 +714,24 @@ FILES = [
         ("cut short", "moelab record"),
     ),
     Row(
+        "counters without a table",
+        lambda _: fast_counters.rows_of("==ERROR== ERR_NVGPUCTRPERM", {}),
+        RecordingError,
+        ("ERR_NVGPUCTRPERM", "column ID", "ncu --version"),
+    ),
+    Row(
+        "counters of another number of launches",
+        lambda p: with_ncu(p, lambda: fast_counters.profiled("scout/tp4", 8, {})),
+        RecordingError,
+        ("0 launches of scout/tp4 with 8 tokens", "Expected 4", "the sum", "fast_counters scout/tp4 8"),
+    ),
+    Row(
+        "counters without ncu",
+        lambda p: with_environment("PATH", str(p), lambda: on_a_gpu(fast_counters.record)),
+        RuntimeModeError,
+        ("fast_counters", "ncu", "not on PATH", "Nsight Compute"),
+    ),
+    Row(
         "a recording of tomorrow",
         lambda p: recordings.load(a_recording(p, lambda t: t.replace('"schema": 1', '"schema": 2'))),
         RecordingError,
@@ -942,6 +960,7 @@ WITHOUT_GPU = [
     Row("a bench", lambda _: bench.bench(SHAPE, [1], ["triton"]), RuntimeModeError, ("needs a GPU", "split_k")),
     Row("a cuda kernel", lambda _: sum_reduce(x(4, 2, 8), impl="cuda"), RuntimeModeError, ("GPU", "triton")),
     Row("recording", lambda _: suites.record(["layer_classic"]), RuntimeModeError, ("layer_classic", "GPU")),
+    Row("counters", lambda _: suites.record(["fast_counters"]), RuntimeModeError, ("fast_counters", "GPU")),
 ]
 
 ON_GPU = [
@@ -964,6 +983,19 @@ def a_problem(**changes: object) -> Problem:
 def a_file(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
+
+
+def on_a_gpu(run: Callable[[], object]) -> object:
+    """As if a GPU were at hand."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "require_cuda", lambda what: None)
+        return run()
+
+
+def with_ncu(folder: Path, run: Callable[[], object]) -> object:
+    """With an ncu on PATH whose table is empty."""
+    a_file(folder / "ncu", b"#!/bin/sh\necho '\"ID\"'\n").chmod(0o755)
+    return with_environment("PATH", str(folder), run)
 
 
 def closed_journal(path: Path) -> journal.Journal:

@@ -205,6 +205,14 @@ def test_every_device_has_a_sourced_datasheet(device: str) -> None:
     assert "datasheet" in roofline.load_ceilings(device, kind="datasheet").source
 
 
+@pytest.mark.parametrize("device", ["NVIDIA_H100_80GB_HBM3", "NVIDIA_H200"])
+def test_flops_of_a_clock_are_those_of_the_datasheet(device: str) -> None:
+    """At 1.83 GHz, the boost clock behind Hopper's datasheets (SXM)."""
+    data = roofline.device_data(device)
+    per_clock = data["multiprocessors"] * data["multiprocessor_flops_per_clock"]["bfloat16"]
+    assert per_clock * 1.83e9 == pytest.approx(data["ceilings"]["datasheet"]["flops_per_s"]["bfloat16"], rel=1e-3)
+
+
 def test_unknown_devices_kinds_and_dtypes() -> None:
     with pytest.raises(UnknownNameError, match=r"Did you mean .*NVIDIA_H200"):
         roofline.load_ceilings("NVIDIA_H20O")

@@ -11,6 +11,7 @@ from moelab.recordings import Recording
 from moelab.suites import (
     ceilings,
     fast_choice,
+    fast_counters,
     fast_layer,
     layer_baseline,
     layer_classic,
@@ -29,16 +30,22 @@ SUITES: dict[str, Callable[[], Recording]] = {
     "tma_overhead": tma_overhead.record,
     "fast_layer": fast_layer.record,
     "fast_choice": fast_choice.record,
+    "fast_counters": fast_counters.record,
 }
+
+LAST = ("fast_counters",)
+"""Suites that need more than a GPU (ncu, and leave to read the counters): "all" runs them after the others, so that a machine
+that lacks it loses no other recording."""
 
 
 def record(
     suites: Sequence[str], out: Path | None = None, known: Mapping[str, Callable[[], Recording]] = SUITES
 ) -> list[Path]:
-    """Run suites one after another, writing each recording as soon as it is done; "all" means every one that is known.
+    """Run suites one after another, writing each recording as soon as it is done; "all" means every one that is known,
+    those of LAST at the end.
 
     out: folder of the files; None is data/recordings. Raises UnknownNameError before anything runs, and
-    RuntimeModeError where a suite needs a GPU.
+    RuntimeModeError where a suite needs a GPU, or ncu; what was done before stays written.
     """
     return [
         recordings.write(known[name](), None if out is None else out / f"{name}.json")
@@ -47,11 +54,11 @@ def record(
 
 
 def suite_names(asked: Sequence[str], known: Mapping[str, Callable[[], Recording]] = SUITES) -> list[str]:
-    """The suites asked for, "all" spelled out. Raises UnknownNameError for a name that is not known."""
+    """The suites asked for, "all" spelled out, LAST at the end. Raises UnknownNameError for a name that is not known."""
     for name in asked:
         if name != "all" and name not in known:
             raise UnknownNameError(
                 f"Unknown suite {name!r}. Expected 'all' or one of {list(known)}.{nearest_names(name, known)} "
                 "Name suites to record."
             )
-    return list(known) if "all" in asked else list(asked)
+    return sorted(known, key=lambda name: name in LAST) if "all" in asked else list(asked)

@@ -1,4 +1,4 @@
-"""What the chip's counters say of the one-launch layer: its traffic, its tensor units, its threads, for a layer of each regime.
+"""What the chip's counters say of the one-launch layer: its traffic, its tensor units, its threads.
 
 NVIDIA's Nsight Compute (`ncu`) reads them: it runs this module, which launches the layer whole and then each part alone, and
 replays every launch with cold caches. It sets a launch apart from its neighbours, so its times are not those of a recording.
@@ -22,8 +22,14 @@ from moelab.recordings import Recording
 from moelab.suites import fast_layer as suite
 from moelab.suites.layer_classic import Layer, weight_sets
 
-CELLS = tuple((name, batch) for name in ("qwen3-30b-a3b/tp1", "deepseek-v3/tp8") for batch in (1, 64, 1024, 8192))
-"""Shape and tokens: one batch of each regime, of the two shapes whose inner sizes are furthest apart."""
+CELLS = (
+    ("mixtral-8x7b/tp2", 8192),
+    ("qwen3-30b-a3b/tp1", 8192),
+    ("qwen3-30b-a3b/tp1", 64),
+    ("deepseek-v3/tp8", 8192),
+)
+"""Shape and tokens: large batches of a few wide experts and of many narrow ones, and a batch that is limited by memory. The
+recording of commit c65d1dc holds the first three."""
 
 PERCENT = "avg.pct_of_peak_sustained_elapsed"
 METRICS: Mapping[str, tuple[str, ...]] = {
@@ -43,14 +49,21 @@ METRICS: Mapping[str, tuple[str, ...]] = {
     "warps_percent": ("sm__warps_active.avg.pct_of_peak_sustained_active",),
     "registers": ("launch__registers_per_thread",),
 }
-"""Field of a row -> ncu's metrics for it; the first that the chip has is read."""
+"""Field of a row -> ncu's metrics for it; the first that the chip has is read. Nanoseconds, clocks and bytes of a launch; per
+cent of the peak that the unit could sustain over the same clocks (of L2 and of memory: of their busiest part), of resident warps
+per cent of those that a multiprocessor holds. ncu may read them in different replays, so clocks by duration is near the chip's
+clock, not equal to it."""
 
 LAUNCHES = ("whole", "GEMM1", "GEMM2", "the sum")
 """What `launch` profiles, in this order."""
 
 
 def launch(name: str, num_tokens: int) -> None:
-    """The layer whole, then its parts alone, by the rule's instance, each once warm and once between profiler marks."""
+    """The layer whole, then its parts alone, in the order of LAUNCHES, each once warm and once between profiler marks.
+
+    By the instance that `instance_for` names, also where a batch is served by another form: the counters are those of the
+    one-launch kernel.
+    """
     shape = suite.shape_of(name)
     layer = Layer(shape, num_tokens, 1, weight_sets(shape)[:1])
     instance = suite.instance_for(num_tokens, shape.top_k, shape.num_experts)
@@ -76,7 +89,7 @@ def chosen_metrics(known: Iterable[str]) -> dict[str, str]:
 
 
 def rows_of(text: str, metrics: Mapping[str, str]) -> list[dict[str, Any]]:
-    """A row for each launch, in order, from ncu's CSV. Raises RecordingError where there is none."""
+    """A row for each launch, in order, from ncu's CSV, without what is no number there. Raises RecordingError for no table."""
     lines = text.splitlines()
     head = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if head is None:
@@ -90,7 +103,9 @@ def rows_of(text: str, metrics: Mapping[str, str]) -> list[dict[str, Any]]:
         if line["Metric Name"] not in fields:
             continue
         of = launches.setdefault(int(line["ID"]), {"kernel": line["Kernel Name"]})
-        of[fields[line["Metric Name"]]] = float(re.sub(r"[,\s]", "", line["Metric Value"]))
+        value = re.sub(r"[,\s]", "", line["Metric Value"])
+        if re.fullmatch(r"\d+(\.\d+)?", value):
+            of[fields[line["Metric Name"]]] = float(value)
     return [launches[number] for number in sorted(launches)]
 
 
@@ -104,7 +119,8 @@ def profiled(name: str, num_tokens: int, metrics: Mapping[str, str]) -> list[dic
     if len(rows) != len(LAUNCHES):
         raise RecordingError(
             f"ncu counted {len(rows)} launches of {name} with {num_tokens} tokens. Expected {len(LAUNCHES)}: "
-            f"{', '.join(LAUNCHES)}. It said: {done.stderr[-200:]!r}"
+            f"{', '.join(LAUNCHES)}. It said: {done.stderr[-200:]!r}. Run `python -m moelab.suites.fast_counters {name} "
+            f"{num_tokens}`, and see what it launches."
         )
     common = {"shape": name, "num_tokens": num_tokens, "routing": "uniform"}
     return [{**common, "launch": label, **row} for label, row in zip(LAUNCHES, rows, strict=True)]
