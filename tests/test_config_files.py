@@ -259,6 +259,7 @@ def test_shipped_files_are_reached_and_run_on_their_chip(path: Path) -> None:
             num_tokens=num_tokens,
             triton_version=version,
             down=name.down,
+            kernel=name.kernel,
         )
         assert (found.path, found.key, found.config) == (path, num_tokens, config)
     assert path.read_bytes().endswith(b"}\n")
@@ -270,4 +271,21 @@ def test_there_are_shipped_files() -> None:
         "E=16,N=2048,device_name=NVIDIA_H200.json",
         "E=32,N=1792,device_name=NVIDIA_H200.json",
         "E=256,N=256,device_name=NVIDIA_H200.json",
+        "E=64,N=1536,device_name=NVIDIA_H200.json",
+        "E=128,N=768,device_name=NVIDIA_H200,kernel=split_k_workspace.json",
     }
+    assert {f"{path.stem}_down.json" for path in SHIPPED if not path.stem.endswith("_down")} == {
+        path.name for path in SHIPPED if path.stem.endswith("_down")
+    }
+
+
+@pytest.mark.parametrize("path", [path for path in SHIPPED if ",kernel=" in path.name], ids=lambda path: path.name)
+def test_no_peer_finds_a_file_of_a_kernel_beside_the_exchange_kernel(path: Path) -> None:
+    """What a peer finds for that layer is a file of the exchange kernel; moelab finds this one where it is asked for it."""
+    name, tree = cf.parse_file_name(path.name), runtime.config_dir()
+    asked = (name.num_experts, name.moe_intermediate_size, name.device_name)
+    given = {"num_tokens": 1, "triton_version": "3.6.0", "down": name.down}
+    assert cf.lookup(*asked, **given, kernel=name.kernel).path == path
+    for rules, folder in (("moelab", tree), ("sglang", tree.parent), ("vllm", path.parent)):
+        found = cf.lookup(*asked, **given | {"down": name.down and rules != "vllm"}, rules=rules, config_dir=folder)
+        assert found.path is not None and ",kernel=" not in found.path.name, rules

@@ -112,10 +112,20 @@ def test_our_own_configs_are_healthy(rules: str) -> None:
 
 
 def test_our_own_configs_serve_vllm_too(tmp_path: Path) -> None:
-    for source in (source for source in cf.sources(runtime.config_dir()) if not source.name.down):
+    for source in cf.sources(runtime.config_dir()):
+        if cf.left_out(source.name, "vllm"):
+            assert source.name.down or source.name.kernel
+            continue
         cf.export(source.configs, source.name, rules="vllm", out=tmp_path, triton_version="3.6.0")
     report = cf.doctor(tmp_path)
     assert report.rules == "vllm" and {finding.problem for finding in report.findings} <= {"shared"}
+
+
+def test_our_own_files_are_all_reached(tmp_path: Path) -> None:
+    """Those of a kernel beside the exchange kernel among them, whose few batch sizes are no remark."""
+    report = cf.doctor(runtime.config_dir())
+    assert {finding.problem for finding in report.findings} <= {"shared"}
+    assert any(",kernel=" in path.name for path in report.files)
 
 
 # --- what no lookup reaches ---------------------------------------------------------------------------------

@@ -107,3 +107,14 @@ def test_details(survey: Survey) -> None:
     assert detail.low_us <= detail.median_us <= detail.high_us and detail.samples == 10
     assert detail.padding >= 1 and detail.shared_bytes > 0
     assert math.isnan(detail.waves) and math.isnan(detail.roof), "nothing is known of a synthetic device"
+
+
+def test_nothing_is_expected_of_a_routing_that_is_not_uniform() -> None:
+    """Padding, waves and the floor are those of uniform routing: of a skewed one they would be wrong."""
+    for routing, known in (("uniform", True), ("zipf", False)):
+        problem = replace(small_problem((16,)), routing=routing, device="NVIDIA H200")
+        made = Survey(replace(LANDSCAPE, problem=problem))
+        (detail,) = made.details("up", 16, [0])
+        assert [math.isfinite(v) for v in (detail.waves, detail.padding, detail.roof)] == [known] * 3
+        assert math.isfinite(made.floor_us("up", 16)) == known
+        assert ("zipf routing" in made.landscape.source()) == (not known)

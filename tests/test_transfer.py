@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from synthetic import SMALL
 
@@ -163,6 +165,14 @@ def test_cells_hold_their_numbers() -> None:
     assert cells["1", "256"] == "~100" and panel.table[0] == {"tuned for": "1", "1": "0.0", "4": "0.0", "256": "~100"}
     assert "the worst cell loses 100 %: tuned for batch" in panel.sentence and "run at 256" in panel.sentence
     assert "Made up" in panel.figure.layout.title.subtitle.text
+
+
+@pytest.mark.parametrize("routing", ["uniform", "zipf"])
+def test_the_source_says_under_which_routing(routing: str) -> None:
+    found = made()
+    other = dataclasses.replace(found, problem=dataclasses.replace(found.problem, routing=routing))
+    panel = plots.by_batch(Transfer(other), "up")
+    assert panel.figure.layout.title.subtitle.text.count(f"{routing} routing") == 1
 
 
 def test_missing_cells_are_empty_and_counted() -> None:

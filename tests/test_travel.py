@@ -10,6 +10,7 @@ from test_transfer import made
 from typer.testing import CliRunner
 
 from moelab.plots.travel import travel
+from moelab.tuner import landscape
 from moelab.tuner.landscape import Landscape
 from moelab.tuner.transfer import Transfer
 
@@ -61,6 +62,14 @@ def test_what_is_lost_is_what_the_other_landscape_says() -> None:
         row["at worst, %"] == pytest.approx(max(each.percent for each in loss.values() if each))
         and row["at worst, %"] > 10
     )
+
+
+def test_the_shipped_landscape_under_skewed_routing_answers() -> None:
+    """What Qwen3's winners lose there is known, at every batch size that was tuned under zipf routing."""
+    home, skewed = (landscape.load(f"qwen3-30b-a3b-tp1-NVIDIA_H200{kind}") for kind in ("", "-zipf"))
+    row = travel(Transfer(home), [home, skewed]).table[1]
+    assert row["run under"] == "a skewed routing" and row["landscape"] == skewed.name
+    assert row["cells"] == len(skewed.problem.batch_sizes) and 0 < row["lost on average, %"] <= row["at worst, %"]
 
 
 def test_the_commands_are_ones_that_the_shell_knows() -> None:

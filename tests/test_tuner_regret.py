@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -63,6 +64,25 @@ def test_a_single_landscape_has_no_other_judge(tmp_path: Path) -> None:
     path = landscape.write(synthetic_landscape(small_problem((1, 64))), tmp_path / "one.parquet")
     ends = tuner_regret.record([str(path)], seeds=1, strategies=("random",)).select(kind="end")
     assert len(ends) == 1 and "other_worst" not in ends[0] and "other_unknown" not in ends[0]
+
+
+def test_a_run_under_another_routing_judges_nothing(tmp_path: Path) -> None:
+    """Other configs win there, so that what they lose says nothing of the search."""
+    problem = small_problem((1, 64))
+    for routing, judged in (("uniform", True), ("zipf", False)):
+        problems = {"one": problem, "two": dataclasses.replace(problem, routing=routing)}
+        paths = [
+            str(landscape.write(synthetic_landscape(each, seed=seed), tmp_path / f"{name}.parquet"))
+            for seed, (name, each) in enumerate(problems.items())
+        ]
+        ends = tuner_regret.record(paths, seeds=1, strategies=("random",)).select(kind="end")
+        assert [("other_worst" in end) for end in ends] == [judged] * 2
+
+
+def test_no_recorded_choice_is_judged_by_a_skewed_run() -> None:
+    recorded, skewed = recordings.load("tuner_regret"), "qwen3-30b-a3b-tp1-NVIDIA_H200-zipf"
+    assert skewed in landscape.landscape_names() and skewed not in recorded.protocol["sha256"]
+    assert skewed not in {row["run"] for row in recorded.select(kind="run")}
 
 
 @given(st.lists(st.floats(0, 1) | st.just(math.inf), min_size=1, max_size=40))

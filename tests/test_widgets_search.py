@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -96,6 +97,15 @@ def test_landscape_browser_links_its_views(survey: Survey) -> None:
     assert "BLOCK M 64–128, warps 4" in scatter and "BLOCK M 64–128, warps 4" in heat
     count = scatter.split(": ")[1].split()[0]
     assert f"the same {count} configs" in lines
+
+
+def test_the_browser_opens_on_an_axis_that_is_known() -> None:
+    """Waves are those of uniform routing; under a skewed one the scatter would open without a point."""
+    for routing, axis in (("uniform", "waves"), ("zipf", "shared memory")):
+        skewed = dataclasses.replace(LANDSCAPE, problem=dataclasses.replace(PROBLEM, routing=routing))
+        box = widgets.landscape_browser(Survey(skewed))
+        assert controls(box)["X axis"].value == axis
+        assert ("zipf routing" in json.dumps(all_shown(box))) == (routing == "zipf")
 
 
 def test_a_view_that_a_control_does_not_touch_is_not_sent_again(survey: Survey) -> None:

@@ -209,7 +209,9 @@ def _over_fastest(recording: Recording, row: Row) -> tuple[Loss, bool]:
 
 def _source(transfer: Transfer) -> str:
     shape = transfer.problem.shape
-    layer = f"{shape.num_experts} experts, {transfer.problem.routing} routing"
+    layer = f"{shape.num_experts} experts"
+    if transfer.problem.routing == "uniform":  # another one stands in the landscape's own source
+        layer += ", uniform routing"
     return f"{transfer.landscape.source()}: {transfer.landscape.name}, {layer}"
 
 

@@ -48,6 +48,7 @@ def record(names: Sequence[str] = (), seeds: int = SEEDS, strategies: Sequence[s
     same layer. Rows of kind "curve": at a number of samples, or of simulated seconds, QUANTILES over the seeds of the
     median and of the worst regret over batch sizes, null where a quantile has no choice yet. Rows of kind "run": what a
     search that really ran chose at a batch size, judged by a whole grid of its layer that was measured apart from it.
+    Landscapes under another routing judge nothing: other configs win there.
     Raises LandscapeError without a landscape.
     """
     replayed_ones = [load(name) for name in names or shipped()]
@@ -100,8 +101,11 @@ def _truth(found: Landscape) -> Truth:
 
 
 def _of_layer(found: Landscape, others: Sequence[Landscape]) -> list[Landscape]:
+    """Those of the same layer on the same device, under the same routing."""
+
     def layer(each: Landscape) -> tuple[object, ...]:
-        return each.problem.shape, each.problem.device, each.problem.kernel
+        # under another routing other configs win: such a run is no judge of this one's choices
+        return each.problem.shape, each.problem.device, each.problem.kernel, each.problem.routing
 
     return [other for other in others if layer(other) == layer(found)]
 

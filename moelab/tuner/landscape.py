@@ -67,8 +67,10 @@ class Landscape:
         return self.path.stem if self.path else self.problem.shape.name
 
     def source(self) -> str:
-        """Where the numbers come from, e.g. "recorded on NVIDIA H200, triton 3.6.0, 2026-11-21"."""
-        return recordings.Recording(self.name, self.provenance, {}, ()).source()
+        """Where the numbers come from, e.g. "recorded on NVIDIA H200, triton 3.6.0, 2026-11-21"; with the routing where it
+        is not uniform."""
+        source = recordings.Recording(self.name, self.provenance, {}, ()).source()
+        return source if self.problem.routing == "uniform" else f"{source}, {self.problem.routing} routing"
 
     def frame(self) -> pd.DataFrame:
         """A row each with its config's fields, median_us and the number of samples, for plots and tables."""

@@ -47,8 +47,8 @@ def one_protocol(landscape: Landscape) -> Landscape:
 class Detail:
     """One config of one GEMM at one batch size. low_us, high_us: 95 % interval of the median. waves: programs over what
     the chip holds at once, by shared memory (a processor's taken as one block's limit) and warps, NaN for an unknown chip;
-    registers are not recorded. padding: rows
-    computed per row that exists. roof: floor over time, NaN without ceilings."""
+    registers are not recorded. padding: rows computed per row that exists. roof: floor over time, NaN without ceilings.
+    waves, padding and roof are expectations under uniform routing, so that they are NaN for a landscape of any other."""
 
     config: KernelConfig
     median_us: float
@@ -130,6 +130,8 @@ class Survey:
         from moelab.measure import median_interval
 
         config, row = self.configs[gemm][index], self.row(num_tokens)
+        uniform = self.problem.routing == "uniform"
+        padding = self._padding(num_tokens, config.BLOCK_SIZE_M).waste if uniform else math.nan
         cell = self.table.cells[gemm, num_tokens]
         same = self.configs[gemm][self.representative[gemm][row][index]]
         samples = cell.samples[cell.index[(same,)]]
@@ -137,8 +139,9 @@ class Survey:
         shared = shared_memory_bytes(config, self.problem.shape.dtype, self.problem.target)
         time = float(self.times[gemm][row, index])
         return Detail(
-            config, time, low, high, len(samples), shared, self._waves(gemm, num_tokens, config, shared),
-            self._padding(num_tokens, config.BLOCK_SIZE_M).waste, self.floor_us(gemm, num_tokens) / time,
+            config, time, low, high, len(samples), shared,
+            self._waves(gemm, num_tokens, config, shared) if uniform else math.nan,
+            padding, self.floor_us(gemm, num_tokens) / time,
         )  # fmt: skip
 
     @functools.cache  # noqa: B019
@@ -147,8 +150,10 @@ class Survey:
 
     @functools.cache  # noqa: B019
     def floor_us(self, gemm: Gemm, num_tokens: int) -> float:
-        """The GEMM's floor at the device's measured ceilings, microseconds; NaN for a device without ceilings."""
-        if self.problem.device.replace(" ", "_") not in roofline.device_names():
+        """The GEMM's floor at the device's measured ceilings, microseconds; NaN for a device without ceilings, and for a
+        routing that is not uniform, which touches fewer experts than `gemm_cost` expects."""
+        known = self.problem.device.replace(" ", "_") in roofline.device_names()
+        if not known or self.problem.routing != "uniform":
             return math.nan
         cost = roofline.gemm_cost(self.problem.shape, num_tokens, 1 if gemm == "up" else 2)
         at = roofline.load_ceilings(self.problem.device, "floors", self.problem.shape.dtype)

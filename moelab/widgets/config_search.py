@@ -118,11 +118,12 @@ def landscape_browser(survey: Survey, gemm: str = "up", num_tokens: int = 64) ->
     """Scatter, parallel coordinates and heat map of the same brushed configs: GEMM, Batch, Within, X axis, and a range for
     each parameter."""
     within = [("all", w) if w == WITHIN[-1] else (f"{w:.0%}", w) for w in WITHIN]
+    known = survey.problem.routing == "uniform"  # of another routing a survey has no waves to draw over
     controls: dict[str, widgets.Widget] = {
         "gemm": choice("GEMM", [(name, key) for key, name in plots_landscape.GEMM_NAMES.items()], gemm),
         "num_tokens": choice("Batch", survey.batch_sizes, num_tokens),
         "within": choice("Within", within, 0.2),
-        "x": choice("X axis", tuple(plots_linked.AXES), "waves"),
+        "x": choice("X axis", tuple(plots_linked.AXES), "waves" if known else "shared memory"),
     }
     names = short_names()
     controls |= {name: _range(names[name], survey.axis(name)) for name in PARAMETERS}
