@@ -275,6 +275,37 @@ def _route_cases() -> list[Case]:
     ]
 
 
+def _few_tokens_cases(dtype: str, hidden: int, size: int, top_k: int, columns: int, warps: int) -> list[Case]:
+    """few_tokens at the sizes of a model, by the form that serves it: GEMM1's tile is 1 row by so many columns, GEMM2's 2 by 256.
+    Without programmatic launch, which is for Hopper and later alone."""
+    pointer, room = "*" + _TYPES[dtype], "moelab.kernels.few_tokens"
+    lists = {"ids_ptr": "*i32", "routed_ptr": "*fp32", "num_experts": "i32"}
+    sizes = {"N": size, "H": hidden, "TOP_K": top_k, "ON_INPUT": False, "PDL": False}
+    notes = f"{dtype} H {hidden} N {size} top_k {top_k}"
+    up = {**dict.fromkeys(("x_ptr", "w_ptr", "inner_ptr"), pointer), **lists}
+    down = {**dict.fromkeys(("inner_ptr", "w_ptr", "out_ptr"), pointer), **lists, "scale": "fp32"}
+    aligned = frozenset(("x_ptr", "w_ptr", "inner_ptr", "out_ptr", "ids_ptr", "routed_ptr"))
+    return [
+        Case(
+            f"few_tokens up {notes}", f"{room}:_up_kernel", up, {**sizes, "ROWS": 1, "COLUMNS": columns}, warps,
+            aligned=aligned,
+        ),
+        Case(
+            f"few_tokens down {notes}", f"{room}:_down_kernel", down, {**sizes, "ROWS": 2, "COLUMNS": 256}, 1, aligned=aligned
+        ),
+    ]  # fmt: skip
+
+
+FEW_TOKENS = (
+    ("bfloat16", 2048, 768, 8, 1024, 2),  # Qwen3-30B-A3B
+    ("float16", 2048, 1792, 4, 1024, 2),  # LFM2-8B-A1B
+    ("bfloat16", 7168, 256, 8, 1024, 2),  # DeepSeek-V3 tp 8
+    ("bfloat16", 5120, 2048, 1, 512, 2),  # Llama-4-Scout tp 4
+    ("bfloat16", 4096, 7168, 2, 256, 1),  # Mixtral-8x7B tp 2
+)
+"""dtype, hidden_size, moe_intermediate_size, top_k; columns and warps of GEMM1's tile."""
+
+
 def cases() -> list[Case]:
     """Every Triton kernel, in the dtypes and configs that are claimed to compile everywhere."""
     gemms = [gemm_case(config, dtype) for config in GEMM_CONFIGS for dtype in ("bfloat16", "float16")]
@@ -294,4 +325,5 @@ def cases() -> list[Case]:
     plain += [_split_k_reduce_case(dtype) for dtype in (*_TYPES, "float64")]
     plain += [_token_tiles_case(8, 8), _token_tiles_case(176, 16)]
     sorts = [case for ids in ("i32", "i64") for case in (*_align_cases(ids), *_order_cases(ids))]
-    return gemms + _sorted_rows_cases() + splits + plain + sorts + _route_cases()
+    few = [case for sizes in FEW_TOKENS for case in _few_tokens_cases(*sizes)]
+    return gemms + _sorted_rows_cases() + splits + plain + sorts + _route_cases() + few
