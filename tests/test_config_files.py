@@ -272,7 +272,7 @@ def test_there_are_shipped_files() -> None:
         "E=32,N=1792,device_name=NVIDIA_H200.json",
         "E=256,N=256,device_name=NVIDIA_H200.json",
         "E=64,N=1536,device_name=NVIDIA_H200.json",
-        "E=128,N=768,device_name=NVIDIA_H200,kernel=split_k_workspace.json",
+        "E=128,N=768,device_name=NVIDIA_H200,kernel=gated_tma.json",
     }
     assert {f"{path.stem}_down.json" for path in SHIPPED if not path.stem.endswith("_down")} == {
         path.name for path in SHIPPED if path.stem.endswith("_down")
