@@ -209,3 +209,6 @@ def test_explain_of_fast_refuses_what_fast_refuses(run) -> None:
     assert status != 0 and "float32" in err
     status, _, err = run(*asked, "NVIDIA H200", "--model", "gpt-oss-20b")
     assert status != 0 and "activation=" in err
+    for option in (["--down"], ["--rules", "vllm"], ["--config-dir", "."]):
+        status, _, err = run(*asked, "NVIDIA H200", "--model", "mixtral-8x7b", *option)
+        assert status == 2 and "takes no" in err, option

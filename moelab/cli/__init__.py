@@ -159,7 +159,7 @@ def explain(
     kernel: Annotated[
         str | None,
         typer.Option(
-            "--kernel", help="One with files of its own, as tma, or fast, which has none; default: sglang's and vLLM's."
+            "--kernel", help="One with files of its own, as tma; or fast: what that runs. Default: sglang's and vLLM's."
         ),
     ] = None,
     as_json: AsJson = False,
@@ -170,7 +170,11 @@ def explain(
     kernel = None if kernel == "triton" else kernel
     found = _load(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
     if kernel == "fast":
-        return config_commands.explain_fast(found, batch_size, device or _this_gpu(), as_json)
+        if config_dir is not None or down or rules != "moelab":
+            raise typer.BadParameter(
+                "--kernel fast takes no --rules, --config-dir or --down: it says what runs, not by which file."
+            )
+        return config_commands.explain_fast(found, batch_size, device or _this_gpu(), triton_version, as_json)
     device = device or _this_gpu()
     if device is None:
         raise DeviceError(

@@ -41,8 +41,10 @@ GATED_KERNEL = "gated_tma"
 """The implementation, and the kernel= of its tuned files, for batches between a few tokens and tiles full of them."""
 
 MOST_ROWS_OF_GATED = 32
-"""Rows that an expert gets, if tokens spread evenly, over which one launch is faster than GATED_KERNEL under its tuned configs:
-by data/recordings/fast_layer.json and fast_choice.json it is not at 32 (DeepSeek-V3 tp8 and LFM2-8B) and is at 64."""
+"""Rows that an expert gets, if tokens spread evenly, up to which GATED_KERNEL serves under its tuned configs. In
+data/recordings/fast_choice.json it is faster than one launch at 8 and 16 rows, at 32 once faster and once slower by 1 %, and
+slower from 64 to 256. From 512 rows on it is faster in five cells of seven, by entries mostly tuned for smaller batches: what it
+is worth there is to be measured with its own."""
 
 
 @dataclass(frozen=True)
@@ -181,14 +183,14 @@ def fast_pipeline(call: MoECall, form: Form | None = None) -> Tensor:
 
 
 @functools.cache
-def _here() -> tuple[str, str]:
+def here() -> tuple[str, str]:
     """This device and this Triton, as config files are looked up by."""
     return runtime.current().device_name, runtime.versions()["triton"] or "unknown"
 
 
 def _chosen(call: MoECall) -> Form | None:
     size, dtype = call.w2.shape[2], str(call.w2.dtype).removeprefix("torch.")
-    gated = tuned_gated(call.num_experts, size, *_here(), dtype, call.num_tokens)
+    gated = tuned_gated(call.num_experts, size, *here(), dtype, call.num_tokens)
     return choose(call.num_tokens, call.top_k, call.num_experts, size, call.w2.shape[1], gated).form
 
 
@@ -207,8 +209,15 @@ def check_kind(activation: str, gated: bool, *, biases: bool) -> None:
         )
 
 
-def choose_for(shape: MoEShape, num_tokens: int, target: Target | None, device: str | None = None) -> Choice:
-    """`choose` for a layer's sizes. target: the chip, None where it is not known; device: whose tuned files count, None for none.
+def choose_for(
+    shape: MoEShape,
+    num_tokens: int,
+    target: Target | None,
+    device: str | None = None,
+    triton_version: str | None = None,
+) -> Choice:
+    """`choose` for a layer's sizes. target: the chip, None where it is not known; device: whose tuned files count, None for none;
+    triton_version: under which they are looked up, None for the one installed.
 
     Raises what `fused_moe(impl="fast")` would for such a layer there: ConfigError, RuntimeModeError, DtypeError, ShapeError.
     """
@@ -219,5 +228,6 @@ def choose_for(shape: MoEShape, num_tokens: int, target: Target | None, device: 
     check_fast_layer(x, w13, w2, target or TARGETS["sm_90"])
     gated, size = None, shape.moe_intermediate_size
     if device is not None:
-        gated = tuned_gated(shape.num_experts, size, device, _here()[1], shape.dtype, num_tokens)
+        version = triton_version or here()[1]
+        gated = tuned_gated(shape.num_experts, size, device, version, shape.dtype, num_tokens)
     return choose(num_tokens, shape.top_k, shape.num_experts, size, shape.hidden_size, gated)

@@ -31,7 +31,7 @@ from moelab.kernels.sorted_gemm import sorted_gemm
 from moelab.kernels.sum_reduce import sum_reduce
 from moelab.kernels.token_tiles import TokenTiles
 from moelab.measure import Measurement, measure
-from moelab.pipelines.fast import GATED_KERNEL, Form, Gated, route_for, tiles_for, tuned_gated
+from moelab.pipelines.fast import GATED_KERNEL, Form, Gated, here, route_for, tiles_for, tuned_gated
 from moelab.pipelines.fast import choose as choose_form
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape, load_model
@@ -66,10 +66,7 @@ def served_by(shape: MoEShape, num_tokens: int) -> Form | None:
 
 def gated_of(shape: MoEShape, num_tokens: int) -> Gated | None:
     """What the tuned files here have for such a batch."""
-    size, device = shape.moe_intermediate_size, runtime.current().device_name
-    return tuned_gated(
-        shape.num_experts, size, device, runtime.versions()["triton"] or "unknown", shape.dtype, num_tokens
-    )
+    return tuned_gated(shape.num_experts, shape.moe_intermediate_size, *here(), shape.dtype, num_tokens)
 
 
 def name_of(form: Form) -> str:
