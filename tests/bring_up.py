@@ -24,7 +24,7 @@ def forms() -> list[Instance]:
     """The instances in use, and the candidates whose blocks share weights."""
     from moelab.suites.fast_choice import ALL, CANDIDATES
 
-    return [*ALL, *(each for each in CANDIDATES if each.cluster > 1)]
+    return list(dict.fromkeys([*ALL, *(each for each in CANDIDATES if each.cluster > 1 or each.permutes)]))
 
 
 def part(number: int, parts: int, sizes: tuple[int, ...]) -> str:

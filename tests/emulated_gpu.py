@@ -25,7 +25,7 @@ MAIN = """
 extern "C" void run(const TensorMap* maps, const void* layer, int blocks, int late) {{
     typedef {storage} T;
     emulated::launch(blocks, {threads}, sizeof(Shared<{shape}>), {cluster}, late, [=] {{
-        {expression}(maps[0], maps[1], maps[2], *static_cast<const Layer<T>*>(layer));
+        {expression}(maps[0], maps[1], maps[2], maps[3], *static_cast<const Layer<T>*>(layer));
     }});
 }}
 extern "C" int shared_bytes() {{ return sizeof(Shared<{shape}>); }}
@@ -107,15 +107,18 @@ def arguments_of(
     weights_on_input: bool = False,
     parts: int = 7,
 ) -> tuple[Any, fast_layer.LayerArguments, list[Tensor]]:
-    """(maps, arguments, every tensor they point to: x, w13, w2, inner, y, out, ready first); outputs start as NaN."""
+    """(maps, arguments, every tensor they point to: x, w13, w2, inner, y, out, ready, rows first); outputs start as NaN."""
     slots, size, nan = topk_ids.numel(), w2.shape[2], float("nan")
     inner, y = (shared(x.new_full((slots, columns), nan)) for columns in (size, x.shape[1]))
     out, ready = shared(torch.full_like(x, nan)), shared(tiles.ready)
-    specs = fast_layer.tensor_maps(instance, w13, w2, inner)
-    maps = (EmulatedMap * 3)(*map(EmulatedMap.of, specs, (w13, w2, inner)))
-    given = (x, inner, y, out, topk_weights, topk_ids, tiles._replace(ready=ready))
+    rows = shared(x.new_full((slots, x.shape[1]), nan)) if instance.permutes else x
+    if topk_ids.shape[1] == 1 and parts & fast_layer.GEMM2 and parts & fast_layer.SUM:
+        y = out
+    mapped = (w13, w2, rows, inner)
+    maps = (EmulatedMap * 4)(*map(EmulatedMap.of, fast_layer.tensor_maps(instance, *mapped), mapped))
+    given = (x, rows, inner, y, out, topk_weights, topk_ids, tiles._replace(ready=ready))
     arguments = fast_layer.layer_arguments(*given, w13.shape[0], parts, scale=scale, weights_on_input=weights_on_input)
-    return maps, arguments, [x, w13, w2, inner, y, out, ready, topk_weights, topk_ids, *tiles[:3]]
+    return maps, arguments, [x, w13, w2, inner, y, out, ready, rows, topk_weights, topk_ids, *tiles[:3]]
 
 
 def run_layer(

@@ -28,8 +28,8 @@ data, maps, arguments = (ctypes.create_string_buffer(open(f, "rb").read()) for f
 def move(buffer, places):
     for place in places:
         struct.pack_into("Q", buffer, place, struct.unpack_from("Q", buffer, place)[0] + ctypes.addressof(data))
-move(maps, range(0, 3 * MAP, MAP))
-move(arguments, range(0, 80, 8))
+move(maps, range(0, 4 * MAP, MAP))
+move(arguments, range(0, 88, 8))
 ctypes.CDLL(library).run(maps, arguments, BLOCKS, -1)
 print("done")
 """
@@ -56,7 +56,7 @@ def launch_files(folder: Path, instance: Instance) -> list[str]:
         content = ctypes.string_at(tensor.data_ptr(), tensor.numel() * tensor.itemsize)
         piece += content + bytes(-len(content) % 64)
     packed = bytearray(bytes(arguments))
-    for place in range(0, 80, 8):
+    for place in range(0, 88, 8):
         struct.pack_into("Q", packed, place, moved[struct.unpack_from("Q", packed, place)[0]])
     for one in maps:
         one.address = moved[one.address]
@@ -64,7 +64,7 @@ def launch_files(folder: Path, instance: Instance) -> list[str]:
     for name, content in (("tensors", piece), ("maps", bytes(maps)), ("arguments", bytes(packed))):
         (folder / name).write_bytes(content)
         paths.append(str(folder / name))
-    assert LayerArguments.most_tiles.offset == 80
+    assert LayerArguments.most_tiles.offset == 88
     return paths
 
 

@@ -21,7 +21,8 @@ class Instance:
     warpgroups: that multiply, each row_blocks times 64 weight rows. stages: buffers of 64 elements of K in the ring.
     tokens: most rows of a tile. grain: a tile of fewer rows is multiplied as tokens less a multiple of it. box: rows that
     one TMA load of tokens brings. per_processor: blocks on a multiprocessor. cluster: blocks, 1 or 2, that share the weights they
-    read, each for its part of a tile of as many times more tokens.
+    read, each for its part of a tile of as many times more tokens. permutes: 1 where rows of x are first written out in order
+    of expert, to be loaded by TMA; 0 where three warps gather them for every tile of weight rows.
     """
 
     warpgroups: int
@@ -32,11 +33,13 @@ class Instance:
     box: int
     per_processor: int = 1
     cluster: int = 1
+    permutes: int = 0
 
     def __repr__(self) -> str:
-        """Without a cluster of one block: recordings name forms so that are older than clusters."""
-        named = [f"{each.name}={getattr(self, each.name)}" for each in fields(self)]
-        return f"Instance({', '.join(named[:-1] if self.cluster == 1 else named)})"
+        """Without a cluster of one block, or rows that are gathered: recordings name forms so that are older than either."""
+        later = {"cluster": 1, "permutes": 0}
+        named = ((each.name, getattr(self, each.name)) for each in fields(self))
+        return f"Instance({', '.join(f'{name}={value}' for name, value in named if later.get(name) != value)})"
 
     @property
     def threads(self) -> int:

@@ -20,6 +20,7 @@
 //
 // Compiled by moelab/kernels/fast_layer.py through NVRTC.
 
+#include "fast_permute.cuh"
 #include "fast_sums.cuh"
 
 // A box of weights to this block, or to all of its cluster.
@@ -31,9 +32,33 @@ DEVICE void load_weights(uint8_t* to, const TensorMap* map, uint64_t* full, C...
         tma_multicast(to, map, full, (1 << S::CLUSTER) - 1, coordinates...);
 }
 
-// One thread: the weights of every tile, stage after stage; of them this block's part, to all blocks of the cluster.
+// The boxes of tokens that hold the rows of the tile at hand.
 template <typename S, typename T>
-DEVICE void stream_weights(Shared<S>& shared, const Layer<T>& layer, const TensorMap* w13, const TensorMap* w2) {
+DEVICE int boxes_of(const Walk<S, T>& walk) {
+    return (walk.tile.rows + S::BOX - 1) / S::BOX;
+}
+
+// Waits until what GEMM2 reads of the tokens at hand is there, or of forms that permute what GEMM1 does.
+template <typename S, typename T>
+DEVICE void wait_for_rows(const Layer<T>& layer, const Walk<S, T>& walk) {
+    int count = S::PERMUTES && layer.parts & GEMM1 ? Pieces<S>(layer).of_rows(walk.whole) * PERMUTED : 0;
+    if (walk.gemm && layer.parts & GEMM1) count += walk.across1 * S::CLUSTER * S::WARPGROUPS;
+    wait_for_count(&layer.ready[walk.tokens], count);
+    fence_async_global();
+}
+
+template <typename S, typename T>
+DEVICE void load_rows(Shared<S>& shared, const Walk<S, T>& walk, int stage, int step, const TensorMap* map) {
+    for (int box = 0; box < boxes_of(walk); ++box)
+        tma_load(shared.tokens[stage] + box * S::BOX * ROW_BYTES, map, &shared.full[stage], step * K_STEP,
+                 walk.tile.first + box * S::BOX);
+}
+
+// One thread: the weights of every tile, stage after stage; of them this block's part, to all blocks of the cluster. In forms
+// that permute, the tokens too.
+template <typename S, typename T>
+DEVICE void stream(Shared<S>& shared, const Layer<T>& layer, const TensorMap* w13, const TensorMap* w2, const TensorMap* rows,
+                   const TensorMap* inner) {
     constexpr int PART = S::ROWS / S::CLUSTER;
     const int first = S::CLUSTER > 1 ? cluster_rank() * PART : 0;
     Ring<S::STAGES> ring;
@@ -42,11 +67,15 @@ DEVICE void stream_weights(Shared<S>& shared, const Layer<T>& layer, const Tenso
             uint64_t* full = &shared.full[ring.stage];
             uint8_t* to = shared.weights[ring.stage] + first * ROW_BYTES;
             barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
-            barrier_arrive_expect(full, sizeof(shared.weights[0]));
+            barrier_arrive_expect(full, sizeof(shared.weights[0]) + (S::PERMUTES ? boxes_of(walk) * S::BOX * ROW_BYTES : 0));
             if (walk.gemm == 0)
                 load_weights<S>(to, w13, full, step * K_STEP, 0, 0, walk.weights * (S::ROWS / 16) + first / 16, walk.tile.expert);
             else
                 load_weights<S>(to, w2, full, step * K_STEP, walk.weights * S::ROWS + first, walk.tile.expert);
+            if constexpr (S::PERMUTES) {
+                if (step == 0) wait_for_rows(layer, walk);
+                load_rows(shared, walk, ring.stage, step, walk.gemm ? inner : rows);
+            }
         }
 }
 
@@ -76,10 +105,11 @@ DEVICE void gather_tokens(Shared<S>& shared, const Layer<T>& layer, const Walk<S
 template <typename S, typename T>
 DEVICE void tell_slots(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<2>& ring) {
     barrier_wait(&shared.forgotten[ring.stage], ring.phase ^ 1);
-    for (int row = threadIdx.x - 32; row < walk.tile.rows; row += TOKEN_THREADS) {
+    for (int row = threadIdx.x - 32; row < walk.tile.rows; row += S::TELLERS) {
         const int slot = walk.slot_of(row);
         shared.slots[ring.stage][row] = slot;
-        shared.routed[ring.stage][row] = walk.gemm && layer.weighted == GEMM1 ? 1.0f : layer.topk_weights[slot];
+        const float by = walk.gemm && layer.weighted == GEMM1 ? 1.0f : layer.topk_weights[slot];
+        shared.routed[ring.stage][row] = walk.gemm && layer.direct() ? layer.scale * by : by;
     }
     barrier_arrive(&shared.known[ring.stage]);
     ring.advance();
@@ -90,11 +120,7 @@ template <typename S, typename T>
 DEVICE void load_inner(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<S::STAGES>& ring,
                        const TensorMap* inner) {
     const bool loads = threadIdx.x == 32;
-    if (loads) {
-        wait_for_count(&layer.ready[walk.tokens], layer.parts & GEMM1 ? walk.across1 * S::CLUSTER * S::WARPGROUPS : 0);
-        fence_async_global();
-    }
-    const int boxes = (walk.tile.rows + S::BOX - 1) / S::BOX;
+    if (loads) wait_for_rows(layer, walk);
     for (int step = 0; step < walk.k_steps(); ++step, ring.advance()) {
         uint64_t* full = &shared.full[ring.stage];
         barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
@@ -102,10 +128,8 @@ DEVICE void load_inner(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T
             barrier_arrive(full);
             continue;
         }
-        barrier_arrive_expect(full, boxes * S::BOX * ROW_BYTES);
-        for (int box = 0; box < boxes; ++box)
-            tma_load(shared.tokens[ring.stage] + box * S::BOX * ROW_BYTES, inner, full, step * K_STEP,
-                     walk.tile.first + box * S::BOX);
+        barrier_arrive_expect(full, boxes_of(walk) * S::BOX * ROW_BYTES);
+        load_rows(shared, walk, ring.stage, step, inner);
     }
 }
 
@@ -119,6 +143,20 @@ DEVICE void stream_tokens(Shared<S>& shared, const Layer<T>& layer, const Tensor
             gather_tokens(shared, layer, walk, ring);
         else
             load_inner(shared, layer, walk, ring, inner);
+    }
+}
+
+// In forms that permute, the copying warps but for the first: one tells slots, two permute.
+template <typename S, typename T>
+DEVICE void tell_or_permute(Shared<S>& shared, const Layer<T>& layer) {
+    if (threadIdx.x < 64) {
+        Ring<2> told;
+        for (Walk<S, T> walk(layer); walk.step();)
+            if (walk.by_slot()) tell_slots(shared, layer, walk, told);
+    } else if (layer.parts & GEMM1) {
+        const int tiles = *layer.num_tiles, warp = threadIdx.x / 32 - 2;
+        const Pieces<S> pieces(layer);
+        permute<S>(layer, pieces.first(tiles), pieces.of_records(tiles), warp * gridDim.x + blockIdx.x, 2 * gridDim.x);
     }
 }
 
@@ -234,7 +272,7 @@ DEVICE void compute(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T, f
     const int* slots = shared.slots[told.stage];
     const float* routed = shared.routed[told.stage];
     float sums[S::ROW_BLOCKS][N / 2];
-    multiply<S, T, N>(sums, shared, ring, walk.k_steps(), walk.gemm == 0);
+    multiply<S, T, N>(sums, shared, ring, walk.k_steps(), !S::PERMUTES && walk.gemm == 0);
     if (walk.by_slot()) barrier_wait(&shared.known[told.stage], told.phase);
 #pragma unroll
     for (int block = 0; block < S::ROW_BLOCKS; ++block)
@@ -262,13 +300,18 @@ DEVICE void compute_fitting(Shared<S>& shared, const Layer<T>& layer, const Walk
 // next may wait for it.
 template <typename S, typename T>
 DEVICE void consume(Shared<S>& shared, const Layer<T>& layer, int roles) {
-    const bool speaks = threadIdx.x % 128 == 0, at_once = S::SUMS_AT_ONCE && layer.num_tokens <= AT_ONCE;
+    const bool speaks = threadIdx.x % 128 == 0, sums = layer.parts & SUM && !layer.direct(),
+               at_once = S::SUMS_AT_ONCE && layer.num_tokens <= AT_ONCE;
     Ring<S::STAGES> ring;
     Ring<2> told;
     int unreported = -1;
     int second = 0;  // tiles of GEMM2
     bool left = false;
     Walk<S, T, false> walk(layer);
+    if constexpr (S::PERMUTES) {
+        const int first = walk.tiles1 ? Pieces<S>(layer).first(walk.tiles1 / walk.across1) : 0;
+        permute<S>(layer, 0, first, (threadIdx.x / 32 - 4) * gridDim.x + blockIdx.x, S::WARPGROUPS * 4 * gridDim.x);
+    }
     while (walk.step()) {
         compute_fitting<S, T, S::TOKENS>(shared, layer, walk, ring, told);
         if (unreported >= 0) report(&layer.ready[unreported], 1);
@@ -278,37 +321,40 @@ DEVICE void consume(Shared<S>& shared, const Layer<T>& layer, int roles) {
             report(&layer.ready[unreported], 1);
             unreported = -1;
         }
-        if (!at_once || !walk.gemm || !(layer.parts & SUM)) continue;
+        if (!at_once || !walk.gemm || !sums) continue;
         const bool last = is_last(shared, layer, walk);
         left = !walk.has_next();
         if (left && speaks) leave(layer, roles);
         if (last) sum_columns(layer, walk);
     }
-    const bool after_all = layer.parts & SUM && !(at_once && walk.total > walk.tiles1);
+    const bool after_all = sums && !(at_once && walk.total > walk.tiles1);
     if (after_all) wait_for_all(layer, walk, second);
     if (!left && speaks) leave(layer, roles);
     if (after_all) sum_all<S>(layer);
+    if (layer.direct()) zero_unrouted<S>(layer);
 }
 
 template <typename S, typename T>
 __global__ void __launch_bounds__(S::THREADS, S::PER_PROCESSOR)
     fast_layer(const __grid_constant__ TensorMap w13, const __grid_constant__ TensorMap w2,
-               const __grid_constant__ TensorMap inner, const __grid_constant__ Layer<T> layer) {
+               const __grid_constant__ TensorMap rows, const __grid_constant__ TensorMap inner,
+               const __grid_constant__ Layer<T> layer) {
     BLOCK_SHARED(raw);
     auto& shared = *reinterpret_cast<Shared<S>*>(raw);
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < S::STAGES; ++stage) {
-            barrier_init(&shared.full[stage], 1 + TOKEN_THREADS);
+            barrier_init(&shared.full[stage], S::PERMUTES ? 1 : 1 + TOKEN_THREADS);
             barrier_init(&shared.empty[stage], S::CLUSTER * S::WARPGROUPS * 4);
         }
         for (int buffer = 0; buffer < 2; ++buffer) {
-            barrier_init(&shared.known[buffer], TOKEN_THREADS);
+            barrier_init(&shared.known[buffer], S::TELLERS);
             barrier_init(&shared.forgotten[buffer], S::WARPGROUPS * 4);
         }
         fence_barrier_init();
         prefetch(&w13);
         prefetch(&w2);
         prefetch(&inner);
+        if constexpr (S::PERMUTES) prefetch(&rows);
     }
     if constexpr (S::CLUSTER > 1)
         cluster_together();  // nobody arrives at a barrier of the other block before it is there
@@ -319,11 +365,16 @@ __global__ void __launch_bounds__(S::THREADS, S::PER_PROCESSOR)
     if (threadIdx.x < 128) {
         if constexpr (S::SHARED_OUT) fewer_registers<S::PRODUCER>();
         if (threadIdx.x == 0) {
-            stream_weights<S>(shared, layer, &w13, &w2);
+            stream<S>(shared, layer, &w13, &w2, &rows, &inner);
             let_successor_start();
+            if constexpr (S::PERMUTES) leave(layer, roles);
         } else if (threadIdx.x >= 32) {
+            if constexpr (S::PERMUTES)
+                tell_or_permute<S>(shared, layer);
+            else {
             stream_tokens<S>(shared, layer, &inner);
             if (threadIdx.x == 32) leave(layer, roles);
+            }
         }
     } else {
         if constexpr (S::SHARED_OUT) more_registers<S::CONSUMER>();

@@ -32,7 +32,7 @@ class LayerArguments(ctypes.Structure):
     """`Layer` of fast_layer.cu, field for field."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "inner", "y", "out", "topk_weights", "topk_ids")),
+        *((name, ctypes.c_void_p) for name in ("x", "rows", "inner", "y", "out", "topk_weights", "topk_ids")),
         *((name, ctypes.c_void_p) for name in ("sorted_slots", "tiles", "num_tiles", "ready")),
         *((name, ctypes.c_int) for name in ("most_tiles", "counters", "num_experts", "num_tokens", "top_k")),
         *((name, ctypes.c_int) for name in ("hidden", "inner_size", "parts", "weighted")),
@@ -42,6 +42,7 @@ class LayerArguments(ctypes.Structure):
 
 def layer_arguments(
     x: Tensor,
+    rows: Tensor,
     inner: Tensor,
     y: Tensor,
     out: Tensor,
@@ -56,29 +57,29 @@ def layer_arguments(
 ) -> LayerArguments:
     """The kernel's arguments for these tensors, all of them on one device, and sizes as `fast_layer` has them."""
     return LayerArguments(
-        *(t.data_ptr() for t in (x, inner, y, out, topk_weights, topk_ids, *tiles)),
+        *(t.data_ptr() for t in (x, rows, inner, y, out, topk_weights, topk_ids, *tiles)),
         tiles.most, tiles.ready.shape[0], num_experts, x.shape[0], topk_ids.shape[1], x.shape[1], inner.shape[1], parts,
         GEMM1 if weights_on_input else GEMM2, scale,
     )  # fmt: skip
 
 
-def tensor_maps(instance: Instance, w13: Tensor, w2: Tensor, inner: Tensor) -> tuple[TensorMap, TensorMap, TensorMap]:
-    """Maps of w13 (E, 2N, H), w2 (E, H, N) and inner (S, N), in the boxes of that instance.
+def tensor_maps(instance: Instance, w13: Tensor, w2: Tensor, rows: Tensor, inner: Tensor) -> tuple[TensorMap, ...]:
+    """Maps of w13 (E, 2N, H), w2 (E, H, N), rows (S, H) and inner (S, N), in the boxes of that instance.
 
     w13's dimensions are H, row in a group of eight, gate or up, group, expert: a box brings groups of gate and of up rows
     in turn.
     """
-    experts, rows, hidden = w13.shape
-    size = rows // 2
+    experts, doubled, hidden = w13.shape
+    size = doubled // 2
     rows_of_a_load = instance.rows // instance.cluster
     return (
         TensorMap(
             (hidden, 8, 2, size // 8, experts),
-            (hidden, size * hidden, 8 * hidden, rows * hidden),
+            (hidden, size * hidden, 8 * hidden, doubled * hidden),
             (K_STEP, 8, 2, rows_of_a_load // 16, 1),
         ),
         TensorMap((size, hidden, experts), (size, hidden * size), (K_STEP, rows_of_a_load, 1)),
-        TensorMap((size, inner.shape[0]), (size,), (K_STEP, instance.box)),
+        *(TensorMap((each.shape[1], each.shape[0]), (each.shape[1],), (K_STEP, instance.box)) for each in (rows, inner)),
     )
 
 
@@ -205,12 +206,15 @@ def fast_layer(
     device = x.get_device()
     loaded = _loaded(device, instance, x.dtype)
     num_slots, size = topk_ids.numel(), w2.shape[2]
-    inner, y = scratch or (x.new_empty((num_slots, size)), x.new_empty((num_slots, x.shape[1])))
     out = torch.empty_like(x)
-    of_w13, of_w2, of_inner = tensor_maps(instance, w13, w2, inner)
-    given = (x, inner, y, out, topk_weights, topk_ids)
+    direct = num_slots == x.shape[0] and parts & GEMM2 and parts & SUM  # GEMM2 writes the output
+    inner, y = scratch or (x.new_empty((num_slots, size)), out if direct else x.new_empty((num_slots, x.shape[1])))
+    y = out if direct else y
+    rows = x.new_empty((num_slots, x.shape[1])) if instance.permutes else x
+    mapped = (w13, w2, rows, inner)
+    given = (x, rows, inner, y, out, topk_weights, topk_ids)
     arguments = layer_arguments(*given, tiles, w13.shape[0], parts, scale=scale, weights_on_input=weights_on_input)
-    maps = (of_w13.encode(w13), of_w2.encode(w2), of_inner.encode(inner))
+    maps = [spec.encode(each) for spec, each in zip(tensor_maps(instance, *mapped), mapped, strict=True)]
     parameters = (*(each.address for each in maps), ctypes.addressof(arguments))
     _launch(loaded, instance, torch.cuda.current_stream(device).cuda_stream, overlap, parameters)
     return out

@@ -3,6 +3,17 @@
 #pragma once
 #include "fast_tiles.cuh"
 
+// Where GEMM2 writes the output: zeros for the tokens that no expert here has.
+template <typename S, typename T>
+DEVICE void zero_unrouted(const Layer<T>& layer) {
+    const int consumers = S::WARPGROUPS * 128;
+    for (int token = blockIdx.x * consumers + threadIdx.x - 128; token < layer.num_tokens; token += gridDim.x * consumers) {
+        if (static_cast<unsigned>(layer.topk_ids[token]) < static_cast<unsigned>(layer.num_experts)) continue;
+        uint4* to = reinterpret_cast<uint4*>(layer.out + static_cast<uint64_t>(token) * layer.hidden);
+        for (int i = 0; i < layer.hidden / 8; ++i) to[i] = {};
+    }
+}
+
 // Adds to a count that other blocks wait for, once all of this warpgroup's stores are done, for TMA's eyes too.
 DEVICE void report(int* count, int done) {
     fence_async_global();

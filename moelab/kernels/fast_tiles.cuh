@@ -8,6 +8,7 @@ using namespace hopper;
 constexpr int K_STEP = 64;                   // elements of K in a stage: 128 bytes, the width of the swizzle
 constexpr int ROW_BYTES = 128;
 constexpr int TOKEN_THREADS = 96;            // of the producers' 128; the first warp streams weights
+constexpr int PERMUTED = 1 << 16;            // what a permuted piece adds to a record's count, above GEMM1's tiles
 enum Barrier { GATHER = 1, CONSUMERS = 2 };  // named barriers; CONSUMERS + warpgroup
 enum Part { GEMM1 = 1, GEMM2 = 2, SUM = 4 };
 
@@ -21,8 +22,9 @@ struct alignas(16) TokenTile {
 template <typename T>
 struct Layer {
     const T* x;                  // (num_tokens, H)
+    T* rows;                     // (S, H), x in order of expert; of forms that permute
     T* inner;                    // (S, I), expert-sorted rows
-    T* y;                        // (S, H), row = flat slot, weighted
+    T* y;                        // (S, H), row = flat slot, weighted; `out` itself where a token has one slot
     T* out;                      // (num_tokens, H)
     const float* topk_weights;   // (S)
     const int* topk_ids;         // (S); slots of ids outside of the experts count as zeros
@@ -36,18 +38,24 @@ struct Layer {
     int parts;
     int weighted;                // the part that the routed weight is applied in: GEMM1, before the activation, or GEMM2
     float scale;                 // of the sum
+
+    // Whether GEMM2 writes the output: a sum over one slot is that slot, scaled.
+    DEVICE bool direct() const { return y == out; }
 };
 
 // WARPGROUPS multiply, each ROW_BLOCKS times 64 weight rows by at most TOKENS tokens, out of a ring of STAGES. The blocks of a
-// CLUSTER share the weights: they split the rows of a record of up to CLUSTER times TOKENS.
+// CLUSTER share the weights: they split the rows of a record of up to CLUSTER times TOKENS. PERMUTES: tokens are first written out in
+// order of expert, as TMA can load them.
 template <int WARPGROUPS_, int ROW_BLOCKS_, int STAGES_, int TOKENS_, int GRAIN_, int BOX_, int PER_PROCESSOR_,
-          int CLUSTER_ = 1>
+          int CLUSTER_ = 1, int PERMUTES_ = 0>
 struct Shape {
     static constexpr int WARPGROUPS = WARPGROUPS_, ROW_BLOCKS = ROW_BLOCKS_, STAGES = STAGES_, TOKENS = TOKENS_,
                          GRAIN = GRAIN_, BOX = BOX_, PER_PROCESSOR = PER_PROCESSOR_, CLUSTER = CLUSTER_;
+    static constexpr bool PERMUTES = PERMUTES_;
     static constexpr int ROWS = WARPGROUPS * ROW_BLOCKS * 64;  // of weights in a tile
     static constexpr int THREADS = (WARPGROUPS + 1) * 128;
     static constexpr bool SUMS_AT_ONCE = TOKENS <= 16;
+    static constexpr int TELLERS = PERMUTES ? 32 : TOKEN_THREADS;  // threads that tell slots
 
     // Registers of a thread: as launched; and where the sums need more than that, as shared out between the roles, whose
     // sum may not pass what the block was given (PTX ISA, setmaxnreg: it waits for ever).
@@ -117,6 +125,7 @@ struct Walk {
     const int across1, across2;  // tiles of weight rows
     int tiles1, total, index;
     int gemm, tokens, weights;   // of the tile at hand
+    int whole;                   // rows of its record
     TokenTile tile;
 
     DEVICE explicit Walk(const Layer<T>& layer)
@@ -139,6 +148,7 @@ struct Walk {
 
     DEVICE void load(int tokens) {
         tile = record_at<WHOLE>(layer.tiles + tokens);
+        whole = tile.rows;
         if constexpr (S::CLUSTER > 1) tile = half_of<S>(tile, cluster_rank());
     }
     // The flat slot of a row of the tile at hand.

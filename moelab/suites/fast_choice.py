@@ -32,6 +32,9 @@ CANDIDATES = (
     Instance(1, 2, 3, 160, 16, 16, 2),
     Instance(2, 1, 6, 96, 16, 16),
     Instance(2, 1, 5, 176, 16, 16),
+    Instance(2, 2, 4, 176, 16, 16, permutes=1),  # tokens once written in order, then by TMA
+    Instance(2, 2, 4, 176, 16, 16, cluster=2, permutes=1),
+    Instance(2, 2, 5, 96, 16, 16, permutes=1),
     Instance(2, 2, 5, 96, 16, 16, cluster=2),  # two blocks read each weight once, for two tiles of tokens
 )
 """Those in use, and what might be better, by the reason beside each."""
