@@ -167,7 +167,7 @@ def explain(
     """Which config file and batch size a kernel gets, and why. Exit status 1 if the device cannot run that config."""
     from moelab.config_files import dtype_selector, lookup
 
-    kernel = None if kernel == "triton" else kernel
+    kernel = None if kernel in ("triton", "grouped_gemm") else kernel
     found = _load(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
     if kernel == "fast":
         if config_dir is not None or down or rules != "moelab":
@@ -187,9 +187,11 @@ def explain(
         dtype_selector=dtype_selector(found.dtype), config_dir=config_dir, rules=rules,
         kernel=kernel,
     )  # fmt: skip
-    problems = _problems(answer, found, device, kernel)
+    problems, warnings = _problems(answer, found, device, kernel), config_commands.kernel_warnings(kernel, config_dir)
+    for warning in warnings:
+        print(f"moelab: {warning}", file=sys.stderr)
     if as_json:
-        printing.print_json(printing.lookup_json(answer, problems))
+        printing.print_json(printing.lookup_json(answer, problems, warnings))
     else:
         printing.print_lookup(answer, problems)
     if problems:

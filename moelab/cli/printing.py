@@ -29,7 +29,7 @@ def weight_bytes(found: MoEShape) -> int:
     return (math.prod(found.w13_shape) + math.prod(found.w2_shape)) * dtype_bytes(found.dtype)
 
 
-def lookup_json(answer: Lookup, problems: Sequence[str]) -> dict[str, Any]:
+def lookup_json(answer: Lookup, problems: Sequence[str], warnings: Sequence[str] = ()) -> dict[str, Any]:
     """A lookup as JSON has it."""
     return {
         "config": answer.config.to_json() if answer.config else None,
@@ -38,6 +38,7 @@ def lookup_json(answer: Lookup, problems: Sequence[str]) -> dict[str, Any]:
         "is_default": answer.is_default,
         "steps": [{"what": s.what, "result": s.result, "reason": s.reason} for s in answer.steps],
         "problems": list(problems),
+        "warnings": list(warnings),
     }
 
 
