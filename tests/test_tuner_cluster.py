@@ -6,8 +6,8 @@ import importlib.util
 import sys
 
 import pytest
+from error_rows import unhelpful
 from synthetic import small_problem, synthetic_landscape
-from test_errors import unhelpful
 
 from moelab.errors import LandscapeError, RuntimeModeError
 from moelab.tuner.actor import Host

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from error_rows import unhelpful
 from faulty_device import COMPILER, DEVICE
 from synthetic import small_problem
-from test_errors import unhelpful
 
 from moelab import runtime
 from moelab.config import KernelConfig
