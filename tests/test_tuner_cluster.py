@@ -78,6 +78,18 @@ def compile_share() -> tuple[list, float]:
 
 
 @needs_ray
+def test_a_budget_cuts_compiling_on_a_cluster_too(ray) -> None:
+    """What was left out is compiled by no actor, and what was compiled is measured."""
+    _, compiling = compile_share()
+    evaluator = RayEvaluator(PROBLEM, landscape=RECORDED, actors=2)
+    session = TuneSession(PROBLEM, evaluator, strategy="grid", settings=SETTINGS, budget_s=compiling / 2)
+    coverage = session.run().coverage
+    assert coverage.cut[0] == "compile" and coverage.needed_s > compiling
+    assert all(0 < here.measured <= here.compiled < here.candidates for here in coverage.batches.values())
+    assert not any(o.compile_s for r in session.results() if r.request.rounds for o in r.outcomes)
+
+
+@needs_ray
 def test_an_actor_that_is_killed_costs_nothing_but_time(ray) -> None:
     winners, _ = tuned(ReplayEvaluator(RECORDED, PROBLEM, seed=PROBLEM.seed))
     evaluator = RayEvaluator(PROBLEM, landscape=RECORDED, actors=2)
