@@ -172,6 +172,7 @@ def test_a_budget_that_leaves_nothing_says_so() -> None:
     said = " ".join(coverage.sentences())
     assert "Nothing was searched" in said and "batch 1, 64, 1024" in said and "0 of" in said
     assert f"--budget {coverage.needed()}" in said
+    assert coverage.sentences(None)[-1] == f"About {coverage.needed()} would do."
 
 
 @pytest.mark.parametrize("strategy", ["race", "grid", "forest", "random"])

@@ -269,7 +269,7 @@ def _report(result: TuneResult, run: Path | None, files: list[Path], as_json: bo
     print(printing.table([_shown_row(row) for row in result.rows()]))
     phases = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in result.timeline)
     print(f"\n{_minutes(result.spent_s)} in all: {phases}")
-    for sentence in result.coverage.sentences(str(run or "RUN")) if result.coverage else []:
+    for sentence in result.coverage.sentences(str(run) if run else None) if result.coverage else []:
         print(sentence)
     for path in files:
         print(f"wrote {path}")

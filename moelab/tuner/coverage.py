@@ -43,20 +43,21 @@ class Coverage:
         """`needed_s` as --budget takes it, rounded up."""
         return None if self.needed_s is None else f"{math.ceil(self.needed_s / ROUND_TO_S) * ROUND_TO_S}s"
 
-    def sentences(self, run: str = "RUN") -> list[str]:
-        """What a reader has to know of a search that was cut; empty for one that was not. run: its journal."""
+    def sentences(self, run: str | None = "RUN") -> list[str]:
+        """What a reader has to know of a search that was cut; empty for one that was not. run: its journal, None for none."""
         if not self.cut:
             return []
         said = [f"The budget of {self.budget_s:g} s cut the search short, in: {', '.join(self.cut)}."]
         empty = [str(b) for b, here in self.batches.items() if not here.measured]
         if empty:
             said.append(
-                f"Nothing was searched at batch {', '.join(empty)}: what was known before was timed again, no more."
+                f"Nothing was searched at batch {', '.join(empty)}: only what was known before, and the best of neighbouring "
+                "sizes where those were searched, went into the final."
             )
         counts = [f"{b}: {x.compiled}, {x.measured} of {x.candidates}" for b, x in self.batches.items()]
         said.append(f"Compiled, measured of candidates by batch size: {'; '.join(counts)}.")
-        said.append(f"About {self.needed()} would do: moelab tune --resume {run} --budget {self.needed()}")
-        return said
+        how = f": moelab tune --resume {run} --budget {self.needed()}" if run else "."
+        return [*said, f"About {self.needed()} would do{how}"]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
