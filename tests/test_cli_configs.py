@@ -12,6 +12,7 @@ import pytest
 from test_doctor import plant_upstreams_mistake
 
 from moelab import cli, config_files, runtime
+from moelab.config import KernelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 QWEN = ("explain", "--model", "qwen3-30b-a3b", "--batch-size", "20", "--device", "NVIDIA H200")
@@ -180,6 +181,38 @@ def test_export_says_which_keys_it_does_not_write(run, tmp_path: Path) -> None:
     status, _, err = run("export", str(tree), "--rules", "moelab", "--out", str(tmp_path / "out"))
     assert status == 0 and err.count("left out USE_TMA at") == len(files) == 2 and "of 18 batch sizes" in err
     assert not any("USE_TMA" in path.read_text() for path in (tmp_path / "out").rglob("*.json"))
+
+
+EXPLAIN_KERNEL = (*QWEN, "--triton-version", "3.6.0", "--kernel")
+
+
+def test_explain_warns_of_a_kernel_that_nobody_has(run) -> None:
+    status, out, err = run(*EXPLAIN_KERNEL, "gated_tmaa")
+    assert status == 0 and "default rule" in out and "'gated_tmaa'" in err and "Did you mean gated_tma" in err
+    assert all(name in err for name in ("tma", "split_k_workspace", "gated", "fast")) and "\n" not in err.strip()
+    status, out, err = run(*EXPLAIN_KERNEL, "gated_tmaa", "--json")
+    answer = json.loads(out)
+    assert status == 0 and answer["is_default"] and [w in err for w in answer["warnings"]] == [True]
+
+
+@pytest.mark.parametrize("kernel", ["gated_tma", "tma", "split_k_workspace", "gated_atomic", "triton", "grouped_gemm"])
+def test_explain_knows_every_kernel_there_is(run, kernel: str) -> None:
+    _, out, err = run(*EXPLAIN_KERNEL, kernel, "--json")
+    assert json.loads(out)["warnings"] == [] and err == ""
+    assert json.loads(out)["is_default"] == (kernel in ("split_k_workspace", "gated_atomic"))
+
+
+def test_explain_takes_a_readers_own_kernel_that_has_files(run, tmp_path: Path) -> None:
+    """For another shape, device and Triton version: the name is no typing error."""
+    mine = tmp_path / "triton_3_5_0" / "E=4,N=64,device_name=NVIDIA_L4,kernel=mine_down.json"
+    config_files.write_config_file(mine, {1: KernelConfig(16, 32, 64, 1)})
+    asked = (*EXPLAIN_KERNEL, "mine", "--config-dir", tmp_path, "--json")
+    _, out, err = run(*asked)
+    assert json.loads(out)["warnings"] == [] and err == ""
+    near = run(*EXPLAIN_KERNEL, "mini", "--config-dir", tmp_path)[2]
+    assert "Did you mean mine?" in near
+    mine.rename(tmp_path / "triton_3_5_0" / "not a config file,kernel=mine.json")
+    assert "'mine'" in run(*asked)[2]
 
 
 def test_explain_says_what_fast_runs(run) -> None:

@@ -3,112 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import json
-import os
-import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
+from error_rows import DEVICE, HUGE, SHAPE, Row, gemm, judge, moe, unhelpful, with_environment, x
+from test_errors_configs import CONFIGS
+from test_errors_data import FILES, TUNER
 
-from moelab import (
-    chips,
-    config,
-    config_files,
-    errors,
-    inputs,
-    precision,
-    recordings,
-    reference,
-    roofline,
-    routers,
-    routing,
-    runtime,
-    shapes,
-    suites,
-)
-from moelab.cli import config_commands
+from moelab import chips, errors, inputs, precision, reference, roofline, routers, routing, runtime, shapes, suites
 from moelab.config import KernelConfig
 from moelab.errors import (
     ConfigError,
-    ConfigFileError,
     DeviceError,
     DtypeError,
-    JournalError,
-    LandscapeError,
     LayoutError,
     MoelabError,
     PrecisionError,
-    RecordingError,
     RoutingError,
     RuntimeModeError,
     ShapeError,
     ShardError,
     SharedMemoryError,
-    UnknownArchitectureError,
     UnknownModelError,
     UnknownNameError,
-    WorkspaceError,
 )
 from moelab.fused_moe import IMPLEMENTATIONS, fused_moe
-from moelab.kernels import fast_layer
 from moelab.kernels.activation import activation
 from moelab.kernels.align import align
 from moelab.kernels.descriptors import check_tma, check_tma_config, weight_descriptor
 from moelab.kernels.expert_order import expert_order, new_expert_order
-from moelab.kernels.fast_instances import Instance
 from moelab.kernels.from_file import load_kernels
 from moelab.kernels.gated_gemm import gated_gemm
-from moelab.kernels.grouped_gemm import grouped_gemm
 from moelab.kernels.grouped_gemm_tma import grouped_gemm_tma
 from moelab.kernels.route import new_routed, route
 from moelab.kernels.sorted_gemm import sorted_gemm
-from moelab.kernels.split_k_atomic import split_k_atomic_f32
-from moelab.kernels.split_k_workspace import new_workspace, split_k_workspace
 from moelab.kernels.sum_reduce import sum_reduce
-from moelab.measure import measure, measure_eager, measure_host, median_interval
-from moelab.plots import gallery, handover
-from moelab.studies import fleet, tuner_regret
-from moelab.suites import bench, fast_counters, your_kernel
-from moelab.tuner import evaluators, export, journal, landscape, space, strategies
-from moelab.tuner.finals import Finals
-from moelab.tuner.problem import Problem
-from moelab.tuner.results import TuneResult
-from moelab.tuner.transfer import Transfer
-from moelab.tuner.tuned_kernels import kernel_name, require_rules, require_tunable
+from moelab.measure import measure, measure_eager, measure_host
+from moelab.plots import gallery
+from moelab.suites import bench, your_kernel
 
-DEVICE = runtime.current().device
-SHAPE = shapes.MoEShape("tiny", num_experts=4, top_k=2, hidden_size=32, moe_intermediate_size=16, dtype="float32")
-CONFIG = KernelConfig(16, 16, 16, 1)
 SPLIT = KernelConfig(16, 32, 16, 1, SPLIT_K=2)
-HUGE = KernelConfig(128, 256, 128, 1, 8, 4)
-
-
-class Row(NamedTuple):
-    """label; what to call with a folder; the exception; words its message must contain."""
-
-    label: str
-    call: Callable[[Path], object]
-    error: type[MoelabError]
-    words: tuple[str, ...]
-
-
-def moe(impl: str = "triton", **changes: object) -> torch.Tensor:
-    """fused_moe on good inputs, some of them replaced; a callable changes the good one."""
-    good = dataclasses.asdict(inputs.make_inputs(SHAPE, 5, device=DEVICE))
-    given = {name: change(good.get(name)) if callable(change) else change for name, change in changes.items()}
-    return fused_moe(**(good | given), impl=impl)
-
-
-def gemm(a=None, alignment_rows: int = 16, way: Callable = grouped_gemm, **changes: object) -> torch.Tensor:
-    """A grouped GEMM on good inputs, some of them replaced."""
-    good = inputs.make_inputs(SHAPE, 5, device=DEVICE)
-    aligned = align(good.topk_ids, alignment_rows, 4)
-    given = {"config": CONFIG, "num_pairs": 10, "top_k": 2, **changes}
-    return way(good.hidden_states if a is None else a, good.w13, aligned, **given)
 
 
 def plain(**changes: object) -> None:
@@ -118,44 +53,8 @@ def plain(**changes: object) -> None:
         moe("mine", **changes)
 
 
-def x(*size: int, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> torch.Tensor:
-    return torch.ones(size, dtype=dtype, device=device)
-
-
 def descriptor(w: torch.Tensor, block: tuple[int, int] = (16, 16)) -> object:
     return weight_descriptor(w, block)
-
-
-def with_environment(name: str, value: str, call: Callable[[], object]) -> object:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(name, value)
-        return call()
-
-
-def one_row(**changes: object) -> recordings.Recording:
-    row = {"name": "a", "samples_us": [1.0, 2.0], **changes}
-    return recordings.Recording("suite", runtime.provenance(seed=0), {"kind": "test"}, (row,))
-
-
-def a_recording(folder: Path, change: Callable[[str], str]) -> Path:
-    path = recordings.write(one_row(), folder / "suite.json")
-    path.write_text(change(path.read_text()))
-    return path
-
-
-def a_config_file(folder: Path, change: Callable[[str], str]) -> Path:
-    path = folder / "E=8,N=14336,device_name=NVIDIA_H200.json"
-    config_files.write_config_file(path, {1: CONFIG})
-    path.write_text(change(path.read_text()))
-    return path
-
-
-def a_model(folder: Path, change: Callable[[dict], object]) -> Path:
-    content = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64}
-    content = change({"architectures": ["MixtralForCausalLM"], **content, "intermediate_size": 96})
-    path = folder / "config.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
 
 
 def a_routing(folder: Path, ids: torch.Tensor | bytes) -> Path:
@@ -165,32 +64,6 @@ def a_routing(folder: Path, ids: torch.Tensor | bytes) -> Path:
     else:
         torch.save(ids, path)
     return path
-
-
-def exported(
-    folder: Path,
-    with_config: KernelConfig | None = None,
-    rules: str = "moelab",
-    version: str = "3.6.0",
-    down: bool = False,
-) -> object:
-    name = config_files.FileName(8, 14336, "NVIDIA_H200", down=down)
-    return config_files.export({1: with_config or CONFIG}, name, rules=rules, out=folder, triton_version=version)
-
-
-def export_flat(folder: Path) -> None:
-    """A file that says nowhere under which Triton version it was tuned, through the command itself."""
-    config_commands.export(a_config_file(folder, str), rules="vllm", out=folder / "out")
-
-
-def no_folder(rules: str) -> object:
-    if importlib.util.find_spec(rules) or config_files.RULES[rules].environment in os.environ:
-        pytest.skip(f"{rules} has a folder here")
-    return config_files.lookup(8, 64, "X", num_tokens=1, triton_version="3.6.0", rules=rules)
-
-
-def cut(text: str) -> str:
-    return text[:-9]
 
 
 TENSORS = [
@@ -300,6 +173,7 @@ TENSORS = [
     Row("a strided activation", lambda _: activation(x(4, 64)[:, ::2]), LayoutError, ("x has strides",)),
 ]
 
+
 TMA = [
     Row(
         "TMA on a chip without it",
@@ -339,6 +213,7 @@ TMA = [
     Row("SPLIT_K by TMA", lambda _: gemm(way=grouped_gemm_tma, config=SPLIT), ConfigError, ("SPLIT_K = 2",)),
 ]
 
+
 SORTED = [
     Row("SPLIT_K for gated_gemm", lambda _: gemm(way=gated_gemm, config=SPLIT), ConfigError, ("SPLIT_K = 2",)),
     Row("half a tile of 8 rows", lambda _: gemm(way=gated_gemm), ConfigError, ("BLOCK_SIZE_N = 16", "at least 32")),
@@ -368,12 +243,14 @@ SORTED = [
     ),
 ]
 
+
 PLUGGED_IN = [
     Row("kernels in no file", lambda p: load_kernels(p / "mine.py"), UnknownNameError, ("mine.py", "Run the cells")),
     Row("more than silu", lambda _: plain(activation="gelu", b2=x(4, 32)), ConfigError, ("'gelu', biases", "teach it")),
     Row("a gallery of nothing", lambda p: gallery.write_gallery([], p), RuntimeModeError, ("no notebook", "Name them")),
     Row("no tiles to try", lambda _: your_kernel.tune(None, "mine", []), ConfigError, ("No tiles", "mine")),
 ]
+
 
 ROUTINGS = [
     Row("top_k over the experts", lambda _: routing.make_routing("uniform", 3, 4, 5), RoutingError, ("top_k = 5", "4")),
@@ -433,372 +310,6 @@ ROUTINGS = [
     Row("a routing file that is not there", lambda p: routing.load_routing(p / "no.npy", 4), RoutingError, ("no.npy",)),
 ]
 
-CONFIGS = [
-    Row(
-        "SPLIT_K for grouped_gemm",
-        lambda _: gemm(config=KernelConfig(16, 16, 16, 1, SPLIT_K=2)),
-        ConfigError,
-        ("SPLIT_K = 2",),
-    ),
-    Row(
-        "SPLIT_K with empty slices",
-        lambda _: gemm(way=split_k_atomic_f32, config=KernelConfig(16, 16, 16, 1, SPLIT_K=4)),
-        ConfigError,
-        ("SPLIT_K = 4", "empty slices", "K = 32 has 2 blocks"),
-    ),
-    Row(
-        "SPLIT_K with empty slices of GEMM2",
-        lambda _: moe("split_k_workspace", config=KernelConfig(16, 16, 16, 1, SPLIT_K=2)),
-        ConfigError,
-        ("SPLIT_K = 2", "K = 16 has 1 block of"),
-    ),
-    Row(
-        "SPLIT_K under one",
-        lambda _: gemm(way=split_k_workspace, config=KernelConfig(16, 16, 16, 1, SPLIT_K=-2)),
-        ConfigError,
-        ("SPLIT_K = -2", "positive power of two"),
-    ),
-    Row(
-        "SPLIT_K of three",
-        lambda _: gemm(way=split_k_atomic_f32, config=KernelConfig(16, 16, 16, 1, SPLIT_K=3)),
-        ConfigError,
-        ("SPLIT_K = 3",),
-    ),
-    Row(
-        "SPLIT_K in int16",
-        lambda _: gemm(way=split_k_workspace, config=KernelConfig(16, 16, 16, 1, SPLIT_K=torch.tensor(2).short())),
-        ConfigError,
-        ("SPLIT_K is tensor(2, dtype=torch.int16)", "not an integer"),
-    ),
-    Row(
-        "a workspace that does not fit",
-        lambda _: new_workspace(16, 2**40, 4096, torch.float32, DEVICE),
-        WorkspaceError,
-        (str(16 * 2**40 * 4096 * 4), "16 slices"),
-    ),
-    Row(
-        "a workspace too small",
-        lambda _: gemm(way=split_k_workspace, workspace=x(3)),
-        WorkspaceError,
-        ("12 bytes", "1280 bytes"),
-    ),
-    Row(
-        "a workspace in another dtype",
-        lambda _: gemm(way=split_k_workspace, workspace=x(999, dtype=torch.float64)),
-        DtypeError,
-        ("workspace is float64", "float32"),
-    ),
-    Row("rows aligned for another config", lambda _: gemm(alignment_rows=32), ConfigError, ("aligned to 32", "is 16")),
-    Row(
-        "two BLOCK_SIZE_M",
-        lambda _: moe(config=CONFIG, down_config=KernelConfig(32, 16, 16, 1)),
-        ConfigError,
-        ("16", "32", "both GEMMs"),
-    ),
-    Row(
-        "a block of 24",
-        lambda _: gemm(config=KernelConfig(16, 24, 16, 1)),
-        ConfigError,
-        ("BLOCK_SIZE_N = 24", "power of two"),
-    ),
-    Row(
-        "a block of 8", lambda _: moe(config=KernelConfig(16, 16, 8, 1)), ConfigError, ("BLOCK_SIZE_K = 8", "under 16")
-    ),
-    Row(
-        "three warps", lambda _: config.check(KernelConfig(16, 16, 16, 1, num_warps=3)), ConfigError, ("num_warps = 3",)
-    ),
-    Row(
-        "a field that is text",
-        lambda _: config.check(KernelConfig("16", 16, 16, 1)),
-        ConfigError,
-        ("BLOCK_SIZE_M", "integer"),
-    ),
-    Row(
-        "over shared memory",
-        lambda _: config.check(HUGE, target="sm_90"),
-        SharedMemoryError,
-        ("393216", "232448", "num_stages"),
-    ),
-    Row("a target nobody knows", lambda _: config.check(CONFIG, target="sm_9"), UnknownNameError, ("sm_9", "sm_90")),
-    Row(
-        "a key that is misspelt",
-        lambda _: KernelConfig.from_json(CONFIG.to_json() | {"num_warp": 4}),
-        ConfigError,
-        ("num_warp", "num_warps"),
-    ),
-    Row(
-        "a key that is missing",
-        lambda _: KernelConfig.from_json({"BLOCK_SIZE_M": 16}),
-        ConfigError,
-        ("missing key 'BLOCK_SIZE_N'",),
-    ),
-    Row("an empty batch", lambda _: config.default_config(0, 8), ConfigError, ("num_tokens = 0",)),
-    Row(
-        "a config file cut short",
-        lambda p: config_files.read_config_file(a_config_file(p, cut)),
-        ConfigFileError,
-        ("not JSON", "cut short"),
-    ),
-    Row(
-        "a config file that is not there",
-        lambda p: config_files.read_config_file(p / "E=1"),
-        ConfigFileError,
-        ("E=1", "Cannot read"),
-    ),
-    Row(
-        "a config file of a list",
-        lambda p: config_files.read_config_file(a_config_file(p, lambda _: "[]")),
-        ConfigFileError,
-        ("list",),
-    ),
-    Row(
-        "a config file without batches",
-        lambda p: config_files.read_config_file(a_config_file(p, lambda _: "{}")),
-        ConfigFileError,
-        ("no batch size",),
-    ),
-    Row(
-        "a batch size of -1",
-        lambda p: config_files.read_config_file(a_config_file(p, lambda t: t.replace('"1"', '"-1"'))),
-        ConfigFileError,
-        ("'-1'",),
-    ),
-    Row(
-        "a config file's name",
-        lambda _: config_files.parse_file_name("E=8.json"),
-        ConfigFileError,
-        ("E=8.json", "device_name"),
-    ),
-    Row(
-        "a device name with a comma",
-        lambda _: config_files.file_name(8, 64, "a,b"),
-        ConfigFileError,
-        ("a,b", "NVIDIA H200"),
-    ),
-    Row(
-        "a dtype selector", lambda _: config_files.file_name(8, 64, "X", "fp8"), UnknownNameError, ("'fp8'", "fp8_w8a8")
-    ),
-    Row("rules nobody knows", lambda p: look_up(p, rules="vllmm"), UnknownNameError, ("vllmm", "moelab")),
-    Row("a broken file is not skipped", lambda p: look_up(p, change=cut), ConfigFileError, ("not JSON",)),
-    Row(
-        "a kernel's name in a file name",
-        lambda _: config_files.file_name(8, 64, "X", kernel="Split-K"),
-        ConfigFileError,
-        ("'Split-K'", "split_k_workspace"),
-    ),
-    Row(
-        "a kernel that a peer does not look up",
-        lambda p: look_up(p, rules="vllm", kernel="split_k_workspace"),
-        ConfigFileError,
-        ("split_k_workspace", "rules='moelab'"),
-    ),
-    Row(
-        "sglang without configs/ below its folder",
-        lambda p: look_up(p, rules="sglang"),
-        ConfigFileError,
-        ("FileNotFoundError", "SGLANG_MOE_CONFIG_DIR", "configs/"),
-    ),
-    Row(
-        "a folder that ends sglang's search",
-        lambda p: look_up(
-            make(p / "configs"), rules="sglang", config_dir=p, more=("triton_old",), triton_version="3.7.1"
-        ),
-        ConfigFileError,
-        ("triton_old", "ValueError"),
-    ),
-    Row(
-        "vLLM's format in sglang's tree",
-        lambda p: config_files.read_config_file(
-            a_config_file(p, lambda t: t.replace("{", '{"triton_version": "3.6.0",', 1)), "sglang"
-        ),
-        ConfigFileError,
-        ("'triton_version'", "moelab export"),
-    ),
-    Row("a peer that is not installed", lambda _: no_folder("vllm"), ConfigFileError, ("VLLM_TUNED_CONFIG_FOLDER",)),
-    Row(
-        "an export over a file that is there",
-        lambda p: [exported(p) for _ in range(2)],
-        ConfigFileError,
-        ("exists already", "--overwrite"),
-    ),
-    Row(
-        "an export that no lookup would find",
-        lambda p: exported(p, rules="vllm", down=True),
-        ConfigFileError,
-        ("_down", "vllm", "one config serves both"),
-    ),
-    Row(
-        "an export of what the device cannot run",
-        lambda p: exported(p, HUGE),
-        ConfigError,
-        ("batch size 1", "NVIDIA_H200", "shared memory"),
-    ),
-    Row(
-        "an export of SPLIT_K to a peer",
-        lambda p: exported(p, dataclasses.replace(CONFIG, SPLIT_K=2), rules="vllm"),
-        ConfigError,
-        ("SPLIT_K = 2", "vllm"),
-    ),
-    Row(
-        "an export of a down config with another BLOCK_SIZE_M",
-        lambda p: exported(p, KernelConfig(64, 64, 64, 1), down=True),
-        ConfigFileError,
-        ("BLOCK_SIZE_M = 64", "has 16", "up file first"),
-    ),
-    Row("an export's Triton version", lambda p: exported(p, version="3.6"), ConfigFileError, ("'3.6'", "3.6.0")),
-    Row(
-        "an export of a folder that a peer has no names for",
-        lambda p: exported(p, down=True) and config_commands.export(p, rules="vllm", out=p / "out"),
-        ConfigFileError,
-        ("vllm", "Nothing of"),
-    ),
-    Row(
-        "an odd N in vLLM's int4 names",
-        lambda _: config_files.parse_file_name("E=8,N=5,device_name=X,dtype=int4_w4a16.json", "vllm"),
-        ConfigFileError,
-        ("odd N", "even"),
-    ),
-    Row("an export of nothing", config_files.sources, ConfigFileError, ("no config file",)),
-    Row("an export of an unknown version", export_flat, ConfigFileError, ("--triton-version",)),
-    Row("a doctor with no folder", lambda p: config_files.doctor(p / "gone"), ConfigFileError, ("gone",)),
-    Row("a doctor with no files", config_files.doctor, ConfigFileError, ("no config file", "device_name")),
-    Row(
-        "a doctor between two trees",
-        lambda p: [exported(p / name) for name in "ab"] and config_files.doctor(p),
-        ConfigFileError,
-        ("2 trees", "/a", "/b"),
-    ),
-    Row(
-        "a doctor's rules",
-        lambda p: exported(p) and config_files.doctor(p, "vlm"),
-        UnknownNameError,
-        ("'vlm'", "Did you mean vllm"),
-    ),
-]
-
-FILES = [
-    Row(
-        "NaN in a recording",
-        lambda p: recordings.load(a_recording(p, lambda t: t.replace("2.0", "NaN"))),
-        RecordingError,
-        ("NaN", "record suite"),
-    ),
-    Row(
-        "infinity to be written",
-        lambda p: recordings.write(one_row(error=float("inf")), p / "s.json"),
-        RecordingError,
-        ("inf", "row 0"),
-    ),
-    Row(
-        "NaN samples",
-        lambda p: recordings.write(one_row(samples_us=[float("nan")]), p / "s.json"),
-        RecordingError,
-        ("nan", "row 0"),
-    ),
-    Row(
-        "no samples",
-        lambda p: recordings.write(one_row(samples_us=[]), p / "s.json"),
-        RecordingError,
-        ("no samples", "row 0"),
-    ),
-    Row(
-        "a time of zero",
-        lambda p: recordings.write(one_row(samples_us=[0.0]), p / "s.json"),
-        RecordingError,
-        ("0.0", "positive"),
-    ),
-    Row(
-        "a recording cut short",
-        lambda p: recordings.load(a_recording(p, cut)),
-        RecordingError,
-        ("cut short", "moelab record"),
-    ),
-    Row(
-        "counters without a table",
-        lambda _: fast_counters.rows_of("==ERROR== ERR_NVGPUCTRPERM", {}),
-        RecordingError,
-        ("ERR_NVGPUCTRPERM", "column ID", "ncu --version"),
-    ),
-    Row(
-        "counters of another number of launches",
-        lambda p: with_ncu(p, lambda: fast_counters.profiled("scout/tp4", 8, {})),
-        RecordingError,
-        ("0 launches of scout/tp4 with 8 tokens", "Expected 4", "the sum", "fast_counters scout/tp4 8"),
-    ),
-    Row(
-        "counters without ncu",
-        lambda p: with_environment("PATH", str(p), lambda: on_a_gpu(fast_counters.record)),
-        RuntimeModeError,
-        ("fast_counters", "ncu", "not on PATH", "Nsight Compute"),
-    ),
-    Row(
-        "a recording of tomorrow",
-        lambda p: recordings.load(a_recording(p, lambda t: t.replace('"schema": 1', '"schema": 2'))),
-        RecordingError,
-        ("schema 2", "schema 1"),
-    ),
-    Row(
-        "a recording without origin",
-        lambda p: recordings.load(a_recording(p, lambda t: t.replace('"gpu"', '"cpu"'))),
-        RecordingError,
-        ("gpu", "provenance"),
-    ),
-    Row(
-        "a recording that is not there",
-        lambda _: recordings.load("layer_clasic"),
-        RecordingError,
-        ("layer_clasic", "Did you mean layer_classic"),
-    ),
-    Row(
-        "sglang's files that are not there",
-        lambda p: with_environment("MOELAB_DATA_DIR", str(p), config_files.specimen.shipped_files),
-        RecordingError,
-        ("sglang_shipped_configs.json", "Restore"),
-    ),
-    Row(
-        "transfer in a landscape without finals",
-        lambda _: Transfer(landscape.Landscape(Problem(SHAPE, "NVIDIA H200", "sm_90", "3.6.0"), {}, {}, {}, ())),
-        LandscapeError,
-        ("no finals for up, batch 1", "--resume"),
-    ),
-    Row("an interval of no samples", lambda _: median_interval([]), RecordingError, ("0 samples",)),
-    Row(
-        "a config.json cut short",
-        lambda p: shapes.MoEShape.from_config(a_model(p, lambda c: json.dumps(c)[:-9])),
-        ConfigFileError,
-        ("not valid JSON",),
-    ),
-    Row(
-        "a config.json of a list",
-        lambda p: shapes.MoEShape.from_config(a_model(p, lambda c: [c])),
-        ConfigFileError,
-        ("list",),
-    ),
-    Row(
-        "a config.json that is not there",
-        lambda p: shapes.load_model(str(p / "config.json")),
-        UnknownModelError,
-        ("config.json",),
-    ),
-    Row(
-        "sizes that could be the dense layers'",
-        lambda p: shapes.MoEShape.from_config(a_model(p, unknown)),
-        UnknownArchitectureError,
-        ("Mystery", "from_sizes"),
-    ),
-    Row(
-        "a model without experts",
-        lambda p: shapes.MoEShape.from_config(a_model(p, dense)),
-        UnknownArchitectureError,
-        ("Llama",),
-    ),
-    Row(
-        "experts that are text",
-        lambda p: shapes.MoEShape.from_config(a_model(p, lambda c: c | {"num_local_experts": "8"})),
-        UnknownArchitectureError,
-        ("num_local_experts",),
-    ),
-]
 
 NAMES = [
     Row(
@@ -876,76 +387,6 @@ NAMES = [
     ),
 ]
 
-TUNER = [
-    Row("no batch sizes", lambda _: a_problem(batch_sizes=()), ShapeError, ("batch size", "at least 1")),
-    Row("a batch of nothing", lambda _: a_problem(batch_sizes=(4, 0)), ShapeError, ("batch size 0",)),
-    Row("a tuner's target", lambda _: a_problem(target="sm_9"), UnknownNameError, ("sm_9", "sm_90")),
-    Row("a grid's axes", lambda _: space.grid("sm_90", axes={"BLOCK_M": (16,)}), ConfigError, ("BLOCK_M", "num_warps")),
-    Row("a kernel to tune", lambda _: kernel_name("tam"), UnknownNameError, ("'tam'", "Did you mean tma", "'triton'")),
-    Row(
-        "a kernel by TMA on a chip without",
-        lambda _: require_tunable(a_problem(target="sm_80", kernel="tma")),
-        DeviceError,
-        ("'tma'", "sm_80", "sm_90", "--kernel"),
-    ),
-    Row(
-        "a kernel by TMA of ragged rows",
-        lambda _: require_tunable(a_problem(shape=dataclasses.replace(SHAPE, hidden_size=302), kernel="tma")),
-        LayoutError,
-        ("'tma'", "302", "16 bytes"),
-    ),
-    Row(
-        "a config that a tuned kernel cannot run",
-        lambda _: require_rules(KernelConfig(16, 64, 64, 1, SPLIT_K=2), "up", a_problem(kernel="tma")),
-        ConfigError,
-        ("SPLIT_K = 2", "'tma'"),
-    ),
-    Row("a strategy", lambda _: strategies.plan("gird", None), UnknownNameError, ("'gird'", "Did you mean grid")),
-    Row(
-        "an evaluator",
-        lambda _: evaluators.load_evaluator("repaly"),
-        UnknownNameError,
-        ("repaly", "Did you mean replay"),
-    ),
-    Row("a format", lambda f: export.export(None, f, "t5"), UnknownNameError, ("'t5'", "kernel_tuner")),
-    Row("no journal", lambda f: journal.read(f / "run.jsonl"), JournalError, ("run.jsonl", "No such file")),
-    Row("a journal in use", lambda f: two_tuners(f / "run.jsonl"), JournalError, ("Another tuner", "run.jsonl")),
-    Row("a journal there already", lambda f: a_journal(a_journal(f / "run.jsonl")), JournalError, ("already",)),
-    Row(
-        "an empty journal",
-        lambda f: journal.Journal.resume(a_file(f / "run.jsonl", b"")),
-        JournalError,
-        ("holds no run",),
-    ),
-    Row(
-        "another file's header", lambda f: journal.read(a_file(f / "a", b'{"kind":"x"}\n')), JournalError, ("schema 1",)
-    ),
-    Row("a damaged journal", lambda f: journal.read(a_file(f / "a", b"nonsense\n{}\n")), JournalError, ("Line 1",)),
-    Row("a closed journal", lambda f: closed_journal(f / "a").note("phase"), JournalError, ("is closed",)),
-    Row("no landscape", lambda f: landscape.load(f / "a.parquet"), LandscapeError, ("a.parquet", "none yet")),
-    Row("no Parquet", lambda f: landscape.load(a_file(f / "a.parquet", b"PAR1")), LandscapeError, ("a.parquet",)),
-    Row("a fleet's target", lambda _: fleet.chosen(["qwen3-30b-a3b/tp3"]), UnknownNameError, ("tp3", "Did you mean")),
-    Row(
-        "regret on no landscape",
-        lambda f: with_environment("MOELAB_DATA_DIR", str(f), tuner_regret.record),
-        LandscapeError,
-        ("whole grid", "make tuned"),
-    ),
-    Row("no finals", lambda _: Finals.of_landscape(no_rows()), LandscapeError, ("holds no finals",)),
-    Row(
-        "no winner to hand over",
-        lambda f: handover.write(nothing_won(), "moelab", f),
-        LandscapeError,
-        ("no winner to write",),
-    ),
-    Row(
-        "a cluster that fits nowhere",
-        lambda _: fast_layer.grid_of(Instance(2, 2, 4, 176, 16, 16, cluster=2), 132, 0),
-        RuntimeModeError,
-        ("no cluster of 2 blocks", "cluster=1"),
-    ),
-    Row("a replay, frozen", lambda f: landscape.freeze(a_journal(f / "a")), LandscapeError, ("not a measurement",)),
-]
 
 WITHOUT_GPU = [
     Row(
@@ -963,6 +404,7 @@ WITHOUT_GPU = [
     Row("counters", lambda _: suites.record(["fast_counters"]), RuntimeModeError, ("fast_counters", "GPU")),
 ]
 
+
 ON_GPU = [
     Row("weights on the host", lambda _: moe(w13=lambda w: w.cpu()), DeviceError, ("w13 is on cpu",)),
     Row(
@@ -973,54 +415,11 @@ ON_GPU = [
     ),
 ]
 
-ROWS = TENSORS + TMA + SORTED + PLUGGED_IN + ROUTINGS + CONFIGS + FILES + NAMES + TUNER
 
+ROWS = TENSORS + TMA + SORTED + PLUGGED_IN + ROUTINGS + NAMES
 
-def a_problem(**changes: object) -> Problem:
-    return Problem(**{"shape": SHAPE, "device": "D", "target": "sm_90", "triton_version": "3.6.0", **changes})
-
-
-def a_file(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
-
-
-def on_a_gpu(run: Callable[[], object]) -> object:
-    """As if a GPU were at hand."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "require_cuda", lambda what: None)
-        return run()
-
-
-def with_ncu(folder: Path, run: Callable[[], object]) -> object:
-    """With an ncu on PATH whose table is empty."""
-    a_file(folder / "ncu", b"#!/bin/sh\necho '\"ID\"'\n").chmod(0o755)
-    return with_environment("PATH", str(folder), run)
-
-
-def closed_journal(path: Path) -> journal.Journal:
-    names = ("provenance", "problem", "strategy", "space", "evaluator")
-    opened = journal.Journal.create(path, {name: {} for name in names})
-    opened.close()
-    return opened
-
-
-def a_journal(path: Path) -> Path:
-    closed_journal(path)
-    return path
-
-
-def no_rows() -> landscape.Landscape:
-    return landscape.Landscape(a_problem(), {}, {}, {}, ())
-
-
-def nothing_won() -> TuneResult:
-    return TuneResult(a_problem(), {}, "", 0.0, (), {})
-
-
-def two_tuners(path: Path) -> object:
-    _first = journal.Journal.resume(a_journal(path))
-    return journal.Journal.resume(path)
+EVERY = ROWS + CONFIGS + FILES + TUNER + WITHOUT_GPU + ON_GPU
+"""Those of the other files too."""
 
 
 def ids(row: list[int]) -> torch.Tensor:
@@ -1043,48 +442,6 @@ def logits(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
     return fused_moe(good.hidden_states, good.w13, good.w2, router_logits=router_logits, top_k=top_k)
 
 
-def look_up(
-    folder: Path,
-    *,
-    change: Callable[[str], str] = str,
-    more: tuple[str, ...] = (),
-    config_dir: Path | None = None,
-    triton_version: str = "3.6.0",
-    **given: object,
-) -> object:
-    """Look up a file that lies in folder/triton_3_6_0, beside folders named `more`."""
-    a_config_file(folder, change).rename(make(folder / "triton_3_6_0") / "E=8,N=14336,device_name=NVIDIA_H200.json")
-    for name in more:
-        make(folder / name)
-    return config_files.lookup(
-        8, 14336, "NVIDIA H200", num_tokens=1, triton_version=triton_version, config_dir=config_dir or folder, **given
-    )
-
-
-def make(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
-def unknown(content: dict) -> dict:
-    return content | {"architectures": ["MysteryForCausalLM"], "model_type": "mystery"}
-
-
-def dense(_: dict) -> dict:
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 96}
-
-
-def judge(row: Row, folder: Path) -> str:
-    """Run a row; its message. Fails if nothing is raised, or another class, or words are missing."""
-    with pytest.raises(MoelabError) as caught:
-        row.call(folder)
-    message = str(caught.value)
-    assert type(caught.value) is row.error, f"{type(caught.value).__name__}: {message}"
-    missing = [word for word in row.words if word not in message]
-    assert not missing, f"{missing} not in: {message}"
-    return message
-
-
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.label)
 def test_bad_input_is_named(row: Row, tmp_path: Path) -> None:
     complaint = unhelpful(judge(row, tmp_path))
@@ -1105,26 +462,6 @@ def test_bad_input_on_a_gpu(row: Row, tmp_path: Path) -> None:
     assert complaint is None, complaint
 
 
-# --- what every message has ------------------------------------------------------------------------------------
-
-INSTRUCTIONS = """
-    Add Align Build Call Cast Change Check Choose Compare Compute Correct Count Draw Fetch Flatten Give
-    Install Look Lower Make Map Measure Move Name Pass Raise Read Record Rename Reshape Restore Route Run Save
-    Skip Take Tune Use
-""".split()  # noqa: SIM905
-EITHER = "|".join([*INSTRUCTIONS, *(word.lower() for word in INSTRUCTIONS)])
-INSTRUCTION = re.compile(rf"(^|[,;:] (or )?)({EITHER})\b")
-
-
-def unhelpful(message: str) -> str | None:
-    """What a message lacks: the word "expected", or a last sentence that says what to do. None if it has both."""
-    if "expected" not in message.lower():
-        return f"does not say what was expected: {message}"
-    if not INSTRUCTION.search(re.split(r"(?<=[.?])\s", message)[-1]):
-        return f"does not end with what to do: {message}"
-    return None
-
-
 def test_unhelpful_messages_are_seen() -> None:
     assert "expected" in str(unhelpful("w13 is float16. Cast it."))
     assert "what to do" in str(unhelpful("w13 is float16. Cast it. Expected float32."))
@@ -1137,11 +474,11 @@ def test_every_class_of_error_is_in_the_table() -> None:
         return {cls} | {grandchild for child in cls.__subclasses__() for grandchild in below(child)}
 
     mine = {cls for cls in below(MoelabError) if cls.__module__ == errors.__name__} - {MoelabError}
-    assert mine == {row.error for row in ROWS + WITHOUT_GPU}
+    assert mine == {row.error for row in EVERY if row not in ON_GPU}
 
 
 def test_labels_are_unique() -> None:
-    labels = [row.label for row in ROWS + WITHOUT_GPU + ON_GPU]
+    labels = [row.label for row in EVERY]
     assert len(labels) == len(set(labels))
 
 

@@ -125,7 +125,9 @@ def test_what_is_recorded_loads_again(on_gpu: None, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(fast_counters.shutil, "which", lambda name: f"/bin/{name}")
-    made = fast_counters.record([("a", 1), ("b", 2)])
+    kept: list[int] = []
+    made = fast_counters.record([("a", 1), ("b", 2)], on_rows=lambda rows: kept.append(len(rows)))
+    assert kept == [4, 8]
     loaded = recordings.load(recordings.write(made, tmp_path / "fast_counters.json"))
     assert [(row["shape"], row["num_tokens"]) for row in loaded.rows] == [("a", 1)] * 4 + [("b", 2)] * 4
     assert loaded.protocol["metrics"] == METRICS and loaded.rows[0]["duration_ns"] == 1000.0

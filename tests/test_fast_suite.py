@@ -59,7 +59,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def recorded(num_tokens: int, tmp_path: Path) -> dict[str, list[dict]]:
     """Rows of one cell by routing, as they load, all of them right and timed."""
-    made = fast_layer.record(("small",), (num_tokens,))
+    kept: list[int] = []
+    made = fast_layer.record(("small",), (num_tokens,), on_rows=lambda rows: kept.append(len(rows)))
+    assert kept[0] < kept[1] == len(made.rows) and len(kept) == len(fast_layer.ROUTINGS), "after each routing"
     rows = recordings.load(recordings.write(made, tmp_path / "fast_layer.json")).rows
     for row in rows:
         assert row["samples_us"] == [1.0, 2.0, 3.0]
@@ -214,7 +216,9 @@ def test_candidates_fit_a_processor() -> None:
 
 
 def test_every_candidate_gets_a_row_that_loads(small: None, tmp_path: Path) -> None:
-    made = fast_choice.record(("small",), (1, 3))
+    kept: list[int] = []
+    made = fast_choice.record(("small",), (1, 3), on_rows=lambda rows: kept.append(len(rows)))
+    assert kept[0] < kept[1] == len(made.rows) and len(kept) == 2, "after each batch size"
     rows = recordings.load(recordings.write(made, tmp_path / "fast_choice.json")).rows
     assert {row["num_tokens"] for row in rows} == {1, 3}
     for num_tokens in (1, 3):

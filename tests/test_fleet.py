@@ -1,88 +1,24 @@
-"""The fleet: a list of targets tuned, cut, taken up again and installed, on replayed and on faulty devices."""
+"""The fleet: a list of targets tuned, cut, taken up again and installed, on replayed devices."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
-import pickle
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from faulty_device import COMPILER, DEVICE
-from synthetic import AXES, SMALL, small_problem, synthetic_landscape
+from small_fleet import AT, ONE, TWO, Bench, Cut, a_fleet, problem_of, statuses
+from small_fleet import small as small  # a fixture of every test here
 
 from moelab import config_files, recordings, runtime
-from moelab.errors import LandscapeError, UnknownNameError
 from moelab.recordings import Recording
-from moelab.studies import fleet, fleet_gain, fleet_job, timeline, tuned_gain
-from moelab.studies.fleet import Fleet
-from moelab.studies.fleet_job import Job, Makers
+from moelab.studies import fleet, fleet_gain, timeline, tuned_gain
+from moelab.studies.fleet_job import Job
 from moelab.studies.targets import TARGETS, Target
-from moelab.tuner import evaluators, journal, landscape
-from moelab.tuner.cluster import RayEvaluator
+from moelab.tuner import journal, landscape
 from moelab.tuner.evaluate import FAILURES
-from moelab.tuner.gpu import GpuEvaluator
 from moelab.tuner.problem import Problem
-from moelab.tuner.replay import ReplayEvaluator, Table
-from moelab.tuner.space import build_space
-
-ONE, TWO = Target("one", 1, keep=True, grid=True), Target("two", 1)
-ROOT = Path(__file__).resolve().parent.parent
-SIZES = {"one": 512, "two": 256}
-AT = (1, 64)
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Two batch sizes, and a repository of our own to install into."""
-    monkeypatch.setattr(fleet, "TUNED_AT", AT)
-    monkeypatch.setattr(fleet, "GRID_AT", (64,))
-    for variable, name in (("MOELAB_DATA_DIR", "data"), ("MOELAB_CONFIG_DIR", "repo_configs")):
-        (tmp_path / name / "recordings").mkdir(parents=True)
-        monkeypatch.setenv(variable, str(tmp_path / name))
-
-
-def problem_of(job: Job) -> Problem:
-    shape = dataclasses.replace(SMALL, name=job.target.model, moe_intermediate_size=SIZES[job.target.model])
-    return dataclasses.replace(small_problem(job.batch_sizes), shape=shape, seed=job.seed)
-
-
-class Bench(ReplayEvaluator):
-    """A replay of a made-up landscape that says it measures, on as many GPUs as it is given."""
-
-    def __init__(self, job: Job, problem: Problem, _: Path) -> None:
-        super().__init__(Table(synthetic_landscape(problem)), problem, seed=problem.seed)
-        self.gpus = len(job.gpus)
-
-    def describe(self) -> dict:
-        return {"kind": "gpu", "measured": True, "devices": self.gpus, "compile_processes": 3, "protocol": "made up"}
-
-
-class Cut(Bench):
-    """One that is interrupted after some results."""
-
-    left = 10
-
-    def run(self, requests):
-        for result in super().run(requests):
-            yield result
-            Cut.left -= 1
-            if Cut.left == 0:
-                raise KeyboardInterrupt
-
-
-def a_fleet(out: Path, targets: Sequence[Target] = (ONE, TWO), bench: type = Bench, **more) -> Fleet:
-    return Fleet(targets, (0, 1, 2, 3), out, makers=Makers(problem_of, bench), **more)
-
-
-def statuses(done: Fleet) -> list[tuple[str, str, str]]:
-    return [(d.job.part, d.job.target.model, d.status) for d in done.done]
-
 
 # --- a whole fleet ----------------------------------------------------------------------------------------------------
 
@@ -167,7 +103,7 @@ def test_a_run_of_other_batch_sizes_is_not_taken_up(tmp_path: Path, monkeypatch:
 
 
 def test_a_part_begins_nothing_once_its_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 10_000, 60))
+    clock = itertools.count(0, 60)
     monkeypatch.setattr(fleet.time, "monotonic", lambda: next(clock))
     done = a_fleet(tmp_path, stop_after_s=100.0)
     done.run(["tune", "grid"])
@@ -339,203 +275,3 @@ def test_the_recorded_timeline_is_whole() -> None:
         assert set(whole["failures"]) <= set(FAILURES) and whole["gpus"] >= 1
         if whole["finished"]:
             assert phases[-1]["phase"] == "layers" and phases[-1]["end_s"] == whole["end_s"]
-
-
-# --- real processes -------------------------------------------------------------------------------------------------------
-
-FEW = AXES | {"BLOCK_SIZE_M": (16,), "BLOCK_SIZE_K": (64,), "num_stages": (2,), "GROUP_SIZE_M": (1,)}
-
-
-def test_four_faulty_devices_cut_and_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real workers and compilers: one config crashes its worker and is no winner; one pool compiles for all four GPUs; a
-    Ctrl-C in the middle loses nothing; each batch size is measured in the process of one GPU at a time."""
-    monkeypatch.setattr(fleet, "TUNED_AT", (1, 16, 64, 256))
-    problem = dataclasses.replace(problem_of(Job("tune", TWO, batch_sizes=fleet.TUNED_AT)), axes=FEW, incumbents={})
-    bad = build_space(problem).configs["up"][2]
-    monkeypatch.setenv("FAULTS", pickle.dumps({}).hex())
-    made: list[GpuEvaluator] = []
-
-    class Interrupted(GpuEvaluator):
-        left = 12
-
-        def describe(self) -> dict:
-            return super().describe() | {"measured": True}
-
-        def run(self, requests):
-            for result in super().run(requests):
-                yield result
-                Interrupted.left -= 1
-                if Interrupted.left == 0:
-                    raise KeyboardInterrupt
-
-    def evaluator(job: Job, problem: Problem, quarantine: Path) -> GpuEvaluator:
-        made.append(Interrupted(
-            problem, job.gpus, device=DEVICE, device_arguments=({bad: "dies"}, str(tmp_path / "trail")), compiler=COMPILER,
-            quarantine=quarantine, measure_s=5.0, processes=1,
-        ))  # fmt: skip
-        return made[-1]
-
-    makers = Makers(lambda job: problem, evaluator)
-    with pytest.raises(KeyboardInterrupt):
-        Fleet((TWO,), (0, 1, 2, 3), tmp_path, makers=makers).run(["tune"])
-    Interrupted.left = 0
-    done = Fleet((TWO,), (0, 1, 2, 3), tmp_path, makers=makers)
-    assert done.run(["tune"]), done.table()
-    assert statuses(done) == [("tune", "two", "resumed")]
-    assert all(len(each.crew.members) == 4 and each.pool.processes == 1 for each in made)
-    assert not any(bad in (b.up, b.down) for b in done.done[0].result.batches.values())
-    assert set(done.done[0].result.batches) == set(fleet.TUNED_AT)
-    (row,) = recordings.load(done.timeline).select(phase="all")
-    assert row["failures"]["crash"] >= 1 and row["gpus"] == 4 and row["resumed"] == 1
-    assert list((tmp_path / "runs" / "two-tp1-tune.quarantine").iterdir())
-
-
-# --- the command ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_command_prints_a_table_and_goes_on_after_ctrl_c(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(fleet, "chosen", lambda names: (ONE, TWO))
-    monkeypatch.setattr(Cut, "left", 10)
-    arguments = ["--parts", "tune", "--gpus", "0,1", "--out", str(tmp_path), "--install"]
-    assert fleet.main(arguments, Makers(problem_of, Cut)) == 130
-    cut = capsys.readouterr().out
-    assert "goes on from" in cut and "cut" in cut.splitlines()[-2]
-    assert fleet.main(arguments, Makers(problem_of, Bench)) == 0
-    said = capsys.readouterr().out
-    assert "resumed" in said and "tuned" in said and "installed" in said
-    assert json.loads((tmp_path / "data" / "recordings" / "tune_timeline.json").read_text())["suite"] == "tune_timeline"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["nobody/tp1"], "Unknown target 'nobody/tp1'"), (["--stop-after", "soon"], "'soon' is no time"),
-        (["--gpus", "two"], "'two' names no GPUs"), (["--parts", "tuna"], "'tuna'"),
-    ],
-)  # fmt: skip
-def test_bad_use_is_status_2(arguments: list[str], words: str, capsys) -> None:
-    with pytest.raises(SystemExit) as caught:
-        fleet.main(arguments, Makers())
-    assert caught.value.code == 2 and words in capsys.readouterr().err
-
-
-def test_times_and_gpus_are_read_as_everywhere() -> None:
-    assert [fleet.seconds_of(text) for text in ("8m", "90s", "1.5h", "30")] == [480.0, 90.0, 5400.0, 30.0]
-    assert fleet.gpus_of("0,3") == (0, 3)
-
-
-@pytest.mark.parametrize(
-    ("via", "expected"), [("ray", ("ray", {"address": "local", "actors": 2})), ("gpus", ("gpu", {}))]
-)
-def test_who_measures_a_job(via: str, expected: tuple, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked = []
-
-    def load(name: str):
-        return lambda problem, *given, **named: asked.append((name, given, named))
-
-    monkeypatch.setattr(evaluators, "load_evaluator", load)
-    Makers().evaluator(Job("scaling", TARGETS[0], gpus=(0, 1), via=via), small_problem((1,)), tmp_path / "bad")
-    ((name, given, named),) = asked
-    assert (name, {k: v for k, v in named.items() if k != "quarantine"}) == expected
-    assert given == (() if via == "ray" else ((0, 1),))
-
-
-@pytest.mark.skipif(runtime.current().mode == "gpu", reason="has a GPU")
-def test_without_a_gpu_the_command_says_so(capsys) -> None:
-    with pytest.raises(SystemExit) as caught:
-        fleet.main([])
-    assert caught.value.code == 2 and "GPU" in capsys.readouterr().err
-
-
-def test_an_unknown_target_is_named() -> None:
-    with pytest.raises(UnknownNameError, match="qwen3-30b-a3b/tp1"):
-        fleet.chosen(["qwen3-30b-a3b/tp11"])
-    assert fleet.chosen(["mixtral-8x7b/tp2"]) == tuple(t for t in TARGETS if t.model == "mixtral-8x7b")
-
-
-def test_a_journal_without_finals_has_no_files(tmp_path: Path) -> None:
-    with pytest.raises(LandscapeError):
-        path = tmp_path / "a.jsonl"
-        header = {
-            "provenance": {},
-            "problem": small_problem((1,)).to_json(),
-            "strategy": {},
-            "space": {},
-            "evaluator": {},
-        }
-        journal.Journal.create(path, header).close()
-        fleet_job.result_of(path).write(tmp_path)
-
-
-def test_a_kill_by_timeout_is_a_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM to the command's own process: a table is printed, and the cut run is in the timeline."""
-    monkeypatch.undo()
-    script = (
-        "import runpy, sys, time; sys.path.insert(0, 'tests'); import test_fleet as t\n"
-        "from moelab.studies import fleet, fleet_job\n"
-        "class Slow(t.Bench):\n"
-        "    def run(self, requests):\n"
-        "        for result in super().run(requests):\n            time.sleep(0.05); yield result\n"
-        "from moelab import runtime; from moelab.tuner import evaluators\n"
-        "runtime.current = lambda: runtime.Runtime('gpu', 'cuda', 'Synthetic H200', '')\n"
-        "fleet_job.gpu_problem = lambda shape, sizes, seed: t.problem_of(fleet_job.Job('tune', t.ONE, batch_sizes=(1, 64)))\n"
-        "fleet_job.make_gpu_evaluator = lambda p, gpus, **_: Slow(fleet_job.Job('tune', t.ONE, gpus=gpus), p, None)\n"
-        "sys.argv = ['fleet', 'qwen3-30b-a3b/tp1', '--gpus', '0', '--parts', 'tune', '--out', sys.argv[1]]\n"
-        "runpy.run_module('moelab.studies.fleet', run_name='__main__')"
-    )
-    child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (found := list(tmp_path.glob("runs/*.jsonl"))) or len(found[0].read_bytes().splitlines()) < 5:
-        assert time.monotonic() < deadline and child.poll() is None
-        time.sleep(0.02)
-    child.terminate()
-    out, _ = child.communicate(timeout=60)
-    assert child.returncode == 130 and "goes on from" in out and "cut" in out
-    assert recordings.load(tmp_path / "recordings" / "tune_timeline.json").rows
-
-
-def test_one_and_two_actors_over_real_ray(tmp_path: Path) -> None:
-    """Replays in the actors; Ray is started once for both runs."""
-    ray = pytest.importorskip("ray")
-    ray.init(num_cpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-
-    def over_ray(job: Job, problem: Problem, _: Path) -> RayEvaluator:
-        return RayEvaluator(problem, landscape=synthetic_landscape(problem), actors=len(job.gpus))
-
-    done = a_fleet(tmp_path, (ONE,), bench=over_ray)
-    try:
-        assert done.run(["scaling"]), done.table()
-    finally:
-        ray.shutdown()
-    rows = recordings.load(done.timeline).select(phase="all")
-    assert [(row["run"], row["gpus"], row["via"]) for row in rows] == [
-        ("one-tp1-scaling-1-ray", 1, "ray"), ("one-tp1-scaling-2-ray", 2, "ray"),
-    ]  # fmt: skip
-    assert rows[1]["end_s"] < rows[0]["end_s"], "simulated seconds: two actors measure at once"
-    winners = [{b: (x.up, x.down) for b, x in d.result.batches.items()} for d in done.done]
-    assert winners[0] == winners[1]
-
-
-@pytest.mark.gpu
-def test_a_small_fleet_on_real_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Qwen3-30B-A3B with 8 configs at two batch sizes on every GPU here, then on 1 and 2, and what it gained."""
-    monkeypatch.delenv("MOELAB_DATA_DIR")
-    import torch
-
-    from moelab.tuner.starting import gpu_problem
-
-    axes = {
-        "num_stages": (3, 4), "BLOCK_SIZE_M": (16, 64), "BLOCK_SIZE_K": (64,), "BLOCK_SIZE_N": (64, 128), "num_warps": (4,),
-        "GROUP_SIZE_M": (1,),
-    }  # fmt: skip
-
-    def problem(job: Job) -> Problem:
-        return dataclasses.replace(gpu_problem(job.target.shape(), job.batch_sizes, seed=job.seed), axes=axes)
-
-    gpus = tuple(range(torch.cuda.device_count()))
-    done = Fleet((TARGETS[0],), gpus, tmp_path, makers=Makers(problem=problem), say=print)
-    assert done.run(["tune", "grid", "gain", "scaling"]), done.table()
-    print(done.table())
-    for row in recordings.load(done.timeline).rows:
-        print({key: row[key] for key in ("run", "phase", "start_s", "end_s", "gpus", "samples", "failures")})
-    assert len(recordings.load(tmp_path / "recordings" / "tuned_gain.json").rows) > 3

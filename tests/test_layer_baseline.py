@@ -43,7 +43,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_pipeline_gets_a_row_that_loads(small: None, tmp_path: Path) -> None:
-    made = layer_baseline.record(("small",), (3,), tuple(PIPELINES))
+    kept: list[int] = []
+    made = layer_baseline.record(("small",), (3,), tuple(PIPELINES), on_rows=lambda rows: kept.append(len(rows)))
+    assert kept == [len(made.rows)]
     rows = recordings.load(recordings.write(made, tmp_path / "layer_baseline.json")).rows
     assert [row["impl"] for row in rows] == list(PIPELINES)
     for row in rows:

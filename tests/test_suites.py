@@ -37,14 +37,19 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_layer_suite_writes_what_loads(small: None, tmp_path: Path) -> None:
-    made = layer_classic.record(("qwen3-30b-a3b/tp1",))
+    kept: list[int] = []
+    made = layer_classic.record(("qwen3-30b-a3b/tp1",), on_rows=lambda rows: kept.append(len(rows)))
+    assert kept == [len(made.rows)]
     loaded = recordings.load(recordings.write(made, tmp_path / "layer_classic.json"))
     assert [row["config_name"] for row in loaded.rows] == ["default", "tuned", "tuned, with alignment"]
     assert all(row["samples_us"] == [1.0, 2.0, 3.0] and row["rel_error"] < 1e-6 for row in loaded.rows)
 
 
 def test_the_speed_suite_times_what_it_has_checked(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = sum_reduce.record_speed([(3, 2, 33)], ("float32", "float64")).rows
+    kept: list[int] = []
+    sizes, dtypes = [(3, 2, 33)], ("float32", "float64")
+    rows = sum_reduce.record_speed(sizes, dtypes, on_rows=lambda rows: kept.append(len(rows))).rows
+    assert kept[0] < kept[1] == len(rows) and len(kept) == 2
     assert {row["impl"] for row in rows if row["dtype"] == "float32"} == set(sum_reduce.available_sum_reduce())
     wrong = dict(sum_reduce.SUM_REDUCE)
     monkeypatch.setitem(sum_reduce.SUM_REDUCE, "triton", lambda x, s, out: wrong["torch"](x, s * 1.001, out))
@@ -80,7 +85,10 @@ def short(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_split_k_suite_writes_what_loads(short: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(split_k, "compile_all", lambda contenders: None)  # errors() calls each; the tests below warm up
-    parts = [split_k.record(("deepseek-v3/tp16",), (batch,)) for batch in (1, 3)]
+    kept: list[int] = []
+    keep = {"on_rows": lambda rows: kept.append(len(rows))}
+    parts = [split_k.record(("deepseek-v3/tp16",), (batch,), **keep) for batch in (1, 3)]
+    assert kept == 2 * [len(parts[0].rows) // 2, len(parts[0].rows)], "after each GEMM"
     made = split_k.merge(parts)
     loaded = recordings.load(recordings.write(made, tmp_path / "split_k.json"))
     assert len(loaded.rows) == 2 * 2 * 16

@@ -71,7 +71,10 @@ def rows_by_label(rows: tuple, num_tokens: int) -> dict:
 
 def test_what_is_written_loads_and_compares(tiny: Path, tmp_path: Path) -> None:
     second = a_run(tmp_path / "second.parquet", SMALL, (UP, UP))
-    made = tuned_gain.record((ONE,), device=DEVICE, config_dir=tiny, second={"tiny/tp1": second})
+    kept: list[int] = []
+    keep = {"on_rows": lambda rows: kept.append(len(rows))}
+    made = tuned_gain.record((ONE,), device=DEVICE, config_dir=tiny, second={"tiny/tp1": second}, **keep)
+    assert kept == [len(made.rows)]
     loaded = recordings.load(recordings.write(made, tmp_path / "tuned_gain.json"))
     assert set(rows_by_label(loaded.rows, 1)) == {"tuned", "default"}
     at3 = rows_by_label(loaded.rows, 3)

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+from error_rows import unhelpful
 from synthetic import SMALL, small_problem, synthetic_landscape
-from test_errors import unhelpful
 
 from moelab import cli, config_files, runtime
 from moelab.chips import TARGETS

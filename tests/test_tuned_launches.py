@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_errors import unhelpful
+from error_rows import unhelpful
 
 from moelab import runtime
 from moelab.config import KernelConfig

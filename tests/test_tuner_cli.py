@@ -56,6 +56,26 @@ def test_replay_into_a_folder(run, recorded: Path, tmp_path: Path) -> None:
     assert dict(answer["timeline"]).keys() == {"compile", "grid", "finalists", "layers"}
 
 
+def test_a_budget_that_leaves_nothing_to_search_says_so(run, recorded: Path, tmp_path: Path) -> None:
+    status, out, _ = run("tune", "--replay", recorded, "--budget", "1s", "--out", tmp_path)
+    said = [line for line in out.splitlines() if line.startswith(("The budget", "Nothing", "Compiled", "About"))]
+    assert status == 0 and said[0].startswith("The budget of 1 s cut the search short, in: compile")
+    command = said[-1].partition("moelab ")[2].split()
+    journal.read(command[2])
+    answer = json.loads(run("tune", "--replay", recorded, "--budget", "1s", "--json")[1])["search"]
+    assert answer["budget_s"] == 1 < answer["needed_s"] and answer["cut"][0] == "compile"
+    assert all(row["compiled"] < row["candidates"] and row["measured"] == 0 for row in answer["batches"])
+    status, out, _ = run(*command, "--json")
+    assert status == 0 and json.loads(out)["search"]["cut"] == [] and json.loads(out)["search"]["needed_s"] is None
+
+
+def test_a_run_without_a_budget_counts_its_candidates_and_says_nothing(run, recorded: Path) -> None:
+    out = run("tune", "--replay", recorded)[1]
+    assert "budget" not in out and "candidates" not in out
+    answer = json.loads(run("tune", "--replay", recorded, "--json")[1])["search"]
+    assert answer["budget_s"] is None and all(row["measured"] > 0 for row in answer["batches"])
+
+
 def test_sglangs_flags_are_taken(run, recorded: Path) -> None:
     flags = ("--tp", 1, "--ep", 1, "--dtype", "auto", "--seed", 1, "--batch-sizes", 1, "--batch-sizes", 64, "--tune")
     assert run("tune", "--replay", recorded, *flags, "--no-down", "--budget", "5m", "--json")[0] == 0

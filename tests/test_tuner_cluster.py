@@ -6,8 +6,8 @@ import importlib.util
 import sys
 
 import pytest
+from error_rows import unhelpful
 from synthetic import small_problem, synthetic_landscape
-from test_errors import unhelpful
 
 from moelab.errors import LandscapeError, RuntimeModeError
 from moelab.tuner.actor import Host
@@ -75,6 +75,18 @@ def compile_share() -> tuple[list, float]:
     session = TuneSession(PROBLEM, evaluator, strategy="grid", settings=SETTINGS)
     requests = next(session.search.compile_all()).requests
     return list(evaluator.run(requests)), evaluator.clock_s()
+
+
+@needs_ray
+def test_a_budget_cuts_compiling_on_a_cluster_too(ray) -> None:
+    """What was left out is compiled by no actor, and what was compiled is measured."""
+    _, compiling = compile_share()
+    evaluator = RayEvaluator(PROBLEM, landscape=RECORDED, actors=2)
+    session = TuneSession(PROBLEM, evaluator, strategy="grid", settings=SETTINGS, budget_s=compiling / 2)
+    coverage = session.run().coverage
+    assert coverage.cut[0] == "compile" and coverage.needed_s > compiling
+    assert all(0 < here.measured <= here.compiled < here.candidates for here in coverage.batches.values())
+    assert not any(o.compile_s for r in session.results() if r.request.rounds for o in r.outcomes)
 
 
 @needs_ray

@@ -189,11 +189,16 @@ def test_a_finished_run_is_read_back_without_measuring(tmp_path: Path) -> None:
 
 
 def test_a_budget_ends_the_search_but_not_the_finals(tmp_path: Path) -> None:
-    free = session(strategy="grid", settings=CHUNKS).run()
+    """Many processes compile here: it is measuring that costs."""
+
+    def quick(problem: Problem = PROBLEM) -> ReplayEvaluator:
+        return ReplayEvaluator(TABLE, problem, compile_processes=60)
+
+    free = session(strategy="grid", settings=CHUNKS, evaluator=quick()).run()
     spent = dict(free.timeline)
     budget = (spent["compile"] + spent["grid"] / 2) / 0.8  # four fifths of it reach half-way into the grid
     path = tmp_path / "run.jsonl"
-    result = session(path, strategy="grid", budget_s=budget, settings=CHUNKS).run()
+    result = session(path, strategy="grid", budget_s=budget, settings=CHUNKS, evaluator=quick()).run()
     assert result.complete and dict(result.timeline)["grid"] == pytest.approx(spent["grid"] / 2, rel=0.1)
     assert {"finalists", "layers"} <= set(dict(result.timeline))
     asked, lines = set(rows(path)), path.read_text().splitlines(keepends=True)
@@ -203,7 +208,7 @@ def test_a_budget_ends_the_search_but_not_the_finals(tmp_path: Path) -> None:
         0.9,
     ):  # as if killed in the compiling, in the grid, in the finals: the same budget still holds
         path.write_text("".join(lines[: round(share * len(lines))]))
-        assert TuneSession.resume(path, evaluator).run().rows() == result.rows()
+        assert TuneSession.resume(path, quick).run().rows() == result.rows()
         assert set(rows(path)) == asked
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from error_rows import unhelpful
 from faulty_device import COMPILER, DEVICE
 from synthetic import small_problem
-from test_errors import unhelpful
 
 from moelab import runtime
 from moelab.config import KernelConfig
@@ -163,6 +163,19 @@ def test_compiling_alone(rack: Rack) -> None:
     assert all(o.compile_s == 0.1 and not o.samples_us for o in result.outcomes)
     (again,) = evaluator.run([up(*CONFIGS[:2])])
     assert failures(again) == [None, "compile"] and not any(o.compile_s for o in again.outcomes)
+
+
+def test_what_is_abandoned_is_not_compiled(rack: Rack) -> None:
+    """A budget that ends the compiling: what waits for it must not come before what is asked for next."""
+    evaluator = rack()
+    running = evaluator.run([up(config, rounds=0) for config in CONFIGS])
+    next(running)
+    running.close()
+    (result,) = evaluator.run([up(CONFIGS[-1])])
+    assert failures(result) == [None] and len(evaluator.pool.known) < len(CONFIGS)
+    assert not evaluator.pool.known.keys() & {("up", config) for config in CONFIGS[6:-1]}
+    (later,) = evaluator.run([up(*CONFIGS[6:])])
+    assert failures(later) == [None] * len(CONFIGS[6:])
 
 
 def test_several_devices_share_the_work(rack: Rack) -> None:

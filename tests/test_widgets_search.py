@@ -208,6 +208,17 @@ def test_pause_stop_and_another_kernel_takes_it_up(tmp_path: Path, finals: Final
     assert other.choice.result().batches == undisturbed.choice.result().batches
 
 
+def test_a_time_limit_that_cuts_the_search_short_is_said(tmp_path: Path, finals: Finals) -> None:
+    tuner = a_tuner(tmp_path, finals)
+    tuner.start()
+    tuner.wait(60)
+    assert "cut the search short" not in text(tuner)
+    tuner.budget.options = [("short", 0.01)]
+    tuner.start()
+    tuner.wait(60)
+    assert "The budget of 0.01 s cut the search short" in text(tuner) and "Nothing was searched" in text(tuner)
+
+
 def test_what_cannot_be_taken_up_is_said(tmp_path: Path, finals: Finals) -> None:
     tuner = a_tuner(tmp_path, finals)
     controls(tuner)["Take up"].click()

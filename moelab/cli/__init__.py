@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moelab.cli import config_commands, printing, tune_command
+from moelab.cli import config_commands, printing, record_command, tune_command
 from moelab.errors import DeviceError, MoelabError, RuntimeModeError
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def explain(
     """Which config file and batch size a kernel gets, and why. Exit status 1 if the device cannot run that config."""
     from moelab.config_files import dtype_selector, lookup
 
-    kernel = None if kernel == "triton" else kernel
+    kernel = None if kernel in ("triton", "grouped_gemm") else kernel
     found = _load(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
     if kernel == "fast":
         if config_dir is not None or down or rules != "moelab":
@@ -187,9 +187,11 @@ def explain(
         dtype_selector=dtype_selector(found.dtype), config_dir=config_dir, rules=rules,
         kernel=kernel,
     )  # fmt: skip
-    problems = _problems(answer, found, device, kernel)
+    problems, warnings = _problems(answer, found, device, kernel), config_commands.kernel_warnings(kernel, config_dir)
+    for warning in warnings:
+        print(f"moelab: {warning}", file=sys.stderr)
     if as_json:
-        printing.print_json(printing.lookup_json(answer, problems))
+        printing.print_json(printing.lookup_json(answer, problems, warnings))
     else:
         printing.print_lookup(answer, problems)
     if problems:
@@ -240,28 +242,7 @@ def bench(
         raise typer.Exit(1)
 
 
-@app.command()
-def record(
-    suite: Annotated[list[str] | None, typer.Argument(metavar="SUITE...", help="Suites, or: all.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the files; default: data/recordings.")] = None,
-    list_them: Annotated[bool, typer.Option("--list", help="List the suites and what was recorded.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Measure a data set again and write it, with its provenance. Exit status 1 if --list finds a broken file."""
-    if list_them:
-        broken = printing.list_suites(as_json)
-        raise typer.Exit(int(broken))
-    if not suite:
-        raise typer.BadParameter("name a suite, or: all. `moelab record --list` lists them.")
-    from moelab import runtime, studies, suites
-
-    names = suites.suite_names(suite, studies.known())
-    if runtime.current().mode != "gpu" and out is None and not set(names) <= set(studies.ANYWHERE):
-        raise RuntimeModeError(
-            f"Recording here ({runtime.current().reason}) would put numbers of this machine in the place of a GPU's. "
-            "Expected a GPU, or a folder of its own. Pass --out DIR."
-        )
-    printing.show_rows([{"wrote": str(path)} for path in suites.record(names, out, studies.known())], as_json)
+app.command()(record_command.record)
 
 
 # --- what the commands share --------------------------------------------------------------------------------------

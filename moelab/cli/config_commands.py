@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moelab.cli import printing
-from moelab.errors import ConfigFileError, MoelabError
+from moelab.errors import ConfigFileError, MoelabError, nearest_names
 
 if TYPE_CHECKING:
     from moelab.config_files import Exported, Finding, Report, Source
@@ -45,6 +45,25 @@ def explain_fast(
         printing.print_json({"kernel": "fast", "form": form, "reason": choice.reason})
     else:
         print(choice.reason)
+
+
+def kernel_warnings(kernel: str | None, config_dir: Path | None) -> list[str]:
+    """A sentence where nobody has a kernel of that name: neither `fused_moe`, nor a reader with config files for it."""
+    from moelab.config_files import kernels_with_files
+    from moelab.tuner.tuned_kernels import TUNED
+
+    known = list(dict.fromkeys([*(k.implementation for k in TUNED.values()), *kernels_with_files(config_dir), "fast"]))
+    if kernel is None or kernel in known:
+        return []
+    from moelab.fused_moe import IMPLEMENTATIONS  # only now: it loads torch
+
+    if kernel in IMPLEMENTATIONS:
+        return []
+    return [
+        f"Nothing here is called {kernel!r}: no implementation of fused_moe, and no config file has kernel={kernel}."
+        f"{nearest_names(kernel, known)} Expected one of {', '.join(known)}, or a kernel of your own. What follows is "
+        "what the launcher does without a file; correct --kernel if that is not meant."
+    ]
 
 
 def export(

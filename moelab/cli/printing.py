@@ -29,7 +29,7 @@ def weight_bytes(found: MoEShape) -> int:
     return (math.prod(found.w13_shape) + math.prod(found.w2_shape)) * dtype_bytes(found.dtype)
 
 
-def lookup_json(answer: Lookup, problems: Sequence[str]) -> dict[str, Any]:
+def lookup_json(answer: Lookup, problems: Sequence[str], warnings: Sequence[str] = ()) -> dict[str, Any]:
     """A lookup as JSON has it."""
     return {
         "config": answer.config.to_json() if answer.config else None,
@@ -38,6 +38,7 @@ def lookup_json(answer: Lookup, problems: Sequence[str]) -> dict[str, Any]:
         "is_default": answer.is_default,
         "steps": [{"what": s.what, "result": s.result, "reason": s.reason} for s in answer.steps],
         "problems": list(problems),
+        "warnings": list(warnings),
     }
 
 
@@ -91,8 +92,9 @@ def listing(values: Mapping[str, Any]) -> str:
 
 
 def list_suites(as_json: bool) -> bool:
-    """Print suites and recordings; whether a file is broken."""
-    from moelab import recordings, studies
+    """Print suites and recordings, and what cut runs have left; whether a file is broken."""
+    from moelab import recordings, studies, suites
+    from moelab.suites.partial import partials
 
     found = {item.suite: item for item in recordings.list_recordings()}
     rows: list[dict[str, Any]] = []
@@ -100,7 +102,8 @@ def list_suites(as_json: bool) -> bool:
         item = found.get(name)
         text = "not recorded" if item is None else item.recording.source() if item.recording else f"BROKEN {item.error}"
         count = len(item.recording.rows) if item and item.recording else None
-        rows.append({"suite": name, "rows": count, "recording": text})
+        cut = ", ".join(map(str, partials(suites.target(name)))) or None
+        rows.append({"suite": name, "rows": count, "recording": text, "cut": cut})
     show_rows(rows, as_json)
     return any(item.error for item in found.values())
 

@@ -53,7 +53,7 @@ def tune(
     down: Annotated[bool, typer.Option("--down/--no-down", help="A config file of its own for GEMM2.")] = True,
     strategy: Annotated[str, typer.Option("--strategy", help="race, forest, grid or random.")] = "race",
     budget: Annotated[
-        str | None, typer.Option("--budget", help="As 5m: after most of it, only the finals are run.")
+        str | None, typer.Option("--budget", help="As 5m: of it 0.6 at most compile, after 0.8 only the finals run.")
     ] = None,
     routing: Annotated[str, typer.Option("--routing", help="uniform, zipf, dirichlet, or a file of ids.")] = "uniform",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of inputs, routings and the search.")] = 0,
@@ -258,6 +258,7 @@ def _report(result: TuneResult, run: Path | None, files: list[Path], as_json: bo
             {
                 "source": result.source, "kernel": result.problem.kernel, "run": str(run) if run else None,
                 "files": [str(path) for path in files],
+                "search": result.coverage.to_json() if result.coverage else None,
                 "spent_s": result.spent_s, "timeline": [list(item) for item in result.timeline],
                 "failures": dict(result.failures), "batches": result.rows(), "configs": configs,
             }
@@ -268,6 +269,8 @@ def _report(result: TuneResult, run: Path | None, files: list[Path], as_json: bo
     print(printing.table([_shown_row(row) for row in result.rows()]))
     phases = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in result.timeline)
     print(f"\n{_minutes(result.spent_s)} in all: {phases}")
+    for sentence in result.coverage.sentences(str(run) if run else None) if result.coverage else []:
+        print(sentence)
     for path in files:
         print(f"wrote {path}")
 

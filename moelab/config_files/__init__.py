@@ -18,7 +18,7 @@ from moelab.config_files.diagnosis import doctor
 from moelab.config_files.exporting import Exported, Source, export, export_path, left_out, sources
 from moelab.config_files.findings import Finding, Report
 from moelab.config_files.names import FileName, dtype_selector, file_name, parse_file_name
-from moelab.config_files.places import version_folders
+from moelab.config_files.places import kernels_with_files, version_folders
 from moelab.config_files.rules import DTYPE_SELECTORS, RULES, Rules, get_rules, rules_table
 from moelab.config_files.search import Lookup, Step, lookup, nearest_key
 
@@ -39,6 +39,7 @@ __all__ = [
     "export_path",
     "file_name",
     "get_rules",
+    "kernels_with_files",
     "left_out",
     "lookup",
     "nearest_key",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
 from pathlib import Path
 
-from moelab.config_files.rules import Rules
+from moelab.config_files.names import parse_file_name
+from moelab.config_files.rules import Rules, get_rules
 from moelab.errors import ConfigFileError
 
 VERSION_FOLDER = re.compile(r"triton_(\d+(?:_\d+)*)")
@@ -30,6 +32,17 @@ def folders(rules: Rules, config_dir: str | Path | None = None) -> list[tuple[Pa
             f"installed. Expected one of them. Pass config_dir (--config-dir), as {rules.environment} would name it."
         )
     return found
+
+
+def kernels_with_files(config_dir: str | Path | None = None) -> list[str]:
+    """The kernels beside the exchange kernel that have files where moelab's lookup searches, for whatever shape, device and
+    Triton version; sorted. config_dir: as in `folders`."""
+    found = set()
+    for folder, _ in folders(get_rules("moelab"), config_dir):
+        for path in (path for version in version_folders(folder) for path in version.glob("*,kernel=*.json")):
+            with contextlib.suppress(ConfigFileError):  # a name that no lookup asks for: the doctor's business
+                found.add(str(parse_file_name(path.name, "moelab").kernel))
+    return sorted(found)
 
 
 def _own_folder(rules: Rules) -> list[tuple[Path, str]]:

@@ -11,7 +11,7 @@ from moelab import suites
 from moelab.recordings import Recording
 from moelab.studies import tuned_gain, tuner_regret
 
-STUDIES: Mapping[str, Callable[[], Recording]] = {
+STUDIES: Mapping[str, Callable[..., Recording]] = {
     "tuned_gain": tuned_gain.record,
     "tuner_regret": tuner_regret.record,
 }
@@ -20,6 +20,6 @@ ANYWHERE = ("tuner_regret",)
 """Studies whose numbers come from recorded landscapes: they are the same with a GPU and without."""
 
 
-def known() -> dict[str, Callable[[], Recording]]:
+def known() -> dict[str, Callable[..., Recording]]:
     """Every suite and study by name."""
     return {**suites.SUITES, **STUDIES}

@@ -24,6 +24,7 @@ from moelab.shapes import MoEShape
 from moelab.studies.targets import TARGETS, Target
 from moelab.suites.bench import judge
 from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
+from moelab.suites.partial import OnRows, ignore
 from moelab.tuner import landscape
 from moelab.tuner.finals import Finals
 from moelab.tuner.landscape import Landscape
@@ -49,6 +50,7 @@ def record(
     device: str | None = None,
     config_dir: Path | None = None,
     second: Mapping[str, str | Path] | None = None,
+    on_rows: OnRows = ignore,
 ) -> Recording:
     """Every target that has a file of its own for this device and Triton, at every batch size of it.
 
@@ -66,12 +68,13 @@ def record(
                 f"None of {', '.join(target.name for target in targets)} has a config file for {device} under this Triton. "
                 "Expected one at least. Tune them first: make tuned."
             )
-        rows = []
+        rows: list[dict[str, Any]] = []
         for target, pairs in found.items():
             if pairs:
                 others = {"shipped": shipped_pairs(target.shape(), device, sglang, tuple(pairs))}
                 others["second"] = second_pairs(target, device, second)
                 rows += target_rows(target, pairs, others)
+                on_rows(rows)
     protocol = protocol_for(1).describe() | {
         "rotations": "in each row", "layer": "GEMM1, activation, GEMM2, sum-reduce; alignment made beforehand",
         "placements": PLACEMENTS,

@@ -19,8 +19,9 @@ from moelab.suites import (
     sum_reduce,
     tma_overhead,
 )
+from moelab.suites.partial import record_kept
 
-SUITES: dict[str, Callable[[], Recording]] = {
+SUITES: dict[str, Callable[..., Recording]] = {
     "ceilings": ceilings.record,
     "sum_reduce_precision": sum_reduce.record_precision,
     "sum_reduce": sum_reduce.record_speed,
@@ -39,21 +40,24 @@ that lacks it loses no other recording."""
 
 
 def record(
-    suites: Sequence[str], out: Path | None = None, known: Mapping[str, Callable[[], Recording]] = SUITES
+    suites: Sequence[str], out: Path | None = None, known: Mapping[str, Callable[..., Recording]] = SUITES
 ) -> list[Path]:
     """Run suites one after another, writing each recording as soon as it is done; "all" means every one that is known,
     those of LAST at the end.
 
     out: folder of the files; None is data/recordings. Raises UnknownNameError before anything runs, and
-    RuntimeModeError where a suite needs a GPU, or ncu; what was done before stays written.
+    RuntimeModeError where a suite needs a GPU, or ncu; what was done before stays written. A suite that is cut leaves what it
+    measured beside its file, in one that partial.py names.
     """
-    return [
-        recordings.write(known[name](), None if out is None else out / f"{name}.json")
-        for name in suite_names(suites, known)
-    ]
+    return [record_kept(name, known[name], target(name, out)) for name in suite_names(suites, known)]
 
 
-def suite_names(asked: Sequence[str], known: Mapping[str, Callable[[], Recording]] = SUITES) -> list[str]:
+def target(suite: str, out: Path | None = None) -> Path:
+    """The file that a suite's recording goes to."""
+    return (recordings.recordings_dir() if out is None else out) / f"{suite}.json"
+
+
+def suite_names(asked: Sequence[str], known: Mapping[str, Callable[..., Recording]] = SUITES) -> list[str]:
     """The suites asked for, "all" spelled out, LAST at the end. Raises UnknownNameError for a name that is not known."""
     for name in asked:
         if name != "all" and name not in known:

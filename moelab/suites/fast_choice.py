@@ -21,6 +21,7 @@ from moelab.shapes import MoEShape
 from moelab.suites import fast_layer as suite
 from moelab.suites.bench import judge
 from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
+from moelab.suites.partial import OnRows, ignore
 from moelab.suites.screening import quick, short_pass
 
 CANDIDATES = (
@@ -83,6 +84,7 @@ def record(
     names: Sequence[str] = tuple(suite.SHAPES),
     batches: Sequence[int] = suite.BATCHES,
     routings: Sequence[str] = ("uniform",),
+    on_rows: OnRows = ignore,
 ) -> Recording:
     """Every candidate at every cell. Raises RuntimeModeError without a GPU."""
     runtime.require_cuda("the suite 'fast_choice'")
@@ -93,6 +95,7 @@ def record(
         for routing, num_tokens in itertools.product(routings, batches):
             layer = Layer(shape, num_tokens, protocol_for(num_tokens).rotations, weights, routing)
             rows += cell(name, layer, routing)
+            on_rows(rows)
         del weights, layer
         torch.cuda.empty_cache()
     protocol = {**short_pass(protocol_for(1).rotations).describe(), "rotations": "in each row"}

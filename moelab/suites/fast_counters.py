@@ -21,6 +21,7 @@ from moelab.errors import RecordingError, RuntimeModeError
 from moelab.recordings import Recording
 from moelab.suites import fast_layer as suite
 from moelab.suites.layer_classic import Layer, weight_sets
+from moelab.suites.partial import OnRows, ignore
 
 CELLS = (
     ("mixtral-8x7b/tp2", 8192),
@@ -126,7 +127,7 @@ def profiled(name: str, num_tokens: int, metrics: Mapping[str, str]) -> list[dic
     return [{**common, "launch": label, **row} for label, row in zip(LAUNCHES, rows, strict=True)]
 
 
-def record(cells: Sequence[tuple[str, int]] = CELLS) -> Recording:
+def record(cells: Sequence[tuple[str, int]] = CELLS, on_rows: OnRows = ignore) -> Recording:
     """Counters of every launch of every cell. Raises RuntimeModeError without a GPU or without ncu, RecordingError."""
     runtime.require_cuda("the suite 'fast_counters'")
     if shutil.which("ncu") is None:
@@ -136,7 +137,10 @@ def record(cells: Sequence[tuple[str, int]] = CELLS) -> Recording:
         )
     query = subprocess.run(["ncu", "--query-metrics", "--chip", "gh100"], capture_output=True, text=True)
     metrics = chosen_metrics(query.stdout.splitlines())
-    rows = [row for name, num_tokens in cells for row in profiled(name, num_tokens, metrics)]
+    rows: list[dict[str, Any]] = []
+    for name, num_tokens in cells:
+        rows += profiled(name, num_tokens, metrics)
+        on_rows(rows)
     protocol = {
         "tool": "ncu, caches flushed before each replay, clocks left alone",
         "metrics": metrics,

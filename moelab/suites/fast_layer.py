@@ -39,6 +39,7 @@ from moelab.suites import layer_classic
 from moelab.suites.bench import cost_of, judge
 from moelab.suites.fast_rivals import classic, grouped_mm
 from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
+from moelab.suites.partial import OnRows, ignore
 from moelab.suites.screening import quick
 
 SHAPES = {
@@ -306,7 +307,10 @@ def samples_of(measured: Mapping[Any, Measurement], label: Any) -> dict[str, Any
 
 
 def record(
-    names: Sequence[str] = tuple(SHAPES), batches: Sequence[int] = BATCHES, routings: Sequence[str] = ROUTINGS
+    names: Sequence[str] = tuple(SHAPES),
+    batches: Sequence[int] = BATCHES,
+    routings: Sequence[str] = ROUTINGS,
+    on_rows: OnRows = ignore,
 ) -> Recording:
     """Six shapes, from one token to 8192, uniform and skewed. Minutes on an H200. Raises RuntimeModeError elsewhere."""
     runtime.require_cuda("the suite 'fast_layer'")
@@ -321,6 +325,7 @@ def record(
                     rows += cell(name, layer, routing, ablation=routing == "uniform")
                 except MoelabError as error:  # the other cells are still worth having
                     rows.append({"shape": name, "num_tokens": num_tokens, "routing": routing, "refused": str(error)})
+                on_rows(rows)
         del weights, layer
         torch.cuda.empty_cache()
     protocol = {

@@ -24,6 +24,7 @@ from moelab.recordings import Recording
 from moelab.routing import expected_experts_touched
 from moelab.suites.bench import cost_of, judge
 from moelab.suites.layer_classic import SHAPES, Layer, protocol_for, shape_of, weight_sets
+from moelab.suites.partial import OnRows, ignore
 from moelab.suites.screening import quick, usable
 
 BATCHES = (1, 4, 16, 64, 256, 1024, 4096, 8192)
@@ -174,7 +175,10 @@ def _tiles_of(chosen: Chosen | None, counts: Sequence[int]) -> dict[str, Any]:
 
 
 def record(
-    names: Sequence[str] = tuple(SHAPES), batches: Sequence[int] = BATCHES, impls: Sequence[str] = IMPLS
+    names: Sequence[str] = tuple(SHAPES),
+    batches: Sequence[int] = BATCHES,
+    impls: Sequence[str] = IMPLS,
+    on_rows: OnRows = ignore,
 ) -> Recording:
     """Every implementation on the peers' four shapes, from one token to 8192. Some minutes on an H200.
 
@@ -188,6 +192,7 @@ def record(
         for num_tokens in batches:
             layer = Layer(shape, num_tokens, protocol_for(num_tokens).rotations, weights)
             rows += cell(name, layer, impls)
+            on_rows(rows)
         del weights, layer
         torch.cuda.empty_cache()
     protocol = {

@@ -23,6 +23,7 @@ from moelab.measure import Measurement, Protocol, measure, rotations_for
 from moelab.recordings import Recording
 from moelab.reference import fused_moe_ref
 from moelab.shapes import MoEShape, load_model
+from moelab.suites.partial import OnRows, ignore
 
 # Preset and sharding of each shape that data/upstream/h200_sglang.json names.
 SHAPES = {
@@ -143,7 +144,7 @@ def sample_rows(count: int, each: int = 24) -> torch.Tensor:
     return torch.cat([torch.arange(start, min(count, start + each)) for start in starts]).unique()
 
 
-def record(names: tuple[str, ...] = tuple(SHAPES)) -> Recording:
+def record(names: tuple[str, ...] = tuple(SHAPES), on_rows: OnRows = ignore) -> Recording:
     """Every row of sglang's file: the same shape, batch size and configs, checked, then timed interleaved."""
     runtime.require_cuda("the suite 'layer_classic'")
     rows: list[dict[str, Any]] = []
@@ -152,6 +153,7 @@ def record(names: tuple[str, ...] = tuple(SHAPES)) -> Recording:
         weights = weight_sets(shape)
         for peer in (row for row in peer_rows() if row["name"] == name):
             rows += _rows(name, shape, weights, peer)
+            on_rows(rows)
         del weights
         torch.cuda.empty_cache()
     protocol = protocol_for(1).describe() | {"rotations": "in each row"}

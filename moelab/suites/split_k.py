@@ -23,6 +23,7 @@ from moelab.measure import Measurement, Protocol, measure
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape, load_model
 from moelab.suites.layer_classic import sample_rows
+from moelab.suites.partial import OnRows, ignore
 from moelab.suites.stages import VARIANTS, Contender, Stage, reference, rows_of, weight_sets
 
 Key = tuple[str, int]  # variant and SPLIT_K
@@ -182,7 +183,9 @@ def protocol_for(stage: Stage) -> Protocol:
     return Protocol(rotations=stage.rotations, rounds=15, graph_us=300.0)
 
 
-def record(shapes: Sequence[str] = tuple(SHAPES), batches: Sequence[int] | None = None) -> Recording:
+def record(
+    shapes: Sequence[str] = tuple(SHAPES), batches: Sequence[int] | None = None, on_rows: OnRows = ignore
+) -> Recording:
     """The map, or the part of it that `shapes` and `batches` name: parts are put together by `merge`.
 
     batches: None takes each shape's own. Parts of a few minutes each on an H200: the shapes at tp1, the finest
@@ -196,6 +199,7 @@ def record(shapes: Sequence[str] = tuple(SHAPES), batches: Sequence[int] | None 
             weights = weight_sets(stage_name, shape)
             for num_tokens in batches if batches is not None else SHAPES[name]:
                 rows += cell(name, Stage(stage_name, shape, num_tokens, weights))
+                on_rows(rows)
             del weights
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # the next shape's weights may be most of the memory

@@ -12,6 +12,7 @@ from moelab.kernels.sum_reduce import SUM_REDUCE, available_sum_reduce, sum_redu
 from moelab.measure import Contender, Protocol, measure, rotations_for
 from moelab.recordings import Recording
 from moelab.suites.layer_classic import sample_rows
+from moelab.suites.partial import OnRows, ignore
 
 UPSTREAM_CASE: dict[str, Any] = {"num_tokens": 1024, "top_k": 9, "hidden": 4096, "scale": 0.3}
 SCALE = 0.3
@@ -60,7 +61,9 @@ def record_precision() -> Recording:
 
 
 def record_speed(
-    cases: list[tuple[int, int, int]] = SPEED_CASES, dtypes: tuple[str, ...] = ("bfloat16", "float64")
+    cases: list[tuple[int, int, int]] = SPEED_CASES,
+    dtypes: tuple[str, ...] = ("bfloat16", "float64"),
+    on_rows: OnRows = ignore,
 ) -> Recording:
     """Every implementation on every size, checked against float64 first, then timed interleaved."""
     runtime.require_cuda("the suite 'sum_reduce'")
@@ -68,6 +71,7 @@ def record_speed(
     for name in dtypes:
         for num_tokens, top_k, hidden in cases:
             rows += _speed_rows(runtime.torch_dtype(name), num_tokens, top_k, hidden)
+            on_rows(rows)
     protocol = speed_protocol(1).describe() | {"rotations": "in each row"}
     return Recording("sum_reduce", runtime.provenance(seed=0), protocol, tuple(rows))
 

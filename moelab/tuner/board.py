@@ -25,6 +25,8 @@ class Board:
     and would move the finalists against the others; who wins is for `results.decide`.
 
     configs[gemm]: those of the space, then the incumbents that are not in it. failures: how many outcomes by class.
+    compiled[gemm] (configs,): went through the compiler; left_out[gemm]: shall not, for want of time.
+    looked_at[gemm] (batch sizes, configs): was measured, finals aside.
     """
 
     def __init__(self, problem: Problem, space: Space) -> None:
@@ -39,16 +41,21 @@ class Board:
         size = {gemm: (len(self.row), len(configs)) for gemm, configs in self.configs.items()}
         self._median: dict[Gemm, Floats] = {gemm: np.full(size[gemm], np.inf) for gemm in GEMMS}
         self._samples: dict[tuple[Gemm, int, int], list[float]] = {}
-        self.broken = {gemm: np.zeros(size[gemm][1], dtype=bool) for gemm in GEMMS}
+        self.broken, self.compiled, self.left_out = (
+            {gemm: np.zeros(size[gemm][1], dtype=bool) for gemm in GEMMS} for _ in range(3)
+        )
+        self.looked_at = {gemm: np.zeros(size[gemm], dtype=bool) for gemm in GEMMS}
 
     @cached_property
     def representative(self) -> dict[Gemm, NDArray[np.int64]]:
-        """(batch sizes, configs): the index of the config that is measured in each one's place."""
+        """(batch sizes, configs): the index of the config that is measured in each one's place, none that was left out in
+        the place of one that was not."""
         found = {}
         for gemm, configs in self.configs.items():
-            rows = []
+            rows, index = [], self.index[gemm]
+            first = [configs[i] for i in np.argsort(self.left_out[gemm], kind="stable")]
             for b in self.problem.batch_sizes:
-                same, index = representatives(configs, self.problem, gemm, b), self.index[gemm]
+                same = representatives(first, self.problem, gemm, b)
                 rows.append([index[same[config]] for config in configs])
             found[gemm] = np.array(rows, dtype=np.int64).reshape(len(rows), len(configs))
         return found
@@ -59,10 +66,16 @@ class Board:
         return {gemm: np.array([c.BLOCK_SIZE_M for c in configs]) for gemm, configs in self.configs.items()}
 
     def candidates(self, gemm: Gemm, num_tokens: int) -> list[int]:
-        """Indices of the space's configs worth a measurement at that batch size: compiled, and one of each program."""
+        """Indices of the space's configs worth a measurement at that batch size: not left out, nor refused by the compiler,
+        and one of each program."""
         count, own = len(self.space.configs[gemm]), self.representative[gemm][self.row[num_tokens]]
-        keep = (own == np.arange(len(own))) & ~self.broken[gemm]
+        keep = (own == np.arange(len(own))) & ~self.broken[gemm] & ~self.left_out[gemm]
         return np.flatnonzero(keep[:count]).tolist()
+
+    def leave_out(self, gemm: Gemm, configs: Iterable[KernelConfig]) -> None:
+        """These are not compiled, and not measured; before anything is."""
+        self.left_out[gemm][[self.index[gemm][config] for config in configs]] = True
+        self.__dict__.pop("representative", None)
 
     def add(self, results: Iterable[Result]) -> None:
         """Take in what came back."""
@@ -74,6 +87,10 @@ class Board:
                 if request.stage == "layer":
                     continue
                 gemm, i = request.stage, self.index[request.stage][contender[0]]
+                if request.rounds == 0 or outcome.failure != "unrecorded":
+                    self.compiled[gemm][i] = True
+                    if request.rounds and not request.interleaved:
+                        self.looked_at[gemm][self.row[request.num_tokens], i] = True
                 if outcome.failure is not None:
                     if request.rounds == 0:
                         self.broken[gemm][i] = True

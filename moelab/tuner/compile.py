@@ -195,6 +195,11 @@ class CompilePool:
         self._asked.update(fresh)
         self._queue.extend(fresh)
 
+    def drop_waiting(self) -> None:
+        """Nobody waits for what is queued any more: it is not compiled, unless it is asked for again."""
+        self._asked.difference_update(self._queue)
+        self._queue.clear()
+
     def take_over(self, kernel: Kernel, compiled: Compiled) -> None:
         """Know of a kernel that another process on this machine has compiled into the same cache."""
         if kernel not in self._asked:

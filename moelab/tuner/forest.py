@@ -19,7 +19,7 @@ from moelab.errors import RuntimeModeError
 from moelab.tuner.evaluate import Request
 from moelab.tuner.features import features, floor_us
 from moelab.tuner.problem import GEMMS, Gemm
-from moelab.tuner.search import Plan, Search, Step
+from moelab.tuner.search import Plan, Search, Step, samples_of
 
 TREES = 32
 START_SHARE = 0.4
@@ -47,12 +47,14 @@ def forest(search: Search) -> Plan:
         for b in search.problem.batch_sizes:
             same = search.board.representative[gemm][search.board.row[b]]
             first += search.requests(gemm, b, sorted({int(same[i]) for i in drawn}), search.settings.brief)
-    yield (Step("start", tuple(first)))
+    in_a_round = round(samples_of(first) * (1 - START_SHARE) / START_SHARE / ROUNDS)
+    yield (Step("start", tuple(first), later=ROUNDS * in_a_round))
     for number in range(ROUNDS):
         predicted = _predict(search, make(number), inputs)
         if predicted is None:
             return
-        yield (Step(f"round {number + 1}", tuple(_wanted(search, predicted))))
+        later = (ROUNDS - number - 1) * in_a_round
+        yield (Step(f"round {number + 1}", tuple(_wanted(search, predicted)), later=later))
 
 
 def _regressor() -> Any:

@@ -11,7 +11,7 @@ import math
 
 from moelab.tuner.evaluate import Request
 from moelab.tuner.problem import GEMMS, Gemm
-from moelab.tuner.search import Plan, Search, Step, samples_of
+from moelab.tuner.search import Plan, Search, Step, by_turns, samples_of
 
 
 def race(search: Search) -> Plan:
@@ -23,15 +23,14 @@ def race(search: Search) -> Plan:
     first = [r for (gemm, b), scouts in chosen.items() for r in search.requests(gemm, b, scouts, brief)]
     ahead = _ahead(search)
     yield (Step("scouts", tuple(first), later=ahead))
-    rest: list[Request] = []
+    groups: list[list[Request]] = []
     for (gemm, b), scouts in chosen.items():
-        others = sorted(set(search.board.candidates(gemm, b)) - set(scouts))
-        rest += search.requests(gemm, b, others, brief, stop_above_us=_bound(search, gemm, b))
-    yield (Step("screen", tuple(rest), later=ahead - samples_of(rest)))
-    near = [
-        r for b in between for gemm in GEMMS for r in search.requests(gemm, b, _near(search, gemm, b, anchors), brief)
-    ]
-    yield (Step("neighbours", tuple(near)))
+        others = search.by_promise(gemm, set(search.board.candidates(gemm, b)) - set(scouts))
+        groups.append(search.requests(gemm, b, others, brief, stop_above_us=_bound(search, gemm, b)))
+    rest = by_turns(groups)
+    yield (Step("screen", rest, later=ahead - samples_of(rest)))
+    near = [search.requests(gemm, b, _near(search, gemm, b, anchors), brief) for b in between for gemm in GEMMS]
+    yield (Step("neighbours", by_turns(near)))
     longer: list[Request] = []
     for b in search.problem.batch_sizes:
         for gemm in GEMMS:

@@ -12,6 +12,7 @@ from moelab.config import KernelConfig
 from moelab.config_files import dtype_selector, file_name, write_config_file
 from moelab.errors import LandscapeError
 from moelab.tuner.board import Board
+from moelab.tuner.coverage import Coverage
 from moelab.tuner.evaluate import Outcome, Result
 from moelab.tuner.problem import Pair, Problem
 
@@ -105,7 +106,8 @@ def provisional(board: Board, num_tokens: int) -> BatchResult:
 @dataclass(frozen=True)
 class TuneResult:
     """Winners by batch size. complete: every batch size went through the finals. source: what was measured, or replayed.
-    spent_s: seconds, on the evaluator's clock; timeline: (phase, seconds). failures: class -> outcomes."""
+    spent_s: seconds, on the evaluator's clock; timeline: (phase, seconds). failures: class -> outcomes. coverage: how much
+    of the candidates the search reached; None where only its end is known."""
 
     problem: Problem
     batches: Mapping[int, BatchResult]
@@ -113,6 +115,7 @@ class TuneResult:
     spent_s: float
     timeline: tuple[tuple[str, float], ...]
     failures: Mapping[str, int]
+    coverage: Coverage | None = None
 
     @property
     def complete(self) -> bool:

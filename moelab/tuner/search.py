@@ -11,14 +11,25 @@ import dataclasses
 import itertools
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from moelab.config import KernelConfig
 from moelab.tuner.board import Board
 from moelab.tuner.evaluate import Contender, Request, Result, Stage
+from moelab.tuner.order import promising
 from moelab.tuner.problem import GEMMS, Gemm, Pair, Problem
 from moelab.tuner.space import Space
+
+SEARCH_SHARE = 0.8
+"""Share of a budget after which nothing is begun that can be left out: the rest is for the finals."""
+
+COMPILE_SHARE = 0.6
+"""Share of a budget after which no more candidates are compiled: those that are get the looks that fit before SEARCH_SHARE."""
+
+COMPILE_CHUNK = 32
+"""Most kernels in a request that only compiles: the clock is looked at after each."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +64,13 @@ class Settings:
 @dataclass(frozen=True)
 class Step:
     """Requests that may be answered in any order. phase: its name for people. needed: measured even past the budget.
-    later: about how many samples will be asked for after this step."""
+    later: about how many samples will be asked for after this step. share: of a budget, after which no more of it is begun."""
 
     phase: str
     requests: tuple[Request, ...]
     needed: bool = False
     later: int = 0
+    share: float = SEARCH_SHARE
 
 
 Answers = Sequence[Result | None]
@@ -88,22 +100,45 @@ class Search:
         *,
         stop_above_us: float | None = None,
         repeat: int = 0,
+        chunk: int | None = None,
     ) -> list[Request]:
-        """Requests of up to `chunk` contenders each for configs of the board, by index."""
+        """Requests of up to `chunk` contenders each (default: the settings') for configs of the board, by index."""
         contenders: list[Contender] = [(self.board.configs[gemm][i],) for i in indices]
-        size = self.settings.chunk
+        size = chunk or self.settings.chunk
         return [
             Request(gemm, num_tokens, tuple(contenders[i : i + size]), rounds, False, stop_above_us, repeat)
             for i in range(0, len(contenders), size)
         ]
 
+    @cached_property
+    def _promise(self) -> dict[KernelConfig, int]:
+        every = list(dict.fromkeys(config for gemm in GEMMS for config in self.board.configs[gemm]))
+        incumbents = self.problem.incumbents.values()
+        known = dict.fromkeys(config for pairs in incumbents for pair in pairs.values() for config in pair)
+        return {every[i]: rank for rank, i in enumerate(promising(every, list(known), self.draws(4)))}
+
+    def by_promise(self, gemm: Gemm, indices: Iterable[int]) -> list[int]:
+        """Configs of the board, by index, the most promising first; the same order for both GEMMs."""
+        return sorted(indices, key=lambda i: self._promise[self.board.configs[gemm][i]])
+
     def compile_all(self) -> Plan:
-        """Compile every candidate once, for all batch sizes; what does not compile is asked for no more."""
-        first = self.problem.batch_sizes[0]
-        requests = [
-            request for gemm in GEMMS for request in self.requests(gemm, first, range(len(self.board.configs[gemm])), 0)
-        ]
-        yield (Step("compile", tuple(requests)))
+        """Compile every candidate once, for all batch sizes, the most promising first and the GEMMs by turns. What does not
+        compile, and what the budget's share for compiling did not reach, is asked for no more."""
+        board, first, chunk = self.board, self.problem.batch_sizes[0], min(COMPILE_CHUNK, self.settings.chunk)
+        requests = by_turns(
+            self.requests(gemm, first, self.by_promise(gemm, range(len(board.configs[gemm]))), 0, chunk=chunk)
+            for gemm in GEMMS
+        )
+        answers = yield (Step("compile", requests, share=COMPILE_SHARE))
+        for request, answer in zip(requests, answers, strict=True):
+            if answer is None and request.stage != "layer":
+                board.leave_out(request.stage, [config for (config,) in request.contenders])
+
+
+def by_turns(groups: Iterable[Sequence[Request]]) -> tuple[Request, ...]:
+    """The first request of each group, then the second ones: a budget that ends a step early then cuts all groups alike."""
+    turns = itertools.zip_longest(*groups)
+    return tuple(request for turn in turns for request in turn if request is not None)
 
 
 def samples_of(requests: Iterable[Request]) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from moelab import runtime
 from moelab.errors import RuntimeModeError
 from moelab.tuner.board import Board
+from moelab.tuner.coverage import Coverage, covered, needed_s
 from moelab.tuner.evaluate import Evaluator, Request, Result, tidy
 from moelab.tuner.header import make_header, read_header
 from moelab.tuner.journal import Content, Journal
@@ -25,9 +26,6 @@ from moelab.tuner.strategies import plan
 PROGRESS_EVERY_S = 0.05
 """Shortest time between two reports of progress within a phase: each looks through the whole board."""
 
-SEARCH_SHARE = 0.8
-"""Share of a budget after which nothing is begun that can be left out: the rest is for the finals."""
-
 MakeEvaluator = Callable[[Problem], Evaluator]
 
 
@@ -39,7 +37,8 @@ class TuneSession:
     """A tuning run. `run` blocks; `start` runs it in a thread, for notebooks. Made by `TuneSession(...)` or `resume`.
 
     problem: what is tuned. evaluator: who measures. strategy: a name of STRATEGIES. run: path of the journal, None for
-    none. budget_s: seconds on the evaluator's clock, of which the search takes SEARCH_SHARE; the finals are always run.
+    none. budget_s: seconds on the evaluator's clock, of which the search takes SEARCH_SHARE, and compiling ahead COMPILE_SHARE
+    (search.py); the finals are always run.
     on_progress: called with a `Progress` in the run's thread: after the first and the last result of a phase, and in between
     after a result at most every PROGRESS_EVERY_S.
     Raises UnknownNameError for an unknown strategy, JournalError if the journal is there already or in use.
@@ -78,6 +77,8 @@ class TuneSession:
         self._on_progress = on_progress
         self._known: dict[str, Result] = {}
         self._decided: dict[int, BatchResult] = {}
+        self._searched: list[Step] = []
+        self._cut: dict[str, None] = {}
         self._pace, self._state = Pace(), "new"
         self._go, self._stopping = threading.Event(), False
         self._go.set()
@@ -198,7 +199,12 @@ class TuneSession:
                     self._record(result)
                     if self._spent(step):
                         break
-        return [self._known.get(key) for key in keys]
+        answers = [self._known.get(key) for key in keys]
+        if not step.needed:
+            self._searched.append(step)
+            if None in answers:
+                self._cut[step.phase] = None
+        return answers
 
     def _enter(self, step: Step, missing: Mapping[str, Request]) -> None:
         pace, total = self._pace, samples_of(step.requests)
@@ -214,7 +220,7 @@ class TuneSession:
     def _spent(self, step: Step) -> bool:
         if step.needed or self.budget_s is None:
             return False
-        return self.evaluator.clock_s() >= SEARCH_SHARE * self.budget_s
+        return self.evaluator.clock_s() >= step.share * self.budget_s
 
     def _record(self, result: Result) -> None:
         result = tidy(result)
@@ -278,4 +284,12 @@ class TuneSession:
         timeline = tuple((name, starts[i + 1][1] - at) for i, (name, at) in enumerate(starts[:-1]))
         described = self.evaluator.describe()
         source = described.get("source") or f"measured on {self.problem.device}, triton {self.problem.triton_version}"
-        return TuneResult(self.problem, batches, source, spent, timeline, dict(self.board.failures))
+        return TuneResult(self.problem, batches, source, spent, timeline, dict(self.board.failures), self.coverage())
+
+    def coverage(self) -> Coverage:
+        """How much of the candidates was compiled and measured so far, and what the budget cut."""
+        batches, needed = {b: covered(self.board, b) for b in self.problem.batch_sizes}, None
+        if self._cut and self.budget_s is not None:
+            spent, about = self.evaluator.clock_s(), self.evaluator.describe()
+            needed = max(self.budget_s, needed_s(self._searched, self._known, spent, about))
+        return Coverage(self.budget_s, tuple(self._cut), batches, needed)

@@ -8,32 +8,31 @@ from moelab.errors import UnknownNameError, nearest_names
 from moelab.tuner.forest import forest
 from moelab.tuner.problem import GEMMS
 from moelab.tuner.race import race
-from moelab.tuner.search import Finals, Plan, Search, Step, finals
+from moelab.tuner.search import Finals, Plan, Search, Step, by_turns, finals
 
 
 def grid(search: Search) -> Plan:
     """Every candidate at every batch size, `long` samples each: what records a landscape."""
     yield from search.compile_all()
-    requests = [
-        request
+    groups = [
+        search.requests(gemm, b, search.board.candidates(gemm, b), search.settings.long)
         for b in search.problem.batch_sizes
         for gemm in GEMMS
-        for request in search.requests(gemm, b, search.board.candidates(gemm, b), search.settings.long)
     ]
-    yield (Step("grid", tuple(requests)))
+    yield (Step("grid", by_turns(groups)))
 
 
 def random(search: Search) -> Plan:
     """A `fraction` of each GEMM's configs, the same at every batch size so that few are compiled, `long` samples each."""
-    requests = []
+    groups = []
     for side, gemm in enumerate(GEMMS):
         configs = len(search.space.configs[gemm])
         chosen = set(search.draws(1, side).permutation(configs)[: max(1, round(search.settings.fraction * configs))])
         for b in search.problem.batch_sizes:
             row = search.board.representative[gemm][search.board.row[b]]
             programs = sorted({int(row[i]) for i in chosen})
-            requests += search.requests(gemm, b, programs, search.settings.long)
-    yield (Step("random", tuple(requests)))
+            groups.append(search.requests(gemm, b, programs, search.settings.long))
+    yield (Step("random", by_turns(groups)))
 
 
 STRATEGIES: Mapping[str, Callable[[Search], Plan]] = {"race": race, "forest": forest, "grid": grid, "random": random}

@@ -128,6 +128,7 @@ class Supervisor:
             for number in numbers:
                 self._open.pop(number, None)
             self._whole.clear()
+            self.pool.drop_waiting()
 
     def clock_s(self) -> float:
         """See `Evaluator`: wall time since the first request, and what was recalled."""

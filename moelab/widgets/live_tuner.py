@@ -184,6 +184,7 @@ class LiveTuner(widgets.VBox):
     def _run(self, session: TuneSession) -> None:
         try:
             session.run()
+            self._said = " ".join(session.coverage().sentences())
         except Exception as error:
             self._error, self._said = error, f"{type(error).__name__}: {error}"
         try:

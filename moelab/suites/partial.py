@@ -1,0 +1,58 @@
+"""What a suite has measured so far, kept beside its target until it is done: a run that is cut loses nothing.
+
+A suite that goes shape by shape takes `on_rows` and calls it with all rows so far after each step. `moelab record` hands it a
+`keeper`, whose file is a recording of its own: `recordings.load(path)` reads it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moelab import recordings, runtime
+from moelab.recordings import Recording
+
+OnRows = Callable[[Sequence[Mapping[str, Any]]], None]
+"""Takes all rows so far; called after each step."""
+
+PROTOCOL = {"kind": "partial: the run was cut, or is under way; timed as the suite's finished recording says"}
+
+
+def ignore(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Keep nothing: for who calls a suite's `record` and holds its rows anyway."""
+
+
+def partials(target: Path) -> list[Path]:
+    """What cut runs have left beside that file, the oldest first."""
+    found = target.parent.glob(f"{target.name}.partial*") if target.parent.is_dir() else ()
+    return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
+def keeper(suite: str, target: Path) -> OnRows:
+    """An `on_rows` that writes each time all rows so far into a new file beside `target`, whole, as a recording.
+
+    It raises what `recordings.write` does: a row that the finished recording would be refused for ends the run at once.
+    """
+    taken = {path.name for path in partials(target)}
+    names = (f"{target.name}.partial{number or ''}" for number in range(len(taken) + 1))
+    path = target.with_name(next(name for name in names if name not in taken))
+    provenance = runtime.provenance(seed=0)
+
+    def keep(rows: Sequence[Mapping[str, Any]]) -> None:
+        if rows:
+            recordings.write(Recording(suite, provenance, PROTOCOL, tuple(rows)), path)
+
+    return keep
+
+
+def record_kept(suite: str, measure: Callable[..., Recording], target: Path) -> Path:
+    """Run a suite and write its recording to `target`. Until then its rows so far are kept beside it, if it takes `on_rows`;
+    once it is written, no partial of the suite is left there."""
+    takes = "on_rows" in inspect.signature(measure).parameters
+    recording = measure(on_rows=keeper(suite, target)) if takes else measure()
+    written = recordings.write(recording, target)
+    for path in partials(target):
+        path.unlink()
+    return written

@@ -1,0 +1,93 @@
+"""Rows of bad input for the tests of errors: what a row is, how it is judged, and the good inputs that rows spoil."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from moelab import inputs, runtime, shapes
+from moelab.config import KernelConfig
+from moelab.errors import MoelabError
+from moelab.fused_moe import fused_moe
+from moelab.kernels.align import align
+from moelab.kernels.grouped_gemm import grouped_gemm
+
+DEVICE = runtime.current().device
+SHAPE = shapes.MoEShape("tiny", num_experts=4, top_k=2, hidden_size=32, moe_intermediate_size=16, dtype="float32")
+CONFIG = KernelConfig(16, 16, 16, 1)
+HUGE = KernelConfig(128, 256, 128, 1, 8, 4)
+
+
+class Row(NamedTuple):
+    """label; what to call with a folder; the exception; words its message must contain."""
+
+    label: str
+    call: Callable[[Path], object]
+    error: type[MoelabError]
+    words: tuple[str, ...]
+
+
+def moe(impl: str = "triton", **changes: object) -> torch.Tensor:
+    """fused_moe on good inputs, some of them replaced; a callable changes the good one."""
+    good = dataclasses.asdict(inputs.make_inputs(SHAPE, 5, device=DEVICE))
+    given = {name: change(good.get(name)) if callable(change) else change for name, change in changes.items()}
+    return fused_moe(**(good | given), impl=impl)
+
+
+def gemm(a=None, alignment_rows: int = 16, way: Callable = grouped_gemm, **changes: object) -> torch.Tensor:
+    """A grouped GEMM on good inputs, some of them replaced."""
+    good = inputs.make_inputs(SHAPE, 5, device=DEVICE)
+    aligned = align(good.topk_ids, alignment_rows, 4)
+    given = {"config": CONFIG, "num_pairs": 10, "top_k": 2, **changes}
+    return way(good.hidden_states if a is None else a, good.w13, aligned, **given)
+
+
+def x(*size: int, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> torch.Tensor:
+    return torch.ones(size, dtype=dtype, device=device)
+
+
+def with_environment(name: str, value: str, call: Callable[[], object]) -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, value)
+        return call()
+
+
+def cut(text: str) -> str:
+    return text[:-9]
+
+
+def judge(row: Row, folder: Path) -> str:
+    """Run a row; its message. Fails if nothing is raised, or another class, or words are missing."""
+    with pytest.raises(MoelabError) as caught:
+        row.call(folder)
+    message = str(caught.value)
+    assert type(caught.value) is row.error, f"{type(caught.value).__name__}: {message}"
+    missing = [word for word in row.words if word not in message]
+    assert not missing, f"{missing} not in: {message}"
+    return message
+
+
+# --- what every message has ------------------------------------------------------------------------------------
+
+INSTRUCTIONS = """
+    Add Align Build Call Cast Change Check Choose Compare Compute Correct Count Draw Fetch Flatten Give
+    Install Look Lower Make Map Measure Move Name Pass Raise Read Record Rename Reshape Restore Route Run Save
+    Skip Take Tune Use
+""".split()  # noqa: SIM905
+EITHER = "|".join([*INSTRUCTIONS, *(word.lower() for word in INSTRUCTIONS)])
+INSTRUCTION = re.compile(rf"(^|[,;:] (or )?)({EITHER})\b")
+
+
+def unhelpful(message: str) -> str | None:
+    """What a message lacks: the word "expected", or a last sentence that says what to do. None if it has both."""
+    if "expected" not in message.lower():
+        return f"does not say what was expected: {message}"
+    if not INSTRUCTION.search(re.split(r"(?<=[.?])\s", message)[-1]):
+        return f"does not end with what to do: {message}"
+    return None
