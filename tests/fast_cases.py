@@ -20,6 +20,7 @@ SMALL = Instance(1, 1, 3, 16, 8, 8, per_processor=2)
 MIDDLE = Instance(2, 1, 3, 64, 16, 16)
 WIDE = Instance(2, 2, 2, 176, 48, 16)
 SMALL_PAIR, MIDDLE_PAIR, WIDE_PAIR = (replace(each, cluster=2) for each in (SMALL, MIDDLE, WIDE))
+MIDDLE_PERMUTED, PAIR_PERMUTED, WIDE_PERMUTED = (replace(each, permutes=1) for each in (MIDDLE, MIDDLE_PAIR, WIDE))
 CLUSTERS = [each for each in CANDIDATES if each.cluster > 1]
 
 needs_compiler = pytest.mark.skipif(
@@ -50,7 +51,7 @@ def compare(
         ids = torch.stack([torch.randperm(experts, generator=g)[:top_k] for _ in range(num_tokens)]).int()
     weights = torch.rand(num_tokens, top_k, generator=g)
     tiles = ordered(ids, experts, instance, hidden)
-    out, _, _, ready = emulated_gpu.run_layer(
+    out, _, _, ready, _ = emulated_gpu.run_layer(
         x, w13, w2, weights, ids, tiles, instance, scale=1.5, weights_on_input=on_input, blocks=blocks, source=source,
         late=late,
     )  # fmt: skip

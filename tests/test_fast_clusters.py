@@ -66,7 +66,7 @@ def test_a_block_that_ends_while_the_other_may_reach_it_is_seen(
 
 LATE = [
     ("fast_layer.cu", "across1 * S::CLUSTER", "across1", (45, 2, 1, 64, 64), 4),  # GEMM2 waits for GEMM1
-    ("fast_sums.cuh", "W::Tile::CLUSTER * W", "W", (45, 2, 1, 64, 64), 4),  # the sums wait for GEMM2
+    ("fast_sums.cuh", "W::Tile::CLUSTER * W", "W", (45, 2, 2, 64, 64), 4),  # the sums wait for GEMM2
     ("fast_sums.cuh", "across2 * S::CLUSTER", "across2", (8, 1, 2, 64, 64), 2),  # who is last over a few tokens adds up
 ]
 
@@ -89,7 +89,7 @@ def test_a_form_of_single_blocks_keeps_its_recorded_name() -> None:
     assert {repr(each) for each in ALL} <= recorded
     assert repr(MIDDLE_PAIR) == repr(MIDDLE)[:-1] + ", cluster=2)"
     assert eval(repr(MIDDLE_PAIR)) == MIDDLE_PAIR != MIDDLE == eval(repr(MIDDLE))
-    assert MIDDLE_PAIR.shape == "Shape<2, 1, 3, 64, 16, 16, 1, 2>"
+    assert MIDDLE_PAIR.shape == "Shape<2, 1, 3, 64, 16, 16, 1, 2, 0>"
 
 
 @pytest.mark.parametrize("instance", [MIDDLE, MIDDLE_PAIR])

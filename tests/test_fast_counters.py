@@ -11,10 +11,9 @@ import torch
 
 from moelab import recordings, runtime, suites
 from moelab.errors import RecordingError, RuntimeModeError
-from moelab.kernels.fast_instances import instance_for
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape
-from moelab.suites import fast_counters
+from moelab.suites import fast_counters, fast_layer
 
 METRICS = {"duration_ns": "gpu__time_duration.sum", "registers": "launch__registers_per_thread"}
 HEAD = '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
@@ -164,7 +163,7 @@ def test_each_launch_once_warm_then_once_marked_in_order(monkeypatch: pytest.Mon
     small = MoEShape.from_sizes(num_experts=8, top_k=2, hidden_size=64, moe_intermediate_size=32, dtype="float32")
 
     def launches(label: str, given: object):
-        assert given == instance_for(3, small.top_k, small.num_experts)
+        assert given == fast_layer.instance_of(small, 3)
         return lambda i: seen.append(label)
 
     marks = SimpleNamespace(cudaProfilerStart=lambda: seen.append("<"), cudaProfilerStop=lambda: seen.append(">"))

@@ -17,7 +17,16 @@ from moelab.errors import RuntimeModeError
 from moelab.fused_moe import available_implementations, fused_moe
 from moelab.inputs import MoEInputs
 from moelab.kernels.expert_order import expert_order
-from moelab.kernels.fast_instances import ALL, INSTANCES, ONE_TOKEN, PAIRED, Instance, instance_for
+from moelab.kernels.fast_instances import (
+    ALL,
+    INSTANCES,
+    ONE_TOKEN,
+    PAIRED,
+    PERMUTED,
+    PERMUTED_PAIRED,
+    Instance,
+    instance_for,
+)
 from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM, fast_layer
 from moelab.kernels.few_tokens import FORMS
 from moelab.measure import tie
@@ -44,7 +53,7 @@ def call(case: Case, i: MoEInputs) -> torch.Tensor:
         patch.setattr(
             fast,
             "choose",
-            lambda tokens, top_k, experts, *others: Choice(instance_for(tokens, top_k, experts), ""),
+            lambda tokens, top_k, experts, inner, *others: Choice(instance_for(tokens, top_k, experts, inner), ""),
         )
         return fused_moe(
             i.hidden_states, i.w13, i.w2, topk_weights=i.topk_weights, topk_ids=i.topk_ids, impl="fast", **case.options
@@ -72,19 +81,33 @@ TILE = KernelConfig(16, 32, 32, 1, 4, 2)
 def test_a_choice_says_why() -> None:
     some, many = choose(5, 8, 128, 768, 2048), choose(8192, 8, 128, 768, 2048)
     assert some.form is INSTANCES[8] and some.reason.startswith("one launch: 0.312 rows an expert")
-    assert many.form is INSTANCES[176] and "512 rows" in many.reason
+    assert many.form is PERMUTED and "512 rows" in many.reason and many.reason.endswith("written out by expert")
     few, short = choose(5, 1, 4, 256, 5120), choose(64, 8, 256, 256, 7168)
     assert few.form is None and "classic: GEMM1 has at most 16 tiles" in few.reason
     assert short.form is None and "classic: an inner size of 256" in short.reason
     assert choose(4096, 8, 256, 256, 7168).form is INSTANCES[176]
-    assert choose(4096, 8, 128, 768, 2048).form is PAIRED
+    assert choose(8192, 8, 256, 256, 7168).form is PAIRED and choose(4096, 8, 128, 768, 2048).form is PERMUTED_PAIRED
+    assert choose(8192, 4, 32, 1792, 2048).form is PERMUTED_PAIRED
+    assert choose(8192, 8, 128, 640, 2048).form is INSTANCES[176] and choose(8192, 8, 128, 641, 2048).form is PERMUTED
+
+
+def test_few_experts_get_forms_that_a_skewed_batch_does_not_slow() -> None:
+    """Of 8 or 16 experts one may get most of a batch: not the forms of their even share."""
+    gated = Gated(TILE, TILE)
+    assert (
+        choose(256, 2, 8, 7168, 4096, gated).form is PERMUTED and choose(256, 16, 64, 7168, 4096).form is INSTANCES[96]
+    )
+    assert choose(128, 1, 16, 2048, 5120, gated).form is gated
+    assert choose(129, 1, 16, 2048, 5120, gated).form is INSTANCES[16]
+    assert choose(129, 2, 32, 2048, 5120, gated).form is gated
 
 
 def test_a_few_tokens_have_a_form_of_their_own() -> None:
-    """Whether or not there are tuned configs; but not where pairs would read an expert's weights too often."""
+    """Up to two tokens whether or not there are tuned configs; but not where pairs would read an expert's weights too often."""
     for gated in (None, Gated(TILE, TILE)):
-        few = choose(3, 8, 128, 768, 2048, gated)
-        assert few.form is FORMS[0] and "two launches for a few tokens: 24 pairs" in few.reason
+        few = choose(2, 8, 128, 768, 2048, gated)
+        assert few.form is FORMS[0] and "two launches for a few tokens: 16 pairs" in few.reason
+    assert choose(3, 8, 128, 768, 2048).form is FORMS[0] and isinstance(choose(3, 8, 128, 768, 2048, gated).form, Gated)
     assert choose(4, 2, 8, 7168, 4096).form is INSTANCES[8]
     assert choose(1, 8, 128, 768 * 200, 2048).form is ONE_TOKEN
     assert choose(0, 8, 128, 768, 2048).form is None

@@ -35,6 +35,7 @@ print("done")
 """
 INSTANCE = Instance(2, 1, 2, 32, 16, 16)
 PAIR = replace(INSTANCE, cluster=2)
+PERMUTED, PERMUTED_PAIR = (replace(each, permutes=1) for each in (INSTANCE, PAIR))
 
 
 def launch_files(folder: Path, instance: Instance) -> list[str]:
@@ -89,7 +90,7 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++, 
 
 
 @needs_compiler
-@pytest.mark.parametrize("instance", [INSTANCE, PAIR], ids=str)
+@pytest.mark.parametrize("instance", [INSTANCE, PAIR, PERMUTED, PERMUTED_PAIR], ids=str)
 def test_no_two_threads_race(tmp_path: Path, instance: Instance) -> None:
     said = races_of(SOURCE, tmp_path, instance)
     assert "data race" not in said and said.startswith("done"), said[:4000]

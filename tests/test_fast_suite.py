@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def recorded(num_tokens: int, tmp_path: Path) -> dict[str, list[dict]]:
 
 
 def test_every_contender_gets_a_row_that_loads(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    served = instance_for(3, SMALL.top_k, SMALL.num_experts)
+    served = fast_layer.instance_of(SMALL, 3)
     monkeypatch.setattr(fast_layer, "choose_form", lambda *asked: Choice(served, ""))
     rows = recorded(3, tmp_path)
     uniform = [row["impl"] for row in rows["uniform"]]
@@ -194,8 +195,9 @@ def test_neighbours() -> None:
     ("num_tokens", "top_k", "num_experts"), [(1, 8, 128), (64, 8, 128), (8192, 2, 8), (4096, 8, 256)]
 )
 def test_candidates_are_near_the_rows_of_an_expert(num_tokens: int, top_k: int, num_experts: int) -> None:
-    found = fast_choice.candidates_for(num_tokens, top_k, num_experts)
-    assert found[0] == instance_for(num_tokens, top_k, num_experts) and 1 < len(found) == len(set(found))
+    shape = MoEShape.from_sizes(num_experts=num_experts, top_k=top_k, hidden_size=64, moe_intermediate_size=768)
+    found = fast_choice.candidates_for(num_tokens, shape)
+    assert found[0] == instance_for(num_tokens, top_k, num_experts, 768) and 1 < len(found) == len(set(found))
     assert num_tokens > 1 or max(each.tokens for each in found) <= 16
     assert num_tokens < 4096 or min(each.tokens for each in found) >= 32
 
@@ -205,7 +207,7 @@ def test_candidates_for_a_few_tokens(num_tokens: int) -> None:
     found = fast_choice.forms_for(num_tokens, SMALL)
     few = [each for each in found if isinstance(each, FewTokens)]
     assert set(few) == (set(FORMS) if num_tokens < 5 else set()) and len(set(found)) == len(found)
-    first = fast_layer.served_by(SMALL, num_tokens) or instance_for(num_tokens, SMALL.top_k, SMALL.num_experts)
+    first = fast_layer.served_by(SMALL, num_tokens) or fast_layer.instance_of(SMALL, num_tokens)
     assert found[0] == first and isinstance(first, FewTokens) == (num_tokens == 1)
 
 
@@ -218,20 +220,22 @@ def test_candidates_fit_a_processor() -> None:
 def test_every_candidate_gets_a_row_that_loads(small: None, tmp_path: Path) -> None:
     kept: list[int] = []
     made = fast_choice.record(("small",), (1, 3), on_rows=lambda rows: kept.append(len(rows)))
-    assert kept[0] < kept[1] == len(made.rows) and len(kept) == 2, "after each batch size"
+    assert kept == sorted(set(kept)) and kept[-1] == len(made.rows) and len(kept) == 4, (
+        "after each batch size and routing"
+    )
     rows = recordings.load(recordings.write(made, tmp_path / "fast_choice.json")).rows
     assert {row["num_tokens"] for row in rows} == {1, 3}
-    for num_tokens in (1, 3):
-        of_cell = [row for row in rows if row["num_tokens"] == num_tokens]
+    for num_tokens, routing in itertools.product((1, 3), fast_layer.ROUTINGS):
+        of_cell = [row for row in rows if (row["num_tokens"], row["routing"]) == (num_tokens, routing)]
         assert [row["by_rule"] for row in of_cell] == [True] + [False] * (len(of_cell) - 1)
         assert all(row["samples_us"] == [1.0, 2.0, 3.0] and row["within_bound"] for row in of_cell)
 
 
 def test_a_candidate_that_is_wrong_is_told_and_not_timed(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = fast_choice.candidates_for(3, SMALL.top_k, SMALL.num_experts)[1]
+    wrong = fast_choice.candidates_for(3, SMALL)[1]
     assert not isinstance(wrong, FewTokens)
     monkeypatch.setattr(fast_layer, "fast_layer", lambda *a, **k: stand_in(*a, **k) + (a[6] == wrong))
-    (row,) = [row for row in fast_choice.record(("small",), (3,)).rows if not row["within_bound"]]
+    (row,) = [row for row in fast_choice.record(("small",), (3,), ("uniform",)).rows if not row["within_bound"]]
     assert row["instance"] == repr(wrong) and row["problem"] and "samples_us" not in row
 
 
@@ -246,11 +250,11 @@ def test_the_rule_is_near_the_best_recorded() -> None:
         for b in fast_layer.BATCHES:
             times = {
                 row["instance"]: statistics.median(row["samples_us"])
-                for row in recorded.select(shape=name, num_tokens=b)
+                for row in recorded.select(shape=name, num_tokens=b, routing="uniform")
             }
             form = choose_for(shape, b, None, recorded.provenance["gpu"]).form
             served = "" if form is None else fast_layer.name_of(form)
-            rule = served if served in times else repr(instance_for(b, shape.top_k, shape.num_experts))
+            rule = served if served in times else repr(fast_layer.instance_of(shape, b))
             lost[name, b] = times[rule] / min(times.values())
     assert len(lost) == 48 and max(lost.values()) < 1.09, max(lost, key=lambda cell: lost[cell])
     assert statistics.geometric_mean(lost.values()) < 1.01

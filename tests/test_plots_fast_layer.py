@@ -339,7 +339,7 @@ def test_other_forms_stand_beside_the_instances() -> None:
     assert list(panel.figure.data[0].y)[:2] == ["few 1×256 2×256", "gated"]
     assert "1 row by 1024 columns" in panel.figure.layout.title.subtitle.text
     assert panel.table[0]["the rule’s"] == "few 1×256 2×256"
-    assert fast_ideas.rule_in_use(CHOICE)(SHAPES["mixtral"], 1) == repr(instance_for(1, 2, 8))
+    assert fast_ideas.rule_in_use(CHOICE)(SHAPES["mixtral"], 1) == repr(instance_for(1, 2, 8, 7168))
     assert "1 row by 1024" not in fast_ideas.instances(CHOICE, SHAPES).figure.layout.title.subtitle.text
 
 

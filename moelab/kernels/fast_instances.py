@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -104,19 +104,38 @@ PAIRED, PAIRED_ROWS = Instance(2, 2, 4, 176, 16, 16, cluster=2), (176, 304)
 """For as many rows an expert as two blocks of a cluster take at once, each half of them: they share the weights. Faster at 256
 rows in all five shapes of data/recordings/fast_choice.json that have them, slower at 128 and 512."""
 
-ALL = (ONE_TOKEN, *INSTANCES.values(), PAIRED)
+PERMUTED, PERMUTED_PAIRED = (replace(each, permutes=1) for each in (INSTANCES[176], PAIRED))
+"""The same where tokens are first written out in order of expert: their second reading, and all that follow, are TMA's."""
+
+ALL = (ONE_TOKEN, *INSTANCES.values(), PAIRED, PERMUTED, PERMUTED_PAIRED)
+
+READS_TO_PERMUTE = 6
+"""Tiles of weight rows that read the same tokens in GEMM1, from which it is faster to permute the tokens: in
+data/recordings/fast_choice.json at six (Qwen3-30B-A3B) and more, not at two (DeepSeek-V3 tp8) or three (Qwen3-235B-A22B tp4),
+where memory has more to move than GEMM1 takes."""
+
+PAIRED_AGAIN = 768
+"""Rows an expert gets from which blocks that permute are paired again: then few rows are left over in a pair's last tile. In
+the same recording at 1024 rows pairs are faster, at 512 slower."""
+
+FEW_EXPERTS, THEIR_ROWS = 8, 32
+"""Of so few experts one may get most of a skewed batch: from that many rows on the widest tile, which does not read weights
+twice where an expert gets twice its share."""
 
 MOST_ROWS = {8: 3.0, 16: 11.0, 48: 23.0, 96: 90.0}
 """Widest tile of tokens -> the most rows, as an expert gets them if tokens spread evenly, that it is used for. The fastest
 forms of data/recordings/fast_choice.json lie on either side of each limit, at half and at twice as many rows or nearer."""
 
 
-def instance_for(num_tokens: int, top_k: int, num_experts: int) -> Instance:
-    """The instance for a batch, by the rows that an expert gets if tokens spread evenly."""
+def instance_for(num_tokens: int, top_k: int, num_experts: int, moe_intermediate_size: int) -> Instance:
+    """The instance for a batch, by the rows that an expert gets if tokens spread evenly. Sizes as on this rank."""
     if num_tokens == 1:
         return ONE_TOKEN
     rows = num_tokens * top_k / num_experts
-    if PAIRED_ROWS[0] < rows <= PAIRED_ROWS[1]:
-        return PAIRED
-    fits = (most for most, limit in MOST_ROWS.items() if rows <= limit or num_tokens <= most)
-    return INSTANCES[next(fits, 176)]
+    paired = PAIRED_ROWS[0] < rows <= PAIRED_ROWS[1]
+    fits = next((most for most, limit in MOST_ROWS.items() if rows <= limit or num_tokens <= most), 176)
+    if num_experts <= FEW_EXPERTS and rows > THEIR_ROWS and num_tokens > 96:
+        fits = 176
+    if fits == 176 and 2 * moe_intermediate_size > (READS_TO_PERMUTE - 1) * PERMUTED.rows:
+        return PERMUTED_PAIRED if paired or rows > PAIRED_AGAIN else PERMUTED
+    return PAIRED if paired else INSTANCES[fits]

@@ -79,7 +79,10 @@ def tensor_maps(instance: Instance, w13: Tensor, w2: Tensor, rows: Tensor, inner
             (K_STEP, 8, 2, rows_of_a_load // 16, 1),
         ),
         TensorMap((size, hidden, experts), (size, hidden * size), (K_STEP, rows_of_a_load, 1)),
-        *(TensorMap((each.shape[1], each.shape[0]), (each.shape[1],), (K_STEP, instance.box)) for each in (rows, inner)),
+        *(
+            TensorMap((each.shape[1], each.shape[0]), (each.shape[1],), (K_STEP, instance.box))
+            for each in (rows, inner)
+        ),
     )
 
 

@@ -47,6 +47,16 @@ slower from 64 to 256. From 512 rows on it is faster in five cells of seven, by 
 is worth there is to be measured with its own."""
 
 
+MOST_TOKENS_BEFORE_GATED = 2
+"""Tokens up to which a form for a few tokens serves although there are tuned configs of GATED_KERNEL: from three on tokens may
+share experts, whose weights that form reads for each. In data/recordings/fast_choice.json at four tokens the gated kernel is
+slower by no more than 3 % if tokens choose evenly, and faster in every shape if their choice is skewed."""
+
+FEW_EXPERTS, MOST_TOKENS_OF_FEW_EXPERTS = 16, 128
+"""Of so few experts one may get a large part of a skewed batch, whose weights small tiles then read again and again: with more
+tokens than that the one-launch layer serves (as recorded there: Llama-4-Scout tp4 at 256 tokens)."""
+
+
 @dataclass(frozen=True)
 class Gated:
     """GATED_KERNEL's tuned configs of GEMM1 and of GEMM2."""
@@ -79,14 +89,15 @@ def choose(
     gated: what the tuned files of GATED_KERNEL have for it, if there are any.
     """
     few = form_for(num_tokens, top_k, num_experts, hidden_size, moe_intermediate_size)
-    if few is not None:
+    if few is not None and (gated is None or num_tokens <= MOST_TOKENS_BEFORE_GATED):
         return Choice(
             few, f"two launches for a few tokens: {num_tokens * top_k} pairs of a token and an expert, a program for every few "
             "elements of each, no order and no tiles",
         )  # fmt: skip
     rows = num_tokens * top_k / num_experts
     even = f"{rows:.3g} rows an expert if tokens spread evenly"
-    if gated is not None and rows <= MOST_ROWS_OF_GATED:
+    uneven = num_experts <= FEW_EXPERTS and num_tokens > MOST_TOKENS_OF_FEW_EXPERTS
+    if gated is not None and rows <= MOST_ROWS_OF_GATED and not uneven:
         return Choice(gated, f"{GATED_KERNEL} with its tuned configs: {even}, at most {MOST_ROWS_OF_GATED}")
     tiles = min(num_tokens * top_k, num_experts) * -(-2 * moe_intermediate_size // 128)
     if tiles < FEW_TILES:
@@ -96,11 +107,12 @@ def choose(
         )
     if moe_intermediate_size <= SHORT_INNER and rows < ENOUGH_ROWS:
         return Choice(None, f"classic: an inner size of {moe_intermediate_size} is short for one launch, with {even}")
-    instance = instance_for(num_tokens, top_k, num_experts)
+    instance = instance_for(num_tokens, top_k, num_experts, moe_intermediate_size)
     blocks = f"{instance.per_processor} block{'s' * (instance.per_processor > 1)} a multiprocessor"
+    permuted = ", tokens first written out by expert" if instance.permutes else ""
     return Choice(
         instance,
-        f"one launch: {even}: tiles of at most {instance.tokens} tokens by {instance.rows} weight rows, {blocks}",
+        f"one launch: {even}: tiles of at most {instance.tokens} tokens by {instance.rows} weight rows, {blocks}{permuted}",
     )
 
 

@@ -135,7 +135,7 @@ def _said(means: Means, ideas: Sequence[str], batches: Sequence[int], single: Se
 
 def short(instance: str) -> str:
     """An instance's repr as "16×128 w1 s6 b2": tokens by weight rows of a tile, multiplying warpgroups, stages, blocks on a
-    multiprocessor; and "c2" with clusters of two. Of a form for a few tokens "few 1×1024 2×256": rows by columns of
+    multiprocessor; "c2" with clusters of two, "p" where tokens are first permuted. Of a form for a few tokens "few 1×1024 2×256": rows by columns of
     weights in a tile of GEMM1 and of GEMM2; and "gated", under its tuned configs."""
     if not instance.startswith(("Instance", "FewTokens")):
         return "gated"
@@ -144,7 +144,7 @@ def short(instance: str) -> str:
         return f"few {' '.join(f'{rows}×{columns}' for rows, columns in tiles)}"
     field = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", instance)}
     rows = 64 * field["warpgroups"] * field["row_blocks"]
-    cluster = f" c{field['cluster']}" if "cluster" in field else ""
+    cluster = (f" c{field['cluster']}" if "cluster" in field else "") + (" p" if "permutes" in field else "")
     return (
         f"{field['tokens']}×{rows} w{field['warpgroups']} s{field['stages']} b{field.get('per_processor', 1)}{cluster}"
     )
@@ -166,22 +166,22 @@ def rule_in_use(recording: Recording) -> Rule:
     rule follows the recording, whose `by_rule` is of the rule before. Of a recording of instances alone, what their rule
     chooses.
     """
-    from moelab.kernels.fast_instances import instance_for
     from moelab.pipelines.fast import choose_for
-    from moelab.suites.fast_layer import name_of
+    from moelab.suites.fast_layer import instance_of, name_of
 
     others = any(not row["instance"].startswith("Instance") for row in recording.rows if "instance" in row)
     device = str(recording.provenance["gpu"])
 
     def rule(shape: MoEShape, num_tokens: int) -> str:
         served = choose_for(shape, num_tokens, None, device).form if others else None
-        return name_of(served or instance_for(num_tokens, shape.top_k, shape.num_experts))
+        return name_of(served or instance_of(shape, num_tokens))
 
     return rule
 
 
 def instances(recording: Recording, shapes: Mapping[str, MoEShape], rule: Rule | None = None) -> Panel:
-    """Map of instance by rows an expert gets: its time over the best instance's, geometric mean over the cells there.
+    """Map of instance by rows an expert gets: its time over the best instance's, geometric mean over the cells there, uniform
+    routing; the table has skewed cells too.
 
     recording: of the suite fast_choice. shapes: its shapes by name. rule: None for the one in use. Bold: the best; boxed: what
     the rule chooses.
@@ -195,21 +195,26 @@ def instances(recording: Recording, shapes: Mapping[str, MoEShape], rule: Rule |
     if not table:
         return Panel(None, [], "**Nothing of it was timed.** Record it again: `moelab record fast_choice`.")
     table.sort(key=lambda row: row["rows an expert"])
-    judged = [row for row in table if row["the rule’s loss, %"] is not None]
-    over = _over_best(cells, shapes)
+    judged = [row for row in table if row["the rule’s loss, %"] is not None and row["routing"] == "uniform"]
+    skewed = [row for row in table if row["the rule’s loss, %"] is not None and row["routing"] != "uniform"]
+    uniform = {key: cell for key, cell in cells.items() if key[2] == "uniform"} or cells
+    over = _over_best(uniform, shapes)
     columns = sorted({at for _, at in over})
     names = sorted(names_of(rows, "instance"), key=_order)
     figure = grid(
         f"Which form of the kernel serves best: {_short_of_rule(judged)}",
         f"{recording.source()}, short passes; time over the best form’s, geometric mean over shapes; bold: the best; boxed: what "
-        "the rule chooses<br>16×128 w1 s6 b2: tiles of 16 tokens by 128 weight rows, 1 warpgroup, 6 stages, 2 blocks a "
-        f"multiprocessor{_FEW if any(name.startswith('FewTokens') for name in names) else ''}",
+        "the rule chooses; uniform routing<br>16×128 w1 s6 b2: tiles of 16 tokens by 128 weight rows, 1 warpgroup, 6 stages, 2 blocks a "
+        f"multiprocessor{_PERMUTED if any('permutes' in name for name in names) else ''}{_FEW if any(name.startswith('FewTokens') for name in names) else ''}",
         height=190 + 27 * len(names),
     )  # fmt: skip
     _draw_forms(figure, over, names, columns, rows, shapes, rule)
-    return Panel(figure, table, _said_of_rule(judged, table) + _changed_since(rows, shapes, rule))
+    return Panel(
+        figure, table, _said_of_rule(judged, table) + _said_of_skewed(skewed) + _changed_since(rows, shapes, rule)
+    )
 
 
+_PERMUTED = ", p: tokens permuted first"
 _FEW = "; few 1×1024 2×256: tiles of 1 row by 1024 columns of weights in GEMM1, 2 by 256 in GEMM2"
 
 
@@ -242,7 +247,7 @@ def _chosen(key: tuple[str, int, str], cell: Sequence[Row], shape: MoEShape, rul
     known = chosen in times
     loss = 100 * (times[chosen].median_us / times[best].median_us - 1) if known else None
     return {
-        "shape": key[0], "batch": key[1], "rows an expert": _rows_an_expert(shape, key[1]), "best": short(best),
+        "shape": key[0], "batch": key[1], "routing": key[2], "rows an expert": _rows_an_expert(shape, key[1]), "best": short(best),
         "µs": times[best].median_us, "the rule’s": short(chosen) if known else None, "the rule’s loss, %": loss,
         "tie": known and tie(times[chosen], times[best]), "candidates": len(cell),
     }  # fmt: skip
@@ -324,3 +329,15 @@ def _said_of_rule(judged: Sequence[Row], table: Sequence[Row]) -> str:
             f" Above {_as_text(most)} rows an expert it loses nowhere ({counted(len(above), 'cell')})." if above else ""
         )
     return said + " The best of several short passes is flattered, so a small loss may be none."
+
+
+def _said_of_skewed(skewed: Sequence[Row]) -> str:
+    """What the same rule, which does not know the routing, loses where experts are chosen unevenly."""
+    if not skewed:
+        return ""
+    loss = "the rule’s loss, %"
+    mean, worst = geometric_mean([1 + row[loss] / 100 for row in skewed]), max(skewed, key=lambda row: row[loss])
+    return (
+        f" Under skewed routing, which it does not know, it loses {100 * (mean - 1):.1f} % on average over "
+        f"{counted(len(skewed), 'cell')}, at most {worst[loss]:.1f} % ({worst['shape']}, batch {worst['batch']})."
+    )

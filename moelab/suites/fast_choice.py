@@ -14,7 +14,7 @@ import torch
 
 from moelab import runtime
 from moelab.kernels import few_tokens
-from moelab.kernels.fast_instances import ALL, Instance, instance_for
+from moelab.kernels.fast_instances import ALL, Instance
 from moelab.pipelines.fast import Form
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape
@@ -33,9 +33,7 @@ CANDIDATES = (
     Instance(1, 2, 3, 160, 16, 16, 2),
     Instance(2, 1, 6, 96, 16, 16),
     Instance(2, 1, 5, 176, 16, 16),
-    Instance(2, 2, 4, 176, 16, 16, permutes=1),  # tokens once written in order, then by TMA
-    Instance(2, 2, 4, 176, 16, 16, cluster=2, permutes=1),
-    Instance(2, 2, 5, 96, 16, 16, permutes=1),
+    Instance(2, 2, 5, 96, 16, 16, permutes=1),  # tokens written out by expert, for TMA
     Instance(2, 2, 5, 96, 16, 16, cluster=2),  # two blocks read each weight once, for two tiles of tokens
 )
 """Those in use, and what might be better, by the reason beside each."""
@@ -44,10 +42,10 @@ NEAR = 4
 """Candidates that are timed hold at most so many times the rows that an expert gets, or at the least a NEARth of them."""
 
 
-def candidates_for(num_tokens: int, top_k: int, num_experts: int) -> list[Instance]:
+def candidates_for(num_tokens: int, shape: MoEShape) -> list[Instance]:
     """Candidates whose tiles are near what an expert gets if tokens spread evenly, the rule's choice among them."""
-    by_rule = instance_for(num_tokens, top_k, num_experts)
-    rows = max(1.0, min(num_tokens, num_tokens * top_k / num_experts))
+    by_rule = suite.instance_of(shape, num_tokens)
+    rows = max(1.0, min(num_tokens, num_tokens * shape.top_k / shape.num_experts))
     most = max(each.tokens for each in CANDIDATES)
     near = [each for each in CANDIDATES if min(rows, most) / NEAR <= each.tokens <= max(NEAR * rows, 16)]
     return list(dict.fromkeys([by_rule, *near]))
@@ -55,7 +53,7 @@ def candidates_for(num_tokens: int, top_k: int, num_experts: int) -> list[Instan
 
 def forms_for(num_tokens: int, shape: MoEShape) -> list[Form]:
     """All candidates for a batch, what serves it first: of the instances the rule's, where that is the classic layer."""
-    instances = candidates_for(num_tokens, shape.top_k, shape.num_experts)
+    instances = candidates_for(num_tokens, shape)
     served = suite.served_by(shape, num_tokens) or instances[0]
     few = few_tokens.FORMS if num_tokens <= few_tokens.MOST_TOKENS else ()
     gated = suite.gated_of(shape, num_tokens)
@@ -83,7 +81,7 @@ def cell(name: str, layer: Layer, routing: str) -> list[dict[str, Any]]:
 def record(
     names: Sequence[str] = tuple(suite.SHAPES),
     batches: Sequence[int] = suite.BATCHES,
-    routings: Sequence[str] = ("uniform",),
+    routings: Sequence[str] = suite.ROUTINGS,
     on_rows: OnRows = ignore,
 ) -> Recording:
     """Every candidate at every cell. Raises RuntimeModeError without a GPU."""

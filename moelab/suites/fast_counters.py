@@ -67,7 +67,7 @@ def launch(name: str, num_tokens: int) -> None:
     """
     shape = suite.shape_of(name)
     layer = Layer(shape, num_tokens, 1, weight_sets(shape)[:1])
-    instance = suite.instance_for(num_tokens, shape.top_k, shape.num_experts)
+    instance = suite.instance_of(shape, num_tokens)
     contenders = {"whole": suite.fast(layer, instance, overlap=False), **suite.alone(layer, instance)}
     for label in LAUNCHES:
         contenders[label](0)

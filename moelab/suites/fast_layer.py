@@ -65,6 +65,11 @@ def served_by(shape: MoEShape, num_tokens: int) -> Form | None:
     return choose_form(num_tokens, *sizes, gated_of(shape, num_tokens)).form
 
 
+def instance_of(shape: MoEShape, num_tokens: int) -> Instance:
+    """The one-launch layer's instance for such a batch, whether or not that is what serves it."""
+    return instance_for(num_tokens, shape.top_k, shape.num_experts, shape.moe_intermediate_size)
+
+
 def gated_of(shape: MoEShape, num_tokens: int) -> Gated | None:
     """What the tuned files here have for such a batch."""
     return tuned_gated(shape.num_experts, shape.moe_intermediate_size, *here(), shape.dtype, num_tokens)
@@ -199,6 +204,10 @@ def without(layer: Layer, instance: Instance) -> dict[str, Contender]:
     }
     if instance.row_blocks > 1:
         off[f"{instance.rows} weight rows a tile"] = fast(layer, replace(instance, row_blocks=1))
+    if instance.permutes:
+        off["tokens written out by expert"] = fast(layer, replace(instance, permutes=0))
+    if instance.cluster > 1:
+        off["blocks in pairs"] = fast(layer, replace(instance, cluster=1))
     if instance.per_processor > 1:
         off["two blocks a multiprocessor"] = fast(layer, replace(instance, per_processor=1))
     return off
@@ -248,7 +257,7 @@ def forms_near(shape: MoEShape, num_tokens: int) -> list[Form]:
     served = served_by(shape, num_tokens)
     few = few_room.FORMS if num_tokens <= few_room.MOST_TOKENS else ()
     found: list[Form] = [] if served is None else [served]
-    return list(dict.fromkeys([*found, *near(instance_for(num_tokens, shape.top_k, shape.num_experts)), *few]))
+    return list(dict.fromkeys([*found, *near(instance_of(shape, num_tokens)), *few]))
 
 
 def ablated(layer: Layer, form: Form | None) -> tuple[dict[str, Contender], dict[str, Contender]]:

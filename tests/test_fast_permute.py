@@ -1,0 +1,110 @@
+"""fast_layer.cu with PERMUTES: tokens first written out by expert, on an emulated chip; and outputs that GEMM2 writes itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import emulated_gpu
+import pytest
+import torch
+from fast_cases import (
+    MIDDLE,
+    MIDDLE_PAIR,
+    MIDDLE_PERMUTED,
+    PAIR_PERMUTED,
+    SMALL,
+    WIDE_PERMUTED,
+    compare,
+    needs_compiler,
+    ordered,
+)
+
+from moelab.kernels import fast_layer
+from moelab.kernels.fast_instances import PERMUTED, Instance, instance_for
+
+
+@needs_compiler
+@pytest.mark.parametrize("blocks", [2, 6])
+@pytest.mark.parametrize(
+    ("instance", "sizes"),
+    [
+        (MIDDLE_PERMUTED, (1, 4, 2, 128, 64)),
+        (MIDDLE_PERMUTED, (40, 3, 2, 136, 72)),
+        (
+            MIDDLE_PERMUTED,
+            (70, 1, 2, 200, 136),
+        ),  # several records of one expert, K and both kinds of rows end inside a tile
+        (MIDDLE_PERMUTED, (9, 20, 3, 64, 8)),  # most experts have a row or none
+        (MIDDLE_PERMUTED, (33, 3, 2, 1032, 72)),  # a row of several pieces, the last of one unit
+        (WIDE_PERMUTED, (100, 2, 2, 64, 104)),
+        (PAIR_PERMUTED, (40, 3, 2, 136, 72)),
+        (PAIR_PERMUTED, (150, 1, 1, 200, 136)),
+        (PAIR_PERMUTED, (9, 20, 3, 64, 8)),  # all second halves are empty
+    ],
+)
+def test_the_layer_is_right_and_ends(instance: Instance, sizes: tuple[int, ...], blocks: int) -> None:
+    compare(instance, *sizes, blocks=blocks)
+
+
+@needs_compiler
+@pytest.mark.parametrize("instance", [MIDDLE_PERMUTED, PAIR_PERMUTED])
+def test_weights_on_the_input(instance: Instance) -> None:
+    compare(instance, 20, 3, 2, 128, 64, on_input=True)
+    compare(instance, 20, 3, 2, 128, 64, dtype=torch.bfloat16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("instance", [SMALL, MIDDLE, MIDDLE_PAIR, MIDDLE_PERMUTED, PAIR_PERMUTED])
+def test_of_one_slot_a_token_gemm2_writes_the_output(instance: Instance) -> None:
+    """Scaled, by routed weights of either part; zeros for tokens whose expert is on another rank, all of them too."""
+    for on_input in (False, True):
+        compare(instance, 20, 3, 1, 128, 64, on_input=on_input)
+    ids = torch.tensor([[0], [-1], [1], [-1], [2]], dtype=torch.int32)
+    compare(instance, 5, 3, 1, 64, 64, ids=ids)
+    compare(instance, 5, 3, 1, 64, 64, ids=torch.full((5, 1), -1, dtype=torch.int32))
+
+
+@needs_compiler
+def test_slots_of_other_ranks_count_nothing() -> None:
+    ids = torch.tensor([[0, -1], [-1, -1], [1, 0], [-1, 1]], dtype=torch.int32)
+    compare(MIDDLE_PERMUTED, 4, 3, 2, 64, 64, ids=ids)
+
+
+@needs_compiler
+def test_rows_are_those_of_the_order() -> None:
+    """Each written once, as they were; and GEMM2 alone asks for none of them."""
+    g = torch.Generator().manual_seed(3)
+    x, weights = torch.randn(90, 72, generator=g).half(), torch.rand(90, 2, generator=g)
+    w13, w2 = torch.randn(3, 32, 72, generator=g).half(), torch.randn(3, 72, 16, generator=g).half()
+    ids = torch.stack([torch.randperm(3, generator=g)[:2] for _ in range(90)]).int()
+    tiles = ordered(ids, 3, MIDDLE_PERMUTED, 72)
+    given = (x, w13, w2, weights, ids, tiles, MIDDLE_PERMUTED)
+    *_, rows = emulated_gpu.run_layer(*given)
+    assert rows.equal(x[tiles.sorted_slots.long() // 2])
+    *_, rows = emulated_gpu.run_layer(*given, parts=fast_layer.GEMM2)
+    assert rows.isnan().all()
+
+
+@needs_compiler
+def test_rows_that_are_not_waited_for_are_seen(tmp_path: Path) -> None:
+    """Without the wait TMA reads what no warp has written yet: not-a-number."""
+    waits = "    wait_for_count(&layer.ready[walk.tokens], count);\n"
+    source = emulated_gpu.altered(
+        tmp_path,
+        ("fast_layer.cu", waits, "    if (walk.gemm) wait_for_count(&layer.ready[walk.tokens], count);\n"),
+    )
+    compare(MIDDLE_PERMUTED, 64, 2, 2, 1032, 64)
+    with pytest.raises(AssertionError, match="nan"):
+        compare(MIDDLE_PERMUTED, 64, 2, 2, 1032, 64, source=source)
+
+
+@pytest.mark.parametrize("inner", [640, 641, 7168])
+def test_tokens_are_permuted_where_they_are_read_often(inner: int) -> None:
+    assert instance_for(8192, 8, 128, inner).permutes == (inner > 640)
+    assert instance_for(1024, 8, 128, inner).permutes == 0, "64 rows an expert"
+
+
+def test_a_form_that_gathers_keeps_its_recorded_name() -> None:
+    assert repr(PERMUTED).endswith("per_processor=1, permutes=1)") and eval(repr(PERMUTED)) == PERMUTED
+    assert repr(PAIR_PERMUTED).endswith("cluster=2, permutes=1)") and "permutes" not in repr(MIDDLE_PAIR)
+    assert PERMUTED.shape == "Shape<2, 2, 4, 176, 16, 16, 1, 1, 1>"
