@@ -124,7 +124,7 @@ def arguments_of(
 def run_layer(
     *given: Any, blocks: int = 2, late: int = -1, timeout_s: float = 240.0, source: Path = SOURCE, **options: Any
 ) -> tuple[Tensor, ...]:
-    """(out, inner, y, ready, rows) of one emulated launch, by `source`, of what `arguments_of` takes; late: a rank in clusters."""
+    """(out, inner, y, ready, rows) of one emulated launch, of what `arguments_of` takes; late: a rank in clusters."""
     maps, arguments, tensors = arguments_of(*given, **options)
     library = built(given[6], given[0].dtype, source)
     child = os.fork()

@@ -32,7 +32,7 @@ from moelab.kernels.fast_instances import PERMUTED, Instance, instance_for
         (MIDDLE_PERMUTED, (40, 3, 2, 136, 72)),
         (
             MIDDLE_PERMUTED,
-            (70, 1, 2, 200, 136),
+            (70, 2, 2, 200, 136),
         ),  # several records of one expert, K and both kinds of rows end inside a tile
         (MIDDLE_PERMUTED, (9, 20, 3, 64, 8)),  # most experts have a row or none
         (MIDDLE_PERMUTED, (33, 3, 2, 1032, 72)),  # a row of several pieces, the last of one unit

@@ -6,7 +6,8 @@
 // wgmma's M and tokens its N, so a tile fits its number of tokens to a multiple of GRAIN and pads nothing in memory. In a
 // block, one warp streams weights by TMA, three gather tokens, and WARPGROUPS warpgroups multiply; a ring of STAGES
 // buffers lets the copies run ahead, across tiles and across the two GEMMs: w2 is on its way while the last tiles of GEMM1
-// are computed.
+// are computed. In forms that permute, one thread streams weights and tokens by TMA, a warp tells slots, and two write the tokens
+// out in order of expert (fast_permute.cuh); a tile of GEMM1 waits for its own.
 //
 // A tile of GEMM2 waits until the tiles of GEMM1 with the same tokens are done (ready[]). That cannot hang: every block
 // takes tiles in the same order, and all blocks of the launch are on the chip at once. The sums wait for all of GEMM2.
@@ -372,8 +373,8 @@ __global__ void __launch_bounds__(S::THREADS, S::PER_PROCESSOR)
             if constexpr (S::PERMUTES)
                 tell_or_permute<S>(shared, layer);
             else {
-            stream_tokens<S>(shared, layer, &inner);
-            if (threadIdx.x == 32) leave(layer, roles);
+                stream_tokens<S>(shared, layer, &inner);
+                if (threadIdx.x == 32) leave(layer, roles);
             }
         }
     } else {

@@ -135,8 +135,8 @@ def _said(means: Means, ideas: Sequence[str], batches: Sequence[int], single: Se
 
 def short(instance: str) -> str:
     """An instance's repr as "16×128 w1 s6 b2": tokens by weight rows of a tile, multiplying warpgroups, stages, blocks on a
-    multiprocessor; "c2" with clusters of two, "p" where tokens are first permuted. Of a form for a few tokens "few 1×1024 2×256": rows by columns of
-    weights in a tile of GEMM1 and of GEMM2; and "gated", under its tuned configs."""
+    multiprocessor; "c2" with clusters of two, "p" where tokens are first permuted. Of a form for a few tokens
+    "few 1×1024 2×256": rows by columns of weights in a tile of GEMM1 and of GEMM2; and "gated", under its tuned configs."""
     if not instance.startswith(("Instance", "FewTokens")):
         return "gated"
     if instance.startswith("FewTokens"):
@@ -201,11 +201,12 @@ def instances(recording: Recording, shapes: Mapping[str, MoEShape], rule: Rule |
     over = _over_best(uniform, shapes)
     columns = sorted({at for _, at in over})
     names = sorted(names_of(rows, "instance"), key=_order)
+    notes = [note for start, note in _NOTES.items() if any(start in name for name in names)]
     figure = grid(
         f"Which form of the kernel serves best: {_short_of_rule(judged)}",
-        f"{recording.source()}, short passes; time over the best form’s, geometric mean over shapes; bold: the best; boxed: what "
-        "the rule chooses; uniform routing<br>16×128 w1 s6 b2: tiles of 16 tokens by 128 weight rows, 1 warpgroup, 6 stages, 2 blocks a "
-        f"multiprocessor{_PERMUTED if any('permutes' in name for name in names) else ''}{_FEW if any(name.startswith('FewTokens') for name in names) else ''}",
+        f"{recording.source()}, short passes; time over the best form’s, geometric mean over shapes, uniform routing<br>"
+        "bold: the best; boxed: what the rule chooses; 16×128 w1 s6 b2: tiles of 16 tokens by 128 weight rows, 1 warpgroup,<br>"
+        f"6 stages, 2 blocks a multiprocessor{''.join(notes)}",
         height=190 + 27 * len(names),
     )  # fmt: skip
     _draw_forms(figure, over, names, columns, rows, shapes, rule)
@@ -214,8 +215,11 @@ def instances(recording: Recording, shapes: Mapping[str, MoEShape], rule: Rule |
     )
 
 
-_PERMUTED = ", p: tokens permuted first"
-_FEW = "; few 1×1024 2×256: tiles of 1 row by 1024 columns of weights in GEMM1, 2 by 256 in GEMM2"
+_NOTES = {
+    "permutes": "; p: tokens permuted first",
+    "FewTokens": "; few 1×1024 2×256: tiles of 1 row by 1024 columns of weights in GEMM1, 2 by 256 in GEMM2",
+}
+"""What a subtitle says of forms whose names hold a word."""
 
 
 def _changed_since(rows: Sequence[Row], shapes: Mapping[str, MoEShape], rule: Rule) -> str:
@@ -247,8 +251,9 @@ def _chosen(key: tuple[str, int, str], cell: Sequence[Row], shape: MoEShape, rul
     known = chosen in times
     loss = 100 * (times[chosen].median_us / times[best].median_us - 1) if known else None
     return {
-        "shape": key[0], "batch": key[1], "routing": key[2], "rows an expert": _rows_an_expert(shape, key[1]), "best": short(best),
-        "µs": times[best].median_us, "the rule’s": short(chosen) if known else None, "the rule’s loss, %": loss,
+        "shape": key[0], "batch": key[1], "routing": key[2], "rows an expert": _rows_an_expert(shape, key[1]),
+        "best": short(best), "µs": times[best].median_us,
+        "the rule’s": short(chosen) if known else None, "the rule’s loss, %": loss,
         "tie": known and tie(times[chosen], times[best]), "candidates": len(cell),
     }  # fmt: skip
 
