@@ -50,7 +50,7 @@ is worth there is to be measured with its own."""
 MOST_TOKENS_BEFORE_GATED = 2
 """Tokens up to which a form for a few tokens serves although there are tuned configs of GATED_KERNEL: from three on tokens may
 share experts, whose weights that form reads for each. In data/recordings/fast_choice.json at four tokens the gated kernel is
-slower by no more than 3 % if tokens choose evenly, and faster in every shape if their choice is skewed."""
+slower by no more than 4 % if tokens choose evenly, and faster in every shape if their choice is skewed."""
 
 FEW_EXPERTS, MOST_TOKENS_OF_FEW_EXPERTS = 16, 128
 """Of so few experts one may get a large part of a skewed batch, whose weights small tiles then read again and again: with more

@@ -29,8 +29,8 @@ CELLS = (
     ("qwen3-30b-a3b/tp1", 64),
     ("deepseek-v3/tp8", 8192),
 )
-"""Shape and tokens: large batches of a few wide experts and of many narrow ones, and a batch that is limited by memory. The
-recording of commit c65d1dc holds the first three."""
+"""Shape and tokens: large batches of a few wide experts and of many narrow ones, a batch that is limited by memory, and a
+short inner size."""
 
 PERCENT = "avg.pct_of_peak_sustained_elapsed"
 METRICS: Mapping[str, tuple[str, ...]] = {
