@@ -102,7 +102,7 @@ rows where tokens are read again and again, once for every tile of weight rows. 
 
 PAIRED, PAIRED_ROWS = Instance(2, 2, 4, 176, 16, 16, cluster=2), (176, 304)
 """For as many rows an expert as two blocks of a cluster take at once, each half of them: they share the weights. Faster at 256
-rows in all five shapes of data/recordings/fast_choice.json that have them, slower at 128 and 512."""
+rows in all five shapes of data/recordings/fast_choice.json that have them, slower or level at 128 and from 512 on."""
 
 PERMUTED, PERMUTED_PAIRED = (replace(each, permutes=1) for each in (INSTANCES[176], PAIRED))
 """The same where tokens are first written out in order of expert: their second reading, and all that follow, are TMA's."""
@@ -113,10 +113,6 @@ READS_TO_PERMUTE = 6
 """Tiles of weight rows that read the same tokens in GEMM1, from which it is faster to permute the tokens: in
 data/recordings/fast_choice.json at six (Qwen3-30B-A3B) and more, not at two (DeepSeek-V3 tp8) or three (Qwen3-235B-A22B tp4),
 where memory has more to move than GEMM1 takes."""
-
-PAIRED_AGAIN = 768
-"""Rows an expert gets from which blocks that permute are paired again. In the same recording pairs are level with single blocks
-at 1024 rows for LFM2-8B and 2 % slower for Mixtral-8x7B, at 512 slower in every shape."""
 
 FEW_EXPERTS, THEIR_ROWS = 8, 32
 """Of so few experts one may get most of a skewed batch: from that many rows on the widest tile, which does not read weights
@@ -137,5 +133,5 @@ def instance_for(num_tokens: int, top_k: int, num_experts: int, moe_intermediate
     if num_experts <= FEW_EXPERTS and rows > THEIR_ROWS and num_tokens > 96:
         fits = 176
     if fits == 176 and 2 * moe_intermediate_size > (READS_TO_PERMUTE - 1) * PERMUTED.rows:
-        return PERMUTED_PAIRED if paired or rows > PAIRED_AGAIN else PERMUTED
+        return PERMUTED_PAIRED if paired else PERMUTED
     return PAIRED if paired else INSTANCES[fits]
