@@ -59,6 +59,7 @@ def built(instance: Instance, dtype: torch.dtype, source: Path = SOURCE) -> ctyp
 
 def altered(folder: Path, *changes: tuple[str, str, str]) -> Path:
     """The source with some of its text replaced: (file, old, new), each old found once. For tests that must be able to fail."""
+    folder.mkdir(exist_ok=True)
     for path in [SOURCE, *SOURCE.parent.glob("*.cuh")]:
         (folder / path.name).write_text(path.read_text())
     for name, old, new in changes:

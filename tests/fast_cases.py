@@ -33,8 +33,9 @@ def ordered(topk_ids: torch.Tensor, num_experts: int, instance: Instance, hidden
     slots = torch.argsort(torch.where(flat < 0, num_experts, flat), stable=True).int()
     counts = torch.bincount(flat[flat >= 0].long(), minlength=num_experts)
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]).int()
-    grain = (16 if instance.tokens % 16 == 0 else 8) * instance.cluster
-    return token_tiles_ref(slots, offsets, instance.tile_rows, grain, instance.column_counters(hidden))
+    grain = 16 if instance.tokens % 16 == 0 else 8
+    counters = instance.column_counters(hidden)
+    return token_tiles_ref(slots, offsets, instance.tokens, grain, counters, instance.cluster > 1)
 
 
 def compare(

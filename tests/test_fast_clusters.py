@@ -1,4 +1,4 @@
-"""fast_layer.cu with CLUSTER == 2: two blocks that share weights, on an emulated chip, and what the launcher makes of it."""
+"""fast_layer.cu with CLUSTER == 2: blocks in pairs, on an emulated chip, and what the launcher makes of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moelab import recordings
 from moelab.errors import RuntimeModeError
 from moelab.kernels import fast_layer
 from moelab.kernels.expert_order import expert_order
-from moelab.kernels.fast_instances import ALL, Instance
+from moelab.kernels.fast_instances import ALL, SOURCE, Instance
 from moelab.kernels.token_tiles import token_tiles_ref
 from moelab.pipelines.fast import route_for, tiles_for
 
@@ -24,11 +24,11 @@ from moelab.pipelines.fast import route_for, tiles_for
 @pytest.mark.parametrize(
     "instance, sizes",
     [
-        (SMALL_PAIR, (1, 4, 2, 128, 64)),  # one row an expert: all second halves are empty
-        (SMALL_PAIR, (7, 1, 1, 72, 40)),  # one expert, of fewer rows than one half
-        (SMALL_PAIR, (45, 2, 2, 64, 64)),  # more pairs than clusters; the last of an expert has a first half alone
+        (SMALL_PAIR, (1, 4, 2, 128, 64)),  # one row an expert: nothing is shared
+        (SMALL_PAIR, (7, 1, 1, 72, 40)),  # one tile, and one without rows
+        (SMALL_PAIR, (45, 2, 2, 64, 64)),  # more pairs than clusters; the third tiles of both experts are a pair
         (MIDDLE_PAIR, (40, 3, 2, 136, 72)),
-        (MIDDLE_PAIR, (150, 1, 1, 200, 136)),
+        (MIDDLE_PAIR, (150, 1, 1, 200, 136)),  # a pair, and a third tile beside one without rows
         (MIDDLE_PAIR, (9, 20, 3, 64, 8)),  # experts without a row, and w13's second half of rows outside of it
         (WIDE_PAIR, (190, 2, 1, 64, 104)),  # TOKENS is no multiple of GRAIN
     ],
@@ -64,10 +64,24 @@ def test_a_block_that_ends_while_the_other_may_reach_it_is_seen(
     assert "a block that has ended" in capfd.readouterr().err
 
 
+@needs_compiler
+def test_tiles_of_two_experts_load_their_own_weights(tmp_path: Path) -> None:
+    """Five tiles of expert 0 and three of expert 1: the last pair is of both. Nothing is wrong where nobody shares."""
+    ids = (torch.arange(128)[:, None] >= 80).int()
+    of_one = "layer.tiles[tokens ^ 1].expert == tile.expert"
+    never, always = (
+        emulated_gpu.altered(tmp_path / name, ("fast_tiles.cuh", of_one, name)) for name in ("false", "true")
+    )
+    for source in (SOURCE, never):
+        compare(SMALL_PAIR, 128, 2, 1, 64, 64, ids=ids, blocks=4, source=source)
+    with pytest.raises(AssertionError):
+        compare(SMALL_PAIR, 128, 2, 1, 64, 64, ids=ids, blocks=4, source=always)
+
+
 LATE = [
-    ("fast_layer.cu", "across1 * S::CLUSTER", "across1", (45, 2, 1, 64, 64), 4),  # GEMM2 waits for GEMM1
+    ("fast_layer.cu", "walk.across1 * S::WARPGROUPS", "0", (45, 2, 1, 64, 64), 4),  # GEMM2 waits for GEMM1
     ("fast_sums.cuh", "W::Tile::CLUSTER * W", "W", (45, 2, 2, 64, 64), 4),  # the sums wait for GEMM2
-    ("fast_sums.cuh", "across2 * S::CLUSTER", "across2", (8, 1, 2, 64, 64), 2),  # who is last over a few tokens adds up
+    ("fast_sums.cuh", "across2 * S::CLUSTER", "across2", (8, 2, 2, 64, 64), 2),  # who is last over a few tokens adds up
 ]
 
 
@@ -93,26 +107,25 @@ def test_a_form_of_single_blocks_keeps_its_recorded_name() -> None:
 
 
 @pytest.mark.parametrize("instance", [MIDDLE, MIDDLE_PAIR])
-def test_tiles_are_of_the_rows_of_a_cluster(instance: Instance, device: str) -> None:
-    """300 rows of expert 0: five tiles of 64, or three of 128 in whole pairs of 16."""
+def test_a_pair_takes_two_tiles(instance: Instance, device: str) -> None:
+    """300 rows of expert 0: five tiles of 64 and less, and in pairs a sixth without rows."""
     ids = torch.zeros(300, 1, dtype=torch.int32, device=device)
     order = expert_order(ids, 2)
     tiles = tiles_for(order, instance, 64)
-    expected = token_tiles_ref(
-        order.sorted_slots.cpu(), order.expert_offsets.cpu(), instance.tile_rows, 16 * instance.cluster
-    )
+    paired = instance.cluster > 1
+    expected = token_tiles_ref(order.sorted_slots.cpu(), order.expert_offsets.cpu(), instance.tokens, 16, 0, paired)
     used = int(expected.num_tiles)
-    assert used == (5 if instance is MIDDLE else 3) and tiles.most == expected.most and int(tiles.num_tiles) == used
+    assert used == (6 if paired else 5) and tiles.most == expected.most and int(tiles.num_tiles) == used
     assert tiles.tiles[:used].cpu().equal(expected.tiles[:used])
-    assert tiles.tiles[0, 1] == (64 if instance is MIDDLE else 128)
+    assert tiles.tiles[:used, 1].tolist() == [64, 64, 64, 64, 44, 0][:used]
 
 
-@pytest.mark.parametrize(("num_tokens", "rows"), [(100, 100), (128, 128), (129, 96)])
-def test_routed_tiles_are_of_the_rows_of_a_cluster(num_tokens: int, rows: int, device: str) -> None:
-    """Up to 128 tokens an expert's rows are one tile, by whichever launch."""
+@pytest.mark.parametrize(("num_tokens", "rows"), [(40, [40, 0]), (64, [64, 0]), (100, [64, 36])])
+def test_routed_tiles_come_in_pairs(num_tokens: int, rows: list[int], device: str) -> None:
+    """However few the tokens: the launch that routes and orders at once makes a tile an expert, and no pairs."""
     logits = torch.tensor([[1.0, 0.0]], device=device).repeat(num_tokens, 1)
     _, tiles = route_for(logits, 1, MIDDLE_PAIR, 64)
-    assert tiles.tiles[0, 1] == rows
+    assert tiles.tiles[: int(tiles.num_tiles), 1].tolist() == rows
 
 
 def test_a_launch_says_how_its_blocks_are_clustered() -> None:

@@ -39,18 +39,23 @@ PERMUTED, PERMUTED_PAIR = (replace(each, permutes=1) for each in (INSTANCE, PAIR
 
 
 def launch_files(folder: Path, instance: Instance) -> list[str]:
-    """A launch whose two blocks, or clusters, have three tiles of GEMM2 each; of the last expert the second block has no rows.
+    """A launch whose two blocks, or clusters, have three tiles of GEMM2 each. One pair of clusters is of one expert, one of two.
 
     Experts have whole boxes of rows: TMA reads the rows past a tile's last as well, which another block may just be
     writing. They become columns of the product that nobody reads.
     """
-    x, w13, w2 = torch.rand(32, 264).half() / 16, torch.rand(2, 80, 264).half(), torch.rand(2, 264, 40).half()
-    first = 32 if instance.cluster == 1 else 48  # rows of expert 0
-    ids = torch.arange(64).view(2, 32).T.ge(first).int()
+    rows = torch.tensor([32, 32] if instance.cluster == 1 else [48, 32, 16])  # of each expert
+    tokens, experts = int(rows.sum()) // 2, len(rows)
+    x, w13, w2 = (
+        torch.rand(tokens, 264).half() / 16,
+        torch.rand(experts, 80, 264).half(),
+        torch.rand(experts, 264, 40).half(),
+    )
+    ids = torch.arange(experts).repeat_interleave(rows).view(2, tokens).T.int().contiguous()
     slots = torch.argsort(ids.flatten(), stable=True).int()
-    offsets = torch.tensor([0, first, 64], dtype=torch.int32)
-    tiles = token_tiles_ref(slots, offsets, instance.tile_rows, 16 * instance.cluster)
-    maps, arguments, tensors = emulated_gpu.arguments_of(x, w13, w2, torch.rand(32, 2), ids, tiles, instance)
+    offsets = torch.tensor([0, *rows.cumsum(0)], dtype=torch.int32)
+    tiles = token_tiles_ref(slots, offsets, instance.tokens, 16, 0, instance.cluster > 1)
+    maps, arguments, tensors = emulated_gpu.arguments_of(x, w13, w2, torch.rand(tokens, 2), ids, tiles, instance)
     piece, moved = b"", {}
     for tensor in tensors:
         moved[tensor.data_ptr()] = len(piece)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -157,10 +158,14 @@ def test_a_part_alone_works_on_what_the_parts_before_it_left(small: None) -> Non
 def test_tiles_by_expert_hold_the_same_rows() -> None:
     ids = torch.tensor([[0, 3], [3, 5], [3, 0], [1, 3]], dtype=torch.int32)
     found = fast_layer.tiles_for(expert_order(ids, 8), INSTANCES[8], 64)
-    again = fast_layer.by_expert(found)
+    again = fast_layer.by_expert(found, 1)
     used = int(found.num_tiles)
     assert sorted(found.tiles[:used].tolist()) == sorted(again.tiles[:used].tolist())
     assert again.tiles[:used, 2].tolist() == [0, 1, 3, 5] and found.tiles[0, 2] in (0, 3)
+    many = torch.tensor([0] * 20 + [1] * 40 + [2] * 9, dtype=torch.int32)[:, None]  # three, five and two tiles of eight
+    found = fast_layer.tiles_for(expert_order(many, 3), replace(INSTANCES[8], cluster=2), 64)
+    again = fast_layer.by_expert(found, 2)
+    assert again.tiles[: int(found.num_tiles), 2].tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 2, 2]
 
 
 def test_known_configs_are_of_this_cell() -> None:

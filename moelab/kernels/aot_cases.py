@@ -209,11 +209,12 @@ def _align_cases(id_type: str) -> list[Case]:
     ]  # fmt: skip
 
 
-def _token_tiles_case(rows: int, grain: int) -> Case:
+def _token_tiles_case(rows: int, grain: int, in_pairs: bool = False) -> Case:
     pointers = ("slots_ptr", "offsets_ptr", "tiles_ptr", "num_tiles_ptr", "ready_ptr")
     arguments = {**dict.fromkeys(pointers, "*i32"), "num_experts": "i32", "room": "i32"}
-    constants = {"ROWS": rows, "GRAIN": grain, "EXPERTS": 256, "ROOM": 1024}
-    return Case(f"token tiles {rows}", "moelab.kernels.token_tiles:_token_tiles_kernel", arguments, constants, 4)
+    constants = {"ROWS": rows, "GRAIN": grain, "IN_PAIRS": in_pairs, "EXPERTS": 256, "ROOM": 1024}
+    name = f"token tiles {rows}{' in pairs' if in_pairs else ''}"
+    return Case(name, "moelab.kernels.token_tiles:_token_tiles_kernel", arguments, constants, 4)
 
 
 def _order_cases(id_type: str) -> list[Case]:
@@ -323,7 +324,7 @@ def cases() -> list[Case]:
     )
     plain = [case for dtype in (*_TYPES, "float64") for case in _elementwise_cases(dtype)]
     plain += [_split_k_reduce_case(dtype) for dtype in (*_TYPES, "float64")]
-    plain += [_token_tiles_case(8, 8), _token_tiles_case(176, 16)]
+    plain += [_token_tiles_case(8, 8), _token_tiles_case(176, 16), _token_tiles_case(176, 16, True)]
     sorts = [case for ids in ("i32", "i64") for case in (*_align_cases(ids), *_order_cases(ids))]
     few = [case for sizes in FEW_TOKENS for case in _few_tokens_cases(*sizes)]
     return gemms + _sorted_rows_cases() + splits + plain + sorts + _route_cases() + few

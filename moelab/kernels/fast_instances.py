@@ -20,9 +20,9 @@ class Instance:
 
     warpgroups: that multiply, each row_blocks times 64 weight rows. stages: buffers of 64 elements of K in the ring.
     tokens: most rows of a tile. grain: a tile of fewer rows is multiplied as tokens less a multiple of it. box: rows that
-    one TMA load of tokens brings. per_processor: blocks on a multiprocessor. cluster: blocks, 1 or 2, that share the weights they
-    read, each for its part of a tile of as many times more tokens. permutes: 1 where rows of x are first written out in order
-    of expert, to be loaded by TMA; 0 where three warps gather them for every tile of weight rows.
+    one TMA load of tokens brings. per_processor: blocks on a multiprocessor. cluster: blocks, 1 or 2, that take tiles in pairs,
+    and share the weights where both are of one expert. permutes: 1 where rows of x are first written out in order of expert, to
+    be loaded by TMA; 0 where three warps gather them for every tile of weight rows.
     """
 
     warpgroups: int
@@ -50,11 +50,6 @@ class Instance:
     def rows(self) -> int:
         """Weight rows of a tile."""
         return self.warpgroups * self.row_blocks * 64
-
-    @property
-    def tile_rows(self) -> int:
-        """Most rows of a tile, which the blocks of a cluster split between them."""
-        return self.tokens * self.cluster
 
     @property
     def shared_bytes(self) -> int:
@@ -100,12 +95,14 @@ INSTANCES = {
 rows where tokens are read again and again, once for every tile of weight rows. The ring takes what shared memory is left:
 227 KiB a block, 228 for all, 1 kept of each."""
 
-PAIRED, PAIRED_ROWS = Instance(2, 2, 4, 176, 16, 16, cluster=2), (176, 304)
-"""For as many rows an expert as two blocks of a cluster take at once, each half of them: they share the weights. Faster at 256
-rows in all five shapes of data/recordings/fast_choice.json that have them, slower or level at 128 and from 512 on."""
+PAIRED = replace(INSTANCES[176], cluster=2)
+"""For more rows an expert than a tile holds: two blocks of a cluster share the weights."""
 
 PERMUTED, PERMUTED_PAIRED = (replace(each, permutes=1) for each in (INSTANCES[176], PAIRED))
 """The same where tokens are first written out in order of expert: their second reading, and all that follow, are TMA's."""
+
+PAIRED_UP_TO, PERMUTED_PAIRED_UP_TO = 304.0, 304.0
+"""The most rows of an expert that pairs are used for."""
 
 ALL = (ONE_TOKEN, *INSTANCES.values(), PAIRED, PERMUTED, PERMUTED_PAIRED)
 
@@ -128,10 +125,9 @@ def instance_for(num_tokens: int, top_k: int, num_experts: int, moe_intermediate
     if num_tokens == 1:
         return ONE_TOKEN
     rows = num_tokens * top_k / num_experts
-    paired = PAIRED_ROWS[0] < rows <= PAIRED_ROWS[1]
     fits = next((most for most, limit in MOST_ROWS.items() if rows <= limit or num_tokens <= most), 176)
     if num_experts <= FEW_EXPERTS and rows > THEIR_ROWS and num_tokens > 96:
         fits = 176
     if fits == 176 and 2 * moe_intermediate_size > (READS_TO_PERMUTE - 1) * PERMUTED.rows:
-        return PERMUTED_PAIRED if paired else PERMUTED
-    return PAIRED if paired else INSTANCES[fits]
+        return PERMUTED_PAIRED if PAIRED.tokens < rows <= PERMUTED_PAIRED_UP_TO else PERMUTED
+    return PAIRED if PAIRED.tokens < rows <= PAIRED_UP_TO else INSTANCES[fits]

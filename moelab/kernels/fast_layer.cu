@@ -12,9 +12,10 @@
 // A tile of GEMM2 waits until the tiles of GEMM1 with the same tokens are done (ready[]). That cannot hang: every block
 // takes tiles in the same order, and all blocks of the launch are on the chip at once. The sums wait for all of GEMM2.
 //
-// The blocks of a cluster, where there are two, take the same tile of weight rows for two halves of a record of tokens. Each
-// loads half of those rows and sends them to both, so a stage is filled again only when the consumers of both have left it.
-// Where a record has few rows, the second block has none: it takes its part in all this, and stores nothing.
+// The blocks of a cluster, where there are two, take the same tile of weight rows for two records of tokens. Where both are of
+// one expert, each loads half of those rows and sends them to both, so a stage is filled again only when the consumers of both
+// have left it. Otherwise each loads its own expert's, in step with the other all the same. A record without rows, where their
+// number is odd, is of its neighbour's expert: its block takes its part in all this, and stores nothing.
 //
 // Gate and up rows reach shared memory in alternate groups of eight (the layout of the w13 tensor map), so that one thread
 // holds the gate and the up value of one element.
@@ -26,11 +27,11 @@
 
 // A box of weights to this block, or to all of its cluster.
 template <typename S, typename... C>
-DEVICE void load_weights(uint8_t* to, const TensorMap* map, uint64_t* full, C... coordinates) {
-    if constexpr (S::CLUSTER == 1)
-        tma_load(to, map, full, coordinates...);
-    else
+DEVICE void load_weights(bool to_all, uint8_t* to, const TensorMap* map, uint64_t* full, C... coordinates) {
+    if (S::CLUSTER > 1 && to_all)
         tma_multicast(to, map, full, (1 << S::CLUSTER) - 1, coordinates...);
+    else
+        tma_load(to, map, full, coordinates...);
 }
 
 // The boxes of tokens that hold the rows of the tile at hand.
@@ -42,8 +43,8 @@ DEVICE int boxes_of(const Walk<S, T>& walk) {
 // Waits until what GEMM2 reads of the tokens at hand is there, or of forms that permute what GEMM1 does.
 template <typename S, typename T>
 DEVICE void wait_for_rows(const Layer<T>& layer, const Walk<S, T>& walk) {
-    int count = S::PERMUTES && layer.parts & GEMM1 ? Pieces<S>(layer).of_rows(walk.whole) * PERMUTED : 0;
-    if (walk.gemm && layer.parts & GEMM1) count += walk.across1 * S::CLUSTER * S::WARPGROUPS;
+    int count = S::PERMUTES && layer.parts & GEMM1 ? Pieces<S>(layer).of_rows(walk.tile.rows) * PERMUTED : 0;
+    if (walk.gemm && layer.parts & GEMM1) count += walk.across1 * S::WARPGROUPS;
     wait_for_count(&layer.ready[walk.tokens], count);
     fence_async_global();
 }
@@ -55,24 +56,29 @@ DEVICE void load_rows(Shared<S>& shared, const Walk<S, T>& walk, int stage, int 
                  walk.tile.first + box * S::BOX);
 }
 
-// One thread: the weights of every tile, stage after stage; of them this block's part, to all blocks of the cluster. In forms
-// that permute, the tokens too.
+// One thread: the weights of every tile, stage after stage, in as many parts as a cluster has blocks; where they are shared, one
+// part to all its blocks. In forms that permute, the tokens too.
 template <typename S, typename T>
 DEVICE void stream(Shared<S>& shared, const Layer<T>& layer, const TensorMap* w13, const TensorMap* w2, const TensorMap* rows,
                    const TensorMap* inner) {
     constexpr int PART = S::ROWS / S::CLUSTER;
-    const int first = S::CLUSTER > 1 ? cluster_rank() * PART : 0;
     Ring<S::STAGES> ring;
     for (Walk<S, T> walk(layer); walk.step();)
         for (int step = 0; step < walk.k_steps(); ++step, ring.advance()) {
             uint64_t* full = &shared.full[ring.stage];
-            uint8_t* to = shared.weights[ring.stage] + first * ROW_BYTES;
             barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
             barrier_arrive_expect(full, sizeof(shared.weights[0]) + (S::PERMUTES ? boxes_of(walk) * S::BOX * ROW_BYTES : 0));
-            if (walk.gemm == 0)
-                load_weights<S>(to, w13, full, step * K_STEP, 0, 0, walk.weights * (S::ROWS / 16) + first / 16, walk.tile.expert);
-            else
-                load_weights<S>(to, w2, full, step * K_STEP, walk.weights * S::ROWS + first, walk.tile.expert);
+            const bool shares = S::CLUSTER > 1 && walk.shares;
+            const int from = shares ? cluster_rank() * PART : 0;
+#pragma unroll 1
+            for (int first = from; first < (shares ? from + PART : S::ROWS); first += PART) {
+                uint8_t* to = shared.weights[ring.stage] + first * ROW_BYTES;
+                const int row = walk.weights * S::ROWS + first;
+                if (walk.gemm == 0)
+                    load_weights<S>(shares, to, w13, full, step * K_STEP, 0, 0, row / 16, walk.tile.expert);
+                else
+                    load_weights<S>(shares, to, w2, full, step * K_STEP, row, walk.tile.expert);
+            }
             if constexpr (S::PERMUTES) {
                 if (step == 0) wait_for_rows(layer, walk);
                 load_rows(shared, walk, ring.stage, step, walk.gemm ? inner : rows);
@@ -310,7 +316,7 @@ DEVICE void consume(Shared<S>& shared, const Layer<T>& layer, int roles) {
     bool left = false;
     Walk<S, T, false> walk(layer);
     if constexpr (S::PERMUTES) {
-        const int first = walk.tiles1 ? Pieces<S>(layer).first(walk.tiles1 / walk.across1) : 0;
+        const int first = walk.tiles1 ? Pieces<S>(layer).first(walk.tiles1 / walk.across1 * S::CLUSTER) : 0;
         permute<S>(layer, 0, first, (threadIdx.x / 32 - 4) * gridDim.x + blockIdx.x, S::WARPGROUPS * 4 * gridDim.x);
     }
     while (walk.step()) {

@@ -199,8 +199,8 @@ def fast_layer(
 ) -> Tensor:
     """The layer of checked tensors (`check_fast_layer`): x (M, H), w13 (E, 2N, H), w2 (E, H, N); out (M, H).
 
-    topk_weights (M, k) float32, topk_ids (M, k) int32; tiles: of at most instance.tile_rows rows, in multiples of
-    instance.grain for each block of a cluster but for an expert's last. weights_on_input: weigh GEMM1's rows, before the
+    topk_weights (M, k) float32, topk_ids (M, k) int32; tiles: of at most instance.tokens rows, in pairs where instance.cluster is
+    2 (moelab.pipelines.fast.tiles_for makes them). weights_on_input: weigh GEMM1's rows, before the
     activation. parts: GEMM1, GEMM2, SUM, to leave some out. scratch: (S, N) and (S, H), what GEMM1 and GEMM2 write; its own
     unless given. overlap: programmatic dependent launch, which sets blocks up while the launch before this one ends.
     Deterministic; no host synchronisation. Blocks of a launch wait for each other, so all must fit the GPU at once: launch

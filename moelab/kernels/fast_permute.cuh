@@ -12,7 +12,7 @@ constexpr int PIECE_ROWS = 7, PIECE_UNITS = 64;
 // The pieces of every record, in the order of records: DOWN times `across` of each, of which those past its rows are empty.
 template <typename S>
 struct Pieces {
-    static constexpr int DOWN = (S::CLUSTER * S::TOKENS + PIECE_ROWS - 1) / PIECE_ROWS;
+    static constexpr int DOWN = (S::TOKENS + PIECE_ROWS - 1) / PIECE_ROWS;
     int units, across, inner_size;
     template <typename T>
     DEVICE explicit Pieces(const Layer<T>& layer)
@@ -20,10 +20,10 @@ struct Pieces {
     DEVICE int of_records(int records) const { return records * DOWN * across; }
     DEVICE int of_rows(int rows) const { return (rows + PIECE_ROWS - 1) / PIECE_ROWS * across; }
     // Those that a cluster's first tile of GEMM1 asks for, over all clusters.
-    DEVICE int first(int tiles) const {
+    DEVICE int first(int all_records) const {
         const int across1 = (2 * inner_size + S::ROWS - 1) / S::ROWS;
-        const int records = (static_cast<int>(gridDim.x) / S::CLUSTER - 1) / across1 + 1;
-        return of_records(records < tiles ? records : tiles);
+        const int records = ((static_cast<int>(gridDim.x) / S::CLUSTER - 1) / across1 + 1) * S::CLUSTER;
+        return of_records(records < all_records ? records : all_records);
     }
 };
 

@@ -13,7 +13,7 @@ enum Barrier { GATHER = 1, CONSUMERS = 2 };  // named barriers; CONSUMERS + warp
 enum Part { GEMM1 = 1, GEMM2 = 2, SUM = 4 };
 
 // Tokens of one expert that are multiplied together: the expert-sorted rows first .. first + rows. The slot of the first is
-// here too: where experts have one token each, it saves a trip to memory.
+// here too: where experts have one token each, it saves a trip to memory. A record without rows only makes a pair whole.
 struct alignas(16) TokenTile {
     int first, rows, expert, first_slot;
 };
@@ -44,8 +44,8 @@ struct Layer {
 };
 
 // WARPGROUPS multiply, each ROW_BLOCKS times 64 weight rows by at most TOKENS tokens, out of a ring of STAGES. The blocks of a
-// CLUSTER share the weights: they split the rows of a record of up to CLUSTER times TOKENS. PERMUTES: tokens are first written out in
-// order of expert, as TMA can load them.
+// CLUSTER take two records at a time, and share the weights where both are of one expert. PERMUTES: tokens are first written out
+// in order of expert, as TMA can load them.
 template <int WARPGROUPS_, int ROW_BLOCKS_, int STAGES_, int TOKENS_, int GRAIN_, int BOX_, int PER_PROCESSOR_,
           int CLUSTER_ = 1, int PERMUTES_ = 0>
 struct Shape {
@@ -66,7 +66,7 @@ struct Shape {
     static_assert(!SHARED_OUT || (CONSUMER <= 240 && PRODUCER + WARPGROUPS * CONSUMER <= (WARPGROUPS + 1) * LAUNCHED),
                   "setmaxnreg would wait for ever");
     static_assert(TOKENS % BOX == 0 && BOX % 8 == 0 && GRAIN % 8 == 0, "the swizzle repeats after eight rows");
-    static_assert(CLUSTER == 1 || CLUSTER == 2, "half_of splits between two");
+    static_assert(CLUSTER == 1 || CLUSTER == 2, "records come in pairs");
     static_assert((TOKENS % 16 == 0 && GRAIN % 16 == 0) || TOKENS <= 16, "a thread stores two groups of eight tokens");
 };
 
@@ -105,17 +105,8 @@ DEVICE TokenTile record_at(const TokenTile* tile) {
     return {rows.x, rows.y, 0, 0};
 }
 
-// Of a record's rows those of the block of that rank: half of them in whole GRAINs, and what is left. None are left of a few.
-template <typename S>
-DEVICE TokenTile half_of(TokenTile tile, int rank) {
-    const int even = (tile.rows + 2 * S::GRAIN - 1) / (2 * S::GRAIN) * S::GRAIN;
-    const int fitting = even < S::TOKENS ? even : S::TOKENS, half = fitting < tile.rows ? fitting : tile.rows;
-    tile.first += rank ? half : 0;
-    tile.rows = rank ? tile.rows - half : half;
-    return tile;
-}
-
-// The tiles that a cluster (a block, where CLUSTER is 1) takes in turn: which GEMM, which tokens, which weight rows. The first
+// The tiles that a block takes in turn: which GEMM, which tokens, which weight rows; the blocks of a cluster the same rows of
+// their own record's expert. The first
 // record is asked for together with the number of tiles; later ones are read by the copying warps far ahead of the consumers,
 // who find them near by.
 template <typename S, typename T, bool WHOLE = true>
@@ -123,9 +114,9 @@ struct Walk {
     using Tile = S;
     const Layer<T>& layer;
     const int across1, across2;  // tiles of weight rows
-    int tiles1, total, index;
-    int gemm, tokens, weights;   // of the tile at hand
-    int whole;                   // rows of its record
+    int tiles1, total, index;    // in tiles of a cluster
+    int gemm, tokens, weights;   // of the tile at hand: tokens is its record
+    bool shares;                 // whether both records of the cluster are of one expert
     TokenTile tile;
 
     DEVICE explicit Walk(const Layer<T>& layer)
@@ -133,10 +124,10 @@ struct Walk {
           across1((2 * layer.inner_size + S::ROWS - 1) / S::ROWS),
           across2((layer.hidden + S::ROWS - 1) / S::ROWS),
           index(blockIdx.x / S::CLUSTER) {
-        tokens = index / across1;
+        tokens = record_of(index / across1);
         if (tokens >= layer.most_tiles) tokens = layer.most_tiles - 1;
         load(tokens);
-        const int tiles = *layer.num_tiles;
+        const int tiles = *layer.num_tiles / S::CLUSTER;
         tiles1 = layer.parts & GEMM1 ? tiles * across1 : 0;
         total = tiles1 + (layer.parts & GEMM2 ? tiles * across2 : 0);
     }
@@ -146,21 +137,24 @@ struct Walk {
     // Whether rows of the tile at hand are multiplied by their routed weights, or written to their slots.
     DEVICE bool by_slot() const { return gemm || layer.weighted == GEMM1; }
 
+    // This block's of a cluster's records.
+    DEVICE int record_of(int tokens) const {
+        if constexpr (S::CLUSTER > 1) return tokens * S::CLUSTER + cluster_rank();
+        return tokens;
+    }
     DEVICE void load(int tokens) {
         tile = record_at<WHOLE>(layer.tiles + tokens);
-        whole = tile.rows;
-        if constexpr (S::CLUSTER > 1) tile = half_of<S>(tile, cluster_rank());
+        if constexpr (S::CLUSTER > 1 && WHOLE) shares = layer.tiles[tokens ^ 1].expert == tile.expert;
     }
     // The flat slot of a row of the tile at hand.
-    DEVICE int slot_of(int row) const {
-        return row || S::CLUSTER > 1 ? layer.sorted_slots[tile.first + row] : tile.first_slot;
-    }
+    DEVICE int slot_of(int row) const { return row ? layer.sorted_slots[tile.first + row] : tile.first_slot; }
 
     DEVICE bool step() {
         if (index >= total) return false;
         gemm = index >= tiles1;
-        const int local = gemm ? index - tiles1 : index, across = gemm ? across2 : across1, coming = local / across;
-        weights = local - coming * across;
+        const int local = gemm ? index - tiles1 : index, across = gemm ? across2 : across1, of_cluster = local / across;
+        const int coming = record_of(of_cluster);
+        weights = local - of_cluster * across;
         if (coming != tokens) load(coming);
         tokens = coming;
         index += gridDim.x / S::CLUSTER;

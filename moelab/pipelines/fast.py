@@ -118,9 +118,10 @@ def choose(
 
 def tiles_for(order: ExpertOrder, instance: Instance, hidden_size: int) -> TokenTiles:
     """An order's slots in the tiles of that instance."""
-    grain = min(8 if instance.tokens % 16 else 16, instance.grain) * instance.cluster
+    grain = min(8 if instance.tokens % 16 else 16, instance.grain)
     counters = instance.column_counters(hidden_size)
-    return token_tiles_unchecked(order.sorted_slots, order.expert_offsets, instance.tile_rows, grain, counters)
+    sizes = instance.tokens, grain, counters, instance.cluster > 1
+    return token_tiles_unchecked(order.sorted_slots, order.expert_offsets, *sizes)
 
 
 def tuned_gated(
@@ -156,13 +157,13 @@ def route_for(
     For a router whose experts are all here.
     """
     num_tokens, num_experts = router_logits.shape
-    few = num_tokens <= instance.tile_rows and tiles_in_one_launch(num_tokens, num_experts, rule.get("num_groups", 1))
-    if not few:
+    few = num_tokens <= instance.tokens and tiles_in_one_launch(num_tokens, num_experts, rule.get("num_groups", 1))
+    if not few or instance.cluster > 1:  # one launch makes a tile an expert, and no pairs
         routed = route(router_logits, top_k, **rule)
         return routed, tiles_for(routed.order, instance, hidden_size)
     out = new_routed(num_tokens, num_experts, top_k, router_logits.device)
     counters = instance.column_counters(hidden_size)
-    tiles = new_token_tiles(out.order.sorted_slots, num_experts, instance.tile_rows, counters)
+    tiles = new_token_tiles(out.order.sorted_slots, num_experts, instance.tokens, counters)
     return route(router_logits, top_k, out=out, tiles=tiles, **rule), tiles
 
 

@@ -97,11 +97,12 @@ def tiles_of(layer: Layer, instance: Instance) -> list[TokenTiles]:
     return [tiles_for(expert_order(r.topk_ids, experts), instance, hidden) for r in layer.routings]
 
 
-def by_expert(tiles: TokenTiles) -> TokenTiles:
-    """The same tiles in the order of their experts, in place of the largest first."""
+def by_expert(tiles: TokenTiles, cluster: int) -> TokenTiles:
+    """The same tiles in the order of their experts, in place of the largest first; what a cluster takes stays together."""
     used = int(tiles.num_tiles)
     records = tiles.tiles.clone()
-    records[:used] = records[:used][torch.argsort(records[:used, 0], stable=True)]
+    taken = records[:used].view(-1, cluster, 4)
+    records[:used] = taken[torch.argsort(taken[:, 0, 0], stable=True)].view(-1, 4)
     return tiles._replace(tiles=records)
 
 
@@ -116,7 +117,7 @@ def fast(
     """The layer by one instance, a launch for each of `parts`."""
     tiles = tiles_of(layer, instance)
     if not largest_first:
-        tiles = [by_expert(each) for each in tiles]
+        tiles = [by_expert(each, instance.cluster) for each in tiles]
     slots, shape = layer.num_tokens * layer.shape.top_k, layer.shape
 
     def run(i: int) -> Tensor:
