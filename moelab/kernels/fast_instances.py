@@ -101,7 +101,7 @@ PAIRED = replace(INSTANCES[176], cluster=2)
 PERMUTED, PERMUTED_PAIRED = (replace(each, permutes=1) for each in (INSTANCES[176], PAIRED))
 """The same where tokens are first written out in order of expert: their second reading, and all that follow, are TMA's."""
 
-PAIRED_UP_TO, PERMUTED_PAIRED_UP_TO = 304.0, 304.0
+PAIRED_UP_TO, PERMUTED_PAIRED_UP_TO = 176.0, 176.0
 """The most rows of an expert that pairs are used for."""
 
 ALL = (ONE_TOKEN, *INSTANCES.values(), PAIRED, PERMUTED, PERMUTED_PAIRED)
