@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +22,7 @@ from moelab.kernels.fast_instances import (
     ALL,
     INSTANCES,
     ONE_TOKEN,
-    PAIRED,
     PERMUTED,
-    PERMUTED_PAIRED,
     Instance,
     instance_for,
 )
@@ -85,8 +84,8 @@ def test_a_choice_says_why() -> None:
     few, short = choose(5, 1, 4, 256, 5120), choose(64, 8, 256, 256, 7168)
     assert few.form is None and "classic: GEMM1 has at most 16 tiles" in few.reason
     assert short.form is None and "classic: an inner size of 256" in short.reason
-    assert choose(4096, 8, 256, 256, 7168).form is INSTANCES[176]
-    assert choose(8192, 8, 256, 256, 7168).form is PAIRED and choose(4096, 8, 128, 768, 2048).form is PERMUTED_PAIRED
+    assert choose(4096, 8, 256, 256, 7168).form is choose(8192, 8, 256, 256, 7168).form is INSTANCES[176]
+    assert choose(4096, 8, 128, 768, 2048).form is PERMUTED
     assert choose(8192, 4, 32, 1792, 2048).form is PERMUTED
     assert choose(8192, 8, 128, 640, 2048).form is INSTANCES[176] and choose(8192, 8, 128, 641, 2048).form is PERMUTED
 
@@ -141,17 +140,18 @@ def test_tuned_configs_are_those_of_the_shipped_files(tmp_path: Path) -> None:
     )
 
 
-def test_what_serves_is_not_slower_than_the_classic_layer_under_uniform_routing() -> None:
-    """In no cell of fast_layer by more than 1 % beyond its interval; and "fast" there is what is chosen now."""
-    layers = recordings.load("fast_layer")
-    for name in fast_layer_suite.SHAPES:
-        shape = fast_layer_suite.shape_of(name)
-        for b in fast_layer_suite.BATCHES:
-            here = {row["impl"]: row for row in layers.select(shape=name, num_tokens=b, routing="uniform")}
-            form = choose_for(shape, b, None, layers.provenance["gpu"]).form
-            assert form is not None and here["fast"]["instance"] == fast_layer_suite.name_of(form)
-            classic, fast = timing(here["classic"]), timing(here["fast"])
-            assert tie(fast, classic) or fast.median_us < 1.01 * classic.median_us, (name, b)
+@pytest.mark.parametrize(("routing", "allowed"), [("uniform", 1.01), ("zipf", 1.0)])
+def test_what_serves_is_not_slower_than_the_classic_layer(routing: str, allowed: float) -> None:
+    """In no cell of fast_layer beyond its interval, but for 1 % in two uniform ones; and "fast" there is what is chosen now."""
+    layers, slower = recordings.load("fast_layer"), []
+    for name, b in itertools.product(fast_layer_suite.SHAPES, fast_layer_suite.BATCHES):
+        here = {row["impl"]: row for row in layers.select(shape=name, num_tokens=b, routing=routing)}
+        form = choose_for(fast_layer_suite.shape_of(name), b, None, layers.provenance["gpu"]).form
+        assert form is not None and here["fast"]["instance"] == fast_layer_suite.name_of(form)
+        classic, fast = timing(here["classic"]), timing(here["fast"])
+        assert tie(fast, classic) or fast.median_us < allowed * classic.median_us, (name, b)
+        slower += [] if tie(fast, classic) or fast.median_us < classic.median_us else [(name, b)]
+    assert slower == ([("deepseek-v3/tp8", 64), ("mixtral-8x7b/tp2", 4)] if routing == "uniform" else [])
 
 
 def test_what_is_chosen_as_classic_runs_as_the_classic_layer(monkeypatch: pytest.MonkeyPatch, device: str) -> None:

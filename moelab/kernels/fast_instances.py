@@ -95,16 +95,10 @@ INSTANCES = {
 rows where tokens are read again and again, once for every tile of weight rows. The ring takes what shared memory is left:
 227 KiB a block, 228 for all, 1 kept of each."""
 
-PAIRED = replace(INSTANCES[176], cluster=2)
-"""For more rows an expert than a tile holds: two blocks of a cluster share the weights."""
+PERMUTED = replace(INSTANCES[176], permutes=1)
+"""Where tokens are first written out in order of expert: their second reading, and all that follow, are TMA's."""
 
-PERMUTED, PERMUTED_PAIRED = (replace(each, permutes=1) for each in (INSTANCES[176], PAIRED))
-"""The same where tokens are first written out in order of expert: their second reading, and all that follow, are TMA's."""
-
-PAIRED_UP_TO, PERMUTED_PAIRED_UP_TO = 176.0, 176.0
-"""The most rows of an expert that pairs are used for."""
-
-ALL = (ONE_TOKEN, *INSTANCES.values(), PAIRED, PERMUTED, PERMUTED_PAIRED)
+ALL = (ONE_TOKEN, *INSTANCES.values(), PERMUTED)
 
 READS_TO_PERMUTE = 6
 """Tiles of weight rows that read the same tokens in GEMM1, from which it is faster to permute the tokens: in
@@ -129,5 +123,5 @@ def instance_for(num_tokens: int, top_k: int, num_experts: int, moe_intermediate
     if num_experts <= FEW_EXPERTS and rows > THEIR_ROWS and num_tokens > 96:
         fits = 176
     if fits == 176 and 2 * moe_intermediate_size > (READS_TO_PERMUTE - 1) * PERMUTED.rows:
-        return PERMUTED_PAIRED if PAIRED.tokens < rows <= PERMUTED_PAIRED_UP_TO else PERMUTED
-    return PAIRED if PAIRED.tokens < rows <= PAIRED_UP_TO else INSTANCES[fits]
+        return PERMUTED
+    return INSTANCES[fits]
