@@ -46,6 +46,19 @@ def drawn(recording: Recording = WHOLE) -> fast_counters.Panel:
     return fast_counters.units(recording, AT, DEVICE)
 
 
+def test_cells_counted_of_another_form_are_said() -> None:
+    """Those alone that the rule has another form for, by the name that the kernel carries."""
+    counted = made(*({**each, "kernel": f"fast_layer<Shape<{each['shape']}>>"} for each in WHOLE.rows))
+    said = {
+        name: fast_counters.units(counted, AT, DEVICE, lambda shape, batch, name=name: f"<{name}>").sentence
+        for name in "ab"
+    }
+    assert said["a"].endswith("the rule no longer chooses: b, 64 tokens.")
+    assert said["b"].endswith("the rule no longer chooses: a, 64 tokens.")
+    assert "no longer" not in fast_counters.units(counted, AT, DEVICE, lambda shape, batch: f"<{shape}>").sentence
+    assert "no longer" not in drawn(counted).sentence
+
+
 def test_a_bar_for_each_unit_of_each_launch() -> None:
     figure = drawn().figure
     assert [(bar.name, tuple(bar.x), tuple(bar.y)) for bar in figure.data if bar.xaxis == "x"] == [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moelab.plots.layer_baseline import names_of
@@ -23,11 +23,14 @@ UNITS: Mapping[str, tuple[str, str]] = {
 WHOLE = "whole"
 
 
-def units(recording: Recording, at: Ceilings, device: Mapping[str, Any]) -> Panel:
+def units(
+    recording: Recording, at: Ceilings, device: Mapping[str, Any], rule: Callable[[str, int], str] | None = None
+) -> Panel:
     """Bars of per cent of peak for each launch and unit, a small plot for each shape and batch.
 
     at: what memory was measured to reach on that GPU; device: its `moelab.roofline.device_data`, of which the multiprocessors
-    and their FLOPs a clock are read.
+    and their FLOPs a clock are read. rule: the form that the kernel has now for a shape and a batch, as kernels name it; cells
+    that were counted of another are then said.
     """
     cells = names_of([{"cell": _cell(row)} for row in recording.rows], "cell")
     whole = recording.select(launch=WHOLE)
@@ -47,7 +50,14 @@ def units(recording: Recording, at: Ceilings, device: Mapping[str, Any]) -> Pane
     figure.update_xaxes(title="% of peak", range=[0, 115], tickvals=[0, 25, 50, 75, 100], showgrid=False)
     figure.update_yaxes(categoryorder="array", categoryarray=launches, autorange="reversed", showgrid=False)
     figure.update_layout(legend={"orientation": "h", "y": -0.2}, bargap=0.2, bargroupgap=0.08)
-    return Panel(figure, [_line(row) for row in recording.rows], _said(recording, whole, at, device))
+    said = _said(recording, whole, at, device) + _counted_of_another(whole, rule)
+    return Panel(figure, [_line(row) for row in recording.rows], said)
+
+
+def _counted_of_another(whole: Sequence[Row], rule: Callable[[str, int], str] | None) -> str:
+    """Which cells were counted while the rule chose another form for them."""
+    names = [_name(row) for row in whole if rule and rule(*_cell(row)) not in row["kernel"]]
+    return f" Counted of a form that the rule no longer chooses: {', '.join(names)}." if names else ""
 
 
 def _cell(row: Row) -> tuple[str, int]:
