@@ -72,9 +72,8 @@ IMPLEMENTATIONS: dict[str, Callable[[MoECall], Tensor]] = {
     "compiled": _compiled,
 }
 
-EXPERIMENTAL: dict[str, Callable[[MoECall], Tensor]] = {"fast": _fast}
-"""By name only, never among "all": what has not been through all of its gpu tests. "fast" has, with the forms that it was first
-given; those in use since have run in the suite fast_choice, where every result was checked, and on an emulated chip."""
+HOPPER_ONLY: dict[str, Callable[[MoECall], Tensor]] = {"fast": _fast}
+"""By name only, never among "all": what one generation of chips alone runs, and there not every layer."""
 
 
 def fused_moe(
@@ -107,7 +106,7 @@ def fused_moe(
     impl: a name in IMPLEMENTATIONS: "triton" (default), the same with weights by TMA ("tma"), "split_k_atomic",
     "split_k_workspace"; with the activation inside GEMM1 and GEMM2 over sorted rows: "gated", "gated_tma", and with
     atomic sums over slots in float32 "gated_atomic", "gated_tma_atomic", in hidden_states' dtype "gated_atomic_out",
-    which rounds every sum and may err more than torch; "fast", experimental, what is recorded fastest on Hopper for the
+    which rounds every sum and may err more than torch; "fast", what is recorded fastest on Hopper for the
     batch (sm_90; bfloat16 or float16, silu-gated, no biases, H and N multiples of 8); "torch", "compiled". Those with "tma"
     need sm_90 or later, and H and N times the element's bytes to be multiples of 16.
     config, down_config: for GEMM1 and GEMM2 of those made of kernels, without them sglang's default rule, and the first
@@ -156,14 +155,15 @@ def fused_moe(
 
 
 def _implementation(impl: str) -> Callable[[MoECall], Tensor]:
-    return IMPLEMENTATIONS.get(impl) or EXPERIMENTAL[impl]
+    return IMPLEMENTATIONS.get(impl) or HOPPER_ONLY[impl]
 
 
 def _check_impl(impl: str) -> None:
-    if impl not in IMPLEMENTATIONS and impl not in EXPERIMENTAL:
+    if impl not in IMPLEMENTATIONS and impl not in HOPPER_ONLY:
+        known = [*IMPLEMENTATIONS, *HOPPER_ONLY]
         raise UnknownNameError(
-            f"Unknown implementation {impl!r}. Expected one of {list(IMPLEMENTATIONS)}."
-            f"{nearest_names(impl, IMPLEMENTATIONS)} Add your own to moelab.fused_moe.IMPLEMENTATIONS."
+            f"Unknown implementation {impl!r}. Expected one of {known}.{nearest_names(impl, known)} "
+            "Add your own to moelab.fused_moe.IMPLEMENTATIONS."
         )
 
 

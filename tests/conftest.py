@@ -35,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same numbers for a test whatever ran before it in its process."""
+    torch.manual_seed(int(os.environ.get("MOELAB_TEST_SEED", "0")))
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     """Where tensors must lie for kernels to run in this process: "cuda" or "cpu"."""

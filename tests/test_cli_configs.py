@@ -230,7 +230,7 @@ def test_explain_says_what_fast_runs(run) -> None:
     assert status == 0 and said["form"]["kind"] == "Gated" and said["form"]["up"]["BLOCK_SIZE_M"] == 16
     status, out, _ = run(*scout, "--batch-size", "4096", "--json")
     said = json.loads(out)
-    assert status == 0 and said["form"]["tokens"] == 176 and said["form"]["cluster"] == 2
+    assert status == 0 and said["form"]["tokens"] == 176 and said["form"]["permutes"] == 1
     assert said["reason"].startswith("one launch: 256 rows an expert")
 
 

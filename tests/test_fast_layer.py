@@ -96,7 +96,7 @@ def test_sizes_are_those_of_the_source(instance: Instance) -> None:
 @pytest.mark.parametrize(
     ("instance", "dtype"),
     [
-        *((each, torch.bfloat16) for each in (*ALL, *CLUSTERS)),
+        *((each, torch.bfloat16) for each in (*ALL, CLUSTERS[-1])),
         (INSTANCES[8], torch.float16),
         (INSTANCES[48], torch.float16),
     ],

@@ -66,7 +66,7 @@ def by(instance: Instance, i: MoEInputs, **options: object) -> torch.Tensor:
 
 
 def test_elsewhere_it_says_so(device: str) -> None:
-    assert "fast" not in available_implementations(torch.float16)  # experimental: by name only
+    assert "fast" not in available_implementations(torch.float16)  # by name only
     if device == "cuda":
         return
     inputs = CASES[1].inputs(torch.float16, device)

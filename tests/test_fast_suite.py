@@ -182,8 +182,8 @@ def test_without_a_file_there_is_no_known_config(monkeypatch: pytest.MonkeyPatch
     assert fast_rivals.known_configs(layer, "nobody") == []
 
 
-def test_an_experimental_implementation_answers_to_its_name_alone() -> None:
-    assert "fast" in fused_moe.EXPERIMENTAL and "fast" not in fused_moe.IMPLEMENTATIONS
+def test_what_hopper_alone_runs_answers_to_its_name_alone() -> None:
+    assert "fast" in fused_moe.HOPPER_ONLY and "fast" not in fused_moe.IMPLEMENTATIONS
     bench._require_known(["fast", "triton"])
     with pytest.raises(UnknownNameError, match="Unknown implementation 'fsat'"):
         bench._require_known(["fsat"])

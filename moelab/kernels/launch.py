@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from moelab import runtime
 
-runtime.prepare_triton()
+RUNTIME = runtime.prepare_triton()
 
 import contextlib  # noqa: E402
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence  # noqa: E402
@@ -23,7 +23,13 @@ from torch import Tensor  # noqa: E402
 
 from moelab.config import KernelConfig  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
+from moelab.kernels.interpreter import hasten  # noqa: E402
 from moelab.routing import Alignment  # noqa: E402
+
+if RUNTIME.mode == "interpreter":
+    from triton.runtime import interpreter
+
+    hasten(interpreter, triton.language)
 
 Instance = tuple[Mapping[str, Any], Mapping[str, Any]]
 """What one compiled instance is made with: constants by name, launch options by name."""

@@ -11,7 +11,7 @@ import torch
 from moelab import precision, recordings, roofline, runtime
 from moelab.config_files import Lookup, dtype_selector, lookup
 from moelab.errors import MoelabError, PrecisionError, RuntimeModeError, UnknownNameError, nearest_names
-from moelab.fused_moe import EXPERIMENTAL, IMPLEMENTATIONS
+from moelab.fused_moe import HOPPER_ONLY, IMPLEMENTATIONS
 from moelab.measure import EagerProtocol, Measurement, measure, measure_eager, tie
 from moelab.pipelines import PIPELINES
 from moelab.routing import make_routing
@@ -109,11 +109,12 @@ def require_gpu() -> None:
 
 
 def _require_known(impls: Sequence[str]) -> None:
+    known = [*IMPLEMENTATIONS, *HOPPER_ONLY]
     for name in impls:
-        if name not in IMPLEMENTATIONS and name not in EXPERIMENTAL:
+        if name not in known:
             raise UnknownNameError(
-                f"Unknown implementation {name!r}. Expected one of {', '.join(IMPLEMENTATIONS)}."
-                f"{nearest_names(name, IMPLEMENTATIONS)} Name one of them."
+                f"Unknown implementation {name!r}. Expected one of {', '.join(known)}.{nearest_names(name, known)} "
+                "Name one of them."
             )
 
 

@@ -21,7 +21,6 @@ from moelab.fused_moe import fused_moe
 from moelab.inputs import random_tensor
 from moelab.kernels import few_tokens as few_room
 from moelab.kernels.align import align
-from moelab.kernels.expert_order import expert_order
 from moelab.kernels.fast_instances import ALL, Instance, instance_for
 from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM, fast_layer
 from moelab.kernels.few_tokens import FewTokens, few_tokens
@@ -92,9 +91,7 @@ def note_of(form: Form) -> dict[str, Any]:
 
 def tiles_of(layer: Layer, instance: Instance) -> list[TokenTiles]:
     """For each rotation, its slots in tiles of that instance."""
-    experts = layer.shape.num_experts
-    hidden = layer.shape.hidden_size
-    return [tiles_for(expert_order(r.topk_ids, experts), instance, hidden) for r in layer.routings]
+    return [tiles_for(order, instance, layer.shape.hidden_size) for order in layer.orders]
 
 
 def by_expert(tiles: TokenTiles, cluster: int) -> TokenTiles:

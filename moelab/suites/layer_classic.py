@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -17,11 +18,13 @@ from moelab.fused_moe import fused_moe
 from moelab.inputs import MoEInputs, make_inputs, random_tensor, routing_for
 from moelab.kernels.activation import activation
 from moelab.kernels.align import align
+from moelab.kernels.expert_order import expert_order
 from moelab.kernels.grouped_gemm import grouped_gemm
 from moelab.kernels.sum_reduce import sum_reduce
 from moelab.measure import Measurement, Protocol, measure, rotations_for
 from moelab.recordings import Recording
 from moelab.reference import fused_moe_ref
+from moelab.routing import ExpertOrder
 from moelab.shapes import MoEShape, load_model
 from moelab.suites.partial import OnRows, ignore
 
@@ -80,6 +83,11 @@ class Layer:
         self.routings = [routing_for(shape, num_tokens, routing, seed=i, device=device) for i in range(rotations)]
         size = (num_tokens, shape.hidden_size)
         self.states = [random_tensor(size, 1.0, dtype=dtype, device=device, seed=100 + i) for i in range(rotations)]
+
+    @functools.cached_property
+    def orders(self) -> list[ExpertOrder]:
+        """For each rotation, its slots sorted by expert."""
+        return [expert_order(r.topk_ids, self.shape.num_experts) for r in self.routings]
 
     def experts_touched(self) -> float:
         """Mean over rotations."""
