@@ -216,6 +216,7 @@ def instances(recording: Recording, shapes: Mapping[str, MoEShape], rule: Rule |
 
 
 _NOTES = {
+    "cluster": "; c2: two blocks share weights",
     "permutes": "; p: tokens permuted first",
     "FewTokens": "; few 1×1024 2×256: tiles of 1 row by 1024 columns of weights in GEMM1, 2 by 256 in GEMM2",
 }
