@@ -79,7 +79,7 @@ def test_tiles_of_two_experts_load_their_own_weights(tmp_path: Path) -> None:
 
 
 LATE = [
-    ("fast_layer.cu", "walk.across1 * S::WARPGROUPS", "0", (45, 2, 1, 64, 64), 4),  # GEMM2 waits for GEMM1
+    ("fast_copies.cuh", "walk.across1 * S::WARPGROUPS", "0", (45, 2, 1, 64, 64), 4),  # GEMM2 waits for GEMM1
     ("fast_sums.cuh", "W::Tile::CLUSTER * W", "W", (45, 2, 2, 64, 64), 4),  # the sums wait for GEMM2
     ("fast_sums.cuh", "across2 * S::CLUSTER", "across2", (8, 2, 2, 64, 64), 2),  # who is last over a few tokens adds up
 ]

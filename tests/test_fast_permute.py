@@ -91,7 +91,7 @@ def test_rows_that_are_not_waited_for_are_seen(tmp_path: Path) -> None:
     waits = "    wait_for_count(&layer.ready[walk.tokens], count);\n"
     source = emulated_gpu.altered(
         tmp_path,
-        ("fast_layer.cu", waits, "    if (walk.gemm) wait_for_count(&layer.ready[walk.tokens], count);\n"),
+        ("fast_copies.cuh", waits, "    if (walk.gemm) wait_for_count(&layer.ready[walk.tokens], count);\n"),
     )
     compare(MIDDLE_PERMUTED, 64, 2, 2, 1032, 64)
     with pytest.raises(AssertionError, match="nan"):
