@@ -133,6 +133,13 @@ def test_ctrl_c_in_a_process_of_its_own(recorded: Path, tmp_path: Path) -> None:
         (["tune", "--replay", "{}", "--model", "mixtral-8x7b"], ["sizes", "landscape"]),
         (["tune", "--replay", "{}", "--freeze", "a.parquet"], ["--freeze", "replay"]),
         (["tune", "--replay", "{}", "--dtype", "fp8_w8a8", "--model", "mixtral-8x7b"], ["fp8_w8a8"]),
+        (
+            ["tune", "--replay", "{}", "--tp", "4", "--dtype", "float16"],
+            ["--tp-size, --dtype", "the landscape", "--model"],
+        ),
+        (["tune", "--replay", "{}", "--routing", "zipf"], ["--routing", "Leave them out."]),
+        (["tune", "--resume", "a.jsonl", "--strategy", "grid", "--replay", "{}"], ["--strategy, --replay", "journal"]),
+        (["tune", "--replay", "{}", "--out", __file__], ["--out", "is a file"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -140,6 +147,45 @@ def test_bad_use_is_status_2_and_says_why(run, recorded: Path, arguments: list[s
     status, out, err = run(*(argument.format(recorded) for argument in arguments))
     assert (status, out) == (2, "") and all(word in err for word in words), err
     assert "Traceback" not in err
+
+
+def test_entries_of_other_batch_sizes_stay(run, recorded: Path, tmp_path: Path) -> None:
+    """Tuned whole, then one batch size again: the other's entries are those of the first run, of both files."""
+    _, out, _ = run("tune", "--replay", recorded, "--out", tmp_path, "--json")
+    files = [Path(path) for path in json.loads(out)["files"]]
+    before = [config_files.read_config_file(path) for path in files]
+    again = ("tune", "--replay", recorded, "--out", tmp_path, "--batch-size", 64, "--strategy", "random", "--json")
+    answer = json.loads(run(*again)[1])
+    for path, side, old in zip(files, ("up", "down"), before, strict=True):
+        now = config_files.read_config_file(path)
+        assert list(now) == list(old) == [1, 64] and now[1] == old[1]
+        assert now[64].to_json() == answer["configs"][side]["64"]
+
+
+def test_a_file_that_cannot_be_read_is_not_written_over(run, recorded: Path, tmp_path: Path) -> None:
+    """And is told before anything is measured: no journal is begun."""
+    (path, *_) = map(Path, json.loads(run("tune", "--replay", recorded, "--out", tmp_path, "--json")[1])["files"])
+    path.write_text(path.read_text()[:-20])
+    runs = set(tmp_path.glob("runs/*"))
+    status, out, err = run("tune", "--replay", recorded, "--out", tmp_path, "--batch-size", 64)
+    assert (status, out) == (2, "") and path.name in err and set(tmp_path.glob("runs/*")) == runs
+
+
+def test_without_a_file_for_gemm2_one_config_serves_both(run, tmp_path: Path) -> None:
+    """Also what is to be beaten: a pair of two configs could not be written."""
+    command = (
+        "tune",
+        "--replay",
+        "qwen3-30b-a3b-tp1-NVIDIA_H200",
+        "--no-down",
+        "--batch-size",
+        1,
+        "--out",
+        tmp_path,
+        "--json",
+    )
+    (row,) = json.loads(run(*command)[1])["batches"]
+    assert row["up"] == row["down"]
 
 
 @pytest.mark.skipif(runtime.current().mode == "gpu", reason="has a GPU")

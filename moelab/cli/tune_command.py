@@ -31,14 +31,51 @@ def _seconds(text: str | None) -> float | None:
     return float(match[1]) * _UNITS[match[2]] if match else None
 
 
+_OF_THE_MODEL = ("tp_size", "ep_size", "dtype", "disable_shared_experts_fusion")
+_NOT_IN_REPLAY = ("routing", "gpus")
+_WITH_RESUME = ("resume", "ray", "gpus", "budget", "out", "freeze", "as_json")
+
+
+def _require_meaning(context: typer.Context) -> None:
+    """Refuse options that a replay or a journal would pass over: what they ask for is not what would be run."""
+    given = {
+        name: option.opts[0]
+        for option in context.command.params
+        if (name := option.name or "")
+        and str(getattr(context.get_parameter_source(name), "name", None)) == "COMMANDLINE"
+        and context.params[name] != option.default
+    }
+    if "resume" in given:
+        passed_over = [name for name in given if name not in (*_WITH_RESUME, "_tune")]
+        source = "the run's journal"
+    elif "replay" in given:
+        passed_over = [name for name in given if name in (*_NOT_IN_REPLAY, *_OF_THE_MODEL * ("model" not in given))]
+        source = "the landscape"
+    else:
+        return
+    if passed_over:
+        model = "; or name the --model that they belong to" if set(passed_over) <= set(_OF_THE_MODEL) else ""
+        also = model if "replay" in given and "resume" not in given else ""
+        raise typer.BadParameter(
+            f"{', '.join(given[name] for name in passed_over)} would be passed over: {source} says what is tuned. Expected "
+            f"none of them beside {given['resume' if 'resume' in given else 'replay']}. Leave them out{also}."
+        )
+
+
 def tune(
+    context: typer.Context,
     model: Annotated[str | None, typer.Option("--model", help="A preset, a Hugging Face id, or a config.json.")] = None,
     tp_size: Annotated[int, typer.Option("--tp-size", "--tp", min=1, help="Ranks that share the layer.")] = 1,
     ep_size: Annotated[int, typer.Option("--ep-size", "--ep", min=1, help="Of them, how many divide the experts.")] = 1,
     dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16, float32; auto: the model's.")] = "auto",
     batch_size: Annotated[
         list[int] | None,
-        typer.Option("--batch-size", "--batch-sizes", min=1, help="Tokens; repeat. Default: sglang's 18 sizes."),
+        typer.Option(
+            "--batch-size",
+            "--batch-sizes",
+            min=1,
+            help="Tokens; repeat. Default: sglang's 18; in replay, the landscape's.",
+        ),
     ] = None,
     disable_shared_experts_fusion: Annotated[
         bool, typer.Option("--disable-shared-experts-fusion", help="Leave shared experts out, as sglang's switch does.")
@@ -64,7 +101,12 @@ def tune(
     ray: Annotated[str | None, typer.Option("--ray", help="Address of a Ray cluster whose GPUs to use.")] = None,
     gpus: Annotated[str, typer.Option("--gpus", help="Of this machine, as 0,1,2; or all.")] = "0",
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of journal and config files; default: tuned, none in replay.")
+        Path | None,
+        typer.Option(
+            "--out",
+            file_okay=False,
+            help="Folder of journal and config files; default: tuned, none in replay, the run's own with --resume.",
+        ),
     ] = None,
     freeze: Annotated[
         Path | None, typer.Option("--freeze", help="Freeze every measurement into this Parquet file, for replay.")
@@ -75,6 +117,7 @@ def tune(
     """Find the fastest kernel configs of a layer, on a GPU or by replay, and write the files that sglang and vLLM load;
     those of another --kernel are moelab's own."""
     budget_s = _seconds(budget)
+    _require_meaning(context)
     if resume is None and replay is None and model is None:
         raise typer.BadParameter("pass --model M; or --replay LANDSCAPE, or --resume RUN, which name their own.")
     if freeze is not None and replay is not None:
@@ -131,6 +174,7 @@ def _new(
     shown: _Bar,
 ) -> tuple[TuneSession, Path | None]:
     from moelab.tuner.landscape import default_name
+    from moelab.tuner.results import standing
     from moelab.tuner.session import TuneSession
 
     label = f"{strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -138,6 +182,8 @@ def _new(
         problem, evaluator = _replayed(asked, replay, ray)
     else:
         problem, evaluator = _on_gpu(asked, ray, out and out / "runs" / f"quarantine-{label}")
+    if out is not None:
+        standing(problem, out)  # a file that cannot be read is told now, not after the run
     run = out and out / "runs" / f"{default_name(problem)}-{label}.jsonl"
     session = TuneSession(problem, evaluator, strategy=strategy, run=run, budget_s=budget_s, on_progress=shown.progress)
     return session, run
@@ -153,12 +199,18 @@ def _replayed(asked: Mapping[str, Any], replay: str, ray: str | None) -> tuple[P
 
     landscape = load(replay)
     recorded = landscape.problem
+    incumbents = recorded.incumbents
+    if not asked["separate_down"]:  # one config then serves both GEMMs, of what is to be beaten too
+        incumbents = {
+            label: {b: (up, up) for b, (up, _) in pairs.items()} for label, pairs in recorded.incumbents.items()
+        }
     problem = replace(
         recorded,
         shape=recorded.shape if asked["model"] is None else _shape(asked),
         batch_sizes=tuple(asked["batch_sizes"] or recorded.batch_sizes),
         seed=asked["seed"],
         separate_down=asked["separate_down"],
+        incumbents=incumbents,
         kernel=kernel_name(asked["kernel"]) if asked["kernel"] else recorded.kernel,
     )
     if ray is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.config import KernelConfig
-from moelab.config_files import dtype_selector, file_name, write_config_file
+from moelab.config_files import dtype_selector, file_name, read_config_file, write_config_file
 from moelab.errors import LandscapeError
 from moelab.tuner.board import Board
 from moelab.tuner.coverage import Coverage
@@ -103,6 +103,45 @@ def provisional(board: Board, num_tokens: int) -> BatchResult:
     return BatchResult(num_tokens, *pair, provisional=True)
 
 
+def file_paths(problem: Problem, out: str | Path) -> dict[str, Path]:
+    """ "up" and "down" -> the config file of a problem below `out`."""
+    from moelab import runtime
+
+    shape, folder = problem.shape, Path(out) / runtime.triton_key(problem.triton_version)
+    selector = dtype_selector(shape.dtype)
+    sizes = shape.num_experts, shape.moe_intermediate_size, problem.device, selector
+    return {
+        side: folder / file_name(*sizes, down=side == "down", kernel=problem.file_kernel) for side in ("up", "down")
+    }
+
+
+def standing(problem: Problem, out: str | Path) -> dict[str, dict[int, KernelConfig]]:
+    """ "up" and "down" -> what the file that is there now says, nothing where there is none. Raises ConfigFileError for one
+    that cannot be read: to write over it would lose what it holds."""
+    paths = file_paths(problem, out)
+    return {side: read_config_file(path) if path.exists() else {} for side, path in paths.items()}
+
+
+def beside(
+    old: Mapping[str, Mapping[int, KernelConfig]], new: Mapping[str, Mapping[int, KernelConfig]]
+) -> dict[str, dict[int, KernelConfig]]:
+    """The entries to write: the new ones, and those of other batch sizes as they were.
+
+    Where only one side has a file of its own, the other serves both GEMMs; entries that this has to go on for are then
+    written out, since a reader takes the nearest entry of a file that is there.
+    """
+    up = {b: config for b, config in sorted({**old["up"], **new["up"]}.items())}
+    if not new.get("down") and not old["down"]:
+        return {"up": up}
+
+    def down_of(b: int) -> KernelConfig:
+        if b in new["up"]:
+            return new.get("down", {}).get(b, up[b])
+        return old["down"][min(old["down"], key=lambda key: abs(key - b))] if old["down"] else up[b]
+
+    return {"up": up, "down": {b: down_of(b) for b in up}}
+
+
 @dataclass(frozen=True)
 class TuneResult:
     """Winners by batch size. complete: every batch size went through the finals. source: what was measured, or replayed.
@@ -136,24 +175,17 @@ class TuneResult:
         """Write the config files into triton_X_Y_Z/ below `out`, as sglang's loader finds them; their paths. Those of a
         kernel beside the exchange kernel are named `kernel=NAME`, and moelab's loader alone finds them.
 
-        Raises LandscapeError if the run is incomplete or no batch size has a winner.
+        Of files that are there already, entries of other batch sizes stay. Raises LandscapeError if the run is incomplete or
+        no batch size has a winner, ConfigFileError if a file that is there cannot be read.
         """
-        from moelab import runtime
-
         if not self.complete or not any(self.to_configs().values()):
             raise LandscapeError(
                 f"There is no config file to write: {'the run is not finished' if not self.complete else 'nothing won'}. "
                 "Expected winners that went through the finals. Take the run up with --resume first."
             )
-        shape, written = self.problem.shape, []
-        for side, configs in self.to_configs().items():
-            name = file_name(
-                shape.num_experts, shape.moe_intermediate_size, self.problem.device,
-                dtype_selector(shape.dtype), down=side == "down", kernel=self.problem.file_kernel,
-            )  # fmt: skip
-            folder = Path(out) / runtime.triton_key(self.problem.triton_version)
-            written.append(write_config_file(folder / name, configs))
-        return written
+        paths = file_paths(self.problem, out)
+        configs = beside(standing(self.problem, out), self.to_configs())
+        return [write_config_file(paths[side], found) for side, found in configs.items()]
 
     def rows(self) -> list[dict[str, Any]]:
         """A flat row for each batch size, for tables and JSON."""
