@@ -217,7 +217,7 @@ def test_explain_takes_a_readers_own_kernel_that_has_files(run, tmp_path: Path) 
 
 def test_explain_says_what_fast_runs(run) -> None:
     asked = ("--disable-shared-experts-fusion", "--kernel", "fast")
-    scout = ("explain", "--model", "llama-4-scout", "--tp-size", "4", *asked)
+    scout = ("explain", "--model", "llama-4-scout", "--tp-size", "4", *asked, "--device", "NVIDIA H200")
     status, out, _ = run(*scout, "--batch-size", "1")
     assert status == 0 and out.startswith("two launches for a few tokens: 1 pairs")
     deepseek = ("explain", "--model", "deepseek-v3", "--tp-size", "8", *asked, "--batch-size", "64", "--device")
@@ -225,13 +225,19 @@ def test_explain_says_what_fast_runs(run) -> None:
     assert status == 0 and out.startswith("gated_tma with its tuned configs: 2 rows an expert")
     status, out, _ = run(*deepseek, "NVIDIA H100")
     assert status == 0 and out.startswith("classic: an inner size of 256 is short")
-    status, out, _ = run(*scout, "--batch-size", "64", "--device", "NVIDIA H200", "--json")
+    status, out, _ = run(*scout, "--batch-size", "64", "--json")
     said = json.loads(out)
     assert status == 0 and said["form"]["kind"] == "Gated" and said["form"]["up"]["BLOCK_SIZE_M"] == 16
     status, out, _ = run(*scout, "--batch-size", "4096", "--json")
     said = json.loads(out)
     assert status == 0 and said["form"]["tokens"] == 176 and said["form"]["permutes"] == 1
     assert said["reason"].startswith("one launch: 256 rows an expert")
+
+
+@pytest.mark.skipif(runtime.current().mode == "gpu", reason="has a GPU")
+def test_explain_of_fast_asks_for_the_device_whose_files_count(run) -> None:
+    status, out, err = run("explain", "--model", "qwen3-30b-a3b", "--batch-size", "20", "--kernel", "fast")
+    assert (status, out) == (2, "") and "--device" in err
 
 
 def test_explain_of_fast_refuses_what_fast_refuses(run) -> None:

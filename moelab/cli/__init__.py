@@ -169,18 +169,18 @@ def explain(
 
     kernel = None if kernel in ("triton", "grouped_gemm") else kernel
     found = _load(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
-    if kernel == "fast":
-        if config_dir is not None or down or rules != "moelab":
-            raise typer.BadParameter(
-                "--kernel fast takes no --rules, --config-dir or --down: it says what runs, not by which file."
-            )
-        return config_commands.explain_fast(found, batch_size, device or _this_gpu(), triton_version, as_json)
     device = device or _this_gpu()
     if device is None:
         raise DeviceError(
             "No GPU here whose configs could be looked up. Expected a device's name. Pass --device, for example "
             "--device 'NVIDIA H200'."
         )
+    if kernel == "fast":
+        if config_dir is not None or down or rules != "moelab":
+            raise typer.BadParameter(
+                "--kernel fast takes no --rules, --config-dir or --down: it says what runs, not by which file."
+            )
+        return config_commands.explain_fast(found, batch_size, device, triton_version, as_json)
     answer = lookup(
         found.num_experts, found.moe_intermediate_size, device,
         num_tokens=batch_size, triton_version=triton_version or _installed_triton(), down=down,

@@ -26,19 +26,17 @@ def register(app: typer.Typer) -> None:
     app.command()(doctor)
 
 
-def explain_fast(
-    found: MoEShape, num_tokens: int, device: str | None, triton_version: str | None, as_json: bool
-) -> None:
-    """What `fused_moe(impl="fast")` runs for a batch, and why. device: whose tuned files count; None, or one not known, is taken
-    for one that it runs on. triton_version: None for the one installed."""
+def explain_fast(found: MoEShape, num_tokens: int, device: str, triton_version: str | None, as_json: bool) -> None:
+    """What `fused_moe(impl="fast")` runs for a batch, and why. device: whose tuned files count; one not known is taken for one
+    that it runs on. triton_version: None for the one installed."""
     from dataclasses import asdict
 
     from moelab.chips import get_target
     from moelab.pipelines.fast import choose_for
     from moelab.roofline import device_data, device_names
 
-    known = device is not None and device.replace(" ", "_") in device_names()
-    name = device_data(str(device)).get("target") if known else None
+    known = device.replace(" ", "_") in device_names()
+    name = device_data(device).get("target") if known else None
     choice = choose_for(found, num_tokens, None if name is None else get_target(name), device, triton_version)
     if as_json:
         form = None if choice.form is None else {"kind": type(choice.form).__name__, **asdict(choice.form)}

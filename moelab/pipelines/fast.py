@@ -42,9 +42,9 @@ GATED_KERNEL = "gated_tma"
 
 MOST_ROWS_OF_GATED = 32
 """Rows that an expert gets, if tokens spread evenly, up to which GATED_KERNEL serves under its tuned configs. In
-data/recordings/fast_choice.json it is faster than one launch at 8 and 16 rows, at 32 once faster and once slower by 1 %, and
-slower from 64 to 256. From 512 rows on it is faster in five cells of seven, by entries mostly tuned for smaller batches: what it
-is worth there is to be measured with its own."""
+data/recordings/fast_choice.json, uniform routing, it is faster than one launch at 8 and 16 rows but for Llama-4-Scout (slower by
+1 % at 16), at 32 once faster and once slower by 1 to 2 %, and slower from 64 on but in one cell (Qwen3-235B-A22B tp4 at 8192
+tokens), by entries mostly tuned for smaller batches."""
 
 
 MOST_TOKENS_BEFORE_GATED = 2

@@ -274,10 +274,13 @@ def whole_op(rows: Sequence[Row], source: str) -> Panel:
               "passes": r["passes"]} for r in rows]  # fmt: skip
     failing = [f"{r['name']} in {r['dtype']}" for r in rows if not r["passes"]]
     worst = max(rows, key=lambda r: r["max_abs"] / r["bound"])
+    empty = {r["name"] for r in rows} != set.intersection(
+        *({r["name"] for r in rows if r["dtype"] == dtype} for dtype in {r["dtype"] for r in rows})
+    )
     sentence = (
         f"**{'All pass' if not failing else 'Failing: ' + ', '.join(failing)}.** The closest to its bound is {worst['name']} in "
-        f"{worst['dtype']}, at {worst['max_abs'] / worst['bound']:.0%} of it. An empty column: that implementation refuses "
-        "the dtype here."
+        f"{worst['dtype']}, at {worst['max_abs'] / worst['bound']:.0%} of it."
+        f"{' An empty column: that implementation refuses the dtype here.' if empty else ''}"
     )
     return Panel(figure, table, sentence)
 

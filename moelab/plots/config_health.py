@@ -88,7 +88,11 @@ def _said(report: Report, sound: int, planted: Mapping[str, tuple[str, str]] | N
     missed = [path for path, (problem, _) in planted.items() if (path, problem) not in found]
     if missed:
         return f"{said} Of {len(planted)} planted mistakes {len(missed)} were missed: {', '.join(missed)}."
-    return f"{said} All {len(planted)} planted mistakes were found, each in its own file."
+    folders = len({path for path in planted if (report.folder / path).is_dir()})
+    where = (
+        f"{len(planted) - folders} each in its own file, {folders} in folders" if folders else "each in its own file"
+    )
+    return f"{said} All {len(planted)} planted mistakes were found, {where}."
 
 
 def _short(folder: Path, parts: int = 3) -> str:

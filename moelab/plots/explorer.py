@@ -76,7 +76,7 @@ def _table(shape: MoEShape, num_tokens: int, at: Ceilings) -> list[Row]:
         ("bytes", f"{number(cost.bytes / 1e6)} MB"),
         ("arithmetic", f"{number(cost.flops / 1e9)} GFLOP, {number(cost.intensity)} FLOP/byte"),
     ]
-    rows.insert(0, ("TP degrees that divide it", ", ".join(map(str, tp_choices(shape.name)))))
+    rows.insert(0, ("TP degrees of 1 to 16 that divide it", ", ".join(map(str, tp_choices(shape.name)))))
     if looked.config is not None:
         waste = roofline.padding_waste(shape, num_tokens, looked.config.BLOCK_SIZE_M).waste
         rows.append(("config (rows x columns x inner, group, warps, stages)", looked.config.short()))

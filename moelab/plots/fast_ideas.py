@@ -331,9 +331,12 @@ def _said_of_rule(judged: Sequence[Row], table: Sequence[Row]) -> str:
         )
         most = max(row["rows an expert"] for row in lost)
         above = [row for row in judged if row["rows an expert"] > most]
-        said += (
-            f" Above {_as_text(most)} rows an expert it loses nowhere ({counted(len(above), 'cell')})." if above else ""
-        )
+        if above:
+            said += f" Above {_as_text(most)} rows an expert it is the fastest or ties ({counted(len(above), 'cell')}"
+            tied = max(above, key=lambda row: row[loss])
+            said += (
+                f"; at most {tied[loss]:.1f} %, a tie: {tied['shape']}, batch {tied['batch']})." if tied[loss] else ")."
+            )
     return said + " The best of several short passes is flattered, so a small loss may be none."
 
 

@@ -60,7 +60,7 @@ def choices(transfer: Transfer, part: Part = "both", other: Transfer | None = No
     means = {name: [loss.percent for loss in row.values() if loss] for name, row in cells.items()}
     lost = {name: (_mean(found), max(found)) for name, found in means.items() if found}
     least, most = min(lost, key=lost.__getitem__), max(lost, key=lost.__getitem__)
-    each = "; ".join(f"{name} {mean:.1f} % (at worst {worst:.0f} %)" for name, (mean, worst) in lost.items())
+    each = "; ".join(f"{name} {mean:.1f} % (at worst {worst:.1f} %)" for name, (mean, worst) in lost.items())
     one = transfer.one_for_all(part)
     chosen = f" The one config is {_short(one)}, the best over the batch sizes where all was measured." if one else ""
     sentence = (
