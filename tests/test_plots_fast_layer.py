@@ -192,6 +192,18 @@ def test_words_count_the_untuned_apart() -> None:
     assert "tuned since" not in said
 
 
+def test_a_form_that_is_faster_than_what_serves_is_said() -> None:
+    """Beyond the intervals, and only where its result is right."""
+    best = {
+        "a": row("a", 64, "fast, best instance", 16.0, instance=WIDE),
+        "b": row("b", 1, "fast, best instance", 9.99),
+    }
+    wrong = row("a", 1, "fast, best instance", 1.0, within_bound=False)
+    said = fast_beside.beside_classic(made(*WHOLE.rows, *best.values(), wrong)).sentence
+    assert "faster than what serves in 1 cell (25.0 % at a, batch 64, uniform)." in said
+    assert "what serves" not in fast_beside.beside_classic(WHOLE).sentence
+
+
 def test_words_without_or_with_only_the_untuned() -> None:
     tuned = fast_beside.beside_classic(made(*WHOLE.rows[:6]))
     assert "Counted apart" not in tuned.sentence and "default only" not in tuned.figure.layout.title.subtitle.text

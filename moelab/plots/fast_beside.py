@@ -84,7 +84,35 @@ def beside_classic(recording: Recording, gains: Recording | None = None) -> Pane
         ratio_map.draw(figure, cells[routing], list(labels.values()), batches, row=number, span=span, bar=bar)
         _set_apart(figure, shapes, fallen, number)
     figure.update_xaxes(title="batch, tokens", row=len(routings))
-    return Panel(figure, table, _said(table, fallen, gains))
+    return Panel(figure, table, _said(table, fallen, gains) + _said_of_better(better(recording)))
+
+
+def better(recording: Recording) -> list[dict[str, Any]]:
+    """Cells where a form that does not serve was faster than "fast" beyond the intervals, the most first: how many per cent
+    longer "fast" takes, and that form."""
+    from moelab.measure import tie
+
+    found: list[dict[str, Any]] = []
+    rows = timed(recording)
+    for routing in names_of(rows, "routing"):
+        for (shape, batch), cell in cells_of([row for row in rows if row["routing"] == routing]).items():
+            pair = {name: cell[name] for name in ("fast", "fast, best instance") if name in cell}
+            if len(sound(pair)) < 2:
+                continue
+            fast, best = (timing(row) for row in pair.values())
+            if not tie(fast, best) and best.median_us < fast.median_us:
+                more, form = 100 * (fast.median_us / best.median_us - 1), pair["fast, best instance"]["instance"]
+                found.append({"routing": routing, "shape": shape, "batch": batch, "more, %": more, "form": form})
+    return sorted(found, key=lambda row: -row["more, %"])
+
+
+def _said_of_better(found: Sequence[Row]) -> str:
+    """How far what serves is from the best that ran beside it."""
+    if not found:
+        return ""
+    at = "; ".join(f"{row['more, %']:.1f} % at {_where(row)}" for row in found[:3])
+    which = "the most: " if len(found) > 3 else ""
+    return f" Another form of fast was faster than what serves in {counted(len(found), 'cell')} ({which}{at})."
 
 
 def _set_apart(figure: Any, shapes: Sequence[str], fallen: Sequence[str], row: int) -> None:
