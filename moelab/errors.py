@@ -81,6 +81,10 @@ class LandscapeError(MoelabError, ValueError):
     """A recorded tuning landscape that is missing, damaged, or holds no answer to what was asked."""
 
 
+class FolderError(MoelabError, OSError):
+    """An environment variable that names no folder."""
+
+
 class RuntimeModeError(MoelabError, RuntimeError):
     """What was asked cannot run here: no GPU, bf16 under Triton's interpreter, a package that is missing."""
 

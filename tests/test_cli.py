@@ -106,6 +106,21 @@ def test_an_error_nobody_meant_is_not_hidden(run, monkeypatch: pytest.MonkeyPatc
         run("shape", "--model", "mixtral-8x7b")
 
 
+@pytest.mark.parametrize(
+    "arguments", [["models"], ["shape", "--model", "mixtral-8x7b"], ["record", "--list"]], ids=lambda given: given[0]
+)
+def test_a_data_variable_that_names_no_folder(run, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOELAB_DATA_DIR", "no/such")
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "") and "MOELAB_DATA_DIR is 'no/such'" in err
+
+
+def test_models_of_an_empty_folder_are_none(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOELAB_DATA_DIR", str(tmp_path))
+    assert run("models") == (0, "none\n", "")
+    assert run("models", "--json") == (0, "[]\n", "")
+
+
 # --- models and shape -----------------------------------------------------------------------------------------
 
 
@@ -165,6 +180,16 @@ def test_explain_says_which_file_and_key(run) -> None:
     assert answer["path"].endswith("triton_3_6_0/E=128,N=768,device_name=NVIDIA_H200.json")
     text = run("explain", "--model", "qwen3-30b-a3b", "--batch-size", "20", *H200)[1]
     assert "16 is the nearest to 20" in text and KernelConfig.from_json(answer["config"]).short() in text
+
+
+def test_explain_reads_the_variables_folder(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("explain", "--model", "mixtral-8x7b", "--batch-size", "8", *H200)
+    monkeypatch.setenv("MOELAB_CONFIG_DIR", str(tmp_path))
+    assert run(*arguments)[0] == 0, "an empty folder has no file"
+    monkeypatch.setenv("MOELAB_CONFIG_DIR", str(tmp_path / "gone"))
+    for more in ((), ("--kernel", "tma")):
+        status, out, err = run(*arguments, *more)
+        assert (status, out) == (2, "") and "MOELAB_CONFIG_DIR" in err and "Expected a folder" in err
 
 
 def test_explain_falls_back_with_reasons(run, tmp_path: Path) -> None:

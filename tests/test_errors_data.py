@@ -16,6 +16,7 @@ from moelab.errors import (
     ConfigError,
     ConfigFileError,
     DeviceError,
+    FolderError,
     JournalError,
     LandscapeError,
     LayoutError,
@@ -137,6 +138,12 @@ FILES = [
         lambda p: with_environment("MOELAB_DATA_DIR", str(p), config_files.specimen.shipped_files),
         RecordingError,
         ("sglang_shipped_configs.json", "Restore"),
+    ),
+    Row(
+        "a variable that names no folder of data",
+        lambda p: with_environment("MOELAB_DATA_DIR", str(p / "gone"), shapes.preset_names),
+        FolderError,
+        ("MOELAB_DATA_DIR", "gone", "models/"),
     ),
     Row(
         "transfer in a landscape without finals",

@@ -66,7 +66,9 @@ def show_rows(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows under their keys; numbers to the right, the rest to the left."""
+    """Rows under their keys, numbers to the right, the rest to the left; "none" without rows."""
+    if not rows:
+        return "none"
     columns = list(rows[0])
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(text) for text in column) for column in zip(columns, *cells, strict=True)]
