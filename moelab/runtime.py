@@ -112,15 +112,15 @@ def require_kernels(dtype: Any = None) -> Runtime:
     return runtime
 
 
-def require_cuda(what: str) -> None:
-    """Raise RuntimeModeError unless an NVIDIA GPU is at hand; `what` names the thing that needs one."""
+def require_cuda(what: str, instead: str = "") -> None:
+    """Raise RuntimeModeError unless an NVIDIA GPU is at hand; `what` names the thing that needs one, `instead` what does not."""
     import torch
 
     if not torch.cuda.is_available() or torch.version.cuda is None:
         raise RuntimeModeError(
             f"{what} needs an NVIDIA GPU and a CUDA build of torch; this process has "
-            f"{'ROCm' if torch.version.hip else 'no GPU'}. Expected both. Run it on a GPU node, or use 'triton' or "
-            "'torch'."
+            f"{'ROCm' if torch.version.hip else 'no GPU'}. Expected both. Run it on a GPU node"
+            f"{f', or {instead}' if instead else ''}."
         )
 
 

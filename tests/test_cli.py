@@ -242,6 +242,12 @@ def test_record_without_a_gpu_replaces_nothing(run, tmp_path: Path, monkeypatch:
     assert status == 2 and "--out" in err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(runtime.current().mode == "gpu", reason="has a GPU, and would measure")
+def test_record_that_needs_a_gpu_offers_no_implementation(run, tmp_path: Path) -> None:
+    status, _, err = run("record", "sum_reduce", "--out", str(tmp_path))
+    assert status == 2 and err.endswith("Run it on a GPU node.\n") and "the suite 'sum_reduce' needs" in err
+
+
 def test_record_list_shows_suites_and_broken_files(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "recordings").mkdir()
     monkeypatch.setenv("MOELAB_DATA_DIR", str(tmp_path))
@@ -252,6 +258,17 @@ def test_record_list_shows_suites_and_broken_files(run, tmp_path: Path, monkeypa
     (tmp_path / "recordings" / "layer_classic.json").write_text("{")
     status, out, _ = run("record", "--list")
     assert status == 1 and "BROKEN" in out
+
+
+def test_record_list_of_another_folder(run, tmp_path: Path) -> None:
+    recordings.write(small_recording("ceilings"), tmp_path / "ceilings.json")
+    (tmp_path / "split_k.json.partial").touch()
+    status, out, _ = run("record", "--list", "--out", str(tmp_path), "--json")
+    rows = {row["suite"]: row for row in json.loads(out)}
+    assert status == 0 and {name for name, row in rows.items() if row["rows"]} == {"ceilings"}
+    assert "tune_timeline" not in rows and rows["split_k"]["cut"] == str(tmp_path / "split_k.json.partial")
+    status, out, err = run("record", "--list", "--out", str(tmp_path / "gone"))
+    assert (status, out) == (2, "") and "gone" in err and "--out" in err
 
 
 def test_record_into_a_place_that_cannot_be_written(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ FILES = [
         "NaN in a recording",
         lambda p: recordings.load(a_recording(p, lambda t: t.replace("2.0", "NaN"))),
         RecordingError,
-        ("NaN", "record suite"),
+        ("NaN", "Fetch the file"),
     ),
     Row(
         "infinity to be written",
@@ -95,7 +95,7 @@ FILES = [
         "a recording cut short",
         lambda p: recordings.load(a_recording(p, cut)),
         RecordingError,
-        ("cut short", "moelab record"),
+        ("cut short", "Fetch the file"),
     ),
     Row(
         "counters without a table",

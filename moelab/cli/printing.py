@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -93,18 +94,18 @@ def listing(values: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
 
 
-def list_suites(as_json: bool) -> bool:
-    """Print suites and recordings, and what cut runs have left; whether a file is broken."""
+def list_suites(as_json: bool, folder: Path | None = None) -> bool:
+    """Print suites and a folder's recordings (None: data/recordings), and what cut runs have left; whether a file is broken."""
     from moelab import recordings, studies, suites
     from moelab.suites.partial import partials
 
-    found = {item.suite: item for item in recordings.list_recordings()}
+    found = {item.suite: item for item in recordings.list_recordings(folder)}
     rows: list[dict[str, Any]] = []
     for name in sorted({*studies.known(), *found}):
         item = found.get(name)
         text = "not recorded" if item is None else item.recording.source() if item.recording else f"BROKEN {item.error}"
         count = len(item.recording.rows) if item and item.recording else None
-        cut = ", ".join(map(str, partials(suites.target(name)))) or None
+        cut = ", ".join(map(str, partials(suites.target(name, folder)))) or None
         rows.append({"suite": name, "rows": count, "recording": text, "cut": cut})
     show_rows(rows, as_json)
     return any(item.error for item in found.values())
