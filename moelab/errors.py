@@ -93,6 +93,11 @@ class PrecisionError(MoelabError, AssertionError):
     """A result is further from float64 than its tolerance policy allows."""
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and its noun, the plural by an s: "1 config file", "2 config files"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def nearest_names(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return ` Did you mean a, b?` for the known names closest to `name`, or an empty string."""
     lowered = {k.lower(): k for k in known}

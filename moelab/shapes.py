@@ -36,7 +36,7 @@ def dtype_name(dtype: object) -> str:
     """Return moelab's name of a dtype given as a string or as torch's. Raises DtypeError for any other."""
     name = str(dtype).removeprefix("torch.").lower()
     if name not in DTYPES:
-        known = ", ".join(sorted(set(DTYPES.values())))
+        known = ", ".join(dict.fromkeys(DTYPES.values()))
         raise DtypeError(f"dtype {dtype!s} is not one that moelab takes. Expected one of {known}: pass dtype=.")
     return DTYPES[name]
 

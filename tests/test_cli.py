@@ -149,6 +149,15 @@ def test_shape_of_a_shard(run) -> None:
     assert "E=257,N=256,device_name=NVIDIA_H200.json" in run(*arguments)[1]
 
 
+@pytest.mark.parametrize("command", ["shape", "explain", "bench"])
+def test_help_and_error_list_the_same_dtypes(run, command: str) -> None:
+    known = ", ".join(dict.fromkeys(shapes.DTYPES.values()))
+    assert f"{known};" in " ".join(run(command, "--help")[1].split())
+    sizes = ("--batch-size", "1") if command != "shape" else ()
+    status, _, err = run(command, "--model", "mixtral-8x7b", *sizes, "--dtype", "fp8")
+    assert status == 2 and f"Expected one of {known}:" in err
+
+
 def test_shape_under_expert_parallelism_and_in_float32(run) -> None:
     sizes = ("--tp-size", "8", "--ep-size", "4", "--dtype", "fp32", "--device", "X")
     answer = json.loads(run("shape", "--model", "qwen3-30b-a3b", *sizes, "--json")[1])
@@ -180,6 +189,15 @@ def test_explain_says_which_file_and_key(run) -> None:
     assert answer["path"].endswith("triton_3_6_0/E=128,N=768,device_name=NVIDIA_H200.json")
     text = run("explain", "--model", "qwen3-30b-a3b", "--batch-size", "20", *H200)[1]
     assert "16 is the nearest to 20" in text and KernelConfig.from_json(answer["config"]).short() in text
+
+
+@pytest.mark.parametrize("batch_size", ["64", "20"])
+def test_explain_does_not_compare_one_batch_size(run, batch_size: str, tmp_path: Path) -> None:
+    path = tmp_path / "triton_3_6_0" / "E=8,N=14336,device_name=NVIDIA_H200.json"
+    config_files.write_config_file(path, {64: KernelConfig(16, 64, 64, 1)})
+    arguments = ("explain", "--model", "mixtral-8x7b", "--batch-size", batch_size, *H200, "--config-dir", str(tmp_path))
+    status, out, _ = run(*arguments)
+    assert status == 0 and "64 is the only batch size of that file" in out and "nearest" not in out
 
 
 def test_explain_reads_the_variables_folder(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

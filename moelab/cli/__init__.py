@@ -36,7 +36,9 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option("--model", help="A preset, a Hugging Face id, or the path of a config.json.")]
 TpSize = Annotated[int, typer.Option("--tp-size", min=1, help="Ranks that share the layer.")]
 EpSize = Annotated[int, typer.Option("--ep-size", min=1, help="Of them, how many divide the experts.")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16, float32; default: the model's.")]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="bfloat16, float16, float32, float64; default: the model's.")
+]
 Device = Annotated[str | None, typer.Option("--device", help='"NVIDIA H200"; default: the GPU of this machine.')]
 NoFusion = Annotated[
     bool, typer.Option("--disable-shared-experts-fusion", help="Leave shared experts out, as sglang's switch does.")
