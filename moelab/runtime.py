@@ -227,7 +227,7 @@ def repo_root() -> Path | None:
 
 def _share(name: str, variable: str, what: str, to_write: bool = False) -> Path:
     if named := os.environ.get(variable):
-        folder = Path(named).expanduser()
+        folder = Path(os.path.expanduser(named))  # Path's own raises where there is no such user
         if not to_write and not folder.is_dir():
             raise FolderError(
                 f"{variable} is {named!r}, where there is {'a file' if folder.exists() else 'nothing'}. Expected a folder: "

@@ -168,7 +168,14 @@ FILES = [
         "a config.json that is not there",
         lambda p: shapes.load_model(str(p / "config.json")),
         UnknownModelError,
-        ("config.json",),
+        ("/config.json does not exist", "Give the path"),
+    ),
+    Row("a model without a name", lambda _: shapes.load_model(" "), UnknownModelError, ("is empty", "mixtral-8x7b")),
+    Row(
+        "a model where there is no preset",
+        lambda p: with_environment("MOELAB_DATA_DIR", str(p), lambda: shapes.load_model("mixtral")),
+        UnknownModelError,
+        ("Presets: none",),
     ),
     Row(
         "sizes that could be the dense layers'",

@@ -75,10 +75,14 @@ def test_folders_are_the_checkouts_unless_overridden(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("find", [runtime.data_dir, runtime.config_dir])
 def test_a_variable_that_names_no_folder_is_refused(find, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     variable = {"data_dir": "MOELAB_DATA_DIR", "config_dir": "MOELAB_CONFIG_DIR"}[find.__name__]
-    for name, there in {"gone": "nothing", "file": "a file"}.items():
-        (tmp_path / "file").touch()
-        monkeypatch.setenv(variable, str(tmp_path / name))
-        with pytest.raises(FolderError, match=f"{variable} is .*{name}.* {there}"):
+    (tmp_path / "file").touch()
+    for named, there in {
+        str(tmp_path / "gone"): "nothing",
+        str(tmp_path / "file"): "a file",
+        "~nobody/x": "nothing",
+    }.items():
+        monkeypatch.setenv(variable, named)
+        with pytest.raises(FolderError, match=f"{variable} is '{named}', where there is {there}"):
             find()
     for empty in (str(tmp_path), ""):
         monkeypatch.setenv(variable, empty)
