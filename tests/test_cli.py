@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from error_rows import unhelpful
 
 from moelab import cli, config_files, recordings, roofline, runtime, shapes
 from moelab.config import KernelConfig
@@ -294,8 +295,24 @@ def test_record_into_a_place_that_cannot_be_written(run, tmp_path: Path, monkeyp
 
     monkeypatch.setitem(suites.SUITES, "tiny", small_recording)
     (tmp_path / "file").write_text("")
-    status, _, err = run("record", "tiny", "--out", str(tmp_path / "file" / "below"))
-    assert status == 2 and err.startswith("moelab: ") and "file" in err
+    for out in (tmp_path / "file" / "below", tmp_path / "file"):
+        status, _, err = run("record", "tiny", "--out", str(out))
+        assert status == 2 and err.startswith(f"moelab: {out}: ") and "Errno" not in err
+        assert unhelpful(err.removeprefix("moelab: ").strip()) is None and "a file is in its way" in err
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied", "x.json"), OSError(28, "No space left", "x.json")]
+)
+def test_what_the_system_refuses_says_what_to_do(run, error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(shapes, "load_model", refused)
+    status, _, err = run("shape", "--model", "mixtral-8x7b")
+    assert (
+        status == 2 and err.startswith(f"moelab: x.json: {error.strerror}. Expected") and unhelpful(err.strip()) is None
+    )
 
 
 # --- bench ----------------------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status; an error that moelab raises on purpose is one paragraph."""
+    """Run the command line and return its exit status; an error that moelab raises on purpose, or the system, is one
+    paragraph."""
     try:
         app(args=argv, prog_name="moelab")
     except SystemExit as stop:
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("moelab: interrupted", file=sys.stderr)
         return 130
     except (MoelabError, OSError) as error:
-        print(f"moelab: {error}", file=sys.stderr)
+        print(f"moelab: {error if isinstance(error, MoelabError) else printing.refused(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -53,6 +53,15 @@ def print_lookup(answer: Lookup, problems: Sequence[str]) -> None:
         print(f"problem: {problem}")
 
 
+def refused(error: OSError) -> str:
+    """What the system refused, with what to do; as it stands where it names no file."""
+    if error.filename is None:
+        return str(error)
+    if isinstance(error, NotADirectoryError | FileExistsError):
+        return f"{error.filename}: {error.strerror}. Expected a folder, and a file is in its way. Name another, or move the file."
+    return f"{error.filename}: {error.strerror}. Expected a path that can be used. Check it, its rights and its disk."
+
+
 def print_json(value: Any) -> None:
     """Print strict JSON."""
     print(json.dumps(value, indent=2, allow_nan=False))
