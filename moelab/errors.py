@@ -81,12 +81,21 @@ class LandscapeError(MoelabError, ValueError):
     """A recorded tuning landscape that is missing, damaged, or holds no answer to what was asked."""
 
 
+class FolderError(MoelabError, OSError):
+    """An environment variable that names no folder."""
+
+
 class RuntimeModeError(MoelabError, RuntimeError):
     """What was asked cannot run here: no GPU, bf16 under Triton's interpreter, a package that is missing."""
 
 
 class PrecisionError(MoelabError, AssertionError):
     """A result is further from float64 than its tolerance policy allows."""
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and its noun, the plural by an s: "1 config file", "2 config files"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def nearest_names(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
 
     Raises UnknownModelError if there is no such file, ConfigFileError if it is not a JSON object.
     """
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))  # Path's own raises where there is no such user
     file = file / "config.json" if file.is_dir() else file
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -26,6 +26,15 @@ SCHEMA = 1
 PROVENANCE_KEYS = ("gpu", "driver", "torch", "triton", "cuda", "python", "git_commit", "date", "moelab")
 """Keys that every recording's provenance must hold; a value may be null where there is none (no driver on CPU)."""
 
+MADE_BY = {
+    name: f"moelab record {name}"
+    for name in (
+        "ceilings", "sum_reduce_precision", "sum_reduce", "layer_classic", "split_k", "layer_baseline", "tma_overhead",
+        "fast_layer", "fast_choice", "fast_counters", "tuned_gain", "tuner_regret",
+    )
+} | {"tune_timeline": "make tuned"}  # fmt: skip
+"""Recordings by name -> the command that makes each again: the suites and studies, which lie above this room, and their own."""
+
 _SAID_BY_SOURCE = ("gpu", "date")  # a recording that cannot say these two names no source at all
 _SUITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -97,7 +106,7 @@ def load(suite: str | Path) -> Recording:
         known = sorted(p.stem for p in path.parent.glob("*.json"))
         raise RecordingError(
             f"There is no recording at {path}.{nearest_names(path.stem, known)} "
-            f"Expected one of those there: {', '.join(known) or 'none yet'}. {remedy}"
+            f"Expected one of those there: {', '.join(known) or 'none yet'}. {_remedy(path.stem, known)}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecordingError(f"Cannot read the recording {path}: {error}. Expected a JSON file. {remedy}") from error
@@ -165,8 +174,12 @@ def _path_of(suite: str | Path) -> Path:
     return recordings_dir() / f"{text}.json"
 
 
-def _remedy(suite: str) -> str:
-    return f"Record it again with `moelab record {suite}`, or restore the file from git."
+def _remedy(name: str, known: Sequence[str] = ()) -> str:
+    """How to come by the recording `name`; known: others that are at hand."""
+    if command := MADE_BY.get(name):
+        return f"Record it again with `{command}`, or restore the file from git."
+    other = "Name one of those, or fetch" if known else "Fetch"
+    return f"{other} the file from where it was made: no suite is called {name!r}, so no command here records it."
 
 
 def _refuse_constant(name: str) -> float:

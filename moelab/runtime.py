@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moelab.errors import DtypeError, RuntimeModeError
+from moelab.errors import DtypeError, FolderError, RuntimeModeError
 
 Mode = Literal["gpu", "interpreter", "none"]
 
@@ -112,15 +112,15 @@ def require_kernels(dtype: Any = None) -> Runtime:
     return runtime
 
 
-def require_cuda(what: str) -> None:
-    """Raise RuntimeModeError unless an NVIDIA GPU is at hand; `what` names the thing that needs one."""
+def require_cuda(what: str, instead: str = "") -> None:
+    """Raise RuntimeModeError unless an NVIDIA GPU is at hand; `what` names the thing that needs one, `instead` what does not."""
     import torch
 
     if not torch.cuda.is_available() or torch.version.cuda is None:
         raise RuntimeModeError(
             f"{what} needs an NVIDIA GPU and a CUDA build of torch; this process has "
-            f"{'ROCm' if torch.version.hip else 'no GPU'}. Expected both. Run it on a GPU node, or use 'triton' or "
-            "'torch'."
+            f"{'ROCm' if torch.version.hip else 'no GPU'}. Expected both. Run it on a GPU node"
+            f"{f', or {instead}' if instead else ''}."
         )
 
 
@@ -225,18 +225,28 @@ def repo_root() -> Path | None:
     return root if (root / "pyproject.toml").is_file() and (root / "data").is_dir() else None
 
 
-def _share(name: str, variable: str) -> Path:
-    if os.environ.get(variable):
-        return Path(os.environ[variable]).expanduser()
+def _share(name: str, variable: str, what: str, to_write: bool = False) -> Path:
+    if named := os.environ.get(variable):
+        folder = Path(os.path.expanduser(named))  # Path's own raises where there is no such user
+        if not to_write and not folder.is_dir():
+            raise FolderError(
+                f"{variable} is {named!r}, where there is {'a file' if folder.exists() else 'nothing'}. Expected a folder: "
+                f"{what}. Correct the variable, or take it out of the environment and {name}/ of moelab's own is read."
+            )
+        return folder
     root = repo_root()
     return root / name if root else Path(__file__).resolve().parent / "_share" / name
 
 
 def data_dir() -> Path:
-    """Where models/, devices/, recordings/ and upstream/ lie; MOELAB_DATA_DIR overrides."""
-    return _share("data", "MOELAB_DATA_DIR")
+    """Where models/, devices/, recordings/ and upstream/ lie; MOELAB_DATA_DIR overrides. Raises FolderError where that names
+    no folder."""
+    return _share("data", "MOELAB_DATA_DIR", "the one that holds models/, devices/ and recordings/")
 
 
-def config_dir() -> Path:
-    """Where the triton_X_Y_Z/ folders of tuned configs lie; MOELAB_CONFIG_DIR overrides."""
-    return _share("configs", "MOELAB_CONFIG_DIR")
+def config_dir(*, to_write: bool = False) -> Path:
+    """Where the triton_X_Y_Z/ folders of tuned configs lie; MOELAB_CONFIG_DIR overrides.
+
+    to_write: the folder may be made by who asks. Otherwise raises FolderError where the variable names no folder.
+    """
+    return _share("configs", "MOELAB_CONFIG_DIR", "the one that holds the triton_X_Y_Z folders", to_write)

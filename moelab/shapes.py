@@ -36,7 +36,7 @@ def dtype_name(dtype: object) -> str:
     """Return moelab's name of a dtype given as a string or as torch's. Raises DtypeError for any other."""
     name = str(dtype).removeprefix("torch.").lower()
     if name not in DTYPES:
-        known = ", ".join(sorted(set(DTYPES.values())))
+        known = ", ".join(dict.fromkeys(DTYPES.values()))
         raise DtypeError(f"dtype {dtype!s} is not one that moelab takes. Expected one of {known}: pass dtype=.")
     return DTYPES[name]
 
@@ -211,7 +211,7 @@ def preset(name: str, *, disable_shared_experts_fusion: bool = False) -> MoEShap
     if stem is None:
         raise UnknownModelError(
             f"No preset is called {name!r}.{nearest_names(name, preset_names())} "
-            f"Expected one of {', '.join(preset_names())}. Name one of them, or give load_model a config.json."
+            f"Expected one of {_listed()}. Name one of them, or give load_model a config.json."
         )
     return MoEShape.from_config(
         _models_dir() / f"{stem}.json", name=stem, disable_shared_experts_fusion=disable_shared_experts_fusion
@@ -228,15 +228,20 @@ def load_model(
 ) -> MoEShape:
     """The layer of a model on one rank. `model` is looked up, in this order, as
     a preset's name (or its Hugging Face id), the path of a config.json or of its folder, a Hugging Face id
-    (needs the extra `hf`; a config.json in its local cache serves offline).
+    (needs the extra `hf`; a config.json in its local cache serves offline). What no id can be, such as `./a`, `a/b/c` or
+    `a.json`, is a path.
 
     Raises UnknownModelError, UnknownArchitectureError, ConfigFileError, DtypeError, ShardError.
     """
     text = str(model)
+    if not text.strip():
+        raise UnknownModelError(
+            f"The model's name is empty. Expected a preset ({_listed()}), a Hugging Face id, or a path. Name one of them."
+        )
     source: str | Path
     if isinstance(model, str) and (stem := _preset_stem(model)):
         source, name = _models_dir() / f"{stem}.json", stem
-    elif Path(text).expanduser().exists():
+    elif _can_only_be_a_path(model) or Path(text).exists():
         source, name = Path(text), None
     else:
         source, name = _from_hugging_face(text), text
@@ -267,20 +272,34 @@ def _aliases(folder: Path) -> dict[str, str]:
     return found
 
 
+def _can_only_be_a_path(model: str | Path) -> bool:
+    text = str(model)
+    return (
+        isinstance(model, Path)
+        or text.count("/") > 1
+        or text.startswith((".", "/", "~"))
+        or text.endswith(("/", ".json"))
+    )
+
+
+def _listed() -> str:
+    return ", ".join(preset_names()) or "none: there is no preset here"
+
+
 def _from_hugging_face(model: str) -> Path:
     """Path of the config.json of a Hugging Face id, from its local cache or else from the hub."""
-    if model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith(("/", ".json")):
+    if model.count("/") != 1:
         raise UnknownModelError(
             f"{model!r} is neither a preset, nor an existing path, nor a Hugging Face id (owner/name)."
-            f"{nearest_names(model, preset_names())} Expected one of the three. Presets: {', '.join(preset_names())}. "
+            f"{nearest_names(model, preset_names())} Expected one of the three. Presets: {_listed()}. "
             "Name one of them, or give the path of a config.json."
         )
     try:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
     except ImportError:
         raise UnknownModelError(
-            f"{model!r} is no preset, and fetching it from Hugging Face takes a package that is not here. Expected the "
-            "extra hf. Install it: pip install 'moelab[hf]'; "
+            f"{model!r} is no preset and no path here, and fetching it from Hugging Face takes a package that is not "
+            "here. Expected the extra hf. Install it: pip install 'moelab[hf]'; "
             f"or give the path of its config.json.{nearest_names(model, preset_names())}"
         ) from None
     try:
@@ -288,8 +307,8 @@ def _from_hugging_face(model: str) -> Path:
         return Path(cached if isinstance(cached, str) else hf_hub_download(model, "config.json"))
     except Exception as error:  # the hub's own errors, its transport's, and invalid ids: all mean "not at hand"
         raise UnknownModelError(
-            f"The config.json of {model!r} could not be fetched from Hugging Face ({type(error).__name__}). Expected "
-            "an id that is there. "
+            f"{model!r} is no preset and no path here, and its config.json could not be fetched from Hugging Face "
+            f"({type(error).__name__}). Expected an id that is there. "
             "Check the id and the network, or give the path of a config.json."
             f"{nearest_names(model, preset_names())}"
         ) from error

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from error_rows import unhelpful
 
 from moelab import cli, config_files, recordings, roofline, runtime, shapes
 from moelab.config import KernelConfig
@@ -106,6 +107,21 @@ def test_an_error_nobody_meant_is_not_hidden(run, monkeypatch: pytest.MonkeyPatc
         run("shape", "--model", "mixtral-8x7b")
 
 
+@pytest.mark.parametrize(
+    "arguments", [["models"], ["shape", "--model", "mixtral-8x7b"], ["record", "--list"]], ids=lambda given: given[0]
+)
+def test_a_data_variable_that_names_no_folder(run, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOELAB_DATA_DIR", "no/such")
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "") and "MOELAB_DATA_DIR is 'no/such'" in err
+
+
+def test_models_of_an_empty_folder_are_none(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOELAB_DATA_DIR", str(tmp_path))
+    assert run("models") == (0, "none\n", "")
+    assert run("models", "--json") == (0, "[]\n", "")
+
+
 # --- models and shape -----------------------------------------------------------------------------------------
 
 
@@ -132,6 +148,15 @@ def test_shape_of_a_shard(run) -> None:
     fused = json.loads(run(*arguments, "--json")[1])
     assert (fused["num_experts"], fused["num_shared_experts_fused"]) == (257, 1)
     assert "E=257,N=256,device_name=NVIDIA_H200.json" in run(*arguments)[1]
+
+
+@pytest.mark.parametrize("command", ["shape", "explain", "bench"])
+def test_help_and_error_list_the_same_dtypes(run, command: str) -> None:
+    known = ", ".join(dict.fromkeys(shapes.DTYPES.values()))
+    assert f"{known};" in " ".join(run(command, "--help")[1].split())
+    sizes = ("--batch-size", "1") if command != "shape" else ()
+    status, _, err = run(command, "--model", "mixtral-8x7b", *sizes, "--dtype", "fp8")
+    assert status == 2 and f"Expected one of {known}:" in err
 
 
 def test_shape_under_expert_parallelism_and_in_float32(run) -> None:
@@ -165,6 +190,25 @@ def test_explain_says_which_file_and_key(run) -> None:
     assert answer["path"].endswith("triton_3_6_0/E=128,N=768,device_name=NVIDIA_H200.json")
     text = run("explain", "--model", "qwen3-30b-a3b", "--batch-size", "20", *H200)[1]
     assert "16 is the nearest to 20" in text and KernelConfig.from_json(answer["config"]).short() in text
+
+
+@pytest.mark.parametrize("batch_size", ["64", "20"])
+def test_explain_does_not_compare_one_batch_size(run, batch_size: str, tmp_path: Path) -> None:
+    path = tmp_path / "triton_3_6_0" / "E=8,N=14336,device_name=NVIDIA_H200.json"
+    config_files.write_config_file(path, {64: KernelConfig(16, 64, 64, 1)})
+    arguments = ("explain", "--model", "mixtral-8x7b", "--batch-size", batch_size, *H200, "--config-dir", str(tmp_path))
+    status, out, _ = run(*arguments)
+    assert status == 0 and "64 is the only batch size of that file" in out and "nearest" not in out
+
+
+def test_explain_reads_the_variables_folder(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("explain", "--model", "mixtral-8x7b", "--batch-size", "8", *H200)
+    monkeypatch.setenv("MOELAB_CONFIG_DIR", str(tmp_path))
+    assert run(*arguments)[0] == 0, "an empty folder has no file"
+    monkeypatch.setenv("MOELAB_CONFIG_DIR", str(tmp_path / "gone"))
+    for more in ((), ("--kernel", "tma")):
+        status, out, err = run(*arguments, *more)
+        assert (status, out) == (2, "") and "MOELAB_CONFIG_DIR" in err and "Expected a folder" in err
 
 
 def test_explain_falls_back_with_reasons(run, tmp_path: Path) -> None:
@@ -217,6 +261,12 @@ def test_record_without_a_gpu_replaces_nothing(run, tmp_path: Path, monkeypatch:
     assert status == 2 and "--out" in err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(runtime.current().mode == "gpu", reason="has a GPU, and would measure")
+def test_record_that_needs_a_gpu_offers_no_implementation(run, tmp_path: Path) -> None:
+    status, _, err = run("record", "sum_reduce", "--out", str(tmp_path))
+    assert status == 2 and err.endswith("Run it on a GPU node.\n") and "the suite 'sum_reduce' needs" in err
+
+
 def test_record_list_shows_suites_and_broken_files(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "recordings").mkdir()
     monkeypatch.setenv("MOELAB_DATA_DIR", str(tmp_path))
@@ -229,13 +279,40 @@ def test_record_list_shows_suites_and_broken_files(run, tmp_path: Path, monkeypa
     assert status == 1 and "BROKEN" in out
 
 
+def test_record_list_of_another_folder(run, tmp_path: Path) -> None:
+    recordings.write(small_recording("ceilings"), tmp_path / "ceilings.json")
+    (tmp_path / "split_k.json.partial").touch()
+    status, out, _ = run("record", "--list", "--out", str(tmp_path), "--json")
+    rows = {row["suite"]: row for row in json.loads(out)}
+    assert status == 0 and {name for name, row in rows.items() if row["rows"]} == {"ceilings"}
+    assert "tune_timeline" not in rows and rows["split_k"]["cut"] == str(tmp_path / "split_k.json.partial")
+    status, out, err = run("record", "--list", "--out", str(tmp_path / "gone"))
+    assert (status, out) == (2, "") and "gone" in err and "--out" in err
+
+
 def test_record_into_a_place_that_cannot_be_written(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from moelab import suites
 
     monkeypatch.setitem(suites.SUITES, "tiny", small_recording)
     (tmp_path / "file").write_text("")
-    status, _, err = run("record", "tiny", "--out", str(tmp_path / "file" / "below"))
-    assert status == 2 and err.startswith("moelab: ") and "file" in err
+    for out in (tmp_path / "file" / "below", tmp_path / "file"):
+        status, _, err = run("record", "tiny", "--out", str(out))
+        assert status == 2 and err.startswith(f"moelab: {out}: ") and "Errno" not in err
+        assert unhelpful(err.removeprefix("moelab: ").strip()) is None and "a file is in its way" in err
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied", "x.json"), OSError(28, "No space left", "x.json")]
+)
+def test_what_the_system_refuses_says_what_to_do(run, error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(shapes, "load_model", refused)
+    status, _, err = run("shape", "--model", "mixtral-8x7b")
+    assert (
+        status == 2 and err.startswith(f"moelab: x.json: {error.strerror}. Expected") and unhelpful(err.strip()) is None
+    )
 
 
 # --- bench ----------------------------------------------------------------------------------------------------

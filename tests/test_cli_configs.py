@@ -63,12 +63,20 @@ def test_doctor_warns_without_failing(run, tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(source.read_text().rstrip("\n"))
     status, out, _ = run("doctor", tmp_path, "--rules", "vllm")
     assert status == 0 and "warning: no_newline, 1 file\n" in out and "remedy  Add" in out
+    assert "; 1 config file below" in out and out.endswith("0 errors, 1 warning, 1 note (--notes shows it)\n")
 
 
 @pytest.mark.parametrize("arguments", [("no/such",), (".", "--rules", "tgi"), ("{empty}",)])
 def test_doctor_used_badly(run, arguments: tuple, tmp_path: Path) -> None:
     status, out, err = run("doctor", *(argument.format(empty=tmp_path) for argument in arguments))
     assert (status, out) == (2, "") and err
+
+
+def test_help_and_error_of_the_doctor_list_the_same_rules(run) -> None:
+    known = "auto, moelab, sglang, vllm"
+    assert known.replace(", vllm", " or vllm") in " ".join(run("doctor", "--help")[1].split())
+    assert f"Expected one of {known}." in run("doctor", runtime.config_dir(), "--rules", "x")[2]
+    assert "Did you mean auto" in run("doctor", runtime.config_dir(), "--rules", "aut")[2]
 
 
 # --- export -------------------------------------------------------------------------------------------------

@@ -399,7 +399,7 @@ WITHOUT_GPU = [
     Row("eager timing", lambda _: measure_eager({"a": lambda _: None}), RuntimeModeError, ("needs a GPU",)),
     Row("a host's timing", lambda _: measure_host({"a": lambda _: None}), RuntimeModeError, ("needs a GPU",)),
     Row("a bench", lambda _: bench.bench(SHAPE, [1], ["triton"]), RuntimeModeError, ("needs a GPU", "split_k")),
-    Row("a cuda kernel", lambda _: sum_reduce(x(4, 2, 8), impl="cuda"), RuntimeModeError, ("GPU", "triton")),
+    Row("a cuda kernel", lambda _: sum_reduce(x(4, 2, 8), impl="cuda"), RuntimeModeError, ("GPU", "or use 'triton'")),
     Row("recording", lambda _: suites.record(["layer_classic"]), RuntimeModeError, ("layer_classic", "GPU")),
     Row("counters", lambda _: suites.record(["fast_counters"]), RuntimeModeError, ("fast_counters", "GPU")),
 ]

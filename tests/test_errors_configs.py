@@ -10,12 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from error_rows import CONFIG, DEVICE, HUGE, Row, cut, gemm, judge, moe, unhelpful, x
+from error_rows import CONFIG, DEVICE, HUGE, Row, cut, gemm, judge, moe, unhelpful, with_environment, x
 
 from moelab import config, config_files
 from moelab.cli import config_commands
 from moelab.config import KernelConfig
-from moelab.errors import ConfigError, ConfigFileError, DtypeError, SharedMemoryError, UnknownNameError, WorkspaceError
+from moelab.errors import (
+    ConfigError,
+    ConfigFileError,
+    DtypeError,
+    FolderError,
+    SharedMemoryError,
+    UnknownNameError,
+    WorkspaceError,
+)
 from moelab.kernels.split_k_atomic import split_k_atomic_f32
 from moelab.kernels.split_k_workspace import new_workspace, split_k_workspace
 
@@ -46,7 +54,7 @@ def export_flat(folder: Path) -> None:
 def no_folder(rules: str) -> object:
     if importlib.util.find_spec(rules) or config_files.RULES[rules].environment in os.environ:
         pytest.skip(f"{rules} has a folder here")
-    return config_files.lookup(8, 64, "X", num_tokens=1, triton_version="3.6.0", rules=rules)
+    return look_up_in_variable(rules)
 
 
 CONFIGS = [
@@ -230,6 +238,12 @@ CONFIGS = [
         ConfigFileError,
         ("'triton_version'", "moelab export"),
     ),
+    Row(
+        "a variable that names no folder of configs",
+        lambda p: with_environment("MOELAB_CONFIG_DIR", str(p / "gone"), lambda: look_up_in_variable("moelab")),
+        FolderError,
+        ("MOELAB_CONFIG_DIR", "gone", "triton_X_Y_Z"),
+    ),
     Row("a peer that is not installed", lambda _: no_folder("vllm"), ConfigFileError, ("VLLM_TUNED_CONFIG_FOLDER",)),
     Row(
         "an export over a file that is there",
@@ -309,6 +323,10 @@ def look_up(
     return config_files.lookup(
         8, 14336, "NVIDIA H200", num_tokens=1, triton_version=triton_version, config_dir=config_dir or folder, **given
     )
+
+
+def look_up_in_variable(rules: str) -> object:
+    return config_files.lookup(8, 64, "X", num_tokens=1, triton_version="3.6.0", rules=rules)
 
 
 def make(folder: Path) -> Path:

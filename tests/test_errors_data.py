@@ -16,6 +16,7 @@ from moelab.errors import (
     ConfigError,
     ConfigFileError,
     DeviceError,
+    FolderError,
     JournalError,
     LandscapeError,
     LayoutError,
@@ -64,7 +65,7 @@ FILES = [
         "NaN in a recording",
         lambda p: recordings.load(a_recording(p, lambda t: t.replace("2.0", "NaN"))),
         RecordingError,
-        ("NaN", "record suite"),
+        ("NaN", "Fetch the file"),
     ),
     Row(
         "infinity to be written",
@@ -94,7 +95,7 @@ FILES = [
         "a recording cut short",
         lambda p: recordings.load(a_recording(p, cut)),
         RecordingError,
-        ("cut short", "moelab record"),
+        ("cut short", "Fetch the file"),
     ),
     Row(
         "counters without a table",
@@ -139,6 +140,12 @@ FILES = [
         ("sglang_shipped_configs.json", "Restore"),
     ),
     Row(
+        "a variable that names no folder of data",
+        lambda p: with_environment("MOELAB_DATA_DIR", str(p / "gone"), shapes.preset_names),
+        FolderError,
+        ("MOELAB_DATA_DIR", "gone", "models/"),
+    ),
+    Row(
         "transfer in a landscape without finals",
         lambda _: Transfer(landscape.Landscape(Problem(SHAPE, "NVIDIA H200", "sm_90", "3.6.0"), {}, {}, {}, ())),
         LandscapeError,
@@ -161,7 +168,14 @@ FILES = [
         "a config.json that is not there",
         lambda p: shapes.load_model(str(p / "config.json")),
         UnknownModelError,
-        ("config.json",),
+        ("/config.json does not exist", "Give the path"),
+    ),
+    Row("a model without a name", lambda _: shapes.load_model(" "), UnknownModelError, ("is empty", "mixtral-8x7b")),
+    Row(
+        "a model where there is no preset",
+        lambda p: with_environment("MOELAB_DATA_DIR", str(p), lambda: shapes.load_model("mixtral")),
+        UnknownModelError,
+        ("Presets: none",),
     ),
     Row(
         "sizes that could be the dense layers'",

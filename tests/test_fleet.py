@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -223,6 +224,7 @@ def test_install_takes_files_kept_landscapes_and_adds_to_the_timeline(tmp_path: 
     timeline.append([older.rename(older.with_name("older.jsonl"))], timed)
     done = a_fleet(out)
     done.run(["tune", "grid"])
+    shutil.rmtree(tmp_path / "repo_configs")  # to be written, it need not be there
     copies = done.install()
     assert {path.name for path in (tmp_path / "repo_configs" / "triton_3_6_0").iterdir()} == {
         path.name for path in (out / "configs" / "triton_3_6_0").iterdir()

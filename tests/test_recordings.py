@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moelab import recordings
+from moelab import recordings, studies
 from moelab.errors import RecordingError
 from moelab.recordings import Recording
 
@@ -143,7 +143,27 @@ def test_missing_files_offer_the_nearest(tmp_path: Path, monkeypatch: pytest.Mon
     assert recordings.load("sum_reduce").rows == ROWS
     with pytest.raises(RecordingError, match="Did you mean sum_reduce") as caught:
         recordings.load("sum_reduced")
-    assert "moelab record sum_reduced" in str(caught.value)
+    assert "moelab record" not in str(caught.value) and "Name one of those" in str(caught.value)
+
+
+def test_the_remedy_is_a_command_only_where_one_records_it(tmp_path: Path) -> None:
+    for name, words in {
+        "sum_reduce": "with `moelab record sum_reduce`", "tune_timeline": "with `make tuned`", "zzz": "no suite is called 'zzz'",
+    }.items():  # fmt: skip
+        for text in (None, "{", "[]"):
+            path = tmp_path / f"{name}.json"
+            if text:
+                path.write_text(text)
+            with pytest.raises(RecordingError) as caught:
+                recordings.load(path)
+            assert words in str(caught.value), caught.value
+        assert ("`moelab record" in words) == (name in studies.known())
+
+
+def test_every_suite_and_every_recording_here_has_its_command() -> None:
+    suites = {name for name, command in recordings.MADE_BY.items() if command == f"moelab record {name}"}
+    assert suites == set(studies.known())
+    assert {entry.suite for entry in recordings.list_recordings()} <= set(recordings.MADE_BY)
 
 
 def test_a_broken_file_is_listed_with_its_error(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moelab import runtime
-from moelab.errors import DtypeError, RuntimeModeError
+from moelab.errors import DtypeError, FolderError, RuntimeModeError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,6 +70,28 @@ def test_folders_are_the_checkouts_unless_overridden(monkeypatch: pytest.MonkeyP
     assert runtime.data_dir() == ROOT / "data"
     monkeypatch.setenv("MOELAB_DATA_DIR", str(tmp_path))
     assert runtime.data_dir() == tmp_path
+
+
+@pytest.mark.parametrize("find", [runtime.data_dir, runtime.config_dir])
+def test_a_variable_that_names_no_folder_is_refused(find, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    variable = {"data_dir": "MOELAB_DATA_DIR", "config_dir": "MOELAB_CONFIG_DIR"}[find.__name__]
+    (tmp_path / "file").touch()
+    for named, there in {
+        str(tmp_path / "gone"): "nothing",
+        str(tmp_path / "file"): "a file",
+        "~nobody/x": "nothing",
+    }.items():
+        monkeypatch.setenv(variable, named)
+        with pytest.raises(FolderError, match=f"{variable} is '{named}', where there is {there}"):
+            find()
+    for empty in (str(tmp_path), ""):
+        monkeypatch.setenv(variable, empty)
+        assert find() == (tmp_path if empty else ROOT / find.__name__.replace("_dir", "").replace("config", "configs"))
+
+
+def test_a_folder_to_write_to_need_not_be_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MOELAB_CONFIG_DIR", str(tmp_path / "new"))
+    assert runtime.config_dir(to_write=True) == tmp_path / "new"
 
 
 def test_unknown_dtype_names_the_known_ones() -> None:

@@ -294,6 +294,14 @@ def test_a_path_or_its_folder(tmp_path: Path) -> None:
     assert (by_folder.name, e_k_h_n(by_folder)) == ("my-model", (257, 9, 7168, 256))
 
 
+@pytest.mark.parametrize("model", ["a.json", "./a", "/no/such", "~no/such/", "a/b/c", "a/b.json", Path("a/b")])
+def test_a_path_that_is_not_there_is_no_name(model: str | Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UnknownModelError, match="does not exist") as caught:
+        load_model(model)
+    assert "preset" not in str(caught.value)
+
+
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(DEEPSEEK)[:100])
@@ -324,13 +332,13 @@ def test_a_hugging_face_id_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(hub, "hf_hub_download", offline)
-    with pytest.raises(UnknownModelError, match=r"Qwen/Qwen3-30B-A3.*OSError.*Did you mean"):
+    with pytest.raises(UnknownModelError, match=r"Qwen/Qwen3-30B-A3.*no path here.*OSError.*Did you mean"):
         load_model("Qwen/Qwen3-30B-A3")
 
 
 def test_a_hugging_face_id_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UnknownModelError, match=r"pip install 'moelab\[hf\]'"):
+    with pytest.raises(UnknownModelError, match=r"no path here.* pip install 'moelab\[hf\]'"):
         load_model("someone/some-model")
 
 

@@ -34,6 +34,12 @@ def run(capsys: pytest.CaptureFixture[str]):
     return call
 
 
+def test_an_out_that_is_a_file(run, recorded: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    status, out, err = run("tune", "--replay", recorded, "--budget", "1s", "--out", tmp_path / "file")
+    assert (status, out) == (2, "") and str(tmp_path / "file") in err and "a file" in err and "Errno" not in err
+
+
 def test_replay_prints_a_table_and_writes_nothing(run, recorded: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     status, out, err = run("tune", "--replay", recorded)

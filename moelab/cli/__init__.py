@@ -36,7 +36,9 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option("--model", help="A preset, a Hugging Face id, or the path of a config.json.")]
 TpSize = Annotated[int, typer.Option("--tp-size", min=1, help="Ranks that share the layer.")]
 EpSize = Annotated[int, typer.Option("--ep-size", min=1, help="Of them, how many divide the experts.")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16, float32; default: the model's.")]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="bfloat16, float16, float32, float64; default: the model's.")
+]
 Device = Annotated[str | None, typer.Option("--device", help='"NVIDIA H200"; default: the GPU of this machine.')]
 NoFusion = Annotated[
     bool, typer.Option("--disable-shared-experts-fusion", help="Leave shared experts out, as sglang's switch does.")
@@ -45,7 +47,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status; an error that moelab raises on purpose is one paragraph."""
+    """Run the command line and return its exit status; an error that moelab raises on purpose, or the system, is one
+    paragraph."""
     try:
         app(args=argv, prog_name="moelab")
     except SystemExit as stop:
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("moelab: interrupted", file=sys.stderr)
         return 130
     except (MoelabError, OSError) as error:
-        print(f"moelab: {error}", file=sys.stderr)
+        print(f"moelab: {error if isinstance(error, MoelabError) else printing.refused(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moelab.cli import printing
-from moelab.errors import ConfigFileError, MoelabError, nearest_names
+from moelab.errors import ConfigFileError, MoelabError, counted, nearest_names
 
 if TYPE_CHECKING:
     from moelab.config_files import Exported, Finding, Report, Source
@@ -96,7 +96,7 @@ def export(
                 continue
             if item.lost:
                 keys = ", ".join(dict.fromkeys(key for left in item.lost.values() for key in left))
-                count = f"{len(item.lost)} of {len(item.configs)} batch sizes"
+                count = f"{len(item.lost)} of {counted(len(item.configs), 'batch size')}"
                 print(f"moelab: left out {keys} at {count} of {item.origin}: it is not written again", file=sys.stderr)
             done.append(_export_one(item, rules, out, triton_version, overwrite))
     except MoelabError:
@@ -148,15 +148,17 @@ def doctor(
 def _print_report(report: Report, notes: bool) -> None:
     """Findings under their kind and remedy, then how many of each severity."""
     shown = [finding for finding in report.findings if notes or finding.severity != "note"]
-    print(f"{report.rules} reads {report.root}; {len(report.files)} config files below {report.folder}\n")
+    print(f"{report.rules} reads {report.root}; {counted(len(report.files), 'config file')} below {report.folder}\n")
     for (severity, problem), group in groupby(shown, key=lambda f: (f.severity, f.problem)):
         found = list(group)
-        print(f"{severity}: {problem}, {len(found)} {'file' if len(found) == 1 else 'files'}")
+        print(f"{severity}: {problem}, {counted(len(found), 'file')}")
         for (reason, remedy), alike in groupby(sorted(found, key=_words), key=_words):
             _print_alike(report, list(alike), reason, remedy)
+    from moelab.config_files.findings import SEVERITIES
+
     hidden = len(report.of("note"))
-    counts = f"{len(report.errors)} errors, {len(report.of('warning'))} warnings, {hidden} notes"
-    print(counts + ("" if notes or not hidden else " (--notes shows them)"))
+    counts = ", ".join(counted(len(report.of(severity)), severity) for severity in SEVERITIES)
+    print(counts + ("" if notes or not hidden else f" (--notes shows {'it' if hidden == 1 else 'them'})"))
 
 
 def _words(finding: Finding) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,6 +53,15 @@ def print_lookup(answer: Lookup, problems: Sequence[str]) -> None:
         print(f"problem: {problem}")
 
 
+def refused(error: OSError) -> str:
+    """What the system refused, with what to do; as it stands where it names no file."""
+    if error.filename is None:
+        return str(error)
+    if isinstance(error, NotADirectoryError | FileExistsError):
+        return f"{error.filename}: {error.strerror}. Expected a folder, and a file is in its way. Name another, or move the file."
+    return f"{error.filename}: {error.strerror}. Expected a path that can be used. Check it, its rights and its disk."
+
+
 def print_json(value: Any) -> None:
     """Print strict JSON."""
     print(json.dumps(value, indent=2, allow_nan=False))
@@ -66,7 +76,9 @@ def show_rows(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows under their keys; numbers to the right, the rest to the left."""
+    """Rows under their keys, numbers to the right, the rest to the left; "none" without rows."""
+    if not rows:
+        return "none"
     columns = list(rows[0])
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(text) for text in column) for column in zip(columns, *cells, strict=True)]
@@ -91,18 +103,18 @@ def listing(values: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
 
 
-def list_suites(as_json: bool) -> bool:
-    """Print suites and recordings, and what cut runs have left; whether a file is broken."""
+def list_suites(as_json: bool, folder: Path | None = None) -> bool:
+    """Print suites and a folder's recordings (None: data/recordings), and what cut runs have left; whether a file is broken."""
     from moelab import recordings, studies, suites
     from moelab.suites.partial import partials
 
-    found = {item.suite: item for item in recordings.list_recordings()}
+    found = {item.suite: item for item in recordings.list_recordings(folder)}
     rows: list[dict[str, Any]] = []
     for name in sorted({*studies.known(), *found}):
         item = found.get(name)
         text = "not recorded" if item is None else item.recording.source() if item.recording else f"BROKEN {item.error}"
         count = len(item.recording.rows) if item and item.recording else None
-        cut = ", ".join(map(str, partials(suites.target(name)))) or None
+        cut = ", ".join(map(str, partials(suites.target(name, folder)))) or None
         rows.append({"suite": name, "rows": count, "recording": text, "cut": cut})
     show_rows(rows, as_json)
     return any(item.error for item in found.values())

@@ -10,18 +10,20 @@ from typing import Annotated
 import typer
 
 from moelab.cli import printing
-from moelab.errors import RuntimeModeError
+from moelab.errors import RecordingError, RuntimeModeError
 
 
 def record(
     suite: Annotated[list[str] | None, typer.Argument(metavar="SUITE...", help="Suites, or: all.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the files; default: data/recordings.")] = None,
-    list_them: Annotated[bool, typer.Option("--list", help="List the suites and what was recorded.")] = False,
+    list_them: Annotated[bool, typer.Option("--list", help="List the suites and what was recorded there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a data set again and write it, with its provenance. Exit status 1 if --list finds a broken file."""
     if list_them:
-        broken = printing.list_suites(as_json)
+        if out is not None and not out.is_dir():
+            raise RecordingError(f"There is no folder {out}. Expected one that holds recordings. Correct --out.")
+        broken = printing.list_suites(as_json, out)
         raise typer.Exit(int(broken))
     if not suite:
         raise typer.BadParameter("name a suite, or: all. `moelab record --list` lists them.")

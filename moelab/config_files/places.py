@@ -20,8 +20,11 @@ def folders(rules: Rules, config_dir: str | Path | None = None) -> list[tuple[Pa
     """The folders that hold version folders, or the files themselves, in the order of search: (folder, whose).
 
     config_dir: what the environment variable would name; None: what it does name, and without it the loader's
-    own folder. For sglang that is the folder above configs/. Raises ConfigFileError where there is none.
+    own folder. For sglang that is the folder above configs/. Raises ConfigFileError where there is none, FolderError
+    where moelab's variable names no folder; a peer's is taken as the peer takes it.
     """
+    if config_dir is None and rules.package is None:
+        return _own_folder(rules)
     given = config_dir if config_dir is not None else os.environ.get(rules.environment)
     found = [] if given is None else [(Path(given) / rules.below, rules.environment)]
     if not found or rules.environment_adds:

@@ -43,7 +43,7 @@ def tree_of(folder: Path, rules: str) -> Tree:
     (vLLM), one such folder further down. Raises ConfigFileError where more than one could be meant.
     """
     if rules != "auto":
-        loader = get_rules(rules)
+        loader = get_rules(rules, also=("auto",))
         return _package_tree(folder, loader) or Tree(loader, _root_by_layout(folder, loader))
     for loader in RULES.values():
         if found := _package_tree(folder, loader):

@@ -254,13 +254,17 @@ TOPICS: tuple[tuple[str, str], ...] = (
 """The fields that `rules_table` shows, each with its heading."""
 
 
-def get_rules(rules: str | Rules) -> Rules:
-    """The Rules of that name, or `rules` itself. Raises UnknownNameError."""
+def get_rules(rules: str | Rules, also: tuple[str, ...] = ()) -> Rules:
+    """The Rules of that name, or `rules` itself. also: names that the caller takes beside these, for the error to offer.
+
+    Raises UnknownNameError.
+    """
     if isinstance(rules, Rules):
         return rules
     if rules not in RULES:
+        known = [*also, *RULES]
         raise UnknownNameError(
-            f"Unknown rules {rules!r}.{nearest_names(rules, RULES)} Expected one of {', '.join(RULES)}. Name one."
+            f"Unknown rules {rules!r}.{nearest_names(rules, known)} Expected one of {', '.join(known)}. Name one."
         )
     return RULES[rules]
 

@@ -204,6 +204,8 @@ def _from_file(path: Path, num_tokens: int, steps: list[Step], rules: Rules) -> 
     key = nearest_key(configs, num_tokens)
     tied = [k for k in configs if k != key and abs(k - num_tokens) == abs(key - num_tokens)]
     reason = f"of {len(configs)} batch sizes {key} is the nearest to {num_tokens}"
+    if len(configs) == 1:
+        reason = f"{key} is the only batch size of that file"
     if tied:
         reason += f"; {tied[0]} is as near, and the one listed first counts"
     left = [

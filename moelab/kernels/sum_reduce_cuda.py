@@ -72,7 +72,7 @@ def _kernel(device_index: int, expression: str) -> tuple[Any, Any]:
 
 def launch(x: Tensor, out: Tensor, routed_scaling_factor: float) -> None:
     """out[t, h] = routed_scaling_factor * sum over slots of x[t, slot, h], on checked, contiguous CUDA tensors."""
-    runtime.require_cuda("sum_reduce's 'cuda' implementation")
+    runtime.require_cuda("sum_reduce's 'cuda' implementation", "use 'triton' or 'torch'")
     num_tokens, top_k, hidden = x.shape
     core = nvrtc.cuda_core()
     aligned = x.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0

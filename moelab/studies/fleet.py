@@ -156,7 +156,7 @@ class Fleet:
 
     def _place(self, job: Job, path: Path) -> Path | None:
         if path.suffix == ".json":
-            return runtime.config_dir() / path.parent.name / path.name
+            return runtime.config_dir(to_write=True) / path.parent.name / path.name
         if job.target.keep and path.stat().st_size > LARGEST_LANDSCAPE:
             self.say(f"{path} stays there: {path.stat().st_size} bytes, over the repository's {LARGEST_LANDSCAPE}")
             return None
