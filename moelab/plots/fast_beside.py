@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moelab.config import KernelConfig
+from moelab.errors import counted
 from moelab.plots import ratio_map
 from moelab.plots.fast_layer import NOTHING, default_only
 from moelab.plots.layer_baseline import cells_of, names_of, sound, timed
-from moelab.plots.panel import Panel, Row, counted, geometric_mean, timing
+from moelab.plots.panel import Panel, Row, geometric_mean, timing
 from moelab.plots.style import GREY, grid
 from moelab.recordings import Recording
 
@@ -96,7 +97,7 @@ def better(recording: Recording) -> list[dict[str, Any]]:
     rows = timed(recording)
     for routing in names_of(rows, "routing"):
         for (shape, batch), cell in cells_of([row for row in rows if row["routing"] == routing]).items():
-            pair = {name: cell[name] for name in ("fast", "fast, best instance") if name in cell}
+            pair: dict[str, Row] = {name: cell[name] for name in ("fast", "fast, best instance") if name in cell}
             if len(sound(pair)) < 2:
                 continue
             fast, best = (timing(row) for row in pair.values())

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from moelab.errors import counted
 from moelab.plots import ratio_map
 from moelab.plots.fast_layer import LEVEL, NOTHING, runs_of
 from moelab.plots.layer_baseline import cells_of, names_of, timed
-from moelab.plots.panel import Panel, Row, counted, geometric_mean, timing
+from moelab.plots.panel import Panel, Row, geometric_mean, timing
 from moelab.plots.style import GREEN, GREY, VERMILLION, grid, number
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from moelab.errors import counted
 from moelab.plots.layer_baseline import CLEARLY, cells_of, names_of, sound, timed
-from moelab.plots.panel import Panel, Row, counted, timing
+from moelab.plots.panel import Panel, Row, timing
 from moelab.plots.style import grid, look
 from moelab.recordings import Recording
 

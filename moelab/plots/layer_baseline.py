@@ -10,7 +10,8 @@ from typing import Any
 import plotly.graph_objects as go
 
 from moelab import roofline
-from moelab.plots.panel import Panel, Row, counted, geometric_mean, timing
+from moelab.errors import counted
+from moelab.plots.panel import Panel, Row, geometric_mean, timing
 from moelab.plots.style import GREY, error_bars, grid, log_axis, look, powers
 from moelab.recordings import Recording
 from moelab.roofline import Ceilings, Cost

@@ -122,11 +122,6 @@ def table_text(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, f"... {len(rows) - LONG} more rows"] if len(rows) > LONG else lines)
 
 
-def counted(count: int, noun: str) -> str:
-    """A number and its noun, the plural by an s: "1 cell", "2 cells"."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
 def geometric_mean(values: Sequence[float]) -> float:
     """exp of the mean log; values positive and not empty."""
     import math

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from moelab.plots.panel import Panel, Row, counted, geometric_mean, timing
+from moelab.errors import counted
+from moelab.plots.panel import Panel, Row, geometric_mean, timing
 from moelab.plots.style import GREY, SERIES, error_bars, grid, log_axis, powers, series
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape

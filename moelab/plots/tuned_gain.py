@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 
+from moelab.errors import counted
 from moelab.plots import ratio_map
-from moelab.plots.panel import Panel, Row, counted, geometric_mean
+from moelab.plots.panel import Panel, Row, geometric_mean
 from moelab.plots.style import GREY, VERMILLION, grid
 from moelab.recordings import Recording
 

@@ -223,7 +223,7 @@ def is_tuned(shape: MoEShape, device: str, triton_version: str) -> bool:
     """Whether the checkout's file for that shape is the tuner's: then a `_down` file lies beside it, which none of this
     suite's has."""
     name = config_files.file_name(shape.num_experts, shape.moe_intermediate_size, device, down=True)
-    return (runtime.config_dir() / runtime.triton_key(triton_version) / name).is_file()
+    return (runtime.config_dir(to_write=True) / runtime.triton_key(triton_version) / name).is_file()
 
 
 def write_configs(recording: Recording, folder: Path | None = None) -> list[Path]:
@@ -233,7 +233,7 @@ def write_configs(recording: Recording, folder: Path | None = None) -> list[Path
 
     folder: where the triton_X_Y_Z folders lie; None is the checkout's configs/.
     """
-    home = (folder or runtime.config_dir()) / runtime.triton_key(recording.provenance["triton"])
+    home = (folder or runtime.config_dir(to_write=True)) / runtime.triton_key(recording.provenance["triton"])
     device = runtime.device_key(recording.provenance["gpu"])
     paths = []
     for name, configs in fastest_configs(recording).items():
