@@ -41,8 +41,13 @@ def test_blocks_that_share_weights_are_right_and_end(instance: Instance, sizes: 
 def test_a_block_that_begins_before_the_other_is_there_is_seen(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """The second block of a pair is a quarter of a second late, which the kernel as it is waits for."""
+    start = "        for (int stage = 0; stage < S::STAGES; ++stage) {\n            barrier_init(&shared.full"
+    wait = "        if (cluster_rank()) std::this_thread::sleep_for(std::chrono::milliseconds(250));\n"
     begin = "        cluster_together();  // nobody arrives at a barrier of the other block before it is there\n"
-    source = emulated_gpu.altered(tmp_path, ("fast_layer.cu", begin, "        __syncthreads();\n"))
+    sleeps = ("fast_layer.cu", start, wait + start)
+    compare(SMALL_PAIR, 7, 2, 1, 64, 64, source=emulated_gpu.altered(tmp_path / "right", sleeps))
+    source = emulated_gpu.altered(tmp_path / "wrong", sleeps, ("fast_layer.cu", begin, "        __syncthreads();\n"))
     with pytest.raises(RuntimeError, match="status 3"):
         compare(SMALL_PAIR, 7, 2, 1, 64, 64, source=source)
     assert "nobody has initialised" in capfd.readouterr().err
@@ -56,11 +61,11 @@ def test_a_block_that_ends_while_the_other_may_reach_it_is_seen(
     x, ids, weights = torch.rand(20, 64).half(), torch.zeros(20, 1, dtype=torch.int32), torch.ones(20, 1)
     w13, w2 = torch.rand(1, 128, 64).half(), torch.rand(1, 64, 64).half()
     given = (x, w13, w2, weights, ids, ordered(ids, 1, SMALL_PAIR), SMALL_PAIR)
-    emulated_gpu.run_layer(*given, parts=fast_layer.GEMM1)
+    emulated_gpu.run_layer(*given, parts=fast_layer.GEMM1, late=1)
     end = "    if constexpr (S::CLUSTER > 1) cluster_together();  // the other block may yet arrive here\n"
     source = emulated_gpu.altered(tmp_path, ("fast_layer.cu", end, ""))
     with pytest.raises(RuntimeError, match="status 3"):
-        emulated_gpu.run_layer(*given, parts=fast_layer.GEMM1, source=source)
+        emulated_gpu.run_layer(*given, parts=fast_layer.GEMM1, source=source, late=1)
     assert "a block that has ended" in capfd.readouterr().err
 
 

@@ -87,13 +87,13 @@ def test_rows_are_those_of_the_order() -> None:
 
 @needs_compiler
 def test_rows_that_are_not_waited_for_are_seen(tmp_path: Path) -> None:
-    """Without the wait TMA reads what no warp has written yet: not-a-number."""
+    """Without the wait TMA reads what no warp has written yet, all of them being a quarter of a second late: not-a-number."""
     waits = "    wait_for_count(&layer.ready[walk.tokens], count);\n"
-    source = emulated_gpu.altered(
-        tmp_path,
-        ("fast_copies.cuh", waits, "    if (walk.gemm) wait_for_count(&layer.ready[walk.tokens], count);\n"),
-    )
-    compare(MIDDLE_PERMUTED, 64, 2, 2, 1032, 64)
+    unless = "    if (walk.gemm) wait_for_count(&layer.ready[walk.tokens], count);\n"
+    start = "    const int lane = threadIdx.x & 31;\n"
+    sleeps = ("fast_permute.cuh", start, f"    std::this_thread::sleep_for(std::chrono::milliseconds(250));\n{start}")
+    source = emulated_gpu.altered(tmp_path / "wrong", sleeps, ("fast_copies.cuh", waits, unless))
+    compare(MIDDLE_PERMUTED, 64, 2, 2, 1032, 64, source=emulated_gpu.altered(tmp_path / "right", sleeps))
     with pytest.raises(AssertionError, match="nan"):
         compare(MIDDLE_PERMUTED, 64, 2, 2, 1032, 64, source=source)
 
