@@ -106,9 +106,9 @@ def fused_moe(
     impl: a name in IMPLEMENTATIONS: "triton" (default), the same with weights by TMA ("tma"), "split_k_atomic",
     "split_k_workspace"; with the activation inside GEMM1 and GEMM2 over sorted rows: "gated", "gated_tma", and with
     atomic sums over slots in float32 "gated_atomic", "gated_tma_atomic", in hidden_states' dtype "gated_atomic_out",
-    which rounds every sum and may err more than torch; "fast", what is recorded fastest on Hopper for the
-    batch (sm_90; bfloat16 or float16, silu-gated, no biases, H and N multiples of 8); "torch", "compiled". Those with "tma"
-    need sm_90 or later, and H and N times the element's bytes to be multiples of 16.
+    which rounds every sum and may err more than torch; "fast", what is recorded fastest on Hopper for the batch
+    (sm_90; bfloat16 or float16, silu-gated, no biases, H and N multiples of 8); "torch", "compiled". Those with "tma" need
+    sm_90 or later, and H and N times the element's bytes to be multiples of 16.
     config, down_config: for GEMM1 and GEMM2 of those made of kernels, without them sglang's default rule, and the first
     for both where only it is given; the Split-K ones take SPLIT_K from each. "gated" and its kin count gate and up rows
     together as BLOCK_SIZE_N, at least 32. "fast" chooses its form by the batch and the tuned files, and the classic layer with

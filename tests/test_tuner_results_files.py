@@ -20,7 +20,7 @@ def reads(entries: dict[int, KernelConfig], b: int) -> KernelConfig:
 @given(up=ENTRIES, down=ENTRIES, new_up=ENTRIES.filter(bool), with_down=st.booleans(), others=CONFIGS)
 def test_what_was_there_is_read_as_before_and_what_is_new_as_told(up, down, new_up, with_down, others) -> None:
     """Of both GEMMs, at every batch size that a file names."""
-    old = {"up": up, "down": down if up else {}}
+    old = {"up": up, "down": down}
     new = {"up": new_up} | ({"down": dict.fromkeys(new_up, others)} if with_down else {})
     made = beside(old, new)
     for b in new_up:
@@ -29,4 +29,6 @@ def test_what_was_there_is_read_as_before_and_what_is_new_as_told(up, down, new_
     for b in set(up) - set(new_up):
         assert made["up"][b] == up[b]
         assert reads(made.get("down", made["up"]), b) == reads(old["down"] or up, b)
+    for b in set(down) - set(new_up):
+        assert made["down"][b] == down[b]
     assert list(made["up"]) == sorted(made["up"])

@@ -49,7 +49,8 @@ def _require_meaning(context: typer.Context) -> None:
         passed_over = [name for name in given if name not in (*_WITH_RESUME, "_tune")]
         source = "the run's journal"
     elif "replay" in given:
-        passed_over = [name for name in given if name in (*_NOT_IN_REPLAY, *_OF_THE_MODEL * ("model" not in given))]
+        unheard = _NOT_IN_REPLAY if "model" in given else (*_NOT_IN_REPLAY, *_OF_THE_MODEL)
+        passed_over = [name for name in given if name in unheard]
         source = "the landscape"
     else:
         return

@@ -1,8 +1,8 @@
 """Triton's interpreter with less to do for each call: the same results, sooner.
 
 The interpreter replaces the functions of triton.language by its own for the time of a launch. Triton 3.7.1 looks for them
-anew in each launch, and again whenever a kernel calls a device function, of which `tl.sum` and its kin are made: that was
-about half of the time of a small kernel. Here they are found once, and a call within a launch finds them replaced.
+anew in each launch, and again whenever a kernel calls a device function, of which `tl.sum` and its kin are made. Here they
+are found once, and a call within a launch finds them replaced.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def beside(
     Where only one side has a file of its own, the other serves both GEMMs; entries that this has to go on for are then
     written out, since a reader takes the nearest entry of a file that is there.
     """
-    up = {b: config for b, config in sorted({**old["up"], **new["up"]}.items())}
+    up = dict(sorted({**old["up"], **new["up"]}.items()))
     if not new.get("down") and not old["down"]:
         return {"up": up}
 
@@ -139,7 +139,7 @@ def beside(
             return new.get("down", {}).get(b, up[b])
         return old["down"][min(old["down"], key=lambda key: abs(key - b))] if old["down"] else up[b]
 
-    return {"up": up, "down": {b: down_of(b) for b in up}}
+    return {"up": up, "down": dict(sorted({**old["down"], **{b: down_of(b) for b in up}}.items()))}
 
 
 @dataclass(frozen=True)
