@@ -89,8 +89,8 @@ def instances(recording: Recording, shapes: Mapping[str, MoEShape], rule: Rule |
     figure = grid(
         f"Which form of the kernel serves best: {_short_of_rule(judged)}",
         f"{recording.source()}, short passes; time over the best form’s, geometric mean over shapes, uniform routing<br>"
-        "bold: the best; boxed: what the rule chooses; 16×128 w1 s6 b2: tiles of 16 tokens by 128 weight rows, 1 warpgroup,<br>"
-        f"6 stages, 2 blocks a multiprocessor{''.join(notes)}",
+        "bold: the best; boxed: what the rule chooses; 16×128 w1 s6 b2: tiles of 16 tokens by 128 weight rows, 1 warpgroup, "
+        f"6 stages, 2 blocks a multiprocessor{'<br>' * bool(notes)}{'; '.join(notes)}",
         height=190 + 27 * len(names),
     )  # fmt: skip
     _draw_forms(figure, over, names, columns, rows, shapes, rule)
@@ -100,9 +100,9 @@ def instances(recording: Recording, shapes: Mapping[str, MoEShape], rule: Rule |
 
 
 _NOTES = {
-    "cluster": "; c2: two blocks share weights",
-    "permutes": "; p: tokens permuted first",
-    "FewTokens": "; few 1×1024 2×256: tiles of 1 row by 1024 columns of weights in GEMM1, 2 by 256 in GEMM2",
+    "cluster": "c2: two blocks share weights",
+    "permutes": "p: tokens permuted first",
+    "FewTokens": "few 1×1024 2×256: tiles of 1 row by 1024 columns of weights in GEMM1, 2 by 256 in GEMM2",
 }
 """What a subtitle says of forms whose names hold a word."""
 
