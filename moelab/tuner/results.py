@@ -10,7 +10,7 @@ from typing import Any
 
 from moelab.config import KernelConfig
 from moelab.config_files import dtype_selector, file_name, read_config_file, write_config_file
-from moelab.errors import LandscapeError
+from moelab.errors import ConfigFileError, LandscapeError
 from moelab.tuner.board import Board
 from moelab.tuner.coverage import Coverage
 from moelab.tuner.evaluate import Outcome, Result
@@ -118,8 +118,12 @@ def file_paths(problem: Problem, out: str | Path) -> dict[str, Path]:
 def standing(problem: Problem, out: str | Path) -> dict[str, dict[int, KernelConfig]]:
     """ "up" and "down" -> what the file that is there now says, nothing where there is none. Raises ConfigFileError for one
     that cannot be read: to write over it would lose what it holds."""
-    paths = file_paths(problem, out)
-    return {side: read_config_file(path) if path.exists() else {} for side, path in paths.items()}
+    try:
+        return {
+            side: read_config_file(path) if path.exists() else {} for side, path in file_paths(problem, out).items()
+        }
+    except ConfigFileError as error:
+        raise ConfigFileError(f"{error} To tune into its folder, move it away first, or name another.") from error
 
 
 def beside(
