@@ -22,7 +22,9 @@ from moelab.kernels.fast_instances import (
     ALL,
     INSTANCES,
     ONE_TOKEN,
+    PAIRED,
     PERMUTED,
+    PERMUTED_PAIRED,
     Instance,
     instance_for,
 )
@@ -84,8 +86,14 @@ def test_a_choice_says_why() -> None:
     few, short = choose(5, 1, 4, 256, 5120), choose(64, 8, 256, 256, 7168)
     assert few.form is None and "classic: GEMM1 has at most 16 tiles" in few.reason
     assert short.form is None and "classic: an inner size of 256" in short.reason
-    assert choose(4096, 8, 256, 256, 7168).form is choose(8192, 8, 256, 256, 7168).form is INSTANCES[176]
-    assert choose(4096, 8, 128, 768, 2048).form is PERMUTED
+    assert choose(4096, 8, 256, 256, 7168).form is choose(8192, 8, 256, 256, 7168).form is PAIRED
+    assert choose(16384, 8, 256, 256, 7168).form is INSTANCES[176]
+    two = choose(4096, 8, 128, 768, 2048)
+    assert (
+        two.form is PERMUTED_PAIRED
+        and "1 block a multiprocessor, in pairs that share an expert's weights, tok" in two.reason
+    )
+    assert choose(2816, 8, 128, 768, 2048).form is PERMUTED and choose(5632, 8, 128, 768, 2048).form is PERMUTED_PAIRED
     assert choose(8192, 4, 32, 1792, 2048).form is PERMUTED
     assert choose(8192, 8, 128, 640, 2048).form is INSTANCES[176] and choose(8192, 8, 128, 641, 2048).form is PERMUTED
 

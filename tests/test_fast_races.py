@@ -114,5 +114,5 @@ def test_a_stage_that_the_other_block_still_reads_is_seen(tmp_path: Path) -> Non
     filled = "        barrier_wait(&shared.full[ring.stage], ring.phase);\n"
     early = f"{filled}        if (threadIdx.x % 32 == 0) barrier_arrive_at(&shared.empty[ring.stage], 1 - cluster_rank());\n"
     both, own = "if (lane < S::CLUSTER) barrier_arrive_at(empty, lane);", "if (lane == 0) barrier_arrive(empty);\n"
-    source = emulated_gpu.altered(tmp_path, ("fast_layer.cu", filled, early), ("fast_layer.cu", both, own))
+    source = emulated_gpu.altered(tmp_path, ("fast_products.cuh", filled, early), ("fast_products.cuh", both, own))
     assert "data race" in races_of(source, tmp_path, PAIR)

@@ -98,12 +98,23 @@ rows where tokens are read again and again, once for every tile of weight rows. 
 PERMUTED = replace(INSTANCES[176], permutes=1)
 """Where tokens are first written out in order of expert: their second reading, and all that follow, are TMA's."""
 
-ALL = (ONE_TOKEN, *INSTANCES.values(), PERMUTED)
+PAIRED, PERMUTED_PAIRED = (replace(each, cluster=2) for each in (INSTANCES[176], PERMUTED))
+"""The same in pairs of blocks, where an expert's tokens are two tiles: they read its weights once."""
+
+ALL = (ONE_TOKEN, *INSTANCES.values(), PAIRED, PERMUTED, PERMUTED_PAIRED)
 
 READS_TO_PERMUTE = 6
 """Tiles of weight rows that read the same tokens in GEMM1, from which it is faster to permute the tokens: in
 data/recordings/fast_choice.json at six (Qwen3-30B-A3B) and more, not at two (DeepSeek-V3 tp8) or three (Qwen3-235B-A22B tp4),
 where memory has more to move than GEMM1 takes."""
+
+PAIRS_FROM, PAIRS_UP_TO = 176, 352
+"""Rows of an expert, more than the first and at most the second, that are served in pairs. In data/recordings/fast_choice.json,
+uniform routing, pairs are faster at 256 rows and slower from 512 on, where an expert's third tile has no other of its own."""
+
+SHORT_INNER = 256
+"""Inner sizes of so few elements are served in pairs from one tile an expert on: GEMM1 has two tiles of weight rows then, and
+blocks in step find in the second-level cache what they have in common (there, DeepSeek-V3 tp8 at 4096 tokens)."""
 
 FEW_EXPERTS, THEIR_ROWS = 8, 32
 """Of so few experts one may get most of a skewed batch: from that many rows on the widest tile, which does not read weights
@@ -122,6 +133,9 @@ def instance_for(num_tokens: int, top_k: int, num_experts: int, moe_intermediate
     fits = next((most for most, limit in MOST_ROWS.items() if rows <= limit or num_tokens <= most), 176)
     if num_experts <= FEW_EXPERTS and rows > THEIR_ROWS and num_tokens > 96:
         fits = 176
-    if fits == 176 and 2 * moe_intermediate_size > (READS_TO_PERMUTE - 1) * PERMUTED.rows:
-        return PERMUTED
-    return INSTANCES[fits]
+    if fits < 176:
+        return INSTANCES[fits]
+    in_pairs = rows <= PAIRS_UP_TO and (rows > PAIRS_FROM or moe_intermediate_size <= SHORT_INNER)
+    if 2 * moe_intermediate_size > (READS_TO_PERMUTE - 1) * PERMUTED.rows:
+        return PERMUTED_PAIRED if in_pairs else PERMUTED
+    return PAIRED if in_pairs else INSTANCES[176]

@@ -23,111 +23,9 @@
 
 #include "fast_copies.cuh"
 #include "fast_permute.cuh"
+#include "fast_products.cuh"
+#include "fast_stores.cuh"
 #include "fast_sums.cuh"
-
-// wgmma's view of a K-major tile under the 128-byte swizzle: groups of eight rows lie 1024 bytes apart.
-DEVICE uint64_t swizzled_tile(const void* tile) {
-    return static_cast<uint64_t>((shared_address(tile) & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
-
-// One warp no longer reads a stage. Every block of the cluster fills part of it, so each of them is told.
-template <typename S>
-DEVICE void release(uint64_t* empty) {
-    const int lane = threadIdx.x & 31;
-    if constexpr (S::CLUSTER == 1) {
-        if (lane == 0) barrier_arrive(empty);
-    } else {
-        if (lane < S::CLUSTER) barrier_arrive_at(empty, lane);
-    }
-}
-
-// A warpgroup's weight rows, 64 in a block of sums, times N tokens, over all of K.
-template <typename S, typename T, int N>
-DEVICE void multiply(float (&sums)[S::ROW_BLOCKS][N / 2], Shared<S>& shared, Ring<S::STAGES>& ring, int k_steps,
-                     bool gathered) {
-    constexpr uint64_t UNIT = 16;  // bytes, of a descriptor's addresses
-    const int first = (threadIdx.x / 128 - 1) * S::ROW_BLOCKS * 64;
-    uint64_t* done = nullptr;
-#pragma unroll
-    for (int block = 0; block < S::ROW_BLOCKS; ++block) {
-#pragma unroll
-        for (int i = 0; i < N / 2; ++i) sums[block][i] = 0.0f;
-        pin(sums[block]);
-    }
-#pragma unroll 1
-    for (int step = 0; step < k_steps; ++step, ring.advance()) {
-        barrier_wait(&shared.full[ring.stage], ring.phase);
-        if (gathered) fence_async_shared();
-        const uint64_t weights = swizzled_tile(shared.weights[ring.stage] + first * ROW_BYTES);
-        const uint64_t tokens = swizzled_tile(shared.tokens[ring.stage]);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < K_STEP * 2 / UNIT; k += 2)  // 16 elements of K are 32 bytes
-#pragma unroll
-            for (int block = 0; block < S::ROW_BLOCKS; ++block)
-                wgmma<T, N>(sums[block], weights + k + block * (64 * ROW_BYTES / UNIT), tokens + k);
-        wgmma_commit();
-        wgmma_wait<1>();
-        if (done) release<S>(done);
-        done = &shared.empty[ring.stage];
-    }
-    wgmma_wait<0>();
-#pragma unroll
-    for (int block = 0; block < S::ROW_BLOCKS; ++block) pin(sums[block]);
-    release<S>(done);
-}
-
-// sums[4 * j ..]: of tokens 8 * j + 2 * (lane % 4) and the next, gate (0, 1) and up (2, 3) of element lane / 4 of this
-// warp's eight. Stored 8 bytes a thread where two groups of tokens can be exchanged between neighbours.
-template <typename T, int N>
-DEVICE void store_activated(const float (&sums)[N / 2], const Layer<T>& layer, const TokenTile& tile, int column,
-                            const float* routed) {
-    const int lane = threadIdx.x & 31, row = lane >> 2, odd = lane & 1;
-    if (column >= layer.inner_size) return;
-    const bool weighted = layer.weighted == GEMM1;
-    auto activated = [&](int j) {
-        float2 by = make_float2(1.0f, 1.0f);
-        if (weighted) by = *reinterpret_cast<const float2*>(routed + 8 * j + 2 * (lane & 3));
-        const float low = silu(by.x * sums[4 * j]) * (by.x * sums[4 * j + 2]);
-        const float high = silu(by.y * sums[4 * j + 1]) * (by.y * sums[4 * j + 3]);
-        return transposed(packed(low, high, T()));
-    };
-    T* to = layer.inner + static_cast<uint64_t>(tile.first) * layer.inner_size + column;
-    if constexpr (N == 8) {
-        const uint32_t pair = activated(0);
-        if (row < tile.rows)
-            *reinterpret_cast<uint32_t*>(to + static_cast<uint64_t>(row) * layer.inner_size + 2 * (lane & 3)) = pair;
-    } else {
-#pragma unroll
-        for (int j = 0; j < N / 8; j += 2) {
-            const uint32_t first = activated(j), second = activated(j + 1);
-            const uint32_t other = from_neighbour(odd ? first : second);
-            const int token = 8 * (j + odd) + row;
-            if (token < tile.rows)
-                *reinterpret_cast<uint2*>(to + static_cast<uint64_t>(token) * layer.inner_size + 4 * ((lane & 3) >> 1)) =
-                    odd ? make_uint2(other, second) : make_uint2(first, other);
-        }
-    }
-}
-
-// sums[4 * j ..]: of tokens 8 * j + 2 * (lane % 4) and the next, rows lane / 4 (0, 1) and 8 further (2, 3) of w2.
-template <typename T, int N>
-DEVICE void store_weighted(const float (&sums)[N / 2], const Layer<T>& layer, const TokenTile& tile, int column,
-                           const int* slots, const float* routed) {
-    const int lane = threadIdx.x & 31, row = lane >> 2, odd = lane & 1;
-    const int mine = column + (odd ? 8 : 0) + 4 * ((lane & 3) >> 1);
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-        const float2 by = *reinterpret_cast<const float2*>(routed + 8 * j + 2 * (lane & 3));
-        const uint32_t low = transposed(packed(sums[4 * j] * by.x, sums[4 * j + 1] * by.y, T()));
-        const uint32_t high = transposed(packed(sums[4 * j + 2] * by.x, sums[4 * j + 3] * by.y, T()));
-        const uint32_t other = from_neighbour(odd ? low : high);
-        const int token = 8 * j + row;
-        if (token < tile.rows && mine < layer.hidden)
-            *reinterpret_cast<uint2*>(layer.y + static_cast<uint64_t>(slots[token]) * layer.hidden + mine) =
-                odd ? make_uint2(other, high) : make_uint2(low, other);
-    }
-}
 
 template <typename S, typename T, int N>
 DEVICE void compute(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T, false>& walk, Ring<S::STAGES>& ring,
@@ -139,12 +37,13 @@ DEVICE void compute(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T, f
     float sums[S::ROW_BLOCKS][N / 2];
     multiply<S, T, N>(sums, shared, ring, walk.k_steps(), !S::PERMUTES && walk.gemm == 0);
     if (walk.by_slot()) barrier_wait(&shared.known[told.stage], told.phase);
+    if (walk.gemm == 0) {
 #pragma unroll
-    for (int block = 0; block < S::ROW_BLOCKS; ++block)
-        if (walk.gemm == 0)
+        for (int block = 0; block < S::ROW_BLOCKS; ++block)
             store_activated<T, N>(sums[block], layer, walk.tile, (row + block * 64) / 2, routed);
-        else
-            store_weighted<T, N>(sums[block], layer, walk.tile, row + block * 64, slots, routed);
+    } else {
+        store_weighted<T, N>(sums, layer, walk.tile, row, slots, routed);
+    }
     if (!walk.by_slot()) return;
     warp_together();
     if (threadIdx.x % 32 == 0) barrier_arrive(&shared.forgotten[told.stage]);

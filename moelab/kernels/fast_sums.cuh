@@ -21,26 +21,54 @@ DEVICE void report(int* count, int done) {
     if (threadIdx.x % 128 == 0) add_release(count, done);
 }
 
-// out[token][column ..] = scale * sum over slots of y, eight columns.
-template <typename T>
-DEVICE void sum_eight(const Layer<T>& layer, int token, int column) {
-    float sums[8] = {};
-#pragma unroll 8
-    for (int slot = token * layer.top_k; slot < (token + 1) * layer.top_k; ++slot) {
-        // Loaded whether it counts or not: to look at the id first would be a second trip to memory.
-        uint4 eight = load_written(layer.y + static_cast<uint64_t>(slot) * layer.hidden + column);
-        if (static_cast<unsigned>(layer.topk_ids[slot]) >= static_cast<unsigned>(layer.num_experts)) eight = {};
-        add_pair(sums[0], sums[1], eight.x, T());
-        add_pair(sums[2], sums[3], eight.y, T());
-        add_pair(sums[4], sums[5], eight.z, T());
-        add_pair(sums[6], sums[7], eight.w, T());
+// Eight columns of a token's row of `out`; a token below zero is none.
+struct Place {
+    int token, column;
+};
+
+// out[token][column ..] = scale * sum over slots of y, at so many places, and of SLOTS slots each at a time: all of these rows are
+// on their way together.
+template <int SLOTS, int PLACES, typename T>
+DEVICE void sum_places(const Layer<T>& layer, const Place (&places)[PLACES]) {
+    float sums[PLACES][8] = {};
+#pragma unroll 1
+    for (int first = 0; first < layer.top_k; first += SLOTS) {
+        uint4 eights[PLACES][SLOTS];
+        bool count[PLACES][SLOTS];
+#pragma unroll
+        for (int p = 0; p < PLACES; ++p) {
+            const int slot = places[p].token * layer.top_k + first;
+            const T* from = layer.y + static_cast<uint64_t>(slot) * layer.hidden + places[p].column;
+#pragma unroll
+            for (int s = 0; s < SLOTS; ++s) {
+                const bool is_slot = places[p].token >= 0 && first + s < layer.top_k;
+                // Loaded whether it counts or not: to look at the id first would be a second trip to memory.
+                eights[p][s] = is_slot ? load_written(from + static_cast<uint64_t>(s) * layer.hidden) : uint4{};
+                count[p][s] =
+                    is_slot && static_cast<unsigned>(layer.topk_ids[slot + s]) < static_cast<unsigned>(layer.num_experts);
+            }
+        }
+#pragma unroll
+        for (int p = 0; p < PLACES; ++p)
+#pragma unroll
+            for (int s = 0; s < SLOTS; ++s) {
+                if (!count[p][s]) continue;
+                add_pair(sums[p][0], sums[p][1], eights[p][s].x, T());
+                add_pair(sums[p][2], sums[p][3], eights[p][s].y, T());
+                add_pair(sums[p][4], sums[p][5], eights[p][s].z, T());
+                add_pair(sums[p][6], sums[p][7], eights[p][s].w, T());
+            }
     }
-    uint4 result;
-    result.x = packed(layer.scale * sums[0], layer.scale * sums[1], T());
-    result.y = packed(layer.scale * sums[2], layer.scale * sums[3], T());
-    result.z = packed(layer.scale * sums[4], layer.scale * sums[5], T());
-    result.w = packed(layer.scale * sums[6], layer.scale * sums[7], T());
-    *reinterpret_cast<uint4*>(layer.out + static_cast<uint64_t>(token) * layer.hidden + column) = result;
+#pragma unroll
+    for (int p = 0; p < PLACES; ++p) {
+        if (places[p].token < 0) continue;
+        uint4 result;
+        result.x = packed(layer.scale * sums[p][0], layer.scale * sums[p][1], T());
+        result.y = packed(layer.scale * sums[p][2], layer.scale * sums[p][3], T());
+        result.z = packed(layer.scale * sums[p][4], layer.scale * sums[p][5], T());
+        result.w = packed(layer.scale * sums[p][6], layer.scale * sums[p][7], T());
+        *reinterpret_cast<uint4*>(layer.out + static_cast<uint64_t>(places[p].token) * layer.hidden + places[p].column) = result;
+    }
 }
 
 // Waits until all of GEMM2 is done, of which this warpgroup did so many tiles.
@@ -53,11 +81,31 @@ DEVICE void wait_for_all(const Layer<T>& layer, const W& walk, int done) {
 }
 
 // All sums, shared out among the consumers of all blocks.
+template <typename S, int SLOTS, int PLACES, typename T>
+DEVICE void sum_share(const Layer<T>& layer) {
+    const int consumers = S::WARPGROUPS * 128, columns = layer.hidden / 8, end = layer.num_tokens * columns;
+    const int stride = gridDim.x * consumers;
+    for (int i = blockIdx.x * consumers + threadIdx.x - 128; i < end; i += PLACES * stride) {
+        Place places[PLACES];
+#pragma unroll
+        for (int p = 0; p < PLACES; ++p) {
+            const int place = i + p * stride, token = place / columns;
+            places[p] = {place < end ? token : -1, (place - token * columns) * 8};
+        }
+        sum_places<SLOTS, PLACES>(layer, places);
+    }
+}
+
+// As many places at once as slots leave registers for: to be at memory's rate, a multiprocessor must have some 32 KiB on their way.
 template <typename S, typename T>
 DEVICE void sum_all(const Layer<T>& layer) {
-    const int consumers = S::WARPGROUPS * 128, columns = layer.hidden / 8;
-    for (int i = blockIdx.x * consumers + threadIdx.x - 128; i < layer.num_tokens * columns; i += gridDim.x * consumers)
-        sum_eight(layer, i / columns, i % columns * 8);
+    constexpr int MORE = S::TOKENS > 48 ? 2 : 1;
+    if (layer.top_k <= 2)
+        sum_share<S, 2, 2 * MORE>(layer);
+    else if (layer.top_k <= 4)
+        sum_share<S, 4, 2 * MORE>(layer);
+    else
+        sum_share<S, 8, MORE>(layer);
 }
 
 // Up to so many tokens, the warpgroup that comes last to a tile's columns adds them up, sooner than all are done. A guess, as
@@ -83,7 +131,7 @@ DEVICE void sum_columns(const Layer<T>& layer, const W& walk) {
     const int part = walk.weights * W::Tile::WARPGROUPS + threadIdx.x / 128 - 1;
     for (int i = threadIdx.x % 128; i < layer.num_tokens * WIDE; i += 128) {
         const int column = (part * WIDE + i % WIDE) * 8;
-        if (column < layer.hidden) sum_eight(layer, i / WIDE, column);
+        if (column < layer.hidden) sum_places<8, 1>(layer, {{i / WIDE, column}});
     }
 }
 

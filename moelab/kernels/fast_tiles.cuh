@@ -106,9 +106,8 @@ DEVICE TokenTile record_at(const TokenTile* tile) {
 }
 
 // The tiles that a block takes in turn: which GEMM, which tokens, which weight rows; the blocks of a cluster the same rows of
-// their own record's expert. The first
-// record is asked for together with the number of tiles; later ones are read by the copying warps far ahead of the consumers,
-// who find them near by.
+// their own record's expert. The first record is asked for together with the number of tiles; later ones are read by the copying
+// warps far ahead of the consumers, who find them near by.
 template <typename S, typename T, bool WHOLE = true>
 struct Walk {
     using Tile = S;

@@ -17,7 +17,7 @@ from moelab.config_files import dtype_selector, lookup
 from moelab.errors import ConfigError
 from moelab.kernels import checks
 from moelab.kernels.expert_order import expert_order_unchecked, new_expert_order
-from moelab.kernels.fast_instances import Instance, instance_for
+from moelab.kernels.fast_instances import SHORT_INNER, Instance, instance_for
 from moelab.kernels.fast_layer import check_fast_layer, fast_layer
 from moelab.kernels.few_tokens import FewTokens, few_tokens, form_for
 from moelab.kernels.launch import checked, signature
@@ -33,9 +33,10 @@ FEW_TILES = 40
 nothing to read: the classic layer, with narrower tiles, was recorded faster at 32 (fast_layer.json of commit 66551de,
 Llama-4-Scout tp4 and DeepSeek-V3 tp8 at one token), and not at 48 (Qwen3-235B-A22B tp4)."""
 
-SHORT_INNER, ENOUGH_ROWS = 256, 32
-"""An inner size on this rank of so few elements makes GEMM2's tiles four steps of 64, whose beginnings and ends weigh more than
-the steps, until an expert has so many rows: DeepSeek-V3 tp8 was slower in every form from 4 to 256 tokens (as above)."""
+ENOUGH_ROWS = 32
+"""An inner size on this rank of at most SHORT_INNER elements makes GEMM2's tiles four steps of 64, whose beginnings and ends
+weigh more than the steps, until an expert has so many rows: DeepSeek-V3 tp8 was slower in every form from 4 to 256 tokens (as
+above)."""
 
 GATED_KERNEL = "gated_tma"
 """The implementation, and the kernel= of its tuned files, for batches between a few tokens and tiles full of them."""
@@ -110,10 +111,9 @@ def choose(
     instance = instance_for(num_tokens, top_k, num_experts, moe_intermediate_size)
     blocks = f"{instance.per_processor} block{'s' * (instance.per_processor > 1)} a multiprocessor"
     permuted = ", tokens first written out by expert" if instance.permutes else ""
-    return Choice(
-        instance,
-        f"one launch: {even}: tiles of at most {instance.tokens} tokens by {instance.rows} weight rows, {blocks}{permuted}",
-    )
+    paired = ", in pairs that share an expert's weights" if instance.cluster > 1 else ""
+    tile = f"tiles of at most {instance.tokens} tokens by {instance.rows} weight rows"
+    return Choice(instance, f"one launch: {even}: {tile}, {blocks}{paired}{permuted}")
 
 
 def tiles_for(order: ExpertOrder, instance: Instance, hidden_size: int) -> TokenTiles:

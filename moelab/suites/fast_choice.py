@@ -35,15 +35,8 @@ CANDIDATES = (
     Instance(2, 1, 5, 176, 16, 16),
     Instance(2, 2, 5, 96, 16, 16, permutes=1),  # tokens written out by expert, for TMA
     Instance(2, 2, 5, 96, 16, 16, cluster=2),  # two blocks read each weight once, for two tiles of tokens
-    Instance(2, 2, 4, 176, 16, 16, cluster=2),
-    Instance(2, 2, 4, 176, 16, 16, cluster=2, permutes=1),
 )
-"""Those in use, and what might be better, by the reason beside each.
-
-Blocks in pairs do not serve: with 256 rows an expert they gain up to 4 % under uniform routing, and lose up to 15 % under
-a skewed one, whose experts of one tile have nobody to share with. They are the best under both for
-DeepSeek-V3 tp8 at 8192 tokens in the recording fast_layer, which fast_choice does not bear out, and for Mixtral-8x7B tp2 at
-8192 tokens in fast_choice, which fast_layer does not: one machine each, to be measured again."""
+"""Those in use, and what might be better, by the reason beside each."""
 
 NEAR = 4
 """Candidates that are timed hold at most so many times the rows that an expert gets, or at the least a NEARth of them."""

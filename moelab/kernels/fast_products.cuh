@@ -1,0 +1,57 @@
+// The products of fast_layer.cu: weights and tokens out of the ring of stages, by wgmma, into a warpgroup's registers.
+
+#pragma once
+#include "fast_tiles.cuh"
+
+// wgmma's view of a K-major tile under the 128-byte swizzle: groups of eight rows lie 1024 bytes apart.
+DEVICE uint64_t swizzled_tile(const void* tile) {
+    return static_cast<uint64_t>((shared_address(tile) & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+constexpr uint64_t UNIT = 16;  // bytes, of a descriptor's addresses
+
+// One warp no longer reads a stage. Every block of the cluster fills part of it, so each of them is told.
+template <typename S>
+DEVICE void release(uint64_t* empty) {
+    const int lane = threadIdx.x & 31;
+    if constexpr (S::CLUSTER == 1) {
+        if (lane == 0) barrier_arrive(empty);
+    } else {
+        if (lane < S::CLUSTER) barrier_arrive_at(empty, lane);
+    }
+}
+
+// A warpgroup's weight rows, 64 in a block of sums, times N tokens, over all of K.
+template <typename S, typename T, int N>
+DEVICE void multiply(float (&sums)[S::ROW_BLOCKS][N / 2], Shared<S>& shared, Ring<S::STAGES>& ring, int k_steps,
+                     bool gathered) {
+    const int first = (threadIdx.x / 128 - 1) * S::ROW_BLOCKS * 64;
+    uint64_t* done = nullptr;
+#pragma unroll
+    for (int block = 0; block < S::ROW_BLOCKS; ++block) {
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) sums[block][i] = 0.0f;
+        pin(sums[block]);
+    }
+#pragma unroll 1
+    for (int step = 0; step < k_steps; ++step, ring.advance()) {
+        barrier_wait(&shared.full[ring.stage], ring.phase);
+        if (gathered) fence_async_shared();
+        const uint64_t weights = swizzled_tile(shared.weights[ring.stage] + first * ROW_BYTES);
+        const uint64_t tokens = swizzled_tile(shared.tokens[ring.stage]);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < ROW_BYTES / UNIT; k += 2)  // 16 elements of K are 32 bytes
+#pragma unroll
+            for (int block = 0; block < S::ROW_BLOCKS; ++block)
+                wgmma<T, N>(sums[block], weights + k + block * (64 * ROW_BYTES / UNIT), tokens + k);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (done) release<S>(done);
+        done = &shared.empty[ring.stage];
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int block = 0; block < S::ROW_BLOCKS; ++block) pin(sums[block]);
+    release<S>(done);
+}
