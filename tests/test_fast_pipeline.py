@@ -122,9 +122,11 @@ def test_a_few_tokens_have_a_form_of_their_own() -> None:
 
 def test_tuned_configs_serve_up_to_as_many_rows_as_they_are_recorded_faster_at() -> None:
     gated = Gated(TILE, TILE)
-    middle, more = choose(512, 8, 128, 768, 2048, gated), choose(513, 8, 128, 768, 2048, gated)
-    assert middle.form is gated and middle.reason.startswith("gated_tma with its tuned configs: 32 rows")
+    middle, more = choose(384, 8, 128, 768, 2048, gated), choose(385, 8, 128, 768, 2048, gated)
+    assert middle.form is gated and middle.reason.startswith("gated_tma with its tuned configs: 24 rows")
     assert more.form is INSTANCES[96] and choose(64, 8, 256, 256, 7168, gated).form is gated
+    short, longer = choose(1024, 8, 256, 256, 7168, gated), choose(1025, 8, 256, 256, 7168, gated)
+    assert short.form is gated and "32 rows" in short.reason and longer.form is INSTANCES[96]
 
 
 def test_tuned_configs_are_those_of_the_shipped_files(tmp_path: Path) -> None:

@@ -41,11 +41,11 @@ above)."""
 GATED_KERNEL = "gated_tma"
 """The implementation, and the kernel= of its tuned files, for batches between a few tokens and tiles full of them."""
 
-MOST_ROWS_OF_GATED = 32
-"""Rows that an expert gets, if tokens spread evenly, up to which GATED_KERNEL serves under its tuned configs. In
-data/recordings/fast_choice.json, uniform routing, it is faster than one launch at 8 and 16 rows but for Llama-4-Scout (slower by
-1 % at 16), at 32 once faster and once slower by 1 to 2 %, and slower from 64 on but in one cell (Qwen3-235B-A22B tp4 at 8192
-tokens), by entries mostly tuned for smaller batches."""
+MOST_ROWS_OF_GATED = 24
+"""Rows that an expert gets, if tokens spread evenly, up to which GATED_KERNEL serves under its tuned configs; up to ENOUGH_ROWS
+where the inner size is short. In data/recordings/fast_choice.json, uniform routing, it is faster than one launch at 8 and 16
+rows but for Llama-4-Scout (slower by 1 % at 16); at 32 it is faster for DeepSeek-V3 tp8 and level for LFM2-8B, where it is
+slower by 7 % if the routing is skewed; from 64 on it is slower."""
 
 
 MOST_TOKENS_BEFORE_GATED = 2
@@ -98,15 +98,17 @@ def choose(
     rows = num_tokens * top_k / num_experts
     even = f"{rows:.3g} rows an expert if tokens spread evenly"
     uneven = num_experts <= FEW_EXPERTS and num_tokens > MOST_TOKENS_OF_FEW_EXPERTS
-    if gated is not None and rows <= MOST_ROWS_OF_GATED and not uneven:
-        return Choice(gated, f"{GATED_KERNEL} with its tuned configs: {even}, at most {MOST_ROWS_OF_GATED}")
+    short = moe_intermediate_size <= SHORT_INNER
+    most = ENOUGH_ROWS if short else MOST_ROWS_OF_GATED
+    if gated is not None and rows <= most and not uneven:
+        return Choice(gated, f"{GATED_KERNEL} with its tuned configs: {even}, at most {most}")
     tiles = min(num_tokens * top_k, num_experts) * -(-2 * moe_intermediate_size // 128)
     if tiles < FEW_TILES:
         return Choice(
             None,
             f"classic: GEMM1 has at most {tiles} tiles of 128 weight rows, too few for all multiprocessors",
         )
-    if moe_intermediate_size <= SHORT_INNER and rows < ENOUGH_ROWS:
+    if short and rows < ENOUGH_ROWS:
         return Choice(None, f"classic: an inner size of {moe_intermediate_size} is short for one launch, with {even}")
     instance = instance_for(num_tokens, top_k, num_experts, moe_intermediate_size)
     blocks = f"{instance.per_processor} block{'s' * (instance.per_processor > 1)} a multiprocessor"

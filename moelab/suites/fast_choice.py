@@ -34,7 +34,7 @@ CANDIDATES = (
     Instance(2, 1, 6, 96, 16, 16),
     Instance(2, 1, 5, 176, 16, 16),
     Instance(2, 2, 5, 96, 16, 16, permutes=1),  # tokens written out by expert, for TMA
-    Instance(2, 2, 5, 96, 16, 16, cluster=2),  # two blocks read each weight once, for two tiles of tokens
+    Instance(2, 2, 5, 96, 16, 16),  # single blocks
 )
 """Those in use, and what might be better, by the reason beside each."""
 
