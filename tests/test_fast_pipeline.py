@@ -152,7 +152,7 @@ def test_tuned_configs_are_those_of_the_shipped_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("routing", "allowed"), [("uniform", 1.01), ("zipf", 1.0)])
 def test_what_serves_is_not_slower_than_the_classic_layer(routing: str, allowed: float) -> None:
-    """In no cell of fast_layer beyond its interval, but for 1 % in two uniform ones; and "fast" there is what is chosen now."""
+    """In no cell of fast_layer beyond its interval, but for 1 % in a uniform one; and "fast" there is what is chosen now."""
     layers, slower = recordings.load("fast_layer"), []
     for name, b in itertools.product(fast_layer_suite.SHAPES, fast_layer_suite.BATCHES):
         here = {row["impl"]: row for row in layers.select(shape=name, num_tokens=b, routing=routing)}
@@ -161,7 +161,7 @@ def test_what_serves_is_not_slower_than_the_classic_layer(routing: str, allowed:
         classic, fast = timing(here["classic"]), timing(here["fast"])
         assert tie(fast, classic) or fast.median_us < allowed * classic.median_us, (name, b)
         slower += [] if tie(fast, classic) or fast.median_us < classic.median_us else [(name, b)]
-    assert slower == ([("deepseek-v3/tp8", 64), ("mixtral-8x7b/tp2", 4)] if routing == "uniform" else [])
+    assert slower == ([("deepseek-v3/tp8", 64)] if routing == "uniform" else [])
 
 
 def test_what_is_chosen_as_classic_runs_as_the_classic_layer(monkeypatch: pytest.MonkeyPatch, device: str) -> None:

@@ -94,7 +94,7 @@ INSTANCES = {
 """Widest tile of tokens -> the instance for it. Two blocks a multiprocessor where weights are all there is to move; 256 weight
 rows where tokens are read again and again, once for every tile of weight rows. The ring takes what shared memory is left:
 227 KiB a block, 228 for all, 1 kept of each. In pairs of blocks at 96, for a skewed batch: an expert with twice its share is read
-once (data/recordings/fast_choice.json: at 1024 tokens 1 to 9 % faster than single blocks if skewed, level if even)."""
+once (data/recordings/fast_choice.json, 64 rows an expert: 1 to 10 % faster than single blocks if skewed, within 1 % if even)."""
 
 PERMUTED = replace(INSTANCES[176], permutes=1)
 """Where tokens are first written out in order of expert: their second reading, and all that follow, are TMA's."""
@@ -111,7 +111,9 @@ where memory has more to move than GEMM1 takes."""
 
 PAIRS_FROM, PAIRS_UP_TO = 176, 352
 """Rows of an expert, more than the first and at most the second, that are served in pairs. In data/recordings/fast_choice.json,
-uniform routing, pairs are faster at 256 rows and slower from 512 on, where an expert's third tile has no other of its own."""
+uniform routing, pairs take 0.86 to 0.97 of the time of single blocks at 256 rows, and 1.00 to 1.07 from 512 on, where an expert
+may have a tile without another; skewed, 0.98 to 1.01 at 256 but for Mixtral-8x7B tp2, whose eight experts get very unequal
+shares (1.18; 1.03 in data/recordings/fast_layer.json)."""
 
 SHORT_INNER = 256
 """Inner sizes of so few elements are served in pairs from one tile an expert on: GEMM1 has two tiles of weight rows then, and
