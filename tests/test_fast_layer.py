@@ -30,6 +30,10 @@ from moelab.kernels.fast_layer import check_fast_layer
         (MIDDLE, (70, 1, 1, 200, 136)),
         (MIDDLE, (9, 20, 3, 64, 8)),  # most experts have a row or none
         (WIDE, (100, 2, 2, 64, 104)),
+        (SMALL, (20, 12, 11, 72, 40)),  # more slots than are on their way at once
+        (MIDDLE, (20, 12, 8, 72, 40)),
+        (MIDDLE, (33, 5, 4, 72, 40)),
+        (MIDDLE, (20, 5, 3, 136, 40)),
     ],
 )
 def test_the_layer_is_right_and_ends(instance: Instance, sizes: tuple[int, ...], blocks: int) -> None:
@@ -53,6 +57,7 @@ def test_weights_on_the_input(instance: Instance) -> None:
 def test_slots_of_other_ranks_count_nothing(instance: Instance) -> None:
     ids = torch.tensor([[0, -1], [-1, -1], [1, 0], [-1, 1]], dtype=torch.int32)
     compare(instance, 4, 3, 2, 64, 64, ids=ids)
+    compare(instance, 12, 3, 9, 64, 64, ids=(torch.arange(108, dtype=torch.int32) % 5 - 1).view(12, 9))  # 3: of nobody
     compare(instance, 2, 3, 2, 64, 64, ids=torch.full((2, 2), -1, dtype=torch.int32))
 
 
