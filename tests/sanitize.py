@@ -69,14 +69,9 @@ def hopper() -> None:
     target = checks.current_target()
     if target is None or target.name != "sm_90":
         return
+    # The last but one has two tiles an expert, for pairs to share; the last more slots than are added up at once.
     sizes = ((1, 9, 2, 136, 72), (4, 7, 3, 264, 40), (77, 12, 3, 264, 136), (400, 2, 1, 264, 136), (30, 12, 9, 136, 72))
-    for (
-        num_tokens,
-        num_experts,
-        top_k,
-        hidden,
-        size,
-    ) in sizes:  # the last but one with two tiles an expert, for pairs to share
+    for num_tokens, num_experts, top_k, hidden, size in sizes:
         i = Case("odd", num_tokens, num_experts, top_k, hidden, size).inputs(torch.bfloat16, "cuda")
         ids = i.topk_ids.int()
         if num_tokens <= 4:

@@ -62,6 +62,19 @@ def test_rows_in_the_order_of_the_launches(text: str, value: float) -> None:
     assert second["kernel"] == "fast_layer<1>"
 
 
+def test_parts_of_the_second_level_cache_are_read_beside_it() -> None:
+    peak = fast_counters.PERCENT
+    metrics = {**METRICS, "l2_percent": f"lts__throughput.{peak}"}
+    lines = [csv_of(1), *(f'"0","fast_layer<0>","{name}","%","{value}"' for name, value in (
+        (f"lts__throughput.{peak}", "81.5"), (f"lts__ltcfabric2ltc_cycles_active.{peak}", "81.5"),
+        (f"lts__t_sectors.{peak}", "40"), (f"lts__d_sectors.{peak}", "n/a"), ("lts__t_sectors.sum", "7"),
+    ))]  # fmt: skip
+    (row,) = fast_counters.rows_of("\n".join(lines), metrics)
+    assert row["l2_percent"] == 81.5
+    assert row["l2_parts"] == {"lts__ltcfabric2ltc_cycles_active": 81.5, "lts__t_sectors": 40.0}
+    assert "l2_parts" not in fast_counters.rows_of("\n".join(lines), METRICS)[0]
+
+
 @pytest.mark.parametrize("text", ["n/a", "nan", "", "inf"])
 def test_what_is_no_number_is_left_out(text: str) -> None:
     (row,) = fast_counters.rows_of(csv_of(1, text), METRICS)
@@ -92,6 +105,8 @@ def test_a_row_for_each_launch_under_its_name(monkeypatch: pytest.MonkeyPatch) -
     (command,) = asked
     assert command[0] == "ncu" and command[-4:] == ["-m", "moelab.suites.fast_counters", "mixtral-8x7b/tp2", "64"]
     assert command[command.index("--metrics") + 1] == "gpu__time_duration.sum,launch__registers_per_thread"
+    fast_counters.profiled("mixtral-8x7b/tp2", 64, {**METRICS, "l2_percent": "lts__throughput.pct"})
+    assert asked[1][asked[1].index("--metrics") + 1].endswith(",lts__throughput.pct,breakdown:lts__throughput.pct")
 
 
 @pytest.mark.parametrize("launches", [3, 5])

@@ -25,7 +25,7 @@ def row(shape: str, launch: str, tensor: float, memory: float, ghz: float = 2.0,
     fields = {
         "shape": shape, "num_tokens": 64, "launch": launch, "duration_ns": 1e6, "clocks": ghz * 1e6, "memory_bytes": 3e9,
         "tensor_percent": tensor, "l2_percent": 50.0, "memory_percent": memory, "issue_percent": 20.0, "warps_percent": 12.5,
-        "registers": 168.0, **changes,
+        "registers": 168.0, "l2_parts": {"lts__t_sectors": 50.0}, **changes,
     }  # fmt: skip
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -91,6 +91,19 @@ def test_the_sentence_names_the_busiest_and_what_is_left() -> None:
     )
     assert "the datasheet’s: 800; the sum alone runs at 1.90 GHz), which leaves 25 %" in said
     assert "b, 64 tokens: memory is at 90 % of its peak, 3.00 TB/s, which is 75 % of the 4.00 TB/s" in said
+
+
+def test_the_busiest_part_of_the_second_level_cache_is_named() -> None:
+    link, sectors = "lts__ltcfabric2ltc_cycles_active", "lts__t_sectors"
+    found = drawn(made(
+        row("a", "whole", 75.0, 30.0, l2_parts={sectors: 40.0, link: 90.2}), row("b", "whole", 4.0, 90.0, l2_parts={link: 70.0}),
+        row("c", "whole", 4.0, 90.0, l2_parts={"lts__new": 55.0}), row("d", "whole", 4.0, 90.0, l2_parts=None),
+    ))  # fmt: skip
+    assert "Of L2 it is the link between its two halves: 90 % (a, 64 tokens), 70 % (b, 64 tokens)." in found.sentence
+    assert "Of L2 it is lts__new: 55 % (c, 64 tokens)." in found.sentence and found.sentence.count("Of L2") == 2
+    assert [each["busiest of L2"] for each in found.table] == [
+        "the link between its two halves", "the link between its two halves", "lts__new", None,
+    ]  # fmt: skip
 
 
 def test_no_launch_runs_faster_than_the_whole_layer() -> None:

@@ -21,6 +21,18 @@ UNITS: Mapping[str, tuple[str, str]] = {
 }
 """Unit of the chip -> field of a row, in per cent of its peak, and colour. Of L2 and memory it is their busiest part."""
 
+L2_PARTS: Mapping[str, str] = {
+    "lts__ltcfabric2ltc_cycles_active": "the link between its two halves",
+    "lts__lts2xbar_cycles_active": "its way to the multiprocessors",
+    "lts__lts2xbar_cycles_active_realtime": "its way to the multiprocessors",
+    "lts__xbar2lts_cycles_active": "its way from them",
+    "lts__t_sectors": "its lookups of sectors",
+    "lts__t_tag_requests": "its tags",
+    "lts__d_sectors": "its data",
+    "lts__d_sectors_fill_device": "what memory fills it with",
+}
+"""A part of L2, as ncu names it -> in words. Each multiprocessor is near one half; what lies in the other crosses the link."""
+
 WHOLE = "whole"
 
 
@@ -84,9 +96,16 @@ def _line(row: Row) -> Row:
         "shape": row["shape"], "tokens": row["num_tokens"], "launch": row["launch"],
         "time, µs": row["duration_ns"] / 1e3 if "duration_ns" in row else None,
         **{f"{unit}, %": row.get(field) for unit, (field, _) in UNITS.items()},
-        "memory, TB/s": _rate(row), "clock, GHz": clock_ghz(row),
+        "busiest of L2": _part(row)[0] or None, "memory, TB/s": _rate(row), "clock, GHz": clock_ghz(row),
         "registers a thread": None if "registers" not in row else int(row["registers"]), "warps, %": row.get("warps_percent"),
     }  # fmt: skip
+
+
+def _part(row: Row) -> tuple[str, float]:
+    """The busiest part of L2, in words, and its per cent; nothing where parts were not counted."""
+    parts: Mapping[str, float] = row.get("l2_parts") or {}
+    name = max(parts, key=lambda each: parts[each], default="")
+    return L2_PARTS.get(name, name), parts.get(name, 0.0)
 
 
 def _rate(row: Row) -> float | None:
@@ -117,13 +136,23 @@ def _said(recording: Recording, whole: Sequence[Row], at: Ceilings, device: Mapp
     named = {unit: [row for row in whole if busiest(row) == unit] for unit in UNITS}
     peaks = {unit: [f"{row[UNITS[unit][0]]:.0f} % ({_name(row)})" for row in rows] for unit, rows in named.items()}
     shown = "; ".join(f"{unit} at {', '.join(values)}" for unit, values in peaks.items() if values)
-    said = [f"**Nearest to its peak in a whole layer: {shown}.**"]
+    said = [f"**Nearest to its peak in a whole layer: {shown}.**", *_said_of_l2(whole)]
     for row in whole:
         if not {"tensor_percent", "memory_percent", "clocks", "duration_ns", "memory_bytes"} <= set(row):
             continue
         tensor = row["tensor_percent"] >= row["memory_percent"]
         said.append(_left_to_products(recording, row, device) if tensor else _left_to_memory(row, at))
     return " ".join(said)
+
+
+def _said_of_l2(whole: Sequence[Row]) -> list[str]:
+    """Which part of L2 is the busiest, in which layers."""
+    found: dict[str, list[str]] = {}
+    for row in whole:
+        part, percent = _part(row)
+        if part:
+            found.setdefault(part, []).append(f"{percent:.0f} % ({_name(row)})")
+    return [f"Of L2 it is {part}: {', '.join(values)}." for part, values in found.items()]
 
 
 def _name(row: Row) -> str:

@@ -55,6 +55,11 @@ cent of the peak that the unit could sustain over the same clocks (of L2 and of 
 per cent of those that a multiprocessor holds. ncu may read them in different replays, so clocks by duration is near the chip's
 clock, not equal to it."""
 
+PARTS_OF = "l2_percent"
+"""The field whose parts are recorded beside it, in `PARTS`: which part of the second-level cache it is that is busy."""
+PARTS = "l2_parts"
+"""ncu's name of each such part, without its last word -> per cent of what that part could sustain."""
+
 LAUNCHES = ("whole", "GEMM1", "GEMM2", "the sum")
 """What `launch` profiles, in this order."""
 
@@ -99,21 +104,28 @@ def rows_of(text: str, metrics: Mapping[str, str]) -> list[dict[str, Any]]:
             "whether this user may read the counters."
         )
     fields = {metric: field for field, metric in metrics.items()}
+    unit, rest = metrics.get(PARTS_OF, "none__.").split("__")[0] + "__", "." + PERCENT
     launches: dict[int, dict[str, Any]] = {}
     for line in csv.DictReader(lines[head:]):
-        if line["Metric Name"] not in fields:
+        name, value = line["Metric Name"], re.sub(r"[,\s]", "", line["Metric Value"])
+        part = name.startswith(unit) and name.endswith(rest)
+        if name not in fields and not part:
             continue
         of = launches.setdefault(int(line["ID"]), {"kernel": line["Kernel Name"]})
-        value = re.sub(r"[,\s]", "", line["Metric Value"])
-        if re.fullmatch(r"\d+(\.\d+)?", value):
-            of[fields[line["Metric Name"]]] = float(value)
+        if not re.fullmatch(r"\d+(\.\d+)?", value):
+            continue
+        if name in fields:
+            of[fields[name]] = float(value)
+        else:
+            of.setdefault(PARTS, {})[name.removesuffix(rest)] = float(value)
     return [launches[number] for number in sorted(launches)]
 
 
 def profiled(name: str, num_tokens: int, metrics: Mapping[str, str]) -> list[dict[str, Any]]:
     """A row for each of LAUNCHES. Raises RecordingError where ncu counted anything else."""
+    asked = [*metrics.values(), *(f"breakdown:{metrics[field]}" for field in (PARTS_OF,) if field in metrics)]
     command = ["ncu", "--csv", "--profile-from-start", "off", "--clock-control", "none", "--print-units", "base"]
-    command += ["--kernel-name", "regex:fast_", "--metrics", ",".join(metrics.values())]
+    command += ["--kernel-name", "regex:fast_", "--metrics", ",".join(asked)]
     command += [sys.executable, "-m", "moelab.suites.fast_counters", name, str(num_tokens)]
     done = subprocess.run(command, capture_output=True, text=True)
     rows = rows_of(done.stdout + done.stderr, metrics)
