@@ -26,7 +26,7 @@ def csv_of(launches: int, duration: str = "1,000") -> str:
         lines.append(f'"{number}","fast_layer<{number}>","gpu__time_duration.sum","ns","{duration}"')
         lines.append(f'"{number}","fast_layer<{number}>","launch__registers_per_thread","register/thread","168"')
         lines.append(f'"{number}","fast_layer<{number}>","not__asked_for.sum","","n/a"')
-    return "\n".join(lines)
+    return "\n".join([*lines, "==WARNING== what ncu says at its end, without columns"])
 
 
 # --- what is asked for --------------------------------------------------------------------------------------------

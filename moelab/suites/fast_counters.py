@@ -107,7 +107,7 @@ def rows_of(text: str, metrics: Mapping[str, str]) -> list[dict[str, Any]]:
     unit, rest = metrics.get(PARTS_OF, "none__.").split("__")[0] + "__", "." + PERCENT
     launches: dict[int, dict[str, Any]] = {}
     for line in csv.DictReader(lines[head:]):
-        name, value = line["Metric Name"], re.sub(r"[,\s]", "", line["Metric Value"])
+        name, value = line["Metric Name"] or "", re.sub(r"[,\s]", "", line["Metric Value"] or "")
         part = name.startswith(unit) and name.endswith(rest)
         if name not in fields and not part:
             continue
