@@ -99,8 +99,9 @@ def test_the_busiest_part_of_the_second_level_cache_is_named() -> None:
         row("a", "whole", 75.0, 30.0, l2_parts={sectors: 40.0, link: 90.2}), row("b", "whole", 4.0, 90.0, l2_parts={link: 70.0}),
         row("c", "whole", 4.0, 90.0, l2_parts={"lts__new": 55.0}), row("d", "whole", 4.0, 90.0, l2_parts=None),
     ))  # fmt: skip
-    assert "Of L2 it is the link between its two halves: 90 % (a, 64 tokens), 70 % (b, 64 tokens)." in found.sentence
-    assert "Of L2 it is lts__new: 55 % (c, 64 tokens)." in found.sentence and found.sentence.count("Of L2") == 2
+    assert "Of L2 it is the link between its two halves (a, 64 tokens; b, 64 tokens)." in found.sentence
+    assert "Of L2 it is lts__new (c, 64 tokens)." in found.sentence and found.sentence.count("Of L2") == 2
+    assert "Of L2 it is its lookups of sectors, in each." in drawn().sentence
     assert [each["busiest of L2"] for each in found.table] == [
         "the link between its two halves", "the link between its two halves", "lts__new", None,
     ]  # fmt: skip

@@ -261,8 +261,8 @@ DEVICE void add_pair(float& low, float& high, uint32_t pair, __half) {
 // 16 bytes that another block wrote in this launch: past the first-level cache.
 DEVICE uint4 load_written(const void* address) { return __ldcg(static_cast<const uint4*>(address)); }
 
-// By the chip's own powers of two and reciprocals, without the steps that denormals would need: where they flush to zero, so does
-// silu.
+// By the chip's own powers of two and reciprocals, without the steps that denormals would need: a power that flushes to zero leaves
+// x, a reciprocal that does leaves zero, as both ends of silu should.
 DEVICE float silu(float x) {
     float power, part;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-1.44269504f * x));

@@ -31,7 +31,8 @@ L2_PARTS: Mapping[str, str] = {
     "lts__d_sectors": "its data",
     "lts__d_sectors_fill_device": "what memory fills it with",
 }
-"""A part of L2, as ncu names it -> in words. Each multiprocessor is near one half; what lies in the other crosses the link."""
+"""A part of L2, as ncu names it -> in words. Each half serves the multiprocessors next to it, and what lies in the memory of the
+other half crosses the link (NVIDIA A100 Tensor Core GPU Architecture, 2020, on its L2 cache, which later chips kept)."""
 
 WHOLE = "whole"
 
@@ -96,16 +97,16 @@ def _line(row: Row) -> Row:
         "shape": row["shape"], "tokens": row["num_tokens"], "launch": row["launch"],
         "time, µs": row["duration_ns"] / 1e3 if "duration_ns" in row else None,
         **{f"{unit}, %": row.get(field) for unit, (field, _) in UNITS.items()},
-        "busiest of L2": _part(row)[0] or None, "memory, TB/s": _rate(row), "clock, GHz": clock_ghz(row),
+        "busiest of L2": _part(row) or None, "memory, TB/s": _rate(row), "clock, GHz": clock_ghz(row),
         "registers a thread": None if "registers" not in row else int(row["registers"]), "warps, %": row.get("warps_percent"),
     }  # fmt: skip
 
 
-def _part(row: Row) -> tuple[str, float]:
-    """The busiest part of L2, in words, and its per cent; nothing where parts were not counted."""
+def _part(row: Row) -> str:
+    """The busiest part of L2, in words; nothing where parts were not counted."""
     parts: Mapping[str, float] = row.get("l2_parts") or {}
     name = max(parts, key=lambda each: parts[each], default="")
-    return L2_PARTS.get(name, name), parts.get(name, 0.0)
+    return L2_PARTS.get(name, name)
 
 
 def _rate(row: Row) -> float | None:
@@ -149,10 +150,10 @@ def _said_of_l2(whole: Sequence[Row]) -> list[str]:
     """Which part of L2 is the busiest, in which layers."""
     found: dict[str, list[str]] = {}
     for row in whole:
-        part, percent = _part(row)
-        if part:
-            found.setdefault(part, []).append(f"{percent:.0f} % ({_name(row)})")
-    return [f"Of L2 it is {part}: {', '.join(values)}." for part, values in found.items()]
+        found.setdefault(_part(row), []).append(_name(row))
+    if len(found) == 1 and len(whole) > 1:
+        return [f"Of L2 it is {part}, in each." for part in found if part]
+    return [f"Of L2 it is {part} ({'; '.join(cells)})." for part, cells in found.items() if part]
 
 
 def _name(row: Row) -> str:
