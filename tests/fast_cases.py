@@ -14,14 +14,12 @@ import torch
 from moelab import reference
 from moelab.kernels.fast_instances import SOURCE, Instance
 from moelab.kernels.token_tiles import TokenTiles, token_tiles_ref
-from moelab.suites.fast_choice import CANDIDATES
 
 SMALL = Instance(1, 1, 3, 16, 8, 8, per_processor=2)
 MIDDLE = Instance(2, 1, 3, 64, 16, 16)
 WIDE = Instance(2, 2, 2, 176, 48, 16)
 SMALL_PAIR, MIDDLE_PAIR, WIDE_PAIR = (replace(each, cluster=2) for each in (SMALL, MIDDLE, WIDE))
 MIDDLE_PERMUTED, PAIR_PERMUTED, WIDE_PERMUTED = (replace(each, permutes=1) for each in (MIDDLE, MIDDLE_PAIR, WIDE))
-CLUSTERS = [each for each in CANDIDATES if each.cluster > 1]
 
 needs_compiler = pytest.mark.skipif(
     not shutil.which("g++") and not os.environ.get("CI"), reason="needs g++, which emulates the chip"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fast_cases import CLUSTERS
 from moe_cases import CASES, LARGE_CASES, Case, judge
 
 from moelab import recordings, runtime
@@ -237,7 +236,7 @@ WIDE = Case("wide", 700, 6, 2, 1032, 520)
 @pytest.mark.parametrize(
     "case", [ODD, FOREIGN, WIDE, replace(WIDE, routing="zipf"), Case("one", 1, 8, 2, 512, 256)], ids=str
 )
-@pytest.mark.parametrize("instance", (*ALL, *CLUSTERS), ids=str)
+@pytest.mark.parametrize("instance", ALL, ids=str)
 def test_every_instance_serves_every_batch(instance: Instance, case: Case) -> None:
     inputs = case.inputs(torch.bfloat16, "cuda")
     judge(case, inputs, by(instance, inputs))
@@ -273,7 +272,7 @@ def test_in_a_cuda_graph_with_a_routing_that_changes(num_tokens: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("instance", (*ALL, *CLUSTERS), ids=str)
+@pytest.mark.parametrize("instance", ALL, ids=str)
 def test_twenty_runs_are_equal_bit_by_bit(instance: Instance) -> None:
     inputs = Case("qwen3-like", 200, 32, 8, 2048, 768).inputs(torch.bfloat16, "cuda")
     first = by(instance, inputs)
