@@ -45,3 +45,15 @@ def seeded() -> None:
 def device() -> str:
     """Where tensors must lie for kernels to run in this process: "cuda" or "cpu"."""
     return RUNTIME.device
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    """The command line: run(*arguments) -> (exit status, stdout, stderr)."""
+    from moelab import cli
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        status = cli.main([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return call

@@ -11,23 +11,12 @@ from pathlib import Path
 import pytest
 from test_doctor import plant_upstreams_mistake
 
-from moelab import cli, config_files, runtime
+from moelab import config_files, runtime
 from moelab.config import KernelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 QWEN = ("explain", "--model", "qwen3-30b-a3b", "--batch-size", "20", "--device", "NVIDIA H200")
 FILE = "E=128,N=768,device_name=NVIDIA_H200.json"
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]):
-    """run(*arguments) -> (exit status, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        status = cli.main([str(argument) for argument in arguments])
-        return status, *capsys.readouterr()
-
-    return call
 
 
 # --- doctor -------------------------------------------------------------------------------------------------

@@ -14,7 +14,16 @@ from moelab import fused_moe, recordings, reference, runtime
 from moelab.config import KernelConfig
 from moelab.errors import UnknownNameError
 from moelab.kernels.expert_order import expert_order
-from moelab.kernels.fast_instances import ALL, INSTANCES, Instance, instance_for
+from moelab.kernels.fast_instances import (
+    ALL,
+    INSTANCES,
+    PAIRED,
+    PAIRS_FROM,
+    PAIRS_UP_TO,
+    PERMUTED_PAIRED,
+    Instance,
+    instance_for,
+)  # fmt: skip
 from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM
 from moelab.kernels.few_tokens import FORMS, FewTokens
 from moelab.measure import Measurement
@@ -263,3 +272,32 @@ def test_the_rule_is_near_the_best_recorded() -> None:
             lost[name, b] = times[rule] / min(times.values())
     assert len(lost) == 48 and max(lost.values()) < 1.09, max(lost, key=lambda cell: lost[cell])
     assert statistics.geometric_mean(lost.values()) < 1.01
+
+
+def ratios(form: Instance, other: str, routing: str) -> dict[float, list[float]]:
+    """Rows an expert gets -> recorded times of that form over those of the other, in every cell that has both."""
+    found: dict[float, list[float]] = {}
+    for name, b in itertools.product(fast_layer.SHAPES, fast_layer.BATCHES):
+        rows = recordings.load("fast_choice").select(shape=name, num_tokens=b, routing=routing)
+        times = {row["instance"]: statistics.median(row["samples_us"]) for row in rows}
+        shape = fast_layer.shape_of(name)
+        served = (shape.moe_intermediate_size > 640) == bool(form.permutes) or form.tokens < 176
+        if served and {repr(form), other} <= set(times):
+            found.setdefault(b * shape.top_k / shape.num_experts, []).append(times[repr(form)] / times[other])
+    return found
+
+
+def test_pairs_serve_where_they_were_recorded_faster() -> None:
+    """What fast_instances says of them: faster at two tiles an expert, not at more; at 96 tokens level, and faster if skewed."""
+    few: list[float] = []
+    many: list[float] = []
+    for form in (PAIRED, PERMUTED_PAIRED):
+        for rows, found in ratios(form, repr(replace(form, cluster=1)), "uniform").items():
+            few += found if PAIRS_FROM < rows <= PAIRS_UP_TO else []
+            many += found if rows > PAIRS_UP_TO else []
+    assert len(few) == 5 and min(few) > 0.85 and max(few) < 0.97
+    assert len(many) == 7 and min(many) >= 1.0 and max(many) < 1.08
+    middle = INSTANCES[96]
+    single = repr(replace(middle, cluster=1))
+    assert all(0.99 < each < 1.01 for each in ratios(middle, single, "uniform")[64.0])
+    assert all(0.9 <= each < 0.99 for each in ratios(middle, single, "zipf")[64.0])

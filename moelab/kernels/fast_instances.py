@@ -116,8 +116,8 @@ may have a tile without another; skewed, 0.98 to 1.01 at 256 but for Mixtral-8x7
 shares (1.18; 1.03 in data/recordings/fast_layer.json)."""
 
 SHORT_INNER = 256
-"""Inner sizes of so few elements are served in pairs from one tile an expert on: GEMM1 has two tiles of weight rows then, and
-blocks in step find in the second-level cache what they have in common (there, DeepSeek-V3 tp8 at 4096 tokens)."""
+"""Inner sizes of so few elements are served in pairs from one tile an expert on (there, DeepSeek-V3 tp8 at 4096 tokens). Why,
+where nothing is shared, is not shown: it may be that blocks in step find in the second-level cache what others just read."""
 
 FEW_EXPERTS, THEIR_ROWS = 8, 32
 """Of so few experts one may get most of a skewed batch: from that many rows on the widest tile, which does not read weights

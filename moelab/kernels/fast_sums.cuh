@@ -96,7 +96,7 @@ DEVICE void sum_share(const Layer<T>& layer) {
     }
 }
 
-// As many places at once as slots leave registers for: to be at memory's rate, a multiprocessor must have some 32 KiB on their way.
+// As many places at once as slots leave registers for: memory is at its rate only while many rows are on their way.
 template <typename S, typename T>
 DEVICE void sum_all(const Layer<T>& layer) {
     constexpr int MORE = S::TOKENS > 48 ? 2 : 1;

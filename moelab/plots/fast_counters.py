@@ -32,7 +32,7 @@ L2_PARTS: Mapping[str, str] = {
     "lts__d_sectors_fill_device": "what memory fills it with",
 }
 """A part of L2, as ncu names it -> in words. Each half serves the multiprocessors next to it, and what lies in the memory of the
-other half crosses the link (NVIDIA A100 Tensor Core GPU Architecture, 2020, on its L2 cache, which later chips kept)."""
+other half crosses the link (NVIDIA A100 Tensor Core GPU Architecture, 2020, on its L2 cache; ncu has the link on Hopper too)."""
 
 WHOLE = "whole"
 

@@ -104,11 +104,11 @@ def rows_of(text: str, metrics: Mapping[str, str]) -> list[dict[str, Any]]:
             "whether this user may read the counters."
         )
     fields = {metric: field for field, metric in metrics.items()}
-    unit, rest = metrics.get(PARTS_OF, "none__.").split("__")[0] + "__", "." + PERCENT
+    unit, rest = metrics[PARTS_OF].split("__")[0] if PARTS_OF in metrics else None, f".{PERCENT}"
     launches: dict[int, dict[str, Any]] = {}
     for line in csv.DictReader(lines[head:]):
         name, value = line["Metric Name"] or "", re.sub(r"[,\s]", "", line["Metric Value"] or "")
-        part = name.startswith(unit) and name.endswith(rest)
+        part = name.split("__")[0] == unit and name.endswith(rest)
         if name not in fields and not part:
             continue
         of = launches.setdefault(int(line["ID"]), {"kernel": line["Kernel Name"]})
@@ -123,7 +123,7 @@ def rows_of(text: str, metrics: Mapping[str, str]) -> list[dict[str, Any]]:
 
 def profiled(name: str, num_tokens: int, metrics: Mapping[str, str]) -> list[dict[str, Any]]:
     """A row for each of LAUNCHES. Raises RecordingError where ncu counted anything else."""
-    asked = [*metrics.values(), *(f"breakdown:{metrics[field]}" for field in (PARTS_OF,) if field in metrics)]
+    asked = [*metrics.values(), *([f"breakdown:{metrics[PARTS_OF]}"] if PARTS_OF in metrics else [])]
     command = ["ncu", "--csv", "--profile-from-start", "off", "--clock-control", "none", "--print-units", "base"]
     command += ["--kernel-name", "regex:fast_", "--metrics", ",".join(asked)]
     command += [sys.executable, "-m", "moelab.suites.fast_counters", name, str(num_tokens)]
