@@ -222,6 +222,10 @@ def test_explain_says_what_fast_runs(run) -> None:
     assert status == 0 and out.startswith("gated_tma with its tuned configs: 2 rows an expert")
     status, out, _ = run(*deepseek, "NVIDIA H100")
     assert status == 0 and out.startswith("classic: an inner size of 256 is short")
+    status, out, err = run(*deepseek, "NVIDIA H20", "--json")
+    (warning,) = json.loads(out)["warnings"]
+    assert status == 0 and err == f"moelab: {warning}\n" and "'NVIDIA H20'" in warning and "NVIDIA_H200" in warning
+    assert not json.loads(run(*deepseek, "NVIDIA_H200", "--json")[1])["warnings"]
     status, out, _ = run(*scout, "--batch-size", "64", "--json")
     said = json.loads(out)
     assert status == 0 and said["form"]["kind"] == "Gated" and said["form"]["up"]["BLOCK_SIZE_M"] == 16

@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
 
 def explain_fast(found: MoEShape, num_tokens: int, device: str, triton_version: str | None, as_json: bool) -> None:
     """What `fused_moe(impl="fast")` runs for a batch, and why. device: whose tuned files count; one not known is taken for one
-    that it runs on. triton_version: None for the one installed."""
+    that it runs on, and a warning says so. triton_version: None for the one installed."""
     from dataclasses import asdict
 
     from moelab.chips import get_target
@@ -38,9 +38,13 @@ def explain_fast(found: MoEShape, num_tokens: int, device: str, triton_version: 
     known = device.replace(" ", "_") in device_names()
     name = device_data(device).get("target") if known else None
     choice = choose_for(found, num_tokens, None if name is None else get_target(name), device, triton_version)
+    near = nearest_names(device.replace(" ", "_"), device_names())
+    warnings = [] if known else [f"Nothing is known of a device {device!r}: this is what a Hopper GPU would run.{near}"]
+    for warning in warnings:
+        print(f"moelab: {warning}", file=sys.stderr)
     if as_json:
         form = None if choice.form is None else {"kind": type(choice.form).__name__, **asdict(choice.form)}
-        printing.print_json({"kernel": "fast", "form": form, "reason": choice.reason})
+        printing.print_json({"kernel": "fast", "form": form, "reason": choice.reason, "warnings": warnings})
     else:
         print(choice.reason)
 
