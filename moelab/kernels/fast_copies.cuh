@@ -66,70 +66,120 @@ DEVICE void stream(Shared<S>& shared, const Layer<T>& layer, const TensorMap* w1
         }
 }
 
-// Three warps, for GEMM1: rows of x by 16-byte copies. Rows that no token has stay as they were: each row is a column of the
-// product, so what they hold touches no other.
+// Where a record's rows start in x, in units of 16 bytes: each thread of those that gather has its own, in registers. What a copy has
+// to wait for before it is on its way, each stage is late by.
+template <typename S>
+struct Starts {
+    static constexpr int AT_ONCE = TOKEN_THREADS / 8, MOST = (S::TOKENS + AT_ONCE - 1) / AT_ONCE;  // rows, by eight threads each
+    int record = -1;
+    uint32_t units[MOST];
+
+    template <typename T>
+    DEVICE void ask(const Layer<T>& layer, const Walk<S, T>& walk) {
+        const int first = (threadIdx.x - 32) >> 3, rows = walk.tile.rows - first;
+        record = walk.tokens;
+#pragma unroll
+        for (int i = 0; i < MOST; ++i) units[i] = i * AT_ONCE < rows ? walk.slot_of(first + i * AT_ONCE) : 0;
+    }
+    template <typename T>
+    DEVICE void finish(const Layer<T>& layer) {
+#pragma unroll
+        for (int i = 0; i < MOST; ++i) units[i] = units[i] / layer.top_k * (layer.hidden / 8);
+    }
+};
+
+// Three warps, for GEMM1: rows of x by 16-byte copies, eight threads a row. Rows that no token has stay as they were: each row is a
+// column of the product, so what they hold touches no other. Forms with registers to spare ask for the next record's rows before
+// the last stages of this one's.
 template <typename S, typename T>
-DEVICE void gather_tokens(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<S::STAGES>& ring) {
-    uint32_t* rows = shared.gathered;
-    const int thread = threadIdx.x - 32, part = thread & 7, units = layer.hidden / 8;
-    named_barrier(GATHER, TOKEN_THREADS);  // nobody reads those of the tile before
-    for (int row = thread; row < walk.tile.rows; row += TOKEN_THREADS)
-        rows[row] = walk.slot_of(row) / layer.top_k * units;
-    named_barrier(GATHER, TOKEN_THREADS);
+DEVICE void gather_tokens(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<S::STAGES>& ring,
+                          Starts<S>& starts) {
+    constexpr int AT_ONCE = Starts<S>::AT_ONCE;
+    static_assert(AT_ONCE % 8 == 4, "from one row of a thread to the next, the swizzle changes the highest of its three bits");
+    const int part = threadIdx.x & 7, first = (threadIdx.x - 32) >> 3, ahead = walk.k_steps() > 6 ? walk.k_steps() - 6 : 0;
+    const uint32_t place = first * ROW_BYTES + ((part ^ (first & 7)) << 4);
+    int rows = walk.tile.rows - first;
+    if (starts.record != walk.tokens) {
+        starts.ask(layer, walk);
+        starts.finish(layer);
+    }
+    Starts<S> coming;
     for (int step = 0; step < walk.k_steps(); ++step, ring.advance()) {
         const int column = step * K_STEP + part * 8, bytes = column < layer.hidden ? 16 : 0;
-        const T* from = layer.x + (bytes ? column : 0);
+        const uint8_t* x = reinterpret_cast<const uint8_t*>(layer.x + (bytes ? column : 0));
         barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
-        uint8_t* to = shared.tokens[ring.stage];
-#pragma unroll 4
-        for (int row = thread >> 3; row < walk.tile.rows; row += TOKEN_THREADS / 8)
-            copy_async(to + row * ROW_BYTES + ((part ^ (row & 7)) << 4), from + static_cast<uint64_t>(rows[row]) * 8, bytes);
+        const uint32_t even = shared_address(shared.tokens[ring.stage]) + place, odd = even ^ 64;
+        from_here(x), from_here(rows);
+#pragma unroll
+        for (int i = 0; i < Starts<S>::MOST; ++i)
+            if (i * AT_ONCE < rows)
+                copy_async((i % 2 ? odd : even) + i * AT_ONCE * ROW_BYTES, x + static_cast<uint64_t>(starts.units[i]) * 16, bytes);
         barrier_arrive_after_copies(&shared.full[ring.stage]);
+        if (!S::SHARED_OUT && step == ahead) {
+            Walk<S, T> next = walk;
+            if (next.step() && next.gemm == 0 && next.tokens != walk.tokens) coming.ask(layer, next);
+        }
+    }
+    if (!S::SHARED_OUT && coming.record >= 0) {
+        coming.finish(layer);
+        starts = coming;
     }
 }
 
-// The same threads: slots and routed weights of a tile's rows for the consumers, a tile ahead of them.
+// One warp: slots and routed weights of a tile's rows for the consumers, a tile ahead of them. All that a thread asks memory for is
+// on its way together, since a short tile does not last longer than one trip after the other.
 template <typename S, typename T>
 DEVICE void tell_slots(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<2>& ring) {
+    constexpr int MOST = (S::TOKENS + 31) / 32;
+    const int lane = threadIdx.x & 31, rows = walk.tile.rows;
+    const bool unweighted = walk.gemm && layer.weighted == GEMM1;
+    int slots[MOST];
+    float routed[MOST];
+#pragma unroll
+    for (int i = 0; i < MOST; ++i) slots[i] = lane + i * 32 < rows ? walk.slot_of(lane + i * 32) : 0;
+#pragma unroll
+    for (int i = 0; i < MOST; ++i) routed[i] = unweighted || lane + i * 32 >= rows ? 1.0f : layer.topk_weights[slots[i]];
     barrier_wait(&shared.forgotten[ring.stage], ring.phase ^ 1);
-    for (int row = threadIdx.x - 32; row < walk.tile.rows; row += S::TELLERS) {
-        const int slot = walk.slot_of(row);
-        shared.slots[ring.stage][row] = slot;
-        const float by = walk.gemm && layer.weighted == GEMM1 ? 1.0f : layer.topk_weights[slot];
-        shared.routed[ring.stage][row] = walk.gemm && layer.direct() ? layer.scale * by : by;
+#pragma unroll
+    for (int i = 0; i < MOST; ++i) {
+        const int row = lane + i * 32;
+        if (row >= rows) break;
+        shared.slots[ring.stage][row] = slots[i];
+        shared.routed[ring.stage][row] = walk.gemm && layer.direct() ? layer.scale * routed[i] : routed[i];
     }
     barrier_arrive(&shared.known[ring.stage]);
     ring.advance();
 }
 
-// The same threads, for GEMM2: one loads rows of `inner` by TMA, once they are there.
+// One thread, for GEMM2: rows of `inner` by TMA, once they are there. It arrives for all that gather as well.
 template <typename S, typename T>
 DEVICE void load_inner(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<S::STAGES>& ring,
                        const TensorMap* inner) {
-    const bool loads = threadIdx.x == 32;
-    if (loads) wait_for_rows(layer, walk);
+    wait_for_rows(layer, walk);
     for (int step = 0; step < walk.k_steps(); ++step, ring.advance()) {
         uint64_t* full = &shared.full[ring.stage];
         barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
-        if (!loads) {
-            barrier_arrive(full);
-            continue;
-        }
         barrier_arrive_expect(full, boxes_of(walk) * S::BOX * ROW_BYTES);
         load_rows(shared, walk, ring.stage, step, inner);
+        barrier_arrive_times(full, TOKEN_THREADS - 1);
     }
 }
 
+// Three warps gather tokens for GEMM1; for GEMM2 one tells slots, and a thread of another loads.
 template <typename S, typename T>
 DEVICE void stream_tokens(Shared<S>& shared, const Layer<T>& layer, const TensorMap* inner) {
+    const bool tells = threadIdx.x < 64, loads = threadIdx.x == LOADER;
     Ring<S::STAGES> ring;
     Ring<2> told;
+    Starts<S> starts;
     for (Walk<S, T> walk(layer); walk.step();) {
-        if (walk.by_slot()) tell_slots(shared, layer, walk, told);
+        if (walk.by_slot() && tells) tell_slots(shared, layer, walk, told);
         if (walk.gemm == 0)
-            gather_tokens(shared, layer, walk, ring);
-        else
+            gather_tokens(shared, layer, walk, ring, starts);
+        else if (loads)
             load_inner(shared, layer, walk, ring, inner);
+        else if (!tells)
+            return;
     }
 }
 

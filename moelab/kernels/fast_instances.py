@@ -13,6 +13,9 @@ SOURCE = Path(__file__).with_name("fast_layer.cu")
 STORAGE = {torch.bfloat16: ("__nv_bfloat16", "bf16"), torch.float16: ("__half", "f16")}
 """Type of an element in C++ and in PTX."""
 
+MOST_SHARED_BYTES = 228 * 1024
+"""Of a multiprocessor, 1024 kept of them for each block (CUDA C++ Programming Guide, compute capability 9.0)."""
+
 
 @dataclass(frozen=True)
 class Instance:
@@ -53,14 +56,23 @@ class Instance:
 
     @property
     def shared_bytes(self) -> int:
-        """Of a block: the ring, barriers of 8 bytes (two a stage, and four), the rows' tokens, twice their slots and weights."""
+        """Of a block: the ring, barriers of 8 bytes (two a stage, and four), twice the rows' slots and weights, and where outputs
+        are staged 512 bytes a warp, or twice that where they fit."""
         stage = (self.rows + self.tokens) * 128 + 16
-        return -(-(self.stages * stage + 32 + 5 * self.tokens * 4 + self.warpgroups * 4) // 8) * 8
+        rest = self.stages * stage + 32 + 16 * self.tokens
+        staged = self.warpgroups * 4 * 512 if self.stages_rows else 0
+        buffers = 2 if rest + 32 + 2 * staged <= MOST_SHARED_BYTES // self.per_processor - 1024 else 1
+        return -(-(rest + buffers * staged + self.warpgroups * 4) // 8) * 8
 
     @property
     def sums_at_once(self) -> bool:
         """Whether, of at most 8 tokens, the warpgroup that comes to columns last adds them up; else all wait for all."""
         return self.tokens <= 16
+
+    @property
+    def stages_rows(self) -> bool:
+        """Whether outputs are turned round in shared memory."""
+        return self.tokens >= 96 and self.row_blocks == 2
 
     def column_counters(self, hidden: int) -> int:
         """Counters that the kernel needs for parts of hidden_size."""
@@ -99,15 +111,14 @@ once (data/recordings/fast_choice.json, 64 rows an expert: 1 to 10 % faster than
 PERMUTED = replace(INSTANCES[176], permutes=1)
 """Where tokens are first written out in order of expert: their second reading, and all that follow, are TMA's."""
 
-PAIRED, PERMUTED_PAIRED = (replace(each, cluster=2) for each in (INSTANCES[176], PERMUTED))
-"""The same in pairs of blocks, where an expert's tokens are two tiles: they read its weights once."""
+PAIRED = replace(INSTANCES[176], cluster=2)
+"""In pairs of blocks, where an expert's tokens are two tiles: they read its weights once."""
 
-ALL = (ONE_TOKEN, *INSTANCES.values(), PAIRED, PERMUTED, PERMUTED_PAIRED)
+ALL = (ONE_TOKEN, *INSTANCES.values(), PAIRED, PERMUTED)
 
 READS_TO_PERMUTE = 6
-"""Tiles of weight rows that read the same tokens in GEMM1, from which it is faster to permute the tokens: in
-data/recordings/fast_choice.json at six (Qwen3-30B-A3B) and more, not at two (DeepSeek-V3 tp8) or three (Qwen3-235B-A22B tp4),
-where memory has more to move than GEMM1 takes."""
+"""Tiles of weight rows that read the same tokens in GEMM1, from which it is faster to permute the tokens of an expert that has
+more than PAIRS_UP_TO of them, or is one of FEW_EXPERTS: TODO."""
 
 PAIRS_FROM, PAIRS_UP_TO = 176, 352
 """Rows of an expert, more than the first and at most the second, that are served in pairs. In data/recordings/fast_choice.json,
@@ -138,7 +149,9 @@ def instance_for(num_tokens: int, top_k: int, num_experts: int, moe_intermediate
         fits = 176
     if fits < 176:
         return INSTANCES[fits]
-    in_pairs = rows <= PAIRS_UP_TO and (rows > PAIRS_FROM or moe_intermediate_size <= SHORT_INNER)
-    if 2 * moe_intermediate_size > (READS_TO_PERMUTE - 1) * PERMUTED.rows:
-        return PERMUTED_PAIRED if in_pairs else PERMUTED
-    return PAIRED if in_pairs else INSTANCES[176]
+    several = rows > PAIRS_FROM
+    if rows <= PAIRS_UP_TO and num_experts > FEW_EXPERTS and (several or moe_intermediate_size <= SHORT_INNER):
+        return PAIRED
+    return (
+        PERMUTED if several and 2 * moe_intermediate_size > (READS_TO_PERMUTE - 1) * PERMUTED.rows else INSTANCES[176]
+    )

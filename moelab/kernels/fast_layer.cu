@@ -31,13 +31,19 @@ template <typename S, typename T, int N>
 DEVICE void compute(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T, false>& walk, Ring<S::STAGES>& ring,
                     Ring<2>& told) {
     const int group = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32;
-    const int row = walk.weights * S::ROWS + group * S::ROW_BLOCKS * 64 + warp * 16;  // of the weights
+    const int row = walk.weights * S::ROWS + group * S::ROW_BLOCKS * 64 + warp * (S::STAGES_ROWS ? 32 : 16);  // of the weights
     const int* slots = shared.slots[told.stage];
     const float* routed = shared.routed[told.stage];
     float sums[S::ROW_BLOCKS][N / 2];
     multiply<S, T, N>(sums, shared, ring, walk.k_steps(), !S::PERMUTES && walk.gemm == 0);
     if (walk.by_slot()) barrier_wait(&shared.known[told.stage], told.phase);
-    if (walk.gemm == 0) {
+    if constexpr (S::STAGES_ROWS) {
+        const uint32_t staged = shared_address(shared.staged[group * 4 + warp][0]);
+        if (walk.gemm == 0)
+            stage_activated<S::BUFFERS, T, N>(sums, layer, walk.tile, row / 2, routed, staged);
+        else
+            stage_weighted<S::BUFFERS, T, N>(sums, layer, walk.tile, row, slots, routed, staged);
+    } else if (walk.gemm == 0) {
 #pragma unroll
         for (int block = 0; block < S::ROW_BLOCKS; ++block)
             store_activated<T, N>(sums[block], layer, walk.tile, (row + block * 64) / 2, routed);
@@ -111,7 +117,7 @@ __global__ void __launch_bounds__(S::THREADS, S::PER_PROCESSOR)
             barrier_init(&shared.empty[stage], S::CLUSTER * S::WARPGROUPS * 4);
         }
         for (int buffer = 0; buffer < 2; ++buffer) {
-            barrier_init(&shared.known[buffer], S::TELLERS);
+            barrier_init(&shared.known[buffer], 32);
             barrier_init(&shared.forgotten[buffer], S::WARPGROUPS * 4);
         }
         fence_barrier_init();
@@ -137,7 +143,7 @@ __global__ void __launch_bounds__(S::THREADS, S::PER_PROCESSOR)
                 tell_or_permute<S>(shared, layer);
             else {
                 stream_tokens<S>(shared, layer, &inner);
-                if (threadIdx.x == 32) leave(layer, roles);
+                if (threadIdx.x == LOADER) leave(layer, roles);
             }
         }
     } else {

@@ -3,12 +3,14 @@
 #pragma once
 #include "fast_tiles.cuh"
 
-// wgmma's view of a K-major tile under the 128-byte swizzle: groups of eight rows lie 1024 bytes apart.
-DEVICE uint64_t swizzled_tile(const void* tile) {
-    return static_cast<uint64_t>((shared_address(tile) & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
-
 constexpr uint64_t UNIT = 16;  // bytes, of a descriptor's addresses
+
+// wgmma's view of a K-major tile under the 128-byte swizzle: every EVERY-th group of eight rows, which lie 1024 bytes apart.
+template <int EVERY = 1>
+DEVICE uint64_t swizzled_tile(const void* tile) {
+    return static_cast<uint64_t>((shared_address(tile) & 0x3FFFF) >> 4) | 1ull << 16 | EVERY * 8 * ROW_BYTES / UNIT << 32 |
+           1ull << 62;
+}
 
 // One warp no longer reads a stage. Every block of the cluster fills part of it, so each of them is told.
 template <typename S>
@@ -21,10 +23,12 @@ DEVICE void release(uint64_t* empty) {
     }
 }
 
-// A warpgroup's weight rows, 64 in a block of sums, times N tokens, over all of K.
+// A warpgroup's weight rows, 64 in a block of sums, times N tokens, over all of K. Of forms that stage rows, the blocks of sums
+// take groups of eight rows in turn, so that a warp has 32 neighbours.
 template <typename S, typename T, int N>
 DEVICE void multiply(float (&sums)[S::ROW_BLOCKS][N / 2], Shared<S>& shared, Ring<S::STAGES>& ring, int k_steps,
                      bool gathered) {
+    constexpr int EVERY = S::STAGES_ROWS ? S::ROW_BLOCKS : 1, APART = S::STAGES_ROWS ? 8 : 64;
     const int first = (threadIdx.x / 128 - 1) * S::ROW_BLOCKS * 64;
     uint64_t* done = nullptr;
 #pragma unroll
@@ -37,14 +41,14 @@ DEVICE void multiply(float (&sums)[S::ROW_BLOCKS][N / 2], Shared<S>& shared, Rin
     for (int step = 0; step < k_steps; ++step, ring.advance()) {
         barrier_wait(&shared.full[ring.stage], ring.phase);
         if (gathered) fence_async_shared();
-        const uint64_t weights = swizzled_tile(shared.weights[ring.stage] + first * ROW_BYTES);
+        const uint64_t weights = swizzled_tile<EVERY>(shared.weights[ring.stage] + first * ROW_BYTES);
         const uint64_t tokens = swizzled_tile(shared.tokens[ring.stage]);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < ROW_BYTES / UNIT; k += 2)  // 16 elements of K are 32 bytes
 #pragma unroll
             for (int block = 0; block < S::ROW_BLOCKS; ++block)
-                wgmma<T, N>(sums[block], weights + k + block * (64 * ROW_BYTES / UNIT), tokens + k);
+                wgmma<T, N>(sums[block], weights + k + block * (APART * ROW_BYTES / UNIT), tokens + k);
         wgmma_commit();
         wgmma_wait<1>();
         if (done) release<S>(done);

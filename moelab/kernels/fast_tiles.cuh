@@ -7,9 +7,12 @@ using namespace hopper;
 
 constexpr int K_STEP = 64;                   // elements of K in a stage: 128 bytes, the width of the swizzle
 constexpr int ROW_BYTES = 128;
+constexpr int STAGED_BYTES = 512;            // of a warp's outputs: 8 tokens of GEMM2 or 16 of GEMM1
+constexpr int MOST_SHARED = 228 * 1024;      // bytes of a multiprocessor, 1024 kept of them for each block
 constexpr int TOKEN_THREADS = 96;            // of the producers' 128; the first warp streams weights
 constexpr int PERMUTED = 1 << 16;            // what a permuted piece adds to a record's count, above GEMM1's tiles
-enum Barrier { GATHER = 1, CONSUMERS = 2 };  // named barriers; CONSUMERS + warpgroup
+constexpr int LOADER = 64;                   // the thread of those that loads GEMM2's tokens by TMA, where they are gathered for GEMM1
+enum Barrier { CONSUMERS = 1 };  // named barriers: and a warpgroup's number
 enum Part { GEMM1 = 1, GEMM2 = 2, SUM = 4 };
 
 // Tokens of one expert that are multiplied together: the expert-sorted rows first .. first + rows. The slot of the first is
@@ -55,13 +58,17 @@ struct Shape {
     static constexpr int ROWS = WARPGROUPS * ROW_BLOCKS * 64;  // of weights in a tile
     static constexpr int THREADS = (WARPGROUPS + 1) * 128;
     static constexpr bool SUMS_AT_ONCE = TOKENS <= 16;
-    static constexpr int TELLERS = PERMUTES ? 32 : TOKEN_THREADS;  // threads that tell slots
+    static constexpr bool STAGES_ROWS = TOKENS >= 96 && ROW_BLOCKS == 2;  // outputs, by way of shared memory
+    static constexpr int BUFFERS = STAGES * ((ROWS + TOKENS) * ROW_BYTES + 16) + 16 * TOKENS + 64 + WARPGROUPS * 8 * STAGED_BYTES >
+                                           MOST_SHARED / PER_PROCESSOR - 1024
+                                       ? 1
+                                       : 2;  // for those of a warp
 
     // Registers of a thread: as launched; and where the sums need more than that, as shared out between the roles, whose
     // sum may not pass what the block was given (PTX ISA, setmaxnreg: it waits for ever).
     static constexpr int LAUNCHED = 65536 / (THREADS * PER_PROCESSOR) / 8 * 8;
     static constexpr bool SHARED_OUT = ROW_BLOCKS * TOKENS / 2 + 64 > LAUNCHED;
-    static constexpr int PRODUCER = WARPGROUPS == 2 ? 56 : WARPGROUPS == 3 ? 32 : 40;
+    static constexpr int PRODUCER = WARPGROUPS == 2 ? 72 : WARPGROUPS == 3 ? 32 : 40;
     static constexpr int CONSUMER = ((WARPGROUPS + 1) * LAUNCHED - PRODUCER) / WARPGROUPS / 8 * 8;
     static_assert(!SHARED_OUT || (CONSUMER <= 240 && PRODUCER + WARPGROUPS * CONSUMER <= (WARPGROUPS + 1) * LAUNCHED),
                   "setmaxnreg would wait for ever");
@@ -70,15 +77,22 @@ struct Shape {
     static_assert((TOKENS % 16 == 0 && GRAIN % 16 == 0) || TOKENS <= 16, "a thread stores two groups of eight tokens");
 };
 
+// What warps turn their outputs round in; forms that do not have none of it. Whole kilobytes, as tiles behind it must begin on one.
+template <typename S, bool STAGES_ROWS = S::STAGES_ROWS>
+struct Staging {};
 template <typename S>
-struct Shared {
+struct Staging<S, true> {
+    uint8_t staged[S::WARPGROUPS * 4][S::BUFFERS][STAGED_BYTES];
+};
+
+template <typename S>
+struct Shared : Staging<S> {
     uint8_t weights[S::STAGES][S::ROWS * ROW_BYTES];
     uint8_t tokens[S::STAGES][S::TOKENS * ROW_BYTES];
     uint64_t full[S::STAGES];
     uint64_t empty[S::STAGES];
     uint64_t known[2];                       // slots and weights are there; and are no longer needed
     uint64_t forgotten[2];
-    uint32_t gathered[S::TOKENS];            // where each row of GEMM1's tile starts in x, in units of 16 bytes
     int slots[2][S::TOKENS];
     float routed[2][S::TOKENS];
     int last[S::WARPGROUPS];

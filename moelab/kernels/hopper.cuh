@@ -40,6 +40,10 @@ DEVICE void barrier_arrive(uint64_t* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+DEVICE void barrier_arrive_times(uint64_t* barrier, int times) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(times) : "memory");
+}
+
 // One arrival, after which the phase also waits for that many bytes of TMA.
 DEVICE void barrier_arrive_expect(uint64_t* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
@@ -105,8 +109,8 @@ DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
 }
 
 // 16 bytes from device memory; of which those past `bytes` (0 or 16) become zero.
-DEVICE void copy_async(void* to, const void* from, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+DEVICE void copy_async(uint32_t to, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
                  : "memory");
 }
 
@@ -182,6 +186,10 @@ DEVICE void pin(float (&accumulators)[COUNT]) {
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(accumulators[i])::"memory");
 }
 
+// Keeps the compiler from working out ahead what depends on a value: it would keep all of it in registers.
+DEVICE void from_here(int& value) { asm volatile("" : "+r"(value)); }
+DEVICE void from_here(const uint8_t*& value) { asm volatile("" : "+l"(value)); }
+
 template <int COUNT>
 DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 template <int COUNT>
@@ -197,6 +205,19 @@ DEVICE uint32_t transposed(uint32_t pair) {
     uint32_t result;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
     return result;
+}
+
+// Four such matrices to shared memory, transposed: lane 8 * m + i gives where column i of matrix m goes, as 16 bytes.
+DEVICE void store_transposed(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+DEVICE uint4 load_shared(uint32_t address) {
+    uint4 value;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w) : "r"(address) : "memory");
+    return value;
 }
 
 DEVICE uint32_t from_neighbour(uint32_t value) { return __shfl_xor_sync(0xffffffffu, value, 1); }

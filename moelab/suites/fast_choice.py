@@ -35,6 +35,7 @@ CANDIDATES = (
     Instance(2, 1, 5, 176, 16, 16),
     Instance(2, 2, 5, 96, 16, 16, permutes=1),  # tokens written out by expert, for TMA
     Instance(2, 2, 5, 96, 16, 16),  # single blocks
+    Instance(2, 2, 4, 176, 16, 16, cluster=2, permutes=1),  # both
 )
 """Those in use, and what might be better, by the reason beside each."""
 

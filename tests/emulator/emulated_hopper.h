@@ -81,6 +81,9 @@ inline void arrive(Mbarrier& b, int bytes) {
 }
 inline void barrier_arrive_expect(uint64_t* barrier, int bytes) { arrive(mbarrier(barrier), bytes); }
 inline void barrier_arrive(uint64_t* barrier) { arrive(mbarrier(barrier), 0); }
+inline void barrier_arrive_times(uint64_t* barrier, int times) {
+    for (; times; --times) barrier_arrive(barrier);
+}
 inline void barrier_arrive_at(uint64_t* barrier, int rank) {
     if (rank == block->rank)
         barrier_arrive(barrier);
@@ -100,7 +103,7 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
     if (!b.changed.wait_for(guard, std::chrono::seconds(120), [&] { return b.phase != parity; })) hangs("barrier_wait");
 }
 
-inline void copy_async(void* to, const void* from, int bytes) { copies.push_back({to, from, bytes}); }
+inline void copy_async(uint32_t to, const void* from, int bytes) { copies.push_back({block->shared + to, from, bytes}); }
 inline void barrier_arrive_after_copies(uint64_t* barrier) {
     for (const Copy& copy : copies) {
         std::memset(copy.to, 0, 16);
@@ -188,6 +191,8 @@ inline void wgmma_wait() {
 }
 template <int COUNT>
 inline void pin(float (&)[COUNT]) {}
+template <typename V>
+inline void from_here(V&) {}
 template <int COUNT>
 inline void more_registers() {}
 template <int COUNT>
@@ -221,10 +226,23 @@ inline uint32_t transposed(uint32_t pair) {
         return at(column, row) | at(column + 1, row) << 16;
     });
 }
+inline void store_transposed(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    const uint32_t pairs[4] = {a, b, c, d};
+    const int lane = threadIdx.x % 32;
+    for (int m = 0; m < 4; ++m) {
+        const uint32_t from = transposed(pairs[m]);  // of column lane / 4, elements 2 * (lane % 4) and the next
+        const uint32_t row = of_lane(to, [&](const uint32_t* lanes) { return lanes[8 * m + lane / 4]; });
+        std::memcpy(block->shared + row + lane % 4 * 4, &from, 4);
+    }
+}
+inline uint4 load_shared(uint32_t address) {
+    uint4 value;
+    std::memcpy(&value, block->shared + address, 16);
+    return value;
+}
 inline uint32_t from_neighbour(uint32_t value) {
     return of_lane(value, [](const uint32_t* lanes) { return lanes[(threadIdx.x % 32) ^ 1]; });
 }
-
 inline int load_acquire(const int* address) { return __atomic_load_n(address, __ATOMIC_ACQUIRE); }
 inline void wait_for_count(const int* address, int count) {
     deliver();
