@@ -23,7 +23,6 @@ from moelab.kernels.fast_instances import (
     ONE_TOKEN,
     PAIRED,
     PERMUTED,
-    PERMUTED_PAIRED,
     Instance,
     instance_for,
 )
@@ -88,11 +87,12 @@ def test_a_choice_says_why() -> None:
     assert choose(4096, 8, 256, 256, 7168).form is choose(8192, 8, 256, 256, 7168).form is PAIRED
     assert choose(16384, 8, 256, 256, 7168).form is INSTANCES[176]
     two = choose(4096, 8, 128, 768, 2048)
-    assert (
-        two.form is PERMUTED_PAIRED
-        and "1 block a multiprocessor, in pairs that share an expert's weights, tok" in two.reason
+    assert two.form is PAIRED and two.reason.endswith(
+        "1 block a multiprocessor, in pairs that share an expert's weights"
     )
-    assert choose(2816, 8, 128, 768, 2048).form is PERMUTED and choose(5632, 8, 128, 768, 2048).form is PERMUTED_PAIRED
+    assert choose(2816, 8, 128, 768, 2048).form is INSTANCES[176] and choose(5632, 8, 128, 768, 2048).form is PAIRED
+    assert choose(5633, 8, 128, 768, 2048).form is PERMUTED
+    assert choose(1024, 2, 8, 7168, 4096).form is PERMUTED, "256 rows of few experts"
     assert choose(8192, 4, 32, 1792, 2048).form is PERMUTED
     assert choose(8192, 8, 128, 640, 2048).form is INSTANCES[176] and choose(8192, 8, 128, 641, 2048).form is PERMUTED
 
@@ -100,9 +100,8 @@ def test_a_choice_says_why() -> None:
 def test_few_experts_get_forms_that_a_skewed_batch_does_not_slow() -> None:
     """Of 8 or 16 experts one may get most of a batch: not the forms of their even share."""
     gated = Gated(TILE, TILE)
-    assert (
-        choose(256, 2, 8, 7168, 4096, gated).form is PERMUTED and choose(256, 16, 64, 7168, 4096).form is INSTANCES[96]
-    )
+    assert choose(256, 2, 8, 7168, 4096, gated).form is INSTANCES[176]
+    assert choose(256, 16, 64, 7168, 4096).form is INSTANCES[96]
     assert choose(128, 1, 16, 2048, 5120, gated).form is gated
     assert choose(129, 1, 16, 2048, 5120, gated).form is INSTANCES[16]
     assert choose(129, 2, 32, 2048, 5120, gated).form is gated
@@ -149,18 +148,16 @@ def test_tuned_configs_are_those_of_the_shipped_files(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("routing", "allowed"), [("uniform", 1.01), ("zipf", 1.0)])
-def test_what_serves_is_not_slower_than_the_classic_layer(routing: str, allowed: float) -> None:
-    """In no cell of fast_layer beyond its interval, but for 1 % in a uniform one; and "fast" there is what is chosen now."""
-    layers, slower = recordings.load("fast_layer"), []
+@pytest.mark.parametrize("routing", fast_layer_suite.ROUTINGS)
+def test_what_serves_is_not_slower_than_the_classic_layer(routing: str) -> None:
+    """In no cell of fast_layer beyond its interval; and "fast" there is what is chosen now."""
+    layers = recordings.load("fast_layer")
     for name, b in itertools.product(fast_layer_suite.SHAPES, fast_layer_suite.BATCHES):
         here = {row["impl"]: row for row in layers.select(shape=name, num_tokens=b, routing=routing)}
         form = choose_for(fast_layer_suite.shape_of(name), b, None, layers.provenance["gpu"]).form
         assert form is not None and here["fast"]["instance"] == fast_layer_suite.name_of(form)
         classic, fast = timing(here["classic"]), timing(here["fast"])
-        assert tie(fast, classic) or fast.median_us < allowed * classic.median_us, (name, b)
-        slower += [] if tie(fast, classic) or fast.median_us < classic.median_us else [(name, b)]
-    assert slower == ([("deepseek-v3/tp8", 64)] if routing == "uniform" else [])
+        assert tie(fast, classic) or fast.median_us < classic.median_us, (name, b)
 
 
 def test_what_is_chosen_as_classic_runs_as_the_classic_layer(monkeypatch: pytest.MonkeyPatch, device: str) -> None:

@@ -36,6 +36,8 @@ print("done")
 INSTANCE = Instance(2, 1, 2, 32, 16, 16)
 PAIR = replace(INSTANCE, cluster=2)
 PERMUTED, PERMUTED_PAIR = (replace(each, permutes=1) for each in (INSTANCE, PAIR))
+STAGED = Instance(1, 2, 2, 96, 48, 16)  # outputs by way of two buffers a warp, and where two do not fit, of one
+STAGED_IN_ONE = Instance(1, 2, 4, 96, 48, 16, per_processor=2)
 
 
 def launch_files(folder: Path, instance: Instance) -> list[str]:
@@ -95,7 +97,7 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++, 
 
 
 @needs_compiler
-@pytest.mark.parametrize("instance", [INSTANCE, PERMUTED, PERMUTED_PAIR], ids=str)
+@pytest.mark.parametrize("instance", [INSTANCE, PERMUTED, PERMUTED_PAIR, STAGED, STAGED_IN_ONE], ids=str)
 def test_no_two_threads_race(tmp_path: Path, instance: Instance) -> None:
     said = races_of(SOURCE, tmp_path, instance)
     assert "data race" not in said and said.startswith("done"), said[:4000]
@@ -106,6 +108,13 @@ def test_a_barrier_that_is_missing_is_seen(tmp_path: Path) -> None:
     barrier = "    named_barrier(CONSUMERS + threadIdx.x / 128 - 1, 128);\n    if (threadIdx.x % 128 == 0) add_release"
     source = emulated_gpu.altered(tmp_path, ("fast_sums.cuh", barrier, barrier.splitlines()[1]))
     assert "data race" in races_of(source, tmp_path)
+
+
+@needs_compiler
+def test_outputs_that_are_taken_before_they_are_there_are_seen(tmp_path: Path) -> None:
+    line = "packed(odd[2] * by.x, odd[3] * by.y, T()));\n        warp_together();"
+    source = emulated_gpu.altered(tmp_path, ("fast_stores.cuh", line, line.replace("warp_together()", "")))
+    assert "data race" in races_of(source, tmp_path, STAGED)
 
 
 @needs_compiler

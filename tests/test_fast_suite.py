@@ -16,11 +16,13 @@ from moelab.errors import UnknownNameError
 from moelab.kernels.expert_order import expert_order
 from moelab.kernels.fast_instances import (
     ALL,
+    FEW_EXPERTS,
     INSTANCES,
     PAIRED,
     PAIRS_FROM,
     PAIRS_UP_TO,
-    PERMUTED_PAIRED,
+    PERMUTED,
+    READS_TO_PERMUTE,
     Instance,
     instance_for,
 )  # fmt: skip
@@ -274,30 +276,48 @@ def test_the_rule_is_near_the_best_recorded() -> None:
     assert statistics.geometric_mean(lost.values()) < 1.01
 
 
-def ratios(form: Instance, other: str, routing: str) -> dict[float, list[float]]:
-    """Rows an expert gets -> recorded times of that form over those of the other, in every cell that has both."""
-    found: dict[float, list[float]] = {}
+def ratios(form: Instance, other: Instance, routing: str) -> dict[tuple[str, float], float]:
+    """(Shape, rows an expert gets) -> recorded time of that form over that of the other, in every cell that has both."""
+    found = {}
     for name, b in itertools.product(fast_layer.SHAPES, fast_layer.BATCHES):
         rows = recordings.load("fast_choice").select(shape=name, num_tokens=b, routing=routing)
         times = {row["instance"]: statistics.median(row["samples_us"]) for row in rows}
         shape = fast_layer.shape_of(name)
-        served = (shape.moe_intermediate_size > 640) == bool(form.permutes) or form.tokens < 176
-        if served and {repr(form), other} <= set(times):
-            found.setdefault(b * shape.top_k / shape.num_experts, []).append(times[repr(form)] / times[other])
+        if {repr(form), repr(other)} <= set(times):
+            found[name, b * shape.top_k / shape.num_experts] = times[repr(form)] / times[repr(other)]
     return found
 
 
 def test_pairs_serve_where_they_were_recorded_faster() -> None:
-    """What fast_instances says of them: faster at two tiles an expert, not at more; at 96 tokens level, and faster if skewed."""
-    few: list[float] = []
-    many: list[float] = []
-    for form in (PAIRED, PERMUTED_PAIRED):
-        for rows, found in ratios(form, repr(replace(form, cluster=1)), "uniform").items():
-            few += found if PAIRS_FROM < rows <= PAIRS_UP_TO else []
-            many += found if rows > PAIRS_UP_TO else []
-    assert len(few) == 5 and min(few) > 0.85 and max(few) < 0.97
-    assert len(many) == 7 and min(many) >= 1.0 and max(many) < 1.08
-    middle = INSTANCES[96]
-    single = repr(replace(middle, cluster=1))
-    assert all(0.99 < each < 1.01 for each in ratios(middle, single, "uniform")[64.0])
-    assert all(0.9 <= each < 0.99 for each in ratios(middle, single, "zipf")[64.0])
+    """What fast_instances says of them, by the form that they are of; at 96 tokens level, and faster if skewed."""
+    both = replace(PERMUTED, cluster=2)
+    for routing, least, most in (("uniform", 0.86, 1.0), ("zipf", 0.96, 1.025)):
+        two = [
+            found for (name, rows), found in ratios(PAIRED, INSTANCES[176], routing).items()
+            if PAIRS_FROM < rows <= PAIRS_UP_TO and fast_layer.shape_of(name).num_experts > FEW_EXPERTS
+        ]  # fmt: skip
+        assert len(two) == 4 and min(two) > least and max(two) < most
+        more = [found for (_, rows), found in ratios(both, PERMUTED, routing).items() if rows > PAIRS_UP_TO]
+        assert len(more) == 7 and min(more) > 1.0 and max(more) < 1.08
+    middle = replace(INSTANCES[96], cluster=1)
+    of_middle = [
+        [found for (_, rows), found in ratios(INSTANCES[96], middle, routing).items() if rows == 64.0]
+        for routing in fast_layer.ROUTINGS
+    ]
+    assert all(0.99 < each < 1.01 for each in of_middle[0]) and all(0.89 <= each < 1.0 for each in of_middle[1])
+
+
+def test_tokens_are_permuted_where_that_was_recorded_faster() -> None:
+    """By how many tiles read them, from two tiles an expert on; of few experts also where others go in pairs."""
+    for routing in fast_layer.ROUTINGS:
+        often: list[float] = []
+        seldom: list[float] = []
+        for (name, rows), found in ratios(PERMUTED, INSTANCES[176], routing).items():
+            reads = -(-2 * fast_layer.shape_of(name).moe_intermediate_size // PERMUTED.rows)
+            if rows > PAIRS_UP_TO:
+                (often if reads >= READS_TO_PERMUTE else seldom).append(found)
+        assert len(often) == 6 and min(often) > 0.88 and max(often) < 0.99
+        assert len(seldom) == 1 and seldom[0] > 1.2
+        gathered = ratios(PERMUTED, PAIRED, routing)
+        assert all(each > 1.0 for (name, rows), each in gathered.items() if rows == 256 and "mixtral" not in name)
+        assert 0.95 < gathered["mixtral-8x7b/tp2", 256.0] < (1.03 if routing == "uniform" else 0.97)

@@ -66,8 +66,8 @@ DEVICE void stream(Shared<S>& shared, const Layer<T>& layer, const TensorMap* w1
         }
 }
 
-// Where a record's rows start in x, in units of 16 bytes: each thread of those that gather has its own, in registers. What a copy has
-// to wait for before it is on its way, each stage is late by.
+// Where a record's rows start in x, in units of 16 bytes: each thread of those that gather has its own, in registers. What a copy
+// has to wait for before it is on its way, each stage is late by.
 template <typename S>
 struct Starts {
     static constexpr int AT_ONCE = TOKEN_THREADS / 8, MOST = (S::TOKENS + AT_ONCE - 1) / AT_ONCE;  // rows, by eight threads each
@@ -88,8 +88,8 @@ struct Starts {
     }
 };
 
-// Three warps, for GEMM1: rows of x by 16-byte copies, eight threads a row. Rows that no token has stay as they were: each row is a
-// column of the product, so what they hold touches no other. Forms with registers to spare ask for the next record's rows before
+// Three warps, for GEMM1: rows of x by 16-byte copies, eight threads a row. Rows that no token has stay as they were: each row is
+// a column of the product, so what they hold touches no other. Forms with registers to spare ask for the next record's rows before
 // the last stages of this one's.
 template <typename S, typename T>
 DEVICE void gather_tokens(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<S::STAGES>& ring,
@@ -113,7 +113,8 @@ DEVICE void gather_tokens(Shared<S>& shared, const Layer<T>& layer, const Walk<S
 #pragma unroll
         for (int i = 0; i < Starts<S>::MOST; ++i)
             if (i * AT_ONCE < rows)
-                copy_async((i % 2 ? odd : even) + i * AT_ONCE * ROW_BYTES, x + static_cast<uint64_t>(starts.units[i]) * 16, bytes);
+                copy_async((i % 2 ? odd : even) + i * AT_ONCE * ROW_BYTES, x + static_cast<uint64_t>(starts.units[i]) * 16,
+                           bytes);
         barrier_arrive_after_copies(&shared.full[ring.stage]);
         if (!S::SHARED_OUT && step == ahead) {
             Walk<S, T> next = walk;
@@ -126,8 +127,8 @@ DEVICE void gather_tokens(Shared<S>& shared, const Layer<T>& layer, const Walk<S
     }
 }
 
-// One warp: slots and routed weights of a tile's rows for the consumers, a tile ahead of them. All that a thread asks memory for is
-// on its way together, since a short tile does not last longer than one trip after the other.
+// One warp: slots and routed weights of a tile's rows for the consumers, a tile ahead of them. All that a thread asks memory for
+// is on its way together: a short tile does not last longer than one trip after the other.
 template <typename S, typename T>
 DEVICE void tell_slots(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T>& walk, Ring<2>& ring) {
     constexpr int MOST = (S::TOKENS + 31) / 32;

@@ -106,7 +106,7 @@ INSTANCES = {
 """Widest tile of tokens -> the instance for it. Two blocks a multiprocessor where weights are all there is to move; 256 weight
 rows where tokens are read again and again, once for every tile of weight rows. The ring takes what shared memory is left:
 227 KiB a block, 228 for all, 1 kept of each. In pairs of blocks at 96, for a skewed batch: an expert with twice its share is read
-once (data/recordings/fast_choice.json, 64 rows an expert: 1 to 10 % faster than single blocks if skewed, within 1 % if even)."""
+once (data/recordings/fast_choice.json, 64 rows an expert: 0 to 11 % faster than single blocks if skewed, within 1 % if even)."""
 
 PERMUTED = replace(INSTANCES[176], permutes=1)
 """Where tokens are first written out in order of expert: their second reading, and all that follow, are TMA's."""
@@ -117,22 +117,26 @@ PAIRED = replace(INSTANCES[176], cluster=2)
 ALL = (ONE_TOKEN, *INSTANCES.values(), PAIRED, PERMUTED)
 
 READS_TO_PERMUTE = 6
-"""Tiles of weight rows that read the same tokens in GEMM1, from which it is faster to permute the tokens of an expert that has
-more than PAIRS_UP_TO of them, or is one of FEW_EXPERTS: TODO."""
+"""Tiles of weight rows that read the same tokens in GEMM1, from which it is faster to permute the tokens where an expert has
+more than PAIRS_UP_TO: in data/recordings/fast_choice.json, even and skewed, at six (Qwen3-30B-A3B) and more in 0.88 to 0.99 of
+the time of gathering them, at three (Qwen3-235B-A22B tp4) in 1.24 to 1.28, where memory has more to move than GEMM1 takes. At
+256 rows pairs that gather are as fast or faster; of FEW_EXPERTS, which have no pairs, tokens are permuted there too."""
 
 PAIRS_FROM, PAIRS_UP_TO = 176, 352
-"""Rows of an expert, more than the first and at most the second, that are served in pairs. In data/recordings/fast_choice.json,
-uniform routing, pairs take 0.86 to 0.97 of the time of single blocks at 256 rows, and 1.00 to 1.07 from 512 on, where an expert
-may have a tile without another; skewed, 0.98 to 1.01 at 256 but for Mixtral-8x7B tp2, whose eight experts get very unequal
-shares (1.18; 1.03 in data/recordings/fast_layer.json)."""
+"""Rows of an expert, more than the first and at most the second, that are served in pairs. In data/recordings/fast_choice.json
+pairs that gather take 0.86 to 1.00 of the time of single blocks that do at 256 rows with uniform routing, 0.96 to 1.02 if
+skewed; from 512 rows on pairs that permute take 1.00 to 1.08 of the time of single blocks that do, where an expert may have a
+tile without another. Of FEW_EXPERTS the shares are very unequal if skewed: Mixtral-8x7B tp2 at 256 rows takes without pairs
+0.96 of the time, 1.03 if even."""
 
 SHORT_INNER = 256
-"""Inner sizes of so few elements are served in pairs from one tile an expert on (there, DeepSeek-V3 tp8 at 4096 tokens). Why,
-where nothing is shared, is not shown: it may be that blocks in step find in the second-level cache what others just read."""
+"""Inner sizes of so few elements are served in pairs from one tile an expert on (there, DeepSeek-V3 tp8 at 4096 tokens: 0.99 of
+the time of single blocks, 0.96 if skewed). Why, where nothing is shared, is not shown: it may be that blocks in step find in the
+second-level cache what others just read."""
 
 FEW_EXPERTS, THEIR_ROWS = 8, 32
 """Of so few experts one may get most of a skewed batch: from that many rows on the widest tile, which does not read weights
-twice where an expert gets twice its share."""
+twice where an expert gets twice its share, and in single blocks."""
 
 MOST_ROWS = {8: 3.0, 16: 11.0, 48: 23.0, 96: 90.0}
 """Widest tile of tokens -> the most rows, as an expert gets them if tokens spread evenly, that it is used for. The fastest

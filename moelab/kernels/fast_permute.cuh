@@ -6,7 +6,7 @@
 #pragma once
 #include "fast_tiles.cuh"
 
-// Rows, and of each so many units of 16 bytes, that a warp copies at a time. A row more, and copying warps spill a register.
+// Rows, and of each so many units of 16 bytes, that a warp copies at a time.
 constexpr int PIECE_ROWS = 7, PIECE_UNITS = 64;
 
 // The pieces of every record, in the order of records: DOWN times `across` of each, of which those past its rows are empty.

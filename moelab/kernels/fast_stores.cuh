@@ -68,14 +68,13 @@ DEVICE void store_weighted(const float (&sums)[BLOCKS][N / 2], const Layer<T>& l
     }
 }
 
-// Where 16 bytes of a row of `chunks` such pieces lie in what a warp has staged: so that neither eight lanes that write one matrix
-// nor eight that read rows meet in a bank.
+// Where 16 bytes of a row of `chunks` such pieces lie in what a warp has staged: so that neither eight lanes that write one
+// matrix nor eight that read rows meet in a bank.
 DEVICE uint32_t staged_at(uint32_t staged, int row, int chunk, int chunks) {
     return staged + (row * chunks + (chunk ^ row / (8 / chunks) % chunks)) * 16;
 }
 
-// What a thread has taken back, and stores while the next is on its way: a warp stages into two buffers in turn, so that it need not
-// wait for its lanes once more before it writes to one again.
+// What a thread has taken back, and stores while the next is on its way.
 struct Taken {
     uint4 eight;
     uint8_t* to;
@@ -110,7 +109,8 @@ DEVICE void stage_activated(float (&sums)[2][N / 2], const Layer<T>& layer, cons
     };
     const uint32_t row_bytes = layer.inner_size * sizeof(T);
     const bool is_column = column + 8 * chunk < layer.inner_size;
-    uint8_t* to = reinterpret_cast<uint8_t*>(layer.inner + column + 8 * chunk) + static_cast<uint64_t>(row_bytes) * (tile.first + row);
+    uint8_t* to = reinterpret_cast<uint8_t*>(layer.inner + column + 8 * chunk);
+    to += static_cast<uint64_t>(row_bytes) * (tile.first + row);
     const uint32_t mine = staged_at(staged, (lane & 7) + (lane >> 4) * 8, lane >> 3 & 1, 2);
     const uint32_t read = staged_at(staged, row, chunk, 2);
     Taken before;

@@ -11,8 +11,8 @@ constexpr int STAGED_BYTES = 512;            // of a warp's outputs: 8 tokens of
 constexpr int MOST_SHARED = 228 * 1024;      // bytes of a multiprocessor, 1024 kept of them for each block
 constexpr int TOKEN_THREADS = 96;            // of the producers' 128; the first warp streams weights
 constexpr int PERMUTED = 1 << 16;            // what a permuted piece adds to a record's count, above GEMM1's tiles
-constexpr int LOADER = 64;                   // the thread of those that loads GEMM2's tokens by TMA, where they are gathered for GEMM1
-enum Barrier { CONSUMERS = 1 };  // named barriers: and a warpgroup's number
+constexpr int LOADER = 64;                   // of those, the thread that loads GEMM2's tokens by TMA
+enum Barrier { CONSUMERS = 1 };              // named barriers: that, and a warpgroup's number
 enum Part { GEMM1 = 1, GEMM2 = 2, SUM = 4 };
 
 // Tokens of one expert that are multiplied together: the expert-sorted rows first .. first + rows. The slot of the first is
@@ -58,11 +58,12 @@ struct Shape {
     static constexpr int ROWS = WARPGROUPS * ROW_BLOCKS * 64;  // of weights in a tile
     static constexpr int THREADS = (WARPGROUPS + 1) * 128;
     static constexpr bool SUMS_AT_ONCE = TOKENS <= 16;
-    static constexpr bool STAGES_ROWS = TOKENS >= 96 && ROW_BLOCKS == 2;  // outputs, by way of shared memory
+    // Whether outputs are turned round in shared memory, and buffers that each warp has for it: two, if they fit.
+    static constexpr bool STAGES_ROWS = TOKENS >= 96 && ROW_BLOCKS == 2;
     static constexpr int BUFFERS = STAGES * ((ROWS + TOKENS) * ROW_BYTES + 16) + 16 * TOKENS + 64 + WARPGROUPS * 8 * STAGED_BYTES >
                                            MOST_SHARED / PER_PROCESSOR - 1024
                                        ? 1
-                                       : 2;  // for those of a warp
+                                       : 2;
 
     // Registers of a thread: as launched; and where the sums need more than that, as shared out between the roles, whose
     // sum may not pass what the block was given (PTX ISA, setmaxnreg: it waits for ever).
@@ -77,7 +78,7 @@ struct Shape {
     static_assert((TOKENS % 16 == 0 && GRAIN % 16 == 0) || TOKENS <= 16, "a thread stores two groups of eight tokens");
 };
 
-// What warps turn their outputs round in; forms that do not have none of it. Whole kilobytes, as tiles behind it must begin on one.
+// What warps turn their outputs round in; forms that do not have none of it. Whole kilobytes: the tiles behind begin on one.
 template <typename S, bool STAGES_ROWS = S::STAGES_ROWS>
 struct Staging {};
 template <typename S>

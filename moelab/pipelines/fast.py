@@ -43,8 +43,9 @@ GATED_KERNEL = "gated_tma"
 
 MOST_ROWS_OF_GATED = 24
 """Rows that an expert gets, if tokens spread evenly, up to which GATED_KERNEL serves under its tuned configs; up to ENOUGH_ROWS
-where the inner size is short. In data/recordings/fast_choice.json, uniform routing, it takes 0.95 to 0.99 of the time of every
-other form at 4, 8 and 16 rows; at 32, 0.97 for DeepSeek-V3 tp8 and 1.02 for LFM2-8B (1.06 if skewed); at 64, 1.01 to 1.11."""
+where the inner size is short. In data/recordings/fast_choice.json, uniform routing, it takes 0.95 to 1.00 of the time of every
+other form at 4, 8 and 16 rows; at 32, 0.98 for DeepSeek-V3 tp8 (1.01 if skewed) and 1.02 for LFM2-8B (1.07); at 64, 1.05 to
+1.12."""
 
 
 MOST_TOKENS_BEFORE_GATED = 2
