@@ -52,7 +52,7 @@ struct Block {
     std::map<int, std::unique_ptr<std::barrier<>>> named;
     std::unique_ptr<std::barrier<>> all;
     std::vector<std::unique_ptr<std::barrier<>>> warps;
-    std::vector<uint32_t> exchanged;
+    std::vector<uint32_t> exchanged, turned;
     std::mutex lock;
 };
 inline thread_local Block* block;
@@ -96,6 +96,7 @@ inline void launch(int blocks, int threads, size_t shared_bytes, int cluster, in
         mine->all = std::make_unique<std::barrier<>>(threads);
         for (int w = 0; w < threads / 32; ++w) mine->warps.push_back(std::make_unique<std::barrier<>>(32));
         mine->exchanged.resize(threads);
+        mine->turned.resize(4 * threads);
         resident.push_back(std::move(mine));
     }
     for (int b = 0; b < blocks; ++b) {

@@ -226,13 +226,18 @@ inline uint32_t transposed(uint32_t pair) {
         return at(column, row) | at(column + 1, row) << 16;
     });
 }
+// Each lane writes its row once all have given theirs; what comes after waits for nobody.
 inline void store_transposed(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    const uint32_t pairs[4] = {a, b, c, d};
-    const int lane = threadIdx.x % 32;
-    for (int m = 0; m < 4; ++m) {
-        const uint32_t from = transposed(pairs[m]);  // of column lane / 4, elements 2 * (lane % 4) and the next
-        const uint32_t row = of_lane(to, [&](const uint32_t* lanes) { return lanes[8 * m + lane / 4]; });
-        std::memcpy(block->shared + row + lane % 4 * 4, &from, 4);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = lane % 8;
+    uint32_t* pairs = &block->turned[warp * 128];
+    const uint32_t mine[4] = {a, b, c, d};
+    block->warps[warp]->arrive_and_wait();
+    std::memcpy(pairs + 4 * lane, mine, sizeof(mine));
+    block->warps[warp]->arrive_and_wait();
+    for (int row = 0; row < 8; ++row) {
+        const uint32_t pair = pairs[4 * (4 * row + column / 2) + lane / 8];
+        const uint16_t value = column & 1 ? pair >> 16 : pair & 0xFFFF;
+        std::memcpy(block->shared + to + 2 * row, &value, 2);
     }
 }
 inline uint4 load_shared(uint32_t address) {
