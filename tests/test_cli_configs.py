@@ -229,10 +229,10 @@ def test_explain_says_what_fast_runs(run) -> None:
     status, out, _ = run(*scout, "--batch-size", "64", "--json")
     said = json.loads(out)
     assert status == 0 and said["form"]["kind"] == "Gated" and said["form"]["up"]["BLOCK_SIZE_M"] == 16
-    status, out, _ = run(*scout, "--batch-size", "4096", "--json")
+    status, out, _ = run(*scout, "--batch-size", "8192", "--json")
     said = json.loads(out)
     assert status == 0 and said["form"]["tokens"] == 176 and said["form"]["permutes"] == 1
-    assert said["reason"].startswith("one launch: 256 rows an expert")
+    assert said["reason"].startswith("one launch: 512 rows an expert")
 
 
 @pytest.mark.skipif(runtime.current().mode == "gpu", reason="has a GPU")
