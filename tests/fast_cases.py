@@ -18,6 +18,8 @@ from moelab.kernels.token_tiles import TokenTiles, token_tiles_ref
 SMALL = Instance(1, 1, 3, 16, 8, 8, per_processor=2)
 MIDDLE = Instance(2, 1, 3, 64, 16, 16)
 WIDE = Instance(2, 2, 2, 176, 48, 16)
+STAGED_IN_ONE = Instance(1, 2, 4, 96, 48, 16, per_processor=2)
+"""Of forms that stage outputs, one where two buffers a warp do not fit; they do in WIDE."""
 SMALL_PAIR, MIDDLE_PAIR, WIDE_PAIR = (replace(each, cluster=2) for each in (SMALL, MIDDLE, WIDE))
 MIDDLE_PERMUTED, PAIR_PERMUTED, WIDE_PERMUTED = (replace(each, permutes=1) for each in (MIDDLE, MIDDLE_PAIR, WIDE))
 

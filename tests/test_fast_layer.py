@@ -7,7 +7,7 @@ import ctypes
 import emulated_gpu
 import pytest
 import torch
-from fast_cases import MIDDLE, MIDDLE_PAIR, SMALL, SMALL_PAIR, WIDE, compare, needs_compiler, ordered
+from fast_cases import MIDDLE, MIDDLE_PAIR, SMALL, SMALL_PAIR, STAGED_IN_ONE, WIDE, compare, needs_compiler, ordered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,9 @@ from moelab.kernels.fast_layer import check_fast_layer
         (MIDDLE, (40, 3, 2, 136, 72)),
         (MIDDLE, (70, 1, 1, 200, 136)),
         (MIDDLE, (9, 20, 3, 64, 8)),  # most experts have a row or none
+        (MIDDLE, (90, 3, 2, 520, 72)),  # nine steps of K: the next record's rows are asked for before this one's last
         (WIDE, (100, 2, 2, 64, 104)),
+        (STAGED_IN_ONE, (100, 2, 2, 72, 104)),
         (SMALL, (20, 12, 11, 72, 40)),  # more slots than are on their way at once
         (MIDDLE, (20, 12, 8, 72, 40)),
         (MIDDLE, (33, 5, 4, 72, 40)),
@@ -91,7 +93,7 @@ def test_a_wait_that_never_ends_is_seen() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("instance", [SMALL, MIDDLE, MIDDLE_PAIR])
+@pytest.mark.parametrize("instance", [SMALL, MIDDLE, MIDDLE_PAIR, WIDE, STAGED_IN_ONE, INSTANCES[96]])
 def test_sizes_are_those_of_the_source(instance: Instance) -> None:
     library = emulated_gpu.built(instance, torch.float16)
     assert library.shared_bytes() == instance.shared_bytes

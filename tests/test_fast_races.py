@@ -14,6 +14,7 @@ from pathlib import Path
 import emulated_gpu
 import pytest
 import torch
+from fast_cases import STAGED_IN_ONE
 
 from moelab.kernels.fast_instances import SOURCE, Instance
 from moelab.kernels.fast_layer import LayerArguments
@@ -36,8 +37,7 @@ print("done")
 INSTANCE = Instance(2, 1, 2, 32, 16, 16)
 PAIR = replace(INSTANCE, cluster=2)
 PERMUTED, PERMUTED_PAIR = (replace(each, permutes=1) for each in (INSTANCE, PAIR))
-STAGED = Instance(1, 2, 2, 96, 48, 16)  # outputs by way of two buffers a warp, and where two do not fit, of one
-STAGED_IN_ONE = Instance(1, 2, 4, 96, 48, 16, per_processor=2)
+STAGED = Instance(1, 2, 2, 96, 48, 16)  # outputs by way of two buffers a warp
 
 
 def launch_files(folder: Path, instance: Instance) -> list[str]:

@@ -248,6 +248,7 @@ inline uint4 load_shared(uint32_t address) {
 inline uint32_t from_neighbour(uint32_t value) {
     return of_lane(value, [](const uint32_t* lanes) { return lanes[(threadIdx.x % 32) ^ 1]; });
 }
+
 inline int load_acquire(const int* address) { return __atomic_load_n(address, __ATOMIC_ACQUIRE); }
 inline void wait_for_count(const int* address, int count) {
     deliver();
