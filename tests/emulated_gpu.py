@@ -22,11 +22,21 @@ from moelab.kernels.token_tiles import TokenTiles
 HERE = Path(__file__).parent / "emulator"
 MAIN = """
 #include "{source}"
+#include "{sums}"
 extern "C" void run(const TensorMap* maps, const void* layer, int blocks, int late) {{
     typedef {storage} T;
     emulated::launch(blocks, {threads}, sizeof(Shared<{shape}>), {cluster}, late, [=] {{
         {expression}(maps[0], maps[1], maps[2], maps[3], *static_cast<const Layer<T>*>(layer));
     }});
+}}
+extern "C" void add_up(const void* layer, int blocks) {{
+    typedef {storage} T;
+    const auto& given = *static_cast<const Layer<T>*>(layer);  // its blocks wait for nobody: one after the other
+    for (int b = 0; b < blocks; ++b)
+        for (int t = 0; t < SUM_THREADS; ++t) {{
+            threadIdx = {{t}}, blockIdx = {{b}}, gridDim = {{blocks}};
+            given.top_k <= 2 ? fast_sum<T, 2>(given) : given.top_k <= 4 ? fast_sum<T, 4>(given) : fast_sum<T, 8>(given);
+        }}
 }}
 extern "C" int shared_bytes() {{ return sizeof(Shared<{shape}>); }}
 extern "C" int argument_bytes() {{ return sizeof(Layer<{storage}>); }}
@@ -60,7 +70,7 @@ def built(instance: Instance, dtype: torch.dtype, source: Path = SOURCE) -> ctyp
 def altered(folder: Path, *changes: tuple[str, str, str]) -> Path:
     """The source with some of its text replaced: (file, old, new), each old found once. For tests that must be able to fail."""
     folder.mkdir(exist_ok=True)
-    for path in [SOURCE, *SOURCE.parent.glob("*.cuh")]:
+    for path in [SOURCE, fast_layer.SUM_SOURCE, *SOURCE.parent.glob("*.cuh")]:
         (folder / path.name).write_text(path.read_text())
     for name, old, new in changes:
         text = (folder / name).read_text()
@@ -80,8 +90,8 @@ def compiled(instance: Instance, dtype: torch.dtype, source: Path = SOURCE, *, r
     """Its file; with `races` it tells ThreadSanitizer of all that it reads and writes."""
     folder = Path(tempfile.mkdtemp(dir=_scratch().name))
     text = MAIN.format(
-        source=source, storage=STORAGE[dtype][0], threads=instance.threads, shape=instance.shape,
-        expression=instance.expression(dtype), cluster=instance.cluster,
+        source=source, sums=source.with_name(fast_layer.SUM_SOURCE.name), storage=STORAGE[dtype][0], shape=instance.shape,
+        threads=instance.threads, expression=instance.expression(dtype), cluster=instance.cluster,
     )  # fmt: skip
     (folder / "main.cpp").write_text(text)
     command = ["g++", "-std=c++20", "-O1", "-DMOELAB_EMULATED", f"-I{HERE}", f"-I{SOURCE.parent}", "-shared"]
@@ -125,12 +135,15 @@ def arguments_of(
 def run_layer(
     *given: Any, blocks: int = 2, late: int = -1, timeout_s: float = 240.0, source: Path = SOURCE, **options: Any
 ) -> tuple[Tensor, ...]:
-    """(out, inner, y, ready, rows) of one emulated launch, of what `arguments_of` takes; late: a rank in clusters."""
+    """(out, inner, y, ready, rows) of one emulated launch, and of the sums' where they are apart, of what `arguments_of` takes.
+    late: a rank in clusters."""
     maps, arguments, tensors = arguments_of(*given, **options)
     library = built(given[6], given[0].dtype, source)
     child = os.fork()
     if not child:
         library.run(maps, ctypes.byref(arguments), blocks, late)
+        if given[6].apart and arguments.parts & fast_layer.SUM and arguments.y != arguments.out:
+            library.add_up(ctypes.byref(arguments), fast_layer.sum_blocks(*given[0].shape))
         os._exit(0)
     end = time.monotonic() + timeout_s
     while True:

@@ -21,6 +21,7 @@ WIDE = Instance(2, 2, 2, 176, 48, 16)
 STAGED_IN_ONE = Instance(1, 2, 4, 96, 48, 16, per_processor=2)
 """Of forms that stage outputs, one where two buffers a warp do not fit; they do in WIDE."""
 SMALL_PAIR, MIDDLE_PAIR, WIDE_PAIR = (replace(each, cluster=2) for each in (SMALL, MIDDLE, WIDE))
+MIDDLE_APART, SMALL_PAIR_APART = (replace(each, apart=1) for each in (MIDDLE, SMALL_PAIR))
 MIDDLE_PERMUTED, PAIR_PERMUTED, WIDE_PERMUTED = (replace(each, permutes=1) for each in (MIDDLE, MIDDLE_PAIR, WIDE))
 
 needs_compiler = pytest.mark.skipif(

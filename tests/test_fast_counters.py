@@ -11,6 +11,7 @@ import torch
 
 from moelab import recordings, runtime, suites
 from moelab.errors import RecordingError, RuntimeModeError
+from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape
 from moelab.suites import fast_counters, fast_layer
@@ -173,23 +174,28 @@ def test_all_runs_it_after_the_others_so_that_none_is_lost(tmp_path: Path, monke
 # --- what is launched ---------------------------------------------------------------------------------------------
 
 
-def test_each_launch_once_warm_then_once_marked_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("num_tokens", "launched"), [(3, GEMM1 | GEMM2 | SUM), (384, GEMM1 | GEMM2)])
+def test_each_launch_once_warm_then_once_marked_in_order(
+    monkeypatch: pytest.MonkeyPatch, num_tokens: int, launched: int
+) -> None:
     seen: list[str] = []
     small = MoEShape.from_sizes(num_experts=8, top_k=2, hidden_size=64, moe_intermediate_size=32, dtype="float32")
 
     def launches(label: str, given: object):
-        assert given == fast_layer.instance_of(small, 3)
+        assert given == fast_layer.instance_of(small, num_tokens)
         return lambda i: seen.append(label)
 
     marks = SimpleNamespace(cudaProfilerStart=lambda: seen.append("<"), cudaProfilerStop=lambda: seen.append(">"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: marks)
     monkeypatch.setattr(fast_counters.suite, "shape_of", lambda name: small)
-    monkeypatch.setattr(fast_counters.suite, "fast", lambda layer, instance, overlap: launches("whole", instance))
+    monkeypatch.setattr(
+        fast_counters.suite, "fast", lambda layer, instance, parts, overlap: launches(f"whole {parts}", instance)
+    )
     alone = ("the sum", "GEMM2", "GEMM1")
     monkeypatch.setattr(
         fast_counters.suite, "alone", lambda layer, instance: {name: launches(name, instance) for name in alone}
     )
-    fast_counters.launch("small", 3)
-    each = [(name, "<", name, ">") for name in ("whole", "GEMM1", "GEMM2", "the sum")]
+    fast_counters.launch("small", num_tokens)
+    each = [(name, "<", name, ">") for name in (f"whole ({launched},)", "GEMM1", "GEMM2", "the sum")]
     assert seen == [event for events in each for event in events]

@@ -7,7 +7,19 @@ import ctypes
 import emulated_gpu
 import pytest
 import torch
-from fast_cases import MIDDLE, MIDDLE_PAIR, SMALL, SMALL_PAIR, STAGED_IN_ONE, WIDE, compare, needs_compiler, ordered
+from fast_cases import (
+    MIDDLE,
+    MIDDLE_APART,
+    MIDDLE_PAIR,
+    SMALL,
+    SMALL_PAIR,
+    SMALL_PAIR_APART,
+    STAGED_IN_ONE,
+    WIDE,
+    compare,
+    needs_compiler,
+    ordered,
+)  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,6 +48,10 @@ from moelab.kernels.fast_layer import check_fast_layer
         (MIDDLE, (20, 12, 8, 72, 40)),
         (MIDDLE, (33, 5, 4, 72, 40)),
         (MIDDLE, (20, 5, 3, 136, 40)),
+        (MIDDLE_APART, (20, 12, 11, 72, 40)),
+        (MIDDLE_APART, (70, 5, 4, 136, 40)),
+        (MIDDLE_APART, (257, 3, 2, 72, 40)),  # the sums' last block has one place
+        (MIDDLE_APART, (9, 2, 1, 64, 40)),  # nothing to add up
     ],
 )
 def test_the_layer_is_right_and_ends(instance: Instance, sizes: tuple[int, ...], blocks: int) -> None:
@@ -49,13 +65,13 @@ def test_in_bfloat16(instance: Instance) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("instance", [SMALL, MIDDLE, SMALL_PAIR, MIDDLE_PAIR])
+@pytest.mark.parametrize("instance", [SMALL, MIDDLE, MIDDLE_APART, SMALL_PAIR, MIDDLE_PAIR])
 def test_weights_on_the_input(instance: Instance) -> None:
     compare(instance, 20, 3, 1, 128, 64, on_input=True)
 
 
 @needs_compiler
-@pytest.mark.parametrize("instance", [SMALL, SMALL_PAIR])
+@pytest.mark.parametrize("instance", [SMALL, SMALL_PAIR, SMALL_PAIR_APART])
 def test_slots_of_other_ranks_count_nothing(instance: Instance) -> None:
     ids = torch.tensor([[0, -1], [-1, -1], [1, 0], [-1, 1]], dtype=torch.int32)
     compare(instance, 4, 3, 2, 64, 64, ids=ids)
@@ -120,6 +136,21 @@ def test_instances_compile_for_hopper(instance: Instance, dtype: torch.dtype) ->
     assert products >= shapes * 4 * instance.row_blocks
     # Two waits a loop: for all but the newest group, and after the last. A product that is serialised has its own.
     assert sass.count("WARPGROUP.DEPBAR") <= products // (4 * instance.row_blocks) * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("top_k", "slots"), [(1, 2), (2, 2), (3, 4), (4, 4), (5, 8), (9, 8)])
+def test_sums_compile_for_hopper(dtype: torch.dtype, top_k: int, slots: int) -> None:
+    """No spill, and four blocks a multiprocessor at the least: half of the threads that it holds."""
+    expression = fast_layer.sum_expression(top_k, dtype)
+    assert expression.endswith(f", {slots}>")
+    registers, spilled = cubin.usage(nvrtc.compiled("sm_90a", fast_layer.SUM_SOURCE.read_text(), expression).code)
+    assert not spilled and registers * fast_layer.SUM_THREADS * 4 <= 64 * 1024
+
+
+def test_sums_have_the_threads_that_their_source_says() -> None:
+    assert f"SUM_THREADS = {fast_layer.SUM_THREADS};" in fast_layer.SUM_SOURCE.read_text()
+    assert [fast_layer.sum_blocks(*sizes) for sizes in ((1, 8), (256, 8), (257, 8), (8192, 7168))] == [1, 1, 2, 28672]
 
 
 def test_the_watchdog_compiles() -> None:

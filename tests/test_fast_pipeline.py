@@ -108,11 +108,13 @@ def test_few_experts_get_forms_that_a_skewed_batch_does_not_slow() -> None:
 
 
 def test_a_few_tokens_have_a_form_of_their_own() -> None:
-    """Up to two tokens whether or not there are tuned configs; but not where pairs would read an expert's weights too often."""
-    for gated in (None, Gated(TILE, TILE)):
-        few = choose(2, 8, 128, 768, 2048, gated)
-        assert few.form is FORMS[0] and "two launches for a few tokens: 16 pairs" in few.reason
-    assert choose(3, 8, 128, 768, 2048).form is FORMS[0] and isinstance(choose(3, 8, 128, 768, 2048, gated).form, Gated)
+    """Whether or not there are tuned configs; but not where pairs would read an expert's weights too often."""
+    gated = Gated(TILE, TILE)
+    for configs in (None, gated):
+        few = choose(4, 8, 128, 768, 2048, configs)
+        assert few.form is FORMS[0] and "two launches for a few tokens: 32 pairs" in few.reason
+        assert choose(8, 8, 256, 256, 7168, configs).form is FORMS[3]
+    assert choose(5, 8, 128, 768, 2048, gated).form is gated and choose(4, 2, 8, 7168, 4096, gated).form is gated
     assert choose(4, 2, 8, 7168, 4096).form is INSTANCES[8]
     assert choose(1, 8, 128, 768 * 200, 2048).form is ONE_TOKEN
     assert choose(0, 8, 128, 768, 2048).form is None

@@ -14,7 +14,7 @@ from moe_cases import CASES, LARGE_CASES, Case, judge
 
 from moelab.inputs import MoEInputs
 from moelab.kernels import aot_cases
-from moelab.kernels.few_tokens import FORMS, FewTokens, Tile, few_tokens, form_for, reread
+from moelab.kernels.few_tokens import FORMS, MOST_PROGRAMS, FewTokens, Tile, few_tokens, form_for, reread
 
 SMALL = FewTokens(Tile(4, 64, 4), Tile(8, 32, 2))
 ODD = [
@@ -40,9 +40,9 @@ def plain(case: Case) -> bool:
     return silu and case.hidden % 8 == case.inner % 8 == 0 and case.num_tokens <= 40
 
 
-def by(form: FewTokens, case: Case, i: MoEInputs, *, overlap: bool) -> torch.Tensor:
+def by(form: FewTokens, case: Case, i: MoEInputs, **options: bool) -> torch.Tensor:
     given = (i.hidden_states, i.w13, i.w2, i.topk_weights, i.topk_ids.int(), form)
-    return few_tokens(*given, scale=case.scale, weights_on_input=case.on_input, overlap=overlap)
+    return few_tokens(*given, scale=case.scale, weights_on_input=case.on_input, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -50,6 +50,7 @@ def by(form: FewTokens, case: Case, i: MoEInputs, *, overlap: bool) -> torch.Ten
 def test_the_layer_is_right(case: Case, dtype: torch.dtype, device: str) -> None:
     inputs = case.inputs(dtype, device)
     judge(case, inputs, by(SMALL, case, inputs, overlap=False))
+    judge(case, inputs, by(SMALL, case, inputs, overlap=False, side_by_side=False))
 
 
 def test_ids_that_are_no_experts_here_count_nothing(device: str) -> None:
@@ -72,22 +73,22 @@ def test_a_weight_that_is_not_a_number_stays_with_its_expert(device: str) -> Non
 
 
 def test_who_has_a_form() -> None:
-    """Four tokens, unless pairs of one expert would be read too often one by one, or programs grow too long to unroll."""
+    """Unless pairs of one expert would be read too often one by one, or programs grow too long to unroll or too many."""
     assert [form_for(tokens, 8, 128, 2048, 768) for tokens in (0, 1, 4, 5)] == [None, FORMS[0], FORMS[0], None]
-    assert [form_for(1, 1, 16, hidden, 2048) for hidden in (2048, 4096, 5120, 7168)] == [FORMS[i] for i in (0, 2, 1, 0)]
-    assert form_for(1, 2, 8, 4096, 7168) is FORMS[2] and form_for(2, 2, 8, 4096, 7168) is None
-    assert form_for(3, 4, 32, 2048, 1792) is None and form_for(2, 4, 32, 2048, 1792) is FORMS[0]
-    assert form_for(1, 8, 128, 2048, 256 * 32) is FORMS[0] and form_for(1, 8, 128, 2048, 256 * 32 + 8) is None
+    hidden_sizes = (2048, 2056, 4096, 4104, 5120, 5128, 7168)
+    assert [FORMS.index(form_for(1, 1, 16, hidden, 2048)) for hidden in hidden_sizes] == [0, 1, 1, 2, 2, 3, 3]
+    assert form_for(2, 2, 8, 4096, 7168) is FORMS[1] and form_for(3, 2, 8, 4096, 7168) is None
+    assert form_for(4, 4, 32, 2048, 1792) is FORMS[0] and form_for(5, 4, 32, 2048, 1792) is None
+    assert form_for(8, 8, 256, 7168, 256) is FORMS[3] and form_for(9, 8, 256, 7168, 256) is None
+    assert form_for(1, 8, 128, 2048, 512 * 32) is FORMS[0] and form_for(1, 8, 128, 2048, 512 * 32 + 8) is None
+    assert form_for(1, 1, 2, 64, MOST_PROGRAMS) is FORMS[0] and form_for(1, 1, 2, 64, MOST_PROGRAMS + 1) is None
 
 
 def test_the_forms_that_serve_are_those_compiled_ahead() -> None:
     """moelab.kernels.aot_cases names tiles without importing Triton: these."""
-    for dtype, hidden, size, top_k, columns, warps in aot_cases.FEW_TOKENS:
-        assert form_for(1, top_k, 64, hidden, size) == FewTokens(Tile(1, columns, warps), Tile(2, 256, 1)), (
-            dtype,
-            hidden,
-        )
-    assert {each.up.columns for each in FORMS} == {sizes[4] for sizes in aot_cases.FEW_TOKENS}
+    for _, hidden, size, top_k, up, down, early in aot_cases.FEW_TOKENS:
+        assert form_for(1, top_k, 64, hidden, size) == FewTokens(Tile(*up), Tile(*down), early), hidden
+    assert {FewTokens(Tile(*case[4]), Tile(*case[5]), case[6]) for case in aot_cases.FEW_TOKENS} == set(FORMS)
 
 
 def test_programmatic_launch_compiles_for_hopper() -> None:
@@ -127,10 +128,11 @@ def test_against_float64(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_every_form_serves_every_batch(form: FewTokens, overlap: bool) -> None:
-    for num_tokens in range(1, 5):
+    for num_tokens in range(1, 9):
         case = replace(ODD[0], num_tokens=num_tokens)
         inputs = case.inputs(torch.bfloat16, "cuda")
         judge(case, inputs, by(form, case, inputs, overlap=overlap))
+        judge(case, inputs, by(replace(form, early=0), case, inputs, overlap=overlap, side_by_side=False))
 
 
 @pytest.mark.gpu

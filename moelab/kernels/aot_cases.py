@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -276,35 +276,35 @@ def _route_cases() -> list[Case]:
     ]
 
 
-def _few_tokens_cases(dtype: str, hidden: int, size: int, top_k: int, columns: int, warps: int) -> list[Case]:
-    """few_tokens at the sizes of a model, by the form that serves it: GEMM1's tile is 1 row by so many columns, GEMM2's 2 by 256.
-    Without programmatic launch, which is for Hopper and later alone."""
+def _few_tokens_cases(
+    dtype: str, hidden: int, size: int, top_k: int, up_tile: Sequence[int], down_tile: Sequence[int], early: int
+) -> list[Case]:
+    """few_tokens at the sizes of a model, by the form that serves it. Without programmatic launch, which is for Hopper and later
+    alone."""
     pointer, room = "*" + _TYPES[dtype], "moelab.kernels.few_tokens"
     lists = {"ids_ptr": "*i32", "routed_ptr": "*fp32", "num_experts": "i32"}
-    sizes = {"N": size, "H": hidden, "TOP_K": top_k, "ON_INPUT": False, "PDL": False}
+    sizes = {"N": size, "H": hidden, "TOP_K": top_k, "ON_INPUT": False, "PDL": False, "SIDE_BY_SIDE": True}
     notes = f"{dtype} H {hidden} N {size} top_k {top_k}"
     up = {**dict.fromkeys(("x_ptr", "w_ptr", "inner_ptr"), pointer), **lists}
     down = {**dict.fromkeys(("inner_ptr", "w_ptr", "out_ptr"), pointer), **lists, "scale": "fp32"}
     aligned = frozenset(("x_ptr", "w_ptr", "inner_ptr", "out_ptr", "ids_ptr", "routed_ptr"))
     return [
-        Case(
-            f"few_tokens up {notes}", f"{room}:_up_kernel", up, {**sizes, "ROWS": 1, "COLUMNS": columns}, warps,
-            aligned=aligned,
-        ),
-        Case(
-            f"few_tokens down {notes}", f"{room}:_down_kernel", down, {**sizes, "ROWS": 2, "COLUMNS": 256}, 1, aligned=aligned
-        ),
-    ]  # fmt: skip
+        Case(f"few_tokens {which} {notes}", f"{room}:_{which}_kernel", arguments, constants, warps, aligned=aligned)
+        for which, arguments, constants, warps in (
+            ("up", up, {**sizes, "ROWS": up_tile[0], "COLUMNS": up_tile[1]}, up_tile[2]),
+            ("down", down, {**sizes, "ROWS": down_tile[0], "COLUMNS": down_tile[1], "EARLY": early}, down_tile[2]),
+        )
+    ]
 
 
 FEW_TOKENS = (
-    ("bfloat16", 2048, 768, 8, 1024, 2),  # Qwen3-30B-A3B
-    ("float16", 2048, 1792, 4, 1024, 2),  # LFM2-8B-A1B
-    ("bfloat16", 7168, 256, 8, 1024, 2),  # DeepSeek-V3 tp 8
-    ("bfloat16", 5120, 2048, 1, 512, 2),  # Llama-4-Scout tp 4
-    ("bfloat16", 4096, 7168, 2, 256, 1),  # Mixtral-8x7B tp 2
+    ("bfloat16", 2048, 768, 8, (1, 1024, 2), (2, 512, 2), 2),  # Qwen3-30B-A3B
+    ("float16", 2048, 1792, 4, (1, 1024, 2), (2, 512, 2), 2),  # LFM2-8B-A1B
+    ("bfloat16", 7168, 256, 8, (1, 1024, 2), (4, 256, 1), 4),  # DeepSeek-V3 tp 8
+    ("bfloat16", 5120, 2048, 1, (1, 512, 2), (4, 256, 1), 4),  # Llama-4-Scout tp 4
+    ("bfloat16", 4096, 7168, 2, (1, 256, 1), (2, 256, 1), 4),  # Mixtral-8x7B tp 2
 )
-"""dtype, hidden_size, moe_intermediate_size, top_k; columns and warps of GEMM1's tile."""
+"""dtype, hidden_size, moe_intermediate_size, top_k; GEMM1's and GEMM2's tile: rows, columns, warps; GEMM2's early tiles."""
 
 
 def cases() -> list[Case]:

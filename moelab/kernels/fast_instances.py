@@ -25,7 +25,8 @@ class Instance:
     tokens: most rows of a tile. grain: a tile of fewer rows is multiplied as tokens less a multiple of it. box: rows that
     one TMA load of tokens brings. per_processor: blocks on a multiprocessor. cluster: blocks, 1 or 2, that take tiles in pairs,
     and share the weights where both are of one expert. permutes: 1 where rows of x are first written out in order of expert, to
-    be loaded by TMA; 0 where three warps gather them for every tile of weight rows.
+    be loaded by TMA; 0 where three warps gather them for every tile of weight rows. apart: 1 where the sums over each token's
+    slots are a launch of their own (fast_sum.cu).
     """
 
     warpgroups: int
@@ -37,10 +38,11 @@ class Instance:
     per_processor: int = 1
     cluster: int = 1
     permutes: int = 0
+    apart: int = 0
 
     def __repr__(self) -> str:
-        """Without a cluster of one block, or rows that are gathered: recordings name forms so that are older than either."""
-        later = {"cluster": 1, "permutes": 0}
+        """Without a cluster of one block, rows that are gathered, sums in the same launch: older recordings name forms so."""
+        later = {"cluster": 1, "permutes": 0, "apart": 0}
         named = ((each.name, getattr(self, each.name)) for each in fields(self))
         return f"Instance({', '.join(f'{name}={value}' for name, value in named if later.get(name) != value)})"
 
@@ -100,8 +102,8 @@ INSTANCES = {
     8: Instance(1, 2, 6, 8, 8, 8, per_processor=2),
     16: Instance(1, 2, 6, 16, 8, 8, per_processor=2),
     48: Instance(1, 2, 4, 48, 16, 16, per_processor=2),
-    96: Instance(2, 2, 5, 96, 16, 16, cluster=2),
-    176: Instance(2, 2, 4, 176, 16, 16),
+    96: Instance(2, 2, 5, 96, 16, 16, cluster=2, apart=1),
+    176: Instance(2, 2, 4, 176, 16, 16, apart=1),
 }
 """Widest tile of tokens -> the instance for it. Two blocks a multiprocessor where weights are all there is to move; 256 weight
 rows where tokens are read again and again, once for every tile of weight rows. The ring takes what shared memory is left:

@@ -1,4 +1,4 @@
-"""A whole fused MoE layer in one launch of CUDA C++, for Hopper: the launcher of fast_layer.cu.
+"""A whole fused MoE layer in one launch of CUDA C++, or two, for Hopper: the launcher of fast_layer.cu and fast_sum.cu.
 
 Compiling needs no GPU (see `moelab.kernels.nvrtc`); running one needs sm_90.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from moelab.chips import Target
 from moelab.errors import DtypeError, RuntimeModeError, ShapeError
 from moelab.kernels import nvrtc
-from moelab.kernels.fast_instances import STORAGE, Instance
+from moelab.kernels.fast_instances import SOURCE, STORAGE, Instance
 from moelab.kernels.tensor_map import TensorMap
 from moelab.kernels.token_tiles import TokenTiles
 
@@ -26,6 +26,11 @@ K_STEP = 64
 
 GEMM1, GEMM2, SUM = 1, 2, 4
 """Parts of the layer, for launches of less than the whole."""
+
+
+SUM_SOURCE = SOURCE.with_name("fast_sum.cu")
+SUM_THREADS = 256
+"""Of a block of fast_sum.cu, each of which adds up eight columns."""
 
 
 class LayerArguments(ctypes.Structure):
@@ -149,13 +154,33 @@ def _loaded(device: int, instance: Instance, dtype: torch.dtype) -> _Loaded:
     return _Loaded(kernel, function, grid_of(instance, blocks, _clusters_at_once(function, instance, blocks)))
 
 
+def sum_expression(top_k: int, dtype: torch.dtype) -> str:
+    """The template instance of fast_sum.cu to compile, as NVRTC names it."""
+    return f"fast_sum<{STORAGE[dtype][0]}, {next((slots for slots in (2, 4) if top_k <= slots), 8)}>"
+
+
+def sum_blocks(num_tokens: int, hidden: int) -> int:
+    """Blocks of fast_sum.cu for so many tokens."""
+    return -(-num_tokens * (hidden // 8) // SUM_THREADS)
+
+
+@functools.cache
+def _loaded_sum(device: int, expression: str) -> tuple[Any, Any]:
+    """(kernel, to be kept; function) of fast_sum.cu on that GPU."""
+    from cuda.bindings import driver
+
+    nvrtc.cuda_core().Device(device).set_current()
+    kernel = nvrtc.compiled("sm_90a", SUM_SOURCE.read_text(), expression).get_kernel(expression)
+    return kernel, driver.CUfunction(int(kernel.handle))
+
+
 def _clusters_at_once(function: Any, instance: Instance, blocks: int) -> int:
     """Clusters that the GPU holds at once, whose multiprocessors hold so many blocks."""
     if instance.cluster == 1:
         return blocks
     from cuda.bindings import driver
 
-    config = _config(instance, blocks // instance.cluster * instance.cluster, 0, False)
+    config = _instance_config(instance, blocks // instance.cluster * instance.cluster, 0, False)
     error, clusters = driver.cuOccupancyMaxActiveClusters(function, config)
     _require(error, f"to say how many clusters of {instance.cluster} blocks fit")
     return clusters
@@ -200,9 +225,10 @@ def fast_layer(
     """The layer of checked tensors (`check_fast_layer`): x (M, H), w13 (E, 2N, H), w2 (E, H, N); out (M, H).
 
     topk_weights (M, k) float32, topk_ids (M, k) int32; tiles: of at most instance.tokens rows, in pairs where instance.cluster is
-    2 (moelab.pipelines.fast.tiles_for makes them). weights_on_input: weigh GEMM1's rows, before the
-    activation. parts: GEMM1, GEMM2, SUM, to leave some out. scratch: (S, N) and (S, H), what GEMM1 and GEMM2 write; its own
-    unless given. overlap: programmatic dependent launch, which sets blocks up while the launch before this one ends.
+    2 (moelab.pipelines.fast.tiles_for makes them). weights_on_input: weigh GEMM1's rows, before the activation. parts: GEMM1,
+    GEMM2, SUM, to leave some out; where instance.apart, SUM is a launch of its own. scratch: (S, N) and (S, H), what GEMM1 and
+    GEMM2 write; its own unless given. overlap: programmatic dependent launch, which sets blocks up while the launch before this
+    one ends.
     Deterministic; no host synchronisation. Blocks of a launch wait for each other, so all must fit the GPU at once: launch
     from one stream at a time, on a GPU whose multiprocessors are not shared out (no green contexts).
     """
@@ -217,29 +243,38 @@ def fast_layer(
     mapped = (w13, w2, rows, inner)
     given = (x, rows, inner, y, out, topk_weights, topk_ids)
     arguments = layer_arguments(*given, tiles, w13.shape[0], parts, scale=scale, weights_on_input=weights_on_input)
-    maps = [spec.encode(each) for spec, each in zip(tensor_maps(instance, *mapped), mapped, strict=True)]
-    parameters = (*(each.address for each in maps), ctypes.addressof(arguments))
-    _launch(loaded, instance, torch.cuda.current_stream(device).cuda_stream, overlap, parameters)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if parts & (GEMM1 | GEMM2) or not instance.apart:
+        maps = [spec.encode(each) for spec, each in zip(tensor_maps(instance, *mapped), mapped, strict=True)]
+        parameters = (*(each.address for each in maps), ctypes.addressof(arguments))
+        _launch(loaded.function, _instance_config(instance, loaded.grid, stream, overlap), parameters)
+    if instance.apart and parts & SUM and not direct:
+        _, function = _loaded_sum(device, sum_expression(topk_ids.shape[1], x.dtype))
+        config = _config(sum_blocks(*x.shape), SUM_THREADS, 0, stream, overlap)
+        _launch(function, config, (ctypes.addressof(arguments),))
     return out
 
 
-def _launch(loaded: _Loaded, instance: Instance, stream: int, overlap: bool, parameters: tuple[int, ...]) -> None:
+def _launch(function: Any, config: Any, parameters: tuple[int, ...]) -> None:
     from cuda.bindings import driver
 
     addresses = (ctypes.c_void_p * len(parameters))(*parameters)
-    config = _config(instance, loaded.grid, stream, overlap)
-    (error,) = driver.cuLaunchKernelEx(config, loaded.function, ctypes.addressof(addresses), 0)
-    _require(error, f"a launch of {loaded.grid} blocks of {instance.threads} threads")
+    (error,) = driver.cuLaunchKernelEx(config, function, ctypes.addressof(addresses), 0)
+    _require(error, f"a launch of {config.gridDimX} blocks of {config.blockDimX} threads")
+
+
+def _instance_config(instance: Instance, grid: int, stream: int, overlap: bool) -> Any:
+    return _config(grid, instance.threads, instance.shared_bytes, stream, overlap, instance.cluster)
 
 
 @functools.lru_cache(maxsize=256)
-def _config(instance: Instance, grid: int, stream: int, overlap: bool) -> Any:
+def _config(grid: int, threads: int, shared_bytes: int, stream: int, overlap: bool, cluster: int = 1) -> Any:
     from cuda.bindings import driver
 
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = instance.threads, 1, 1
-    config.sharedMemBytes, config.hStream = instance.shared_bytes, driver.CUstream(stream)
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes, config.hStream = shared_bytes, driver.CUstream(stream)
     attributes = []
     if overlap:
         attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
@@ -247,10 +282,10 @@ def _config(instance: Instance, grid: int, stream: int, overlap: bool) -> Any:
         value.programmaticStreamSerializationAllowed = 1
         attribute.value = value
         attributes.append(attribute)
-    if instance.cluster > 1:
+    if cluster > 1:
         attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-        value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = instance.cluster, 1, 1
+        value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = cluster, 1, 1
         attribute.value = value
         attributes.append(attribute)
     if attributes:

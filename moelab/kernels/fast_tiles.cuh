@@ -48,13 +48,13 @@ struct Layer {
 
 // WARPGROUPS multiply, each ROW_BLOCKS times 64 weight rows by at most TOKENS tokens, out of a ring of STAGES. The blocks of a
 // CLUSTER take two records at a time, and share the weights where both are of one expert. PERMUTES: tokens are first written out
-// in order of expert, as TMA can load them.
+// in order of expert, as TMA can load them. APART: the sums are fast_sum.cu's.
 template <int WARPGROUPS_, int ROW_BLOCKS_, int STAGES_, int TOKENS_, int GRAIN_, int BOX_, int PER_PROCESSOR_,
-          int CLUSTER_ = 1, int PERMUTES_ = 0>
+          int CLUSTER_ = 1, int PERMUTES_ = 0, int APART_ = 0>
 struct Shape {
     static constexpr int WARPGROUPS = WARPGROUPS_, ROW_BLOCKS = ROW_BLOCKS_, STAGES = STAGES_, TOKENS = TOKENS_,
                          GRAIN = GRAIN_, BOX = BOX_, PER_PROCESSOR = PER_PROCESSOR_, CLUSTER = CLUSTER_;
-    static constexpr bool PERMUTES = PERMUTES_;
+    static constexpr bool PERMUTES = PERMUTES_, APART = APART_;
     static constexpr int ROWS = WARPGROUPS * ROW_BLOCKS * 64;  // of weights in a tile
     static constexpr int THREADS = (WARPGROUPS + 1) * 128;
     static constexpr bool SUMS_AT_ONCE = TOKENS <= 16;

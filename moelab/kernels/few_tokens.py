@@ -13,6 +13,7 @@ from moelab import runtime
 
 runtime.prepare_triton()
 
+import bisect  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
 import torch  # noqa: E402
@@ -34,47 +35,53 @@ class Tile:
 
 @dataclass(frozen=True)
 class FewTokens:
-    """The tiles of GEMM1, whose rows are pairs of a gate and an up row, and of GEMM2."""
+    """The tiles of GEMM1, whose rows are pairs of a gate and an up row, and of GEMM2. early: tiles of its weights that a program
+    of GEMM2 asks for before GEMM1 has ended."""
 
     up: Tile
     down: Tile
+    early: int = 4
 
-
-DOWN = Tile(2, 256, 1)
-"""Of GEMM2, at every shape."""
 
 FORMS = (
-    FewTokens(Tile(1, 1024, 2), DOWN),
-    FewTokens(Tile(1, 512, 2), DOWN),
-    FewTokens(Tile(1, 256, 1), DOWN),
+    FewTokens(Tile(1, 1024, 2), Tile(2, 512, 2), early=2),
+    FewTokens(Tile(1, 256, 1), Tile(2, 256, 1)),
+    FewTokens(Tile(1, 512, 2), Tile(4, 256, 1)),
+    FewTokens(Tile(1, 1024, 2), Tile(4, 256, 1)),
 )
-"""Those in use; data/recordings/fast_choice.json has all of them at every shape."""
+"""Those in use; data/recordings/fast_choice.json has all of them at every shape. In each of them GEMM2 has 10 to 16 warps a
+multiprocessor for one token of the hidden sizes that it serves: fewer leave memory idle, more come in turns."""
 
-UP_COLUMNS = {4096: 256, 5120: 512}
-"""hidden_size -> columns of GEMM1's tile where another than the first form is fastest in data/recordings/fast_choice.json."""
+MOST_HIDDEN = (2048, 4096, 5120)
+"""Largest hidden_size that each form but the last serves."""
 
-MOST_TOKENS = 4
+MOST_REREAD = {4: 1.25, 8: 1.12}
+"""Most tokens of a batch -> weights read by pairs over weights read once an expert, if tokens choose evenly, over which another
+form is faster: each pair reads its expert's for itself, if mostly from the second-level cache. In
+data/recordings/fast_choice.json at four tokens Mixtral-8x7B (1.46) is faster by another form, LFM2-8B (1.21) by these; at eight
+DeepSeek-V3 (1.11) by these, Qwen3 (1.24) only if tokens choose evenly."""
+
+MOST_TOKENS = max(MOST_REREAD)
 """Of a batch that goes here."""
-
-MOST_REREAD = 1.12
-"""Weights read by pairs over weights read once an expert, if tokens choose evenly, over which another form is faster: each
-pair reads its expert's for itself. In data/recordings/fast_choice.json at four tokens, LFM2-8B (1.21) and Mixtral-8x7B (1.46)
-are faster by another form, Llama-4-Scout and Qwen3 (both 1.10) by these."""
 
 MOST_STEPS = 256
 """Of a program: they are unrolled, so that all loads may be on their way together."""
+
+MOST_PROGRAMS = 65535
+"""In a grid's second dimension (CUDA C++ Programming Guide, technical specifications per compute capability)."""
 
 
 def form_for(
     num_tokens: int, top_k: int, num_experts: int, hidden_size: int, moe_intermediate_size: int
 ) -> FewTokens | None:
     """The form that serves a batch of these sizes, as on this rank; None where another kernel is faster."""
-    if not 0 < num_tokens <= MOST_TOKENS or reread(num_tokens, top_k, num_experts) > MOST_REREAD:
+    limit = next((most for tokens, most in MOST_REREAD.items() if num_tokens <= tokens), 0.0)
+    if num_tokens < 1 or reread(num_tokens, top_k, num_experts) > limit:
         return None
-    columns = UP_COLUMNS.get(hidden_size, FORMS[0].up.columns)
-    form = next(each for each in FORMS if each.up.columns == columns)
-    steps = max(-(-hidden_size // columns), top_k * -(-moe_intermediate_size // form.down.columns))
-    return form if steps <= MOST_STEPS else None
+    form = FORMS[bisect.bisect_left(MOST_HIDDEN, hidden_size)]
+    steps = max(-(-hidden_size // form.up.columns), top_k * -(-moe_intermediate_size // form.down.columns))
+    programs = max(-(-moe_intermediate_size // form.up.rows), -(-hidden_size // form.down.rows))
+    return form if steps <= MOST_STEPS and programs <= MOST_PROGRAMS else None
 
 
 def reread(num_tokens: int, top_k: int, num_experts: int) -> float:
@@ -95,11 +102,11 @@ def _start_next(PDL: tl.constexpr):
 def _up_kernel(
     x_ptr, w_ptr, ids_ptr, routed_ptr, inner_ptr, num_experts,
     N: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr, ON_INPUT: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    COLUMNS: tl.constexpr, PDL: tl.constexpr, SIDE_BY_SIDE: tl.constexpr,
 ):  # fmt: skip
     """ROWS elements of one pair's activated row: silu(gate) * up. x (M, H), w (E, 2N, H), inner (pairs, N)."""
-    pair = tl.program_id(1)
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    pair = tl.program_id(0 if SIDE_BY_SIDE else 1)
+    n = tl.program_id(1 if SIDE_BY_SIDE else 0) * ROWS + tl.arange(0, ROWS)
     _start_next(PDL)
     expert = tl.load(ids_ptr + pair).to(tl.int64)
     if (expert < 0) | (expert >= num_experts):
@@ -130,45 +137,56 @@ def _up_kernel(
     tl.store(inner_ptr + pair.to(tl.int64) * N + n, (silu * b).to(inner_ptr.dtype.element_ty), mask=n < N)
 
 
+@triton.jit
+def _weights(
+    w_ptr, ids_ptr, pair, h, start, num_experts, N: tl.constexpr, H: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Rows h, columns from start, of the weights of a pair's expert; zero where its id counts nothing."""
+    column = start + tl.arange(0, COLUMNS)
+    expert = tl.load(ids_ptr + pair).to(tl.int64)
+    counts = (expert >= 0) & (expert < num_experts)
+    expert = tl.where(counts, expert, 0)
+    mask = (h < H)[:, None] & (column < N)[None, :] & counts
+    return tl.load(w_ptr + (expert * H + h[:, None]) * N + column[None, :], mask=mask, other=0.0)
+
+
 @triton.jit(do_not_specialize=["num_experts", "scale"])
 def _down_kernel(
     inner_ptr, w_ptr, ids_ptr, routed_ptr, out_ptr, num_experts, scale,
     N: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr, ON_INPUT: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    COLUMNS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, SIDE_BY_SIDE: tl.constexpr,
 ):  # fmt: skip
     """ROWS elements of one token's output: scale * sum over its pairs. inner (pairs, N), w (E, H, N), out (M, H)."""
-    token = tl.program_id(1)
-    h = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(0 if SIDE_BY_SIDE else 1)
+    h = tl.program_id(1 if SIDE_BY_SIDE else 0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     wide = tl.float64 if inner_ptr.dtype.element_ty == tl.float64 else tl.float32
-    rows = (h < H)[:, None]
     sums = tl.zeros((ROWS, COLUMNS), dtype=wide)
+    STEPS: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     # Ids were there before GEMM1 let this launch begin, weights always; only `inner` is to be waited for.
+    early = ()
     if PDL:
-        first = tl.load(ids_ptr + token * TOP_K).to(tl.int64)
-        first_counts = (first >= 0) & (first < num_experts)
-        first = tl.where(first_counts, first, 0)
-        early_mask = rows & (column < N)[None, :] & first_counts
-        early = tl.load(w_ptr + (first * H + h[:, None]) * N + column[None, :], mask=early_mask, other=0.0)
+        for n in tl.static_range(EARLY):
+            pair = token * TOP_K + n // STEPS
+            w = _weights(w_ptr, ids_ptr, pair, h, n % STEPS * COLUMNS, num_experts, N, H, COLUMNS)
+            early = early + (w,)  # type: ignore[assignment] # noqa: RUF005 (Triton does not unpack)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     for j in tl.static_range(TOP_K):
         pair = token * TOP_K + j
         expert = tl.load(ids_ptr + pair).to(tl.int64)
         counts = (expert >= 0) & (expert < num_experts)
-        expert = tl.where(counts, expert, 0)
         by = tl.where(counts, 1.0, 0.0).to(wide)
         if not ON_INPUT:
             by *= tl.load(routed_ptr + pair).to(wide)
-        w_ptrs = w_ptr + (expert * H + h[:, None]) * N + column[None, :]
         inner_ptrs = inner_ptr + pair.to(tl.int64) * N + column
-        for step in tl.static_range((N + COLUMNS - 1) // COLUMNS):
+        for step in tl.static_range(STEPS):
             start = step * COLUMNS
-            there = (column + start < N) & counts
-            if PDL and j == 0 and step == 0:  # noqa: SIM108 (only a statement leaves the other branch uncompiled)
-                w = early
+            if PDL and j * STEPS + step < EARLY:
+                w = early[j * STEPS + step]
             else:
-                w = tl.load(w_ptrs + start, mask=rows & there[None, :], other=0.0)
+                w = _weights(w_ptr, ids_ptr, pair, h, start, num_experts, N, H, COLUMNS)
+            there = (column + start < N) & counts
             a = tl.load(inner_ptrs + start, mask=there, other=0.0).to(wide) * by
             sums += w.to(wide) * a[None, :]
     out = tl.sum(sums, axis=1) * scale
@@ -189,27 +207,32 @@ def few_tokens(
     scale: float = 1.0,
     weights_on_input: bool = False,
     overlap: bool = True,
+    side_by_side: bool = True,
 ) -> Tensor:
     """The layer of checked tensors: x (M, H), w13 (E, 2N, H), w2 (E, H, N); out (M, H). Deterministic, no host synchronisation.
 
     topk_weights (M, k) float32, topk_ids (M, k) int32, those outside of the experts count nothing. weights_on_input: weigh
-    GEMM1's rows, before the activation. overlap: programmatic dependent launch, for NVIDIA chips since Hopper.
+    GEMM1's rows, before the activation. overlap: programmatic dependent launch, for NVIDIA chips since Hopper. side_by_side:
+    run programs of the same rows of all experts (GEMM1) and of all tokens (GEMM2) next to each other: of tokens that share an
+    expert only the first then reads its weights from memory, the others find them in the second-level cache.
     """
     num_experts, hidden, size = w2.shape
     num_tokens, top_k = topk_ids.shape
     inner, out = x.new_empty((num_tokens * top_k, size)), torch.empty_like(x)
-    for launcher, tile, rows, programs, tensors, values in (
-        (_up, form.up, size, num_tokens * top_k, (x, w13, topk_ids, topk_weights, inner), ()),
-        (_down, form.down, hidden, num_tokens, (inner, w2, topk_ids, topk_weights, out), (scale,)),
+    early = min(form.early, top_k * triton.cdiv(size, form.down.columns))
+    for launcher, tile, programs, rows, tensors, values, own in (
+        (_up, form.up, num_tokens * top_k, size, (x, w13, topk_ids, topk_weights, inner), (), {}),
+        (_down, form.down, num_tokens, hidden, (inner, w2, topk_ids, topk_weights, out), (scale,), {"EARLY": early}),
     ):
         constants = {
             "N": size, "H": hidden, "TOP_K": top_k, "ON_INPUT": weights_on_input, "ROWS": tile.rows,
-            "COLUMNS": tile.columns, "PDL": overlap,
+            "COLUMNS": tile.columns, **own, "PDL": overlap, "SIDE_BY_SIDE": side_by_side,
         }  # fmt: skip
+        across = triton.cdiv(rows, tile.rows)
         options = {"num_warps": tile.warps, **({"launch_pdl": True} if overlap else {})}
         launcher(
-            (x.dtype, topk_ids.dtype, hidden, size, top_k, weights_on_input, tile, overlap),
-            (triton.cdiv(rows, tile.rows), programs),
+            (x.dtype, topk_ids.dtype, hidden, size, top_k, weights_on_input, tile, early, overlap, side_by_side),
+            (programs, across) if side_by_side else (across, programs),
             tensors,
             (num_experts, *values),
             lambda constants=constants, options=options: (constants, options),  # type: ignore[misc]

@@ -47,12 +47,6 @@ where the inner size is short. In data/recordings/fast_choice.json, uniform rout
 other form at 4, 8 and 16 rows; at 32, 0.98 for DeepSeek-V3 tp8 (1.01 if skewed) and 1.02 for LFM2-8B (1.07); at 64, 1.05 to
 1.12."""
 
-
-MOST_TOKENS_BEFORE_GATED = 2
-"""Tokens up to which a form for a few tokens serves although there are tuned configs of GATED_KERNEL: from three on tokens may
-share experts, whose weights that form reads for each. In data/recordings/fast_choice.json at four tokens the gated kernel is
-slower by no more than 4 % if tokens choose evenly, and faster in every shape if their choice is skewed."""
-
 FEW_EXPERTS, MOST_TOKENS_OF_FEW_EXPERTS = 16, 128
 """Of so few experts one may get a large part of a skewed batch, whose weights small tiles then read again and again: with more
 tokens than that the one-launch layer serves (as recorded there: Llama-4-Scout tp4 at 256 tokens)."""
@@ -90,7 +84,7 @@ def choose(
     gated: what the tuned files of GATED_KERNEL have for it, if there are any.
     """
     few = form_for(num_tokens, top_k, num_experts, hidden_size, moe_intermediate_size)
-    if few is not None and (gated is None or num_tokens <= MOST_TOKENS_BEFORE_GATED):
+    if few is not None:
         return Choice(
             few, f"two launches for a few tokens: {num_tokens * top_k} pairs of a token and an expert, a program for every few "
             "elements of each, no order and no tiles",
@@ -113,9 +107,10 @@ def choose(
     instance = instance_for(num_tokens, top_k, num_experts, moe_intermediate_size)
     blocks = f"{instance.per_processor} block{'s' * (instance.per_processor > 1)} a multiprocessor"
     permuted = ", tokens first written out by expert" if instance.permutes else ""
+    launches = "one launch, and one for the sums" if instance.apart and top_k > 1 else "one launch"
     paired = ", in pairs that share an expert's weights" if instance.cluster > 1 else ""
     tile = f"tiles of at most {instance.tokens} tokens by {instance.rows} weight rows"
-    return Choice(instance, f"one launch: {even}: {tile}, {blocks}{paired}{permuted}")
+    return Choice(instance, f"{launches}: {even}: {tile}, {blocks}{paired}{permuted}")
 
 
 def tiles_for(order: ExpertOrder, instance: Instance, hidden_size: int) -> TokenTiles:
@@ -171,7 +166,7 @@ def route_for(
 
 def fast_pipeline(call: MoECall, form: Form | None = None) -> Tensor:
     """The layer by what `choose` says serves the batch: a few tokens' two launches; the gated pipeline under its tuned configs;
-    order by expert, tiles, and one launch; or `triton_pipeline` with the call's configs.
+    order by expert, tiles, and one launch, or two; or `triton_pipeline` with the call's configs.
 
     form: that one, whatever the batch. Raises RuntimeModeError, DtypeError, ShapeError, ConfigError.
     """

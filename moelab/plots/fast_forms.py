@@ -20,7 +20,7 @@ from moelab.shapes import MoEShape
 def short(instance: str) -> str:
     """An instance's repr as "16×128 w1 s6 b2": tokens by weight rows of a tile, multiplying warpgroups, stages, blocks on a
     multiprocessor; "c2" with clusters of two, "p" where tokens are first permuted. Of a form for a few tokens
-    "few 1×1024 2×256": rows by columns of weights in a tile of GEMM1 and of GEMM2; and "gated", under its tuned configs."""
+    "few 1×1024 2×512": rows by columns of weights in a tile of GEMM1 and of GEMM2; and "gated", under its tuned configs."""
     if not instance.startswith(("Instance", "FewTokens")):
         return "gated"
     if instance.startswith("FewTokens"):
@@ -102,7 +102,7 @@ def instances(recording: Recording, shapes: Mapping[str, MoEShape], rule: Rule |
 _NOTES = {
     "cluster": "c2: two blocks share weights",
     "permutes": "p: tokens permuted first",
-    "FewTokens": "few 1×1024 2×256: tiles of 1 row by 1024 columns of weights in GEMM1, 2 by 256 in GEMM2",
+    "FewTokens": "few 1×1024 2×512: tiles of 1 row by 1024 columns of weights in GEMM1, 2 by 512 in GEMM2",
 }
 """What a subtitle says of forms whose names hold a word."""
 

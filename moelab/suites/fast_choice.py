@@ -1,6 +1,7 @@
 """Which form of the fastest layer serves a batch best: of the one-launch layer, for a few tokens, or gated under tuned configs.
 
-Every candidate is checked against float64 and timed, a short pass each, at every shape and batch size of the suite fast_layer.
+Every candidate is checked against float64 and timed, a short pass each, at every shape and batch size of the suite fast_layer,
+and at those between where a few tokens end.
 `moelab.kernels.fast_instances` is chosen by what it found, and tests/test_fast_suite.py holds its rule to the recording.
 """
 
@@ -29,15 +30,17 @@ CANDIDATES = (
     Instance(1, 1, 12, 8, 8, 8, 2),  # half the weight rows: twice as many tiles to share out
     Instance(1, 1, 11, 16, 8, 8, 2),
     Instance(2, 1, 10, 48, 16, 16),  # one block a multiprocessor, with a longer ring
-    Instance(1, 2, 3, 96, 16, 16, 2),  # two blocks: one multiplies while the other stores
-    Instance(1, 2, 3, 160, 16, 16, 2),
-    Instance(2, 1, 6, 96, 16, 16),
-    Instance(2, 1, 5, 176, 16, 16),
-    Instance(2, 2, 5, 96, 16, 16, permutes=1),  # tokens written out by expert, for TMA
-    Instance(2, 2, 5, 96, 16, 16),  # single blocks
-    Instance(2, 2, 4, 176, 16, 16, cluster=2, permutes=1),  # both
+    Instance(1, 2, 3, 96, 16, 16, 2, apart=1),  # two blocks: one multiplies while the other stores
+    Instance(1, 2, 3, 160, 16, 16, 2, apart=1),
+    Instance(2, 1, 6, 96, 16, 16, apart=1),
+    Instance(2, 1, 5, 176, 16, 16, apart=1),
+    Instance(2, 2, 5, 96, 16, 16, permutes=1, apart=1),  # tokens written out by expert, for TMA
+    Instance(2, 2, 5, 96, 16, 16, apart=1),  # single blocks
+    Instance(2, 2, 4, 176, 16, 16, cluster=2, permutes=1, apart=1),  # both
 )
 """Those in use, and what might be better, by the reason beside each."""
+
+BATCHES = tuple(sorted({*suite.BATCHES, 2, few_tokens.MOST_TOKENS}))
 
 NEAR = 4
 """Candidates that are timed hold at most so many times the rows that an expert gets, or at the least a NEARth of them."""
@@ -81,7 +84,7 @@ def cell(name: str, layer: Layer, routing: str) -> list[dict[str, Any]]:
 
 def record(
     names: Sequence[str] = tuple(suite.SHAPES),
-    batches: Sequence[int] = suite.BATCHES,
+    batches: Sequence[int] = BATCHES,
     routings: Sequence[str] = suite.ROUTINGS,
     on_rows: OnRows = ignore,
 ) -> Recording:

@@ -18,6 +18,7 @@ import torch
 
 from moelab import runtime
 from moelab.errors import RecordingError, RuntimeModeError
+from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM
 from moelab.recordings import Recording
 from moelab.suites import fast_layer as suite
 from moelab.suites.layer_classic import Layer, weight_sets
@@ -61,7 +62,7 @@ PARTS = "l2_parts"
 """ncu's name of each such part, without its last word -> per cent of what that part could sustain."""
 
 LAUNCHES = ("whole", "GEMM1", "GEMM2", "the sum")
-"""What `launch` profiles, in this order."""
+"""What `launch` profiles, in this order. whole: the launch that serves a batch, without the sums where they have their own."""
 
 
 def launch(name: str, num_tokens: int) -> None:
@@ -73,7 +74,8 @@ def launch(name: str, num_tokens: int) -> None:
     shape = suite.shape_of(name)
     layer = Layer(shape, num_tokens, 1, weight_sets(shape)[:1])
     instance = suite.instance_of(shape, num_tokens)
-    contenders = {"whole": suite.fast(layer, instance, overlap=False), **suite.alone(layer, instance)}
+    whole = (GEMM1 | GEMM2 if instance.apart else GEMM1 | GEMM2 | SUM,)
+    contenders = {"whole": suite.fast(layer, instance, parts=whole, overlap=False), **suite.alone(layer, instance)}
     for label in LAUNCHES:
         contenders[label](0)
         torch.cuda.synchronize()

@@ -138,12 +138,13 @@ def fast(
     return run
 
 
-def of_few_tokens(layer: Layer, form: FewTokens, *, overlap: bool = True) -> Contender:
+def of_few_tokens(layer: Layer, form: FewTokens, *, overlap: bool = True, side_by_side: bool = True) -> Contender:
     """The layer by a form for a few tokens, which takes no order and no tiles."""
 
     def run(i: int) -> Tensor:
         w, r = layer.weights[i], layer.routings[i]
-        return few_tokens(layer.states[i], w.w13, w.w2, r.topk_weights, r.topk_ids, form, overlap=overlap)
+        given = (layer.states[i], w.w13, w.w2, r.topk_weights, r.topk_ids, form)
+        return few_tokens(*given, overlap=overlap, side_by_side=side_by_side)
 
     return run
 
@@ -193,8 +194,9 @@ def alone(layer: Layer, instance: Instance) -> dict[str, Contender]:
 
 def without(layer: Layer, instance: Instance) -> dict[str, Contender]:
     """The layer with each idea switched off alone, by the idea's name; only those that this instance makes use of."""
+    launches = "both GEMMs in one launch" if instance.apart else "one launch"
     off = {
-        "one launch": fast(layer, instance, parts=(GEMM1, GEMM2, SUM)),
+        launches: fast(layer, instance, parts=(GEMM1, GEMM2, SUM)),
         "start during the launch before": fast(layer, instance, overlap=False),
         "largest tiles first": fast(layer, instance, largest_first=False),
         "a ring of more than two stages": fast(layer, replace(instance, stages=2)),
@@ -202,6 +204,8 @@ def without(layer: Layer, instance: Instance) -> dict[str, Contender]:
     }
     if instance.row_blocks > 1:
         off[f"{instance.rows} weight rows a tile"] = fast(layer, replace(instance, row_blocks=1))
+    if instance.apart and layer.shape.top_k > 1:
+        off["sums in a launch of their own"] = fast(layer, replace(instance, apart=0))
     if instance.permutes:
         off["tokens written out by expert"] = fast(layer, replace(instance, permutes=0))
     if instance.cluster > 1:
@@ -261,7 +265,11 @@ def forms_near(shape: MoEShape, num_tokens: int) -> list[Form]:
 def ablated(layer: Layer, form: Form | None) -> tuple[dict[str, Contender], dict[str, Contender]]:
     """What is served without each of its ideas, and its parts alone; of the classic layer neither."""
     if isinstance(form, FewTokens):
-        return {"start during the launch before": of_few_tokens(layer, form, overlap=False)}, {}
+        return {
+            "start during the launch before": of_few_tokens(layer, form, overlap=False),
+            "weights asked for ahead": of_few_tokens(layer, replace(form, early=0)),
+            "the same rows side by side": of_few_tokens(layer, form, side_by_side=False),
+        }, {}
     if isinstance(form, Gated):
         return {"weights by TMA": of_gated(layer, form, tma=False)}, {}
     return ({}, {}) if form is None else (without(layer, form), alone(layer, form))
