@@ -93,9 +93,11 @@ def choose(
     even = f"{rows:.3g} rows an expert if tokens spread evenly"
     uneven = num_experts <= FEW_EXPERTS and num_tokens > MOST_TOKENS_OF_FEW_EXPERTS
     short = moe_intermediate_size <= SHORT_INNER
-    most = ENOUGH_ROWS if short else MOST_ROWS_OF_GATED
-    if gated is not None and rows <= most and not uneven:
-        return Choice(gated, f"{GATED_KERNEL} with its tuned configs: {even}, at most {most}")
+    fewer, limit = rows <= MOST_ROWS_OF_GATED, f"at most {MOST_ROWS_OF_GATED}"
+    if short:
+        fewer, limit = rows < ENOUGH_ROWS, f"under {ENOUGH_ROWS}"
+    if gated is not None and fewer and not uneven:
+        return Choice(gated, f"{GATED_KERNEL} with its tuned configs: {even}, {limit}")
     tiles = min(num_tokens * top_k, num_experts) * -(-2 * moe_intermediate_size // 128)
     if tiles < FEW_TILES:
         return Choice(
