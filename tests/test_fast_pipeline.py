@@ -92,7 +92,8 @@ def test_a_choice_says_why() -> None:
     )
     assert choose(2816, 8, 128, 768, 2048).form is INSTANCES[176] and choose(5632, 8, 128, 768, 2048).form is PAIRED
     assert choose(5633, 8, 128, 768, 2048).form is PERMUTED
-    assert choose(1024, 2, 8, 7168, 4096).form is PERMUTED, "256 rows of few experts"
+    assert choose(1024, 2, 8, 7168, 4096).form is INSTANCES[176], "256 rows of few experts"
+    assert choose(2048, 2, 8, 7168, 4096).form is PERMUTED
     assert choose(8192, 4, 32, 1792, 2048).form is PERMUTED
     assert choose(8192, 8, 128, 640, 2048).form is INSTANCES[176] and choose(8192, 8, 128, 641, 2048).form is PERMUTED
 
@@ -112,8 +113,8 @@ def test_a_few_tokens_have_a_form_of_their_own() -> None:
     gated = Gated(TILE, TILE)
     for configs in (None, gated):
         few = choose(4, 8, 128, 768, 2048, configs)
-        assert few.form is FORMS[0] and "two launches for a few tokens: 32 pairs" in few.reason
-        assert choose(8, 8, 256, 256, 7168, configs).form is FORMS[3]
+        assert few.form is FORMS[1] and "two launches for a few tokens: 32 pairs" in few.reason
+        assert choose(8, 8, 256, 256, 7168, configs).form is FORMS[4]
     assert choose(5, 8, 128, 768, 2048, gated).form is gated and choose(4, 2, 8, 7168, 4096, gated).form is gated
     assert choose(4, 2, 8, 7168, 4096).form is INSTANCES[8]
     assert choose(1, 8, 128, 768 * 200, 2048).form is ONE_TOKEN

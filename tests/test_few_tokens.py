@@ -74,20 +74,24 @@ def test_a_weight_that_is_not_a_number_stays_with_its_expert(device: str) -> Non
 
 def test_who_has_a_form() -> None:
     """Unless pairs of one expert would be read too often one by one, or programs grow too long to unroll or too many."""
-    assert [form_for(tokens, 8, 128, 2048, 768) for tokens in (0, 1, 4, 5)] == [None, FORMS[0], FORMS[0], None]
-    hidden_sizes = (2048, 2056, 4096, 4104, 5120, 5128, 7168)
-    assert [FORMS.index(form_for(1, 1, 16, hidden, 2048)) for hidden in hidden_sizes] == [0, 1, 1, 2, 2, 3, 3]
-    assert form_for(2, 2, 8, 4096, 7168) is FORMS[1] and form_for(3, 2, 8, 4096, 7168) is None
-    assert form_for(4, 4, 32, 2048, 1792) is FORMS[0] and form_for(5, 4, 32, 2048, 1792) is None
-    assert form_for(8, 8, 256, 7168, 256) is FORMS[3] and form_for(9, 8, 256, 7168, 256) is None
+    assert [form_for(tokens, 8, 128, 2048, 768) for tokens in (0, 1, 2, 4, 5)] == [None, *FORMS[:2], FORMS[1], None]
+    for num_tokens, first in ((1, 0), (2, 1)):
+        hidden_sizes = (64, 2048, 2056, 4096, 4104, 5120, 5128, 7168)
+        forms = [FORMS.index(form_for(num_tokens, 1, 64, hidden, 2048)) for hidden in hidden_sizes]
+        assert forms == [first, first, 2, 2, 3, 3, 4, 4]
+    assert form_for(2, 2, 8, 4096, 7168) is FORMS[2] and form_for(3, 2, 8, 4096, 7168) is None
+    assert form_for(4, 4, 32, 2048, 1792) is FORMS[1] and form_for(5, 4, 32, 2048, 1792) is None
+    assert form_for(8, 8, 256, 7168, 256) is FORMS[4] and form_for(9, 8, 256, 7168, 256) is None
     assert form_for(1, 8, 128, 2048, 512 * 32) is FORMS[0] and form_for(1, 8, 128, 2048, 512 * 32 + 8) is None
     assert form_for(1, 1, 2, 64, MOST_PROGRAMS) is FORMS[0] and form_for(1, 1, 2, 64, MOST_PROGRAMS + 1) is None
 
 
 def test_the_forms_that_serve_are_those_compiled_ahead() -> None:
     """moelab.kernels.aot_cases names tiles without importing Triton: these."""
-    for _, hidden, size, top_k, up, down, early in aot_cases.FEW_TOKENS:
-        assert form_for(1, top_k, 64, hidden, size) == FewTokens(Tile(*up), Tile(*down), early), hidden
+    for _, hidden, size, top_k, *given in aot_cases.FEW_TOKENS:
+        up, down, early = given
+        form = FewTokens(Tile(*up), Tile(*down), early)
+        assert form in [form_for(num_tokens, top_k, 64, hidden, size) for num_tokens in (1, 2)], hidden
     assert {FewTokens(Tile(*case[4]), Tile(*case[5]), case[6]) for case in aot_cases.FEW_TOKENS} == set(FORMS)
 
 

@@ -66,18 +66,22 @@ def test_short_names_and_fractions() -> None:
         "16×128 w1 s6 b1"
     )
     assert fast_forms.short(repr(Instance(2, 2, 4, 176, 16, 16, cluster=2))) == "176×256 w2 s4 b1 c2"
-    assert [fast_forms.short(repr(each)) for each in FORMS[:2]] == ["few 1×1024 2×512", "few 1×256 2×256"]
+    assert [fast_forms.short(repr(each)) for each in FORMS[::2]] == [
+        "few 1×1024 2×512",
+        "few 1×2048 2×256",
+        "few 1×1024 4×256",
+    ]
     assert fast_forms.short("gated_tma") == "gated"
     assert [fast_forms._as_text(rows) for rows in (1 / 32, 1.0, 2048.0)] == ["1/32", "1", "2048"]
 
 
 def test_other_forms_stand_beside_the_instances() -> None:
     """The rule in use is judged by what serves a batch where the recording has such forms, else by the instances alone."""
-    other = [row("mixtral", 1, "", us, instance=name) for us, name in ((10.0, repr(FORMS[1])), (12.0, "gated_tma"))]
+    other = [row("mixtral", 1, "", us, instance=name) for us, name in ((10.0, repr(FORMS[2])), (12.0, "gated_tma"))]
     panel = fast_forms.instances(made(*CHOICE.rows, *other, suite="fast_choice"), SHAPES)
-    assert list(panel.figure.data[0].y)[:2] == ["few 1×256 2×256", "gated"]
+    assert list(panel.figure.data[0].y)[:2] == ["few 1×2048 2×256", "gated"]
     assert "1 row by 1024 columns" in panel.figure.layout.title.subtitle.text
-    assert panel.table[0]["the rule’s"] == "few 1×256 2×256"
+    assert panel.table[0]["the rule’s"] == "few 1×2048 2×256"
     assert fast_forms.rule_in_use(CHOICE)(SHAPES["mixtral"], 1) == repr(instance_for(1, 2, 8, 7168))
     assert "1 row by 1024" not in fast_forms.instances(CHOICE, SHAPES).figure.layout.title.subtitle.text
 

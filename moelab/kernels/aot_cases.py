@@ -298,11 +298,11 @@ def _few_tokens_cases(
 
 
 FEW_TOKENS = (
-    ("bfloat16", 2048, 768, 8, (1, 1024, 2), (2, 512, 2), 2),  # Qwen3-30B-A3B
-    ("float16", 2048, 1792, 4, (1, 1024, 2), (2, 512, 2), 2),  # LFM2-8B-A1B
+    ("bfloat16", 2048, 768, 8, (1, 1024, 2), (2, 512, 2), 3),  # Qwen3-30B-A3B
+    ("float16", 2048, 1792, 4, (1, 1024, 2), (2, 256, 1), 4),  # LFM2-8B-A1B
     ("bfloat16", 7168, 256, 8, (1, 1024, 2), (4, 256, 1), 4),  # DeepSeek-V3 tp 8
     ("bfloat16", 5120, 2048, 1, (1, 512, 2), (4, 256, 1), 4),  # Llama-4-Scout tp 4
-    ("bfloat16", 4096, 7168, 2, (1, 256, 1), (2, 256, 1), 4),  # Mixtral-8x7B tp 2
+    ("bfloat16", 4096, 7168, 2, (1, 2048, 4), (2, 256, 1), 4),  # Mixtral-8x7B tp 2
 )
 """dtype, hidden_size, moe_intermediate_size, top_k; GEMM1's and GEMM2's tile: rows, columns, warps; GEMM2's early tiles."""
 

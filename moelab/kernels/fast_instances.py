@@ -155,9 +155,8 @@ def instance_for(num_tokens: int, top_k: int, num_experts: int, moe_intermediate
         fits = 176
     if fits < 176:
         return INSTANCES[fits]
-    several = rows > PAIRS_FROM
-    if rows <= PAIRS_UP_TO and num_experts > FEW_EXPERTS and (several or moe_intermediate_size <= SHORT_INNER):
-        return PAIRED
-    return (
-        PERMUTED if several and 2 * moe_intermediate_size > (READS_TO_PERMUTE - 1) * PERMUTED.rows else INSTANCES[176]
-    )
+    if rows > PAIRS_UP_TO:
+        reads = -(-2 * moe_intermediate_size // PERMUTED.rows)
+        return PERMUTED if reads >= READS_TO_PERMUTE else INSTANCES[176]
+    pairs = num_experts > FEW_EXPERTS and (rows > PAIRS_FROM or moe_intermediate_size <= SHORT_INNER)
+    return PAIRED if pairs else INSTANCES[176]

@@ -44,16 +44,17 @@ class FewTokens:
 
 
 FORMS = (
-    FewTokens(Tile(1, 1024, 2), Tile(2, 512, 2), early=2),
-    FewTokens(Tile(1, 256, 1), Tile(2, 256, 1)),
+    FewTokens(Tile(1, 1024, 2), Tile(2, 512, 2), early=3),
+    FewTokens(Tile(1, 1024, 2), Tile(2, 256, 1)),
+    FewTokens(Tile(1, 2048, 4), Tile(2, 256, 1)),
     FewTokens(Tile(1, 512, 2), Tile(4, 256, 1)),
     FewTokens(Tile(1, 1024, 2), Tile(4, 256, 1)),
 )
-"""Those in use; data/recordings/fast_choice.json has all of them at every shape. In each of them GEMM2 has 10 to 16 warps a
-multiprocessor for one token of the hidden sizes that it serves: fewer leave memory idle, more come in turns."""
+"""Those in use; data/recordings/fast_choice.json has all of them at every shape. For one token GEMM2 has 10 to 16 warps a
+multiprocessor in each, at the hidden sizes that it serves: fewer leave memory idle, more come in turns."""
 
 MOST_HIDDEN = (2048, 4096, 5120)
-"""Largest hidden_size that each form but the last serves."""
+"""Largest hidden_size that a form but the last serves: the first form for one token, the second for more; then one form each."""
 
 MOST_REREAD = {4: 1.25, 8: 1.12}
 """Most tokens of a batch -> weights read by pairs over weights read once an expert, if tokens choose evenly, over which another
@@ -78,7 +79,8 @@ def form_for(
     limit = next((most for tokens, most in MOST_REREAD.items() if num_tokens <= tokens), 0.0)
     if num_tokens < 1 or reread(num_tokens, top_k, num_experts) > limit:
         return None
-    form = FORMS[bisect.bisect_left(MOST_HIDDEN, hidden_size)]
+    place = bisect.bisect_left(MOST_HIDDEN, hidden_size)
+    form = FORMS[place + (place > 0 or num_tokens > 1)]
     steps = max(-(-hidden_size // form.up.columns), top_k * -(-moe_intermediate_size // form.down.columns))
     programs = max(-(-moe_intermediate_size // form.up.rows), -(-hidden_size // form.down.rows))
     return form if steps <= MOST_STEPS and programs <= MOST_PROGRAMS else None
@@ -122,8 +124,8 @@ def _up_kernel(
         start = step * COLUMNS
         there = column + start < H
         mask = (n < N)[:, None] & there[None, :]
-        g = tl.load(gate_ptrs + start, mask=mask, other=0.0)
-        u = tl.load(up_ptrs + start, mask=mask, other=0.0)
+        g = tl.load(gate_ptrs + start, mask=mask, other=0.0, eviction_policy="evict_first")
+        u = tl.load(up_ptrs + start, mask=mask, other=0.0, eviction_policy="evict_first")
         x = tl.load(x_ptrs + start, mask=there, other=0.0).to(wide)[None, :]
         gate += g.to(wide) * x
         up += u.to(wide) * x
@@ -147,7 +149,8 @@ def _weights(
     counts = (expert >= 0) & (expert < num_experts)
     expert = tl.where(counts, expert, 0)
     mask = (h < H)[:, None] & (column < N)[None, :] & counts
-    return tl.load(w_ptr + (expert * H + h[:, None]) * N + column[None, :], mask=mask, other=0.0)
+    ptrs = w_ptr + (expert * H + h[:, None]) * N + column[None, :]
+    return tl.load(ptrs, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["num_experts", "scale"])
