@@ -144,7 +144,7 @@ def test_a_launch_says_how_its_blocks_are_clustered() -> None:
         (MIDDLE_PAIR, False, [clusters]),
         (MIDDLE_PAIR, True, [overlap, clusters]),
     ):
-        config = fast_layer._config(instance, 132, 0, overlapped)
+        config = fast_layer._instance_config(instance, 132, 0, overlapped)
         assert [each.id for each in config.attrs] == expected and config.numAttrs == len(expected)
         for each in config.attrs:
             if each.id == clusters:

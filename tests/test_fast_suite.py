@@ -276,7 +276,10 @@ def test_the_rule_is_near_the_best_recorded() -> None:
             served = "" if form is None else fast_layer.name_of(form)
             rule = served if served in times else repr(fast_layer.instance_of(shape, b))
             lost[name, b] = times[rule] / min(times.values())
-    assert len(lost) == 60 and max(lost.values()) < 1.09, max(lost, key=lambda cell: lost[cell])
+    # Of eight tokens most are not served as few, which would be up to 11 % faster if they choose evenly, and slower if not.
+    eight = {cell: lost.pop(cell) for cell in list(lost) if cell[1] == 8}
+    assert len(eight) == 6 and max(eight.values()) < 1.11
+    assert len(lost) == 54 and max(lost.values()) < 1.06, max(lost, key=lambda cell: lost[cell])
     assert statistics.geometric_mean(lost.values()) < 1.01
 
 
@@ -295,24 +298,24 @@ def ratios(form: Instance, other: Instance, routing: str) -> dict[tuple[str, flo
 def test_pairs_serve_where_they_were_recorded_faster() -> None:
     """What fast_instances says of them, by the form that they are of; at 96 tokens level, and faster if skewed."""
     both = replace(PERMUTED, cluster=2)
-    for routing, least, most in (("uniform", 0.86, 1.0), ("zipf", 0.96, 1.025)):
+    for routing, least, most in (("uniform", 0.84, 1.0), ("zipf", 0.97, 1.03)):
         two = [
             found for (name, rows), found in ratios(PAIRED, INSTANCES[176], routing).items()
             if PAIRS_FROM < rows <= PAIRS_UP_TO and fast_layer.shape_of(name).num_experts > FEW_EXPERTS
         ]  # fmt: skip
         assert len(two) == 4 and min(two) > least and max(two) < most
         more = [found for (_, rows), found in ratios(both, PERMUTED, routing).items() if rows > PAIRS_UP_TO]
-        assert len(more) == 7 and min(more) > 1.0 and max(more) < 1.08
+        assert len(more) == 7 and min(more) > 0.99 and max(more) < 1.08
     middle = replace(INSTANCES[96], cluster=1)
     of_middle = [
         [found for (_, rows), found in ratios(INSTANCES[96], middle, routing).items() if rows == 64.0]
         for routing in fast_layer.ROUTINGS
     ]
-    assert all(0.99 < each < 1.01 for each in of_middle[0]) and all(0.89 <= each < 1.0 for each in of_middle[1])
+    assert all(0.99 < each < 1.02 for each in of_middle[0]) and all(0.89 <= each < 1.0 for each in of_middle[1])
 
 
 def test_tokens_are_permuted_where_that_was_recorded_faster() -> None:
-    """By how many tiles read them, from two tiles an expert on; of few experts also where others go in pairs."""
+    """By how many tiles read them, from three tiles an expert on; of few experts two would do as well."""
     for routing in fast_layer.ROUTINGS:
         often: list[float] = []
         seldom: list[float] = []
@@ -320,8 +323,9 @@ def test_tokens_are_permuted_where_that_was_recorded_faster() -> None:
             reads = -(-2 * fast_layer.shape_of(name).moe_intermediate_size // PERMUTED.rows)
             if rows > PAIRS_UP_TO:
                 (often if reads >= READS_TO_PERMUTE else seldom).append(found)
-        assert len(often) == 6 and min(often) > 0.88 and max(often) < 0.99
+        assert len(often) == 6 and min(often) > 0.9 and max(often) < 1.01
         assert len(seldom) == 1 and seldom[0] > 1.2
         gathered = ratios(PERMUTED, PAIRED, routing)
-        assert all(each > 1.0 for (name, rows), each in gathered.items() if rows == 256 and "mixtral" not in name)
-        assert 0.95 < gathered["mixtral-8x7b/tp2", 256.0] < (1.03 if routing == "uniform" else 0.97)
+        assert all(each > 0.97 for (name, rows), each in gathered.items() if rows == 256 and "mixtral" not in name)
+        single = ratios(PERMUTED, INSTANCES[176], routing)
+        assert 0.94 < single["mixtral-8x7b/tp2", 256.0] < 0.96

@@ -108,7 +108,7 @@ INSTANCES = {
 """Widest tile of tokens -> the instance for it. Two blocks a multiprocessor where weights are all there is to move; 256 weight
 rows where tokens are read again and again, once for every tile of weight rows. The ring takes what shared memory is left:
 227 KiB a block, 228 for all, 1 kept of each. In pairs of blocks at 96, for a skewed batch: an expert with twice its share is read
-once (data/recordings/fast_choice.json, 64 rows an expert: 0 to 11 % faster than single blocks if skewed, within 1 % if even)."""
+once (data/recordings/fast_choice.json, 64 rows an expert: 1 to 11 % faster than single blocks if skewed, within 2 % if even)."""
 
 PERMUTED = replace(INSTANCES[176], permutes=1)
 """Where tokens are first written out in order of expert: their second reading, and all that follow, are TMA's."""
@@ -120,20 +120,20 @@ ALL = (ONE_TOKEN, *INSTANCES.values(), PAIRED, PERMUTED)
 
 READS_TO_PERMUTE = 6
 """Tiles of weight rows that read the same tokens in GEMM1, from which it is faster to permute the tokens where an expert has
-more than PAIRS_UP_TO: in data/recordings/fast_choice.json, even and skewed, at six (Qwen3-30B-A3B) and more in 0.88 to 0.99 of
-the time of gathering them, at three (Qwen3-235B-A22B tp4) in 1.24 to 1.28, where memory has more to move than GEMM1 takes. At
-256 rows pairs that gather are as fast or faster; of FEW_EXPERTS, which have no pairs, tokens are permuted there too."""
+more than PAIRS_UP_TO: in data/recordings/fast_choice.json, even and skewed, at six (Qwen3-30B-A3B) and more in 0.91 to 1.00 of
+the time of gathering them, at three (Qwen3-235B-A22B tp4) in 1.28 to 1.29, where memory has more to move than GEMM1 takes. At
+256 rows pairs that gather are 2 % slower to 70 % faster. Of FEW_EXPERTS, which have no pairs, machines differ there: Mixtral-8x7B
+tp2 takes permuted 0.94 to 0.95 of the time of gathering in this recording, and took more on others; it gathers."""
 
 PAIRS_FROM, PAIRS_UP_TO = 176, 352
 """Rows of an expert, more than the first and at most the second, that are served in pairs. In data/recordings/fast_choice.json
-pairs that gather take 0.86 to 1.00 of the time of single blocks that do at 256 rows with uniform routing, 0.96 to 1.02 if
-skewed; from 512 rows on pairs that permute take 1.00 to 1.08 of the time of single blocks that do, where an expert may have a
-tile without another. Of FEW_EXPERTS the shares are very unequal if skewed: Mixtral-8x7B tp2 at 256 rows takes without pairs
-0.96 of the time, 1.03 if even."""
+pairs that gather take 0.84 to 0.99 of the time of single blocks that do at 256 rows with uniform routing, 0.98 to 1.03 if
+skewed; from 512 rows on pairs that permute take 0.99 to 1.07 of the time of single blocks that do, where an expert may have a
+tile without another. Of FEW_EXPERTS the shares are very unequal if skewed."""
 
 SHORT_INNER = 256
-"""Inner sizes of so few elements are served in pairs from one tile an expert on (there, DeepSeek-V3 tp8 at 4096 tokens: 0.99 of
-the time of single blocks, 0.96 if skewed). Why, where nothing is shared, is not shown: it may be that blocks in step find in the
+"""Inner sizes of so few elements are served in pairs from one tile an expert on (there, DeepSeek-V3 tp8 at 4096 tokens: 0.98 of
+the time of single blocks, 0.97 if skewed). Why, where nothing is shared, is not shown: it may be that blocks in step find in the
 second-level cache what others just read."""
 
 FEW_EXPERTS, THEIR_ROWS = 8, 32

@@ -50,8 +50,9 @@ FORMS = (
     FewTokens(Tile(1, 512, 2), Tile(4, 256, 1)),
     FewTokens(Tile(1, 1024, 2), Tile(4, 256, 1)),
 )
-"""Those in use; data/recordings/fast_choice.json has all of them at every shape. For one token GEMM2 has 10 to 16 warps a
-multiprocessor in each, at the hidden sizes that it serves: fewer leave memory idle, more come in turns."""
+"""Those in use; data/recordings/fast_choice.json has all of them at every shape. GEMM2 has 10 to 16 warps a
+multiprocessor in each, at the fewest tokens and the largest hidden size that it serves (of the last: of these shapes): fewer
+leave memory idle, more come in turns."""
 
 MOST_HIDDEN = (2048, 4096, 5120)
 """Largest hidden_size that a form but the last serves: the first form for one token, the second for more; then one form each."""

@@ -42,9 +42,9 @@ GATED_KERNEL = "gated_tma"
 """The implementation, and the kernel= of its tuned files, for batches between a few tokens and tiles full of them."""
 
 MOST_ROWS_OF_GATED = 24
-"""Rows that an expert gets, if tokens spread evenly, up to which GATED_KERNEL serves under its tuned configs; up to ENOUGH_ROWS
+"""Rows that an expert gets, if tokens spread evenly, up to which GATED_KERNEL serves under its tuned configs; below ENOUGH_ROWS
 where the inner size is short. In data/recordings/fast_choice.json, uniform routing, it takes 0.95 to 1.00 of the time of every
-other form at 4, 8 and 16 rows; at 32, 0.98 for DeepSeek-V3 tp8 (1.01 if skewed) and 1.02 for LFM2-8B (1.07); at 64, 1.05 to
+other form at 4, 8 and 16 rows; at 32, 0.99 for DeepSeek-V3 tp8 (1.03 if skewed) and 1.02 for LFM2-8B (1.08); at 64, 1.06 to
 1.12."""
 
 FEW_EXPERTS, MOST_TOKENS_OF_FEW_EXPERTS = 16, 128
