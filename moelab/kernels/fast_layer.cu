@@ -1,11 +1,12 @@
 // A whole fused MoE layer in one launch, for Hopper (sm_90a); or all of it but the sums.
 //
 // Blocks stay for the whole launch and take tiles in turn: first those of GEMM1 (w13, then silu(gate) * up), then those of
-// GEMM2 (w2, times the routed weight, unless GEMM1's rows were); once all are done, they share out the sums over each
-// token's slots (fast_sums.cuh), or leave them to a launch of their own (APART, fast_sum.cu). Weights are wgmma's M and tokens its N, so a tile fits its number of tokens to a multiple of
-// GRAIN and pads nothing in memory. In a block, one warp streams weights by TMA, three gather GEMM1's tokens, of which for GEMM2
-// one tells slots and another loads tokens by TMA (fast_copies.cuh), and WARPGROUPS warpgroups multiply; a ring of STAGES buffers
-// lets the copies run ahead, across tiles and across the two GEMMs: w2 is on its way while the last tiles of GEMM1 are computed.
+// GEMM2 (w2, times the routed weight, unless GEMM1's rows were); once all are done, they share out the sums over each token's
+// slots (fast_sums.cuh), or leave them to a launch of their own (APART, fast_sum.cu). Weights are wgmma's M and tokens its N,
+// so a tile fits its number of tokens to a multiple of GRAIN and pads nothing in memory. In a block, one warp streams weights
+// by TMA, three gather GEMM1's tokens, of which for GEMM2 one tells slots and another loads tokens by TMA (fast_copies.cuh),
+// and WARPGROUPS warpgroups multiply; a ring of STAGES buffers lets the copies run ahead, across tiles and across the two
+// GEMMs: w2 is on its way while the last tiles of GEMM1 are computed.
 // In forms that permute, one thread streams weights and tokens by TMA, a warp tells slots, and two write the tokens out in order
 // of expert (fast_permute.cuh); a tile of GEMM1 waits for its own.
 //
