@@ -285,9 +285,9 @@ def test_the_rule_is_near_the_best_recorded() -> None:
 
 def ratios(form: Instance, other: Instance, routing: str) -> dict[tuple[str, float], float]:
     """(Shape, rows an expert gets) -> recorded time of that form over that of the other, in every cell that has both."""
-    found = {}
+    found, recorded = {}, recordings.load("fast_choice")
     for name, b in itertools.product(fast_layer.SHAPES, fast_layer.BATCHES):
-        rows = recordings.load("fast_choice").select(shape=name, num_tokens=b, routing=routing)
+        rows = recorded.select(shape=name, num_tokens=b, routing=routing)
         times = {row["instance"]: statistics.median(row["samples_us"]) for row in rows}
         shape = fast_layer.shape_of(name)
         if {repr(form), repr(other)} <= set(times):
