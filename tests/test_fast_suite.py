@@ -315,7 +315,7 @@ def test_pairs_serve_where_they_were_recorded_faster() -> None:
 
 
 def test_tokens_are_permuted_where_that_was_recorded_faster() -> None:
-    """By how many tiles read them, from three tiles an expert on; of few experts two would do as well."""
+    """By how many tiles read them, from three tiles an expert on; of few experts two would do."""
     for routing in fast_layer.ROUTINGS:
         often: list[float] = []
         seldom: list[float] = []

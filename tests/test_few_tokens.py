@@ -88,6 +88,10 @@ def test_who_has_a_form() -> None:
         assert forms == [first, first, 2, 2, 3, 3, 4, 4]
     assert form_for(2, 2, 8, 4096, 7168) is FORMS[2] and form_for(3, 2, 8, 4096, 7168) is None
     assert form_for(4, 4, 32, 2048, 1792) is FORMS[1] and form_for(5, 4, 32, 2048, 1792) is None
+    assert form_for(4, 1, 16, 5120, 2048) is FORMS[3] and form_for(4, 2, 17, 5120, 2048) is None, (
+        "a fused shared expert"
+    )
+    assert form_for(4, 9, 257, 7168, 256) is FORMS[4]
     assert form_for(8, 8, 256, 7168, 256) is FORMS[4] and form_for(9, 8, 256, 7168, 256) is None
     assert form_for(1, 8, 128, 2048, 512 * 32) is FORMS[0] and form_for(1, 8, 128, 2048, 512 * 32 + 8) is None
     assert form_for(1, 1, 2, 64, MOST_PROGRAMS) is FORMS[0] and form_for(1, 1, 2, 64, MOST_PROGRAMS + 1) is None
@@ -120,6 +124,9 @@ def test_programmatic_launch_compiles_for_hopper() -> None:
 
 def test_how_often_weights_are_read() -> None:
     assert reread(1, 8, 128) == 1 and reread(1, 3, 2) == 1.5
+    assert reread(4, 1, 16, shared=0) == reread(4, 1, 16) and reread(1, 2, 17, shared=1) == 1
+    assert reread(4, 2, 17, shared=1) == pytest.approx(8 / (1 + 16 * (1 - (15 / 16) ** 4)))
+    assert reread(3, 1, 1, shared=1) == 3, "all of them, and no other"
     assert reread(2, 2, 8) == pytest.approx(4 / (8 * (1 - 0.75**2)))
     drawn = torch.stack([torch.randperm(32)[:4] for _ in range(4 * 4000)]).view(4000, -1)
     touched = sum(len(set(batch.tolist())) for batch in drawn) / 4000

@@ -122,8 +122,8 @@ READS_TO_PERMUTE = 6
 """Tiles of weight rows that read the same tokens in GEMM1, from which it is faster to permute the tokens where an expert has
 more than PAIRS_UP_TO: in data/recordings/fast_choice.json, even and skewed, at six (Qwen3-30B-A3B) and more in 0.91 to 1.00 of
 the time of gathering them, at three (Qwen3-235B-A22B tp4) in 1.28 to 1.29, where memory has more to move than GEMM1 takes. At
-256 rows pairs that gather are 2 % slower to 70 % faster. Of FEW_EXPERTS, which have no pairs, machines differ there: Mixtral-8x7B
-tp2 takes permuted 0.94 to 0.95 of the time of gathering in this recording, and took more on others; it gathers."""
+256 rows pairs that gather are 2 % slower to 70 % faster. Of FEW_EXPERTS, which have no pairs, it is open there: Mixtral-8x7B tp2
+gathers, and takes permuted 0.94 to 0.95 of that time in this recording."""
 
 PAIRS_FROM, PAIRS_UP_TO = 176, 352
 """Rows of an expert, more than the first and at most the second, that are served in pairs. In data/recordings/fast_choice.json

@@ -63,6 +63,11 @@ form is faster: each pair reads its expert's for itself, if mostly from the seco
 data/recordings/fast_choice.json at four tokens Mixtral-8x7B (1.46) is faster by another form, LFM2-8B (1.21) by these; at eight
 DeepSeek-V3 (1.11) by these, Qwen3 (1.24) only if tokens choose evenly."""
 
+MOST_IF_SHARED = 1.5
+"""The same, at most, if all tokens have one of their experts in common, as where shared experts are fused, and choose the others
+evenly. Four skewed tokens of LFM2-8B read weights 1.47 times (experts_touched in data/recordings/fast_layer.json) and take 0.99
+of the time of other forms in fast_choice.json; of Mixtral-8x7B, 1.60 times and 1.14 of the time."""
+
 MOST_TOKENS = max(MOST_REREAD)
 """Of a batch that goes here."""
 
@@ -80,6 +85,8 @@ def form_for(
     limit = next((most for tokens, most in MOST_REREAD.items() if num_tokens <= tokens), 0.0)
     if num_tokens < 1 or reread(num_tokens, top_k, num_experts) > limit:
         return None
+    if top_k > 1 and reread(num_tokens, top_k, num_experts, shared=1) > MOST_IF_SHARED:
+        return None
     place = bisect.bisect_left(MOST_HIDDEN, hidden_size)
     form = FORMS[place + (place > 0 or num_tokens > 1)]
     steps = max(-(-hidden_size // form.up.columns), top_k * -(-moe_intermediate_size // form.down.columns))
@@ -87,10 +94,12 @@ def form_for(
     return form if steps <= MOST_STEPS and programs <= MOST_PROGRAMS else None
 
 
-def reread(num_tokens: int, top_k: int, num_experts: int) -> float:
-    """How often an expert's weights are read, on average, if every token chooses top_k of the experts evenly."""
-    touched = num_experts * (1 - (1 - min(top_k / num_experts, 1.0)) ** num_tokens)
-    return num_tokens * top_k / touched
+def reread(num_tokens: int, top_k: int, num_experts: int, shared: int = 0) -> float:
+    """How often an expert's weights are read, on average, if every token chooses `shared` of the experts, the same for all, and
+    the rest of its top_k evenly among the others; fewer are shared than chosen."""
+    top_k, num_experts = top_k - shared, num_experts - shared
+    touched = num_experts * (1 - (1 - min(top_k / max(num_experts, 1), 1.0)) ** num_tokens)
+    return num_tokens * (shared + top_k) / (shared + touched)
 
 
 @triton.jit
