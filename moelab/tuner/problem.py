@@ -81,21 +81,19 @@ class Problem:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` reads them back to an equal Problem."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["shape"] = dataclasses.asdict(self.shape)
         values["incumbents"] = {
             label: {str(b): [c.to_json() for c in pair] for b, pair in by_batch.items()}
             for label, by_batch in self.incumbents.items()
         }
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} | {
-            "shape": values["shape"] | {"keys_used": list(self.shape.keys_used)}
+            "shape": self.shape.to_json()
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Problem:
         """Read what `to_json` wrote. KeyError, TypeError and MoelabError mean that it was not that."""
         values = dict(content)
-        shape = dict(values["shape"])
-        values["shape"] = MoEShape(**shape | {"keys_used": tuple(shape["keys_used"])})
+        values["shape"] = MoEShape.from_json(values["shape"])
         for name in ("batch_sizes", "split_k"):
             values[name] = tuple(values[name])
         if values["axes"] is not None:
