@@ -15,10 +15,24 @@ def preset_names(*, quantised: bool = False) -> tuple[str, ...]:
     return tuple(name for name, plain in _presets(models_dir()).items() if plain or quantised)
 
 
+def published_as(name: str) -> str | None:
+    """The quantised preset of the checkpoint whose layer, in plain weights, is this preset; None for any other name."""
+    source = _sources(models_dir()).get(name)
+    alias = preset_stem(source) if source else None
+    return alias if alias != name else None
+
+
+@functools.cache
+def _sources(folder: Path) -> dict[str, str]:
+    """Preset -> the Hugging Face id that it was read from."""
+    return {file.stem: str(load_config_file(file).get("source", "")) for file in sorted(folder.glob("*.json"))}
+
+
 @functools.cache
 def _presets(folder: Path) -> dict[str, bool]:
     """Preset -> whether its weights are plain."""
-    return {f.stem: "quantization_config" not in load_config_file(f) for f in sorted(folder.glob("*.json"))}
+    files = sorted(folder.glob("*.json"), key=lambda file: file.stem)
+    return {file.stem: "quantization_config" not in load_config_file(file) for file in files}
 
 
 def source_of(model: str | Path) -> tuple[str | Path, str | None]:
@@ -52,7 +66,7 @@ def _aliases(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     by_kind = sorted(_presets(folder).items(), key=lambda item: not item[1])
     for stem, _ in by_kind:
-        source = str(load_config_file(folder / f"{stem}.json").get("source", ""))
+        source = _sources(folder)[stem]
         for alias in (source, source.rpartition("/")[2]):
             found[alias.lower()] = stem
     found.pop("", None)

@@ -255,7 +255,8 @@ def _of_scheme(group: Mapping[str, Any]) -> Format:
         ("tensor", "tensor", True): "w8a8_tensor", ("tensor", "tensor", False): "w8a8_tensor_static",
         ("channel", "token", True): "w8a8_channel", ("block", "group", True): "w8a8_block",
     }.get(scheme)  # fmt: skip
-    name = f"{'fp8' if kind == 'float' else kind}_{family}"
+    prefix = {"float": "fp8", "int": "int8"}.get(str(kind))
+    name = f"{prefix}_{family}"
     if name not in FAMILIES:
         _refuse("compressed-tensors", f"{said} with activations by {scheme[1]}, {'dynamic' if scheme[2] else 'static'}")
     return _in_blocks(name, weights.get("block_structure")) if strategy == "block" else FAMILIES[name]

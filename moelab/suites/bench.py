@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moelab import precision, recordings, roofline, runtime
-from moelab.config_files import Lookup, dtype_selector, lookup
+from moelab.config_files import Lookup, question
 from moelab.errors import MoelabError, PrecisionError, RuntimeModeError, UnknownNameError, nearest_names
 from moelab.fused_moe import HOPPER_ONLY, IMPLEMENTATIONS
 from moelab.measure import EagerProtocol, Measurement, measure, measure_eager, tie
@@ -134,10 +134,9 @@ def _own_configs(own: tuple[Lookup, Lookup] | None) -> dict[str, Any]:
 
 
 def _lookup(shape: MoEShape, num_tokens: int, *, down: bool, kernel: str | None = None) -> Lookup:
-    return lookup(
-        shape.num_experts, shape.moe_intermediate_size, runtime.current().device_name,
-        num_tokens=num_tokens, triton_version=runtime.versions()["triton"] or "unknown", down=down,
-        dtype_selector=dtype_selector(shape.dtype), kernel=kernel,
+    return question(shape).lookup(
+        runtime.current().device_name, num_tokens=num_tokens, triton_version=runtime.versions()["triton"] or "unknown",
+        down=down, kernel=kernel,
     )  # fmt: skip
 
 
