@@ -251,12 +251,12 @@ def _of_scheme(group: Mapping[str, Any]) -> Format:
     if (inputs.get("type"), inputs.get("num_bits")) != (kind, bits) or bits != 8:
         _refuse("compressed-tensors", f"{said} with {inputs.get('type')}{inputs.get('num_bits')} activations")
     scheme = (strategy, inputs.get("strategy"), bool(inputs.get("dynamic")))
-    family = {
+    families: dict[tuple[Any, Any, bool], str] = {
         ("tensor", "tensor", True): "w8a8_tensor", ("tensor", "tensor", False): "w8a8_tensor_static",
         ("channel", "token", True): "w8a8_channel", ("block", "group", True): "w8a8_block",
-    }.get(scheme)  # fmt: skip
+    }  # fmt: skip
     prefix = {"float": "fp8", "int": "int8"}.get(str(kind))
-    name = f"{prefix}_{family}"
+    name = f"{prefix}_{families.get(scheme)}"
     if name not in FAMILIES:
         _refuse("compressed-tensors", f"{said} with activations by {scheme[1]}, {'dynamic' if scheme[2] else 'static'}")
     return _in_blocks(name, weights.get("block_structure")) if strategy == "block" else FAMILIES[name]

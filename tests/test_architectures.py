@@ -294,7 +294,10 @@ UNREADABLE: dict[str, tuple[dict[str, Any], str]] = {
     "a clamp of null where the class needs one": ({**DEEPSEEK_V4, "swiglu_limit": None}, "a number over 0"),
     "a known one in a latent space": ({**QWEN3, "moe_latent_size": 1024}, "moe_latent_size"),
     "a known one with experts of another hidden size": ({**QWEN3, "routed_expert_hidden_size": 1024}, "routed_expert"),
-    "an unknown one with experts of another hidden size": ({**SIZES, "routed_expert_hidden_size": 1024}, "routed_expert"),
+    "an unknown one with experts of another hidden size": (
+        {**SIZES, "routed_expert_hidden_size": 1024},
+        "routed_expert",
+    ),
     "Kimi-K3 with its own activation": ({**KIMI_K3, "activation_situ_beta": 1.5}, "activation_situ_beta"),
     "Ling 3 with clamped experts": (
         {**QWEN3, "architectures": ["BailingMoeV3ForCausalLM"], "expert_swiglu_limit_list": [0.0, 7.0]},
@@ -309,7 +312,10 @@ def test_keys_that_change_sizes_or_arithmetic_are_looked_for_in_known_architectu
     assert read_model_config({**GPT_OSS, "swiglu_limit": 7.0, "swiglu_alpha": 1.702}).activation == "swiglu_oai"
     assert read_model_config({**DEEPSEEK_V4, "swiglu_limit": 10.0}).activation == "silu_clamped"
     assert read_model_config(KIMI_K3).hidden_size == 3584
-    assert read_model_config({"architectures": ["KimiK3ForConditionalGeneration"], "text_config": KIMI_K3}).hidden_size == 3584
+    assert (
+        read_model_config({"architectures": ["KimiK3ForConditionalGeneration"], "text_config": KIMI_K3}).hidden_size
+        == 3584
+    )
     off = {"swiglu_limit": None, "swiglu_limits": [0.0, None], "moe_latent_size": 0}
     assert read_model_config({**QWEN3, **off}).activation == "silu"
 
@@ -318,7 +324,9 @@ def test_an_absent_key_means_the_classs_default() -> None:
     """DeepSeek-V4, GLM-5-Next and HunYuan-V4 clamp at 10.0 unless told otherwise (transformers 5.23)."""
     assert read_model_config(DEEPSEEK_V4).activation == "silu_clamped"
     for name in ("HYV4ForCausalLM", "Glm5NextForConditionalGeneration"):
-        assert read_model_config({**DEEPSEEK_V4, "architectures": [name], "model_type": name}).activation == "silu_clamped"
+        assert (
+            read_model_config({**DEEPSEEK_V4, "architectures": [name], "model_type": name}).activation == "silu_clamped"
+        )
 
 
 @pytest.mark.slow

@@ -95,7 +95,12 @@ def test_bad_parts_of_a_name() -> None:
 
 
 def test_selectors_of_unquantised_dtypes() -> None:
-    for dtype, selector in (("bfloat16", None), ("torch.float16", None), ("float32", "float32"), ("float64", "float32")):
+    for dtype, selector in (
+        ("bfloat16", None),
+        ("torch.float16", None),
+        ("float32", "float32"),
+        ("float64", "float32"),
+    ):
         shape = MoEShape("any", 8, 2, 64, 32, dtype=dtype)
         assert cf.question(shape).dtype_selector == selector
 

@@ -42,7 +42,9 @@ def test_the_table_has_what_the_peers_serve() -> None:
     assert get_format("fp8_w8a8_block") == get_format("fp8_w8a8_block_128x128")
 
 
-@pytest.mark.parametrize("name", ["fp9", "", "plain_128", "fp8_w8a8_block_128", "fp8_w8a8_channel_128", "int8_w8a8_channel_zp", None, 8])
+@pytest.mark.parametrize(
+    "name", ["fp9", "", "plain_128", "fp8_w8a8_block_128", "fp8_w8a8_channel_128", "int8_w8a8_channel_zp", None, 8]
+)
 def test_an_unknown_format_is_refused(name: object) -> None:
     with pytest.raises(FormatError, match=r"Expected"):
         get_format(name)  # type: ignore[arg-type]
@@ -92,10 +94,14 @@ def test_a_shape_carries_its_format() -> None:
     for shape in (plain, quantised):
         assert MoEShape.from_json(shape.to_json()) == shape
     assert quantised.shard(2).format == quantised.format
-    assert MoEShape.from_sizes(num_experts=8, top_k=2, hidden_size=64, moe_intermediate_size=32, format="fp8_w8a8_channel")
+    assert MoEShape.from_sizes(
+        num_experts=8, top_k=2, hidden_size=64, moe_intermediate_size=32, format="fp8_w8a8_channel"
+    )
 
 
 def test_what_takes_plain_weights_alone_says_so() -> None:
     require_plain(load_model("mixtral-8x7b"), "The test")
-    with pytest.raises(FormatError, match=r"The test takes plain weights.*mixtral-8x7b-awq.*int4_w4a16_group_128_zp.*Marlin"):
+    with pytest.raises(
+        FormatError, match=r"The test takes plain weights.*mixtral-8x7b-awq.*int4_w4a16_group_128_zp.*Marlin"
+    ):
         require_plain(load_model("mixtral-8x7b-awq"), "The test")

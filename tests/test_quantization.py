@@ -91,8 +91,15 @@ def test_formats_of_checkpoints(label: str, tmp_path: Path) -> None:
 
 
 def test_where_the_section_lies() -> None:
-    nested = {"architectures": ["KimiK25ForConditionalGeneration"], "text_config": {**MODEL, "quantization_config": BLOCK}}
-    outer = {"architectures": ["KimiVLForConditionalGeneration"], "text_config": MODEL, "compression_config": scheme(INT4)}
+    nested = {
+        "architectures": ["KimiK25ForConditionalGeneration"],
+        "text_config": {**MODEL, "quantization_config": BLOCK},
+    }
+    outer = {
+        "architectures": ["KimiVLForConditionalGeneration"],
+        "text_config": MODEL,
+        "compression_config": scheme(INT4),
+    }
     assert MoEShape.from_config(nested).format.name == "fp8_w8a8_block_128x128"
     assert MoEShape.from_config(outer).format.name == "int4_w4a16_group_32"
 
@@ -129,7 +136,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "mixed precision.*none",
     ),
     "w2 in a group of its own": (
-        {"quant_method": "compressed-tensors", "config_groups": {**TWO_GROUPS, "group_1": DOWN}}, "mixed precision.*group_0, group_1",
+        {"quant_method": "compressed-tensors", "config_groups": {**TWO_GROUPS, "group_1": DOWN}},
+        "mixed precision.*group_0, group_1",
     ),
     "a layer in a group of its own": (
         {"quant_method": "compressed-tensors", "config_groups": {**TWO_GROUPS, "group_1": LAYER}}, "mixed precision",
@@ -152,16 +160,18 @@ def test_what_cannot_be_read_is_refused_by_name(label: str) -> None:
 
 def test_experts_of_a_format_of_their_own() -> None:
     """DeepSeek-V4: fp8 but for its experts, which are fp4."""
-    with pytest.raises(FormatError, match="expert_dtype.*fp4"):
+    with pytest.raises(FormatError, match=r"expert_dtype.*fp4"):
         MoEShape.from_config({**MODEL, "quantization_config": BLOCK, "expert_dtype": "fp4"})
 
 
+WORDS = st.sampled_from(["float", "int", "group", "Linear", "re:.*"])
+INNER_KEYS = st.sampled_from(["weights", "targets", "group_0", "dynamic"])
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-2, 200) | st.text(max_size=5) | st.sampled_from(["float", "int", "group", "Linear", "re:.*"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["weights", "targets", "group_0", "dynamic"]), inner),
+    st.none() | st.booleans() | st.integers(-2, 200) | st.text(max_size=5) | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(INNER_KEYS, inner),
     max_leaves=6,
 )
-KEYS = ("weight_block_size", "activation_scheme", "bits", "group_size", "config_groups", "ignore", "dynamic", "fmt", "sym", "quant_algo")
+KEYS = "weight_block_size activation_scheme bits group_size config_groups ignore dynamic fmt sym quant_algo".split()  # noqa: SIM905
 
 
 @settings(max_examples=300, deadline=None)

@@ -134,7 +134,8 @@ NAMES: dict[str, tuple[str | None, str | None]] = {
     ),
     "int8_w8a8_channel": ("E=8,N=512,device_name=D,dtype=int8_w8a8,per_channel_quant=True.json", "E=8,N=512,device_name=D.json"),
     "int8_w8a8_block": (
-        "E=8,N=512,device_name=D,dtype=int8_w8a8,block_shape=[128, 128].json", "E=8,N=512,device_name=D,block_shape=[128,128].json",
+        "E=8,N=512,device_name=D,dtype=int8_w8a8,block_shape=[128, 128].json",
+        "E=8,N=512,device_name=D,block_shape=[128,128].json",
     ),
     "int8_w8a16_channel": ("E=8,N=512,device_name=D,dtype=int8_w8a16.json",) * 2,
     "int8_w8a16_group_128": ("E=8,N=512,device_name=D,dtype=int8_w8a16.json",) * 2,
@@ -204,7 +205,8 @@ def test_whom_a_file_is_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "meant"), [("H200", "NVIDIA_H200"), ("nvidia h200", "NVIDIA_H200"), ("NVIDIA H2O0", "NVIDIA_H20"), ("MI300X", "AMD_")]
+    ("device", "meant"),
+    [("H200", "NVIDIA_H200"), ("nvidia h200", "NVIDIA_H200"), ("NVIDIA H2O0", "NVIDIA_H20"), ("MI300X", "AMD_")],
 )
 def test_a_doubtful_device_is_told(device: str, meant: str) -> None:
     doubt = cf.device_doubt(device)
@@ -219,6 +221,8 @@ def test_a_known_device_is_not(device: str) -> None:
 def test_the_platform_of_a_device() -> None:
     assert cf.platform_of("NVIDIA H200") == "sm_90" and cf.platform_of("AMD Instinct MI325X") == "gfx942"
     assert cf.platform_of(None) == cf.platform_of("NVIDIA Something") == "sm_90"
-    with_ep = [cf.ask("glm-4.5", tp_size=8, ep_size=8, device=d).num_experts for d in ("NVIDIA H200", "AMD Instinct MI300X")]
+    with_ep = [
+        cf.ask("glm-4.5", tp_size=8, ep_size=8, device=d).num_experts for d in ("NVIDIA H200", "AMD Instinct MI300X")
+    ]
     assert with_ep == [20, 21]
     assert load_model("glm-4.5", tp_size=8, ep_size=8, platform="gfx942").num_experts == 21

@@ -178,6 +178,8 @@ def explain(
 
     kernel = None if kernel in ("triton", "grouped_gemm") else kernel
     named, device = device, device or _this_gpu()
+    asked = ask(model, rules, disable_shared_experts_fusion=disable_shared_experts_fusion, device=device,
+                tp_size=tp_size, ep_size=ep_size, dtype=dtype)  # fmt: skip
     if device is None:
         raise DeviceError(
             "No GPU here whose configs could be looked up. Expected a device's name. Pass --device, for example "
@@ -188,10 +190,7 @@ def explain(
             raise typer.BadParameter(
                 "--kernel fast takes no --rules, --config-dir or --down: it says what runs, not by which file."
             )
-        found = _load(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
-        return config_commands.explain_fast(found, batch_size, device, triton_version, as_json)
-    asked = ask(model, rules, disable_shared_experts_fusion=disable_shared_experts_fusion, device=device,
-                tp_size=tp_size, ep_size=ep_size, dtype=dtype)  # fmt: skip
+        return config_commands.explain_fast(asked.shape, batch_size, device, triton_version, as_json)
     answer = asked.lookup(
         device, num_tokens=batch_size, triton_version=triton_version or _installed_triton(), down=down,
         config_dir=config_dir, kernel=kernel,

@@ -5,7 +5,7 @@ A file holds batch size -> KernelConfig for one (E, N, device, dtype, ...), name
 the name. Files lie in `triton_X_Y_Z/` folders, because what is fast under one Triton need not be under
 another. A file `...,kernel=NAME.json` is for a kernel beside the exchange kernel, and no peer can ask for it.
 
-question.py says which file a server asks for, for a model as it runs it. rules.py says how each loader searches; names.py,
+questions.py says which file a server asks for, for a model as it runs it. rules.py says how each loader searches; names.py,
 content.py and search.py follow it; exporting.py writes for a loader and reads back; diagnosis.py finds the files that no
 loader reaches, or no kernel takes, and specimen.py writes one of each such.
 """
@@ -20,7 +20,7 @@ from moelab.config_files.exporting import Exported, Source, export, export_path,
 from moelab.config_files.findings import Finding, Report
 from moelab.config_files.names import FileName, file_name, parse_file_name
 from moelab.config_files.places import kernels_with_files, version_folders
-from moelab.config_files.question import Question, ask, not_asked_for, platform_of, question
+from moelab.config_files.questions import Question, ask, not_asked_for, platform_of, question
 from moelab.config_files.rules import DTYPE_SELECTORS, RULES, Rules, get_rules, rules_table
 from moelab.config_files.search import Lookup, Step, lookup, nearest_key
 

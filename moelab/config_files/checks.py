@@ -17,7 +17,7 @@ from moelab.config_files.content import no_duplicates, split_entry
 from moelab.config_files.defaults import device_target
 from moelab.config_files.findings import Finding, Severity
 from moelab.config_files.names import FileName
-from moelab.config_files.question import users_of
+from moelab.config_files.questions import users_of
 from moelab.config_files.rules import RULES, USE_TMA, Rules
 from moelab.config_files.running import run_violations
 from moelab.errors import nearest_names
