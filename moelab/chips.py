@@ -14,7 +14,9 @@ DTYPE_BYTES: Mapping[str, int] = {
     "float16": 2,
     "float8_e4m3fn": 1,
     "float8_e5m2": 1,
+    "float8_e8m0fnu": 1,
     "int8": 1,
+    "uint8": 1,
 }
 """Bytes per element of every dtype that moelab names, spelled as torch spells it."""
 

@@ -80,10 +80,7 @@ def test_a_bench_takes_the_kernels_own_files(
     up, down = KernelConfig(16, 32, 16, 1, SPLIT_K=2), KernelConfig(16, 64, 16, 1)
     folder = tmp_path / runtime.triton_key(runtime.versions()["triton"] or "")
     for best, is_down in ((up, False), (down, True)):
-        name = config_files.file_name(
-            SMALL.num_experts, SMALL.moe_intermediate_size, "cpu", config_files.dtype_selector(SMALL.dtype), down=is_down,
-            kernel="split_k_workspace",
-        )  # fmt: skip
+        name = config_files.question(SMALL).file_name("cpu", down=is_down, kernel="split_k_workspace")
         config_files.write_config_file(folder / name, {4: best})
     given: dict[str, object] = {}
     for impl in ("triton", "split_k_workspace", "split_k_atomic"):
