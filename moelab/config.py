@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from moelab.chips import Target, dtype_bytes, get_target
+from moelab.chips import Target, get_target
+from moelab.dtypes import dtype_bytes
 from moelab.errors import ConfigError, SharedMemoryError, nearest_names
 
 MIN_DOT_BLOCK = 16

@@ -319,7 +319,7 @@ def _through_custom_op(call: MoECall, impl: str) -> Tensor:
 def available_implementations(dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
     """The names in IMPLEMENTATIONS that run in this process on `dtype`; only built-in ones are judged."""
     mode = runtime.current().mode
-    runs = {name: mode == "gpu" or (mode == "interpreter" and dtype != torch.bfloat16) for name in PIPELINES}
+    runs = dict.fromkeys(PIPELINES, runtime.runs_kernels(dtype))
     if mode == "gpu":
         from moelab.kernels import checks
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moelab.errors import DtypeError, FolderError, RuntimeModeError
+from moelab.dtypes import dtype_name, interpreted
+from moelab.errors import FolderError, RuntimeModeError
 
 Mode = Literal["gpu", "interpreter", "none"]
 
@@ -102,14 +103,18 @@ def require_kernels(dtype: Any = None) -> Runtime:
             "Install triton, or start Python with TRITON_INTERPRET=1 in the environment, or import moelab before "
             "triton."
         )
-    if runtime.mode == "interpreter" and dtype is not None:
-        name = str(dtype).removeprefix("torch.")
-        if name == "bfloat16" or name.startswith("float8"):
-            raise RuntimeModeError(
-                f"{name} under Triton's interpreter gives wrong numbers silently, so moelab refuses it. "
-                "Expected float16, float32 or float64 here. Cast the inputs, or run on a GPU."
-            )
+    if runtime.mode == "interpreter" and not interpreted(dtype):
+        raise RuntimeModeError(
+            f"{dtype_name(dtype)} under Triton's interpreter gives wrong numbers silently, so moelab refuses it. "
+            "Expected float16, float32 or float64 here. Cast the inputs, or run on a GPU."
+        )
     return runtime
+
+
+def runs_kernels(dtype: Any = None) -> bool:
+    """Whether `require_kernels` lets tensors of this dtype through."""
+    mode = current().mode
+    return mode == "gpu" or (mode == "interpreter" and interpreted(dtype))
 
 
 def require_cuda(what: str, instead: str = "") -> None:
@@ -122,16 +127,6 @@ def require_cuda(what: str, instead: str = "") -> None:
             f"{'ROCm' if torch.version.hip else 'no GPU'}. Expected both. Run it on a GPU node"
             f"{f', or {instead}' if instead else ''}."
         )
-
-
-def torch_dtype(name: str) -> Any:
-    """The torch dtype of that name ("bfloat16", "float16", "float32", "float64"). Raises DtypeError otherwise."""
-    import torch
-
-    known = {"bfloat16", "float16", "float32", "float64"}
-    if name not in known:
-        raise DtypeError(f"Unknown dtype {name!r}. Expected one of {sorted(known)}. Give the name as torch spells it.")
-    return getattr(torch, name)
 
 
 def device_key(name: str | None = None) -> str:

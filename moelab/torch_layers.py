@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moelab.dtypes import accumulator_dtype
 from moelab.reference import activation_ref
 
 
@@ -21,7 +22,7 @@ def loop_layer(
     activation: str, gated: bool, scale: float, on_input: bool,
 ) -> Tensor:  # fmt: skip
     """Expert by expert, each adding to the output's rows; synchronises with the host for each expert."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = accumulator_dtype(x.dtype)
     out = torch.zeros(x.shape, dtype=wide, device=x.device)
     for expert in range(w13.shape[0]):
         token, slot = torch.where(ids == expert)
@@ -61,7 +62,7 @@ def grouped_mm_layer(
     y = y if on_input else (y * pair_weights).to(x.dtype)
     y = torch.where(foreign[order].unsqueeze(1), 0.0, y)
     pairs = torch.zeros_like(y).index_copy(0, order, y).view(*ids.shape, -1)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = accumulator_dtype(x.dtype)
     return (pairs.to(wide).sum(1) * scale).to(x.dtype)
 
 
@@ -70,7 +71,7 @@ def dense_layer(
     activation: str, gated: bool, scale: float, on_input: bool,
 ) -> Tensor:  # fmt: skip
     """Every expert on every token, then the chosen ones kept: E / k times the arithmetic, in any dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = accumulator_dtype(x.dtype)
     experts = torch.arange(w13.shape[0], device=x.device)
     chosen = ids.unsqueeze(-1) == experts  # (M, k, E)
     combine = (weights.unsqueeze(-1) * chosen).sum(1).T.unsqueeze(-1).to(wide)  # (E, M, 1)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moelab.chips import TARGETS, Target, dtype_bytes
+from moelab.chips import TARGETS, Target
 from moelab.config import (
     KernelConfig,
     accumulators_per_thread,
@@ -18,6 +18,7 @@ from moelab.config import (
     shared_memory_bytes,
     violations,
 )
+from moelab.dtypes import dtype_bytes
 from moelab.errors import ConfigError, SharedMemoryError, UnknownNameError
 
 GOOD = KernelConfig(16, 64, 128, 1, 4, 3)

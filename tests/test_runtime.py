@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moelab import runtime
-from moelab.errors import DtypeError, FolderError, RuntimeModeError
+from moelab.errors import FolderError, RuntimeModeError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -92,9 +92,3 @@ def test_a_variable_that_names_no_folder_is_refused(find, monkeypatch: pytest.Mo
 def test_a_folder_to_write_to_need_not_be_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MOELAB_CONFIG_DIR", str(tmp_path / "new"))
     assert runtime.config_dir(to_write=True) == tmp_path / "new"
-
-
-def test_unknown_dtype_names_the_known_ones() -> None:
-    assert runtime.torch_dtype("bfloat16") is torch.bfloat16
-    with pytest.raises(DtypeError, match="float16"):
-        runtime.torch_dtype("bf16")

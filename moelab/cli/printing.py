@@ -25,7 +25,7 @@ def weight_bytes(found: MoEShape) -> int:
     """Bytes of w13 and w2 on this rank."""
     import math
 
-    from moelab.chips import dtype_bytes
+    from moelab.dtypes import dtype_bytes
 
     return (math.prod(found.w13_shape) + math.prod(found.w2_shape)) * dtype_bytes(found.dtype)
 

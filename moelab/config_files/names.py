@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from moelab.config_files.rules import Rules, get_rules
+from moelab.dtypes import dtype_name
 from moelab.errors import ConfigFileError, UnknownNameError, nearest_names
 
 _NAME = re.compile(
@@ -140,7 +141,7 @@ def file_name(
 
 def dtype_selector(dtype: str) -> str | None:
     """The selector of an unquantised dtype: "float32" for float32 (float64 shares it), None for 16-bit ones."""
-    return "float32" if str(dtype).removeprefix("torch.") in ("float32", "float64") else None
+    return "float32" if dtype_name(dtype) in ("float32", "float64") else None
 
 
 def operand_dtype(selector: str | None) -> str:

@@ -13,10 +13,11 @@ from moelab import config as config_room
 from moelab import runtime
 from moelab.chips import TARGETS, Target
 from moelab.config import KernelConfig
+from moelab.dtypes import LAYER_DTYPES, dtype_name, torch_dtype
 from moelab.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError
 from moelab.routing import Alignment
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FLOATS = tuple(torch_dtype(name) for name in LAYER_DTYPES)
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
@@ -36,8 +37,8 @@ def check_dtype(name: str, tensor: Tensor, expected: Iterable[torch.dtype]) -> N
     """Raise DtypeError unless the tensor's dtype is one of `expected`."""
     expected = tuple(expected)
     if tensor.dtype not in expected:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in expected)
-        found = str(tensor.dtype).removeprefix("torch.")
+        wanted = " or ".join(dtype_name(dtype) for dtype in expected)
+        found = dtype_name(tensor.dtype)
         raise DtypeError(f"{name} is {found}. Expected {wanted}. Cast it with .to(...), or cast the others to match.")
 
 
@@ -75,7 +76,7 @@ def check_kernel_device(name: str, tensor: Tensor) -> None:
 @functools.lru_cache(maxsize=4096)
 def checked_config(config: KernelConfig, dtype: torch.dtype, K: int | None = None) -> KernelConfig:
     """The config itself, once it has passed the rules for this dtype, device and inner size (ConfigError otherwise)."""
-    config_room.check(config, dtype=str(dtype).removeprefix("torch."), target=current_target(), K=K)
+    config_room.check(config, dtype=dtype_name(dtype), target=current_target(), K=K)
     return config
 
 
@@ -185,8 +186,3 @@ def tiles_of(config: KernelConfig, num_rows: int, N: int) -> int:
 def rows_in_use(alignment: Alignment, num_pairs: int) -> int:
     """Rows a grid must cover: with fewer pairs than a block has rows, at most one block per pair is in use."""
     return min(alignment.sorted_token_ids.shape[0], num_pairs * alignment.block_size)
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, float64 for float64: what the kernels sum in."""
-    return torch.promote_types(dtype, torch.float32)

@@ -23,6 +23,7 @@ import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moelab.config import KernelConfig  # noqa: E402
+from moelab.dtypes import accumulator_dtype  # noqa: E402
 from moelab.errors import ShapeError, UnknownNameError, nearest_names  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.descriptors import activation_descriptor, check_tma, check_tma_config, weight_descriptor  # noqa: E402
@@ -210,6 +211,6 @@ def _check(
         check_tma("a", a, (config.BLOCK_SIZE_M, config.BLOCK_SIZE_K))
         check_tma("w", w, (config.BLOCK_SIZE_N, config.BLOCK_SIZE_K))
         check_tma_config(config, w.dtype)
-    dtype = checks.accumulator_dtype(a.dtype) if combine == "atomic_f32" else a.dtype
+    dtype = accumulator_dtype(a.dtype) if combine == "atomic_f32" else a.dtype
     checks.check_out(out, a, (num_pairs // top_k, N), dtype)
     return N, dtype

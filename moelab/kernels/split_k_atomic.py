@@ -17,6 +17,7 @@ import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moelab.config import KernelConfig  # noqa: E402
+from moelab.dtypes import accumulator_dtype  # noqa: E402
 from moelab.errors import ShapeError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.launch import Launcher, checked, gemm_signature  # noqa: E402
@@ -104,7 +105,7 @@ def split_k_atomic_f32(
     the layer's top_k, which makes GEMM2's sum over slots part of the same additions.
     Returns (num_pairs / pairs_per_row, N), zeroed here and then added to. Not deterministic on a GPU.
     """
-    dtype = checks.accumulator_dtype(a.dtype)
+    dtype = accumulator_dtype(a.dtype)
     return _launch(a, w, alignment, config, num_pairs, top_k, bias, topk_weights, pairs_per_row, out, dtype)
 
 

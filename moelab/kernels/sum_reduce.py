@@ -152,7 +152,7 @@ def available_sum_reduce(dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
     """The names in SUM_REDUCE that run in this process on `dtype`."""
     mode = runtime.current().mode
     names = ["torch", "compiled"]
-    if mode == "gpu" or (mode == "interpreter" and dtype != torch.bfloat16):
+    if runtime.runs_kernels(dtype):
         names += ["triton_f32", "triton"]
     if mode == "gpu" and torch.version.cuda and importlib.util.find_spec("cuda") is not None:
         names += ["cuda"]

@@ -14,6 +14,7 @@ from moelab import runtime
 from moelab.chips import TARGETS, Target
 from moelab.config import KernelConfig
 from moelab.config_files import dtype_selector, lookup
+from moelab.dtypes import dtype_name, torch_dtype
 from moelab.errors import ConfigError
 from moelab.kernels import checks
 from moelab.kernels.expert_order import expert_order_unchecked, new_expert_order
@@ -201,7 +202,7 @@ def here() -> tuple[str, str]:
 
 
 def _chosen(call: MoECall) -> Form | None:
-    size, dtype = call.w2.shape[2], str(call.w2.dtype).removeprefix("torch.")
+    size, dtype = call.w2.shape[2], dtype_name(call.w2.dtype)
     gated = tuned_gated(call.num_experts, size, *here(), dtype, call.num_tokens)
     return choose(call.num_tokens, call.top_k, call.num_experts, size, call.w2.shape[1], gated).form
 
@@ -234,7 +235,7 @@ def choose_for(
     Raises what `fused_moe(impl="fast")` would for such a layer there: ConfigError, RuntimeModeError, DtypeError, ShapeError.
     """
     check_kind(shape.activation, shape.gated, biases=False)
-    dtype = runtime.torch_dtype(shape.dtype)
+    dtype = torch_dtype(shape.dtype)
     w13, w2 = (torch.empty(size, dtype=dtype, device="meta") for size in (shape.w13_shape, shape.w2_shape))
     x = torch.empty((num_tokens, shape.hidden_size), dtype=dtype, device="meta")
     check_fast_layer(x, w13, w2, target or TARGETS["sm_90"])

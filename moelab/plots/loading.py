@@ -33,7 +33,7 @@ def sizes(model: str, tp_size: int, ep_size: int, dtype: str, num_tokens: int) -
 def _weight_gb(shape: MoEShape) -> float:
     from math import prod
 
-    from moelab.chips import dtype_bytes
+    from moelab.dtypes import dtype_bytes
 
     return (prod(shape.w13_shape) + prod(shape.w2_shape)) * dtype_bytes(shape.dtype) / 1e9
 

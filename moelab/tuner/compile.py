@@ -117,8 +117,8 @@ class TritonCompiler:
         """Triton's compiled kernels, as a launch over this problem's tensors would make them, in launch order."""
         import torch
 
-        from moelab import runtime
-        from moelab.kernels.checks import accumulator_dtype, rows_in_use
+        from moelab.dtypes import accumulator_dtype, torch_dtype
+        from moelab.kernels.checks import rows_in_use
         from moelab.kernels.launch import compiling
         from moelab.routing import Alignment, max_padded_pairs
         from moelab.tuner.launches import extra_of
@@ -126,7 +126,7 @@ class TritonCompiler:
         gemm, config = kernel
         problem, shape = self.problem, self.problem.shape
         top_k, rows = shape.top_k, config.BLOCK_SIZE_M
-        dtype = runtime.torch_dtype(shape.dtype)
+        dtype = torch_dtype(shape.dtype)
         wide = accumulator_dtype(dtype)
         padded = max_padded_pairs(top_k, rows, shape.num_experts)
 
