@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -55,6 +56,18 @@ TARGETS: Mapping[str, Target] = {
     )
 }
 """Architectures by Triton's name."""
+
+
+@functools.cache
+def gpu_target(index: int) -> Target:
+    """The chip of the GPU of that index in this process: from the table, or with the limits its driver reports."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    nvidia = f"sm_{properties.major}{properties.minor}"
+    name = properties.gcnArchName.split(":")[0] if torch.version.hip else nvidia
+    limit = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return TARGETS.get(name) or Target(name, limit, threads_per_warp=properties.warp_size)
 
 
 def get_target(target: str | Target) -> Target:

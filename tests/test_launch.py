@@ -327,8 +327,9 @@ x = torch.zeros(3, 2, 128)
 for tokens in (1, 2, 3):
     sum_reduce.sum_reduce_unchecked(x[:tokens], 0.5, torch.empty(tokens, 128))
     activation.activation_unchecked(x[:tokens, 0], torch.empty(tokens, 64), "silu", True)
-told = {"told": sorted(launch._told), "launches": [[str(part) for part in one] for one in launches]}
-print(json.dumps({**told, "straight": [sum_reduce._launch._straight, activation._launch._straight], "version": triton.__version__}))
+straight = [sum_reduce._launch._straight, activation._launch._straight]
+said = {"told": sorted(launch._told), "straight": straight, "version": triton.__version__}
+print(json.dumps({**said, "launches": [[str(part) for part in one] for one in launches]}))
 """
 
 

@@ -112,7 +112,7 @@ class Launcher:
         # The interpreter's numpy warns of inf and NaN; a GPU does not, and rows of padding hold what memory held.
         with np.errstate(over="ignore", invalid="ignore"):
             if self._straight is None and RUNTIME.mode != "interpreter":
-                compiled = self._compared(grid, arguments, in_order, constants | options)
+                compiled = self._compared(grid, arguments, in_order, {**constants, **options})
             else:
                 compiled = self.kernel[grid](*arguments, **constants, **options)
         if compiled is None or not self._straight:  # the interpreter has nothing to keep

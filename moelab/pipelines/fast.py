@@ -195,10 +195,9 @@ def fast_pipeline(call: MoECall, form: Form | None = None) -> Tensor:
     return fast_layer(x, w13, w2, call.topk_weights, ids, tiles, form, **options)
 
 
-@functools.cache
 def here() -> tuple[str, str]:
-    """This device and this Triton, as config files are looked up by."""
-    return runtime.current().device_name, runtime.versions()["triton"] or "unknown"
+    """The current device and this Triton, as config files are looked up by."""
+    return runtime.current().device_name, runtime.triton_version() or "unknown"
 
 
 def _chosen(call: MoECall) -> Form | None:

@@ -52,7 +52,9 @@ def triton_pipeline(call: MoECall) -> Tensor:
     """
     x, w13, w2, ids = call.hidden_states, call.w13, call.w2, call.topk_ids
     up, down = call_configs(call)
-    checked(("triton_pipeline", up, down, x.dtype, w13.shape, w2.shape), lambda: _check_configs(call, up, down))
+    checked(
+        ("triton_pipeline", up, down, x.dtype, x.device, w13.shape, w2.shape), lambda: _check_configs(call, up, down)
+    )
     num_tokens, top_k = ids.shape
     pairs, hidden_size, rows = num_tokens * top_k, x.shape[1], w13.shape[1]
     alignment = align_unchecked(ids, up.BLOCK_SIZE_M, w13.shape[0])

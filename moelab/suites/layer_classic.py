@@ -65,7 +65,7 @@ def configs_of(row: dict[str, Any], shape: MoEShape) -> dict[str, KernelConfig]:
 
 
 def weight_sets(shape: MoEShape, seed: int = 0) -> list[MoEInputs]:
-    """As many sets of weights as make one round pass three times the L2 cache: one, unless the shard is small."""
+    """As many sets of weights as make one round pass three times the last cache: one, unless the shard is small."""
     element = dtype_bytes(shape.dtype)
     sizes = math.prod(shape.w13_shape) + math.prod(shape.w2_shape)
     count = rotations_for(sizes * element, at_least=1, at_most=8)

@@ -117,7 +117,7 @@ def reference(stage: Stage, tokens: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def weight_sets(name: str, shape: MoEShape) -> list[Tensor]:
-    """Copies of one stage's weights, random and different: together three times the L2 cache (60 MB on an H200).
+    """Copies of one stage's weights, random and different: together three times the last cache before memory.
 
     A fine shard's weights fit in the cache whole, where in serving those of other layers push them out.
     """
