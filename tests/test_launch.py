@@ -327,9 +327,12 @@ x = torch.zeros(3, 2, 128)
 for tokens in (1, 2, 3):
     sum_reduce.sum_reduce_unchecked(x[:tokens], 0.5, torch.empty(tokens, 128))
     activation.activation_unchecked(x[:tokens, 0], torch.empty(tokens, 64), "silu", True)
+for scale in (1.0, 0.3, 2.5e-310, -7.0):  # a factor is an argument: it decides no instance, and no digit of it is lost
+    sum_reduce.sum_reduce_unchecked(x, scale, torch.empty(3, 128))
+factors = [len(sum_reduce._launch._instances), [one[12] for one in launches[6:]]]
 straight = [sum_reduce._launch._straight, activation._launch._straight]
 said = {"told": sorted(launch._told), "straight": straight, "version": triton.__version__}
-print(json.dumps({**said, "launches": [[str(part) for part in one] for one in launches]}))
+print(json.dumps({**said, "factors": factors, "launches": [[str(part) for part in one] for one in launches[:6]]}))
 """
 
 
@@ -346,7 +349,7 @@ def test_the_installed_triton_launches_as_we_do() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["told"] == [] and found["straight"] == [True, True] and found["version"] == triton.__version__
-    assert len(found["launches"]) == 6
+    assert len(found["launches"]) == 6 and found["factors"] == [1, [1.0, 0.3, 2.5e-310, -7.0]]
     for first, *later in (found["launches"][::2], found["launches"][1::2]):
         assert {len(one) for one in later} == {len(first)} and first[6:9] != ["0"] * 3
         assert all(one[3:6] == first[3:6] and one[6:9] == ["0"] * 3 for one in later)

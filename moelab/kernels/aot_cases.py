@@ -179,13 +179,13 @@ def _elementwise_cases(dtype: str) -> list[Case]:
     room = "moelab.kernels."
     tile = {"BLOCK_ROWS": 1, "BLOCK_COLS": 1024}
     swiglu = {"ACTIVATION": "silu", "GATED": True, **tile}
-    wide = {"SCALE": 0.3, "TOP_K": 8, "UNROLL": True, "BLOCK_COLS": 1024}
+    wide = {"TOP_K": 8, "UNROLL": True, "BLOCK_COLS": 1024}
     upstream = {**pair, "scale": "fp32", "num_tokens": "i32", "top_k": "i32", "hidden": "i32"}
     return [
         Case(f"activation {dtype}", room + "activation:_activation_kernel", {**pair, "num_rows": "i32", "N": "i32"},
              swiglu, 4, aligned=aligned),
         Case(f"sum_reduce {dtype}", room + "sum_reduce:_sum_reduce_kernel",
-             {**pair, "hidden": "i32"}, wide, 4, aligned=aligned),
+             {**pair, "hidden": "i32", "scale": "fp64"}, wide, 4, aligned=aligned),
         Case(f"sum_reduce f32 {dtype}", room + "sum_reduce:_sum_reduce_f32_kernel", upstream, {"BLOCK_COLS": 2048},
              16, 1, aligned),
     ]  # fmt: skip
