@@ -11,7 +11,20 @@ from error_rows import DEVICE, HUGE, SHAPE, Row, gemm, judge, moe, unhelpful, wi
 from test_errors_configs import CONFIGS
 from test_errors_data import FILES, TUNER
 
-from moelab import chips, errors, inputs, precision, reference, roofline, routers, routing, runtime, shapes, suites
+from moelab import (
+    chips,
+    dtypes,
+    errors,
+    inputs,
+    precision,
+    reference,
+    roofline,
+    routers,
+    routing,
+    runtime,
+    shapes,
+    suites,
+)
 from moelab.config import KernelConfig
 from moelab.errors import (
     ConfigError,
@@ -142,7 +155,7 @@ TENSORS = [
     Row(
         "an out of another dtype", lambda _: sum_reduce(x(4, 2, 8), out=x(4, 8).half()), DtypeError, ("out is float16",)
     ),
-    Row("a dtype nobody knows", lambda _: runtime.torch_dtype("float12"), DtypeError, ("float12", "bfloat16")),
+    Row("a dtype nobody knows", lambda _: dtypes.torch_dtype("float12"), DtypeError, ("float12", "bfloat16")),
     Row("a shape's dtype", lambda _: SHAPE.with_dtype("fp12"), DtypeError, ("fp12", "bfloat16")),
     Row("a reference in float32", lambda _: precision.error(x(2), x(2)), DtypeError, ("float32", "float64")),
     Row("everything on meta", lambda _: moe_on_meta(), DeviceError, ("meta", DEVICE)),
@@ -354,7 +367,7 @@ NAMES = [
         UnknownNameError,
         ("int3", "bfloat16"),
     ),
-    Row("bytes of a dtype", lambda _: chips.dtype_bytes("bfloat61"), UnknownNameError, ("bfloat61", "bfloat16")),
+    Row("bytes of a dtype", lambda _: dtypes.dtype_bytes("bfloat61"), UnknownNameError, ("bfloat61", "bfloat16")),
     Row(
         "no torch among contenders",
         lambda _: precision.compare({"a": x(2)}, x(2).double()),
