@@ -68,7 +68,7 @@ class Problem:
 
     @property
     def file_kernel(self) -> str | None:
-        """What `kernel=` says in the names of its config files; None for the exchange kernel, whose names lack it."""
+        """What `kernel=` says in the names of its config files; None for the compatible kernel, whose names lack it."""
         return None if self.kernel == COMPATIBLE else self.kernel
 
     def inner_size(self, gemm: Gemm) -> int:
@@ -118,7 +118,7 @@ def find_incumbents(
 ) -> dict[str, dict[int, Pair]]:
     """What a tuned config has to beat: "default" at every batch size, "current" where a config file has one.
 
-    A kernel beside the exchange kernel has files of its own; where there are none, those of the exchange kernel stand in.
+    A kernel beside the compatible kernel has files of its own; where there are none, those of the compatible kernel stand in.
     A `_down` file that disagrees with its up file in BLOCK_SIZE_M cannot run beside it: the up config then stands in.
     Raises ConfigFileError for a broken file: what it would have said is not known.
     """
