@@ -23,6 +23,10 @@ HERE = Path(__file__).parent / "emulator"
 MAIN = """
 #include "{source}"
 #include "{sums}"
+template <typename T, typename Id>
+void sums(const Layer<T>& given) {{
+    given.top_k <= 2 ? fast_sum<T, 2, Id>(given) : given.top_k <= 4 ? fast_sum<T, 4, Id>(given) : fast_sum<T, 8, Id>(given);
+}}
 extern "C" void run(const TensorMap* maps, const void* layer, int blocks, int late) {{
     typedef {storage} T;
     emulated::launch(blocks, {threads}, sizeof(Shared<{shape}>), {cluster}, late, [=] {{
@@ -35,7 +39,7 @@ extern "C" void add_up(const void* layer, int blocks) {{
     for (int b = 0; b < blocks; ++b)
         for (int t = 0; t < SUM_THREADS; ++t) {{
             threadIdx = {{t}}, blockIdx = {{b}}, gridDim = {{blocks}};
-            given.top_k <= 2 ? fast_sum<T, 2>(given) : given.top_k <= 4 ? fast_sum<T, 4>(given) : fast_sum<T, 8>(given);
+            given.wide_ids ? sums<T, long long>(given) : sums<T, int>(given);
         }}
 }}
 extern "C" int shared_bytes() {{ return sizeof(Shared<{shape}>); }}

@@ -80,6 +80,16 @@ def test_slots_of_other_ranks_count_nothing(instance: Instance) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("instance", [SMALL, MIDDLE, MIDDLE_APART])
+def test_ids_of_64_bits_are_not_narrowed(instance: Instance, top_k: int) -> None:
+    """2^32 + 1 is no expert, where its low half would be expert 1; its weight may be anything."""
+    ids = torch.arange(9 * top_k).view(9, top_k) % 4
+    wide = torch.where(ids == 3, 2**32 + 1, ids)
+    compare(instance, 9, 3, top_k, 64, 64, ids=wide, lost_weights=float("nan"))
+
+
+@needs_compiler
 @pytest.mark.parametrize("instance", [MIDDLE, MIDDLE_PAIR])
 def test_one_expert_that_takes_all(instance: Instance) -> None:
     compare(instance, 90, 6, 1, 64, 64, ids=torch.full((90, 1), 4, dtype=torch.int32), blocks=4)
@@ -138,12 +148,20 @@ def test_instances_compile_for_hopper(instance: Instance, dtype: torch.dtype) ->
     assert sass.count("WARPGROUP.DEPBAR") <= products // (4 * instance.row_blocks) * 2
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("top_k", "slots"), [(1, 2), (2, 2), (3, 4), (4, 4), (5, 8), (9, 8)])
-def test_sums_compile_for_hopper(dtype: torch.dtype, top_k: int, slots: int) -> None:
+@pytest.mark.parametrize(
+    ("top_k", "slots", "dtype", "ids"),
+    [
+        (2, 2, torch.bfloat16, torch.int32),
+        (3, 4, torch.float16, torch.int64),
+        (4, 4, torch.bfloat16, torch.int64),
+        (9, 8, torch.float16, torch.int32),
+        (5, 8, torch.bfloat16, torch.int64),
+    ],
+)
+def test_sums_compile_for_hopper(dtype: torch.dtype, ids: torch.dtype, top_k: int, slots: int) -> None:
     """No spill, and four blocks a multiprocessor at the least: half of the threads that it holds."""
-    expression = fast_layer.sum_expression(top_k, dtype)
-    assert expression.endswith(f", {slots}>")
+    expression = fast_layer.sum_expression(top_k, dtype, ids)
+    assert expression.endswith(f", {slots}, {'long long' if ids == torch.int64 else 'int'}>")
     registers, spilled = cubin.usage(nvrtc.compiled("sm_90a", fast_layer.SUM_SOURCE.read_text(), expression).code)
     assert not spilled and registers * fast_layer.SUM_THREADS * 4 <= 64 * 1024
 

@@ -40,7 +40,7 @@ class LayerArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "rows", "inner", "y", "out", "topk_weights", "topk_ids")),
         *((name, ctypes.c_void_p) for name in ("sorted_slots", "tiles", "num_tiles", "ready")),
         *((name, ctypes.c_int) for name in ("most_tiles", "counters", "num_experts", "num_tokens", "top_k")),
-        *((name, ctypes.c_int) for name in ("hidden", "inner_size", "parts", "weighted")),
+        *((name, ctypes.c_int) for name in ("hidden", "inner_size", "parts", "wide_ids", "weighted")),
         ("scale", ctypes.c_float),
     ]
 
@@ -64,7 +64,7 @@ def layer_arguments(
     return LayerArguments(
         *(t.data_ptr() for t in (x, rows, inner, y, out, topk_weights, topk_ids, *tiles)),
         tiles.most, tiles.ready.shape[0], num_experts, x.shape[0], topk_ids.shape[1], x.shape[1], inner.shape[1], parts,
-        GEMM1 if weights_on_input else GEMM2, scale,
+        topk_ids.dtype == torch.int64, GEMM1 if weights_on_input else GEMM2, scale,
     )  # fmt: skip
 
 
@@ -154,9 +154,10 @@ def _loaded(device: int, instance: Instance, dtype: torch.dtype) -> _Loaded:
     return _Loaded(kernel, function, grid_of(instance, blocks, _clusters_at_once(function, instance, blocks)))
 
 
-def sum_expression(top_k: int, dtype: torch.dtype) -> str:
-    """The template instance of fast_sum.cu to compile, as NVRTC names it."""
-    return f"fast_sum<{STORAGE[dtype][0]}, {next((slots for slots in (2, 4) if top_k <= slots), 8)}>"
+def sum_expression(top_k: int, dtype: torch.dtype, ids: torch.dtype = torch.int32) -> str:
+    """The template instance of fast_sum.cu to compile, as NVRTC names it. ids: int32 or int64."""
+    slots = next((slots for slots in (2, 4) if top_k <= slots), 8)
+    return f"fast_sum<{STORAGE[dtype][0]}, {slots}, {'long long' if ids == torch.int64 else 'int'}>"
 
 
 def sum_blocks(num_tokens: int, hidden: int) -> int:
@@ -224,7 +225,7 @@ def fast_layer(
 ) -> Tensor:
     """The layer of checked tensors (`check_fast_layer`): x (M, H), w13 (E, 2N, H), w2 (E, H, N); out (M, H).
 
-    topk_weights (M, k) float32, topk_ids (M, k) int32; tiles: of at most instance.tokens rows, in pairs where instance.cluster is
+    topk_weights (M, k) float32, topk_ids (M, k) int32 or int64; tiles: of at most instance.tokens rows, in pairs where instance.cluster is
     2 (moelab.pipelines.fast.tiles_for makes them). weights_on_input: weigh GEMM1's rows, before the activation. parts: GEMM1,
     GEMM2, SUM, to leave some out; where instance.apart, SUM is a launch of its own. scratch: (S, N) and (S, H), what GEMM1 and
     GEMM2 write; its own unless given. overlap: programmatic dependent launch, which sets blocks up while the launch before this
@@ -249,7 +250,7 @@ def fast_layer(
         parameters = (*(each.address for each in maps), ctypes.addressof(arguments))
         _launch(loaded.function, _instance_config(instance, loaded.grid, stream, overlap), parameters)
     if instance.apart and parts & SUM and not direct:
-        _, function = _loaded_sum(device, sum_expression(topk_ids.shape[1], x.dtype))
+        _, function = _loaded_sum(device, sum_expression(topk_ids.shape[1], x.dtype, topk_ids.dtype))
         config = _config(sum_blocks(*x.shape), SUM_THREADS, 0, stream, overlap)
         _launch(function, config, (ctypes.addressof(arguments),))
     return out

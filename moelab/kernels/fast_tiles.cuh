@@ -30,7 +30,7 @@ struct Layer {
     T* y;                        // (S, H), row = flat slot, weighted; `out` itself where a token has one slot
     T* out;                      // (num_tokens, H)
     const float* topk_weights;   // (S)
-    const int* topk_ids;         // (S); slots of ids outside of the experts count as zeros
+    const void* topk_ids;        // (S) int, or long long with wide_ids; slots of ids outside of the experts count as zeros
     const int* sorted_slots;     // (S), flat slots token * top_k + j by expert
     const TokenTile* tiles;      // (most_tiles), *num_tiles in use
     const int* num_tiles;
@@ -38,7 +38,7 @@ struct Layer {
                                  // roles ended, and with SUMS_AT_ONCE tiles done of each part of H
     int most_tiles, counters;
     int num_experts, num_tokens, top_k, hidden, inner_size;
-    int parts;
+    int parts, wide_ids;
     int weighted;                // the part that the routed weight is applied in: GEMM1, before the activation, or GEMM2
     float scale;                 // of the sum
 

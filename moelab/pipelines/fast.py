@@ -182,7 +182,6 @@ def fast_pipeline(call: MoECall, form: Form | None = None) -> Tensor:
         return triton_pipeline(call)
     if isinstance(form, Gated):
         return sorted_pipeline(call._replace(config=form.up, down_config=form.down), combine="scatter", tma=True)
-    ids = ids.to(torch.int32)
     options: dict[str, Any] = {
         "scale": call.routed_scaling_factor, "weights_on_input": call.apply_router_weight_on_input
     }  # fmt: skip
