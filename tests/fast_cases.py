@@ -34,7 +34,9 @@ def ordered(topk_ids: torch.Tensor, num_experts: int, instance: Instance, hidden
     order = expert_order_ref(topk_ids, num_experts)
     grain = 16 if instance.tokens % 16 == 0 else 8
     counters = instance.column_counters(hidden)
-    return token_tiles_ref(order.sorted_slots, order.expert_offsets, instance.tokens, grain, counters, instance.cluster > 1)
+    return token_tiles_ref(
+        order.sorted_slots, order.expert_offsets, instance.tokens, grain, counters, instance.cluster > 1
+    )
 
 
 def compare(

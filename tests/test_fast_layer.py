@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import re
+from pathlib import Path
 
 import emulated_gpu
 import pytest
@@ -108,14 +110,33 @@ def test_the_same_bits_every_time(instance: Instance, grids: tuple[int, ...]) ->
 
 
 @needs_compiler
-def test_a_wait_that_never_ends_is_seen() -> None:
-    """GEMM2 before GEMM1's tiles are counted: a count that starts below zero is never reached."""
-    x, ids = torch.randn(2, 64).half(), torch.zeros(2, 1, dtype=torch.int32)
-    tiles = ordered(ids, 1, SMALL)
-    tiles.ready[0] = -1
+@pytest.mark.parametrize(
+    ("short_of", "says"),
+    [
+        (0, "waited for the rows that a tile multiplies of tile descriptor 0 (1 counts missing)"),
+        (1, "waited for all tiles of GEMM2, to add up (1 counts missing)"),
+    ],
+)
+def test_a_wait_that_never_ends_says_what_it_was_for(short_of: int, says: str) -> None:
+    """A count that starts below zero is never reached: of GEMM1's tiles, which GEMM2 reads; of GEMM2's, before the sums."""
+    x, ids = torch.randn(2, 64).half(), torch.tensor([[0, 0], [0, 0]], dtype=torch.int32)
+    tiles = ordered(ids, 1, MIDDLE)
+    tiles.ready[short_of if not short_of else tiles.most] = -1
     w13, w2 = torch.randn(1, 128, 64).half(), torch.randn(1, 64, 64).half()
-    with pytest.raises((TimeoutError, RuntimeError)):
-        emulated_gpu.run_layer(x, w13, w2, torch.rand(2, 1), ids, tiles, SMALL, timeout_s=2)
+    with pytest.raises(RuntimeError, match=re.escape(says)):
+        emulated_gpu.run_layer(x, w13, w2, torch.rand(2, 2), ids, tiles, MIDDLE, patience_s=1)
+
+
+@needs_compiler
+def test_consumers_that_never_empty_a_stage_are_seen_by_their_producer(tmp_path: Path) -> None:
+    """They watch no clock themselves. Here the last stage of all is kept, which nobody would fill again."""
+    kept = "    release<S>(done);\n}"
+    source = emulated_gpu.altered(tmp_path, ("fast_products.cuh", kept, "    if (k_steps != 2) release<S>(done);\n}"))
+    x, ids = torch.randn(2, 64).half(), torch.zeros(2, 1, dtype=torch.int32)
+    w13, w2 = torch.randn(1, 256, 64).half(), torch.randn(1, 64, 128).half()
+    given = (x, w13, w2, torch.rand(2, 1), ids, ordered(ids, 1, MIDDLE), MIDDLE)
+    with pytest.raises(RuntimeError, match="waited for consumers to empty a stage of weights and tokens"):
+        emulated_gpu.run_layer(*given, blocks=1, patience_s=1, source=source)
 
 
 @needs_compiler
@@ -171,9 +192,16 @@ def test_sums_have_the_threads_that_their_source_says() -> None:
     assert [fast_layer.sum_blocks(*sizes) for sizes in ((1, 8), (256, 8), (257, 8), (8192, 7168))] == [1, 1, 2, 28672]
 
 
-def test_the_watchdog_compiles() -> None:
-    source = "#define MOELAB_WATCHDOG\n" + INSTANCES[8].source(torch.bfloat16)
-    assert b"waits for ever" in nvrtc.compiled("sm_90a", source, INSTANCES[8].expression(torch.bfloat16)).code
+def test_every_wait_but_the_consumers_own_may_be_given_up() -> None:
+    """A trap in each loop that could last for ever; none where the clock is compiled out, to be measured beside."""
+    expression, source = INSTANCES[8].expression(torch.bfloat16), INSTANCES[8].source(torch.bfloat16)
+    watched, unwatched = (
+        cubin.disassembly(nvrtc.compiled("sm_90a", before + source, expression).code)
+        for before in ("", "#define MOELAB_UNWATCHED\n")
+    )
+    assert watched.count("BPT.TRAP") >= 5 and watched.count("SR_GLOBALTIMERHI") == 2 * watched.count("BPT.TRAP")
+    assert "BPT.TRAP" not in unwatched and "GLOBALTIMER" not in unwatched
+    assert "CALL" not in watched and "CALL" not in unwatched, "a call would make ptxas serialise wgmma"
 
 
 @given(num_tokens=st.integers(1, 20000), top_k=st.integers(1, 8), experts=st.integers(8, 512))

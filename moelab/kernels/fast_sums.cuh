@@ -83,7 +83,7 @@ template <typename W, typename T>
 DEVICE void wait_for_all(const Layer<T>& layer, const W& walk, int done) {
     int* all = &layer.ready[layer.most_tiles];
     report(all, done);
-    if (threadIdx.x % 128 == 0) wait_for_count(all, (walk.total - walk.tiles1) * W::Tile::CLUSTER * W::Tile::WARPGROUPS);
+    if (threadIdx.x % 128 == 0) wait_for_count(all, (walk.total - walk.tiles1) * W::Tile::CLUSTER * W::Tile::WARPGROUPS, layer.report, ALL_READY, -1);
     named_barrier(CONSUMERS + threadIdx.x / 128 - 1, 128);
 }
 
