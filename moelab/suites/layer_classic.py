@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from moelab import config_files, precision, roofline, runtime
+from moelab.call import Config
 from moelab.config import KernelConfig, default_config
+from moelab.dtypes import dtype_bytes
 from moelab.errors import RecordingError
 from moelab.fused_moe import fused_moe
 from moelab.inputs import MoEInputs, make_inputs, random_tensor, routing_for
@@ -64,8 +66,8 @@ def configs_of(row: dict[str, Any], shape: MoEShape) -> dict[str, KernelConfig]:
 
 
 def weight_sets(shape: MoEShape, seed: int = 0) -> list[MoEInputs]:
-    """As many sets of weights as make one round pass three times the L2 cache: one, unless the shard is small."""
-    element = runtime.torch_dtype(shape.dtype).itemsize
+    """As many sets of weights as make one round pass three times the last cache: one, unless the shard is small."""
+    element = dtype_bytes(shape.dtype)
     sizes = math.prod(shape.w13_shape) + math.prod(shape.w2_shape)
     count = rotations_for(sizes * element, at_least=1, at_most=8)
     return [make_inputs(shape, 1, seed=seed + i) for i in range(count)]
@@ -111,15 +113,15 @@ class Layer:
         return run
 
     def whole(
-        self, config: KernelConfig | None, *, down_config: KernelConfig | None = None, impl: str = "triton"
+        self, config: Config, *, down_config: Config = None, impl: str = "triton"
     ) -> Callable[[int], torch.Tensor]:
-        """The public op under one config (another for GEMM2 if given), alignment included."""
+        """The public op under one config (another for GEMM2 if given), as `fused_moe` takes them, alignment included."""
         shape = self.shape
 
         def run(i: int) -> torch.Tensor:
             r, w = self.routings[i], self.weights[i]
             return fused_moe(
-                self.states[i], w.w13, w.w2, topk_weights=r.topk_weights, topk_ids=r.topk_ids, impl=impl,
+                self.states[i], w.weights, topk_weights=r.topk_weights, topk_ids=r.topk_ids, impl=impl,
                 config=config, down_config=down_config, activation=shape.activation, gated=shape.gated,
             )  # fmt: skip
 
