@@ -40,10 +40,9 @@ def quantise(w: Tensor, format: Format) -> GemmWeights:
             f"K = {w.shape[2]} is no whole number of groups of {format.sizes[0]}. Expected one. Choose another group size."
         )
     parts = [_one_expert(w[e].float(), format) for e in range(w.shape[0])]
-    codes, scales, zeros = (
-        torch.stack(list(part)) if part[0] is not None else None for part in zip(*parts, strict=True)
-    )
-    return GemmWeights(codes, None, scales, zeros, format)
+    codes, scales = torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts])
+    zeros = [part[2] for part in parts if part[2] is not None]
+    return GemmWeights(codes, None, scales, torch.stack(zeros) if zeros else None, format)
 
 
 def _one_expert(w: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor | None]:
