@@ -3,7 +3,7 @@
     python tests/beside.py OLD [--rounds 8] [--shapes qwen3-30b-a3b/tp1 deepseek-v3/tp8] [--batches 1 64 1024]
 
 OLD: the root of the other checkout. Each process holds its own tensors, of the same seeds, and times a cell when it is told
-to, in a CUDA graph over rotated weights and routings (`moelab.measure`); they take turns, so that a drifting clock drifts for both.
+to, in a CUDA graph over rotated weights and routings (`moelab.measure`); they take turns, so that a clock drifts for both.
 Prints for each cell the ratio of medians, new over old, and the geometric mean by implementation. For a change that is to change
 no time: 0.995 to 1.005 is what two runs of one commit differ by.
 """
