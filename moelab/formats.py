@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from moelab.chips import dtype_bytes
+from moelab.dtypes import dtype_bytes
 from moelab.errors import FormatError, nearest_names
 
 Granularity = Literal["none", "tensor", "channel", "group", "block"]

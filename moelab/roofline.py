@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moelab.chips import dtype_bytes
+from moelab.dtypes import dtype_bytes, dtype_name
 from moelab.errors import MoelabError, RoutingError, ShapeError, UnknownNameError, nearest_names
 from moelab.shapes import MoEShape, require_plain
 
@@ -117,7 +117,7 @@ def load_ceilings(device: str = "NVIDIA_H200", kind: Kind = "measured", dtype: s
             "Pass one of those as kind=, or measure them on that device."
         )
     entry = data["ceilings"][kind]
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if name not in entry["flops_per_s"]:
         raise UnknownNameError(
             f"No {kind} FLOP rate in {name} for {data['device']}. Expected one of {', '.join(entry['flops_per_s'])}. "

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moelab.dtypes import LAYER_DTYPES
+from moelab.dtypes import dtype_name as spelled
 from moelab.errors import DtypeError, FormatError, ShapeError, ShardError, UnknownModelError, nearest_names
 from moelab.formats import PLAIN, Format, get_format
 from moelab.model_config import Reading, load_config_file, read_model_config
@@ -21,14 +23,7 @@ from moelab.quantization import Quantisation, read_quantisation
 from moelab.shared_experts import decide
 
 DTYPES: dict[str, str] = {
-    spelling: name
-    for name, others in (
-        ("bfloat16", ("bf16",)),
-        ("float16", ("fp16", "half")),
-        ("float32", ("fp32", "float")),
-        ("float64", ("fp64", "double")),
-    )
-    for spelling in (name, *others)
+    spelling: dtype.name for dtype in LAYER_DTYPES.values() for spelling in (dtype.name, *dtype.others)
 }
 """Accepted spellings of a dtype -> moelab's name."""
 
@@ -37,7 +32,7 @@ _MAX_DEGREE = 64  # degrees offered in an error message: the largest tensor-para
 
 def dtype_name(dtype: object) -> str:
     """Return moelab's name of a dtype given as a string or as torch's. Raises DtypeError for any other."""
-    name = str(dtype).removeprefix("torch.").lower()
+    name = spelled(dtype).lower()
     if name not in DTYPES:
         known = ", ".join(dict.fromkeys(DTYPES.values()))
         raise DtypeError(f"dtype {dtype!s} is not one that moelab takes. Expected one of {known}: pass dtype=.")

@@ -15,9 +15,9 @@ PACKAGE = ROOT / "moelab"
 
 # Ground floor first: a room imports only from rooms above it in this list (CONTRIBUTING.md, "The house").
 ROOMS = """
-    errors runtime chips formats quantization shared_experts architectures model_config presets shapes config weights call
+    errors dtypes runtime chips formats quantization shared_experts architectures model_config presets shapes config weights call
     implementations roofline recordings config_files routers routing inputs reference torch_layers kernels pipelines fused_moe
-    module precision measure suites tuner studies plots widgets cli __main__
+    experts_block module precision measure suites tuner studies plots widgets cli __main__
 """.split()  # noqa: SIM905
 HEAVY = {"torch", "triton", "plotly", "ipywidgets", "pandas", "ray", "jupyterlab"}
 
@@ -168,7 +168,17 @@ def test_import_moelab_is_light() -> None:
     assert loaded_after("import moelab") & (HEAVY | {"numpy"}) == set()
 
 
-ARITHMETIC = ["errors", "runtime", "formats", "quantization", "shared_experts", "shapes", "config", "roofline"]
+ARITHMETIC = [
+    "errors",
+    "dtypes",
+    "runtime",
+    "formats",
+    "quantization",
+    "shared_experts",
+    "shapes",
+    "config",
+    "roofline",
+]
 ARITHMETIC += ["recordings", "config_files"]
 
 

@@ -9,6 +9,7 @@ from moelab import runtime
 from moelab.call import Config, MoECall
 from moelab.config import KernelConfig, default_config
 from moelab.config_files import lookup
+from moelab.dtypes import dtype_name
 from moelab.errors import ConfigError
 from moelab.formats import PLAIN
 
@@ -23,7 +24,7 @@ def call_configs(call: MoECall, kernel: str | None = None) -> tuple[KernelConfig
     """
     up, down = call.config, call.down_config
     if up is None and down is None:
-        size, dtype = call.moe_intermediate_size, str(call.weights.w2.dtype).removeprefix("torch.")
+        size, dtype = call.moe_intermediate_size, dtype_name(call.weights.w2.dtype)
         up, down = tuned_configs(call.num_experts, size, dtype, call.num_tokens, kernel)
     else:
         up = _resolved(up, call)

@@ -15,6 +15,7 @@ from moelab.call import MoECall
 from moelab.chips import TARGETS, Target
 from moelab.config import KernelConfig
 from moelab.config_files import lookup
+from moelab.dtypes import dtype_name, torch_dtype
 from moelab.errors import ConfigError
 from moelab.formats import PLAIN
 from moelab.kernels import checks
@@ -195,15 +196,14 @@ def fast_pipeline(call: MoECall, form: Form | None = None) -> Tensor:
     return fast_layer(x, w13, w2, call.topk_weights, ids, tiles, form, **options)
 
 
-@functools.cache
 def here() -> tuple[str, str]:
-    """This device and this Triton, as config files are looked up by."""
-    return runtime.current().device_name, runtime.versions()["triton"] or "unknown"
+    """The current device and this Triton, as config files are looked up by."""
+    return runtime.current().device_name, runtime.triton_version() or "unknown"
 
 
 def _chosen(call: MoECall) -> Form | None:
     hidden_size, size = call.weights.w2.shape[1:]
-    dtype = str(call.weights.w2.dtype).removeprefix("torch.")
+    dtype = dtype_name(call.weights.w2.dtype)
     gated = tuned_gated(call.num_experts, size, *here(), dtype, call.num_tokens)
     return choose(call.num_tokens, call.top_k, call.num_experts, size, hidden_size, gated).form
 
@@ -236,7 +236,7 @@ def choose_for(
     Raises what `fused_moe(impl="fast")` would for such a layer there: ConfigError, RuntimeModeError, DtypeError, ShapeError.
     """
     check_kind(shape.activation, shape.gated, biases=False)
-    dtype = runtime.torch_dtype(shape.dtype)
+    dtype = torch_dtype(shape.dtype)
     w13, w2 = (torch.empty(size, dtype=dtype, device="meta") for size in (shape.w13_shape, shape.w2_shape))
     x = torch.empty((num_tokens, shape.hidden_size), dtype=dtype, device="meta")
     check_fast_layer(x, w13, w2, target or TARGETS["sm_90"])
