@@ -20,6 +20,7 @@ from moelab.reference import activation_ref, fused_moe_ref, grouped_gemm_ref
 from moelab.routing import Routing
 from moelab.shapes import MoEShape
 from moelab.suites.layer_classic import sample_rows
+from moelab.weights import ExpertWeights, GemmWeights
 
 EXPERTS = 8
 """Experts whose rows are looked at, at most."""
@@ -70,7 +71,7 @@ def telling_pairs(routing: Routing) -> Tensor:
 
 def gemm_gate(
     a: Tensor,
-    w: Tensor,
+    weights: GemmWeights,
     routing: Routing,
     *,
     top_k: int,
@@ -85,7 +86,7 @@ def gemm_gate(
     ids = routing.topk_ids.flatten()[pairs]
     own = ids[ids >= 0].unique().long()  # float64 copies of the experts that are named, not of all
     local = torch.where(ids >= 0, torch.searchsorted(own, ids.long().contiguous()), -1)
-    rows, few = a[pairs // top_k], w[own]
+    rows, few = a[pairs // top_k], weights.w[own]
     given: dict[str, Any] = {"top_k": 1, "topk_weights": routing.topk_weights.flatten()[pairs] if weighted else None}
     plain = grouped_gemm_ref(rows, few, local, **given)
     exact = grouped_gemm_ref(rows.double(), few.double(), local, **given)
@@ -94,7 +95,7 @@ def gemm_gate(
     return Gate(pairs, exact, precision.tolerance(plain, exact))
 
 
-def layer_gate(x: Tensor, w13: Tensor, w2: Tensor, routing: Routing, shape: MoEShape) -> Gate:
+def layer_gate(x: Tensor, weights: ExpertWeights, routing: Routing, shape: MoEShape) -> Gate:
     """For the whole layer, x (num_tokens, hidden_size)."""
     tokens = sample_rows(x.shape[0], TOKENS_EACH).to(x.device)
     options: dict[str, Any] = {"activation": shape.activation, "gated": shape.gated}
@@ -103,8 +104,9 @@ def layer_gate(x: Tensor, w13: Tensor, w2: Tensor, routing: Routing, shape: MoES
         ids = routing.topk_ids[token : token + 1]
         own = ids[ids >= 0].unique().long()
         local = torch.where(ids >= 0, torch.searchsorted(own, ids.long().contiguous()), -1)
-        row, up, down, weights = x[token : token + 1], w13[own], w2[own], routing.topk_weights[token : token + 1]
-        plain.append(fused_moe_ref(row, up, down, weights, local, **options))
-        exact.append(fused_moe_ref(row.double(), up.double(), down.double(), weights, local, **options))
+        row, up, down = x[token : token + 1], weights.w13[own], weights.w2[own]
+        factors = routing.topk_weights[token : token + 1]
+        plain.append(fused_moe_ref(row, up, down, factors, local, **options))
+        exact.append(fused_moe_ref(row.double(), up.double(), down.double(), factors, local, **options))
     together = torch.cat(exact)
     return Gate(tokens, together, precision.tolerance(torch.cat(plain), together))
