@@ -37,9 +37,9 @@ class DType:
     interpreted: bool = True
 
 
-# Sources: IEEE 754-2019 table 3.5 (float16, 32, 64); OCP 8-bit Floating Point Specification 1.0 (e4m3fn, e5m2);
-# e4m3fnuz is AMD's (gfx942), which CUDA C++ has no name for. Triton 3.7.1's interpreter computes bfloat16 and float8
-# wrongly, and says nothing.
+# Sources: IEEE 754-2019 table 3.5 (float16, 32, 64); OCP 8-bit Floating Point Specification 1.0 (e4m3fn, e5m2); OCP
+# Microscaling Formats 1.0 (e8m0fnu, a scale); e4m3fnuz is AMD's (gfx942), which CUDA C++ has no name for. Triton 3.7.1's
+# interpreter computes bfloat16 and float8 wrongly, and says nothing.
 DTYPES: Mapping[str, DType] = {
     dtype.name: dtype
     for dtype in (
@@ -50,6 +50,7 @@ DTYPES: Mapping[str, DType] = {
         DType("float8_e4m3fn", 1, "fp8e4nv", "__nv_fp8_e4m3", 3, -6, ("fp8", "fp8_e4m3"), interpreted=False),
         DType("float8_e4m3fnuz", 1, "fp8e4b8", "", 3, -7, interpreted=False),
         DType("float8_e5m2", 1, "fp8e5", "__nv_fp8_e5m2", 2, -14, ("fp8_e5m2",), interpreted=False),
+        DType("float8_e8m0fnu", 1, "", "__nv_fp8_e8m0", 0, -127, ("e8m0", "ue8m0"), interpreted=False),
         DType("int8", 1, "i8", "signed char"),
         DType("uint8", 1, "u8", "unsigned char"),
         DType("int32", 4, "i32", "int"),

@@ -80,7 +80,8 @@ def fused_moe(
     named(impl)
     _check_arguments(config, down_config, top_k)
     weights = _weights(w13, w2, b13, b2)
-    _require_tensors(hidden_states=hidden_states, **weights.tensors())
+    optional = {name: t for name, t in weights._asdict().items() if t is not None and name != "format"}
+    _require_tensors(**{"hidden_states": hidden_states, "w13": weights.w13, "w2": weights.w2, **optional})
     if router_logits is not None:
         _require_tensors(router_logits=router_logits)
         topk_weights, topk_ids = _route(

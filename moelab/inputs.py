@@ -10,7 +10,7 @@ from torch import Tensor
 from moelab import runtime
 from moelab.dtypes import accumulator_dtype, torch_dtype
 from moelab.routing import Routing, make_routing
-from moelab.shapes import MoEShape
+from moelab.shapes import MoEShape, require_plain
 from moelab.weights import ExpertWeights
 
 
@@ -89,6 +89,7 @@ def make_inputs(
     ~ N(0, 0.01). A routing's name draws `routing_for` the shape. dtype defaults to the shape's, device to where
     kernels run. The same arguments give the same tensors on the same device type.
     """
+    require_plain(shape, "make_inputs")
     device = device or runtime.current().device
     dtype = dtype or torch_dtype(shape.dtype)
     E, H, N = shape.num_experts, shape.hidden_size, shape.moe_intermediate_size

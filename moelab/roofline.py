@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from moelab.dtypes import dtype_bytes, dtype_name
 from moelab.errors import MoelabError, RoutingError, ShapeError, UnknownNameError, nearest_names
-from moelab.shapes import MoEShape
+from moelab.shapes import MoEShape, require_plain
 
 Kind = Literal["measured", "floors", "datasheet"]
 
@@ -185,6 +185,7 @@ def layer_cost(shape: MoEShape, num_tokens: int, experts_touched: float | None =
     790 TFLOP/s.
     """
     _require_tokens(num_tokens)
+    require_plain(shape, "The floor of a layer")
     touched = _expected_touched(shape, num_tokens) if experts_touched is None else experts_touched
     if not 0 <= touched <= shape.num_experts:
         raise RoutingError(

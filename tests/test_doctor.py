@@ -68,7 +68,7 @@ def plant_upstreams_mistake(tree: Path) -> tuple[set[Path], set[Path]]:
 
 
 def name_of(model: str, tp: int, device: str, **more: object) -> str:
-    shape = shapes.preset(model, disable_shared_experts_fusion=True).shard(tp)
+    shape = shapes.preset(model).shard(tp)
     return cf.file_name(shape.num_experts, shape.moe_intermediate_size, device, **more)
 
 

@@ -8,9 +8,10 @@ import os
 from moelab import runtime
 from moelab.call import Config, MoECall
 from moelab.config import KernelConfig, default_config
-from moelab.config_files import dtype_selector, lookup
+from moelab.config_files import lookup
 from moelab.dtypes import dtype_name
 from moelab.errors import ConfigError
+from moelab.formats import PLAIN
 
 
 def call_configs(call: MoECall, kernel: str | None = None) -> tuple[KernelConfig, KernelConfig]:
@@ -61,7 +62,7 @@ def _tuned(
     up, down = (
         lookup(
             num_experts, size, device, num_tokens=num_tokens, triton_version=version, down=of_gemm2,
-            dtype_selector=dtype_selector(dtype), kernel=kernel,
+            dtype_selector=PLAIN.dtype_selector(dtype), kernel=kernel,
         )
         for of_gemm2 in (False, True)
     )  # fmt: skip

@@ -14,9 +14,10 @@ from moelab import runtime
 from moelab.call import MoECall
 from moelab.chips import TARGETS, Target
 from moelab.config import KernelConfig
-from moelab.config_files import dtype_selector, lookup
+from moelab.config_files import lookup
 from moelab.dtypes import dtype_name, torch_dtype
 from moelab.errors import ConfigError
+from moelab.formats import PLAIN
 from moelab.kernels import checks
 from moelab.kernels.expert_order import expert_order_unchecked, new_expert_order
 from moelab.kernels.fast_instances import SHORT_INNER, Instance, instance_for
@@ -140,7 +141,7 @@ def _tuned_gated(
     up, down = (
         lookup(
             num_experts, size, device, num_tokens=num_tokens, triton_version=triton_version, down=of_gemm2,
-            dtype_selector=dtype_selector(dtype), kernel=GATED_KERNEL,
+            dtype_selector=PLAIN.dtype_selector(dtype), kernel=GATED_KERNEL,
         )
         for of_gemm2 in (False, True)
     )  # fmt: skip
