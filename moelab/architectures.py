@@ -33,6 +33,7 @@ class Architecture:
     layers: "key:value", a list of layer kinds in which `value` marks a layer with experts.
     limit: key of a clamp on the gate and up products; when set, the activation is named with `_clamped`. "key=10.0": the
     class's default where the key is absent, and then the class needs a number over 0.
+    clamps_after: the limit is on silu(gate) and up, not on gate and up: the activation is then `_then_clamped`.
     knows: keys of EFFECTS that this row's reading holds for, "key=7.0" for that value alone; its other fields' keys count too.
     """
 
@@ -44,6 +45,7 @@ class Architecture:
     activation: str = "hidden_act > =silu"
     gated: bool = True
     limit: str = ""
+    clamps_after: bool = False
     nested: str = ""
     element: int | None = None
     layers: str = ""
@@ -73,6 +75,8 @@ TABLE: tuple[Architecture, ...] = (
     Architecture(
         "BailingMoeForCausalLM BailingMoEForCausalLM BailingMoeV2ForCausalLM BailingMoeV3ForCausalLM "
         "BailingHybridForCausalLM bailing_moe bailing_moe_v2 bailing_moe_linear bailing_hybrid",
+        limit="expert_swiglu_limit_list",  # the third version's alone
+        clamps_after=True,
     ),
     Architecture("BeamForCausalLM beam"),
     Architecture("ExaoneMoeForCausalLM exaone_moe"),
@@ -239,6 +243,7 @@ TABLE: tuple[Architecture, ...] = (
         num_experts="n_routed_experts|moe_num_experts",
         top_k="num_experts_per_tok|moe_top_k",
         limit="swiglu_limits",
+        clamps_after=True,
         nested="text_config",
     ),
     Architecture(
@@ -305,9 +310,10 @@ ACTIVATIONS: dict[str, str] = {
     "relu2": "relu2",
     "swiglu_oai": "swiglu_oai",
     "silu_clamped": "silu_clamped",
+    "silu_then_clamped": "silu_then_clamped",
     "swiglu_softcapped": "swiglu_softcapped",
 }
-"""Spellings in config files -> moelab's name. The last two and `relu` have sizes here but no kernel yet."""
+"""Spellings in config files -> moelab's name. The last three and `relu` have sizes here but no kernel yet."""
 
 GENERIC = Architecture(
     names="",
@@ -326,7 +332,6 @@ EFFECTS: tuple[str, ...] = (
     "moe_hidden_size",
     "routed_expert_hidden_size",
     "ffn_config",
-    "per_layer_config",
     "swiglu_limit",
     "swiglu_limits",
     "expert_swiglu_limit_list",

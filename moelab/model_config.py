@@ -213,7 +213,7 @@ class _Reader:
         return ", and intermediate_size may be the dense layers'"
 
     def activation(self) -> str:
-        """moelab's name of the activation; with `_clamped` where the row's limit is set."""
+        """moelab's name of the activation; with `_clamped` or `_then_clamped` where the row's limit is set."""
         spelled = self.value(self.row.activation)
         if spelled is None and self.row is GENERIC:
             self.fail("it has no hidden_act, which would say whether its experts are gated")
@@ -222,7 +222,9 @@ class _Reader:
             self.fail(f"its activation {spelled!r} is not one of {', '.join(sorted(ACTIVATIONS))}")
         if self.row is GENERIC and name != "silu":
             self.fail(f"its activation is {spelled}, and only silu says that the experts are gated")
-        return f"{name}_clamped" if self.row.limit and self._is_clamped() else name
+        if not (self.row.limit and self._is_clamped()):
+            return name
+        return f"{name}_then_clamped" if self.row.clamps_after else f"{name}_clamped"
 
     def _is_clamped(self) -> bool:
         """Whether the row's limit is set. An absent key is the class's default; a class that has one needs a number over 0."""
@@ -237,9 +239,8 @@ class _Reader:
     def require_known_effects(self) -> None:
         """Raise if a key is set that changes sizes or arithmetic, and that the row does not read or does not know."""
         known = dict(entry.partition("=")[::2] for entry in self.row.knows.split())
-        specs = (self.row.hidden_size, self.row.moe_intermediate_size, self.row.num_experts, self.row.activation)
-        read = {key.partition(".")[0] for spec in specs for key in re.split(r"[| >]+", spec)}
-        read.add(self.row.limit.partition("=")[0])
+        read = self._keys(self.row) | {self.row.limit.partition("=")[0]}
+        self._require_like_layers(read | self._keys(GENERIC) | set(EFFECTS))
         for key in EFFECTS:
             value = self.section.get(key)
             if not (any(value) if isinstance(value, (list, tuple)) else value) or key in read:
@@ -255,6 +256,22 @@ class _Reader:
                 self.fail(
                     f"{key} is {value!r}, and {self.row.activation.lstrip('=')} is computed with {known[key]} here"
                 )
+
+    def _keys(self, row: Architecture) -> set[str]:
+        """The keys that a row's sizes and activation are read from, the outermost of nested ones."""
+        specs = (row.num_experts, row.top_k, row.hidden_size, row.moe_intermediate_size, row.activation)
+        return {key.partition(".")[0] for spec in specs for key in re.split(r"[| >]+", spec)}
+
+    def _require_like_layers(self, keys: set[str]) -> None:
+        """Raise if `per_layer_config` gives some layers experts of their own; other keys of it are no concern here."""
+        layers = self.section.get("per_layer_config")
+        own = (
+            {key for layer in layers.values() if isinstance(layer, Mapping) for key in layer}
+            if isinstance(layers, Mapping)
+            else set()
+        )
+        if own & keys:
+            self.fail(f"its per_layer_config gives some layers a {', '.join(sorted(own & keys))} of their own")
 
     def require_moe_layers(self) -> None:
         """Raise if the config itself says that no layer has experts."""

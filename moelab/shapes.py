@@ -48,7 +48,7 @@ class MoEShape:
         parallelism a token's other experts live on other ranks, so top_k may exceed num_experts.
     hidden_size (H), moe_intermediate_size (N): columns of w13 and of w2; N is divided by tp_size // ep_size.
     activation: "silu", "gelu", "gelu_tanh", "relu2", "swiglu_oai" (gpt-oss's clamped one); a few models use
-        others ("relu", "silu_clamped", "swiglu_softcapped") that have sizes but no kernel here.
+        others ("relu", "silu_clamped", "silu_then_clamped", "swiglu_softcapped") that have sizes but no kernel here.
     gated: w13 holds gate rows, then up rows; if not, it holds up rows only, (E, N, H).
     tp_size: all ranks that share the layer; ep_size of them, a divisor, divide the experts.
     num_shared_experts_fused: shared experts that a server appends to the routed ones (whole on each rank).

@@ -58,7 +58,7 @@ def test_help_names_every_command(run) -> None:
         (["record"], ["name a suite"]),
         (["explain", "--model", "mixtral-8x7b", "--batch-size", "1", "--triton-version", "3.6"], ["three numbers"]),
         (["explain", "--model", "mixtral-8x7b", "--batch-size", "1", *H200, "--config-dir", "no/such"], ["no/such"]),
-        # what a room refuses
+        # what a module refuses
         (["shape", "--model", "qwen3-30b"], ["qwen3-30b-a3b", "Did you mean"]),
         (["shape", "--model", "mixtral-8x7b", "--tp-size", "3"], ["does not divide", "2, 4"]),
         (["shape", "--model", "mixtral-8x7b", "--dtype", "fp12"], ["fp12", "bfloat16"]),

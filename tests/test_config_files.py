@@ -286,8 +286,8 @@ def test_there_are_shipped_files() -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in SHIPPED if ",kernel=" in path.name], ids=lambda path: path.name)
-def test_no_peer_finds_a_file_of_a_kernel_beside_the_exchange_kernel(path: Path) -> None:
-    """What a peer finds for that layer is a file of the exchange kernel; moelab finds this one where it is asked for it."""
+def test_no_peer_finds_a_file_of_a_kernel_beside_the_compatible_kernel(path: Path) -> None:
+    """What a peer finds for that layer is a file of the compatible kernel; moelab finds this one where it is asked for it."""
     name, tree = cf.parse_file_name(path.name), runtime.config_dir()
     asked = (name.num_experts, name.moe_intermediate_size, name.device_name)
     given = {"num_tokens": 1, "triton_version": "3.6.0", "down": name.down}

@@ -1,7 +1,7 @@
-"""The command line, `moelab shape | explain | bench | ...`. Thin: each command calls a room and prints.
+"""The command line, `moelab shape | explain | bench | ...`. Thin: each command calls a module and prints.
 
 Exit status: 0 done, 1 a problem was found, 2 bad use or something that cannot run here, 130 interrupted. Results go
-to stdout, everything else to stderr. Heavy rooms (torch, triton) are imported by the commands that need them, so that
+to stdout, everything else to stderr. Heavy packages (torch, triton) are imported by the commands that need them, so that
 `moelab --help` answers at once.
 """
 
@@ -235,10 +235,10 @@ def bench(
 
     Exit status 1 if one is over its error bound, or could not run.
     """
-    from moelab.shapes import require_plain
+    from moelab.implementations import require_taken
 
     found = _load(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
-    require_plain(found, "moelab bench")
+    require_taken(found, "moelab bench")
     from moelab.suites import bench as suite
 
     with _naming_memory(found):
@@ -302,7 +302,7 @@ def _installed_triton() -> str:
 def _problems(answer: Lookup, asked: Question, device: str, kernel: str | None) -> list[str]:
     """What the device cannot do with the config; nothing where data/devices does not know the device.
 
-    A kernel beside the exchange kernel is held against what is true of every kernel, as the doctor does.
+    A kernel beside the compatible kernel is held against what is true of every kernel, as the doctor does.
     """
     from moelab.config import violations
     from moelab.config_files.defaults import device_target

@@ -3,7 +3,7 @@
 A file holds batch size -> KernelConfig for one (E, N, device, dtype, ...), named as sglang and vLLM name it:
 `E=128,N=768,device_name=NVIDIA_H200.json`, N being the last dimension of w2. Hidden size and top_k are not in
 the name. Files lie in `triton_X_Y_Z/` folders, because what is fast under one Triton need not be under
-another. A file `...,kernel=NAME.json` is for a kernel beside the exchange kernel, and no peer can ask for it.
+another. A file `...,kernel=NAME.json` is for a kernel beside the vLLM/sglang-compatible one, and no peer can ask for it.
 
 questions.py says which file a server asks for, for a model as it runs it. rules.py says how each loader searches; names.py,
 content.py and search.py follow it; exporting.py writes for a loader and reads back; diagnosis.py finds the files that no

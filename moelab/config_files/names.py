@@ -25,7 +25,7 @@ _KERNEL = re.compile(r"[a-z][a-z0-9_]*")
 @dataclass(frozen=True)
 class FileName:
     """What a config file's name says. device_name has `_` for spaces; down: for GEMM2 (w2) alone; kernel: of which
-    kernel beside the exchange kernel; None for the exchange kernel itself."""
+    kernel beside the compatible kernel; None for the compatible kernel itself."""
 
     num_experts: int
     moe_intermediate_size: int

@@ -124,7 +124,7 @@ _MOELAB = Rules(
         "version_folders": "what is fast under one Triton need not be under another; a fallback is better than a guess",
         "local_versions": "a build of 3.6.0 is a 3.6.0",
         "odd_folder_stops": "a folder with another name is none of the tree's, and is left alone",
-        "names_kernel": "a kernel beside the exchange kernel has files of its own, which no peer asks for",
+        "names_kernel": "a kernel beside the compatible kernel has files of its own, which no peer asks for",
         "reads_triton_version": "vLLM writes it, and files travel both ways",
         "extra_keys": "how operands are read is not the config's to say: `triton` uses pointers, `tma` TMA for weights",
         "down_takes_up_block_m": "a pair that differs is an error: it was not tuned as it would run",

@@ -18,7 +18,7 @@ def write(result: TuneResult, rules: str, out: str | Path) -> list[Exported]:
     """Write the winners as the loader `rules` reads them, over older files; GEMM2's of its own where it can ask for them.
 
     Raises LandscapeError without a winner, and what config_files.export raises: ConfigFileError for the winners of a kernel
-    beside the exchange kernel under a peer's rules, among it.
+    beside the compatible kernel under a peer's rules, among it.
     """
     if not any(result.to_configs().values()):
         raise LandscapeError(

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from moelab.chips import get_target
 from moelab.config import KernelConfig, default_config
 from moelab.errors import ShapeError
-from moelab.shapes import MoEShape, require_plain
+from moelab.implementations import require_taken
+from moelab.shapes import MoEShape
 
 Gemm = Literal["up", "down"]
 GEMMS: tuple[Gemm, ...] = ("up", "down")
@@ -57,7 +58,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         get_target(self.target)
-        require_plain(self.shape, "The tuner")
+        require_taken(self.shape, "The tuner")
         wrong = [b for b in self.batch_sizes if type(b) is not int or b < 1]
         if wrong or not self.batch_sizes:
             raise ShapeError(
@@ -68,7 +69,7 @@ class Problem:
 
     @property
     def file_kernel(self) -> str | None:
-        """What `kernel=` says in the names of its config files; None for the exchange kernel, whose names lack it."""
+        """What `kernel=` says in the names of its config files; None for the compatible kernel, whose names lack it."""
         return None if self.kernel == COMPATIBLE else self.kernel
 
     def inner_size(self, gemm: Gemm) -> int:
@@ -118,7 +119,7 @@ def find_incumbents(
 ) -> dict[str, dict[int, Pair]]:
     """What a tuned config has to beat: "default" at every batch size, "current" where a config file has one.
 
-    A kernel beside the exchange kernel has files of its own; where there are none, those of the exchange kernel stand in.
+    A kernel beside the compatible kernel has files of its own; where there are none, those of the compatible kernel stand in.
     A `_down` file that disagrees with its up file in BLOCK_SIZE_M cannot run beside it: the up config then stands in.
     Raises ConfigFileError for a broken file: what it would have said is not known.
     """

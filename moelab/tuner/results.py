@@ -176,7 +176,7 @@ class TuneResult:
 
     def write(self, out: str | Path) -> list[Path]:
         """Write the config files into triton_X_Y_Z/ below `out`, as sglang's loader finds them; their paths. Those of a
-        kernel beside the exchange kernel are named `kernel=NAME`, and moelab's loader alone finds them.
+        kernel beside the compatible kernel are named `kernel=NAME`, and moelab's loader alone finds them.
 
         Of files that are there already, entries of other batch sizes stay. Raises LandscapeError if the run is incomplete or
         no batch size has a winner, ConfigFileError if a file that is there cannot be read.
