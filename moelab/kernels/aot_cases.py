@@ -10,7 +10,7 @@ from moelab import runtime
 
 runtime.prepare_triton()
 
-from collections.abc import Callable, Iterator, Mapping  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -81,6 +81,11 @@ def empty(*size: int, of: str = "int32") -> Tensor:
     return torch.empty(size, dtype=getattr(torch, of), device="meta")
 
 
+def by(launcher: Callable[..., object], *arguments: Any, **more: Any) -> Callable[[Target], object]:
+    """The call of a launcher that is the same for every target."""
+    return lambda _: launcher(*arguments, **more)
+
+
 def product(
     launcher: Callable[..., object], config: KernelConfig, dtype: str, *, bias: bool = False, even_k: bool = True,
     sorted_rows: bool = False, family: str = "", **more: Any,
@@ -91,14 +96,12 @@ def product(
     padded = PAIRS * rows
     top_k = more.setdefault("top_k", 1)
 
-    def launch(_: Target) -> None:
-        alignment = Alignment(empty(padded), empty(PAIRS), empty(1), rows, PAIRS, NUM_EXPERTS)
-        launcher(
-            empty(padded if sorted_rows else PAIRS // top_k, K, of=dtype), empty(NUM_EXPERTS, N, K, of=dtype), alignment,
-            config, num_pairs=PAIRS, bias=empty(NUM_EXPERTS, N, of=dtype) if bias else None,
-            topk_weights=empty(PAIRS, of="float32"), **more,
-        )  # fmt: skip
-
+    alignment = Alignment(empty(padded), empty(PAIRS), empty(1), rows, PAIRS, NUM_EXPERTS)
+    launch = by(
+        launcher, empty(padded if sorted_rows else PAIRS // top_k, K, of=dtype), empty(NUM_EXPERTS, N, K, of=dtype),
+        alignment, config, num_pairs=PAIRS, bias=empty(NUM_EXPERTS, N, of=dtype) if bias else None,
+        topk_weights=empty(PAIRS, of="float32"), **more,
+    )  # fmt: skip
     own = [f"{name} {value}" for name, value in more.items() if name not in ("tma", "gated") and value != 1]
     notes = [dtype, config.short(), *(["bias"] if bias else []), *([] if even_k else ["ragged K"]), *own]
     tma = launcher is grouped_gemm_tma or more.get("tma", False)
@@ -143,6 +146,7 @@ def _products_of_sorted_rows() -> Iterator[Case]:
 
 def _split_products() -> Iterator[Case]:
     """The Split-K GEMMs, adding into float32 and into the dtype (GEMM2's sum over 8 slots with them), and by workspace."""
+    ways: list[tuple[KernelConfig, str, dict[str, Any]]]
     ways = [(config, dtype, {}) for config in SPLIT_K_CONFIGS for dtype in ("bfloat16", "float16")]
     ways += [(SPLIT_K_CONFIGS[0], "float32", {}), (SPLIT_K_CONFIGS[0], "float16", {"bias": True, "even_k": False})]
     for config, dtype, more in ways:
@@ -154,49 +158,36 @@ def _split_products() -> Iterator[Case]:
 
 def _element_by_element() -> Iterator[Case]:
     for dtype in DTYPES:
-        yield Case("activation", dtype, lambda _, dtype=dtype: activation(empty(64, 2048, of=dtype)))
+        yield Case("activation", dtype, by(activation, empty(64, 2048, of=dtype)))
         for impl in ("triton", "triton_f32"):
-            yield Case(
-                f"sum_reduce {impl}", dtype,
-                lambda _, dtype=dtype, impl=impl: sum_reduce(empty(64, TOP_K, 2048, of=dtype), 0.3, impl=impl),
-            )  # fmt: skip
+            x = empty(64, TOP_K, 2048, of=dtype)
+            yield Case(f"sum_reduce {impl}", dtype, by(sum_reduce, x, 0.3, impl=impl))
 
 
 def _orders() -> Iterator[Case]:
-    """Pairs sorted by expert: by one launch and by three."""
-    ways: Mapping[str, Callable[[Tensor], object]] = {
-        "moe_align_block_size": lambda ids: moe_align_block_size(ids, 64, NUM_EXPERTS),
-        "expert_order": lambda ids: expert_order(ids, NUM_EXPERTS),
-    }
-    for ids in ("int32", "int64"):
-        yield Case("align_pairs", ids, lambda _, ids=ids: align_pairs(empty(2, TOP_K, of=ids), 64, NUM_EXPERTS))
-        for name, way in ways.items():
-            for num_tokens in (256, 257):  # up to 2048 pairs go in one launch
-                yield Case(
-                    f"{name} of {'one launch' if num_tokens == 256 else 'three launches'}", ids,
-                    lambda _, way=way, ids=ids, num_tokens=num_tokens: way(empty(num_tokens, TOP_K, of=ids)),
-                )  # fmt: skip
+    """Pairs sorted by expert, up to 2048 of them by one launch, more by three; and sorted slots cut into tiles."""
+    for of in ("int32", "int64"):
+        yield Case("align_pairs", of, by(align_pairs, empty(2, TOP_K, of=of), 64, NUM_EXPERTS))
+        for num_tokens, launches in ((256, "one launch"), (257, "three launches")):
+            ids = empty(num_tokens, TOP_K, of=of)
+            yield Case(f"align by {launches}", of, by(moe_align_block_size, ids, 64, NUM_EXPERTS))
+            yield Case(f"expert_order by {launches}", of, by(expert_order, ids, NUM_EXPERTS))
     for rows, grain, in_pairs in ((8, 8, False), (176, 16, False), (176, 16, True)):
-        yield Case(
-            "token_tiles", f"{rows} rows{' in pairs' if in_pairs else ''}",
-            lambda _, rows=rows, grain=grain, in_pairs=in_pairs: token_tiles(
-                empty(2048), empty(NUM_EXPERTS + 1), rows, grain, in_pairs=in_pairs
-            ),
-        )  # fmt: skip
+        note = f"{rows} rows{' in pairs' if in_pairs else ''}"
+        offsets = empty(NUM_EXPERTS + 1)
+        yield Case("token_tiles", note, by(token_tiles, empty(2048), offsets, rows, grain, in_pairs=in_pairs))
 
 
 def router(name: str, num_tokens: int, num_experts: int, top_k: int, dtype: str = "bfloat16", tiles: bool = False,
            bias: bool = False, **rule: Any) -> Case:  # fmt: skip
     """A router's choice for a batch: by one program with the order, and a tile an expert where asked for, or by many."""
-
-    def launch(_: Target) -> None:
-        out = new_routed(num_tokens, num_experts, top_k, torch.device("meta"))
-        correction = empty(num_experts, of="float32") if bias else None
-        cut = new_token_tiles(out.order.sorted_slots, num_experts, num_tokens) if tiles else None
-        route(empty(num_tokens, num_experts, of=dtype), top_k, correction_bias=correction, out=out, tiles=cut, **rule)
-
+    out = new_routed(num_tokens, num_experts, top_k, "meta")
+    correction = empty(num_experts, of="float32") if bias else None
+    cut = new_token_tiles(out.order.sorted_slots, num_experts, num_tokens) if tiles else None
+    logits = empty(num_tokens, num_experts, of=dtype)
     family = "route by many programs" if num_tokens > 64 else "route by one program"
-    return Case(family, f"{name} {num_tokens} tokens {dtype}{' tiles' if tiles else ''}", launch)
+    note = f"{name} {num_tokens} tokens {dtype}{' tiles' if tiles else ''}"
+    return Case(family, note, by(route, logits, top_k, correction_bias=correction, out=out, tiles=cut, **rule))
 
 
 def _routers() -> Iterator[Case]:
