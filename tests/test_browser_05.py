@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from browser import Tab, lab, page
+from browser import Tab
 from playwright.sync_api import Locator
-from test_browser import chromium_or_skip, copy_of_the_checkout
 
 NOTEBOOK = "notebooks/05_config_search.ipynb"
 RESTARTED = "window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'"
@@ -108,20 +107,16 @@ def judge_and_export(tab: Tab, out: Path) -> None:
 
 
 @pytest.mark.browser
-def test_config_search_in_the_browser(tmp_path: Path) -> None:
-    chromium = chromium_or_skip()
-    (tmp_path / "root").mkdir()
-    root = copy_of_the_checkout(tmp_path / "root")
-    with lab(root, tmp_path / "state") as server, page(server, chromium) as tab:
-        tab.open(NOTEBOOK)
-        tab.run_all()
-        assert "" not in tab.names()
-        explore(tab)
-        tune_hold_and_take_up(tab)
-        judge_and_export(tab, root / "tuned" / "export")
-        tab.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
-        tab.page.wait_for_function("!window.jupyterapp.shell.currentWidget.context.model.dirty")
-        saved = (root / NOTEBOOK).stat().st_size
-        assert saved < SAVED_BYTES, f"{saved} bytes saved with widgets"
-        assert tab.outside == [], "requests that would leave the machine"
-        assert tab.console_errors == []
+def test_config_search_in_the_browser(tab: Tab) -> None:
+    tab.open(NOTEBOOK)
+    tab.run_all()
+    assert "" not in tab.names()
+    explore(tab)
+    tune_hold_and_take_up(tab)
+    judge_and_export(tab, tab.folder / "tuned" / "export")
+    tab.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+    tab.page.wait_for_function("!window.jupyterapp.shell.currentWidget.context.model.dirty")
+    saved = (tab.folder / NOTEBOOK).stat().st_size
+    assert saved < SAVED_BYTES, f"{saved} bytes saved with widgets"
+    assert tab.outside == [], "requests that would leave the machine"
+    assert tab.console_errors == []
