@@ -160,7 +160,8 @@ def layer_references(
     if hidden_states.dtype == torch.float64:
         return plain, fused_moe_double_double(*given, **options)
     wide = {name: _double(value) for name, value in options.items()}
-    return plain, fused_moe_ref(*(_double(x) for x in given[:3]), topk_weights, topk_ids, **wide)
+    x, w13, w2 = hidden_states.double(), w13.double(), w2.double()
+    return plain, fused_moe_ref(x, w13, w2, topk_weights, topk_ids, **wide)
 
 
 def gemm_references(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 
 from moelab import roofline
 from moelab.recordings import Recording
@@ -31,6 +32,11 @@ FACTORS = {
     "gated_tma_atomic": (1.38, 1.3), "compiled": (4.0, 1.8),
 }  # fmt: skip
 """Implementation -> time over floor at one token and at 8192."""
+
+
+def numbers(sentence: str) -> list[float]:
+    """What a sentence says in numbers, in order: tests hold these, not the words between them."""
+    return [float(found.replace(",", "")) for found in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?", sentence)]
 
 
 def host_samples(middle: float, count: int = 160, seed: int = 0) -> list[float]:

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from moelab.plots import ratio_map
+from moelab.plots.cells import cells_of, names_of, timed
 from moelab.plots.fast_layer import NOTHING, runs_of
-from moelab.plots.layer_baseline import cells_of, names_of, timed
 from moelab.plots.panel import Panel, Row, geometric_mean, timing
 from moelab.plots.style import GREEN, VERMILLION, grid, number
 from moelab.recordings import Recording

@@ -13,7 +13,7 @@ from moelab.plots.style import BLUE, GREEN
 
 TIED = "#bdbdbd"
 MIDDLE = "#f7f7f7"
-_TICKS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0)
+_TICKS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 LEAST_SPAN = math.log(1.25)
 """Half of the colours' range at least, so that a per cent is not drawn as a great gain."""
 
