@@ -10,6 +10,7 @@ from torch import Tensor
 from moelab import runtime
 from moelab.routing import Routing, make_routing
 from moelab.shapes import MoEShape
+from moelab.weights import ExpertWeights
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class MoEInputs:
     topk_ids: Tensor
     b13: Tensor | None = None
     b2: Tensor | None = None
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The experts' as one."""
+        return ExpertWeights(self.w13, self.w2, self.b13, self.b2)
 
     def to(self, dtype: torch.dtype) -> MoEInputs:
         """The same inputs with every tensor but the routing cast to `dtype`."""

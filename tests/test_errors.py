@@ -28,7 +28,8 @@ from moelab.errors import (
     UnknownModelError,
     UnknownNameError,
 )
-from moelab.fused_moe import IMPLEMENTATIONS, fused_moe
+from moelab.fused_moe import fused_moe
+from moelab.implementations import IMPLEMENTATIONS, Implementation
 from moelab.kernels.activation import activation
 from moelab.kernels.align import align
 from moelab.kernels.descriptors import check_tma, check_tma_config, weight_descriptor
@@ -49,7 +50,7 @@ SPLIT = KernelConfig(16, 32, 16, 1, SPLIT_K=2)
 def plain(**changes: object) -> None:
     """A call of an implementation that takes plain layers only."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(IMPLEMENTATIONS, "mine", lambda call: call.require_plain("mine"))
+        patch.setitem(IMPLEMENTATIONS, "mine", Implementation(lambda call: call.require_plain("mine")))
         moe("mine", **changes)
 
 

@@ -15,8 +15,9 @@ PACKAGE = ROOT / "moelab"
 
 # Ground floor first: a room imports only from rooms above it in this list (CONTRIBUTING.md, "The house").
 ROOMS = """
-    errors runtime architectures model_config shapes chips config roofline recordings config_files routers routing inputs
-    reference torch_layers kernels pipelines fused_moe module precision measure suites tuner studies plots widgets cli __main__
+    errors runtime architectures model_config shapes chips config weights call implementations roofline recordings
+    config_files routers routing inputs reference double_double torch_layers kernels pipelines fused_moe module precision measure
+    suites tuner studies plots widgets cli __main__
 """.split()  # noqa: SIM905
 HEAVY = {"torch", "triton", "plotly", "ipywidgets", "pandas", "ray", "jupyterlab"}
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from moelab import runtime
 from moelab.errors import RoutingError, ShapeError, UnknownNameError
+from moelab.implementations import of_triton
 from moelab.module import FusedMoE
-from moelab.pipelines import PIPELINES
 from moelab.reference import fused_moe_ref
 from moelab.routing import make_routing
 from moelab.shapes import MoEShape
@@ -58,7 +58,7 @@ def compare(block: nn.Module, module: FusedMoE) -> None:
     torch.testing.assert_close(out, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", sorted(PIPELINES))
+@pytest.mark.parametrize("impl", sorted(of_triton()))
 def test_by_every_pipeline(impl: str) -> None:
     compare(Fused(bias=True), FusedMoE.from_hf(Fused(bias=True), top_k=K, impl=impl, interleaved=False))
 

@@ -16,8 +16,8 @@ from moelab.config import KernelConfig
 from moelab.shapes import MoEShape
 from moelab.tuner.compile import Compiled, CompilePool, Kernel, first_words, kernels_of
 from moelab.tuner.crew import wait_for
-from moelab.tuner.problem import EXCHANGE, GEMMS, Problem
-from moelab.tuner.tuned_kernels import TUNED
+from moelab.tuner.problem import COMPATIBLE, GEMMS, Problem
+from moelab.tuner.tuned_kernels import TUNED, implementation_of
 
 SHAPE = MoEShape("small", num_experts=4, top_k=2, hidden_size=256, moe_intermediate_size=128)
 PROBLEM = Problem(SHAPE, "NVIDIA H200", "sm_90", "3.6.0", (1, 3, 40))
@@ -28,7 +28,7 @@ TOO_LARGE = KernelConfig(128, 256, 128, 1, 8, 4)
 
 def both(kernel: str) -> list[Kernel]:
     """GOOD for both GEMMs, split in two where the kernel splits."""
-    split = 2 if max(TUNED[kernel].split_k) > 1 else 1
+    split = 2 if max(implementation_of(kernel).split_k) > 1 else 1
     return [(gemm, replace(config, SPLIT_K=split)) for config in GOOD for gemm in GEMMS]
 
 
@@ -56,8 +56,8 @@ def compiled(kernel: str, cache: Path, asked: list[Kernel]) -> dict[Kernel, Comp
 @pytest.fixture(scope="module")
 def known(cache: Path) -> dict[str, dict[Kernel, Compiled]]:
     """Everything these tests compile, by kernel."""
-    more: list[Kernel] = [("up", NO_PTXAS), ("down", TOO_LARGE), *both(EXCHANGE)]
-    return {name: compiled(name, cache, [*both(name), *(more if name == EXCHANGE else [])]) for name in TUNED}
+    more: list[Kernel] = [("up", NO_PTXAS), ("down", TOO_LARGE), *both(COMPATIBLE)]
+    return {name: compiled(name, cache, [*both(name), *(more if name == COMPATIBLE else [])]) for name in TUNED}
 
 
 # In a process of its own: Triton compiles there, and does not interpret. Launches over real tensors are stopped after
@@ -74,7 +74,7 @@ from moelab.kernels.launch import Launcher
 from moelab.routing import max_padded_pairs
 from moelab.tuner import rig
 from moelab.tuner.compile import TritonCompiler
-from moelab.tuner.tuned_kernels import TUNED
+from moelab.tuner.tuned_kernels import TUNED, implementation_of
 
 TritonCompiler(PROBLEM)
 found = []
@@ -121,7 +121,7 @@ def test_a_launch_finds_what_was_compiled_ahead(known: dict[str, dict[Kernel, Co
 
 
 def test_what_does_not_compile_or_fit_is_told_apart(known: dict[str, dict[Kernel, Compiled]]) -> None:
-    refused, large = known[EXCHANGE]["up", NO_PTXAS], known[EXCHANGE]["down", TOO_LARGE]
+    refused, large = known[COMPATIBLE]["up", NO_PTXAS], known[COMPATIBLE]["down", TOO_LARGE]
     assert (refused.failure, large.failure) == ("compile", "resources")
     assert "registers" in refused.message and len(refused.message) <= 300 and "232448" in large.message
 

@@ -134,7 +134,7 @@ def test_strategy_race_follows_budget_play_and_measure(survey: Survey) -> None:
     assert choose["Play"].value == 0 and "nobody has a choice yet" in text(box)
     choose["Budget"].index = len(choose["Budget"].options) - 1
     finished = text(box)
-    assert "finished by then: random, grid" in finished
+    assert "finished: random, grid" in finished
     choose["Regret"].value = "worst"
     assert text(box) != finished
 

@@ -229,11 +229,10 @@ def bench(
     Exit status 1 if one is over its error bound, or could not run.
     """
     found = _load(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
-    from moelab.fused_moe import IMPLEMENTATIONS
     from moelab.suites import bench as suite
 
     with _naming_memory(found):
-        asked = impl or list(IMPLEMENTATIONS)
+        asked = impl or suite.taking_of(found)
         results = suite.bench(found, batch_size or [1, 16, 256], asked, routing=routing, eager=eager)
     if as_json:
         printing.print_json([printing.bench_json(found, result) for result in results])

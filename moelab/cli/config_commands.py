@@ -52,14 +52,10 @@ def explain_fast(found: MoEShape, num_tokens: int, device: str, triton_version: 
 def kernel_warnings(kernel: str | None, config_dir: Path | None) -> list[str]:
     """A sentence where nobody has a kernel of that name: neither `fused_moe`, nor a reader with config files for it."""
     from moelab.config_files import kernels_with_files
-    from moelab.tuner.tuned_kernels import TUNED
+    from moelab.implementations import IMPLEMENTATIONS
 
-    known = list(dict.fromkeys([*(k.implementation for k in TUNED.values()), *kernels_with_files(config_dir), "fast"]))
+    known = list(dict.fromkeys([*IMPLEMENTATIONS, *kernels_with_files(config_dir)]))
     if kernel is None or kernel in known:
-        return []
-    from moelab.fused_moe import IMPLEMENTATIONS  # only now: it loads torch
-
-    if kernel in IMPLEMENTATIONS:
         return []
     return [
         f"Nothing here is called {kernel!r}: no implementation of fused_moe, and no config file has kernel={kernel}."

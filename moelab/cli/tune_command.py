@@ -228,13 +228,13 @@ def _shape(asked: Mapping[str, Any]) -> Any:
 
 def _on_gpu(asked: Mapping[str, Any], ray: str | None, quarantine: Path | None) -> tuple[Problem, Evaluator]:
     from moelab.tuner.evaluators import make_gpu_evaluator
-    from moelab.tuner.problem import EXCHANGE
+    from moelab.tuner.problem import COMPATIBLE
     from moelab.tuner.starting import gpu_problem
 
     shape = _shape(asked)
     problem = gpu_problem(
         shape, asked["batch_sizes"], routing=_routing(asked["routing"], shape.num_experts), seed=asked["seed"],
-        separate_down=asked["separate_down"], kernel=asked["kernel"] or EXCHANGE,
+        separate_down=asked["separate_down"], kernel=asked["kernel"] or COMPATIBLE,
     )  # fmt: skip
     return problem, make_gpu_evaluator(problem, ray=ray, gpus=asked["gpus"], quarantine=quarantine)
 

@@ -21,10 +21,8 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from moelab.config import KernelConfig  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.interpreter import hasten  # noqa: E402
-from moelab.routing import Alignment  # noqa: E402
 
 if RUNTIME.mode == "interpreter":
     from triton.runtime import interpreter
@@ -158,17 +156,7 @@ def checked(key: Hashable, check: Callable[[], Any]) -> Any:
 
 
 def signature(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Shape, dtype, device and contiguity of each: all of a tensor that checks look at."""
-    return tuple([None if t is None else (t.shape, t.dtype, t.device, t.is_contiguous()) for t in tensors])
-
-
-def gemm_signature(
-    a: Tensor, w: Tensor, alignment: Alignment, config: KernelConfig, *rest: Tensor | None
-) -> tuple[Any, ...]:
-    """`signature` of a grouped product's operands, its alignment and its config."""
-    return (
-        config, alignment.block_size, alignment.num_pairs, alignment.num_experts,
-        *signature(
-            a, w, alignment.sorted_token_ids, alignment.expert_ids, alignment.num_tokens_post_padded, *rest
-        ),
-    )  # fmt: skip
+    """Shape, dtype, device, contiguity and negative bit of each: all of a tensor that checks look at."""
+    return tuple([
+        None if t is None else (t.shape, t.dtype, t.device, t.is_contiguous(), t.is_neg()) for t in tensors
+    ])  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moelab import runtime
+from moelab.call import MoECall
 from moelab.chips import TARGETS, Target
 from moelab.config import KernelConfig
 from moelab.config_files import dtype_selector, lookup
@@ -23,7 +24,6 @@ from moelab.kernels.few_tokens import FewTokens, few_tokens, form_for
 from moelab.kernels.launch import checked, signature
 from moelab.kernels.route import new_routed, route, tiles_in_one_launch
 from moelab.kernels.token_tiles import TokenTiles, new_token_tiles, token_tiles_unchecked
-from moelab.pipelines.call import MoECall
 from moelab.pipelines.layers import sorted_pipeline, triton_pipeline
 from moelab.routing import ExpertOrder, Routed
 from moelab.shapes import MoEShape
@@ -172,16 +172,16 @@ def fast_pipeline(call: MoECall, form: Form | None = None) -> Tensor:
 
     form: that one, whatever the batch. Raises RuntimeModeError, DtypeError, ShapeError, ConfigError.
     """
-    x, w13, w2, ids = call.hidden_states, call.w13, call.w2, call.topk_ids
+    x, (w13, w2, *_), ids = call.hidden_states, call.weights, call.topk_ids
     aligned = not (x.data_ptr() | w13.data_ptr() | w2.data_ptr()) % 16
-    what = (call.activation, call.gated, call.b13 is None, call.b2 is None, aligned)
+    what = (call.activation, call.gated, call.weights.has_bias, aligned)
     checked(("fast_pipeline", signature(x, w13, w2), what), lambda: _check(call))
     if form is None:
         form = _chosen(call)
     if form is None:
         return triton_pipeline(call)
     if isinstance(form, Gated):
-        return sorted_pipeline(call._replace(config=form.up, down_config=form.down), combine="scatter", tma=True)
+        return sorted_pipeline(call._replace(config=form.up, down_config=form.down), tma=True)
     ids = ids.to(torch.int32)
     options: dict[str, Any] = {
         "scale": call.routed_scaling_factor, "weights_on_input": call.apply_router_weight_on_input
@@ -201,14 +201,15 @@ def here() -> tuple[str, str]:
 
 
 def _chosen(call: MoECall) -> Form | None:
-    size, dtype = call.w2.shape[2], str(call.w2.dtype).removeprefix("torch.")
+    hidden_size, size = call.weights.w2.shape[1:]
+    dtype = str(call.weights.w2.dtype).removeprefix("torch.")
     gated = tuned_gated(call.num_experts, size, *here(), dtype, call.num_tokens)
-    return choose(call.num_tokens, call.top_k, call.num_experts, size, call.w2.shape[1], gated).form
+    return choose(call.num_tokens, call.top_k, call.num_experts, size, hidden_size, gated).form
 
 
 def _check(call: MoECall) -> None:
-    check_kind(call.activation, call.gated, biases=call.b13 is not None or call.b2 is not None)
-    check_fast_layer(call.hidden_states, call.w13, call.w2, checks.current_target())
+    check_kind(call.activation, call.gated, biases=call.weights.has_bias)
+    check_fast_layer(call.hidden_states, call.weights.w13, call.weights.w2, checks.current_target())
 
 
 def check_kind(activation: str, gated: bool, *, biases: bool) -> None:

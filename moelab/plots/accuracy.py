@@ -9,6 +9,7 @@ from typing import Any
 
 from moelab.plots.panel import Panel, Row
 from moelab.plots.style import GREY, GRID, LOOKS, Look, grid, look, number, powers, series
+from moelab.plots.sum_reduce import ORDER
 
 FRACTION_BITS = {"bfloat16": 7, "float16": 10, "float32": 23, "float64": 52}
 """Stored fraction bits of a dtype: the spacing in [2^e, 2^(e+1)) is 2^(e - bits)."""
@@ -89,7 +90,7 @@ def checks(
                   "(upper row: its tolerance grows with |torch|, so a mark over the line may pass)",
                   titles=titles, rows=2, shared_y=True, height=700)  # fmt: skip
     sets = {"recorded": (recorded, False), "live here": (live, True), "reported": (_upstream_rows(reported), False)}
-    impls = [impl for impl in LOOKS if any(r["impl"] == impl for r in recorded)]
+    impls = [impl for impl in ORDER if any(r["impl"] == impl for r in recorded)]
     for name, (rows, hollow) in sets.items():
         for index, dtype in enumerate(dtypes):
             for line, (error, bound, verdict) in enumerate(_JUDGED, start=1):

@@ -150,7 +150,7 @@ def over_floor(recording: Recording, at: Ceilings, peers: Sequence[Row] = (), pe
     means = {name: _mean(rows, name, by, value) for name in names_of(rows, by)}
     far = [name for name, mean in means.items() if by == "impl" and mean > FAR * min(means.values())]
     note = "each with its own tiles, alignment included; hollow: past its error bound" if by == "impl" else (
-        "alignment made beforehand; shipped elsewhere: a file for another device, recording layer_classic")  # fmt: skip
+        "alignment made beforehand<br>shipped elsewhere: a file for another device, recording layer_classic")  # fmt: skip
     note += f"<br>not drawn until its name is clicked, being far above: {', '.join(far)}" if far else ""
     note += f"<br>hollow: sglang’s, {peer_source}" if peers else ""
     source = f"{recording.source()}, 95 % intervals; {note}"

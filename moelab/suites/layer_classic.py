@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moelab import config_files, precision, roofline, runtime
+from moelab.call import Config
 from moelab.config import KernelConfig, default_config
 from moelab.errors import RecordingError
 from moelab.fused_moe import fused_moe
@@ -110,15 +111,15 @@ class Layer:
         return run
 
     def whole(
-        self, config: KernelConfig | None, *, down_config: KernelConfig | None = None, impl: str = "triton"
+        self, config: Config, *, down_config: Config = None, impl: str = "triton"
     ) -> Callable[[int], torch.Tensor]:
-        """The public op under one config (another for GEMM2 if given), alignment included."""
+        """The public op under one config (another for GEMM2 if given), as `fused_moe` takes them, alignment included."""
         shape = self.shape
 
         def run(i: int) -> torch.Tensor:
             r, w = self.routings[i], self.weights[i]
             return fused_moe(
-                self.states[i], w.w13, w.w2, topk_weights=r.topk_weights, topk_ids=r.topk_ids, impl=impl,
+                self.states[i], w.weights, topk_weights=r.topk_weights, topk_ids=r.topk_ids, impl=impl,
                 config=config, down_config=down_config, activation=shape.activation, gated=shape.gated,
             )  # fmt: skip
 

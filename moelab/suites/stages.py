@@ -25,6 +25,7 @@ from moelab.measure import rotations_for
 from moelab.reference import activation_ref, grouped_gemm_ref
 from moelab.routing import Alignment, expected_experts_touched
 from moelab.shapes import MoEShape
+from moelab.weights import GemmWeights
 
 Contender = Callable[[int], Tensor]
 VARIANTS = ("classic", "atomic_f32", "atomic_out", "workspace")
@@ -34,12 +35,12 @@ MAX_SPLIT_K = 16
 class Stage:
     """One GEMM of a layer at one batch size, with inputs enough that weights come from memory.
 
-    name: "up" or "down". weights: sets of (E, N, K), rotated. a: (num_tokens, K), or (pairs, K) for "down".
+    name: "up" or "down". weights: sets with w (E, N, K), rotated. a: (num_tokens, K), or (pairs, K) for "down".
     """
 
-    def __init__(self, name: str, shape: MoEShape, num_tokens: int, weights: Sequence[Tensor]) -> None:
+    def __init__(self, name: str, shape: MoEShape, num_tokens: int, weights: Sequence[GemmWeights]) -> None:
         self.name, self.shape, self.num_tokens, self.weights = name, shape, num_tokens, weights
-        first = weights[0]
+        first = weights[0].w
         self.dtype, device = first.dtype, first.device.type
         E, self.N, self.K = first.shape
         self.pairs = num_tokens * shape.top_k
@@ -69,7 +70,7 @@ class Stage:
 
 
 def _up(stage: Stage, variant: str, config: KernelConfig, aligned: Alignment, i: int) -> Tensor:
-    shape, w = stage.shape, stage.weights[i % len(stage.weights)]
+    shape, w = stage.shape, stage.weights[i % len(stage.weights)].w
     given: dict[str, Any] = {"num_pairs": stage.pairs, "top_k": shape.top_k}
     if variant == "workspace":
         return split_k_workspace(
@@ -82,7 +83,7 @@ def _up(stage: Stage, variant: str, config: KernelConfig, aligned: Alignment, i:
 
 
 def _down(stage: Stage, variant: str, config: KernelConfig, aligned: Alignment, i: int) -> Tensor:
-    k, w = stage.shape.top_k, stage.weights[i % len(stage.weights)]
+    k, w = stage.shape.top_k, stage.weights[i % len(stage.weights)].w
     given: dict[str, Any] = {"num_pairs": stage.pairs, "top_k": 1, "topk_weights": stage.routings[i].topk_weights}
     if variant == "atomic_f32":
         return split_k_atomic_f32(stage.a[i], w, aligned, config, pairs_per_row=k, **given).to(stage.dtype)
@@ -106,7 +107,7 @@ def reference(stage: Stage, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     ids, a = routing.topk_ids[tokens], rows_of(stage, stage.a[0], tokens).to(dtype)
     own = ids.unique()  # float64 copies of the experts that are named, not of all
     local = torch.searchsorted(own, ids.contiguous())
-    w = stage.weights[0][own.long()].to(dtype)
+    w = stage.weights[0].w[own.long()].to(dtype)
     if stage.name == "up":
         product = grouped_gemm_ref(a, w, local, top_k=k)
         return activation_ref(product, stage.shape.activation, gated=stage.shape.gated)
@@ -115,8 +116,8 @@ def reference(stage: Stage, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     return product.view(len(tokens), k, -1).to(wide).sum(1).to(dtype)
 
 
-def weight_sets(name: str, shape: MoEShape) -> list[Tensor]:
-    """Copies of one stage's weights, random and different: together three times the L2 cache (60 MB on an H200).
+def weight_sets(name: str, shape: MoEShape) -> list[GemmWeights]:
+    """Copies of one stage's weights, random and different: together three times the device's L2.
 
     A fine shard's weights fit in the cache whole, where in serving those of other layers push them out.
     """
@@ -125,4 +126,4 @@ def weight_sets(name: str, shape: MoEShape) -> list[Tensor]:
     dtype, size = runtime.torch_dtype(shape.dtype), (shape.num_experts, rows, K)
     sets = rotations_for(shape.num_experts * rows * K * dtype.itemsize, at_least=1, at_most=16)
     device = runtime.current().device
-    return [random_tensor(size, K**-0.5, dtype=dtype, device=device, seed=1 + i) for i in range(sets)]
+    return [GemmWeights(random_tensor(size, K**-0.5, dtype=dtype, device=device, seed=1 + i)) for i in range(sets)]

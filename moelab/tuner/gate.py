@@ -18,6 +18,7 @@ from moelab import precision
 from moelab.routing import Routing
 from moelab.shapes import MoEShape
 from moelab.suites.layer_classic import sample_rows
+from moelab.weights import ExpertWeights, GemmWeights
 
 EXPERTS = 8
 """Experts whose rows are looked at, at most."""
@@ -68,7 +69,7 @@ def telling_pairs(routing: Routing) -> Tensor:
 
 def gemm_gate(
     a: Tensor,
-    w: Tensor,
+    weights: GemmWeights,
     routing: Routing,
     *,
     top_k: int,
@@ -83,13 +84,13 @@ def gemm_gate(
     ids = routing.topk_ids.flatten()[pairs]
     own = ids[ids >= 0].unique().long()  # float64 copies of the experts that are named, not of all
     local = torch.where(ids >= 0, torch.searchsorted(own, ids.long().contiguous()), -1)
-    rows, few = a[pairs // top_k], w[own]
+    rows, few = a[pairs // top_k], weights.w[own]
     given: dict[str, Any] = {"top_k": 1, "topk_weights": routing.topk_weights.flatten()[pairs] if weighted else None}
     plain, exact = precision.gemm_references(rows, few, local, activated=activated, **given)
     return Gate(pairs, exact, precision.tolerance(plain, exact))
 
 
-def layer_gate(x: Tensor, w13: Tensor, w2: Tensor, routing: Routing, shape: MoEShape) -> Gate:
+def layer_gate(x: Tensor, weights: ExpertWeights, routing: Routing, shape: MoEShape) -> Gate:
     """For the whole layer, x (num_tokens, hidden_size)."""
     tokens = sample_rows(x.shape[0], TOKENS_EACH).to(x.device)
     options: dict[str, Any] = {"activation": shape.activation, "gated": shape.gated}
@@ -98,7 +99,8 @@ def layer_gate(x: Tensor, w13: Tensor, w2: Tensor, routing: Routing, shape: MoES
         ids = routing.topk_ids[token : token + 1]
         own = ids[ids >= 0].unique().long()
         local = torch.where(ids >= 0, torch.searchsorted(own, ids.long().contiguous()), -1)
-        row, up, down, weights = x[token : token + 1], w13[own], w2[own], routing.topk_weights[token : token + 1]
-        references.append(precision.layer_references(row, up, down, weights, local, **options))
+        row, up, down = x[token : token + 1], weights.w13[own], weights.w2[own]
+        factors = routing.topk_weights[token : token + 1]
+        references.append(precision.layer_references(row, up, down, factors, local, **options))
     plain, exact = (torch.cat(each) for each in zip(*references, strict=True))
     return Gate(tokens, exact, precision.tolerance(plain, exact))

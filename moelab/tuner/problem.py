@@ -17,7 +17,7 @@ Gemm = Literal["up", "down"]
 GEMMS: tuple[Gemm, ...] = ("up", "down")
 """GEMM1 and GEMM2 of the layer, as config files call them."""
 
-EXCHANGE = "grouped_gemm"
+COMPATIBLE = "grouped_gemm"
 """The kernel that sglang and vLLM run, whose config files are theirs too."""
 
 Pair = tuple[KernelConfig, KernelConfig]
@@ -49,7 +49,7 @@ class Problem:
     batch_sizes: tuple[int, ...] = BATCH_SIZES
     routing: str = "uniform"
     seed: int = 0
-    kernel: str = EXCHANGE
+    kernel: str = COMPATIBLE
     split_k: tuple[int, ...] = (1,)
     axes: Mapping[str, tuple[int, ...]] | None = None
     separate_down: bool = True
@@ -68,7 +68,7 @@ class Problem:
     @property
     def file_kernel(self) -> str | None:
         """What `kernel=` says in the names of its config files; None for the exchange kernel, whose names lack it."""
-        return None if self.kernel == EXCHANGE else self.kernel
+        return None if self.kernel == COMPATIBLE else self.kernel
 
     def inner_size(self, gemm: Gemm) -> int:
         """K of that GEMM: hidden_size for "up", moe_intermediate_size for "down"."""
@@ -117,7 +117,7 @@ def find_incumbents(
     *,
     config_dir: str | Path | None = None,
     separate_down: bool = True,
-    kernel: str = EXCHANGE,
+    kernel: str = COMPATIBLE,
 ) -> dict[str, dict[int, Pair]]:
     """What a tuned config has to beat: "default" at every batch size, "current" where a config file has one.
 
@@ -133,7 +133,7 @@ def find_incumbents(
             triton_version=triton_version, dtype_selector=dtype_selector(shape.dtype), config_dir=config_dir,
         )  # fmt: skip
 
-    own = None if kernel == EXCHANGE else kernel
+    own = None if kernel == COMPATIBLE else kernel
     found: dict[str, dict[int, Pair]] = {"default": {}, "current": {}}
     for num_tokens in batch_sizes:
         default = default_config(num_tokens, shape.num_experts, shape.dtype)
