@@ -9,9 +9,8 @@ import pytest
 from made_recordings import numbers
 from synthetic import SMALL
 
-from moelab import recordings
+from moelab import config_files, recordings
 from moelab.config import KernelConfig, default_config
-from moelab.config_files import specimen
 from moelab.errors import LandscapeError
 from moelab.plots import transfer as plots
 from moelab.tuner import landscape
@@ -199,7 +198,7 @@ def test_shipped_landscapes_draw(part: str) -> None:
         assert row[b].percent == 0 and row[b].final
         assert all(loss.percent > -100 * max(first.spread.values()) for loss in row.values() if loss)
         assert all(loss.percent >= 0 for at, loss in row.items() if loss and loss.final and part != "both")
-    panel = plots.by_file(first, specimen.shipped_files(), part)
+    panel = plots.by_file(first, config_files.shipped_files(), part)
     assert [row["file of"] for row in panel.table] == [
         "NVIDIA A800-SXM4-80GB, Triton 3.2.0", "NVIDIA H100 80GB HBM3, Triton 3.2.0 and 3.7.1", "NVIDIA H20, Triton 3.2.0",
         "NVIDIA H20, Triton 3.3.1", "NVIDIA H200, Triton 3.2.0 and 3.6.0",
@@ -223,7 +222,7 @@ def real() -> Transfer:
 def test_another_devices_configs_on_whole_layers() -> None:
     """The B200's file for Scout: at batch 4096 its median over the tuned one's, and far behind the default."""
     recording = recordings.load("layer_classic")
-    panel = plots.shipped_elsewhere(recording, specimen.shipped_files())
+    panel = plots.shipped_elsewhere(recording, config_files.shipped_files())
     cells = text_of(panel)
     name = "scout/tp4: NVIDIA B200, Triton 3.5.1"
     assert int(cells[name, "4096"]) > int(cells["scout/tp4: default", "4096"])

@@ -6,19 +6,18 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import specimen
 from nbclient import NotebookClient
 from test_transfer import made
 from test_widgets import control, shown, title
 
-from moelab import runtime, widgets
-from moelab.config_files import specimen
+from moelab import config_files, runtime, widgets
 from moelab.tuner.transfer import Transfer
 
 SETUP = """
 import tempfile
 from pathlib import Path
 from moelab import runtime, widgets
-from moelab.config_files import specimen
 from moelab.plots import config_health, lookup_path, transfer
 from moelab.plots.panel import Panel
 from test_transfer import made
@@ -77,7 +76,7 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_the_doctor_follows_its_controls(trees: dict[str, Path]) -> None:
-    box = widgets.config_doctor(trees, specimen="ill")
+    box = widgets.config_doctor(trees, {"ill": specimen.planted})
     assert "moelab: " in title(box)
     control(box, "Tree").value = "ill"
     assert title(box).startswith("sglang: 34") and "planted mistakes were found" in str(shown(box))
@@ -114,7 +113,7 @@ def test_the_path_follows_its_controls(trees: dict[str, Path]) -> None:
 
 def test_the_matrix_follows_its_controls() -> None:
     runs = {"a": Transfer(made()), "b": Transfer(made(seed=1))}
-    box = widgets.config_transfer(runs, specimen.shipped_files())
+    box = widgets.config_transfer(runs, config_files.shipped_files())
     assert title(box).endswith("GEMM1 + GEMM2")
     control(box, "Matrix").value = "shortcuts"
     control(box, "GEMM").value = "down"

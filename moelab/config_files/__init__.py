@@ -6,13 +6,12 @@ the name. Files lie in `triton_X_Y_Z/` folders, because what is fast under one T
 another. A file `...,kernel=NAME.json` is for a kernel beside the exchange kernel, and no peer can ask for it.
 
 rules.py says how each loader searches; names.py, content.py and search.py follow it; exporting.py writes for a
-loader and reads back; diagnosis.py finds the files that no loader reaches, or no kernel takes, and specimen.py writes one
-of each such.
+loader and reads back; diagnosis.py finds the files that no loader reaches, or no kernel takes; shipped.py has what sglang
+ships for three models.
 """
 
 from __future__ import annotations
 
-from moelab.config_files import specimen
 from moelab.config_files.content import read_config_file, write_config_file
 from moelab.config_files.diagnosis import doctor
 from moelab.config_files.exporting import Exported, Source, export, export_path, left_out, sources
@@ -21,6 +20,7 @@ from moelab.config_files.names import FileName, dtype_selector, file_name, parse
 from moelab.config_files.places import kernels_with_files, version_folders
 from moelab.config_files.rules import DTYPE_SELECTORS, RULES, Rules, get_rules, rules_table
 from moelab.config_files.search import Lookup, Step, lookup, nearest_key
+from moelab.config_files.shipped import shipped_files, write_shipped
 
 __all__ = [
     "DTYPE_SELECTORS",
@@ -46,8 +46,9 @@ __all__ = [
     "parse_file_name",
     "read_config_file",
     "rules_table",
+    "shipped_files",
     "sources",
-    "specimen",
     "version_folders",
     "write_config_file",
+    "write_shipped",
 ]
