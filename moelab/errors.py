@@ -27,6 +27,10 @@ class DtypeError(MoelabError, TypeError):
     """A dtype that the operation does not take, or dtypes that differ where they must agree."""
 
 
+class FormatError(MoelabError, ValueError):
+    """Weights in a format that cannot be read, or that nothing here takes yet."""
+
+
 class DeviceError(MoelabError, ValueError):
     """A tensor lies on the wrong device, or tensors lie on different ones."""
 

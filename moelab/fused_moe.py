@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moelab.call import Config, MoECall
 from moelab.config import KernelConfig
+from moelab.dtypes import dtype_name
 from moelab.errors import ConfigError, DtypeError, LayoutError, RoutingError, RuntimeModeError, ShapeError
 from moelab.implementations import IMPLEMENTATIONS, LayerKind, named, not_taken, taking
 from moelab.reference import check_activation
@@ -79,7 +80,8 @@ def fused_moe(
     named(impl)
     _check_arguments(config, down_config, top_k)
     weights = _weights(w13, w2, b13, b2)
-    _require_tensors(hidden_states=hidden_states, **weights.tensors())
+    optional = {name: t for name, t in weights._asdict().items() if t is not None and name != "format"}
+    _require_tensors(**{"hidden_states": hidden_states, "w13": weights.w13, "w2": weights.w2, **optional})
     if router_logits is not None:
         _require_tensors(router_logits=router_logits)
         topk_weights, topk_ids = _route(
@@ -257,7 +259,7 @@ def _check_call(call: MoECall, impl: str) -> None:
 def kind_of(call: MoECall) -> LayerKind:
     """What decides which implementations take the call."""
     x, w = call.hidden_states, call.weights
-    dtype = str(x.dtype).removeprefix("torch.")
+    dtype = dtype_name(x.dtype)
     return LayerKind(dtype, w.format, call.activation, call.gated, w.has_bias, x.shape[1], call.moe_intermediate_size)
 
 
@@ -348,4 +350,4 @@ def available_implementations(dtype: torch.dtype = torch.float32) -> tuple[str, 
     """The implementations that run in this process on `dtype`, for a silu-gated layer without biases."""
     from moelab.kernels.checks import current_target
 
-    return taking(LayerKind(str(dtype).removeprefix("torch.")), current_target())
+    return taking(LayerKind(dtype_name(dtype)), current_target())

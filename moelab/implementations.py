@@ -13,15 +13,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moelab import runtime
-from moelab.chips import Target, dtype_bytes
+from moelab.chips import Target
+from moelab.dtypes import LAYER_DTYPES, dtype_bytes
 from moelab.errors import UnknownNameError, nearest_names
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moelab.call import MoECall
-
-PLAIN_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Implementation:
     about: str = "an implementation of your own"
     options: Mapping[str, Any] = field(default_factory=dict)
     formats: frozenset[str] = frozenset(("plain",))
-    dtypes: tuple[str, ...] = PLAIN_DTYPES
+    dtypes: tuple[str, ...] = tuple(LAYER_DTYPES)
     activations: tuple[str, ...] | None = None
     gated_only: bool = False
     biases: bool = True

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from moelab import runtime
+from moelab.dtypes import accumulator_dtype, torch_dtype
 from moelab.routing import Routing, make_routing
-from moelab.shapes import MoEShape
+from moelab.shapes import MoEShape, require_plain
 from moelab.weights import ExpertWeights
 
 
@@ -49,7 +50,7 @@ def random_tensor(size: tuple[int, ...], std: float, *, dtype: torch.dtype, devi
     generator = torch.Generator(device=device).manual_seed(seed)
     out = torch.empty(size, dtype=dtype, device=device)
     # Not float32 for float64: a float64 sum of float32 values is exact, and would hide every error.
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = accumulator_dtype(dtype)
     rows = max(1, 2**26 // max(1, out[:1].numel()))
     for part in out.split(rows):
         part.copy_(torch.randn(part.shape, generator=generator, device=device, dtype=wide) * std)
@@ -88,8 +89,9 @@ def make_inputs(
     ~ N(0, 0.01). A routing's name draws `routing_for` the shape. dtype defaults to the shape's, device to where
     kernels run. The same arguments give the same tensors on the same device type.
     """
+    require_plain(shape, "make_inputs")
     device = device or runtime.current().device
-    dtype = dtype or runtime.torch_dtype(shape.dtype)
+    dtype = dtype or torch_dtype(shape.dtype)
     E, H, N = shape.num_experts, shape.hidden_size, shape.moe_intermediate_size
     rows = (2 if shape.gated else 1) * N
     if isinstance(routing, str):

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moelab.chips import dtype_bytes
+from moelab.dtypes import dtype_bytes, dtype_name
 from moelab.errors import MoelabError, RoutingError, ShapeError, UnknownNameError, nearest_names
-from moelab.shapes import MoEShape
+from moelab.shapes import MoEShape, require_plain
 
 Kind = Literal["measured", "floors", "datasheet"]
 
@@ -117,7 +117,7 @@ def load_ceilings(device: str = "NVIDIA_H200", kind: Kind = "measured", dtype: s
             "Pass one of those as kind=, or measure them on that device."
         )
     entry = data["ceilings"][kind]
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if name not in entry["flops_per_s"]:
         raise UnknownNameError(
             f"No {kind} FLOP rate in {name} for {data['device']}. Expected one of {', '.join(entry['flops_per_s'])}. "
@@ -185,6 +185,7 @@ def layer_cost(shape: MoEShape, num_tokens: int, experts_touched: float | None =
     790 TFLOP/s.
     """
     _require_tokens(num_tokens)
+    require_plain(shape, "The floor of a layer")
     touched = _expected_touched(shape, num_tokens) if experts_touched is None else experts_touched
     if not 0 <= touched <= shape.num_experts:
         raise RoutingError(

@@ -13,17 +13,14 @@ import torch
 from torch import Tensor
 
 from moelab.call import MoECall
+from moelab.dtypes import accumulator_dtype
 from moelab.reference import activation_ref
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def loop_pipeline(call: MoECall) -> Tensor:
     """Expert by expert, each adding to the output's rows; synchronises with the host for each expert."""
     x, (w13, w2, b13, b2, *_) = call.hidden_states, call.weights
-    wide, on_input = _wide(x.dtype), call.apply_router_weight_on_input
+    wide, on_input = accumulator_dtype(x.dtype), call.apply_router_weight_on_input
     out = torch.zeros(x.shape, dtype=wide, device=x.device)
     for expert in range(w13.shape[0]):
         token, slot = torch.where(call.topk_ids == expert)
@@ -61,7 +58,7 @@ def grouped_mm_layer(call: MoECall) -> Tensor:
     y = y if on_input else (y * pair_weights).to(x.dtype)
     y = torch.where(foreign[order].unsqueeze(1), 0.0, y)
     pairs = torch.zeros_like(y).index_copy(0, order, y).view(*ids.shape, -1)
-    return (pairs.to(_wide(x.dtype)).sum(1) * call.routed_scaling_factor).to(x.dtype)
+    return (pairs.to(accumulator_dtype(x.dtype)).sum(1) * call.routed_scaling_factor).to(x.dtype)
 
 
 def dense_layer(call: MoECall) -> Tensor:
@@ -70,7 +67,7 @@ def dense_layer(call: MoECall) -> Tensor:
     Weighted inputs make GEMM2 another product for each slot: top_k times its arithmetic again.
     """
     x, (w13, w2, b13, b2, *_) = call.hidden_states, call.weights
-    wide, ids = _wide(x.dtype), call.topk_ids.T.unsqueeze(1)  # (k, 1, M)
+    wide, ids = accumulator_dtype(x.dtype), call.topk_ids.T.unsqueeze(1)  # (k, 1, M)
     chosen = ids == torch.arange(w13.shape[0], device=x.device).unsqueeze(-1)  # (k, E, M)
     combine = torch.where(chosen, call.topk_weights.T.unsqueeze(1), 0.0).to(wide).unsqueeze(-1)  # (k, E, M, 1)
     h = x.unsqueeze(0) @ w13.transpose(1, 2)

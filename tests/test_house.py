@@ -13,11 +13,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moelab"
 
-# Ground floor first: a room imports only from rooms above it in this list (CONTRIBUTING.md, "The house").
+# Lowest layer first: a module imports only from those before it in this list (CONTRIBUTING.md, "The package").
 ROOMS = """
-    errors runtime architectures model_config shapes chips config weights call implementations roofline recordings
-    config_files routers routing inputs reference double_double torch_layers kernels pipelines fused_moe module precision measure
-    suites tuner studies plots widgets cli __main__
+    errors dtypes runtime chips formats quantization shared_experts architectures model_config presets shapes config weights call
+    implementations roofline recordings config_files routers routing inputs reference double_double torch_layers kernels pipelines
+    fused_moe experts_block module precision measure suites tuner studies plots widgets cli __main__
 """.split()  # noqa: SIM905
 HEAVY = {"torch", "triton", "plotly", "ipywidgets", "pandas", "ray", "jupyterlab"}
 
@@ -168,7 +168,18 @@ def test_import_moelab_is_light() -> None:
     assert loaded_after("import moelab") & (HEAVY | {"numpy"}) == set()
 
 
-ARITHMETIC = ["errors", "runtime", "shapes", "config", "roofline", "recordings", "config_files"]
+ARITHMETIC = [
+    "errors",
+    "dtypes",
+    "runtime",
+    "formats",
+    "quantization",
+    "shared_experts",
+    "shapes",
+    "config",
+    "roofline",
+]
+ARITHMETIC += ["recordings", "config_files"]
 
 
 @pytest.mark.parametrize("name", ARITHMETIC)

@@ -50,7 +50,7 @@ def test_a_bench_takes_any_names_and_calls_no_wrong_one_fastest(timed: dict, mon
         "mine": lambda call: right(call), "refuses": refuses, "wrong": lambda call: right(call) * 1.001,
         "nan": lambda call: right(call) * float("nan"), "narrow": lambda call: right(call).half(),
     }.items():  # fmt: skip
-        monkeypatch.setitem(IMPLEMENTATIONS, name, replace(right, run=impl))
+        monkeypatch.setitem(IMPLEMENTATIONS, name, Implementation(impl))
     names = ["triton", "torch", "refuses", "mine", "wrong", "nan", "narrow", "mine"]
     (result,) = bench.bench(SMALL, [5], names)
     rows = {row["impl"]: row for row in result.rows}
@@ -80,10 +80,7 @@ def test_a_bench_takes_the_kernels_own_files(
     up, down = KernelConfig(16, 32, 16, 1, SPLIT_K=2), KernelConfig(16, 64, 16, 1)
     folder = tmp_path / runtime.triton_key(runtime.versions()["triton"] or "")
     for best, is_down in ((up, False), (down, True)):
-        name = config_files.file_name(
-            SMALL.num_experts, SMALL.moe_intermediate_size, "cpu", config_files.dtype_selector(SMALL.dtype), down=is_down,
-            kernel="split_k_workspace",
-        )  # fmt: skip
+        name = config_files.question(SMALL).file_name("cpu", down=is_down, kernel="split_k_workspace")
         config_files.write_config_file(folder / name, {4: best})
     given: dict[str, object] = {}
     for impl in ("triton", "split_k_workspace", "split_k_atomic"):
@@ -165,7 +162,7 @@ def test_a_bench_judges_a_rotation_that_has_work_here(timed: dict, monkeypatch: 
     shape = MoEShape.from_sizes(
         num_experts=16, top_k=1, hidden_size=32, moe_intermediate_size=16, dtype="float32", tp_size=4, ep_size=4
     )
-    monkeypatch.setitem(IMPLEMENTATIONS, "zeros", lambda call: torch.zeros_like(call.hidden_states))
+    monkeypatch.setitem(IMPLEMENTATIONS, "zeros", Implementation(lambda call: torch.zeros_like(call.hidden_states)))
     (result,) = bench.bench(shape, [1], ["torch", "zeros", "triton"])
     assert 0 < result.experts_touched < 1
     assert {row["impl"]: row["within_bound"] for row in result.rows} == {"torch": True, "triton": True, "zeros": False}

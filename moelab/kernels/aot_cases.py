@@ -8,6 +8,7 @@ from typing import Any
 
 from moelab.chips import TARGETS
 from moelab.config import KernelConfig
+from moelab.dtypes import LAYER_DTYPES
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ GEMM_CONFIGS = (
 # Tiles whose Split-K forms take no stack anywhere; with 64 rows some others do: 64x64x32 in float32 output 40 bytes on
 # sm_100, 64x128x64 added in bfloat16 72 bytes on sm_80. On sm_90 none of those tried does.
 SPLIT_K_CONFIGS = (KernelConfig(16, 32, 64, 1, 4, 3, SPLIT_K=4), KernelConfig(64, 64, 64, 8, 4, 4, SPLIT_K=2))
-_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_TYPES = {name: dtype.triton for name, dtype in LAYER_DTYPES.items()}
 _GEMM_ALIGNED = frozenset(("a_ptr", "w_ptr", "c_ptr", "sorted_token_ids_ptr", "N", "K"))
 
 
@@ -164,7 +165,7 @@ def _split_k_reduce_case(dtype: str) -> Case:
     wide = {"float64": "*fp64"}.get(dtype, "*fp32")
     return Case(
         f"split_k_reduce {dtype}", "moelab.kernels.split_k_workspace:_split_k_reduce_kernel",
-        {"workspace_ptr": wide, "out_ptr": "*" + {**_TYPES, "float64": "fp64"}[dtype], "topk_weights_ptr": "*fp32",
+        {"workspace_ptr": wide, "out_ptr": "*" + _TYPES[dtype], "topk_weights_ptr": "*fp32",
          "num_pairs": "i32", "N": "i32"},
         {"SPLIT_K": 16, "ACTIVATION": "silu", "GATED": True, "BLOCK_ROWS": 1, "BLOCK_COLS": 512},
         4, aligned=frozenset(("workspace_ptr", "out_ptr", "N")),
@@ -172,19 +173,19 @@ def _split_k_reduce_case(dtype: str) -> Case:
 
 
 def _elementwise_cases(dtype: str) -> list[Case]:
-    pointer = "*" + {**_TYPES, "float64": "fp64"}[dtype]
+    pointer = "*" + _TYPES[dtype]
     pair = {"x_ptr": pointer, "out_ptr": pointer}
     aligned = frozenset(("x_ptr", "out_ptr", "hidden", "N"))
     room = "moelab.kernels."
     tile = {"BLOCK_ROWS": 1, "BLOCK_COLS": 1024}
     swiglu = {"ACTIVATION": "silu", "GATED": True, **tile}
-    wide = {"SCALE": 0.3, "TOP_K": 8, "UNROLL": True, "BLOCK_COLS": 1024}
+    wide = {"TOP_K": 8, "UNROLL": True, "BLOCK_COLS": 1024}
     upstream = {**pair, "scale": "fp32", "num_tokens": "i32", "top_k": "i32", "hidden": "i32"}
     return [
         Case(f"activation {dtype}", room + "activation:_activation_kernel", {**pair, "num_rows": "i32", "N": "i32"},
              swiglu, 4, aligned=aligned),
         Case(f"sum_reduce {dtype}", room + "sum_reduce:_sum_reduce_kernel",
-             {**pair, "hidden": "i32"}, wide, 4, aligned=aligned),
+             {**pair, "hidden": "i32", "scale": "fp64"}, wide, 4, aligned=aligned),
         Case(f"sum_reduce f32 {dtype}", room + "sum_reduce:_sum_reduce_f32_kernel", upstream, {"BLOCK_COLS": 2048},
              16, 1, aligned),
     ]  # fmt: skip
@@ -322,8 +323,8 @@ def cases() -> list[Case]:
     splits += split_k_cases(SPLIT_K_CONFIGS[0], "float32") + split_k_cases(
         SPLIT_K_CONFIGS[0], "float16", bias=True, even_k=False
     )
-    plain = [case for dtype in (*_TYPES, "float64") for case in _elementwise_cases(dtype)]
-    plain += [_split_k_reduce_case(dtype) for dtype in (*_TYPES, "float64")]
+    plain = [case for dtype in _TYPES for case in _elementwise_cases(dtype)]
+    plain += [_split_k_reduce_case(dtype) for dtype in _TYPES]
     plain += [_token_tiles_case(8, 8), _token_tiles_case(176, 16), _token_tiles_case(176, 16, True)]
     sorts = [case for ids in ("i32", "i64") for case in (*_align_cases(ids), *_order_cases(ids))]
     few = [case for sizes in FEW_TOKENS for case in _few_tokens_cases(*sizes)]

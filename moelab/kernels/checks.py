@@ -10,11 +10,12 @@ from torch import Tensor
 
 from moelab import config as config_room
 from moelab import runtime
-from moelab.chips import TARGETS, Target
+from moelab.chips import Target, gpu_target
 from moelab.config import KernelConfig
+from moelab.dtypes import LAYER_DTYPES, dtype_name, torch_dtype
 from moelab.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FLOATS = tuple(torch_dtype(name) for name in LAYER_DTYPES)
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
@@ -34,8 +35,8 @@ def check_dtype(name: str, tensor: Tensor, expected: Iterable[torch.dtype]) -> N
     """Raise DtypeError unless the tensor's dtype is one of `expected`."""
     expected = tuple(expected)
     if tensor.dtype not in expected:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in expected)
-        found = str(tensor.dtype).removeprefix("torch.")
+        wanted = " or ".join(dtype_name(dtype) for dtype in expected)
+        found = dtype_name(tensor.dtype)
         raise DtypeError(f"{name} is {found}. Expected {wanted}. Cast it with .to(...), or cast the others to match.")
 
 
@@ -75,23 +76,20 @@ def check_kernel_device(name: str, tensor: Tensor) -> None:
         )
 
 
-@functools.lru_cache(maxsize=4096)
 def checked_config(config: KernelConfig, dtype: torch.dtype, K: int | None = None) -> KernelConfig:
     """The config itself, once it has passed the rules for this dtype, device and inner size (ConfigError otherwise)."""
-    config_room.check(config, dtype=str(dtype).removeprefix("torch."), target=current_target(), K=K)
+    return _checked_config(config, dtype, K, current_target())
+
+
+@functools.lru_cache(maxsize=4096)
+def _checked_config(config: KernelConfig, dtype: torch.dtype, K: int | None, target: Target | None) -> KernelConfig:
+    config_room.check(config, dtype=dtype_name(dtype), target=target, K=K)
     return config
 
 
-@functools.cache
 def current_target() -> Target | None:
-    """The current GPU as config.py knows it, or with the limits its driver reports; None without a GPU."""
-    if runtime.current().mode != "gpu":
-        return None
-    properties = torch.cuda.get_device_properties()
-    nvidia = f"sm_{properties.major}{properties.minor}"
-    name = properties.gcnArchName.split(":")[0] if torch.version.hip else nvidia
-    limit = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return TARGETS.get(name) or Target(name, limit, threads_per_warp=properties.warp_size)
+    """The current device's chip, or with the limits its driver reports; None without a GPU."""
+    return gpu_target(torch.cuda.current_device()) if runtime.current().mode == "gpu" else None
 
 
 def launch_options(config: KernelConfig) -> dict[str, int]:
@@ -118,8 +116,3 @@ def check_out(out: Tensor | None, a: Tensor, shape: tuple[int, ...], dtype: torc
         check_shape("out", out, shape)
         check_dtype("out", out, (dtype or a.dtype,))
         check_together(a=a, out=out)
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, float64 for float64: what the kernels sum in."""
-    return torch.promote_types(dtype, torch.float32)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moelab.chips import Target
+from moelab.dtypes import dtype_name
 from moelab.errors import DtypeError, RuntimeModeError, ShapeError
 from moelab.kernels import nvrtc
 from moelab.kernels.fast_instances import SOURCE, STORAGE, Instance
@@ -100,7 +101,7 @@ def check_fast_layer(x: Tensor, w13: Tensor, w2: Tensor, target: Target | None) 
         )
     if x.dtype not in STORAGE:
         raise DtypeError(
-            f"hidden_states is {str(x.dtype).removeprefix('torch.')}. Expected bfloat16 or float16 for impl='fast'. Cast it, "
+            f"hidden_states is {dtype_name(x.dtype)}. Expected bfloat16 or float16 for impl='fast'. Cast it, "
             "or use impl='triton'."
         )
     for name, size in (("hidden_size", x.shape[1]), ("moe_intermediate_size", w2.shape[2])):

@@ -17,6 +17,7 @@ import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moelab.config import KernelConfig  # noqa: E402
+from moelab.dtypes import accumulator_dtype  # noqa: E402
 from moelab.errors import ShapeError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.gemm_call import GemmCall, check_gemm, gemm_constants  # noqa: E402
@@ -107,7 +108,7 @@ def split_k_atomic_f32(
     Returns (num_pairs / pairs_per_row, N), zeroed here and then added to. Not deterministic on a GPU.
     """
     call = GemmCall(a, GemmWeights(w, bias), alignment, config, num_pairs, top_k, topk_weights)
-    return _launch(call, pairs_per_row, out, checks.accumulator_dtype(a.dtype))
+    return _launch(call, pairs_per_row, out, accumulator_dtype(a.dtype))
 
 
 def split_k_atomic_out(

@@ -16,6 +16,7 @@ import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moelab.config import KernelConfig  # noqa: E402
+from moelab.dtypes import accumulator_dtype  # noqa: E402
 from moelab.errors import ShapeError, WorkspaceError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.gemm_call import GemmCall, check_gemm, gemm_constants  # noqa: E402
@@ -132,7 +133,7 @@ def new_workspace(split_k: int, num_pairs: int, N: int, dtype: torch.dtype, devi
 
     Raises WorkspaceError, naming the bytes, where it does not fit.
     """
-    wide = checks.accumulator_dtype(dtype)
+    wide = accumulator_dtype(dtype)
     try:
         return torch.empty((split_k, num_pairs, N), dtype=wide, device=device)
     except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, RuntimeError from the host's allocator
@@ -212,7 +213,7 @@ def _check(call: GemmCall, out: Tensor | None) -> int:
 
 
 def _check_workspace(workspace: Tensor, needed: int, a: Tensor) -> None:
-    checks.check_dtype("workspace", workspace, (checks.accumulator_dtype(a.dtype),))
+    checks.check_dtype("workspace", workspace, (accumulator_dtype(a.dtype),))
     checks.check_together(a=a, workspace=workspace)
     if workspace.numel() < needed:
         size = workspace.element_size()

@@ -8,8 +8,10 @@ import os
 from moelab import runtime
 from moelab.call import Config, MoECall
 from moelab.config import KernelConfig, default_config
-from moelab.config_files import dtype_selector, lookup
+from moelab.config_files import lookup
+from moelab.dtypes import dtype_name
 from moelab.errors import ConfigError
+from moelab.formats import PLAIN
 
 
 def call_configs(call: MoECall, kernel: str | None = None) -> tuple[KernelConfig, KernelConfig]:
@@ -22,7 +24,7 @@ def call_configs(call: MoECall, kernel: str | None = None) -> tuple[KernelConfig
     """
     up, down = call.config, call.down_config
     if up is None and down is None:
-        size, dtype = call.moe_intermediate_size, str(call.weights.w2.dtype).removeprefix("torch.")
+        size, dtype = call.moe_intermediate_size, dtype_name(call.weights.w2.dtype)
         up, down = tuned_configs(call.num_experts, size, dtype, call.num_tokens, kernel)
     else:
         up = _resolved(up, call)
@@ -59,7 +61,7 @@ def _tuned(
     up, down = (
         lookup(
             num_experts, size, device, num_tokens=num_tokens, triton_version=version, down=of_gemm2,
-            dtype_selector=dtype_selector(dtype), kernel=kernel,
+            dtype_selector=PLAIN.dtype_selector(dtype), kernel=kernel,
         )
         for of_gemm2 in (False, True)
     )  # fmt: skip

@@ -14,8 +14,10 @@ from moelab import runtime
 from moelab.call import MoECall
 from moelab.chips import TARGETS, Target
 from moelab.config import KernelConfig
-from moelab.config_files import dtype_selector, lookup
+from moelab.config_files import lookup
+from moelab.dtypes import dtype_name, torch_dtype
 from moelab.errors import ConfigError
+from moelab.formats import PLAIN
 from moelab.kernels import checks
 from moelab.kernels.expert_order import expert_order_unchecked, new_expert_order
 from moelab.kernels.fast_instances import SHORT_INNER, Instance, instance_for
@@ -139,7 +141,7 @@ def _tuned_gated(
     up, down = (
         lookup(
             num_experts, size, device, num_tokens=num_tokens, triton_version=triton_version, down=of_gemm2,
-            dtype_selector=dtype_selector(dtype), kernel=GATED_KERNEL,
+            dtype_selector=PLAIN.dtype_selector(dtype), kernel=GATED_KERNEL,
         )
         for of_gemm2 in (False, True)
     )  # fmt: skip
@@ -194,15 +196,14 @@ def fast_pipeline(call: MoECall, form: Form | None = None) -> Tensor:
     return fast_layer(x, w13, w2, call.topk_weights, ids, tiles, form, **options)
 
 
-@functools.cache
 def here() -> tuple[str, str]:
-    """This device and this Triton, as config files are looked up by."""
-    return runtime.current().device_name, runtime.versions()["triton"] or "unknown"
+    """The current device and this Triton, as config files are looked up by."""
+    return runtime.current().device_name, runtime.triton_version() or "unknown"
 
 
 def _chosen(call: MoECall) -> Form | None:
     hidden_size, size = call.weights.w2.shape[1:]
-    dtype = str(call.weights.w2.dtype).removeprefix("torch.")
+    dtype = dtype_name(call.weights.w2.dtype)
     gated = tuned_gated(call.num_experts, size, *here(), dtype, call.num_tokens)
     return choose(call.num_tokens, call.top_k, call.num_experts, size, hidden_size, gated).form
 
@@ -235,7 +236,7 @@ def choose_for(
     Raises what `fused_moe(impl="fast")` would for such a layer there: ConfigError, RuntimeModeError, DtypeError, ShapeError.
     """
     check_kind(shape.activation, shape.gated, biases=False)
-    dtype = runtime.torch_dtype(shape.dtype)
+    dtype = torch_dtype(shape.dtype)
     w13, w2 = (torch.empty(size, dtype=dtype, device="meta") for size in (shape.w13_shape, shape.w2_shape))
     x = torch.empty((num_tokens, shape.hidden_size), dtype=dtype, device="meta")
     check_fast_layer(x, w13, w2, target or TARGETS["sm_90"])

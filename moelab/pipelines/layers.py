@@ -39,7 +39,7 @@ def triton_pipeline(call: MoECall) -> Tensor:
     x, weights, ids = call.hidden_states, call.weights, call.topk_ids
     up, down = call_configs(call)
     checked(
-        ("triton_pipeline", up, down, x.dtype, weights.w13.shape, weights.w2.shape),
+        ("triton_pipeline", up, down, x.dtype, x.device, weights.w13.shape, weights.w2.shape),
         lambda: _check_configs(call, up, down),
     )
     num_tokens, top_k = ids.shape

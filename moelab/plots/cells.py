@@ -22,6 +22,20 @@ CLEARLY = 0.05
 """A gain that another run, or another machine of the kind, will hardly turn."""
 
 
+IDEAS: Mapping[str, str] = {
+    "a ring of more than two stages": "a pipeline of more than two stages",
+    "blocks in pairs": "clusters of two CTAs, weights by multicast",
+    "largest tiles first": "longest tiles first (LPT)",
+    "start during the launch before": "programmatic dependent launch (PDL)",
+    "the same rows side by side": "grid order for L2 reuse",
+    "tiles as narrow as their tokens": "tile N fitted to the tokens",
+    "tokens written out by expert": "permuted activations",
+    "two blocks a multiprocessor": "two CTAs an SM",
+    "weights asked for ahead": "prefetch of weights before griddepcontrol.wait",
+}
+"""What recordings made until 2026-11 call an idea of the fastest layer -> the field's word for it."""
+
+
 def timed(recording: Recording) -> list[Row]:
     """The rows that hold times, without what was refused."""
     return [row for row in recording.rows if "samples_us" in row]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moelab import precision, recordings, roofline, runtime
-from moelab.config_files import Lookup, dtype_selector, lookup
+from moelab.config_files import Lookup, question
 from moelab.errors import MoelabError, PrecisionError, RuntimeModeError, UnknownNameError
 from moelab.implementations import IMPLEMENTATIONS, LayerKind, named, taking
 from moelab.kernels.checks import current_target
@@ -107,7 +107,7 @@ def require_gpu() -> None:
 def kind_of(shape: MoEShape) -> LayerKind:
     """What decides which implementations take a shape's layer, without biases."""
     return LayerKind(
-        shape.dtype, activation=shape.activation, gated=shape.gated, hidden_size=shape.hidden_size,
+        shape.dtype, shape.format.name, activation=shape.activation, gated=shape.gated, hidden_size=shape.hidden_size,
         moe_intermediate_size=shape.moe_intermediate_size,
     )  # fmt: skip
 
@@ -133,10 +133,9 @@ def _own_configs(own: tuple[Lookup, Lookup] | None) -> dict[str, Any]:
 
 
 def _lookup(shape: MoEShape, num_tokens: int, *, down: bool, kernel: str | None = None) -> Lookup:
-    return lookup(
-        shape.num_experts, shape.moe_intermediate_size, runtime.current().device_name,
-        num_tokens=num_tokens, triton_version=runtime.versions()["triton"] or "unknown", down=down,
-        dtype_selector=dtype_selector(shape.dtype), kernel=kernel,
+    return question(shape).lookup(
+        runtime.current().device_name, num_tokens=num_tokens, triton_version=runtime.versions()["triton"] or "unknown",
+        down=down, kernel=kernel,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 from moelab import config_files, precision, roofline, runtime
 from moelab.call import Config
 from moelab.config import KernelConfig, default_config
+from moelab.dtypes import dtype_bytes
 from moelab.errors import RecordingError
 from moelab.fused_moe import fused_moe
 from moelab.inputs import MoEInputs, make_inputs, random_tensor, routing_for
@@ -64,8 +65,8 @@ def configs_of(row: dict[str, Any], shape: MoEShape) -> dict[str, KernelConfig]:
 
 
 def weight_sets(shape: MoEShape, seed: int = 0) -> list[MoEInputs]:
-    """As many sets of weights as make one round pass three times the L2 cache: one, unless the shard is small."""
-    element = runtime.torch_dtype(shape.dtype).itemsize
+    """As many sets of weights as make one round pass three times the last cache: one, unless the shard is small."""
+    element = dtype_bytes(shape.dtype)
     sizes = math.prod(shape.w13_shape) + math.prod(shape.w2_shape)
     count = rotations_for(sizes * element, at_least=1, at_most=8)
     return [make_inputs(shape, 1, seed=seed + i) for i in range(count)]

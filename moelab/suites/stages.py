@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moelab import runtime
 from moelab.config import KernelConfig
+from moelab.dtypes import accumulator_dtype, torch_dtype
 from moelab.inputs import random_tensor, routing_for
 from moelab.kernels.activation import activation
 from moelab.kernels.align import align
@@ -112,18 +113,18 @@ def reference(stage: Stage, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         product = grouped_gemm_ref(a, w, local, top_k=k)
         return activation_ref(product, stage.shape.activation, gated=stage.shape.gated)
     product = grouped_gemm_ref(a, w, local, top_k=1, topk_weights=routing.topk_weights[tokens])
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = accumulator_dtype(dtype)
     return product.view(len(tokens), k, -1).to(wide).sum(1).to(dtype)
 
 
 def weight_sets(name: str, shape: MoEShape) -> list[GemmWeights]:
-    """Copies of one stage's weights, random and different: together three times the device's L2.
+    """Copies of one stage's weights, random and different: together three times the last cache before memory.
 
     A fine shard's weights fit in the cache whole, where in serving those of other layers push them out.
     """
     N, gates = shape.moe_intermediate_size, 2 if shape.gated else 1
     rows, K = (gates * N, shape.hidden_size) if name == "up" else (shape.hidden_size, N)
-    dtype, size = runtime.torch_dtype(shape.dtype), (shape.num_experts, rows, K)
+    dtype, size = torch_dtype(shape.dtype), (shape.num_experts, rows, K)
     sets = rotations_for(shape.num_experts * rows * K * dtype.itemsize, at_least=1, at_most=16)
     device = runtime.current().device
     return [GemmWeights(random_tensor(size, K**-0.5, dtype=dtype, device=device, seed=1 + i)) for i in range(sets)]

@@ -123,8 +123,7 @@ class TritonCompiler:
         """Triton's compiled kernels, as a launch over this problem's tensors would make them, in launch order."""
         import torch
 
-        from moelab import runtime
-        from moelab.kernels.checks import accumulator_dtype
+        from moelab.dtypes import accumulator_dtype, torch_dtype
         from moelab.kernels.gemm_call import GemmCall
         from moelab.kernels.launch import compiling
         from moelab.routing import Alignment, max_padded_pairs
@@ -134,7 +133,7 @@ class TritonCompiler:
         gemm, config = kernel
         problem, shape = self.problem, self.problem.shape
         top_k, rows = shape.top_k, config.BLOCK_SIZE_M
-        dtype = runtime.torch_dtype(shape.dtype)
+        dtype = torch_dtype(shape.dtype)
         wide = accumulator_dtype(dtype)
         padded = max_padded_pairs(top_k, rows, shape.num_experts)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moelab import precision
+from moelab.dtypes import accumulator_dtype
 from moelab.routing import Routing
 from moelab.shapes import MoEShape
 from moelab.suites.layer_classic import sample_rows
@@ -37,7 +38,7 @@ class Gate:
 
     def verdict(self, result: Tensor) -> tuple[str, str] | None:
         """("nan" or "wrong", a sentence), or None for a result that passes. One synchronisation with the host."""
-        wide = torch.promote_types(result.dtype, torch.float32)
+        wide = accumulator_dtype(result.dtype)
         total = result.sum(dtype=wide).double()
         worst = (result[self.rows].double() - self.exact).abs().max()
         seen = torch.stack([total, worst]).tolist()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moelab import runtime
 from moelab.config import KernelConfig
+from moelab.dtypes import torch_dtype
 from moelab.errors import RoutingError, WorkspaceError
 from moelab.inputs import random_tensor, routing_for
 from moelab.kernels import checks
@@ -115,7 +116,7 @@ class Rig:
         self.kernel, shape = require_tunable(problem), problem.shape
         self.gemms: dict[Gemm, GemmLaunch] = launches_of(problem)
         self.problem, self.shape, self.device = problem, shape, runtime.current().device
-        self.dtype = runtime.torch_dtype(shape.dtype)
+        self.dtype = torch_dtype(shape.dtype)
         self.w13, self.w2 = weight_sets("up", shape), weight_sets("down", shape)
         self._cells: dict[int, Cell] = {}
         incumbents = (pair[0] for pairs in problem.incumbents.values() for pair in pairs.values())

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moelab.chips import dtype_bytes, get_target
+from moelab.chips import get_target
 from moelab.config import MIN_DOT_BLOCK, KernelConfig, tma_shared_memory_bytes
+from moelab.dtypes import dtype_bytes
 from moelab.errors import ConfigError, DeviceError, LayoutError, UnknownNameError, nearest_names
 from moelab.implementations import IMPLEMENTATIONS, Implementation, Tuning
 from moelab.tuner.problem import COMPATIBLE, GEMMS, Gemm, Problem
