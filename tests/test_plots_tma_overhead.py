@@ -47,21 +47,9 @@ PANELS: dict[str, Callable[[Recording, Recording], Panel]] = {
 }
 
 
-def whole(panel: Panel) -> None:
-    """A title, a source, a conclusion, a table, JSON without NaN."""
-    assert panel.sentence.startswith("**") and panel.sentence.endswith((".", ".**")) and panel.table
-    if panel.figure is not None:
-        layout = panel.figure.layout
-        assert layout.title.text and layout.title.subtitle.text
-        assert any(axis.title.text and ("µs" in axis.title.text or "%" in axis.title.text)
-                   for axis in (*panel.figure.select_xaxes(), *panel.figure.select_yaxes()))  # fmt: skip
-    text = json.dumps(panel.bundles(), allow_nan=False)
-    assert "NaN" not in text and "nan " not in panel.sentence
-
-
 @pytest.mark.parametrize("name", PANELS)
 def test_every_panel_is_whole(name: str) -> None:
-    whole(PANELS[name](made.tma_overhead(), BASELINE))
+    made.whole(PANELS[name](made.tma_overhead(), BASELINE))
 
 
 def test_the_two_savings_are_told_apart() -> None:
@@ -178,6 +166,6 @@ def test_upstream_rows_are_the_ways() -> None:
 def test_the_shipped_recordings_draw(name: str) -> None:
     host, gpu = recordings.load("tma_overhead"), recordings.load("layer_baseline")
     panel = PANELS[name](host, gpu)
-    whole(panel)
+    made.whole(panel)
     if name not in ("gains", "goals"):
         assert any(found.source() in panel.figure.layout.title.subtitle.text for found in (host, gpu))

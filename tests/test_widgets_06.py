@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nbformat
 import pytest
 import specimen
-from nbclient import NotebookClient
+from broken_cells import assert_each_fails
 from test_transfer import made
 from test_widgets import control, shown, title
 
@@ -25,8 +24,6 @@ from moelab.tuner.transfer import Transfer
 ours = {"ours": runtime.config_dir().parent, "again": runtime.config_dir().parent}
 runs = {"a": Transfer(made()), "b": Transfer(made(seed=1))}
 doctor, path, matrix = widgets.config_doctor(ours), widgets.config_path(ours), widgets.config_transfer(runs, [])
-def broken(*args, **kwargs):
-    raise RuntimeError("the drawing function is broken")
 def turn(box, name, value):
     next(each for each in box.children[0].children if each.description == name).value = value
 """
@@ -52,21 +49,7 @@ CASES = {
 
 
 def test_a_broken_drawing_function_fails_the_cell() -> None:
-    """In one kernel: nothing fails unbroken, or nbclient, which nbmake runs, would raise; then every call fails."""
-    v4 = nbformat.v4
-    sound = [v4.new_code_cell(source) for source in (SETUP, *(s for s in CASES.values() if "(None)" not in s))]
-    again = v4.new_code_cell(SETUP.partition("ours =")[2].join(["ours =", ""]))
-    cells = [v4.new_code_cell(BREAK + source) for source in CASES.values()]
-    for cell in cells:
-        cell.metadata["tags"] = ["raises-exception"]
-    here = {"metadata": {"path": str(Path(__file__).parent)}}
-    notebook = v4.new_notebook(cells=[*sound, again, *cells])
-    NotebookClient(notebook, timeout=60, kernel_name="python3", resources=here).execute()
-    failed = {
-        name: [output.evalue for output in cell.outputs if output.output_type == "error"]
-        for name, cell in zip(CASES, notebook.cells[-len(CASES) :], strict=True)
-    }
-    assert failed == {name: ["the drawing function is broken"] for name in CASES}
+    assert_each_fails(SETUP, BREAK, CASES)
 
 
 @pytest.fixture(scope="module")
