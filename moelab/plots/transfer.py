@@ -12,7 +12,7 @@ from moelab.config import KernelConfig
 from moelab.plots import ratio_map
 from moelab.plots.cells import cells_of, fastest
 from moelab.plots.panel import Panel, Row, timing
-from moelab.plots.style import GREEN, VERMILLION, grid
+from moelab.plots.style import VERMILLION, grid
 from moelab.recordings import Recording
 from moelab.tuner.landscape import Landscape, default_name
 from moelab.tuner.problem import Problem
@@ -36,7 +36,7 @@ def _map(
         at: ratio_map.Cell(1 + max(0.0, loss.percent) / 100, _label(loss), at in set(ties))
         for at, loss in known.items()
     }
-    ratio_map.draw(figure, drawn, list(cells), batches, low=GREEN, high=VERMILLION, bar="time / best", size=11)
+    ratio_map.draw(figure, drawn, list(cells), batches, low=None, high=VERMILLION, bar="time / best", size=11)
     figure.update_xaxes(title=axes[1])
     figure.update_yaxes(title=axes[0], automargin=True)
     table = [{axes[0]: name} | {str(b): _label(loss) or "–" for b, loss in row.items()} for name, row in cells.items()]
