@@ -93,6 +93,10 @@ class RuntimeModeError(MoelabError, RuntimeError):
     """What was asked cannot run here: no GPU, bf16 under Triton's interpreter, a package that is missing."""
 
 
+class KernelTimeoutError(MoelabError, TimeoutError):
+    """A wait inside a kernel that lasted seconds: the kernel ended itself, and the process's CUDA context with it."""
+
+
 class PrecisionError(MoelabError, AssertionError):
     """A result is further from float64 than its tolerance policy allows."""
 

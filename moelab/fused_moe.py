@@ -22,6 +22,7 @@ from moelab.call import Config, MoECall
 from moelab.config import KernelConfig
 from moelab.dtypes import dtype_name
 from moelab.errors import ConfigError, DtypeError, LayoutError, RoutingError, RuntimeModeError, ShapeError
+from moelab.formats import get_format
 from moelab.implementations import IMPLEMENTATIONS, LayerKind, named, not_taken, taking
 from moelab.reference import check_activation
 from moelab.routers import softmax_topk
@@ -321,7 +322,7 @@ def _fused_moe_op(
     routed_scaling_factor: float,
     apply_router_weight_on_input: bool,
 ) -> Tensor:
-    weights = ExpertWeights(w13, w2, b13, b2, scales[0], scales[1], scales[2], scales[3], format)
+    weights = ExpertWeights(w13, w2, b13, b2, scales[0], scales[1], scales[2], scales[3], get_format(format))
     call = MoECall(
         hidden_states, weights, topk_weights, topk_ids, activation, gated,
         routed_scaling_factor, apply_router_weight_on_input, _unpack(config), _unpack(down_config),
@@ -340,7 +341,7 @@ def _through_custom_op(call: MoECall, impl: str) -> Tensor:
     w = call.weights
     return _fused_moe_op(
         call.hidden_states, w.w13, w.w2, call.topk_weights, call.topk_ids, w.b13, w.b2,
-        [w.w13_scale, w.w2_scale, w.w13_zero_point, w.w2_zero_point], w.format, impl,
+        [w.w13_scale, w.w2_scale, w.w13_zero_point, w.w2_zero_point], w.format.name, impl,
         _pack(call.config), _pack(call.down_config), call.activation, call.gated,
         call.routed_scaling_factor, call.apply_router_weight_on_input,
     )  # fmt: skip

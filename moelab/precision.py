@@ -151,14 +151,16 @@ def layer_references(
     topk_ids: torch.Tensor,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(torch's layer in the tensors' dtype, what it should have been: float64), both (num_tokens, hidden_size).
+    """(torch's layer in hidden_states' dtype, what it should have been: float64), both (num_tokens, hidden_size).
 
+    Weights may be wider than hidden_states, as dequantised ones are: torch's layer multiplies them rounded to its dtype.
     The second is the oracle in float64 on the same inputs, and for float64 inputs the layer in twice the digits, rounded
     once. options: of `reference.fused_moe_ref`.
     """
-    given = (hidden_states, w13, w2, topk_weights, topk_ids)
+    dtype = hidden_states.dtype
+    given = (hidden_states, w13.to(dtype), w2.to(dtype), topk_weights, topk_ids)
     plain = fused_moe_ref(*given, **options)
-    if hidden_states.dtype == torch.float64:
+    if dtype == torch.float64:
         return plain, fused_moe_double_double(*given, **options)
     wide = {name: _double(value) for name, value in options.items()}
     x, w13, w2 = hidden_states.double(), w13.double(), w2.double()
@@ -173,11 +175,11 @@ def gemm_references(
     activated: tuple[str, bool] | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(torch's grouped product in a's dtype, what it should have been: float64), both (pairs, columns).
+    """(torch's grouped product in a's dtype, what it should have been: float64), both (pairs, columns); w may be wider.
 
     activated: (activation, gated) of what follows the product, if any. options: of `reference.grouped_gemm_ref`.
     """
-    plain = grouped_gemm_ref(a, w, topk_ids, **options)
+    plain = grouped_gemm_ref(a, w.to(a.dtype), topk_ids, **options)
     plain = activation_ref(plain, activated[0], gated=activated[1]) if activated else plain
     if a.dtype == torch.float64:
         return plain, grouped_gemm_double_double(a, w, topk_ids, activated=activated, **options)

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-PLAIN = "plain"
-"""The format of weights that are what they say: bfloat16, float16, float32 or float64, and no scales."""
+from moelab.formats import PLAIN, Format
 
 
 class GemmWeights(NamedTuple):
@@ -20,14 +19,15 @@ class GemmWeights(NamedTuple):
     bias: Tensor | None = None
     scale: Tensor | None = None
     zero_point: Tensor | None = None
-    format: str = PLAIN
+    format: Format = PLAIN
 
 
 class ExpertWeights(NamedTuple):
     """w13 (E, 2N, H), gate rows and then up rows ((E, N, H) without a gate), and w2 (E, H, N), of one rank's experts.
 
     b13 (E, 2N) and b2 (E, H): biases in the weights' dtype, or None. w13_scale, w2_scale, w13_zero_point, w2_zero_point: of a
-    quantised format, None for plain weights. format: a name of the formats; `fused_moe` says which implementations take it.
+    quantised format, None for plain weights. format: how they are stored; moelab.implementations
+    says who takes it.
     """
 
     w13: Tensor
@@ -38,7 +38,12 @@ class ExpertWeights(NamedTuple):
     w2_scale: Tensor | None = None
     w13_zero_point: Tensor | None = None
     w2_zero_point: Tensor | None = None
-    format: str = PLAIN
+    format: Format = PLAIN
+
+    @classmethod
+    def of(cls, up: GemmWeights, down: GemmWeights) -> ExpertWeights:
+        """Both GEMMs' parts as one."""
+        return cls(up.w, down.w, up.bias, down.bias, up.scale, down.scale, up.zero_point, down.zero_point, up.format)
 
     @property
     def num_experts(self) -> int:

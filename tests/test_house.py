@@ -15,9 +15,10 @@ PACKAGE = ROOT / "moelab"
 
 # Lowest layer first: a module imports only from those before it in this list (CONTRIBUTING.md, "The package").
 ROOMS = """
-    errors dtypes runtime chips formats quantization shared_experts architectures model_config presets shapes config weights call
-    implementations roofline recordings config_files routers routing inputs reference double_double torch_layers kernels pipelines
-    fused_moe experts_block module precision measure suites tuner studies plots widgets cli __main__
+    errors dtypes runtime chips formats quantization shared_experts architectures model_config presets shapes config weights
+    quantised_weights call implementations roofline recordings config_files routers routing inputs reference double_double
+    torch_layers kernels pipelines fused_moe experts_block module precision measure suites tuner studies plots widgets cli
+    __main__
 """.split()  # noqa: SIM905
 HEAVY = {"torch", "triton", "plotly", "ipywidgets", "pandas", "ray", "jupyterlab"}
 

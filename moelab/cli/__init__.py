@@ -235,10 +235,10 @@ def bench(
 
     Exit status 1 if one is over its error bound, or could not run.
     """
-    from moelab.shapes import require_plain
+    from moelab.implementations import require_taken
 
     found = _load(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
-    require_plain(found, "moelab bench")
+    require_taken(found, "moelab bench")
     from moelab.suites import bench as suite
 
     with _naming_memory(found):

@@ -24,6 +24,7 @@ from moelab.kernels.fast_instances import SHORT_INNER, Instance, instance_for
 from moelab.kernels.fast_layer import check_fast_layer, fast_layer
 from moelab.kernels.few_tokens import FewTokens, few_tokens, form_for
 from moelab.kernels.launch import checked, signature
+from moelab.kernels.residency import raise_if_lost
 from moelab.kernels.route import new_routed, route, tiles_in_one_launch
 from moelab.kernels.token_tiles import TokenTiles, new_token_tiles, token_tiles_unchecked
 from moelab.pipelines.layers import sorted_pipeline, triton_pipeline
@@ -172,8 +173,12 @@ def fast_pipeline(call: MoECall, form: Form | None = None) -> Tensor:
     """The layer by what `choose` says serves the batch: a few tokens' two launches; the gated pipeline under its tuned configs;
     order by expert, tiles, and one launch, or two; or `triton_pipeline` with the call's configs.
 
-    form: that one, whatever the batch. Raises RuntimeModeError, DtypeError, ShapeError, ConfigError.
+    form: that one, whatever the batch. CTAs of a one-launch layer wait for each other, so all must be resident on the GPU at
+    once: launches from several streams are ordered, replays of graphs beside each other or beside a stream are not, nor other
+    processes under MPS (`fast_layer`). Raises RuntimeModeError, DtypeError, ShapeError, ConfigError; KernelTimeoutError where an
+    earlier launch waited for seconds and ended itself.
     """
+    raise_if_lost()
     x, (w13, w2, *_), ids = call.hidden_states, call.weights, call.topk_ids
     aligned = not (x.data_ptr() | w13.data_ptr() | w2.data_ptr()) % 16
     what = (call.activation, call.gated, call.weights.has_bias, aligned)
@@ -184,7 +189,6 @@ def fast_pipeline(call: MoECall, form: Form | None = None) -> Tensor:
         return triton_pipeline(call)
     if isinstance(form, Gated):
         return sorted_pipeline(call._replace(config=form.up, down_config=form.down), tma=True)
-    ids = ids.to(torch.int32)
     options: dict[str, Any] = {
         "scale": call.routed_scaling_factor, "weights_on_input": call.apply_router_weight_on_input
     }  # fmt: skip

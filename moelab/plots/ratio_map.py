@@ -56,7 +56,8 @@ def draw(
 ) -> None:
     """Draw a map into a row of the figure: (name, batch) -> cell. Colours are logarithmic, `low` below 1 and `high` above.
 
-    low: None for ratios that are never below 1. span: of the colours, for maps that share them. bar: the colour bar's title; "" draws none. size: of the text.
+    low: None for ratios that are never below 1. span: of the colours, for maps that share them. bar: the colour bar's title;
+    "" draws none. size: of the text.
     """
     span = span or span_of(cells)
     places = {"row": row, "col": 1}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moelab import precision
 from moelab.dtypes import accumulator_dtype
+from moelab.quantised_weights import as_multiplied
 from moelab.routing import Routing
 from moelab.shapes import MoEShape
 from moelab.suites.layer_classic import sample_rows
@@ -85,7 +86,7 @@ def gemm_gate(
     ids = routing.topk_ids.flatten()[pairs]
     own = ids[ids >= 0].unique().long()  # float64 copies of the experts that are named, not of all
     local = torch.where(ids >= 0, torch.searchsorted(own, ids.long().contiguous()), -1)
-    rows, few = a[pairs // top_k], weights.w[own]
+    rows, few = a[pairs // top_k], as_multiplied(weights, a.dtype, own)
     given: dict[str, Any] = {"top_k": 1, "topk_weights": routing.topk_weights.flatten()[pairs] if weighted else None}
     plain, exact = precision.gemm_references(rows, few, local, activated=activated, **given)
     return Gate(pairs, exact, precision.tolerance(plain, exact))
@@ -100,7 +101,8 @@ def layer_gate(x: Tensor, weights: ExpertWeights, routing: Routing, shape: MoESh
         ids = routing.topk_ids[token : token + 1]
         own = ids[ids >= 0].unique().long()
         local = torch.where(ids >= 0, torch.searchsorted(own, ids.long().contiguous()), -1)
-        row, up, down = x[token : token + 1], weights.w13[own], weights.w2[own]
+        row = x[token : token + 1]
+        up, down = (as_multiplied(part, x.dtype, own) for part in (weights.up, weights.down))
         factors = routing.topk_weights[token : token + 1]
         references.append(precision.layer_references(row, up, down, factors, local, **options))
     plain, exact = (torch.cat(each) for each in zip(*references, strict=True))
