@@ -41,7 +41,7 @@ def part(number: int, parts: int, sizes: tuple[int, ...]) -> str:
     i = make_inputs(shape, num_tokens, dtype=torch.bfloat16, device="cuda", seed=3)
     ids = i.topk_ids.int()
     instance = forms()[number]
-    tiles = tiles_for(expert_order(ids, experts), instance, hidden)
+    tiles = tiles_for(expert_order(ids, experts), instance)
     slots = tiles.sorted_slots.long()
     expert = ids.flatten()[slots].long()
     rows = i.hidden_states.double()[slots // top_k]

@@ -76,10 +76,10 @@ def test_tiles_along_with_the_order(name: str, num_tokens: int) -> None:
     logits, top_k, rule = drawn(name, num_tokens, torch.float32)
     num_experts = logits.shape[1]
     out = new_routed(num_tokens, num_experts, top_k, logits.device)
-    tiles = new_token_tiles(out.order.sorted_slots, num_experts, 8, more=5)
+    tiles = new_token_tiles(out.order.sorted_slots, num_experts, 8)
     tiles.ready.fill_(9)
     same(route(logits, top_k, out=out, tiles=tiles, **rule), route_ref(logits, top_k, **rule))
-    expected = token_tiles_ref(out.order.sorted_slots.cpu(), out.order.expert_offsets.cpu(), 8, more=5)
+    expected = token_tiles_ref(out.order.sorted_slots.cpu(), out.order.expert_offsets.cpu(), 8)
     used = int(tiles.num_tiles)
     assert tiles.tiles[:used].tolist() == sorted(expected.tiles[: int(expected.num_tiles)].tolist())
     assert not tiles.ready.any() and tiles.ready.shape == expected.ready.shape
