@@ -137,7 +137,7 @@ FILES = [
     ),
     Row(
         "sglang's files that are not there",
-        lambda p: with_environment("MOELAB_DATA_DIR", str(p), config_files.specimen.shipped_files),
+        lambda p: with_environment("MOELAB_DATA_DIR", str(p), config_files.shipped_files),
         RecordingError,
         ("sglang_shipped_configs.json", "Restore"),
     ),
