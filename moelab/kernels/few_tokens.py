@@ -238,7 +238,15 @@ def few_tokens(
     early = min(form.early, top_k * triton.cdiv(size, form.down.columns))
     for launcher, tile, programs, rows, tensors, values, own in (
         (_up, form.up, num_tokens * top_k, size, (x, w13, topk_ids, topk_weights, inner), (), {}),
-        (_down, form.down, num_tokens, hidden, (inner, w2, topk_ids, topk_weights, out), (float(scale),), {"EARLY": early}),
+        (
+            _down,
+            form.down,
+            num_tokens,
+            hidden,
+            (inner, w2, topk_ids, topk_weights, out),
+            (float(scale),),
+            {"EARLY": early},
+        ),
     ):
         constants = {
             "N": size, "H": hidden, "TOP_K": top_k, "ON_INPUT": weights_on_input, "ROWS": tile.rows,
