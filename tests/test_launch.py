@@ -287,9 +287,9 @@ def test_instances_are_found_again_on_the_gpu() -> None:
     a, w, r = problem(5, 4, 2, 96, 128, torch.float16, "cuda")
     aligned = align(r.topk_ids, 16, 4)
     first = grouped_gemm(a, w, aligned, CONFIG, num_pairs=10, top_k=2)
-    before = len(room._launch._instances)
+    before = len(room._launcher._instances)
     assert torch.equal(grouped_gemm(a, w, aligned, CONFIG, num_pairs=10, top_k=2), first)
-    assert len(room._launch._instances) == before
+    assert len(room._launcher._instances) == before
 
 
 WITHOUT_A_GPU = """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,8 +63,14 @@ def check_together(**tensors: Tensor | None) -> None:
             )
 
 
+COMPILED_ONLY: ContextVar[list[Any] | None] = ContextVar("compiled_only", default=None)
+"""Inside `launch.compiling`, where a launch's compiled kernel is put; None elsewhere."""
+
+
 def check_kernel_device(name: str, tensor: Tensor) -> None:
     """Raise RuntimeModeError or DeviceError unless Triton kernels take this tensor in this process."""
+    if tensor.is_meta and COMPILED_ONLY.get() is not None:
+        return
     mode = runtime.require_kernels(tensor.dtype)
     if tensor.device.type != mode.device:
         raise DeviceError(

@@ -15,7 +15,6 @@ import contextlib  # noqa: E402
 import threading  # noqa: E402
 import warnings  # noqa: E402
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence  # noqa: E402
-from contextvars import ContextVar  # noqa: E402
 from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -101,7 +100,7 @@ class Launcher:
         instance: Callable[[], Instance],
     ) -> None:
         constants, options = instance()
-        made = _compiled_only.get()
+        made = checks.COMPILED_ONLY.get()
         if made is not None:
             made.append(self.kernel.warmup(*arguments, grid=grid, **constants, **options))
             return
@@ -204,22 +203,20 @@ def _tell_once(why: str) -> None:
     _told.add(why)
 
 
-_compiled_only: ContextVar[list[Any] | None] = ContextVar("compiled_only", default=None)
-
-
 @contextlib.contextmanager
 def compiling() -> Iterator[list[Any]]:
     """Inside, a launch over tensors on "meta" compiles its instance and runs nothing; yields the list of Triton's compiled
-    kernels, in launch order. Such tensors count as lying on multiples of 16 bytes, as torch allocates them.
+    kernels, in launch order. Such tensors pass launchers' checks of the device, and count as lying on multiples of 16 bytes,
+    as torch allocates them.
 
     Under Triton's compiler only: its interpreter has nothing to compile.
     """
     made: list[Any] = []
-    token = _compiled_only.set(made)
+    token = checks.COMPILED_ONLY.set(made)
     try:
         yield made
     finally:
-        _compiled_only.reset(token)
+        checks.COMPILED_ONLY.reset(token)
 
 
 _hooks = triton.knobs.runtime
