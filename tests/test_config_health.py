@@ -13,7 +13,7 @@ from moelab.config_files import doctor
 from moelab.errors import RecordingError
 from moelab.plots import config_health, lookup_path
 
-ROOMS = ("checks", "reach", "diagnosis")
+MODULES = ("checks", "reach", "diagnosis")
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kinds_in_the_source() -> set[str]:
     """The kinds of finding that the doctor's code can name: where a Finding or a problem is made."""
     found = set()
-    for room in ROOMS:
-        for node in ast.walk(ast.parse((Path(config_files.__file__).parent / f"{room}.py").read_text())):
+    for module in MODULES:
+        for node in ast.walk(ast.parse((Path(config_files.__file__).parent / f"{module}.py").read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Finding", "_error") and len(node.args) > 3:
                 found.add(node.args[2 if ast.unparse(node.func) == "Finding" else 1])
             elif isinstance(node, ast.Yield) and isinstance(node.value, ast.Tuple):

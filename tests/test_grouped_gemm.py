@@ -1,4 +1,4 @@
-"""The exchange kernel alone: every row written, its order independent of GROUP_SIZE_M, its rules stated."""
+"""The compatible kernel alone: every row written, its order independent of GROUP_SIZE_M, its rules stated."""
 
 from __future__ import annotations
 
