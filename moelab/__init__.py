@@ -23,7 +23,7 @@ _HOMES = {
     "make_routing": "routing",
     "make_inputs": "inputs",
     "FusedMoE": "module",
-    "IMPLEMENTATIONS": "fused_moe",
+    "IMPLEMENTATIONS": "implementations",
     "route": "kernels.route",
     "expert_order": "kernels.expert_order",
     "sum_reduce": "kernels.sum_reduce",
@@ -32,8 +32,9 @@ _HOMES = {
 }
 
 _ROOMS = frozenset(
-    """errors runtime architectures model_config shapes config routing inputs reference torch_layers kernels
-    pipelines fused_moe module precision measure roofline recordings config_files suites tuner plots widgets cli""".split()  # noqa: SIM905
+    """errors runtime architectures model_config shapes config weights call implementations routing inputs reference
+    torch_layers kernels pipelines fused_moe module precision measure roofline recordings config_files suites tuner plots
+    widgets cli""".split()  # noqa: SIM905
 )
 
 __all__ = sorted([*_HOMES, "__version__"])

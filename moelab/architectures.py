@@ -19,6 +19,8 @@ _E = "num_experts|num_local_experts"
 _ROUTED = "n_routed_experts|num_experts|num_local_experts"
 _ERNIE = "moe_num_experts|num_experts"
 _K = "num_experts_per_tok|num_experts_per_token"
+_SWIGLU_OAI = "swiglu_alpha=1.702 hidden_act_alpha=1.702 swiglu_beta=1.0 swiglu_limit=7.0"
+"""What the activation swiglu_oai computes with; GptOssConfig's and MiniMaxM3VLTextConfig's defaults too."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,10 @@ class Architecture:
     nested: path of the sub-config that holds the keys, when the config has one.
     element: which entry of a list-valued size is the text experts' (None: all entries must be equal).
     layers: "key:value", a list of layer kinds in which `value` marks a layer with experts.
-    limit: key of a clamp on the gate and up products; when set, the activation is named with `_clamped`.
-    fuses_shared_expert: sglang appends the shared expert to the routed ones (its tuning tool's
-    `get_model_config`, benchmark/kernels/fused_moe_triton/common_utils.py).
+    limit: key of a clamp on the gate and up products; when set, the activation is named with `_clamped`. "key=10.0": the
+    class's default where the key is absent, and then the class needs a number over 0.
+    clamps_after: the limit is on silu(gate) and up, not on gate and up: the activation is then `_then_clamped`.
+    knows: keys of EFFECTS that this row's reading holds for, "key=7.0" for that value alone; its other fields' keys count too.
     """
 
     names: str
@@ -42,11 +45,11 @@ class Architecture:
     activation: str = "hidden_act > =silu"
     gated: bool = True
     limit: str = ""
+    clamps_after: bool = False
     nested: str = ""
     element: int | None = None
     layers: str = ""
-    shared_experts: str = "n_shared_experts|num_shared_experts"
-    fuses_shared_expert: bool = False
+    knows: str = ""
 
 
 TABLE: tuple[Architecture, ...] = (
@@ -72,6 +75,8 @@ TABLE: tuple[Architecture, ...] = (
     Architecture(
         "BailingMoeForCausalLM BailingMoEForCausalLM BailingMoeV2ForCausalLM BailingMoeV3ForCausalLM "
         "BailingHybridForCausalLM bailing_moe bailing_moe_v2 bailing_moe_linear bailing_hybrid",
+        limit="expert_swiglu_limit_list",  # the third version's alone
+        clamps_after=True,
     ),
     Architecture("BeamForCausalLM beam"),
     Architecture("ExaoneMoeForCausalLM exaone_moe"),
@@ -80,7 +85,11 @@ TABLE: tuple[Architecture, ...] = (
         "HYV3ForCausalLM hy_v3",
         moe_intermediate_size="moe_intermediate_size|expert_hidden_dim",
     ),
-    Architecture("KimiLinearForCausalLM kimi_linear"),
+    Architecture(
+        "KimiLinearForCausalLM KimiK3LinearForCausalLM KimiK3ForConditionalGeneration kimi_linear kimi_k3",
+        hidden_size="routed_expert_hidden_size > hidden_size",
+        nested="text_config",
+    ),
     Architecture("Kolibri1ForCausalLM kolibri1"),
     Architecture("LagunaForCausalLM laguna"),
     Architecture("Lfm2MoeForCausalLM lfm2_moe", activation="=silu"),
@@ -120,22 +129,20 @@ TABLE: tuple[Architecture, ...] = (
         "MiniMaxM3SparseForConditionalGeneration minimax_m3_vl minimax_m3_vl_text",
         moe_intermediate_size="intermediate_size",
         activation="=swiglu_oai",
+        knows=_SWIGLU_OAI,
         nested="text_config",
-        shared_experts="=1",
-        fuses_shared_expert=True,
     ),
     Architecture(
         "Llama4ForConditionalGeneration llama4",
         moe_intermediate_size="intermediate_size",
         nested="text_config",
-        shared_experts="=1",
-        fuses_shared_expert=True,
     ),
     Architecture("Llama4ForCausalLM llama4_text", moe_intermediate_size="intermediate_size"),
     Architecture(
         "GptOssForCausalLM OpenAIPrivacyFilterForTokenClassification gpt_oss openai_privacy_filter",
         moe_intermediate_size="intermediate_size",
         activation="=swiglu_oai",
+        knows=_SWIGLU_OAI,
     ),
     Architecture(
         "HunYuanMoEV1ForCausalLM HunYuanForCausalLM hunyuan_v1_moe",
@@ -173,10 +180,9 @@ TABLE: tuple[Architecture, ...] = (
     Architecture(
         "DeepseekV3ForCausalLM DeepseekV32ForCausalLM MistralLarge3ForCausalLM deepseek_v3 deepseek_v32 kimi_k2",
         num_experts=_ROUTED,
-        fuses_shared_expert=True,
     ),
     Architecture("DeepseekV2ForCausalLM DeepseekForCausalLM deepseek_v2 deepseek", num_experts=_ROUTED),
-    Architecture("DeepseekV4ForCausalLM deepseek_v4", num_experts=_ROUTED, limit="swiglu_limit"),
+    Architecture("DeepseekV4ForCausalLM deepseek_v4", num_experts=_ROUTED, limit="swiglu_limit=10.0"),
     Architecture(
         "DeepseekOCRForCausalLM DeepseekOcr2ForConditionalGeneration UnlimitedOCRForCausalLM "
         "UnlimitedOcrForConditionalGeneration deepseek_ocr2 deepseek_ocr2_text unlimited_ocr "
@@ -187,7 +193,6 @@ TABLE: tuple[Architecture, ...] = (
     Architecture(
         "Glm4MoeForCausalLM Glm4MoeLiteForCausalLM GlmMoeDsaForCausalLM glm4_moe glm4_moe_lite glm_moe_dsa",
         num_experts=_ROUTED,
-        fuses_shared_expert=True,
     ),
     Architecture(
         "Glm4vMoeForConditionalGeneration glm4v_moe glm4v_moe_text",
@@ -197,7 +202,7 @@ TABLE: tuple[Architecture, ...] = (
     Architecture(
         "Glm5NextForConditionalGeneration glm5_next glm5_next_text",
         num_experts=_ROUTED,
-        limit="swiglu_limit",
+        limit="swiglu_limit=10.0",
         nested="text_config",
     ),
     Architecture(
@@ -212,7 +217,7 @@ TABLE: tuple[Architecture, ...] = (
         num_experts=_ROUTED,
         nested="text_config",
     ),
-    Architecture("HYV4ForCausalLM hy_v4", num_experts=_ROUTED, limit="swiglu_limit"),
+    Architecture("HYV4ForCausalLM hy_v4", num_experts=_ROUTED, limit="swiglu_limit=10.0"),
     Architecture(
         "InklingForConditionalGeneration InklingForCausalLM inkling_mm_model inkling_text",
         num_experts=_ROUTED,
@@ -222,6 +227,7 @@ TABLE: tuple[Architecture, ...] = (
         "Inkling2ForConditionalGeneration Inkling2ForCausalLM inkling2 inkling2_text",
         num_experts=_ROUTED,
         activation="=swiglu_softcapped",
+        knows="mlp_gate_softcap mlp_up_softcap",
         nested="text_config",
     ),
     Architecture("MiMoV2FlashForCausalLM mimo_v2_flash", num_experts=_ROUTED),
@@ -237,6 +243,7 @@ TABLE: tuple[Architecture, ...] = (
         num_experts="n_routed_experts|moe_num_experts",
         top_k="num_experts_per_tok|moe_top_k",
         limit="swiglu_limits",
+        clamps_after=True,
         nested="text_config",
     ),
     Architecture(
@@ -258,6 +265,7 @@ TABLE: tuple[Architecture, ...] = (
         num_experts=_ROUTED,
         top_k="moe_topk|num_experts_per_tok",
         moe_intermediate_size="expert_ffn_hidden_size",
+        knows="zero_expert_num",  # the router's: they have no weights
     ),
     # Ernie's spelling.
     Architecture("Ernie4_5_MoeForCausalLM ernie4_5_moe", num_experts=_ERNIE, top_k="moe_k"),
@@ -302,9 +310,10 @@ ACTIVATIONS: dict[str, str] = {
     "relu2": "relu2",
     "swiglu_oai": "swiglu_oai",
     "silu_clamped": "silu_clamped",
+    "silu_then_clamped": "silu_then_clamped",
     "swiglu_softcapped": "swiglu_softcapped",
 }
-"""Spellings in config files -> moelab's name. The last two and `relu` have sizes here but no kernel yet."""
+"""Spellings in config files -> moelab's name. The last three and `relu` have sizes here but no kernel yet."""
 
 GENERIC = Architecture(
     names="",
@@ -316,15 +325,25 @@ GENERIC = Architecture(
     activation="hidden_act|hidden_activation",
 )
 """Keys that mean one thing wherever they occur. `intermediate_size` is not among them: it may be the dense
-layers'. A config outside TABLE is read through these, and only if none of AMBIGUOUS is set."""
+layers'. A config outside TABLE is read through these, and only if none of EFFECTS is set."""
 
-AMBIGUOUS: tuple[str, ...] = (
+EFFECTS: tuple[str, ...] = (
     "moe_latent_size",
     "moe_hidden_size",
+    "routed_expert_hidden_size",
     "ffn_config",
     "swiglu_limit",
     "swiglu_limits",
+    "expert_swiglu_limit_list",
+    "swiglu_alpha",
+    "swiglu_beta",
+    "hidden_act_alpha",
+    "activation_situ_beta",
+    "activation_situ_linear_beta",
     "mlp_gate_softcap",
-    "per_layer_config",
+    "mlp_up_softcap",
+    "zero_expert_num",
 )
-"""Keys that change the sizes or the arithmetic of the experts in a way that only the model's code tells."""
+"""Keys that change the sizes or the arithmetic of the experts in a way that only the model's code tells. Set in a config whose
+row does not know them (or knows another value), they are refused: in known architectures as in unknown ones. Collected
+from the config and expert classes of transformers 5.23 and the model files of sglang 0.5.23 and vLLM 0.33.0."""

@@ -1,22 +1,12 @@
-"""What a chip's architecture allows one program, and the sizes of dtypes."""
+"""What a chip's architecture allows one program."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moelab.errors import UnknownNameError, nearest_names
-
-DTYPE_BYTES: Mapping[str, int] = {
-    "float64": 8,
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "int8": 1,
-}
-"""Bytes per element of every dtype that moelab names, spelled as torch spells it."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +58,16 @@ TARGETS: Mapping[str, Target] = {
 """Architectures by Triton's name."""
 
 
-def dtype_bytes(dtype: str) -> int:
-    """Bytes per element of `dtype` (torch's spelling, with or without "torch."). Raises UnknownNameError."""
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPE_BYTES:
-        raise UnknownNameError(
-            f"Unknown dtype {name!r}.{nearest_names(name, DTYPE_BYTES)} Expected one of {', '.join(DTYPE_BYTES)}. Name "
-            "one."
-        )
-    return DTYPE_BYTES[name]
+@functools.cache
+def gpu_target(index: int) -> Target:
+    """The chip of the GPU of that index in this process: from the table, or with the limits its driver reports."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    nvidia = f"sm_{properties.major}{properties.minor}"
+    name = properties.gcnArchName.split(":")[0] if torch.version.hip else nvidia
+    limit = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return TARGETS.get(name) or Target(name, limit, threads_per_warp=properties.warp_size)
 
 
 def get_target(target: str | Target) -> Target:

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from moelab.chips import Target, dtype_bytes, get_target
+from moelab.chips import Target, get_target
+from moelab.dtypes import dtype_bytes
 from moelab.errors import ConfigError, SharedMemoryError, nearest_names
 
 MIN_DOT_BLOCK = 16
@@ -43,6 +44,9 @@ class KernelConfig:
     at a time; GROUP_SIZE_M row blocks share a column of weights before the next column starts. num_warps and
     num_stages default to Triton's own choice on NVIDIA (4 and 3), which is what a file without them gets.
     SPLIT_K programs share one tile's inner dimension. The last three are AMD's and None elsewhere.
+
+    Raises ConfigError for a value that is no integer (16.0, "16" and True are none: they would equal 16 as a key and fail in
+    the compiler); whether the numbers can run is `check`'s to say.
     """
 
     BLOCK_SIZE_M: int
@@ -55,6 +59,13 @@ class KernelConfig:
     waves_per_eu: int | None = None
     matrix_instr_nonkdim: int | None = None
     kpack: int | None = None
+
+    def __post_init__(self) -> None:
+        values = tuple(self.__dict__.values())  # 1 us on 1: a tuner makes some thousands
+        if not (_INTEGER.issuperset(map(type, values[:7])) and _OR_NONE.issuperset(map(type, values[7:]))):
+            raise ConfigError(
+                f'Not a kernel config: {"; ".join(_not_integers(self))}. Expected integers. Give 16, not 16.0, "16" or True.'
+            )
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> KernelConfig:
@@ -93,6 +104,7 @@ class KernelConfig:
         return label + (f" e{self.waves_per_eu}" if self.waves_per_eu is not None else "")
 
 
+_INTEGER, _OR_NONE = {int}, {int, type(None)}  # the types themselves: a bool is an int's subclass
 _KEYS = tuple(f.name for f in fields(KernelConfig))
 _REQUIRED = tuple(k for k in _KEYS if k not in (*_OPTIONAL, *_COMPILER_CHOSEN))
 
@@ -165,14 +177,17 @@ def _is_power_of_two(value: int) -> bool:
     return value > 0 and value & (value - 1) == 0
 
 
+def _not_integers(config: KernelConfig) -> list[str]:
+    values = {f: getattr(config, f.name) for f in fields(config)}
+    return [
+        f"{f.name} is {value!r} ({type(value).__name__}), not an integer"
+        for f, value in values.items()
+        if type(value) is not int and not (value is None and f.default is None)
+    ]
+
+
 def _field_violations(config: KernelConfig, *, uses_dot: bool) -> list[str]:
     broken = []
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if type(value) is not int and not (value is None and f.default is None):
-            broken.append(f"{f.name} is {value!r} ({type(value).__name__}), not an integer")
-    if broken:
-        return broken
     smallest = MIN_DOT_BLOCK if uses_dot else 1
     for name in ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K"):
         value = getattr(config, name)

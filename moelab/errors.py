@@ -27,6 +27,10 @@ class DtypeError(MoelabError, TypeError):
     """A dtype that the operation does not take, or dtypes that differ where they must agree."""
 
 
+class FormatError(MoelabError, ValueError):
+    """Weights in a format that cannot be read, or that nothing here takes yet."""
+
+
 class DeviceError(MoelabError, ValueError):
     """A tensor lies on the wrong device, or tensors lie on different ones."""
 
@@ -87,6 +91,10 @@ class FolderError(MoelabError, OSError):
 
 class RuntimeModeError(MoelabError, RuntimeError):
     """What was asked cannot run here: no GPU, bf16 under Triton's interpreter, a package that is missing."""
+
+
+class KernelTimeoutError(MoelabError, TimeoutError):
+    """A wait inside a kernel that lasted seconds: the kernel ended itself, and the process's CUDA context with it."""
 
 
 class PrecisionError(MoelabError, AssertionError):

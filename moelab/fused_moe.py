@@ -1,4 +1,4 @@
-"""The public op: router logits or top-k in, hidden states out, by an implementation named in a dict.
+"""The public op: router logits or top-k in, hidden states out, by an implementation named in a table.
 
     from moelab.fused_moe import fused_moe
     out = fused_moe(hidden_states, w13, w2, router_logits=logits, top_k=8)
@@ -10,76 +10,30 @@ custom op `moelab::fused_moe`, opaque to the compiler; in eager mode it is a pla
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import asdict
+import numbers
+from dataclasses import asdict, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moelab import runtime, torch_layers
+from moelab.call import Config, MoECall
 from moelab.config import KernelConfig
-from moelab.errors import (
-    ConfigError,
-    RoutingError,
-    RuntimeModeError,
-    ShapeError,
-    UnknownNameError,
-    nearest_names,
-)
-from moelab.pipelines import NEED_TMA, PIPELINES
-from moelab.pipelines.call import MoECall
+from moelab.dtypes import dtype_name
+from moelab.errors import ConfigError, DtypeError, LayoutError, RoutingError, RuntimeModeError, ShapeError
+from moelab.formats import get_format
+from moelab.implementations import IMPLEMENTATIONS, LayerKind, named, not_taken, taking
 from moelab.reference import check_activation
 from moelab.routers import softmax_topk
 from moelab.routing import check_ids
-
-
-def _tensors(call: MoECall) -> tuple[Any, ...]:
-    """The arguments that every layer of moelab.torch_layers takes."""
-    return (
-        call.hidden_states, call.w13, call.w2, call.topk_weights, call.topk_ids, call.b13, call.b2,
-        call.activation, call.gated, call.routed_scaling_factor, call.apply_router_weight_on_input,
-    )  # fmt: skip
-
-
-def _torch(call: MoECall) -> Tensor:
-    """A loop over experts in eager torch. Synchronises with the host for each expert: no CUDA graph takes it."""
-    return torch_layers.loop_layer(*_tensors(call))
-
-
-@functools.cache
-def _compile(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(layer, dynamic=True)
-
-
-def _compiled(call: MoECall) -> Tensor:
-    """torch.compile of `torch_layers.static_layer`; takes CUDA graphs."""
-    layer = torch_layers.static_layer(call.hidden_states.dtype, call.w13, call.w2)
-    return _compile(layer)(*_tensors(call))
-
-
-def _fast(call: MoECall) -> Tensor:
-    """Everything in one launch on Hopper; see `moelab.pipelines.fast`."""
-    from moelab.pipelines.fast import fast_pipeline
-
-    return fast_pipeline(call)
-
-
-IMPLEMENTATIONS: dict[str, Callable[[MoECall], Tensor]] = {
-    **PIPELINES,
-    "torch": _torch,
-    "compiled": _compiled,
-}
-
-HOPPER_ONLY: dict[str, Callable[[MoECall], Tensor]] = {"fast": _fast}
-"""By name only, never among "all": what one generation of chips alone runs, and there not every layer."""
+from moelab.weights import ExpertWeights
 
 
 def fused_moe(
     hidden_states: Tensor,
-    w13: Tensor,
-    w2: Tensor,
+    w13: Tensor | ExpertWeights,
+    w2: Tensor | None = None,
     *,
     topk_weights: Tensor | None = None,
     topk_ids: Tensor | None = None,
@@ -87,8 +41,8 @@ def fused_moe(
     top_k: int | None = None,
     renormalize: bool = True,
     impl: str = "triton",
-    config: KernelConfig | None = None,
-    down_config: KernelConfig | None = None,
+    config: Config = None,
+    down_config: Config = None,
     activation: str = "silu",
     gated: bool = True,
     b13: Tensor | None = None,
@@ -100,32 +54,40 @@ def fused_moe(
     """out[t] = scale * sum over slots j of weight[t, j] * w2[e] @ activation(w13[e] @ hidden_states[t]), e = ids[t, j].
 
     hidden_states: (M, H), bfloat16, float16, float32 or float64, contiguous. w13: (E, 2N, H), gate rows and then up
-    rows, or (E, N, H) with gated=False; w2: (E, H, N); b13 (E, 2N) and b2 (E, H) optional; all in one dtype.
-    Routing: either topk_weights (M, k) float32 and topk_ids (M, k) int32, ids of -1 being another rank's experts, or
-    router_logits (M, E) with top_k (softmax, then top-k, weights renormalised unless told otherwise).
-    impl: a name in IMPLEMENTATIONS: "triton" (default), the same with weights by TMA ("tma"), "split_k_atomic",
-    "split_k_workspace"; with the activation inside GEMM1 and GEMM2 over sorted rows: "gated", "gated_tma", and with
-    atomic sums over slots in float32 "gated_atomic", "gated_tma_atomic", in hidden_states' dtype "gated_atomic_out",
-    which rounds every sum and may err more than torch; "fast", what is recorded fastest on Hopper for the batch
-    (sm_90; bfloat16 or float16, silu-gated, no biases, H and N multiples of 8); "torch", "compiled". Those with "tma" need
-    sm_90 or later, and H and N times the element's bytes to be multiples of 16.
-    config, down_config: for GEMM1 and GEMM2 of those made of kernels, without them sglang's default rule, and the first
-    for both where only it is given; the Split-K ones take SPLIT_K from each. "gated" and its kin count gate and up rows
-    together as BLOCK_SIZE_N, at least 32. "fast" chooses its form by the batch and the tuned files, and the classic layer with
-    the configs given where none of its forms serves (`moelab.pipelines.fast.choose` says why), and torch's own forms have
-    nothing to configure.
+    rows, or (E, N, H) with gated=False; w2: (E, H, N); b13 (E, 2N) and b2 (E, H) optional; all in one dtype. Or, in place of
+    the four, one `ExpertWeights`.
+    Routing: either topk_weights (M, k) float32 and topk_ids (M, k) int32 or int64, or router_logits (M, E) with top_k
+    (softmax, then top-k, weights renormalised unless told otherwise).
+    An id of -1 is another rank's expert and adds nothing, whatever its weight, NaN and infinity too; NaN and infinity go
+    where plain arithmetic on a token's chosen experts takes them, and nowhere else: not from another token, nor from rows of
+    weights that this token did not choose.
+    impl: a name in moelab.implementations.IMPLEMENTATIONS, where each says what it is and what it takes; "triton" is the
+    layer of sglang and vLLM, "fast" what is recorded fastest on Hopper for the batch, "torch" a loop over experts.
+    "fast" runs batches of some tokens in one persistent launch whose CTAs wait for one another, so all of them must be
+    resident: see `moelab.kernels.fast_layer` for what that asks of streams, graphs and partitioned GPUs.
+    config, down_config: for GEMM1 and GEMM2 of those made of Triton kernels; the first for both where only it is given. None
+    looks up the tuned file for this device, these sizes and this batch size, as the servers do, once each; sglang's default
+    rule serves where there is none, or where "default" asks for it. The Split-K ones take SPLIT_K from each. "gated" and its
+    kin count gate and up rows together as BLOCK_SIZE_N, at least 32. "fast" chooses its form by the batch and the tuned files,
+    and torch's own forms have nothing to configure.
     check_routing: look for ids out of range. None means always on CPU, and never on a GPU, where it would
     synchronise with the host.
-    Returns (M, H) in hidden_states' dtype. Deterministic, but for those with "atomic" in their name on a GPU. Only
-    "torch" and "compiled" have a backward.
+    Returns (M, H) in hidden_states' dtype. Deterministic, but for those that the table says are not, on a GPU. Only "torch"
+    and "compiled" have a backward.
 
     Raises UnknownNameError, ShapeError, DtypeError, DeviceError, LayoutError, RoutingError, ConfigError,
     SharedMemoryError or RuntimeModeError, each saying what was expected.
     """
-    _check_impl(impl)
-    _check_configs(config, down_config)
+    named(impl)
+    _check_arguments(config, down_config, top_k)
+    weights = _weights(w13, w2, b13, b2)
+    optional = {name: t for name, t in weights._asdict().items() if t is not None and name != "format"}
+    _require_tensors(**{"hidden_states": hidden_states, "w13": weights.w13, "w2": weights.w2, **optional})
     if router_logits is not None:
-        topk_weights, topk_ids = _route(router_logits, topk_weights, topk_ids, top_k, renormalize, hidden_states, w13)
+        _require_tensors(router_logits=router_logits)
+        topk_weights, topk_ids = _route(
+            router_logits, topk_weights, topk_ids, top_k, renormalize, hidden_states, weights
+        )
     elif top_k is not None and topk_ids is not None and top_k != topk_ids.shape[-1]:
         raise RoutingError(
             f"top_k = {top_k} but topk_ids has shape {tuple(topk_ids.shape)}. Expected top_k columns. Leave top_k out: it "
@@ -135,52 +97,79 @@ def fused_moe(
         raise RoutingError(
             "No routing given. Expected topk_weights and topk_ids, or router_logits and top_k. Pass one of the pairs."
         )
+    _require_tensors(topk_weights=topk_weights, topk_ids=topk_ids)
     call = MoECall(
-        hidden_states, w13, w2, topk_weights, topk_ids, b13, b2, activation, gated,
-        routed_scaling_factor, apply_router_weight_on_input, config, down_config,
+        hidden_states, weights, topk_weights, topk_ids, activation, gated,
+        _scale(routed_scaling_factor), apply_router_weight_on_input, config, down_config,
     )  # fmt: skip
     compiling = torch.compiler.is_compiling()
     if compiling:
-        _check_call(call)
+        _check_call(call, impl)
     else:
-        _check_once(call)
+        _check_once(call, impl)
     _check_grad(call, impl, compiling)
     if check_routing or (check_routing is None and not compiling and hidden_states.device.type == "cpu"):
-        check_ids(topk_ids, w13.shape[0])
+        check_ids(topk_ids, weights.num_experts)
     if call.num_tokens == 0:
         return torch.empty_like(hidden_states)
     if compiling:
         return _through_custom_op(call, impl)
-    return _implementation(impl)(call)
+    return IMPLEMENTATIONS[impl](call)
 
 
-def _implementation(impl: str) -> Callable[[MoECall], Tensor]:
-    return IMPLEMENTATIONS.get(impl) or HOPPER_ONLY[impl]
-
-
-def _check_impl(impl: str) -> None:
-    if impl not in IMPLEMENTATIONS and impl not in HOPPER_ONLY:
-        known = [*IMPLEMENTATIONS, *HOPPER_ONLY]
-        raise UnknownNameError(
-            f"Unknown implementation {impl!r}. Expected one of {known}.{nearest_names(impl, known)} "
-            "Add your own to moelab.fused_moe.IMPLEMENTATIONS."
+def _weights(w13: Tensor | ExpertWeights, w2: Tensor | None, b13: Tensor | None, b2: Tensor | None) -> ExpertWeights:
+    if not isinstance(w13, ExpertWeights):
+        return ExpertWeights(w13, w2, b13, b2)  # type: ignore[arg-type]  # a w2 of None is told by the next check
+    if w2 is not None or b13 is not None or b2 is not None:
+        raise ShapeError(
+            "ExpertWeights came with w2, b13 or b2 beside it. Expected all in the one. Put them into its fields."
         )
+    return w13
 
 
-def _check_configs(*configs: KernelConfig | None) -> None:
-    for config in configs:
-        if config is not None and not isinstance(config, KernelConfig):
+def _require_tensors(**given: Any) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise DtypeError(
+                f"{name} is {type(value).__name__}. Expected a torch.Tensor. Make one with torch.as_tensor, or leave out what "
+                "is optional."
+            )
+        if value.layout is not torch.strided:
+            raise LayoutError(f"{name} is {value.layout}. Expected a strided tensor. Call .to_dense() on it.")
+
+
+def _scale(factor: Any) -> float:
+    """The factor as a float: an int and a float of one value are one compiled kernel."""
+    if type(factor) is float:
+        return factor
+    try:
+        if isinstance(factor, bool) or not isinstance(factor, numbers.Real):
+            raise TypeError
+        return float(factor)
+    except (TypeError, OverflowError) as error:
+        shown = repr(factor) if len(repr(factor)) < 40 else f"{repr(factor)[:30]}..."
+        raise ConfigError(
+            f"routed_scaling_factor is {shown} ({type(factor).__name__}). Expected a number that a float holds. Pass 1.0 for "
+            "none."
+        ) from error
+
+
+def _check_arguments(config: Any, down_config: Any, top_k: Any) -> None:
+    for one in (config, down_config):
+        if one is not None and one != "default" and not isinstance(one, KernelConfig):
             raise ConfigError(
-                f"config is a {type(config).__name__}. Expected a KernelConfig or None. Build one with "
+                f"config is {one!r:.60}. Expected a KernelConfig, None or 'default'. Build one with "
                 "KernelConfig.from_json(entry)."
             )
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int)):
+        raise RoutingError(f"top_k is {top_k!r:.60}. Expected a whole number of experts. Pass an int.")
 
 
 def _check_grad(call: MoECall, impl: str, compiling: bool) -> None:
     """Refuse to lose a gradient: only plain torch has a backward."""
-    if not torch.is_grad_enabled() or (impl in ("torch", "compiled") and not compiling):
+    if not torch.is_grad_enabled() or (IMPLEMENTATIONS[impl].backward and not compiling):
         return
-    tensors = {"hidden_states": call.hidden_states, "w13": call.w13, "w2": call.w2, "topk_weights": call.topk_weights}
+    tensors = {"hidden_states": call.hidden_states, **call.weights.tensors(), "topk_weights": call.topk_weights}
     for name, tensor in tensors.items():
         if tensor.requires_grad:
             raise RuntimeModeError(
@@ -196,7 +185,7 @@ def _route(
     top_k: int | None,
     renormalize: bool,
     x: Tensor,
-    w13: Tensor,
+    experts: ExpertWeights,
 ) -> tuple[Tensor, Tensor]:
     if weights is not None or ids is not None or top_k is None:
         raise RoutingError(
@@ -204,7 +193,7 @@ def _route(
             "alone. For another rule than softmax, call a function of moelab.routing and pass its result."
         )
     # A column too many would route to an expert that w13 lacks, which counts as another rank's: a sum too small.
-    wanted = (*x.shape[:1], *w13.shape[:1])
+    wanted = (*x.shape[:1], experts.num_experts)
     if logits.ndim == 2 and tuple(logits.shape) != wanted:
         raise ShapeError(
             f"router_logits has shape {tuple(logits.shape)}. Expected {wanted}: a row per token, a column per expert of "
@@ -213,53 +202,83 @@ def _route(
     return softmax_topk(logits, top_k, renormalize=renormalize)
 
 
-def _check_once(call: MoECall) -> None:
+def _check_once(call: MoECall, impl: str) -> None:
     """`_check_call`, once for each signature: in eager decode every microsecond of it is one that the GPU waits."""
-    launch = _launch_room()
+    launch, w = _launching(), call.weights
     tensors = launch.signature(
-        call.hidden_states, call.w13, call.w2, call.topk_weights, call.topk_ids, call.b13, call.b2
-    )
-    launch.checked(("fused_moe", call.activation, call.gated, tensors), lambda: _check_call(call))
+        call.hidden_states, w.w13, w.w2, call.topk_weights, call.topk_ids, w.b13, w.b2,
+        w.w13_scale, w.w2_scale, w.w13_zero_point, w.w2_zero_point,
+    )  # fmt: skip
+    launch.checked(("fused_moe", impl, call.activation, call.gated, w.format, tensors), lambda: _check_call(call, impl))
 
 
 @functools.cache
-def _launch_room() -> ModuleType:
+def _launching() -> ModuleType:
     """moelab.kernels.launch, which imports triton: not before the first call."""
     from moelab.kernels import launch
 
     return launch
 
 
-def _check_call(call: MoECall) -> None:
+def _check_call(call: MoECall, impl: str) -> None:
     from moelab.kernels import checks
 
     check_activation(call.activation, call.gated)
-    x, w13, w2, ids = call.hidden_states, call.w13, call.w2, call.topk_ids
+    x, ids, w = call.hidden_states, call.topk_ids, call.weights
     checks.check_shape("hidden_states", x, ("num_tokens", "hidden_size"))
-    checks.check_shape("w13", w13, ("num_experts", "rows", x.shape[1]))
-    rows = w13.shape[1]
+    checks.check_shape("w13", w.w13, ("num_experts", "rows", x.shape[1]))
+    rows = w.w13.shape[1]
     if call.gated and rows % 2:
         raise ShapeError(
             f"w13 has {rows} rows an expert. Expected an even number, gate rows and then up rows. Pass gated=False for "
             "none."
         )
-    checks.check_shape("w2", w2, (w13.shape[0], x.shape[1], rows // 2 if call.gated else rows))
+    checks.check_shape("w2", w.w2, (w.num_experts, x.shape[1], rows // 2 if call.gated else rows))
+    for name, sizes in (("hidden_states", x.shape[1:]), ("w13", w.w13.shape), ("w2", w.w2.shape)):
+        if not all(sizes):
+            raise ShapeError(
+                f"{name} has shape {tuple(getattr(w, name, x).shape)}. Expected no size of 0 but the number of tokens. Give "
+                "the layer at least one expert, row and column."
+            )
     checks.check_shape("topk_ids", ids, (x.shape[0], "top_k"))
     checks.check_shape("topk_weights", call.topk_weights, tuple(ids.shape))
     checks.check_dtype("hidden_states", x, checks.FLOATS)
-    checks.check_dtype("w13", w13, (x.dtype,))
-    checks.check_dtype("w2", w2, (x.dtype,))
+    checks.check_dtype("w13", w.w13, (x.dtype,))
+    checks.check_dtype("w2", w.w2, (x.dtype,))
     checks.check_dtype("topk_ids", ids, (torch.int32, torch.int64))
     checks.check_dtype("topk_weights", call.topk_weights, (torch.float32,))
     if ids.shape[1] < 1:
         raise RoutingError(f"topk_ids has shape {tuple(ids.shape)}. Expected at least one expert a token. Raise top_k.")
-    for name, bias, size in (("b13", call.b13, rows), ("b2", call.b2, x.shape[1])):
+    for name, bias, size in (("b13", w.b13, rows), ("b2", w.b2, x.shape[1])):
         if bias is not None:
-            checks.check_shape(name, bias, (w13.shape[0], size))
+            checks.check_shape(name, bias, (w.num_experts, size))
             checks.check_dtype(name, bias, (x.dtype,))
-    checks.check_together(
-        hidden_states=x, w13=w13, w2=w2, topk_ids=ids, topk_weights=call.topk_weights, b13=call.b13, b2=call.b2
-    )
+    checks.check_together(hidden_states=x, topk_ids=ids, topk_weights=call.topk_weights, **w.tensors())
+    _require_taken(call, impl)
+
+
+def kind_of(call: MoECall) -> LayerKind:
+    """What decides which implementations take the call."""
+    x, w = call.hidden_states, call.weights
+    dtype = dtype_name(x.dtype)
+    return LayerKind(dtype, w.format, call.activation, call.gated, w.has_bias, x.shape[1], call.moe_intermediate_size)
+
+
+def _require_taken(call: MoECall, impl: str) -> None:
+    """Raise DtypeError or ConfigError for a kind of layer that the implementation takes nowhere.
+
+    What sizes it takes, and what this chip lacks, its kernels tell.
+    """
+    one, kind = named(impl), kind_of(call)
+    if what := not_taken(one, replace(kind, hidden_size=None, moe_intermediate_size=None)):
+        from moelab.kernels.checks import current_target
+
+        others = taking(kind, current_target())
+        error = ConfigError if kind.dtype in one.dtypes else DtypeError
+        raise error(
+            f"impl={impl!r} was asked for {what}, which it does not take. Expected one of those that do and run here: "
+            f"{', '.join(others) or 'none'}. Name one of them."
+        )
 
 
 # --- torch custom op ----------------------------------------------------------------------------------------------
@@ -267,14 +286,21 @@ def _check_call(call: MoECall) -> None:
 _CONFIG_FIELDS = tuple(KernelConfig.__dataclass_fields__)
 
 
-def _pack(config: KernelConfig | None) -> list[int]:
-    values = asdict(config) if config else {}
-    return [-1 if values.get(name) is None else values[name] for name in _CONFIG_FIELDS] if config else []
+def _pack(config: Config) -> list[int]:
+    """[] for None, [0] for the default rule, else the fields."""
+    if config is None:
+        return []
+    if not isinstance(config, KernelConfig):
+        return [0]
+    values = asdict(config)
+    return [-1 if values.get(name) is None else values[name] for name in _CONFIG_FIELDS]
 
 
-def _unpack(values: list[int]) -> KernelConfig | None:
+def _unpack(values: list[int]) -> Config:
+    if len(values) < 2:
+        return "default" if values else None
     named: dict[str, Any] = dict(zip(_CONFIG_FIELDS, (None if v == -1 else v for v in values), strict=False))
-    return KernelConfig(**named) if values else None
+    return KernelConfig(**named)
 
 
 @torch.library.custom_op("moelab::fused_moe", mutates_args=())
@@ -286,6 +312,8 @@ def _fused_moe_op(
     topk_ids: Tensor,
     b13: Tensor | None,
     b2: Tensor | None,
+    scales: list[Tensor | None],
+    format: str,
     impl: str,
     config: list[int],
     down_config: list[int],
@@ -294,13 +322,14 @@ def _fused_moe_op(
     routed_scaling_factor: float,
     apply_router_weight_on_input: bool,
 ) -> Tensor:
+    weights = ExpertWeights(w13, w2, b13, b2, scales[0], scales[1], scales[2], scales[3], get_format(format))
     call = MoECall(
-        hidden_states, w13, w2, topk_weights, topk_ids, b13, b2, activation, gated,
+        hidden_states, weights, topk_weights, topk_ids, activation, gated,
         routed_scaling_factor, apply_router_weight_on_input, _unpack(config), _unpack(down_config),
     )  # fmt: skip
     if hidden_states.device.type == "cpu":
         check_ids(topk_ids, w13.shape[0])
-    return _implementation(impl)(call)
+    return IMPLEMENTATIONS[impl](call)
 
 
 @_fused_moe_op.register_fake
@@ -309,20 +338,17 @@ def _(hidden_states: Tensor, *args: object) -> Tensor:
 
 
 def _through_custom_op(call: MoECall, impl: str) -> Tensor:
+    w = call.weights
     return _fused_moe_op(
-        call.hidden_states, call.w13, call.w2, call.topk_weights, call.topk_ids, call.b13, call.b2, impl,
+        call.hidden_states, w.w13, w.w2, call.topk_weights, call.topk_ids, w.b13, w.b2,
+        [w.w13_scale, w.w2_scale, w.w13_zero_point, w.w2_zero_point], w.format.name, impl,
         _pack(call.config), _pack(call.down_config), call.activation, call.gated,
         call.routed_scaling_factor, call.apply_router_weight_on_input,
     )  # fmt: skip
 
 
 def available_implementations(dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
-    """The names in IMPLEMENTATIONS that run in this process on `dtype`; only built-in ones are judged."""
-    mode = runtime.current().mode
-    runs = {name: mode == "gpu" or (mode == "interpreter" and dtype != torch.bfloat16) for name in PIPELINES}
-    if mode == "gpu":
-        from moelab.kernels import checks
+    """The implementations that run in this process on `dtype`, for a silu-gated layer without biases."""
+    from moelab.kernels.checks import current_target
 
-        target = checks.current_target()
-        runs |= dict.fromkeys(NEED_TMA, target is not None and target.has_tma)
-    return tuple(name for name in IMPLEMENTATIONS if runs.get(name, True))
+    return taking(LayerKind(dtype_name(dtype)), current_target())

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from moelab import runtime
+from moelab import roofline, runtime
 from moelab.errors import RecordingError, RuntimeModeError
 
 Contender = Callable[[int], Any]
@@ -152,8 +152,42 @@ def tie(a: Measurement, b: Measurement) -> bool:
     return a_low <= b_high and b_low <= a_high
 
 
-def rotations_for(bytes_per_call: float, *, l2_bytes: float = 60e6, at_least: int = 2, at_most: int = 64) -> int:
-    """How many input sets make one round pass three times the L2 cache (60 MB on an H200), within bounds."""
+def cache_bytes() -> int:
+    """Bytes of the current GPU's last cache before memory, which weights must pass to come from memory.
+
+    On NVIDIA what the driver says, which knows a partition's share; elsewhere data/devices, for ROCm tells the L2 of one die
+    and leaves out the Infinity Cache. Raises RuntimeModeError where neither knows: nothing may be recorded there, because
+    weights that lie in a cache would pass for weights from memory.
+    """
+    _require_gpu()
+    return _cache_bytes_of(torch.cuda.current_device())
+
+
+@lru_cache(maxsize=64)
+def _cache_bytes_of(index: int) -> int:
+    properties = torch.cuda.get_device_properties(index)
+    told = 0 if torch.version.hip else getattr(properties, "L2_cache_size", 0)
+    if not told:
+        key = runtime.device_key(properties.name)
+        told = roofline.device_data(key)["l2_bytes"] if key in roofline.device_names() else 0
+    if not told:
+        raise RuntimeModeError(
+            f"The size of the last cache of {properties.name} is unknown: the driver does not say, nor does data/devices. "
+            "Expected it: inputs are rotated until they pass it three times, or they would be read from the cache. Add its "
+            "l2_bytes to data/devices."
+        )
+    return int(told)
+
+
+def rotations_for(bytes_per_call: float, *, l2_bytes: float | None = None, at_least: int = 2, at_most: int = 64) -> int:
+    """How many input sets make one round pass three times a cache, within bounds.
+
+    l2_bytes: None asks the current GPU (`cache_bytes`, and what it raises); without a GPU, where nothing is timed, at_least.
+    """
+    if l2_bytes is None:
+        if runtime.current().mode != "gpu":
+            return at_least
+        l2_bytes = cache_bytes()
     return max(at_least, min(at_most, math.ceil(3 * l2_bytes / max(bytes_per_call, 1.0))))
 
 

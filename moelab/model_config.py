@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moelab.architectures import ACTIVATIONS, AMBIGUOUS, BY_NAME, GENERIC, TABLE, Architecture
+from moelab.architectures import ACTIVATIONS, BY_NAME, EFFECTS, GENERIC, TABLE, Architecture
 from moelab.errors import ConfigFileError, UnknownArchitectureError, UnknownModelError, nearest_names
 
 _MAX_DEPTH = 3  # wrapper -> thinker -> text: the deepest nesting in transformers 5.23
@@ -19,7 +20,7 @@ _MAX_DEPTH = 3  # wrapper -> thinker -> text: the deepest nesting in transformer
 class Reading:
     """The whole model's expert sizes (no sharding, no fused shared expert), and the keys they came from.
 
-    fusible_shared_experts: how many shared experts sglang would append to the routed ones (0 or 1).
+    section: the part of the config.json that describes the experts.
     """
 
     num_experts: int
@@ -28,10 +29,10 @@ class Reading:
     moe_intermediate_size: int
     activation: str
     gated: bool
-    fusible_shared_experts: int
     dtype: str | None
     architecture: str
     keys_used: tuple[str, ...]
+    section: Mapping[str, Any] = field(repr=False, compare=False)
 
 
 def load_config_file(path: str | Path) -> dict[str, Any]:
@@ -66,12 +67,11 @@ def read_model_config(config: Mapping[str, Any]) -> Reading:
     An architecture in the table is read by its row. Any other is read only where its keys allow one reading.
     Raises UnknownArchitectureError if there is none, more than one, or the model has no MoE layers.
     """
-    row, path, fuses = _find_row(config)
+    row, path = _find_row(config)
     section = _get(config, path) if path else config
     reader = _Reader(config, section, path, row)
     reader.require_moe_layers()
-    if row is GENERIC:
-        reader.require_unambiguous()
+    reader.require_known_effects()
     num_experts = reader.size("num_experts")
     if num_experts < 2:
         reader.fail_dense(f"its number of experts is {num_experts}")
@@ -85,19 +85,19 @@ def read_model_config(config: Mapping[str, Any]) -> Reading:
         moe_intermediate_size=reader.size("moe_intermediate_size"),
         activation=reader.activation(),
         gated=row.gated,
-        fusible_shared_experts=reader.fusible_shared_experts() if fuses else 0,
         dtype=_dtype_of(section) or _dtype_of(config),
         architecture=_label(config),
         keys_used=tuple(reader.keys_used),
+        section=section,
     )
 
 
-def _find_row(config: Mapping[str, Any]) -> tuple[Architecture, str, bool]:
-    """Return (row, path of the section to read, whether sglang fuses the shared expert)."""
+def _find_row(config: Mapping[str, Any]) -> tuple[Architecture, str]:
+    """Return (row, path of the section to read)."""
     row = _known_row(config)
     if row is not None:
         nested = row.nested if isinstance(_get(config, row.nested), Mapping) else ""
-        return row, nested, row.fuses_shared_expert
+        return row, nested
     found = list(_sections_with_experts(config, "", 0))
     if len(found) != 1:
         places = ", ".join(path or "top level" for path, _ in found)
@@ -106,7 +106,7 @@ def _find_row(config: Mapping[str, Any]) -> tuple[Architecture, str, bool]:
     path, row = found[0]
     if row.nested and isinstance(_get(config, f"{path}.{row.nested}"), Mapping):
         path = f"{path}.{row.nested}"
-    return row, path, False  # a wrapper outside the table: sglang fuses for the architectures it lists only
+    return row, path
 
 
 def _known_row(config: Mapping[str, Any]) -> Architecture | None:
@@ -213,7 +213,7 @@ class _Reader:
         return ", and intermediate_size may be the dense layers'"
 
     def activation(self) -> str:
-        """moelab's name of the activation; with `_clamped` where the row's limit is set."""
+        """moelab's name of the activation; with `_clamped` or `_then_clamped` where the row's limit is set."""
         spelled = self.value(self.row.activation)
         if spelled is None and self.row is GENERIC:
             self.fail("it has no hidden_act, which would say whether its experts are gated")
@@ -222,21 +222,56 @@ class _Reader:
             self.fail(f"its activation {spelled!r} is not one of {', '.join(sorted(ACTIVATIONS))}")
         if self.row is GENERIC and name != "silu":
             self.fail(f"its activation is {spelled}, and only silu says that the experts are gated")
-        return f"{name}_clamped" if self.row.limit and self._is_clamped() else name
+        if not (self.row.limit and self._is_clamped()):
+            return name
+        return f"{name}_then_clamped" if self.row.clamps_after else f"{name}_clamped"
 
     def _is_clamped(self) -> bool:
-        limit = _get(self.section, self.row.limit)
+        """Whether the row's limit is set. An absent key is the class's default; a class that has one needs a number over 0."""
+        key, _, default = self.row.limit.partition("=")
+        limit = self.section.get(key, float(default) if default else None)
         limits = limit if isinstance(limit, (list, tuple)) else [limit]
-        return any(isinstance(one, (int, float)) and one > 0 for one in limits)  # 0 and null: no clamp
+        on = [isinstance(one, (int, float)) and one > 0 for one in limits]
+        if default and not all(on):
+            self.fail(f"{key} is {limit!r}, and its class needs a number over 0")
+        return any(on)  # without a default, 0 and null mean no clamp
 
-    def fusible_shared_experts(self) -> int:
-        """1 if there is exactly one shared expert. sglang fuses one, of the routed experts' size."""
-        return int(self.value(self.row.shared_experts) == 1)
+    def require_known_effects(self) -> None:
+        """Raise if a key is set that changes sizes or arithmetic, and that the row does not read or does not know."""
+        known = dict(entry.partition("=")[::2] for entry in self.row.knows.split())
+        read = self._keys(self.row) | {self.row.limit.partition("=")[0]}
+        self._require_like_layers(read | self._keys(GENERIC) | set(EFFECTS))
+        for key in EFFECTS:
+            value = self.section.get(key)
+            if not (any(value) if isinstance(value, (list, tuple)) else value) or key in read:
+                continue
+            if key not in known:
+                whose = (
+                    "it is not in the table"
+                    if self.row is GENERIC
+                    else "its architecture is not known to have that key"
+                )
+                self.fail(f"it sets {key} = {value!r}, whose effect only the model's code tells: {whose}")
+            if known[key] and not (isinstance(value, (int, float)) and float(value) == float(known[key])):
+                self.fail(
+                    f"{key} is {value!r}, and {self.row.activation.lstrip('=')} is computed with {known[key]} here"
+                )
 
-    def require_unambiguous(self) -> None:
-        present = [key for key in AMBIGUOUS if self.section.get(key)]
-        if present:
-            self.fail(f"it is not in the table and sets {', '.join(present)}, whose effect only its code tells")
+    def _keys(self, row: Architecture) -> set[str]:
+        """The keys that a row's sizes and activation are read from, the outermost of nested ones."""
+        specs = (row.num_experts, row.top_k, row.hidden_size, row.moe_intermediate_size, row.activation)
+        return {key.partition(".")[0] for spec in specs for key in re.split(r"[| >]+", spec)}
+
+    def _require_like_layers(self, keys: set[str]) -> None:
+        """Raise if `per_layer_config` gives some layers experts of their own; other keys of it are no concern here."""
+        layers = self.section.get("per_layer_config")
+        own = (
+            {key for layer in layers.values() if isinstance(layer, Mapping) for key in layer}
+            if isinstance(layers, Mapping)
+            else set()
+        )
+        if own & keys:
+            self.fail(f"its per_layer_config gives some layers a {', '.join(sorted(own & keys))} of their own")
 
     def require_moe_layers(self) -> None:
         """Raise if the config itself says that no layer has experts."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from moelab.dtypes import dtype_name
 from moelab.errors import DtypeError, PrecisionError, ShapeError, UnknownNameError
 
 UPSTREAM_TOLERANCE: Mapping[str, float] = {
@@ -60,7 +61,7 @@ class ErrorReport:
 
 
 def _dtype_of(dtype: torch.dtype | str) -> torch.dtype:
-    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    found = getattr(torch, dtype_name(dtype), None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise DtypeError(
             f"{dtype!r} is not a floating-point dtype. Expected one of {', '.join(UPSTREAM_TOLERANCE)}. Cast it."
@@ -96,7 +97,7 @@ def error(out: torch.Tensor, ref_f64: torch.Tensor, dtype: torch.dtype | str | N
     if ref_f64.dtype != torch.float64:
         raise DtypeError(f"The reference is {ref_f64.dtype}. Expected torch.float64. Compute it from inputs cast up.")
     unit = _dtype_of(dtype if dtype is not None else out.dtype)
-    name = str(unit).removeprefix("torch.")
+    name = dtype_name(unit)
     ref = ref_f64.detach().to(out.device)
     got = out.detach().to(torch.float64)
     if out.numel() == 0:
@@ -197,7 +198,7 @@ def upstream_check(out: torch.Tensor, torch_out: torch.Tensor) -> bool:
 
     NaN never passes, not even where torch has one too. Raises UnknownNameError for a dtype the table lacks.
     """
-    name = str(torch_out.dtype).removeprefix("torch.")
+    name = dtype_name(torch_out.dtype)
     if name not in UPSTREAM_TOLERANCE:
         raise UnknownNameError(
             f"Upstream gives no tolerance for {name}. Expected {' or '.join(UPSTREAM_TOLERANCE)}. Use `check`."

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moelab.dtypes import accumulator_dtype
 from moelab.errors import UnknownNameError, nearest_names
 
 
@@ -118,7 +119,7 @@ def fused_moe_ref(
     """
     num_tokens, top_k = topk_ids.shape
     dtype = hidden_states.dtype
-    weights = topk_weights.to(torch.promote_types(dtype, torch.float32))
+    weights = topk_weights.to(accumulator_dtype(dtype))
     pairs = torch.zeros(num_tokens, top_k, w2.shape[1], dtype=dtype, device=hidden_states.device)
     for expert in range(w13.shape[0]):
         token, slot = torch.where(topk_ids == expert)
@@ -132,5 +133,5 @@ def fused_moe_ref(
         y = h @ w2[expert].T
         y = y if b2 is None else y + b2[expert]
         pairs[token, slot] = y if apply_router_weight_on_input else (y * scale).to(dtype)
-    wide = pairs.to(torch.promote_types(dtype, torch.float32))
+    wide = pairs.to(accumulator_dtype(dtype))
     return (wide.sum(dim=1) * routed_scaling_factor).to(dtype)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moelab.chips import dtype_bytes
+from moelab.dtypes import dtype_bytes, dtype_name
 from moelab.errors import MoelabError, RoutingError, ShapeError, UnknownNameError, nearest_names
+from moelab.implementations import require_taken
 from moelab.shapes import MoEShape
 
 Kind = Literal["measured", "floors", "datasheet"]
@@ -117,7 +118,7 @@ def load_ceilings(device: str = "NVIDIA_H200", kind: Kind = "measured", dtype: s
             "Pass one of those as kind=, or measure them on that device."
         )
     entry = data["ceilings"][kind]
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if name not in entry["flops_per_s"]:
         raise UnknownNameError(
             f"No {kind} FLOP rate in {name} for {data['device']}. Expected one of {', '.join(entry['flops_per_s'])}. "
@@ -185,6 +186,7 @@ def layer_cost(shape: MoEShape, num_tokens: int, experts_touched: float | None =
     790 TFLOP/s.
     """
     _require_tokens(num_tokens)
+    require_taken(shape, "The floor of a layer")
     touched = _expected_touched(shape, num_tokens) if experts_touched is None else experts_touched
     if not 0 <= touched <= shape.num_experts:
         raise RoutingError(
@@ -196,7 +198,7 @@ def layer_cost(shape: MoEShape, num_tokens: int, experts_touched: float | None =
     rows = num_tokens * shape.top_k * _local_share(shape)
     return Cost(
         flops=2.0 * matrices * rows * size,
-        bytes_weights=touched * matrices * size * element,
+        bytes_weights=touched * shape.weight_bytes / shape.num_experts,
         bytes_activations=2.0 * num_tokens * shape.hidden_size * element,
     )
 

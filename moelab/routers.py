@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from moelab.dtypes import accumulator_dtype
 from moelab.errors import RoutingError, ShapeError, UnknownNameError
 
 
@@ -80,7 +81,7 @@ def grouped_topk(
     """
     _check_logits(logits, top_k)
     check_router(logits.shape[1], top_k, num_groups, top_k_groups, score, correction_bias)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(accumulator_dtype(logits.dtype))
     scores = SCORES[score](logits)
     choice = logits if correction_bias is None else scores + correction_bias.to(scores.dtype)
     order = _descending(choice)

@@ -70,6 +70,11 @@ class Alignment:
     num_pairs: int
     num_experts: int
 
+    @property
+    def rows_in_use(self) -> int:
+        """Rows that a grid must cover: with fewer pairs than a block has rows, at most one block per pair is in use."""
+        return min(self.sorted_token_ids.shape[0], self.num_pairs * self.block_size)
+
 
 @dataclass(frozen=True)
 class ExpertOrder:

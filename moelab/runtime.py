@@ -7,6 +7,7 @@ for the life of the process.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -20,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moelab.errors import DtypeError, FolderError, RuntimeModeError
+from moelab.dtypes import dtype_name, interpreted
+from moelab.errors import FolderError, RuntimeModeError
 
 Mode = Literal["gpu", "interpreter", "none"]
 
@@ -31,7 +33,7 @@ class Runtime:
 
     mode: "gpu" (compiled kernels), "interpreter" (Triton's interpreter on CPU tensors) or "none".
     device: the torch device type that inputs must be on, "cuda" or "cpu" (ROCm also calls itself "cuda").
-    device_name: as the driver gives it, e.g. "NVIDIA H200"; "cpu" without a GPU.
+    device_name: the current device's as the driver gives it, e.g. "NVIDIA H200"; "cpu" without a GPU.
     reason: one sentence on why this mode was chosen.
     """
 
@@ -85,8 +87,20 @@ def _already_imported() -> Runtime:
 
 
 def current() -> Runtime:
-    """The runtime of this process (decides it if nothing has yet)."""
-    return prepare_triton()
+    """The runtime of this process (decides it if nothing has yet); with a GPU, named after torch's current device."""
+    made = prepare_triton()
+    if made.mode != "gpu":
+        return made
+    import torch
+
+    return _named(torch.cuda.current_device())
+
+
+@functools.cache
+def _named(index: int) -> Runtime:
+    import torch
+
+    return dataclasses.replace(prepare_triton(), device_name=torch.cuda.get_device_name(index))
 
 
 def require_kernels(dtype: Any = None) -> Runtime:
@@ -102,14 +116,18 @@ def require_kernels(dtype: Any = None) -> Runtime:
             "Install triton, or start Python with TRITON_INTERPRET=1 in the environment, or import moelab before "
             "triton."
         )
-    if runtime.mode == "interpreter" and dtype is not None:
-        name = str(dtype).removeprefix("torch.")
-        if name == "bfloat16" or name.startswith("float8"):
-            raise RuntimeModeError(
-                f"{name} under Triton's interpreter gives wrong numbers silently, so moelab refuses it. "
-                "Expected float16, float32 or float64 here. Cast the inputs, or run on a GPU."
-            )
+    if runtime.mode == "interpreter" and not interpreted(dtype):
+        raise RuntimeModeError(
+            f"{dtype_name(dtype)} under Triton's interpreter gives wrong numbers silently, so moelab refuses it. "
+            "Expected float16, float32 or float64 here. Cast the inputs, or run on a GPU."
+        )
     return runtime
+
+
+def runs_kernels(dtype: Any = None) -> bool:
+    """Whether `require_kernels` lets tensors of this dtype through."""
+    mode = current().mode
+    return mode == "gpu" or (mode == "interpreter" and interpreted(dtype))
 
 
 def require_cuda(what: str, instead: str = "") -> None:
@@ -124,16 +142,6 @@ def require_cuda(what: str, instead: str = "") -> None:
         )
 
 
-def torch_dtype(name: str) -> Any:
-    """The torch dtype of that name ("bfloat16", "float16", "float32", "float64"). Raises DtypeError otherwise."""
-    import torch
-
-    known = {"bfloat16", "float16", "float32", "float64"}
-    if name not in known:
-        raise DtypeError(f"Unknown dtype {name!r}. Expected one of {sorted(known)}. Give the name as torch spells it.")
-    return getattr(torch, name)
-
-
 def device_key(name: str | None = None) -> str:
     """The device name as config files spell it: "NVIDIA H200" -> "NVIDIA_H200"."""
     return (name if name is not None else current().device_name).replace(" ", "_")
@@ -141,10 +149,11 @@ def device_key(name: str | None = None) -> str:
 
 def triton_key(version: str | None = None) -> str:
     """The folder of configs for a Triton version: "3.6.0+git1234" -> "triton_3_6_0"."""
-    version = version or _version("triton") or "unknown"
+    version = version or triton_version() or "unknown"
     return "triton_" + "_".join(re.split(r"[+-]", version)[0].split(".")[:3])
 
 
+@functools.cache
 def triton_version() -> str | None:
     """The installed Triton's version, e.g. "3.6.0"; None without one."""
     return _version("triton")
@@ -167,7 +176,7 @@ def versions() -> dict[str, str | None]:
         "moelab": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": triton_version(),
         "cuda": torch.version.cuda or (f"hip {torch.version.hip}" if torch.version.hip else None),
         "driver": _driver(),
     }

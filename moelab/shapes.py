@@ -2,30 +2,28 @@
 
 E experts, k of them per token, hidden size H, expert intermediate size N:
 w13 (E, 2N, H), w2 (E, H, N). Sizes come from a model's config.json (architectures.py has the table of keys),
-from a preset in data/models, or by hand. Tensor and expert parallelism divide them as sglang does.
+from a preset in data/models, or by hand. Tensor and expert parallelism divide them as sglang does. Which of them a server
+runs as one layer is the loader's to say (`load_served`).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moelab.errors import DtypeError, ShapeError, ShardError, UnknownModelError, nearest_names
-from moelab.model_config import load_config_file, read_model_config
-from moelab.runtime import data_dir
+from moelab.dtypes import LAYER_DTYPES
+from moelab.dtypes import dtype_name as spelled
+from moelab.errors import DtypeError, FormatError, ShapeError, ShardError, UnknownModelError, nearest_names
+from moelab.formats import PLAIN, Format, get_format
+from moelab.model_config import Reading, load_config_file, read_model_config
+from moelab.presets import listed, models_dir, preset_names, preset_stem, source_of
+from moelab.quantization import Quantisation, read_quantisation
+from moelab.shared_experts import decide
 
 DTYPES: dict[str, str] = {
-    spelling: name
-    for name, others in (
-        ("bfloat16", ("bf16",)),
-        ("float16", ("fp16", "half")),
-        ("float32", ("fp32", "float")),
-        ("float64", ("fp64", "double")),
-    )
-    for spelling in (name, *others)
+    spelling: dtype.name for dtype in LAYER_DTYPES.values() for spelling in (dtype.name, *dtype.others)
 }
 """Accepted spellings of a dtype -> moelab's name."""
 
@@ -34,7 +32,7 @@ _MAX_DEGREE = 64  # degrees offered in an error message: the largest tensor-para
 
 def dtype_name(dtype: object) -> str:
     """Return moelab's name of a dtype given as a string or as torch's. Raises DtypeError for any other."""
-    name = str(dtype).removeprefix("torch.").lower()
+    name = spelled(dtype).lower()
     if name not in DTYPES:
         known = ", ".join(dict.fromkeys(DTYPES.values()))
         raise DtypeError(f"dtype {dtype!s} is not one that moelab takes. Expected one of {known}: pass dtype=.")
@@ -50,11 +48,12 @@ class MoEShape:
         parallelism a token's other experts live on other ranks, so top_k may exceed num_experts.
     hidden_size (H), moe_intermediate_size (N): columns of w13 and of w2; N is divided by tp_size // ep_size.
     activation: "silu", "gelu", "gelu_tanh", "relu2", "swiglu_oai" (gpt-oss's clamped one); a few models use
-        others ("relu", "silu_clamped", "swiglu_softcapped") that have sizes but no kernel here.
+        others ("relu", "silu_clamped", "silu_then_clamped", "swiglu_softcapped") that have sizes but no kernel here.
     gated: w13 holds gate rows, then up rows; if not, it holds up rows only, (E, N, H).
     tp_size: all ranks that share the layer; ep_size of them, a divisor, divide the experts.
-    num_shared_experts_fused: shared experts that sglang appends to the routed ones (whole on each rank).
+    num_shared_experts_fused: shared experts that a server appends to the routed ones (whole on each rank).
     architecture, keys_used: what the sizes were read from; empty if given by hand.
+    format: how the weights are stored; dtype is then the activations'.
 
     Raises ShapeError for sizes that no layer can have, DtypeError for an unknown dtype.
     """
@@ -72,12 +71,14 @@ class MoEShape:
     num_shared_experts_fused: int = 0
     architecture: str = ""
     keys_used: tuple[str, ...] = ()
+    format: Format = PLAIN
 
     def __post_init__(self) -> None:
         for field in ("num_experts", "top_k", "hidden_size", "moe_intermediate_size", "tp_size", "ep_size"):
             _require_count(field, getattr(self, field), at_least=1)
         _require_count("num_shared_experts_fused", self.num_shared_experts_fused, at_least=0)
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        object.__setattr__(self, "format", get_format(self.format))
         if self.tp_size % self.ep_size:
             raise ShardError(_indivisible("tp_size", self.tp_size, "ep_size", self.ep_size))
         if self.num_routed_experts < 1:
@@ -107,6 +108,22 @@ class MoEShape:
     def w2_shape(self) -> tuple[int, int, int]:
         """(E, H, N)."""
         return (self.num_experts, self.hidden_size, self.moe_intermediate_size)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of w13 and w2 on this rank, scales and zero points included."""
+        each = (self.format.matrix_bytes(*w[1:], self.dtype) for w in (self.w13_shape, self.w2_shape))
+        return self.num_experts * sum(each)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, which `from_json` reads; the format's name only where it is not plain."""
+        values = asdict(replace(self, format=PLAIN)) | {"keys_used": list(self.keys_used), "format": self.format.name}
+        return {key: value for key, value in values.items() if key != "format" or not self.format.is_plain}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> MoEShape:
+        """Read what `to_json` wrote. KeyError, TypeError and MoelabError mean that it was not that."""
+        return cls(**{**values, "keys_used": tuple(values["keys_used"])})
 
     def with_dtype(self, dtype: object) -> MoEShape:
         """The same layer in another dtype. Raises DtypeError for one that moelab does not take."""
@@ -145,37 +162,16 @@ class MoEShape:
 
     @classmethod
     def from_config(
-        cls,
-        config: Mapping[str, Any] | str | Path,
-        *,
-        name: str | None = None,
-        dtype: object = None,
-        disable_shared_experts_fusion: bool = False,
+        cls, config: Mapping[str, Any] | str | Path, *, name: str | None = None, dtype: object = None
     ) -> MoEShape:
         """Read the whole model's layer from a config.json: its content, its path, or its folder's path.
 
-        Where sglang fuses a shared expert (DeepSeek-V3, GLM-4-MoE, Llama-4 and a few more; architectures.py
-        says which), E and top_k grow by one, as its server runs it; `disable_shared_experts_fusion` is
-        sglang's switch. dtype: by default the config's own, else bfloat16.
-        Raises UnknownArchitectureError, UnknownModelError (no such file), ConfigFileError (not JSON),
-        DtypeError.
+        Routed experts alone, in the format that its `quantization_config` says: `load_served` adds what a server fuses.
+        dtype: plain weights of that dtype instead; by default the config's own format, and its dtype or bfloat16.
+        Raises UnknownArchitectureError, UnknownModelError (no such file), ConfigFileError (not JSON), DtypeError,
+        FormatError (a quantisation that cannot be read).
         """
-        content = config if isinstance(config, Mapping) else load_config_file(config)
-        reading = read_model_config(content)
-        fused = 0 if disable_shared_experts_fusion else reading.fusible_shared_experts
-        return cls(
-            name=name or _name_of(config, content) or reading.architecture or "custom",
-            num_experts=reading.num_experts + fused,
-            top_k=reading.top_k + fused,
-            hidden_size=reading.hidden_size,
-            moe_intermediate_size=reading.moe_intermediate_size,
-            dtype=dtype_name(dtype or reading.dtype or "bfloat16"),
-            activation=reading.activation,
-            gated=reading.gated,
-            num_shared_experts_fused=fused,
-            architecture=reading.architecture,
-            keys_used=reading.keys_used,
-        )
+        return _read(config, name, dtype).shape
 
     @classmethod
     def from_sizes(
@@ -191,31 +187,49 @@ class MoEShape:
         gated: bool = True,
         tp_size: int = 1,
         ep_size: int = 1,
+        format: str | Format = PLAIN,
     ) -> MoEShape:
-        """A layer by the whole model's sizes, then sharded. Raises ShapeError, ShardError, DtypeError."""
-        whole = cls(name, num_experts, top_k, hidden_size, moe_intermediate_size, dtype_name(dtype), activation, gated)
+        """A layer by the whole model's sizes, then sharded. Raises ShapeError, ShardError, DtypeError, FormatError."""
+        sizes = num_experts, top_k, hidden_size, moe_intermediate_size
+        whole = cls(name, *sizes, dtype_name(dtype), activation, gated, format=get_format(format))
         return whole.shard(tp_size, ep_size)
 
 
-def preset_names() -> tuple[str, ...]:
-    """Names of the presets in data/models, sorted."""
-    return tuple(sorted(file.stem for file in _models_dir().glob("*.json")))
+def require_plain(shape: MoEShape, who: str) -> None:
+    """Raise FormatError if a layer's weights are quantised. who: what takes plain weights alone, to begin the sentence."""
+    if shape.format.is_plain:
+        return
+    serves = f"Today {shape.format.served_by or 'the servers’ own Triton kernels'} serve it."
+    raise FormatError(
+        f"{who} takes plain weights, and the experts of {shape.name} are stored as {shape.format.name}. Expected bfloat16, "
+        f"float16 or float32. {serves} Pass dtype= (--dtype bfloat16) for the same sizes in plain weights; `moelab shape` and "
+        "`moelab explain` name the config file that a server asks for."
+    )
 
 
-def preset(name: str, *, disable_shared_experts_fusion: bool = False) -> MoEShape:
-    """The whole layer of a preset, by its name, its Hugging Face id or that id's last part, in any case.
+def preset(name: str) -> MoEShape:
+    """The whole layer of a preset, routed experts alone, by its name, its Hugging Face id or that id's last part, in any case.
 
-    Raises UnknownModelError, with the nearest names, for any other name.
+    The id of a model that is published quantised means its quantised preset; the preset called as the model is the same
+    layer in bfloat16. Raises UnknownModelError, with the nearest names, for any other name.
     """
-    stem = _preset_stem(name)
+    stem = preset_stem(name)
     if stem is None:
         raise UnknownModelError(
-            f"No preset is called {name!r}.{nearest_names(name, preset_names())} "
-            f"Expected one of {_listed()}. Name one of them, or give load_model a config.json."
+            f"No preset is called {name!r}.{nearest_names(name, preset_names(quantised=True))} "
+            f"Expected one of {listed()}. Name one of them, or give load_model a config.json."
         )
-    return MoEShape.from_config(
-        _models_dir() / f"{stem}.json", name=stem, disable_shared_experts_fusion=disable_shared_experts_fusion
-    )
+    return MoEShape.from_config(models_dir() / f"{stem}.json", name=stem)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A layer as a server runs it on one rank. because: the rule for its shared experts, and whose. method: the checkpoint's
+    quant_method, "" for plain weights."""
+
+    shape: MoEShape
+    because: str
+    method: str = ""
 
 
 def load_model(
@@ -225,93 +239,80 @@ def load_model(
     ep_size: int = 1,
     dtype: object = None,
     disable_shared_experts_fusion: bool = False,
+    loader: str = "moelab",
+    platform: str = "sm_90",
 ) -> MoEShape:
-    """The layer of a model on one rank. `model` is looked up, in this order, as
-    a preset's name (or its Hugging Face id), the path of a config.json or of its folder, a Hugging Face id
-    (needs the extra `hf`; a config.json in its local cache serves offline). What no id can be, such as `./a`, `a/b/c` or
-    `a.json`, is a path.
+    """The layer of a model on one rank, as a server runs it: `load_served` without its reason."""
+    return load_served(
+        model, tp_size=tp_size, ep_size=ep_size, dtype=dtype, loader=loader, platform=platform,
+        disable_shared_experts_fusion=disable_shared_experts_fusion,
+    ).shape  # fmt: skip
 
-    Raises UnknownModelError, UnknownArchitectureError, ConfigFileError, DtypeError, ShardError.
+
+def load_served(
+    model: str | Path,
+    *,
+    tp_size: int = 1,
+    ep_size: int = 1,
+    dtype: object = None,
+    disable_shared_experts_fusion: bool = False,
+    loader: str = "moelab",
+    platform: str = "sm_90",
+) -> Served:
+    """The layer of a model on one rank, as the server of `loader` runs it: with its shared expert where that one fuses it.
+
+    model is looked up, in this order, as a preset's name (or its Hugging Face id), the path of a config.json or of its
+    folder, a Hugging Face id (needs the extra `hf`; a config.json in its local cache serves offline). What no id can be, such
+    as `./a`, `a/b/c` or `a.json`, is a path. dtype: plain weights of that dtype; None: the model's own format and dtype.
+    loader: "sglang", "vllm", or "moelab", which asks as sglang does. platform: the chip, "sm_90", "gfx942", ...
+    disable_shared_experts_fusion: sglang's switch.
+
+    Raises UnknownModelError, UnknownArchitectureError, ConfigFileError, DtypeError, FormatError, ShardError.
     """
-    text = str(model)
-    if not text.strip():
-        raise UnknownModelError(
-            f"The model's name is empty. Expected a preset ({_listed()}), a Hugging Face id, or a path. Name one of them."
-        )
-    source: str | Path
-    if isinstance(model, str) and (stem := _preset_stem(model)):
-        source, name = _models_dir() / f"{stem}.json", stem
-    elif _can_only_be_a_path(model) or Path(text).exists():
-        source, name = Path(text), None
-    else:
-        source, name = _from_hugging_face(text), text
-    shape = MoEShape.from_config(
-        source, name=name, dtype=dtype, disable_shared_experts_fusion=disable_shared_experts_fusion
+    source, name = source_of(model)
+    found = _read(source, name, dtype)
+    whole, format = found.shape, found.shape.format
+    decision = decide(
+        loader, found.content, found.reading.section, num_experts=whole.num_experts,
+        moe_intermediate_size=whole.moe_intermediate_size, tp_size=tp_size, ep_size=ep_size, family=format.family,
+        method=found.quantisation.method, block=format.block_shape, platform=platform,
+        disabled=disable_shared_experts_fusion,
+    )  # fmt: skip
+    fused = replace(
+        whole, num_experts=whole.num_experts + decision.count, top_k=whole.top_k + decision.count,
+        num_shared_experts_fused=decision.count,
+    )  # fmt: skip
+    return Served(fused.shard(tp_size, ep_size), decision.because, found.quantisation.method)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A config.json, read: the whole model's layer without shared experts, and what it was read from."""
+
+    shape: MoEShape
+    reading: Reading
+    quantisation: Quantisation
+    content: Mapping[str, Any]
+
+
+def _read(config: Mapping[str, Any] | str | Path, name: str | None, dtype: object) -> _Found:
+    content = config if isinstance(config, Mapping) else load_config_file(config)
+    reading = read_model_config(content)
+    quantisation = Quantisation() if dtype else read_quantisation(content, reading.section)
+    shape = MoEShape(
+        name=name or _name_of(config, content) or reading.architecture or "custom",
+        num_experts=reading.num_experts,
+        top_k=reading.top_k,
+        hidden_size=reading.hidden_size,
+        moe_intermediate_size=reading.moe_intermediate_size,
+        dtype=dtype_name(dtype or reading.dtype or "bfloat16"),
+        activation=reading.activation,
+        gated=reading.gated,
+        architecture=reading.architecture,
+        keys_used=reading.keys_used,
+        format=quantisation.format,
     )
-    return shape.shard(tp_size, ep_size)
-
-
-def _models_dir() -> Path:
-    return data_dir() / "models"
-
-
-def _preset_stem(name: str) -> str | None:
-    """The preset that goes by this name, in any case, or None."""
-    return _aliases(_models_dir()).get(name.strip().lower())
-
-
-@functools.cache
-def _aliases(folder: Path) -> dict[str, str]:
-    """Lower-case name, Hugging Face id and last part of that id -> preset."""
-    found: dict[str, str] = {}
-    for file in sorted(folder.glob("*.json")):
-        source = str(load_config_file(file).get("source", ""))
-        for alias in (source, source.rpartition("/")[2], file.stem):
-            found[alias.lower()] = file.stem
-    found.pop("", None)
-    return found
-
-
-def _can_only_be_a_path(model: str | Path) -> bool:
-    text = str(model)
-    return (
-        isinstance(model, Path)
-        or text.count("/") > 1
-        or text.startswith((".", "/", "~"))
-        or text.endswith(("/", ".json"))
-    )
-
-
-def _listed() -> str:
-    return ", ".join(preset_names()) or "none: there is no preset here"
-
-
-def _from_hugging_face(model: str) -> Path:
-    """Path of the config.json of a Hugging Face id, from its local cache or else from the hub."""
-    if model.count("/") != 1:
-        raise UnknownModelError(
-            f"{model!r} is neither a preset, nor an existing path, nor a Hugging Face id (owner/name)."
-            f"{nearest_names(model, preset_names())} Expected one of the three. Presets: {_listed()}. "
-            "Name one of them, or give the path of a config.json."
-        )
-    try:
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    except ImportError:
-        raise UnknownModelError(
-            f"{model!r} is no preset and no path here, and fetching it from Hugging Face takes a package that is not "
-            "here. Expected the extra hf. Install it: pip install 'moelab[hf]'; "
-            f"or give the path of its config.json.{nearest_names(model, preset_names())}"
-        ) from None
-    try:
-        cached = try_to_load_from_cache(model, "config.json")
-        return Path(cached if isinstance(cached, str) else hf_hub_download(model, "config.json"))
-    except Exception as error:  # the hub's own errors, its transport's, and invalid ids: all mean "not at hand"
-        raise UnknownModelError(
-            f"{model!r} is no preset and no path here, and its config.json could not be fetched from Hugging Face "
-            f"({type(error).__name__}). Expected an id that is there. "
-            "Check the id and the network, or give the path of a config.json."
-            f"{nearest_names(model, preset_names())}"
-        ) from error
+    return _Found(shape, reading, quantisation, content)
 
 
 def _name_of(config: object, content: Mapping[str, Any]) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moelab.kernels import fast_layer
 from moelab.kernels.fast_instances import SOURCE, STORAGE, Instance
+from moelab.kernels.residency import in_words
 from moelab.kernels.tensor_map import TensorMap
 from moelab.kernels.token_tiles import TokenTiles
 
@@ -23,9 +24,13 @@ HERE = Path(__file__).parent / "emulator"
 MAIN = """
 #include "{source}"
 #include "{sums}"
-extern "C" void run(const TensorMap* maps, const void* layer, int blocks, int late) {{
+template <typename T, typename Id>
+void sums(const Layer<T>& given) {{
+    given.top_k <= 2 ? fast_sum<T, 2, Id>(given) : given.top_k <= 4 ? fast_sum<T, 4, Id>(given) : fast_sum<T, 8, Id>(given);
+}}
+extern "C" void run(const TensorMap* maps, const void* layer, int blocks, int late, int patience) {{
     typedef {storage} T;
-    emulated::launch(blocks, {threads}, sizeof(Shared<{shape}>), {cluster}, late, [=] {{
+    emulated::launch(blocks, {threads}, sizeof(Shared<{shape}>), {cluster}, late, patience, [=] {{
         {expression}(maps[0], maps[1], maps[2], maps[3], *static_cast<const Layer<T>*>(layer));
     }});
 }}
@@ -35,7 +40,7 @@ extern "C" void add_up(const void* layer, int blocks) {{
     for (int b = 0; b < blocks; ++b)
         for (int t = 0; t < SUM_THREADS; ++t) {{
             threadIdx = {{t}}, blockIdx = {{b}}, gridDim = {{blocks}};
-            given.top_k <= 2 ? fast_sum<T, 2>(given) : given.top_k <= 4 ? fast_sum<T, 4>(given) : fast_sum<T, 8>(given);
+            given.wide_ids ? sums<T, long long>(given) : sums<T, int>(given);
         }}
 }}
 extern "C" int shared_bytes() {{ return sizeof(Shared<{shape}>); }}
@@ -117,6 +122,7 @@ def arguments_of(
     scale: float = 1.0,
     weights_on_input: bool = False,
     parts: int = 7,
+    report: Tensor | None = None,
 ) -> tuple[Any, fast_layer.LayerArguments, list[Tensor]]:
     """(maps, arguments, every tensor they point to: x, w13, w2, inner, y, out, ready, rows first); outputs start as NaN."""
     slots, size, nan = topk_ids.numel(), w2.shape[2], float("nan")
@@ -128,24 +134,27 @@ def arguments_of(
     mapped = (w13, w2, rows, inner)
     maps = (EmulatedMap * 4)(*map(EmulatedMap.of, fast_layer.tensor_maps(instance, *mapped), mapped))
     given = (x, rows, inner, y, out, topk_weights, topk_ids, tiles._replace(ready=ready))
-    arguments = fast_layer.layer_arguments(*given, w13.shape[0], parts, scale=scale, weights_on_input=weights_on_input)
-    return maps, arguments, [x, w13, w2, inner, y, out, ready, rows, topk_weights, topk_ids, *tiles[:3]]
+    options: dict[str, Any] = {"scale": scale, "weights_on_input": weights_on_input}
+    report = torch.zeros(4, dtype=torch.int32) if report is None else report
+    arguments = fast_layer.layer_arguments(*given, w13.shape[0], parts, report=report, **options)
+    return maps, arguments, [x, w13, w2, inner, y, out, ready, rows, topk_weights, topk_ids, *tiles[:3], report]
 
 
 def run_layer(
-    *given: Any, blocks: int = 2, late: int = -1, timeout_s: float = 240.0, source: Path = SOURCE, **options: Any
+    *given: Any, blocks: int = 2, late: int = -1, patience_s: int = 100, source: Path = SOURCE, **options: Any
 ) -> tuple[Tensor, ...]:
     """(out, inner, y, ready, rows) of one emulated launch, and of the sums' where they are apart, of what `arguments_of` takes.
-    late: a rank in clusters."""
-    maps, arguments, tensors = arguments_of(*given, **options)
+    late: a rank in clusters. patience_s: of a wait, which then ends the launch: RuntimeError with what it reported."""
+    report = shared(torch.zeros(4, dtype=torch.int32))
+    maps, arguments, tensors = arguments_of(*given, report=report, **options)
     library = built(given[6], given[0].dtype, source)
     child = os.fork()
     if not child:
-        library.run(maps, ctypes.byref(arguments), blocks, late)
+        library.run(maps, ctypes.byref(arguments), blocks, late, patience_s)
         if given[6].apart and arguments.parts & fast_layer.SUM and arguments.y != arguments.out:
             library.add_up(ctypes.byref(arguments), fast_layer.sum_blocks(*given[0].shape))
         os._exit(0)
-    end = time.monotonic() + timeout_s
+    end = time.monotonic() + 2 * patience_s
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -153,8 +162,9 @@ def run_layer(
         if time.monotonic() > end:
             os.kill(child, 9)
             os.waitpid(child, 0)
-            raise TimeoutError(f"the emulated launch took over {timeout_s} s")
+            raise TimeoutError(f"the emulated launch took over {2 * patience_s} s")
         time.sleep(0.005)
     if status:
-        raise RuntimeError(f"the emulated launch ended with status {os.waitstatus_to_exitcode(status)}")
+        lost = f": {in_words(report.tolist())}" if report[0] else ""
+        raise RuntimeError(f"the emulated launch ended with status {os.waitstatus_to_exitcode(status)}{lost}")
     return tensors[5], tensors[3], tensors[4], tensors[6], tensors[7]

@@ -14,6 +14,7 @@ import torch
 from moelab import reference
 from moelab.kernels.fast_instances import SOURCE, Instance
 from moelab.kernels.token_tiles import TokenTiles, token_tiles_ref
+from moelab.routing import expert_order_ref
 
 SMALL = Instance(1, 1, 3, 16, 8, 8, per_processor=2)
 MIDDLE = Instance(2, 1, 3, 64, 16, 16)
@@ -30,21 +31,23 @@ needs_compiler = pytest.mark.skipif(
 
 
 def ordered(topk_ids: torch.Tensor, num_experts: int, instance: Instance, hidden: int = 64) -> TokenTiles:
-    flat = topk_ids.flatten()
-    slots = torch.argsort(torch.where(flat < 0, num_experts, flat), stable=True).int()
-    counts = torch.bincount(flat[flat >= 0].long(), minlength=num_experts)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]).int()
+    order = expert_order_ref(topk_ids, num_experts)
     grain = 16 if instance.tokens % 16 == 0 else 8
     counters = instance.column_counters(hidden)
-    return token_tiles_ref(slots, offsets, instance.tokens, grain, counters, instance.cluster > 1)
+    return token_tiles_ref(
+        order.sorted_slots, order.expert_offsets, instance.tokens, grain, counters, instance.cluster > 1
+    )
 
 
 def compare(
     instance: Instance, num_tokens: int, experts: int, top_k: int, hidden: int, size: int, *,
     dtype: torch.dtype = torch.float16, blocks: int = 2, ids: torch.Tensor | None = None, on_input: bool = False,
-    source: Path = SOURCE, late: int = -1,
+    source: Path = SOURCE, late: int = -1, lost_weights: float | None = None,
 ) -> None:  # fmt: skip
-    """One emulated layer against float64, within twice the error of torch's own layer in that dtype."""
+    """One emulated layer against float64, within twice the error of torch's own layer in that dtype.
+
+    lost_weights: the weight of ids that are no expert, in the kernel's input.
+    """
     g = torch.Generator().manual_seed(0)
     x = torch.randn(num_tokens, hidden, generator=g).to(dtype)
     w13 = (torch.randn(experts, 2 * size, hidden, generator=g) * hidden**-0.5).to(dtype)
@@ -53,11 +56,14 @@ def compare(
         ids = torch.stack([torch.randperm(experts, generator=g)[:top_k] for _ in range(num_tokens)]).int()
     weights = torch.rand(num_tokens, top_k, generator=g)
     tiles = ordered(ids, experts, instance, hidden)
+    lost = (ids < 0) | (ids >= experts)
+    given = weights if lost_weights is None else torch.where(lost, lost_weights, weights)
     out, _, _, ready, _ = emulated_gpu.run_layer(
-        x, w13, w2, weights, ids, tiles, instance, scale=1.5, weights_on_input=on_input, blocks=blocks, source=source,
+        x, w13, w2, given, ids, tiles, instance, scale=1.5, weights_on_input=on_input, blocks=blocks, source=source,
         late=late,
     )  # fmt: skip
     options = {"routed_scaling_factor": 1.5, "apply_router_weight_on_input": on_input}
+    ids = torch.where(lost, -1, ids).int()
     truth = reference.fused_moe_ref(*(t.double() for t in (x, w13, w2, weights)), ids, **options)
     own = reference.fused_moe_ref(x, w13, w2, weights, ids, **options)
     error, allowed = (out.double() - truth).abs().max(), 2 * (own.double() - truth).abs().max()

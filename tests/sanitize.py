@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 from moe_cases import CASES, TILE, Case
 
-from moelab.fused_moe import available_implementations, fused_moe
+from moelab.fused_moe import fused_moe
+from moelab.implementations import IMPLEMENTATIONS, LayerKind, taking
 from moelab.kernels import checks, fast_instances, few_tokens
 from moelab.kernels.align import align, align_pairs, moe_align_block_size
 from moelab.kernels.expert_order import expert_order
@@ -18,11 +19,8 @@ from moelab.kernels.fast_layer import fast_layer
 from moelab.kernels.route import route
 from moelab.kernels.split_k_atomic import split_k_atomic_out
 from moelab.kernels.sum_reduce import SUM_REDUCE, sum_reduce
-from moelab.pipelines import NEED_TMA, PIPELINES
 from moelab.pipelines.fast import tiles_for
 from moelab.routing import make_routing
-
-SPLIT_K = {"split_k_atomic": 2, "split_k_workspace": 2}
 
 
 def layers() -> None:
@@ -31,11 +29,19 @@ def layers() -> None:
         for dtype in (torch.bfloat16, torch.float32):
             i = case.inputs(dtype, "cuda")
             blocks = min(-(-size // TILE.BLOCK_SIZE_K) for size in (case.hidden, case.inner))
-            odd = any(size * dtype.itemsize % 16 for size in (case.hidden, case.inner))  # TMA takes no such rows
-            for impl in available_implementations(dtype):
-                if impl not in PIPELINES or (odd and impl in NEED_TMA):
+            kind = LayerKind(
+                str(dtype).removeprefix("torch."),
+                "plain",
+                case.activation,
+                case.gated,
+                case.bias,
+                case.hidden,
+                case.inner,
+            )
+            for impl in taking(kind, checks.current_target()):
+                if not IMPLEMENTATIONS[impl].triton:
                     continue
-                config = replace(TILE, SPLIT_K=min(SPLIT_K.get(impl, 1), blocks))
+                config = replace(TILE, SPLIT_K=min(2, blocks) if IMPLEMENTATIONS[impl].splits else 1)
                 fused_moe(
                     i.hidden_states, i.w13, i.w2, topk_weights=i.topk_weights, topk_ids=i.topk_ids, b13=i.b13, b2=i.b2,
                     impl=impl, config=config, **case.options,

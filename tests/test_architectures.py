@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from moelab.architectures import ACTIVATIONS, BY_NAME, GENERIC, TABLE
+from moelab.architectures import ACTIVATIONS, BY_NAME, EFFECTS, GENERIC, TABLE
 from moelab.errors import ConfigFileError, UnknownArchitectureError, UnknownModelError
 from moelab.model_config import load_config_file, read_model_config
 
@@ -262,6 +262,9 @@ def test_a_dense_model_is_told_so(label: str) -> None:
         read_model_config(DENSE[label])
 
 
+GPT_OSS = {**SIZES, "architectures": ["GptOssForCausalLM"], "num_local_experts": 128, "intermediate_size": 768}
+DEEPSEEK_V4 = {**SIZES, "architectures": ["DeepseekV4ForCausalLM"]}
+KIMI_K3 = {**SIZES, "model_type": "kimi_linear", "hidden_size": 7168, "routed_expert_hidden_size": 3584}
 UNREADABLE: dict[str, tuple[dict[str, Any], str]] = {
     "intermediate_size alone could be the dense layers'": (
         without(SIZES, "moe_intermediate_size"),
@@ -282,7 +285,86 @@ UNREADABLE: dict[str, tuple[dict[str, Any], str]] = {
     "a size that is no number": ({**QWEN3, "hidden_size": "2048"}, "whole number"),
     "more experts a token than experts": ({**QWEN3, "num_experts_per_tok": 129}, "129 of 128"),
     "an activation nobody knows": ({**QWEN3, "hidden_act": "mish"}, "mish"),
+    "a known one with a clamp that it does not have": (
+        {**QWEN3, "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "swiglu_limit": 10.0},
+        "swiglu_limit = 10.0",
+    ),
+    "gpt-oss with another clamp than its activation's": ({**GPT_OSS, "swiglu_limit": 10.0}, "swiglu_limit is 10.0"),
+    "gpt-oss with another slope": ({**GPT_OSS, "swiglu_alpha": 1.0}, "swiglu_alpha is 1.0"),
+    "a clamp of null where the class needs one": ({**DEEPSEEK_V4, "swiglu_limit": None}, "a number over 0"),
+    "a known one in a latent space": ({**QWEN3, "moe_latent_size": 1024}, "moe_latent_size"),
+    "a known one with experts of another hidden size": ({**QWEN3, "routed_expert_hidden_size": 1024}, "routed_expert"),
+    "an unknown one with experts of another hidden size": (
+        {**SIZES, "routed_expert_hidden_size": 1024},
+        "routed_expert",
+    ),
+    "Kimi-K3 with its own activation": ({**KIMI_K3, "activation_situ_beta": 1.5}, "activation_situ_beta"),
 }
+
+
+def test_keys_that_change_sizes_or_arithmetic_are_looked_for_in_known_architectures() -> None:
+    """Read before: 10.0 as 7.0, a clamp as none, and a hidden size of 7168 for 3584."""
+    assert read_model_config(GPT_OSS).activation == "swiglu_oai"
+    assert read_model_config({**GPT_OSS, "swiglu_limit": 7.0, "swiglu_alpha": 1.702}).activation == "swiglu_oai"
+    assert read_model_config({**DEEPSEEK_V4, "swiglu_limit": 10.0}).activation == "silu_clamped"
+    assert read_model_config(KIMI_K3).hidden_size == 3584
+    assert (
+        read_model_config({"architectures": ["KimiK3ForConditionalGeneration"], "text_config": KIMI_K3}).hidden_size
+        == 3584
+    )
+    off = {"swiglu_limit": None, "swiglu_limits": [0.0, None], "moe_latent_size": 0}
+    assert read_model_config({**QWEN3, **off}).activation == "silu"
+
+
+def test_layers_with_experts_of_their_own_are_refused() -> None:
+    """Gemma-4, as transformers 5.23 saves it, has heads of another size in some layers: no concern of the experts."""
+    heads, experts = {"05": {"head_dim": 512}}, {"05": {"head_dim": 512, "num_local_experts": 4}}
+    for config in (QWEN3, SIZES):
+        assert read_model_config({**config, "per_layer_config": heads}).num_experts == 128
+        with pytest.raises(UnknownArchitectureError, match="per_layer_config"):
+            read_model_config({**config, "per_layer_config": experts})
+
+
+def test_a_clamp_after_the_activation_is_another_activation() -> None:
+    """Step-3.7 and Ling 3 clamp silu(gate); DeepSeek-V4 clamps gate, and then takes silu of it."""
+    step = {**SIZES, "architectures": ["Step3p5ForCausalLM"], "n_routed_experts": 128, "swiglu_limits": [0.0, 7.0]}
+    ling = {**QWEN3, "architectures": ["BailingMoeV3ForCausalLM"], "expert_swiglu_limit_list": [0.0, 7.0]}
+    assert {read_model_config(config).activation for config in (step, ling)} == {"silu_then_clamped"}
+    assert read_model_config({**ling, "expert_swiglu_limit_list": [0.0, 0.0]}).activation == "silu"
+
+
+def test_an_absent_key_means_the_classs_default() -> None:
+    """DeepSeek-V4, GLM-5-Next and HunYuan-V4 clamp at 10.0 unless told otherwise (transformers 5.23)."""
+    assert read_model_config(DEEPSEEK_V4).activation == "silu_clamped"
+    for name in ("HYV4ForCausalLM", "Glm5NextForConditionalGeneration"):
+        assert (
+            read_model_config({**DEEPSEEK_V4, "architectures": [name], "model_type": name}).activation == "silu_clamped"
+        )
+
+
+@pytest.mark.slow
+def test_every_class_has_the_default_that_its_row_says() -> None:
+    """Of transformers, as installed: each row's limit and known values against the config class's own defaults."""
+    pytest.importorskip("transformers")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    held = 0
+    for row in TABLE:
+        for name in row.names.split():
+            if name not in CONFIG_MAPPING:
+                continue
+            config = CONFIG_MAPPING[name]()
+            section = getattr(config, row.nested, config) if row.nested else config
+            for entry in (row.limit, *row.knows.split()):
+                key, _, value = entry.partition("=")
+                if value and hasattr(section, key):
+                    assert float(getattr(section, key)) == float(value), (name, key)
+                    held += 1
+            written = section.to_dict()
+            assert [key for key in EFFECTS if written.get(key) and key not in f"{row}"] == [], name
+            if written.get("per_layer_config"):  # as transformers saves it: of attention alone
+                read_model_config({**SIZES, "per_layer_config": written["per_layer_config"]})
+    assert held >= 8
 
 
 @pytest.mark.parametrize("label", UNREADABLE)

@@ -12,6 +12,7 @@ from error_rows import unhelpful
 
 from moelab import config_files, recordings, runtime, shapes
 from moelab.config import KernelConfig
+from moelab.config_files import questions
 from moelab.recordings import Recording
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +58,7 @@ def test_help_names_every_command(run) -> None:
         (["record"], ["name a suite"]),
         (["explain", "--model", "mixtral-8x7b", "--batch-size", "1", "--triton-version", "3.6"], ["three numbers"]),
         (["explain", "--model", "mixtral-8x7b", "--batch-size", "1", *H200, "--config-dir", "no/such"], ["no/such"]),
-        # what a room refuses
+        # what a module refuses
         (["shape", "--model", "qwen3-30b"], ["qwen3-30b-a3b", "Did you mean"]),
         (["shape", "--model", "mixtral-8x7b", "--tp-size", "3"], ["does not divide", "2, 4"]),
         (["shape", "--model", "mixtral-8x7b", "--dtype", "fp12"], ["fp12", "bfloat16"]),
@@ -81,7 +82,7 @@ def test_interrupt_is_status_130(run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shapes, "load_model", interrupted)
+    monkeypatch.setattr(questions, "load_served", interrupted)
     status, out, err = run("shape", "--model", "mixtral-8x7b")
     assert (status, out) == (130, "") and "Traceback" not in err
 
@@ -90,7 +91,7 @@ def test_an_error_nobody_meant_is_not_hidden(run, monkeypatch: pytest.MonkeyPatc
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(shapes, "load_model", broken)
+    monkeypatch.setattr(questions, "load_served", broken)
     with pytest.raises(ZeroDivisionError):
         run("shape", "--model", "mixtral-8x7b")
 
@@ -116,7 +117,7 @@ def test_models_of_an_empty_folder_are_none(run, tmp_path: Path, monkeypatch: py
 def test_models_lists_every_preset(run) -> None:
     status, out, _ = run("models", "--json")
     rows = {row["preset"]: row for row in json.loads(out)}
-    assert status == 0 and tuple(rows) == shapes.preset_names()
+    assert status == 0 and tuple(rows) == shapes.preset_names(quantised=True)
     scout = rows["llama-4-scout"]  # 16 routed experts: the fused shared one is serving's, not the model's
     assert (scout["E"], scout["k"], scout["H"], scout["N"]) == (16, 1, 5120, 8192)
     text = run("models")[1].splitlines()
@@ -296,7 +297,7 @@ def test_what_the_system_refuses_says_what_to_do(run, error: OSError, monkeypatc
     def refused(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(shapes, "load_model", refused)
+    monkeypatch.setattr(questions, "load_served", refused)
     status, _, err = run("shape", "--model", "mixtral-8x7b")
     assert (
         status == 2 and err.startswith(f"moelab: x.json: {error.strerror}. Expected") and unhelpful(err.strip()) is None

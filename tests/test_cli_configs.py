@@ -192,11 +192,13 @@ def test_explain_warns_of_a_kernel_that_nobody_has(run) -> None:
     assert status == 0 and answer["is_default"] and [w in err for w in answer["warnings"]] == [True]
 
 
-@pytest.mark.parametrize("kernel", ["gated_tma", "tma", "split_k_workspace", "gated_atomic", "triton", "grouped_gemm"])
+@pytest.mark.parametrize(
+    "kernel", ["gated_tma", "tma", "split_k_workspace", "gated_atomic_out", "triton", "grouped_gemm"]
+)
 def test_explain_knows_every_kernel_there_is(run, kernel: str) -> None:
     _, out, err = run(*EXPLAIN_KERNEL, kernel, "--json")
     assert json.loads(out)["warnings"] == [] and err == ""
-    assert json.loads(out)["is_default"] == (kernel in ("split_k_workspace", "gated_atomic"))
+    assert json.loads(out)["is_default"] == (kernel in ("split_k_workspace", "gated_atomic_out"))
 
 
 def test_explain_takes_a_readers_own_kernel_that_has_files(run, tmp_path: Path) -> None:

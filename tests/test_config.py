@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moelab.chips import TARGETS, Target, dtype_bytes
+from moelab.chips import TARGETS, Target
 from moelab.config import (
     KernelConfig,
     accumulators_per_thread,
@@ -18,6 +20,7 @@ from moelab.config import (
     shared_memory_bytes,
     violations,
 )
+from moelab.dtypes import dtype_bytes
 from moelab.errors import ConfigError, SharedMemoryError, UnknownNameError
 
 GOOD = KernelConfig(16, 64, 128, 1, 4, 3)
@@ -125,8 +128,6 @@ def test_valid_without_a_target(config: KernelConfig) -> None:
         ({"waves_per_eu": 9}, "waves_per_eu = 9"),
         ({"matrix_instr_nonkdim": 8}, "matrix_instr_nonkdim = 8"),
         ({"kpack": 4}, "kpack = 4"),
-        ({"num_warps": None}, "num_warps is None"),
-        ({"num_stages": True}, "num_stages is True (bool)"),
     ],
 )
 def test_each_broken_rule_is_named(change: dict, named: str) -> None:
@@ -135,6 +136,28 @@ def test_each_broken_rule_is_named(change: dict, named: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check(config)
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"BLOCK_SIZE_M": 16.0}, "BLOCK_SIZE_M is 16.0 (float)"),
+        ({"BLOCK_SIZE_N": "32"}, "BLOCK_SIZE_N is '32' (str)"),
+        ({"GROUP_SIZE_M": True}, "GROUP_SIZE_M is True (bool)"),
+        ({"num_warps": None}, "num_warps is None (NoneType)"),
+        ({"num_stages": np.int64(3)}, "num_stages is np.int64(3) (int64)"),
+        ({"kpack": 1.0}, "kpack is 1.0 (float)"),
+    ],
+)
+def test_what_is_no_integer_makes_no_config(change: dict, named: str) -> None:
+    """16.0 and True equal an integer as a key: a check that had passed for that one let them through, to the compiler."""
+    for make in (
+        lambda: KernelConfig(**(ENTRY | change)),
+        lambda: dataclasses.replace(KernelConfig(**ENTRY), **change),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            make()
+        assert named in str(caught.value)
 
 
 def test_all_broken_rules_come_together() -> None:

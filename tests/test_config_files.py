@@ -14,6 +14,7 @@ from moelab import config_files as cf
 from moelab import runtime
 from moelab.config import KernelConfig, default_config, violations
 from moelab.errors import ConfigError, ConfigFileError, UnknownNameError
+from moelab.shapes import MoEShape
 
 SMALL = KernelConfig(16, 64, 128, 1, 4, 3)
 LARGE = KernelConfig(128, 256, 64, 16, 8, 4)
@@ -94,9 +95,14 @@ def test_bad_parts_of_a_name() -> None:
 
 
 def test_selectors_of_unquantised_dtypes() -> None:
-    assert cf.dtype_selector("bfloat16") is None
-    assert cf.dtype_selector("torch.float16") is None
-    assert cf.dtype_selector("float32") == "float32"
+    for dtype, selector in (
+        ("bfloat16", None),
+        ("torch.float16", None),
+        ("float32", "float32"),
+        ("float64", "float32"),
+    ):
+        shape = MoEShape("any", 8, 2, 64, 32, dtype=dtype)
+        assert cf.question(shape).dtype_selector == selector
 
 
 # --- content ------------------------------------------------------------------------------------------------
@@ -280,8 +286,8 @@ def test_there_are_shipped_files() -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in SHIPPED if ",kernel=" in path.name], ids=lambda path: path.name)
-def test_no_peer_finds_a_file_of_a_kernel_beside_the_exchange_kernel(path: Path) -> None:
-    """What a peer finds for that layer is a file of the exchange kernel; moelab finds this one where it is asked for it."""
+def test_no_peer_finds_a_file_of_a_kernel_beside_the_compatible_kernel(path: Path) -> None:
+    """What a peer finds for that layer is a file of the compatible kernel; moelab finds this one where it is asked for it."""
     name, tree = cf.parse_file_name(path.name), runtime.config_dir()
     asked = (name.num_experts, name.moe_intermediate_size, name.device_name)
     given = {"num_tokens": 1, "triton_version": "3.6.0", "down": name.down}

@@ -137,7 +137,7 @@ def test_up_and_down_share_block_m(rules: str, tmp_path: Path) -> None:
 
 
 def test_a_kernels_configs_may_have_small_blocks(tmp_path: Path) -> None:
-    """A decode kernel that multiplies and sums has one row a program; the exchange kernel's `tl.dot` takes 16."""
+    """A decode kernel that multiplies and sums has one row a program; the compatible kernel's `tl.dot` takes 16."""
     small = {1: KernelConfig(1, 8, 256, 1)}
     name = cf.FileName(8, 256, "NVIDIA_H200", kernel="decode")
     assert put(tmp_path, name, small, "moelab").lookups[1].config == small[1]

@@ -68,7 +68,7 @@ def plant_upstreams_mistake(tree: Path) -> tuple[set[Path], set[Path]]:
 
 
 def name_of(model: str, tp: int, device: str, **more: object) -> str:
-    shape = shapes.preset(model, disable_shared_experts_fusion=True).shard(tp)
+    shape = shapes.preset(model).shard(tp)
     return cf.file_name(shape.num_experts, shape.moe_intermediate_size, device, **more)
 
 
@@ -105,7 +105,7 @@ def test_after_the_remedy_nothing_is_wrong(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rules", ["auto", "moelab", "sglang"])
 def test_our_own_configs_are_healthy(rules: str) -> None:
     """Two presets of different hidden size share some of the names: a note, for it is in the names' nature. The few batch
-    sizes of a file for a kernel beside the exchange kernel are no remark."""
+    sizes of a file for a kernel beside the compatible kernel are no remark."""
     report = cf.doctor(runtime.config_dir(), rules)
     assert any(",kernel=" in path.name for path in report.files)
     assert [f for f in report.findings if f.severity != "note"] == []

@@ -11,7 +11,20 @@ from error_rows import DEVICE, HUGE, SHAPE, Row, gemm, judge, moe, unhelpful, wi
 from test_errors_configs import CONFIGS
 from test_errors_data import FILES, TUNER
 
-from moelab import chips, errors, inputs, precision, reference, roofline, routers, routing, runtime, shapes, suites
+from moelab import (
+    chips,
+    dtypes,
+    errors,
+    inputs,
+    precision,
+    reference,
+    roofline,
+    routers,
+    routing,
+    runtime,
+    shapes,
+    suites,
+)
 from moelab.config import KernelConfig
 from moelab.errors import (
     ConfigError,
@@ -28,7 +41,8 @@ from moelab.errors import (
     UnknownModelError,
     UnknownNameError,
 )
-from moelab.fused_moe import IMPLEMENTATIONS, fused_moe
+from moelab.fused_moe import available_implementations, fused_moe
+from moelab.implementations import IMPLEMENTATIONS, Implementation
 from moelab.kernels.activation import activation
 from moelab.kernels.align import align
 from moelab.kernels.descriptors import check_tma, check_tma_config, weight_descriptor
@@ -49,7 +63,7 @@ SPLIT = KernelConfig(16, 32, 16, 1, SPLIT_K=2)
 def plain(**changes: object) -> None:
     """A call of an implementation that takes plain layers only."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(IMPLEMENTATIONS, "mine", lambda call: call.require_plain("mine"))
+        patch.setitem(IMPLEMENTATIONS, "mine", Implementation(lambda call: call.require_plain("mine")))
         moe("mine", **changes)
 
 
@@ -141,7 +155,7 @@ TENSORS = [
     Row(
         "an out of another dtype", lambda _: sum_reduce(x(4, 2, 8), out=x(4, 8).half()), DtypeError, ("out is float16",)
     ),
-    Row("a dtype nobody knows", lambda _: runtime.torch_dtype("float12"), DtypeError, ("float12", "bfloat16")),
+    Row("a dtype nobody knows", lambda _: dtypes.torch_dtype("float12"), DtypeError, ("float12", "bfloat16")),
     Row("a shape's dtype", lambda _: SHAPE.with_dtype("fp12"), DtypeError, ("fp12", "bfloat16")),
     Row("a reference in float32", lambda _: precision.error(x(2), x(2)), DtypeError, ("float32", "float64")),
     Row("everything on meta", lambda _: moe_on_meta(), DeviceError, ("meta", DEVICE)),
@@ -230,16 +244,10 @@ SORTED = [
         ("a has shape (5, 32)", "Expected (96, 32)"),
     ),
     Row(
-        "a combine nobody knows",
-        lambda _: gemm(way=sorted_gemm, combine="atomic_f23"),
-        UnknownNameError,
-        ("'atomic_f23'", "scatter", "Did you mean atomic_f32"),
-    ),
-    Row(
         "slots to scatter into one row",
         lambda _: gemm(x(96, 32), way=sorted_gemm),
         ShapeError,
-        ("combine='scatter'", "top_k = 2", "sum_reduce"),
+        ("top_k = 2", "a row per pair", "sum_reduce"),
     ),
 ]
 
@@ -359,7 +367,7 @@ NAMES = [
         UnknownNameError,
         ("int3", "bfloat16"),
     ),
-    Row("bytes of a dtype", lambda _: chips.dtype_bytes("bfloat61"), UnknownNameError, ("bfloat61", "bfloat16")),
+    Row("bytes of a dtype", lambda _: dtypes.dtype_bytes("bfloat61"), UnknownNameError, ("bfloat61", "bfloat16")),
     Row(
         "no torch among contenders",
         lambda _: precision.compare({"a": x(2)}, x(2).double()),
@@ -489,7 +497,7 @@ def test_errors_are_also_the_builtin_ones() -> None:
     assert str(UnknownNameError("two\nlines")) == "two\nlines"
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", available_implementations())
 def test_ids_are_always_checked_on_the_cpu(impl: str) -> None:
     cpu = inputs.make_inputs(SHAPE, 5, device="cpu")
     with pytest.raises(RoutingError):

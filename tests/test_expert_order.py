@@ -80,6 +80,14 @@ def test_int64_ids_are_ids_and_out_is_written(num_tokens: int) -> None:
     same(out, expert_order_ref(ids, 7))
 
 
+@pytest.mark.parametrize("num_tokens", [3, 1500])  # one launch, three
+def test_an_id_past_32_bits_is_no_expert(num_tokens: int) -> None:
+    """The low half of 2^32 + 1 is expert 1, of -2^32 expert 0."""
+    ids = drawn_ids(num_tokens, 7, 2, 4).long()
+    lost = torch.where(ids == 3, 2**32 + 1, torch.where(ids == 5, -(2**32), ids))
+    same(expert_order(lost, 7), expert_order_ref(torch.where((ids == 3) | (ids == 5), -1, ids), 7))
+
+
 def test_no_slots() -> None:
     empty = torch.empty(0, 4, dtype=torch.int32, device=DEVICE)
     order = expert_order(empty, 8)

@@ -57,13 +57,21 @@ def test_a_block_that_begins_before_the_other_is_there_is_seen(
 def test_a_block_that_ends_while_the_other_may_reach_it_is_seen(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """GEMM1 alone, after which no block waits for another: the last a consumer does is to release a stage of both."""
+    """GEMM1 alone, after which no block waits for another: the last a consumer does is to release a stage of both. Where its
+    producer waits for that, the end of the kernel need not."""
     x, ids, weights = torch.rand(20, 64).half(), torch.zeros(20, 1, dtype=torch.int32), torch.ones(20, 1)
     w13, w2 = torch.rand(1, 128, 64).half(), torch.rand(1, 64, 64).half()
     given = (x, w13, w2, weights, ids, ordered(ids, 1, SMALL_PAIR), SMALL_PAIR)
     emulated_gpu.run_layer(*given, parts=fast_layer.GEMM1, late=1)
     end = "    if constexpr (S::CLUSTER > 1) cluster_together();  // the other block may yet arrive here\n"
-    source = emulated_gpu.altered(tmp_path, ("fast_layer.cu", end, ""))
+    drain = "            drain(shared, layer, ring);\n"
+    emulated_gpu.run_layer(
+        *given,
+        parts=fast_layer.GEMM1,
+        source=emulated_gpu.altered(tmp_path / "right", ("fast_layer.cu", end, "")),
+        late=1,
+    )
+    source = emulated_gpu.altered(tmp_path / "wrong", ("fast_layer.cu", end, ""), ("fast_layer.cu", drain, ""))
     with pytest.raises(RuntimeError, match="status 3"):
         emulated_gpu.run_layer(*given, parts=fast_layer.GEMM1, source=source, late=1)
     assert "a block that has ended" in capfd.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import re
+from pathlib import Path
 
 import emulated_gpu
 import pytest
@@ -80,6 +82,16 @@ def test_slots_of_other_ranks_count_nothing(instance: Instance) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("instance", [SMALL, MIDDLE, MIDDLE_APART])
+def test_ids_of_64_bits_are_not_narrowed(instance: Instance, top_k: int) -> None:
+    """2^32 + 1 is no expert, where its low half would be expert 1; its weight may be anything."""
+    ids = torch.arange(9 * top_k).view(9, top_k) % 4
+    wide = torch.where(ids == 3, 2**32 + 1, ids)
+    compare(instance, 9, 3, top_k, 64, 64, ids=wide, lost_weights=float("nan"))
+
+
+@needs_compiler
 @pytest.mark.parametrize("instance", [MIDDLE, MIDDLE_PAIR])
 def test_one_expert_that_takes_all(instance: Instance) -> None:
     compare(instance, 90, 6, 1, 64, 64, ids=torch.full((90, 1), 4, dtype=torch.int32), blocks=4)
@@ -98,14 +110,33 @@ def test_the_same_bits_every_time(instance: Instance, grids: tuple[int, ...]) ->
 
 
 @needs_compiler
-def test_a_wait_that_never_ends_is_seen() -> None:
-    """GEMM2 before GEMM1's tiles are counted: a count that starts below zero is never reached."""
-    x, ids = torch.randn(2, 64).half(), torch.zeros(2, 1, dtype=torch.int32)
-    tiles = ordered(ids, 1, SMALL)
-    tiles.ready[0] = -1
+@pytest.mark.parametrize(
+    ("short_of", "says"),
+    [
+        (0, "waited for the rows that a tile multiplies of tile descriptor 0 (1 counts missing)"),
+        (1, "waited for all tiles of GEMM2, to add up (1 counts missing)"),
+    ],
+)
+def test_a_wait_that_never_ends_says_what_it_was_for(short_of: int, says: str) -> None:
+    """A count that starts below zero is never reached: of GEMM1's tiles, which GEMM2 reads; of GEMM2's, before the sums."""
+    x, ids = torch.randn(2, 64).half(), torch.tensor([[0, 0], [0, 0]], dtype=torch.int32)
+    tiles = ordered(ids, 1, MIDDLE)
+    tiles.ready[short_of if not short_of else tiles.most] = -1
     w13, w2 = torch.randn(1, 128, 64).half(), torch.randn(1, 64, 64).half()
-    with pytest.raises((TimeoutError, RuntimeError)):
-        emulated_gpu.run_layer(x, w13, w2, torch.rand(2, 1), ids, tiles, SMALL, timeout_s=2)
+    with pytest.raises(RuntimeError, match=re.escape(says)):
+        emulated_gpu.run_layer(x, w13, w2, torch.rand(2, 2), ids, tiles, MIDDLE, patience_s=1)
+
+
+@needs_compiler
+def test_consumers_that_never_empty_a_stage_are_seen_by_their_producer(tmp_path: Path) -> None:
+    """They watch no clock themselves. Here the last stage of all is kept, which nobody would fill again."""
+    kept = "    release<S>(done);\n}"
+    source = emulated_gpu.altered(tmp_path, ("fast_products.cuh", kept, "    if (k_steps != 2) release<S>(done);\n}"))
+    x, ids = torch.randn(2, 64).half(), torch.zeros(2, 1, dtype=torch.int32)
+    w13, w2 = torch.randn(1, 256, 64).half(), torch.randn(1, 64, 128).half()
+    given = (x, w13, w2, torch.rand(2, 1), ids, ordered(ids, 1, MIDDLE), MIDDLE)
+    with pytest.raises(RuntimeError, match="waited for consumers to empty a stage of weights and tokens"):
+        emulated_gpu.run_layer(*given, blocks=1, patience_s=1, source=source)
 
 
 @needs_compiler
@@ -138,12 +169,20 @@ def test_instances_compile_for_hopper(instance: Instance, dtype: torch.dtype) ->
     assert sass.count("WARPGROUP.DEPBAR") <= products // (4 * instance.row_blocks) * 2
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("top_k", "slots"), [(1, 2), (2, 2), (3, 4), (4, 4), (5, 8), (9, 8)])
-def test_sums_compile_for_hopper(dtype: torch.dtype, top_k: int, slots: int) -> None:
+@pytest.mark.parametrize(
+    ("top_k", "slots", "dtype", "ids"),
+    [
+        (2, 2, torch.bfloat16, torch.int32),
+        (3, 4, torch.float16, torch.int64),
+        (4, 4, torch.bfloat16, torch.int64),
+        (9, 8, torch.float16, torch.int32),
+        (5, 8, torch.bfloat16, torch.int64),
+    ],
+)
+def test_sums_compile_for_hopper(dtype: torch.dtype, ids: torch.dtype, top_k: int, slots: int) -> None:
     """No spill, and four blocks a multiprocessor at the least: half of the threads that it holds."""
-    expression = fast_layer.sum_expression(top_k, dtype)
-    assert expression.endswith(f", {slots}>")
+    expression = fast_layer.sum_expression(top_k, dtype, ids)
+    assert expression.endswith(f", {slots}, {'long long' if ids == torch.int64 else 'int'}>")
     registers, spilled = cubin.usage(nvrtc.compiled("sm_90a", fast_layer.SUM_SOURCE.read_text(), expression).code)
     assert not spilled and registers * fast_layer.SUM_THREADS * 4 <= 64 * 1024
 
@@ -153,9 +192,16 @@ def test_sums_have_the_threads_that_their_source_says() -> None:
     assert [fast_layer.sum_blocks(*sizes) for sizes in ((1, 8), (256, 8), (257, 8), (8192, 7168))] == [1, 1, 2, 28672]
 
 
-def test_the_watchdog_compiles() -> None:
-    source = "#define MOELAB_WATCHDOG\n" + INSTANCES[8].source(torch.bfloat16)
-    assert b"waits for ever" in nvrtc.compiled("sm_90a", source, INSTANCES[8].expression(torch.bfloat16)).code
+def test_every_wait_but_the_consumers_own_may_be_given_up() -> None:
+    """A trap in each loop that could last for ever; none where the clock is compiled out, to be measured beside."""
+    expression, source = INSTANCES[8].expression(torch.bfloat16), INSTANCES[8].source(torch.bfloat16)
+    watched, unwatched = (
+        cubin.disassembly(nvrtc.compiled("sm_90a", before + source, expression).code)
+        for before in ("", "#define MOELAB_UNWATCHED\n")
+    )
+    assert watched.count("BPT.TRAP") >= 5 and watched.count("SR_GLOBALTIMERHI") == 2 * watched.count("BPT.TRAP")
+    assert "BPT.TRAP" not in unwatched and "GLOBALTIMER" not in unwatched
+    assert "CALL" not in watched and "CALL" not in unwatched, "a call would make ptxas serialise wgmma"
 
 
 @given(num_tokens=st.integers(1, 20000), top_k=st.integers(1, 8), experts=st.integers(8, 512))

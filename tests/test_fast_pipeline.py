@@ -174,7 +174,7 @@ def test_what_is_chosen_as_classic_runs_as_the_classic_layer(monkeypatch: pytest
 
 
 def test_a_few_tokens_go_to_their_kernel(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """With ids in int32, the scale and where the weight goes."""
+    """With ids as they came, the scale and where the weight goes."""
     asked = []
 
     def stand_in(x, w13, w2, weights, ids, form, **options):
@@ -188,7 +188,7 @@ def test_a_few_tokens_go_to_their_kernel(monkeypatch: pytest.MonkeyPatch, device
     given = {"topk_weights": i.topk_weights, "topk_ids": i.topk_ids.long()}
     out = fused_moe(i.hidden_states, i.w13, i.w2, impl="fast", **given, **case.options)
     assert out.equal(i.hidden_states)
-    assert asked == [(torch.int32, FORMS[0], {"scale": 2.5, "weights_on_input": True})]
+    assert asked == [(torch.int64, FORMS[0], {"scale": 2.5, "weights_on_input": True})]
 
 
 def test_tuned_configs_go_to_the_gated_kernels(monkeypatch: pytest.MonkeyPatch, device: str) -> None:

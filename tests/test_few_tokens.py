@@ -9,6 +9,7 @@ import torch
 from moe_cases import CASES, LARGE_CASES, Case, judge
 
 from moelab.inputs import MoEInputs
+from moelab.kernels import few_tokens as room
 from moelab.kernels.few_tokens import FORMS, MOST_PROGRAMS, FewTokens, Tile, few_tokens, form_for, reread
 
 SMALL = FewTokens(Tile(4, 64, 4), Tile(8, 32, 2))
@@ -72,6 +73,46 @@ def test_a_weight_that_is_not_a_number_stays_with_its_expert(device: str) -> Non
     inputs.w2[0] = inputs.w13[0] = float("nan")
     found = by(SMALL, case, replace(inputs, topk_ids=torch.tensor([[-1, 1]], device=device).int()), overlap=False)
     assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("wide", [torch.int32, torch.int64], ids=str)
+def test_an_id_of_no_expert_adds_nothing_whatever_its_weight(on_input: bool, wide: torch.dtype, device: str) -> None:
+    """Issue 16, faults 1 and 12: NaN and Inf at ids of -1, an id past int32, NaN in an expert and a token that nobody has."""
+    case = Case("ids", 4, 4, 2, 32, 16, on_input=on_input)
+    i = case.inputs(torch.float32, device)
+    past = 2**32 + 1 if wide == torch.int64 else 5
+    ids = torch.tensor([[0, -1], [2, past], [-1, -1], [past, 2]], dtype=wide, device=device)
+    weights = i.topk_weights.clone()
+    weights[0, 1] = weights[1, 1] = float("nan")
+    weights[2] = weights[3, 0] = float("inf")
+    clean = replace(i, topk_ids=torch.where((ids < 0) | (ids > 3), -1, ids).int(), topk_weights=i.topk_weights)
+    w13, w2, x = i.w13.clone(), i.w2.clone(), i.hidden_states.clone()
+    w13[[1, 3]] = w2[[1, 3]] = x[2] = float("nan")
+    found = few_tokens(x, w13, w2, weights, ids, SMALL, weights_on_input=on_input, overlap=False)
+    judge(case, clean, found)
+    assert not found[2].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scales", [(2, 2.5), (2.5, 2), (True, 2.5)])
+def test_a_scale_may_be_an_int_and_then_a_float(scales: tuple[float, ...]) -> None:
+    """The compiled instance of the first call serves the second: an int at first was a TypeError for every float after it."""
+    case = Case("scales", 3, 3, 2, 64 + 8 * int(2 * scales[0]), 40)
+    i = case.inputs(torch.bfloat16, "cuda")
+    for scale in scales:
+        judge(replace(case, scale=scale), i, by(FORMS[0], replace(case, scale=scale), i))
+
+
+def test_the_launcher_is_given_a_scale_in_float(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test without a GPU can see of the above: the type that a compiled instance is kept for."""
+    given = []
+    launch = room._down
+    monkeypatch.setattr(room, "_down", lambda *a: given.append(a[3][1]) or launch(*a))
+    case = Case("scale", 1, 2, 1, 64, 40)
+    for scale in (2, 2.5, True):
+        by(SMALL, replace(case, scale=scale), case.inputs(torch.float32, device), overlap=False)
+    assert given == [2.0, 2.5, 1.0] and {type(each) for each in given} == {float}
 
 
 def test_who_has_a_form() -> None:

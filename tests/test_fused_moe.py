@@ -8,11 +8,12 @@ import pytest
 import torch
 from moe_cases import CASES, LARGE_CASES, TILE, Case, judge
 
+from moelab.call import MoECall
 from moelab.config import KernelConfig
 from moelab.errors import ConfigError, LayoutError, RoutingError, RuntimeModeError, ShapeError, UnknownNameError
-from moelab.fused_moe import IMPLEMENTATIONS, available_implementations, fused_moe
+from moelab.fused_moe import available_implementations, fused_moe
+from moelab.implementations import IMPLEMENTATIONS, Implementation
 from moelab.inputs import MoEInputs
-from moelab.pipelines import NEED_TMA, PIPELINES, ROUND_EVERY_SUM
 from moelab.torch_layers import static_layer
 
 HERE = [torch.float16, torch.float32, torch.float64]
@@ -34,7 +35,7 @@ def test_against_float64(impl: str, case: Case, dtype: torch.dtype, device: str)
     judge(case, inputs, call(case, inputs, impl, config=TILE if impl == "triton" else None))
 
 
-SPLIT_IMPLS = ["split_k_atomic", "split_k_workspace"]
+SPLIT_IMPLS = [name for name, one in IMPLEMENTATIONS.items() if one.splits]
 
 
 def split_configs(case: Case, most: int = 2) -> dict[str, KernelConfig]:
@@ -62,7 +63,7 @@ def test_split_k_on_the_gpu_against_float64(impl: str, case: Case, dtype: torch.
     judge(case, inputs, call(case, inputs, impl))  # without a config: SPLIT_K is 1
 
 
-SORTED_IMPLS = ["gated", "gated_atomic", "gated_atomic_out", "gated_tma", "gated_tma_atomic"]
+SORTED_IMPLS = [name for name in IMPLEMENTATIONS if name.startswith("gated")]
 
 
 def takes_tma(case: Case, dtype: torch.dtype) -> bool:
@@ -72,14 +73,14 @@ def takes_tma(case: Case, dtype: torch.dtype) -> bool:
 
 def judge_sorted(case: Case, inputs: MoEInputs, impl: str, **more: object) -> None:
     out = call(case, inputs, impl, **more)
-    judge(case, inputs, out, roundings=case.top_k if impl in ROUND_EVERY_SUM else 0)
+    judge(case, inputs, out, roundings=case.top_k if IMPLEMENTATIONS[impl].rounds_every_sum else 0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("impl", ["tma", *SORTED_IMPLS])
 def test_tma_and_sorted_rows_against_float64(impl: str, case: Case, device: str) -> None:
     inputs = case.inputs(torch.float16, device)
-    if impl in NEED_TMA and not takes_tma(case, torch.float16):
+    if IMPLEMENTATIONS[impl].needs_tma and not takes_tma(case, torch.float16):
         with pytest.raises(LayoutError, match=r"A row of w1?3? is 1022 bytes"):
             call(case, inputs, impl, config=TILE)
         return
@@ -88,7 +89,7 @@ def test_tma_and_sorted_rows_against_float64(impl: str, case: Case, device: str)
 
 @pytest.mark.parametrize("dtype", HERE[1:], ids=str)
 @pytest.mark.parametrize("case", [CASES[1], CASES[6], CASES[7]], ids=str)
-@pytest.mark.parametrize("impl", ["tma", "gated", "gated_tma_atomic"])
+@pytest.mark.parametrize("impl", ["tma", "gated", "gated_tma", "gated_atomic_out"])
 def test_tma_and_sorted_rows_in_wide_dtypes(impl: str, case: Case, dtype: torch.dtype, device: str) -> None:
     judge_sorted(case, case.inputs(dtype, device), impl, config=TILE, down_config=KernelConfig(16, 64, 32, 1))
 
@@ -98,15 +99,10 @@ def test_tma_and_sorted_rows_in_wide_dtypes(impl: str, case: Case, dtype: torch.
 @pytest.mark.parametrize("case", CASES + LARGE_CASES, ids=str)
 @pytest.mark.parametrize("impl", ["tma", *SORTED_IMPLS])
 def test_tma_and_sorted_rows_on_the_gpu(impl: str, case: Case, dtype: torch.dtype) -> None:
-    if impl in NEED_TMA and not takes_tma(case, dtype):
+    if IMPLEMENTATIONS[impl].needs_tma and not takes_tma(case, dtype):
         pytest.skip("rows that TMA does not take")
     judge_sorted(case, case.inputs(dtype, "cuda"), impl)
     judge_sorted(case, case.inputs(dtype, "cuda"), impl, config=KernelConfig(64, 128, 64, 8, 4, 3))
-
-
-def test_the_constants_name_pipelines() -> None:
-    assert set(PIPELINES) >= NEED_TMA | ROUND_EVERY_SUM
-    assert {name for name in PIPELINES if "tma" in name} == NEED_TMA
 
 
 def test_a_split_of_nothing_is_named(device: str) -> None:
@@ -142,10 +138,10 @@ def test_on_the_gpu_against_float64(impl: str, case: Case, dtype: torch.dtype) -
 
 def eager_layer(case: Case, i: MoEInputs) -> torch.Tensor:
     """What `compiled` compiles, uncompiled."""
-    return static_layer(i.w13.dtype, i.w13, i.w2)(
-        i.hidden_states, i.w13, i.w2, i.topk_weights, i.topk_ids, i.b13, i.b2,
-        case.activation, case.gated, case.scale, case.on_input,
-    )  # fmt: skip
+    call = MoECall(
+        i.hidden_states, i.weights, i.topk_weights, i.topk_ids, case.activation, case.gated, case.scale, case.on_input
+    )
+    return static_layer(call)(call)
 
 
 def test_both_gemms_take_their_own_config(device: str) -> None:
@@ -182,7 +178,7 @@ def test_no_tokens_is_no_work(device: str) -> None:
 
 
 def test_a_kernel_of_ones_own_is_one_dict_entry(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    monkeypatch.setitem(IMPLEMENTATIONS, "mine", lambda call: torch.full_like(call.hidden_states, 7.0))
+    monkeypatch.setitem(IMPLEMENTATIONS, "mine", Implementation(lambda call: torch.full_like(call.hidden_states, 7.0)))
     assert (call(CASES[0], CASES[0].inputs(torch.float32, device), "mine") == 7).all()
 
 
@@ -238,7 +234,7 @@ def test_ids_are_checked_on_cpu_under_torch_compile_too() -> None:
 def test_the_custom_op_keeps_torchs_rules(device: str) -> None:
     i = CASES[2].inputs(torch.float32, device)
     arguments = (
-        i.hidden_states, i.w13, i.w2, i.topk_weights, i.topk_ids, None, None, "triton",
+        i.hidden_states, i.w13, i.w2, i.topk_weights, i.topk_ids, None, None, [None] * 4, "plain", "triton",
         [16, 32, 64, 4, 4, 3, 1, -1, -1, -1], [], "silu", True, 1.0, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.moelab.fused_moe.default, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -258,7 +254,7 @@ def test_in_a_cuda_graph_with_a_routing_that_changes(impl: str, num_tokens: int)
     first.topk_ids.copy_(second.topk_ids)
     first.hidden_states.copy_(second.hidden_states)
     graph.replay()
-    judge(case, first, out, roundings=case.top_k if impl in ROUND_EVERY_SUM else 0)
+    judge(case, first, out, roundings=case.top_k if IMPLEMENTATIONS[impl].rounds_every_sum else 0)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +303,7 @@ def judge_last_experts(case: Case, inputs: MoEInputs, out: torch.Tensor) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["triton", "gated", "gated_tma_atomic"])
+@pytest.mark.parametrize("impl", ["triton", "gated", "gated_atomic_out"])
 def test_outputs_past_2_to_31_elements(impl: str) -> None:
     """GEMM2's output (M * k, H) of 2^31 + elements; the last tokens are checked."""
     case = Case("rows past 2^31", 70_000, 4, 4, 8192, 64)

@@ -9,7 +9,6 @@ from test_grouped_gemm import problem
 from moelab import precision
 from moelab.config import KernelConfig
 from moelab.errors import ConfigError, LayoutError, ShapeError, UnknownNameError
-from moelab.kernels import checks
 from moelab.kernels.align import align, align_pairs, moe_align_block_size
 from moelab.kernels.gated_gemm import gated_gemm
 from moelab.reference import GATED, UNGATED, activation_ref, grouped_gemm_ref
@@ -67,7 +66,7 @@ def test_every_activation_after_bias_and_weight(
     a, w, r = problem(11, 5, 2, 72, 104, dtype, device)
     bias = torch.randn(5, 72, device=device).to(dtype)
     aligned = align(r.topk_ids, 16, 5)
-    out = torch.full((checks.rows_in_use(aligned, 22), 36 if gated else 72), float("nan"), dtype=dtype, device=device)
+    out = torch.full((aligned.rows_in_use, 36 if gated else 72), float("nan"), dtype=dtype, device=device)
     gated_gemm(
         a, w, aligned, CONFIG, num_pairs=22, top_k=2, activation=activation, gated=gated, bias=bias,
         topk_weights=r.topk_weights, tma=tma, out=out,
@@ -91,7 +90,7 @@ def test_what_is_no_row_of_ours_is_not_written(tma: bool, device: str) -> None:
     a, w, r = problem(8, 4, 2, 64, 64, torch.float32, device)
     ids = torch.where(r.topk_ids == r.topk_ids[0, 0], -1, r.topk_ids)
     aligned = align(ids, 16, 4)
-    out = torch.full((checks.rows_in_use(aligned, 16), 32), float("nan"), device=device)
+    out = torch.full((aligned.rows_in_use, 32), float("nan"), device=device)
     gated_gemm(a, w, aligned, CONFIG, num_pairs=16, top_k=2, tma=tma, out=out)
     rows = by_pair(out, aligned)
     own = ids.flatten() >= 0

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +28,7 @@ from moelab.kernels.launch import Launcher, checked, signature
 from moelab.shapes import MoEShape
 
 CONFIG = KernelConfig(16, 32, 32, 1)
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Compiled:
@@ -32,22 +38,42 @@ class Compiled:
 
     def __init__(self) -> None:
         self.launches: list[tuple[Any, ...]] = []
+        self._run = lambda *arguments: self.launches.append(arguments)
 
-    def run(self, *arguments: Any) -> None:
-        self.launches.append(arguments)
+    @property
+    def run(self) -> Callable[..., None]:
+        return self._run
 
 
 class Kernel:
-    """Stands for a jit function: counts the calls that come through Triton."""
+    """Stands for a jit function: counts the calls that come through Triton, and launches as Triton 3.6 and 3.7 do."""
 
+    __name__ = "_copy_kernel"
     arg_names = ("x_ptr", "y_ptr", "size", "B", "A")
 
     def __init__(self) -> None:
         self.compiled, self.through_triton = Compiled(), 0
 
+    def warmup(self, *arguments: Any, grid: tuple[int, ...], **named: Any) -> Compiled:
+        return self.compiled
+
+    def bound(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
+        return [*arguments, *(named[name] for name in self.arg_names[len(arguments) :])]
+
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
-        def call(*arguments: Any, **constants: Any) -> Compiled:
+        def call(*arguments: Any, **named: Any) -> Compiled:
             self.through_triton += 1
+            self.compiled.run(
+                *grid,
+                1,
+                "stream",
+                "function",
+                "metadata",
+                "launch metadata",
+                "enter",
+                "exit",
+                *self.bound(arguments, named),
+            )
             return self.compiled
 
         return call
@@ -63,6 +89,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
         active = type("Active", (), {"get_current_stream": staticmethod(lambda device: "stream")})
 
     monkeypatch.setattr(launch.triton.runtime, "driver", Driver)
+    monkeypatch.setattr(launch, "RUNTIME", runtime.Runtime("gpu", "cuda", "none", "a stand-in"))
+    monkeypatch.setattr(launch, "_told", set())
     yield Kernel()
 
 
@@ -72,8 +100,73 @@ def test_the_second_launch_goes_straight_to_the_instance(kernel: Kernel) -> None
         run("key", (2, 3), (x, None), (size,), lambda: ({"A": 1, "B": 2}, {"num_warps": 4}))
     assert kernel.through_triton == 1
     assert kernel.compiled.launches == [
-        (2, 3, 1, "stream", "function", "metadata", None, None, None, x.data_ptr(), 0, 7, 2, 1)
+        (2, 3, 1, "stream", "function", "metadata", *hooks, x.data_ptr(), 0, size, 2, 1)
+        for size, hooks in ((5, ("launch metadata", "enter", "exit")), (7, (None, None, None)))
     ]
+
+
+class Swapped(Kernel):
+    """A Triton that binds its constants in another order."""
+
+    def bound(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
+        return [*arguments, named["A"], named["B"]]
+
+
+class Longer(Kernel):
+    """A Triton that passes one argument more."""
+
+    def bound(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
+        return [*super().bound(arguments, named), None]
+
+
+class Elsewhere(Kernel):
+    """A Triton whose launch goes by another way than its compiled kernel's run."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+        launches = self.compiled.launches
+
+        def call(*arguments: Any, **named: Any) -> Compiled:
+            self.through_triton += 1
+            launches.append((*grid, *self.bound(arguments, named)))
+            return self.compiled
+
+        return call
+
+
+class OnlyTensors(Kernel):
+    """A Triton that takes no address for a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def run(*arguments: Any) -> None:
+            if not isinstance(arguments[9], torch.Tensor):
+                raise TypeError("pointer argument must be a tensor")
+            self.compiled.launches.append(arguments)
+
+        self.compiled._run = run
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        (Swapped, "passes int 1 as argument 12, not 2"),
+        (Longer, "passes 15 arguments, not 14"),
+        (Elsewhere, "does not call Compiled.run"),
+        (OnlyTensors, "takes no addresses: pointer argument must be a tensor"),
+    ],
+)
+def test_another_triton_launches_by_itself_and_it_is_said_once(
+    kernel: Kernel, recwarn: pytest.WarningsRecorder, other: type[Kernel], why: str
+) -> None:
+    kernel = other()
+    run, x = Launcher(kernel), torch.zeros(64)
+    for size in (5, 7, 7):
+        run("key", (2, 3), (x, x), (size,), lambda: ({"A": 1, "B": 2}, {"num_warps": 4}))
+    assert kernel.through_triton == 3 and len(kernel.compiled.launches) == 3, "every launch once, and by Triton"
+    Launcher(other())("key", (2, 3), (x, x), (5,), lambda: ({"A": 1, "B": 2}, {}))
+    told = [str(warning.message) for warning in recwarn if warning.category is RuntimeWarning]
+    assert len(told) == 1 and why in told[0] and "through Triton" in told[0]
 
 
 @pytest.mark.parametrize("offset", range(1, 4))
@@ -197,3 +290,66 @@ def test_instances_are_found_again_on_the_gpu() -> None:
     before = len(room._launch._instances)
     assert torch.equal(grouped_gemm(a, w, aligned, CONFIG, num_pairs=10, top_k=2), first)
     assert len(room._launch._instances) == before
+
+
+WITHOUT_A_GPU = """
+import json, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+launches = []
+
+
+class Launch:
+    def __init__(self, src, metadata): ...
+
+    def __call__(self, *arguments):
+        launches.append([a.data_ptr() if isinstance(a, torch.Tensor) else 0 if a is None else a for a in arguments])
+
+
+class Utils:
+    def load_binary(self, name, kernel, shared, device): return "module", name, 1, 0, 1024
+    def get_device_properties(self, device): return {"max_shared_mem": 232448}
+
+
+class Driver:
+    launcher_cls, utils = Launch, Utils()
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device=None): return 77
+
+
+driver.set_active(Driver())
+from moelab.kernels import launch, sum_reduce, activation
+launch.checks.check_kernel_device = lambda name, tensor: None
+torch.cuda.current_device = lambda: -1
+x = torch.zeros(3, 2, 128)
+for tokens in (1, 2, 3):
+    sum_reduce.sum_reduce_unchecked(x[:tokens], 0.5, torch.empty(tokens, 128))
+    activation.activation_unchecked(x[:tokens, 0], torch.empty(tokens, 64), "silu", True)
+for scale in (1.0, 0.3, 2.5e-310, -7.0):  # a factor is an argument: it decides no instance, and no digit of it is lost
+    sum_reduce.sum_reduce_unchecked(x, scale, torch.empty(3, 128))
+factors = [len(sum_reduce._launch._instances), [one[12] for one in launches[6:]]]
+straight = [sum_reduce._launch._straight, activation._launch._straight]
+said = {"told": sorted(launch._told), "straight": straight, "version": triton.__version__}
+print(json.dumps({**said, "factors": factors, "launches": [[str(part) for part in one] for one in launches[:6]]}))
+"""
+
+
+def test_the_installed_triton_launches_as_we_do() -> None:
+    """Triton's own compiler and its own jit function, up to the driver's launcher, which is a stand-in that takes notes."""
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_GPU], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["told"] == [] and found["straight"] == [True, True] and found["version"] == triton.__version__
+    assert len(found["launches"]) == 6 and found["factors"] == [1, [1.0, 0.3, 2.5e-310, -7.0]]
+    for first, *later in (found["launches"][::2], found["launches"][1::2]):
+        assert {len(one) for one in later} == {len(first)} and first[6:9] != ["0"] * 3
+        assert all(one[3:6] == first[3:6] and one[6:9] == ["0"] * 3 for one in later)

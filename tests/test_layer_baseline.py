@@ -11,8 +11,8 @@ import torch
 from moelab import config, recordings, runtime
 from moelab.config import KernelConfig
 from moelab.errors import ConfigError
+from moelab.implementations import IMPLEMENTATIONS, Implementation, of_triton
 from moelab.measure import Measurement
-from moelab.pipelines import PIPELINES
 from moelab.shapes import MoEShape
 from moelab.suites import layer_baseline, screening
 from moelab.suites.layer_classic import Layer, weight_sets
@@ -44,10 +44,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_pipeline_gets_a_row_that_loads(small: None, tmp_path: Path) -> None:
     kept: list[int] = []
-    made = layer_baseline.record(("small",), (3,), tuple(PIPELINES), on_rows=lambda rows: kept.append(len(rows)))
+    made = layer_baseline.record(("small",), (3,), tuple(of_triton()), on_rows=lambda rows: kept.append(len(rows)))
     assert kept == [len(made.rows)]
     rows = recordings.load(recordings.write(made, tmp_path / "layer_baseline.json")).rows
-    assert [row["impl"] for row in rows] == list(PIPELINES)
+    assert [row["impl"] for row in rows] == list(of_triton())
     for row in rows:
         assert row["within_bound"] and row["samples_us"] == [1.0, 2.0, 3.0] and row["eager_samples_us"]
         assert row["tried"] == 4 and not row["failed"]
@@ -85,10 +85,7 @@ def test_an_implementation_that_refuses_is_a_row_that_says_so(small: None, monke
     def refuse(call: object) -> torch.Tensor:
         raise ConfigError("no. Expected yes. Leave it.")
 
-    from moelab import fused_moe
-
-    monkeypatch.setitem(PIPELINES, "refuses", refuse)
-    monkeypatch.setitem(fused_moe.IMPLEMENTATIONS, "refuses", refuse)
+    monkeypatch.setitem(IMPLEMENTATIONS, "refuses", Implementation(refuse, triton=True))
     rows = layer_baseline.record(("small",), (3,), ("triton", "refuses")).rows
     assert rows[0]["within_bound"] and "samples_us" not in rows[1]
     assert "runs under none" in rows[1]["refused"]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moelab import measure as measure_room
-from moelab import runtime
+from moelab import roofline, runtime
 from moelab.errors import RecordingError, RuntimeModeError
 from moelab.measure import (
     EagerProtocol,
@@ -71,8 +71,62 @@ def test_quantiles_by_hand() -> None:
 
 @given(st.floats(1, 1e12))
 def test_rotations_pass_three_caches_within_bounds(bytes_per_call: float) -> None:
-    count = rotations_for(bytes_per_call)
+    count = rotations_for(bytes_per_call, l2_bytes=60e6)
     assert 2 <= count <= 64 and (count == 64 or count * bytes_per_call >= 180e6)
+
+
+@pytest.fixture
+def gpu_called(monkeypatch: pytest.MonkeyPatch):
+    """Pretends a GPU of that name, whose driver tells that L2; on ROCm where asked."""
+
+    def pretend(name: str, l2: int | None, hip: str | None = None) -> None:
+        properties = SimpleNamespace(name=name, **({} if l2 is None else {"L2_cache_size": l2}))
+        monkeypatch.setattr(runtime, "current", lambda: FAKE_GPU)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index=0: properties)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        measure_room._cache_bytes_of.cache_clear()
+
+    yield pretend
+    measure_room._cache_bytes_of.cache_clear()
+
+
+MiB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("name", "l2", "hip", "expected"),
+    [
+        ("NVIDIA H200", 60 * MiB, None, 60 * MiB),
+        ("NVIDIA H200 MIG 1g.18gb", 8 * MiB, None, 8 * MiB),  # a partition's share, which no file knows
+        ("NVIDIA B200", None, None, 126 * MiB),  # a torch that does not say
+        ("AMD Instinct MI300X", 4 * MiB, "6.4", 256 * MiB),  # ROCm tells the L2 of one die
+    ],
+)
+def test_rotations_pass_the_cache_of_this_gpu(gpu_called, name: str, l2: int, hip: str | None, expected: int) -> None:
+    gpu_called(name, l2, hip)
+    assert measure_room.cache_bytes() == expected
+    assert rotations_for(16 * MiB) == max(2, -(-3 * expected // (16 * MiB)))
+
+
+@pytest.mark.parametrize(("name", "l2", "hip"), [("Unheard-of 1", None, None), ("AMD Radeon Unheard", 4 * MiB, "6.4")])
+def test_an_unknown_cache_is_refused(gpu_called, name: str, l2: int | None, hip: str | None) -> None:
+    gpu_called(name, l2, hip)
+    with pytest.raises(RuntimeModeError, match=f"last cache of {name} is unknown.*Add its l2_bytes to data/devices"):
+        rotations_for(1e6)
+
+
+@pytest.mark.skipif(runtime.current().mode == "gpu", reason="about machines without a GPU")
+def test_without_a_gpu_nothing_rotates() -> None:
+    assert rotations_for(1.0) == 2 and rotations_for(1.0, at_least=5) == 5
+
+
+@pytest.mark.gpu
+def test_the_device_file_says_what_the_driver_says() -> None:
+    name = torch.cuda.get_device_name()
+    if torch.version.hip or runtime.device_key(name) not in roofline.device_names():
+        pytest.skip(f"no NVIDIA file for {name}")
+    assert roofline.device_data(name)["l2_bytes"] == torch.cuda.get_device_properties().L2_cache_size
 
 
 @pytest.mark.skipif(runtime.current().mode == "gpu", reason="about machines without a GPU")

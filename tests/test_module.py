@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from moelab import runtime
-from moelab.errors import RoutingError, ShapeError, UnknownNameError
+from moelab.errors import DtypeError, LayoutError, RoutingError, ShapeError, UnknownNameError
+from moelab.implementations import of_triton
 from moelab.module import FusedMoE
-from moelab.pipelines import PIPELINES
 from moelab.reference import fused_moe_ref
 from moelab.routing import make_routing
 from moelab.shapes import MoEShape
@@ -58,7 +58,7 @@ def compare(block: nn.Module, module: FusedMoE) -> None:
     torch.testing.assert_close(out, expected.detach(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", sorted(PIPELINES))
+@pytest.mark.parametrize("impl", sorted(of_triton()))
 def test_by_every_pipeline(impl: str) -> None:
     compare(Fused(bias=True), FusedMoE.from_hf(Fused(bias=True), top_k=K, impl=impl, interleaved=False))
 
@@ -140,15 +140,169 @@ def test_weights_on_the_input(on_input: bool) -> None:
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_an_activation_with_numbers_of_its_own_is_refused() -> None:
+class OwnGate(Fused):
+    """A block whose gate is a method of its own, as gpt-oss's: here swiglu with numbers of its own."""
+
+    def __init__(self, alpha: float = 1.702, limit: float = 7.0, **layout: bool) -> None:
+        super().__init__(**layout)
+        self.swiglu_alpha, self.swiglu_limit, self.act_fn = alpha, limit, None
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        halves = gate_up.chunk(2, dim=-1) if self.is_concatenated else (gate_up[..., ::2], gate_up[..., 1::2])
+        gate, up = halves[0].clamp(max=self.swiglu_limit), halves[1].clamp(-self.swiglu_limit, self.swiglu_limit)
+        return (up + 1) * gate * torch.sigmoid(gate * self.swiglu_alpha)
+
+
+class Quick(nn.Module):
+    """An act_fn module of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class UpFirst(Fused):
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        up, gate = gate_up.chunk(2, dim=-1)
+        return nn.functional.silu(gate) * up
+
+
+def with_act(act: object) -> Fused:
     block = Fused()
-    block.limit = 3.0
-    with pytest.raises(UnknownNameError, match="limit = 3"):
-        FusedMoE.from_hf(block, top_k=K)
-    block.limit, block.alpha = 7.0, 1.702
-    assert FusedMoE.from_hf(block, top_k=K, activation="swiglu_oai").activation == "swiglu_oai"
+    del block.act_fn  # torch takes no function in a module's place
+    block.act_fn = act  # type: ignore[assignment]
+    return block
+
+
+@pytest.mark.parametrize(
+    ("block", "activation", "message"),
+    [
+        (with_act(Quick()), "silu", r"activation='silu' was passed, and Fused computes an activation \(Quick\)"),
+        (with_act(Quick()), None, "none of moelab's"),
+        (with_act(nn.GELU()), "silu", "computes 'gelu'"),
+        (with_act(nn.GELU()), "gelu_tanh", "computes 'gelu'"),  # 4e-4 apart
+        (with_act(nn.ReLU()), None, "none of moelab's"),
+        (with_act(lambda gate, up: gate * up), None, "cannot be tried on points: TypeError"),
+        (OwnGate(alpha=1.0), "swiglu_oai", "none of moelab's"),
+        (OwnGate(alpha=1.0), "silu", "none of moelab's"),
+        (OwnGate(limit=10.0), "swiglu_oai", "none of moelab's"),
+        (UpFirst(), None, "none of moelab's"),
+        (with_act(None), None, "does not tell its activation"),
+    ],
+)
+def test_an_activation_that_is_not_ours_is_refused(block: nn.Module, activation: str | None, message: str) -> None:
+    with pytest.raises(UnknownNameError, match=message):
+        FusedMoE.from_hf(block, top_k=K, activation=activation)
+
+
+def test_numbers_around_an_act_fn_are_refused() -> None:
+    """Without a gate of its own to try, what the forward does with such a number cannot be known."""
+    block = Fused()
+    for name in ("limit", "swiglu_limit", "swiglu_alpha"):
+        setattr(block, name, 3.0)
+        with pytest.raises(UnknownNameError, match=f"{name} = 3"):
+            FusedMoE.from_hf(block, top_k=K)
+        delattr(block, name)
     block.limit, block.alpha = float("inf"), 1.0
     assert FusedMoE.from_hf(block, top_k=K).activation == "silu"
+    block.act_fn, block.limit, block.alpha = None, 7.0, 1.702
+    assert FusedMoE.from_hf(block, top_k=K, activation="swiglu_oai").activation == "swiglu_oai"
+
+
+@pytest.mark.parametrize("act", [nn.functional.silu, nn.SiLU(), lambda x: x.float().sigmoid().to(x.dtype) * x])
+def test_an_activation_is_known_by_its_values(act: object) -> None:
+    """LFM2's act_fn is the function F.silu; Beam's gate computes in float32."""
+    compare(with_act(act), FusedMoE.from_hf(with_act(act), top_k=K))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_blocks_own_gate_tells_how_its_rows_lie(interleaved: bool) -> None:
+    block, told = (OwnGate(interleaved=interleaved, bias=True) for _ in range(2))
+    found = FusedMoE.from_hf(block, top_k=K)
+    assert found.activation == "swiglu_oai"
+    first, second = (
+        (block.gate_up_proj[:, ::2], block.gate_up_proj[:, 1::2]) if interleaved else (block.gate_up_proj.chunk(2, 1))
+    )
+    assert torch.equal(found.w13.cpu(), torch.cat([first, second], dim=1))
+    with pytest.raises(ShapeError, match="the block's own gate says they"):
+        FusedMoE.from_hf(told, top_k=K, interleaved=not interleaved)
+
+
+@pytest.mark.parametrize("kept", ["gate_up_proj_bias", "down_proj_bias"])
+def test_one_bias_without_the_other(kept: str) -> None:
+    block = Fused(bias=True)
+    other = "down_proj_bias" if kept == "gate_up_proj_bias" else "gate_up_proj_bias"
+    without = {key: tensor for key, tensor in block.state_dict().items() if key != other}
+    module = FusedMoE.from_hf(without, top_k=K, activation="silu", interleaved=False)
+    assert (module.b13 is None, module.b2 is None) == (kept == "down_proj_bias", kept == "gate_up_proj_bias")
+    getattr(block, other).data.zero_()
+    compare(block, module)
+
+
+class Sharded(torch.Tensor):
+    """Stands for DTensor, and for the tensors of quantising libraries: a subclass."""
+
+
+def marked(**flags: object) -> Fused:
+    block = Fused()
+    for name, value in flags.items():
+        setattr(block, name, value)
+    return block
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"down_proj": torch.randn(E, H, N).as_subclass(Sharded)}, LayoutError, "down_proj is Sharded.*full_tensor"),
+        ({"down_proj": torch.randn(E, H, N).to_sparse()}, LayoutError, "down_proj is sparse"),
+        ({"down_proj": torch.empty(E, H, N, device="meta")}, LayoutError, "down_proj lies on meta"),
+        ({"gate_up_proj": torch.zeros(E, 2 * N, H, dtype=torch.uint8)}, DtypeError, "gate_up_proj is uint8.*quantised"),
+        ({"gate_up_proj": torch.zeros(E, 2 * N, H).to(torch.float8_e4m3fn)}, DtypeError, "float8_e4m3fn"),
+        ({"down_proj": torch.randn(E, H, N).half()}, DtypeError, "more than one dtype"),
+        ({"down_proj_bias": torch.randn(H)}, ShapeError, r"\(32,\). Expected \(4, 32\)"),
+        ({"down_proj_bias": torch.randn(E, 1)}, ShapeError, r"\(4, 1\)"),
+        ({"down_proj": torch.randn(E + 1, H, N)}, ShapeError, "do not belong together"),
+        ({"up_proj": torch.randn(E, N, H)}, ShapeError, "up_proj.* besides its expert weights"),
+        ({"up_proj_bias": torch.randn(E, N)}, ShapeError, "besides its expert weights"),
+    ],
+)  # fmt: skip
+def test_tensors_that_would_be_read_wrongly(change: dict, error: type[Exception], message: str) -> None:
+    state = {**Fused().state_dict(), **change}
+    with pytest.raises(error, match=message):
+        FusedMoE.from_hf(state, top_k=K, activation="silu", interleaved=False)
+
+
+@pytest.mark.parametrize(
+    ("block", "error", "message"),
+    [
+        (marked(has_post_expert_norm=True), ShapeError, "a norm after its experts"),
+        (marked(_is_expert_parallel=True), RoutingError, "expert parallelism"),
+        (marked(has_gate=False), ShapeError, "has_gate = False"),
+    ],
+)
+def test_flags_of_the_block_are_heeded(block: nn.Module, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        FusedMoE.from_hf(block, top_k=K)
+
+
+class Expert(nn.Module):
+    def __init__(self, act: nn.Module, hidden: int = H) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (
+            nn.Linear(H, N, bias=False),
+            nn.Linear(H, N, bias=False),
+            nn.Linear(N, hidden, bias=False),
+        )
+        self.act_fn = act
+
+
+def test_a_list_of_experts_tells_its_activation() -> None:
+    assert FusedMoE.from_hf(nn.ModuleList(Expert(nn.GELU()) for _ in range(E)), top_k=K).activation == "gelu"
+    with pytest.raises(UnknownNameError, match="Expert computes 'gelu'"):
+        FusedMoE.from_hf(nn.ModuleList(Expert(nn.GELU()) for _ in range(E)), top_k=K, activation="silu")
+    with pytest.raises(UnknownNameError, match="different activations"):
+        FusedMoE.from_hf(nn.ModuleList(Expert(act) for act in (nn.GELU(), nn.SiLU())), top_k=K)
+    with pytest.raises(ShapeError, match="An expert's weights are"):
+        FusedMoE.from_hf(nn.ModuleList(Expert(nn.SiLU(), hidden=H + 1) for _ in range(E)), top_k=K)
 
 
 def test_blocks_that_are_none() -> None:

@@ -202,6 +202,7 @@ def test_every_device_has_a_sourced_datasheet(device: str) -> None:
     data = roofline.device_data(device)
     assert runtime.device_key(data["device"]) == device
     assert TARGETS[data["target"]].shared_memory_per_block == data["shared_memory_per_block"]
+    assert data["l2_bytes"] % 2**20 == 0 and data["l2_bytes"] >= 40 * 2**20
     assert "datasheet" in roofline.load_ceilings(device, kind="datasheet").source
 
 

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from moelab import runtime
-from moelab.errors import DtypeError, FolderError, RuntimeModeError
+from moelab.errors import FolderError, RuntimeModeError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,7 +95,52 @@ def test_a_folder_to_write_to_need_not_be_there(monkeypatch: pytest.MonkeyPatch,
     assert runtime.config_dir(to_write=True) == tmp_path / "new"
 
 
-def test_unknown_dtype_names_the_known_ones() -> None:
-    assert runtime.torch_dtype("bfloat16") is torch.bfloat16
-    with pytest.raises(DtypeError, match="float16"):
-        runtime.torch_dtype("bf16")
+@pytest.fixture
+def two_kinds(monkeypatch: pytest.MonkeyPatch):
+    """A machine with an H200 as cuda:0 and an RTX 6000 Ada as cuda:1; switch(index) makes one the current device."""
+    from moelab import chips
+
+    found = [
+        SimpleNamespace(name="NVIDIA H200", major=9, minor=0, shared_memory_per_block_optin=232448, warp_size=32),
+        SimpleNamespace(
+            name="NVIDIA RTX 6000 Ada", major=8, minor=9, shared_memory_per_block_optin=101376, warp_size=32
+        ),
+    ]
+    at = [0]
+    monkeypatch.setattr(runtime, "prepare_triton", lambda: runtime.Runtime("gpu", "cuda", found[0].name, "pretended"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: at[0])
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index=None: found[at[0] if index is None else index]
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: found[at[0] if index is None else index].name)
+    cached = runtime._named, chips.gpu_target
+    for kept in cached:
+        kept.cache_clear()
+    yield lambda index: at.__setitem__(0, index)
+    for kept in cached:
+        kept.cache_clear()
+
+
+def test_the_current_device_is_the_one_that_is_asked(two_kinds) -> None:
+    """cuda:1 of another kind was named and checked by cuda:0, which had been asked first."""
+    from moelab.config import KernelConfig
+    from moelab.errors import SharedMemoryError
+    from moelab.kernels import checks
+    from moelab.pipelines import fast
+
+    large = KernelConfig(128, 128, 128, 1, num_warps=8, num_stages=3)  # 128 KiB on sm_89, 192 on sm_90
+    for index, name, target in (
+        (0, "NVIDIA H200", "sm_90"),
+        (1, "NVIDIA RTX 6000 Ada", "sm_89"),
+        (0, "NVIDIA H200", "sm_90"),
+    ):
+        two_kinds(index)
+        assert runtime.current().device_name == name and runtime.device_key() == name.replace(" ", "_")
+        assert runtime.provenance()["gpu"] == fast.here()[0] == name
+        found = checks.current_target()
+        assert found is not None and found.name == target
+        if index == 0:
+            assert checks.checked_config(large, torch.float16) is large
+        else:
+            with pytest.raises(SharedMemoryError, match="sm_89"):
+                checks.checked_config(large, torch.float16)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moelab.errors import ConfigFileError, DtypeError, ShapeError, ShardError, UnknownModelError
+from moelab.presets import published_as
 from moelab.runtime import data_dir
 from moelab.shapes import MoEShape, dtype_name, load_model, preset, preset_names
 
@@ -89,24 +90,59 @@ PRESETS = {
 }
 
 
+QUANTISED = {
+    "deepseek-v3-fp8": ("deepseek-v3", "fp8_w8a8_block_128x128"),
+    "glm-4.5-air-fp8": ("glm-4.5-air", "fp8_w8a8_channel"),
+    "gpt-oss-120b-mxfp4": ("gpt-oss-120b", "mxfp4_w4a16_32"),
+    "gpt-oss-20b-mxfp4": ("gpt-oss-20b", "mxfp4_w4a16_32"),
+    "kimi-k2-fp8": ("kimi-k2", "fp8_w8a8_block_128x128"),
+    "kimi-k2-thinking": ("kimi-k2", "int4_w4a16_group_32"),
+    "llama-4-maverick-fp8": ("llama-4-maverick", "fp8_w8a8_channel"),
+    "minimax-m2-fp8": ("minimax-m2", "fp8_w8a8_block_128x128"),
+    "mixtral-8x7b-awq": ("mixtral-8x7b", "int4_w4a16_group_128_zp"),
+    "qwen3-235b-a22b-fp8": ("qwen3-235b-a22b", "fp8_w8a8_block_128x128"),
+    "qwen3-30b-a3b-fp8": ("qwen3-30b-a3b", "fp8_w8a8_block_128x128"),
+    "qwen3-coder-480b-a35b-fp8": ("qwen3-coder-480b-a35b", "fp8_w8a8_block_128x128"),
+}
+"""Preset -> the plain one of the same sizes, and its format."""
+
+
 def test_every_preset_is_listed_above() -> None:
     assert preset_names() == tuple(sorted(PRESETS))
+    assert preset_names(quantised=True) == tuple(sorted({*PRESETS, *QUANTISED}))
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_presets(name: str) -> None:
+    plain, format = QUANTISED[name]
+    shape, same = preset(name), preset(plain)
+    assert shape.format.name == format and e_k_h_n(shape) == e_k_h_n(same)
+    assert shape.weight_bytes < 0.6 * same.weight_bytes
+    assert load_model(name, dtype="bfloat16").format.is_plain
+
+
+def test_an_id_means_what_is_published_under_it() -> None:
+    """A preset of plain weights keeps its name; the Hugging Face id of a quantised checkpoint is not read as bf16."""
+    assert preset("deepseek-v3").format.is_plain and preset("gpt-oss-20b").format.is_plain
+    assert preset("deepseek-ai/DeepSeek-V3").format.name == "fp8_w8a8_block_128x128"
+    assert preset("openai/gpt-oss-20b").format.name == "mxfp4_w4a16_32"
+    assert published_as("deepseek-v3") == "deepseek-v3-fp8" and published_as("qwen3-30b-a3b") is None
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets(name: str) -> None:
-    shape = preset(name, disable_shared_experts_fusion=True)
+    shape = preset(name)
     assert e_k_h_n(shape) == PRESETS[name]
     assert shape.name == name and shape.keys_used and shape.architecture
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("name", sorted({*PRESETS, *QUANTISED}))
 def test_preset_files_name_their_source_and_end_in_a_newline(name: str) -> None:
     text = (data_dir() / "models" / f"{name}.json").read_text(encoding="utf-8")
     assert text.endswith("}\n")
     source = json.loads(text)["source"]
     assert source.count("/") == 1
-    assert preset(source) == preset(source.upper()) == preset(source.partition("/")[2]) == preset(name)
+    assert preset(source) == preset(source.upper()) == preset(published_as(name) or name)
 
 
 def test_activations_that_differ() -> None:
@@ -116,42 +152,11 @@ def test_activations_that_differ() -> None:
     assert (nemotron.activation, nemotron.gated, nemotron.w13_shape) == ("relu2", False, (128, 1856, 2688))
 
 
-# --- Shared experts fused as sglang's tuning tool does it, and its switch.
-@pytest.mark.parametrize(
-    ("name", "fused"),
-    [
-        ("deepseek-v3", 1),
-        ("kimi-k2", 1),
-        ("glm-4.5", 1),
-        ("llama-4-scout", 1),
-        ("deepseek-v2", 0),  # two shared experts, and not on sglang's list
-        ("kimi-vl-a3b", 0),  # its text model is a DeepSeek-V3, but the list goes by the outer architecture
-        ("qwen2-57b-a14b", 0),
-        ("ling-mini-2.0", 0),
-    ],
-)
-def test_shared_experts_fusion(name: str, fused: int) -> None:
-    on, off = preset(name), preset(name, disable_shared_experts_fusion=True)
-    assert (on.num_experts - off.num_experts, on.top_k - off.top_k, on.num_shared_experts_fused) == (fused,) * 3
-    assert off.num_shared_experts_fused == 0 and on.num_routed_experts == off.num_experts
-
-
-def test_fusion_needs_exactly_one_shared_expert() -> None:
-    for count in (None, 0, 2):
-        assert MoEShape.from_config({**DEEPSEEK, "n_shared_experts": count}).num_experts == 256
-
-
-def test_an_unknown_wrapper_does_not_fuse() -> None:
-    """sglang's list goes by the outer architecture, and this one is not on it."""
-    wrapped = {"architectures": ["NewVLForConditionalGeneration"], "text_config": DEEPSEEK}
-    assert MoEShape.from_config(DEEPSEEK).num_experts == 257
-    assert MoEShape.from_config(wrapped).num_experts == 256
-
-
-def test_expert_parallelism_keeps_a_fused_expert_on_every_rank() -> None:
-    """sglang: E = n_routed_experts // ep_size + 1, N = moe_intermediate_size // (tp_size // ep_size)."""
-    shape = load_model("deepseek-v3", tp_size=16, ep_size=8)
-    assert e_k_h_n(shape) == (256 // 8 + 1, 9, 7168, 2048 // 2)
+# --- What a server makes of shared experts: tests/test_question.py has the rules.
+def test_a_config_is_read_without_shared_experts() -> None:
+    assert MoEShape.from_config(DEEPSEEK).num_experts == preset("deepseek-v3").num_experts == 256
+    assert load_model("deepseek-v3", tp_size=8).num_shared_experts_fused == 1  # as sglang's server runs it
+    assert load_model("deepseek-v3", tp_size=8, loader="vllm").num_shared_experts_fused == 0
     assert e_k_h_n(load_model("deepseek-v3", tp_size=8)) == (257, 9, 7168, 256)  # sglang ships E=257,N=256
     assert e_k_h_n(load_model("glm-4.5", tp_size=8)) == (161, 9, 5120, 192)  # and E=161,N=192
 

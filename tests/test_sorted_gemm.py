@@ -1,4 +1,4 @@
-"""GEMM2 over sorted rows: every way to combine, and nothing read but the rows of pairs."""
+"""GEMM2 over sorted rows: both ways to combine, and nothing read but the rows of pairs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from test_split_k_atomic import judge_rounded
 
 from moelab import precision
 from moelab.config import KernelConfig
-from moelab.errors import ConfigError, DtypeError, LayoutError, ShapeError, UnknownNameError
-from moelab.kernels import checks
+from moelab.errors import ConfigError, DtypeError, LayoutError, ShapeError
 from moelab.kernels.align import align, align_pairs, moe_align_block_size
-from moelab.kernels.sorted_gemm import COMBINES, sorted_gemm
+from moelab.kernels.sorted_gemm import sorted_gemm
 from moelab.reference import grouped_gemm_ref
 from moelab.routing import Alignment
 
@@ -23,7 +22,7 @@ DTYPES = [torch.float16, torch.float32, torch.float64]
 
 def in_place(a: torch.Tensor, alignment: Alignment) -> torch.Tensor:
     """a's rows, one per pair, where sorted_token_ids puts them; NaN wherever there is no pair of this rank."""
-    rows = a.new_full((checks.rows_in_use(alignment, len(a)), a.shape[1]), float("nan"))
+    rows = a.new_full((alignment.rows_in_use, a.shape[1]), float("nan"))
     used = int(alignment.num_tokens_post_padded)
     pairs = alignment.sorted_token_ids[:used].long()
     own = (pairs < len(a)) & (alignment.expert_ids[: used // alignment.block_size] >= 0).repeat_interleave(
@@ -47,35 +46,34 @@ def judge_sums(out: torch.Tensor, a: torch.Tensor, w: torch.Tensor, ids: torch.T
 
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("combine", COMBINES)
-def test_with_bias_weights_and_poison(combine: str, dtype: torch.dtype, tma: bool, device: str) -> None:
+@pytest.mark.parametrize("atomic", [False, True])
+def test_with_bias_weights_and_poison(atomic: bool, dtype: torch.dtype, tma: bool, device: str) -> None:
     """Odd sides; rows of padding and of blocks that are not in use hold NaN; out holds NaN before."""
     a, w, r = problem(33, 5, 1, 72, 104, dtype, device)  # 11 tokens of 3 slots
     ids, weights = r.topk_ids.view(11, 3), r.topk_weights.view(11, 3)
     bias = torch.randn(5, 72, device=device).to(dtype)
     aligned = moe_align_block_size(ids, 16, 5)
-    top_k = 1 if combine == "scatter" else 3
-    wide = torch.promote_types(dtype, torch.float32) if combine == "atomic_f32" else dtype
-    out = torch.full((33 // top_k, 72), float("nan"), dtype=wide, device=device)
+    top_k = 3 if atomic else 1
+    out = torch.full((33 // top_k, 72), float("nan"), dtype=dtype, device=device)
     sorted_gemm(
-        in_place(a, aligned), w, aligned, CONFIG, num_pairs=33, bias=bias, topk_weights=weights, combine=combine,
+        in_place(a, aligned), w, aligned, CONFIG, num_pairs=33, bias=bias, topk_weights=weights, atomic=atomic,
         top_k=top_k, tma=tma, out=out,
     )  # fmt: skip
-    if combine == "scatter":
+    if not atomic:
         judge(out, a, w, ids, top_k=1, bias=bias, topk_weights=weights)
     else:
         judge_sums(out, a, w, ids, bias=bias, topk_weights=weights)
 
 
 @pytest.mark.parametrize("tma", [False, True])
-@pytest.mark.parametrize("combine", COMBINES)
-def test_foreign_pairs_add_nothing(combine: str, tma: bool, device: str) -> None:
+@pytest.mark.parametrize("atomic", [False, True])
+def test_foreign_pairs_add_nothing(atomic: bool, tma: bool, device: str) -> None:
     a, w, r = problem(16, 4, 1, 40, 64, torch.float32, device)
     ids = torch.where(r.topk_ids == r.topk_ids[0, 0], -1, r.topk_ids).view(8, 2)
-    aligned, top_k = align(ids, 16, 4), 1 if combine == "scatter" else 2
+    aligned, top_k = align(ids, 16, 4), 2 if atomic else 1
     bias = torch.ones(4, 40, device=device)
     out = torch.full((16 // top_k, 40), float("nan"), device=device)
-    given = {"num_pairs": 16, "bias": bias, "combine": combine, "top_k": top_k, "tma": tma}
+    given = {"num_pairs": 16, "bias": bias, "atomic": atomic, "top_k": top_k, "tma": tma}
     sorted_gemm(in_place(a, aligned), w, aligned, CONFIG, out=out, **given)
     exact = grouped_gemm_ref(a.double(), w.double(), ids, top_k=1, bias=bias.double()).view(16 // top_k, top_k, 40)
     assert (ids < 0).any() and not out.isnan().any()
@@ -102,10 +100,10 @@ def test_the_next_experts_weights_are_not_used(device: str) -> None:
         judge(out, a, w, ids, top_k=1)
 
 
-@pytest.mark.parametrize("combine", COMBINES)
-def test_no_pairs_is_no_work(combine: str, device: str) -> None:
+@pytest.mark.parametrize("atomic", [False, True])
+def test_no_pairs_is_no_work(atomic: bool, device: str) -> None:
     a, w, r = problem(0, 4, 2, 40, 64, torch.float32, device)
-    out = sorted_gemm(a, w, align(r.topk_ids, 16, 4), CONFIG, num_pairs=0, combine=combine)
+    out = sorted_gemm(a, w, align(r.topk_ids, 16, 4), CONFIG, num_pairs=0, atomic=atomic)
     assert out.shape == (0, 40)
 
 
@@ -113,14 +111,12 @@ def test_rules_of_the_launcher(device: str) -> None:
     a, w, r = problem(8, 4, 1, 32, 64, torch.float32, device)
     aligned = align(r.topk_ids, 16, 4)
     rows, given = in_place(a, aligned), {"num_pairs": 8}
-    with pytest.raises(UnknownNameError, match=r"'atomic'.*atomic_f32"):
-        sorted_gemm(rows, w, aligned, CONFIG, combine="atomic", **given)
     with pytest.raises(ShapeError, match=r"a has shape \(8, 64\)"):
         sorted_gemm(a, w, aligned, CONFIG, **given)
     with pytest.raises(ShapeError, match="a row per pair"):
         sorted_gemm(rows, w, aligned, CONFIG, top_k=2, **given)
     with pytest.raises(ShapeError, match="no multiple of top_k = 3"):
-        sorted_gemm(rows, w, aligned, CONFIG, combine="atomic_f32", top_k=3, **given)
+        sorted_gemm(rows, w, aligned, CONFIG, atomic=True, top_k=3, **given)
     with pytest.raises(ConfigError, match="sorted_gemm got SPLIT_K = 2"):
         sorted_gemm(rows, w, aligned, KernelConfig(16, 32, 32, 1, SPLIT_K=2), **given)
     with pytest.raises(DtypeError, match="out is float16"):
@@ -132,21 +128,21 @@ def test_rules_of_the_launcher(device: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tma", [False, True])
-@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("atomic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *DTYPES], ids=str)
 @pytest.mark.parametrize(
     "config",
     [KernelConfig(16, 64, 64, 1, 4, 4), KernelConfig(64, 64, 32, 8), KernelConfig(128, 128, 32, 16, 8, 3)],
     ids=KernelConfig.short,
 )
-def test_on_the_gpu(dtype: torch.dtype, config: KernelConfig, combine: str, tma: bool) -> None:
+def test_on_the_gpu(dtype: torch.dtype, config: KernelConfig, atomic: bool, tma: bool) -> None:
     a, w, r = problem(600, 8, 1, 200, 328, dtype, "cuda")
     ids, weights = r.topk_ids.view(200, 3), r.topk_weights.view(200, 3)
     aligned = align(ids, config.BLOCK_SIZE_M, 8)
-    rows, top_k = in_place(a, aligned), 1 if combine == "scatter" else 3
-    given = {"num_pairs": 600, "topk_weights": weights, "combine": combine, "top_k": top_k, "tma": tma}
+    rows, top_k = in_place(a, aligned), 3 if atomic else 1
+    given = {"num_pairs": 600, "topk_weights": weights, "atomic": atomic, "top_k": top_k, "tma": tma}
     first, *others = (sorted_gemm(rows, w, aligned, config, **given) for _ in range(3))
-    if combine == "scatter":
+    if not atomic:
         assert all(torch.equal(first, other) for other in others)
         judge(first, a, w, ids, top_k=1, topk_weights=weights)
     else:

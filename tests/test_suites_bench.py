@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from test_suites import SMALL, fake_measure
 
-from moelab import config_files, fused_moe, roofline, runtime
+from moelab import config_files, roofline, runtime
 from moelab.cli import printing
 from moelab.config import KernelConfig
 from moelab.errors import ConfigError
+from moelab.implementations import IMPLEMENTATIONS, Implementation
 from moelab.measure import Measurement
 from moelab.shapes import MoEShape
 from moelab.suites import bench, layer_classic
@@ -43,12 +45,12 @@ def refuses(call: object) -> torch.Tensor:
 
 
 def test_a_bench_takes_any_names_and_calls_no_wrong_one_fastest(timed: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = fused_moe.IMPLEMENTATIONS["torch"]
+    right = IMPLEMENTATIONS["torch"]
     for name, impl in {
-        "mine": right, "refuses": refuses, "wrong": lambda call: right(call) * 1.001,
+        "mine": lambda call: right(call), "refuses": refuses, "wrong": lambda call: right(call) * 1.001,
         "nan": lambda call: right(call) * float("nan"), "narrow": lambda call: right(call).half(),
     }.items():  # fmt: skip
-        monkeypatch.setitem(fused_moe.IMPLEMENTATIONS, name, impl)
+        monkeypatch.setitem(IMPLEMENTATIONS, name, Implementation(impl))
     names = ["triton", "torch", "refuses", "mine", "wrong", "nan", "narrow", "mine"]
     (result,) = bench.bench(SMALL, [5], names)
     rows = {row["impl"]: row for row in result.rows}
@@ -78,20 +80,17 @@ def test_a_bench_takes_the_kernels_own_files(
     up, down = KernelConfig(16, 32, 16, 1, SPLIT_K=2), KernelConfig(16, 64, 16, 1)
     folder = tmp_path / runtime.triton_key(runtime.versions()["triton"] or "")
     for best, is_down in ((up, False), (down, True)):
-        name = config_files.file_name(
-            SMALL.num_experts, SMALL.moe_intermediate_size, "cpu", config_files.dtype_selector(SMALL.dtype), down=is_down,
-            kernel="split_k_workspace",
-        )  # fmt: skip
+        name = config_files.question(SMALL).file_name("cpu", down=is_down, kernel="split_k_workspace")
         config_files.write_config_file(folder / name, {4: best})
     given: dict[str, object] = {}
     for impl in ("triton", "split_k_workspace", "split_k_atomic"):
-        right = fused_moe.IMPLEMENTATIONS[impl]
+        right = IMPLEMENTATIONS[impl]
 
         def seen(call, impl=impl, right=right):
             given[impl] = (call.config, call.down_config)
             return right(call)
 
-        monkeypatch.setitem(fused_moe.IMPLEMENTATIONS, impl, seen)
+        monkeypatch.setitem(IMPLEMENTATIONS, impl, replace(right, run=seen, options={}))
     (result,) = bench.bench(SMALL, [5], ["triton", "split_k_workspace", "split_k_atomic"], eager=False)
     default = (result.config.config, result.down.config)
     assert given == {"triton": default, "split_k_workspace": (up, down), "split_k_atomic": default}
@@ -102,7 +101,7 @@ def test_a_bench_takes_the_kernels_own_files(
 
 
 def test_a_bench_without_eager_times_and_one_that_all_refuse(timed: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(fused_moe.IMPLEMENTATIONS, "refuses", refuses)
+    monkeypatch.setitem(IMPLEMENTATIONS, "refuses", Implementation(refuses))
     (result,) = bench.bench(SMALL, [1], ["torch"], eager=False)
     assert timed == {} and result.protocols["eager"] is None
     assert not [key for row in result.rows for key in row if "_us" in key]
@@ -114,7 +113,7 @@ def test_a_bench_is_out_of_memory_as_torch_says(timed: dict, monkeypatch: pytest
     def hungry(call: object) -> torch.Tensor:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setitem(fused_moe.IMPLEMENTATIONS, "hungry", hungry)
+    monkeypatch.setitem(IMPLEMENTATIONS, "hungry", Implementation(hungry))
     with pytest.raises(torch.OutOfMemoryError):
         bench.bench(SMALL, [1], ["torch", "hungry"])
 
@@ -163,7 +162,7 @@ def test_a_bench_judges_a_rotation_that_has_work_here(timed: dict, monkeypatch: 
     shape = MoEShape.from_sizes(
         num_experts=16, top_k=1, hidden_size=32, moe_intermediate_size=16, dtype="float32", tp_size=4, ep_size=4
     )
-    monkeypatch.setitem(fused_moe.IMPLEMENTATIONS, "zeros", lambda call: torch.zeros_like(call.hidden_states))
+    monkeypatch.setitem(IMPLEMENTATIONS, "zeros", Implementation(lambda call: torch.zeros_like(call.hidden_states)))
     (result,) = bench.bench(shape, [1], ["torch", "zeros", "triton"])
     assert 0 < result.experts_touched < 1
     assert {row["impl"]: row["within_bound"] for row in result.rows} == {"torch": True, "triton": True, "zeros": False}

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moelab import precision, runtime
+from moelab.dtypes import accumulator_dtype
 from moelab.errors import DtypeError, LayoutError, RuntimeModeError, ShapeError, UnknownNameError
 from moelab.inputs import random_tensor
 from moelab.kernels import sum_reduce_cuda
@@ -97,6 +98,21 @@ def test_powers_of_two_scale_exactly(num_tokens: int, top_k: int, hidden: int, s
     x = torch.randn(num_tokens, top_k, hidden, dtype=torch.float64, device=runtime.current().device)
     assert torch.equal(sum_reduce(2 * x, scale), 2 * sum_reduce(x, scale))
     assert torch.equal(sum_reduce(x, scale / 2), sum_reduce(x, scale) / 2)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3, 2.5, -1e-3, 1 / 3, 1e-40, 1e300])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_factor_is_rounded_once_to_the_accumulators_type(device: str, dtype: torch.dtype, scale: float) -> None:
+    """Bit for bit what a constant in the kernel gives: slot after slot, times the factor, rounded."""
+    if not supported("triton", dtype):
+        pytest.skip("not in the interpreter")
+    wide = accumulator_dtype(dtype)
+    x = torch.randn(3, 9, 72, device=device).to(dtype)
+    total = torch.zeros(3, 72, dtype=wide, device=device)
+    for slot in range(9):
+        total += x[:, slot].to(wide)
+    expected = (total * torch.tensor(scale, dtype=torch.float64).to(wide).to(device)).to(dtype)
+    assert torch.equal(sum_reduce(x, scale, impl="triton"), expected)
 
 
 def test_wrong_calls(device: str) -> None:

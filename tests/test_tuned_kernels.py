@@ -20,33 +20,33 @@ from moelab.errors import (
     LayoutError,
     UnknownNameError,
 )
-from moelab.fused_moe import IMPLEMENTATIONS
+from moelab.implementations import IMPLEMENTATIONS
 from moelab.kernels import checks
 from moelab.plots import handover
 from moelab.shapes import MoEShape
 from moelab.tuner import landscape, starting
 from moelab.tuner.gpu import GpuEvaluator
 from moelab.tuner.landscape import default_name
-from moelab.tuner.problem import EXCHANGE, Problem, find_incumbents
+from moelab.tuner.problem import COMPATIBLE, Problem, find_incumbents
 from moelab.tuner.results import BatchResult, TuneResult
 from moelab.tuner.session import TuneSession
 from moelab.tuner.space import build_space
-from moelab.tuner.tuned_kernels import TUNED, kernel_name, require_tunable
+from moelab.tuner.tuned_kernels import TUNED, implementation_of, kernel_name, require_tunable, tuning_of
 
 CONFIGS = {1: KernelConfig(16, 64, 64, 1, 4, 3), 64: KernelConfig(64, 64, 64, 16, 8, 2)}
-OTHERS = tuple(name for name in TUNED if name != EXCHANGE)
+OTHERS = tuple(name for name in TUNED if name != COMPATIBLE)
 
 interpreted = pytest.mark.skipif(runtime.current().mode == "gpu", reason="the gpu tests hold this against a GPU")
 
 
 def of_kernel(kernel: str, **changes) -> Problem:
-    return small_problem((1, 64), kernel=kernel, split_k=TUNED[kernel].split_k, **changes)
+    return small_problem((1, 64), kernel=kernel, split_k=implementation_of(kernel).split_k, **changes)
 
 
 def test_names_are_those_of_the_layers_that_run_them() -> None:
-    assert {kernel.implementation for kernel in TUNED.values()} <= set(IMPLEMENTATIONS)
-    assert all(kernel_name(kernel.implementation) == kernel_name(name) == name for name, kernel in TUNED.items())
-    assert all(kernel.implementation == name for name, kernel in TUNED.items() if name != EXCHANGE)
+    assert set(TUNED.values()) <= set(IMPLEMENTATIONS)
+    assert all(kernel_name(implementation) == kernel_name(name) == name for name, implementation in TUNED.items())
+    assert all(implementation == name for name, implementation in TUNED.items() if name != COMPATIBLE)
     for name in OTHERS:
         assert config_files.parse_file_name(config_files.file_name(8, 64, "X", kernel=name)).kernel == name
 
@@ -57,7 +57,7 @@ def test_names_are_those_of_the_layers_that_run_them() -> None:
 def test_tma_takes_shared_memory_of_its_own() -> None:
     plain, tma = (
         build_space(Problem(SMALL.with_dtype(dtype), "X", "sm_90", "3.6.0", kernel=kernel))
-        for dtype, kernel in (("float32", EXCHANGE), ("float32", "tma"))
+        for dtype, kernel in (("float32", COMPATIBLE), ("float32", "tma"))
     )
     assert tma.pruned["up"]["shared memory"] > plain.pruned["up"]["shared memory"]
     assert set(tma.configs["up"]) < set(plain.configs["up"])
@@ -116,13 +116,13 @@ def test_a_target_without_tma() -> None:
     for target in ("sm_80", "gfx942"):
         assert refusal(target=target).startswith("DeviceError") and target in refusal(target=target)
     for target in ("sm_90", "sm_100"):
-        assert require_tunable(dataclasses.replace(of_kernel("tma"), target=target)) is TUNED["tma"]
+        assert require_tunable(dataclasses.replace(of_kernel("tma"), target=target)) is tuning_of("tma")
 
 
 def test_a_layer_whose_rows_tma_does_not_take() -> None:
     narrow = dataclasses.replace(SMALL, moe_intermediate_size=300)
     assert "300" in refusal(shape=narrow) and refusal(shape=narrow).startswith("LayoutError")
-    require_tunable(small_problem((1,), kernel=EXCHANGE))
+    require_tunable(small_problem((1,), kernel=COMPATIBLE))
 
 
 def test_a_kernel_nobody_knows() -> None:
@@ -173,12 +173,12 @@ def test_incumbents_are_the_kernels_own_then_the_exchange_kernels_then_the_defau
         assert pairs["default"][64] == (default_config(64, SMALL.num_experts),) * 2
         return pairs["current"][64][0] if "current" in pairs else None
 
-    assert current("tma") is current(EXCHANGE) is None
-    exchange = dataclasses.replace(tuned(EXCHANGE), batches={64: BatchResult(64, CONFIGS[1], CONFIGS[1])})
+    assert current("tma") is current(COMPATIBLE) is None
+    exchange = dataclasses.replace(tuned(COMPATIBLE), batches={64: BatchResult(64, CONFIGS[1], CONFIGS[1])})
     exchange.write(tmp_path)
-    assert current("tma") == current(EXCHANGE) == CONFIGS[1]
+    assert current("tma") == current(COMPATIBLE) == CONFIGS[1]
     tuned("tma").write(tmp_path)
-    assert current("tma") == CONFIGS[64] and current(EXCHANGE) == CONFIGS[1]
+    assert current("tma") == CONFIGS[64] and current(COMPATIBLE) == CONFIGS[1]
 
 
 def on_a(monkeypatch, target: str) -> None:
@@ -226,7 +226,7 @@ def test_a_replay_of_another_kernel_is_refused(tmp_path: Path, capsys) -> None:
 def test_the_command_line_names_every_kernel(capsys) -> None:
     cli.main(["tune", "--help"])
     told = capsys.readouterr().out
-    assert all(kernel.implementation in told for kernel in TUNED.values())
+    assert all(implementation in told for implementation in TUNED.values())
 
 
 def test_explain_finds_the_kernels_own_file(tmp_path: Path, capsys) -> None:
@@ -261,7 +261,7 @@ def test_a_whole_run_in_float16(tmp_path: Path, kernel: str) -> None:
     }  # fmt: skip
     name, sizes = "NVIDIA H200", (1, 6)
     incumbents = find_incumbents(shape, name, "3.7.1", sizes, config_dir=tmp_path, kernel=kernel)
-    split = TUNED[kernel].split_k
+    split = implementation_of(kernel).split_k
     problem = Problem(
         shape, name, "sm_90", "3.7.1", sizes, kernel=kernel, split_k=split, axes=axes, incumbents=incumbents
     )

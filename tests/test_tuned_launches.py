@@ -18,14 +18,14 @@ from moelab.routing import Alignment
 from moelab.shapes import MoEShape
 from moelab.tuner import rig as room
 from moelab.tuner import sorted_rows
-from moelab.tuner.problem import EXCHANGE, Problem
+from moelab.tuner.problem import COMPATIBLE, Problem
 from moelab.tuner.rig import Rig
-from moelab.tuner.tuned_kernels import TUNED
+from moelab.tuner.tuned_kernels import TUNED, implementation_of
 
 # hidden 72 and inner 40: neither is a multiple of a tile, in columns or in K; their rows are of whole 16 bytes.
 SHAPE = MoEShape("tiny", num_experts=4, top_k=2, hidden_size=72, moe_intermediate_size=40, dtype="float32")
 SMALL_TILE, TALL_TILE = KernelConfig(16, 32, 32, 1), KernelConfig(32, 64, 16, 2)
-OTHERS = tuple(name for name in TUNED if name != EXCHANGE)
+OTHERS = tuple(name for name in TUNED if name != COMPATIBLE)
 
 interpreted = pytest.mark.skipif(runtime.current().mode == "gpu", reason="the gpu tests hold this against a GPU")
 
@@ -34,7 +34,7 @@ interpreted = pytest.mark.skipif(runtime.current().mode == "gpu", reason="the gp
 def rig(request: pytest.FixtureRequest) -> Rig:
     room.MOST_ROTATIONS, before = 2, room.MOST_ROTATIONS  # each is aligned by an interpreted kernel
     kernel = request.param
-    problem = Problem(SHAPE, "cpu", "sm_90", "3.7.1", (1, 21), kernel=kernel, split_k=TUNED[kernel].split_k)
+    problem = Problem(SHAPE, "cpu", "sm_90", "3.7.1", (1, 21), kernel=kernel, split_k=implementation_of(kernel).split_k)
     made = Rig(problem)
     made.block_sizes = [16, 32]
     for b in problem.batch_sizes:
@@ -67,8 +67,8 @@ def test_the_layer_that_is_timed_is_the_layer_that_is_served(rig: Rig) -> None:
         timed = rig.launch("layer", 21, pair)
         timed.run(0)
         served = fused_moe(
-            cell.states[0], rig.w13[0], rig.w2[0], topk_weights=cell.routings[0].topk_weights,
-            topk_ids=cell.routings[0].topk_ids, impl=rig.kernel.implementation, config=pair[0], down_config=pair[1],
+            cell.states[0], rig.w13[0].w, rig.w2[0].w, topk_weights=cell.routings[0].topk_weights,
+            topk_ids=cell.routings[0].topk_ids, impl=TUNED[rig.problem.kernel], config=pair[0], down_config=pair[1],
         )  # fmt: skip
         assert torch.equal(timed.result(), served)
 
@@ -78,9 +78,9 @@ def test_the_layer_that_is_timed_is_the_layer_that_is_served(rig: Rig) -> None:
 @pytest.mark.parametrize(("how", "failure"), [("scaled", "wrong"), ("a row missing", "nan"), ("nothing", "nan")])
 def test_wrong_kernels_do_not(rig: Rig, monkeypatch, stage: str, how: str, failure: str) -> None:
     def spoilt(right):
-        def wrong(a, w, out, aligned, *rest) -> None:
+        def wrong(call, out) -> None:
             if how != "nothing":
-                right(a, w, out, aligned, *rest)
+                right(call, out)
             if how == "scaled":
                 out *= 1.001
             elif how == "a row missing":
@@ -98,8 +98,8 @@ def test_another_activation_is_seen(rig: Rig, monkeypatch) -> None:
     """Where GEMM1 applies it: the gate's exact rows are activated too."""
     up = rig.gemms["up"]
 
-    def wrong(*operands) -> None:
-        up(*operands[:-1], operands[-1]._replace(activation="gelu"))
+    def wrong(call, out) -> None:
+        up(call._replace(activation="gelu"), out)
 
     monkeypatch.setitem(rig.gemms, "up", wrong)
     verdict = rig.check("up", 21, contenders(rig, "up")[0])
@@ -123,7 +123,7 @@ def test_nothing_is_allocated_while_it_is_timed(rig: Rig, monkeypatch) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("kernel", [name for name, kernel in TUNED.items() if not kernel.needs_tma])
+@pytest.mark.parametrize("kernel", [name for name in TUNED if not implementation_of(name).needs_tma])
 def test_pairs_of_another_ranks_experts(tmp_path: Path, monkeypatch, kernel: str) -> None:
     """A recorded routing of one rank of two: half of its ids are -1, and their rows of the results are zeros."""
     ids = np.stack([np.arange(7) % 4, np.full(7, -1)], axis=1).astype(np.int32)

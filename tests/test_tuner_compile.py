@@ -16,8 +16,8 @@ from moelab.config import KernelConfig
 from moelab.shapes import MoEShape
 from moelab.tuner.compile import Compiled, CompilePool, Kernel, first_words, kernels_of
 from moelab.tuner.crew import wait_for
-from moelab.tuner.problem import EXCHANGE, GEMMS, Problem
-from moelab.tuner.tuned_kernels import TUNED
+from moelab.tuner.problem import COMPATIBLE, GEMMS, Problem
+from moelab.tuner.tuned_kernels import TUNED, implementation_of
 
 SHAPE = MoEShape("small", num_experts=4, top_k=2, hidden_size=256, moe_intermediate_size=128)
 PROBLEM = Problem(SHAPE, "NVIDIA H200", "sm_90", "3.6.0", (1, 3, 40))
@@ -28,7 +28,7 @@ TOO_LARGE = KernelConfig(128, 256, 128, 1, 8, 4)
 
 def both(kernel: str) -> list[Kernel]:
     """GOOD for both GEMMs, split in two where the kernel splits."""
-    split = 2 if max(TUNED[kernel].split_k) > 1 else 1
+    split = 2 if max(implementation_of(kernel).split_k) > 1 else 1
     return [(gemm, replace(config, SPLIT_K=split)) for config in GOOD for gemm in GEMMS]
 
 
@@ -40,7 +40,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def known(cache: Path) -> dict[Kernel, Compiled]:
     """What becomes of the classic kernel's configs, good and bad, in two processes of a pool."""
-    asked = [*both(EXCHANGE), ("up", NO_PTXAS), ("down", TOO_LARGE)]
+    asked = [*both(COMPATIBLE), ("up", NO_PTXAS), ("down", TOO_LARGE)]
     pool = CompilePool(PROBLEM, processes=2, environment={"TRITON_CACHE_DIR": str(cache)})
     try:
         pool.ask(asked)
@@ -58,11 +58,11 @@ def known(cache: Path) -> dict[Kernel, Compiled]:
 COMPILES = """
 import json
 from dataclasses import asdict, replace
-from test_tuner_compile import EXCHANGE, PROBLEM, both
+from test_tuner_compile import COMPATIBLE, PROBLEM, both
 from moelab.tuner.compile import TritonCompiler
 from moelab.tuner.tuned_kernels import TUNED
 
-made = {name: TritonCompiler(replace(PROBLEM, kernel=name)) for name in TUNED if name != EXCHANGE}
+made = {name: TritonCompiler(replace(PROBLEM, kernel=name)) for name in TUNED if name != COMPATIBLE}
 print(json.dumps({name: [asdict(compiler(kernel)) for kernel in both(name)] for name, compiler in made.items()}))
 """
 
@@ -89,7 +89,7 @@ from moelab.kernels.launch import Launcher
 from moelab.routing import max_padded_pairs
 from moelab.tuner import rig
 from moelab.tuner.compile import TritonCompiler
-from moelab.tuner.tuned_kernels import TUNED
+from moelab.tuner.tuned_kernels import TUNED, implementation_of
 
 TritonCompiler(PROBLEM)
 found = []
@@ -106,8 +106,8 @@ def unsorted(ids, block, experts):
     return align._allocate(max_padded_pairs(ids.numel(), block, experts), block, ids.numel(), experts, ids.device)
 rig.align = unsorted
 entries = {}
-for name, kernel in TUNED.items():
-    made = rig.Rig(replace(PROBLEM, kernel=name, split_k=kernel.split_k))
+for name in TUNED:
+    made = rig.Rig(replace(PROBLEM, kernel=name, split_k=implementation_of(name).split_k))
     for i, (_, config) in enumerate(both(name)[::2]):
         for b in PROBLEM.batch_sizes:
             found.clear()
@@ -121,7 +121,7 @@ def test_a_launch_finds_what_was_compiled_ahead(known: dict[Kernel, Compiled], c
     """The same cache entry, of every kernel, for both GEMMs, at every batch size: nothing is compiled where it is measured."""
     others = in_a_compiler(COMPILES, cache)
     made = {name: [Compiled(**one) for one in ones] for name, ones in others.items()}
-    made[EXCHANGE] = [known[kernel] for kernel in both(EXCHANGE)]
+    made[COMPATIBLE] = [known[kernel] for kernel in both(COMPATIBLE)]
     every = [one for ones in made.values() for one in ones]
     assert [one.message for one in every if one.failure] == []
     assert all(one.seconds > 0 and one.shared_bytes > 0 for one in every)

@@ -17,11 +17,11 @@ from moelab.measure import Protocol, measure
 from moelab.shapes import load_model
 from moelab.tuner.evaluate import Request
 from moelab.tuner.gpu import GpuEvaluator
-from moelab.tuner.problem import EXCHANGE, Problem, find_incumbents
+from moelab.tuner.problem import COMPATIBLE, Problem, find_incumbents
 from moelab.tuner.search import Settings
 from moelab.tuner.session import Progress, TuneSession
 from moelab.tuner.space import build_space
-from moelab.tuner.tuned_kernels import TUNED
+from moelab.tuner.tuned_kernels import TUNED, implementation_of
 
 pytestmark = pytest.mark.gpu
 
@@ -103,11 +103,11 @@ def test_compiled_ahead_is_not_compiled_again(warm: Path) -> None:
         evaluator.close()
 
 
-@pytest.mark.parametrize("kernel", [name for name in TUNED if name != EXCHANGE])
+@pytest.mark.parametrize("kernel", [name for name in TUNED if name != COMPATIBLE])
 def test_kernels_beside_the_exchange_kernel(tmp_path: Path, kernel: str) -> None:
     """Each passes its gate in every stage, and is measured without another compile of its GEMMs."""
-    tuned = problem(kernel=kernel, split_k=TUNED[kernel].split_k[:2])
-    if TUNED[kernel].needs_tma and not get_target(tuned.target).has_tma:
+    tuned = problem(kernel=kernel, split_k=implementation_of(kernel).split_k[:2])
+    if implementation_of(kernel).needs_tma and not get_target(tuned.target).has_tma:
         pytest.skip(f"{tuned.target} has no TMA")
     spaces = build_space(tuned).configs
     evaluator = GpuEvaluator(tuned, cache_dir=tmp_path / "cache")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from moelab import runtime
 from moelab.config import KernelConfig
 from moelab.errors import RoutingError, UnknownNameError
+from moelab.measure import rotations_for
 from moelab.routing import Routing, make_routing
 from moelab.shapes import MoEShape
 from moelab.tuner import rig as room
@@ -150,7 +152,8 @@ def test_the_order_of_rotations_in_a_short_look(rig: Rig, monkeypatch: pytest.Mo
     assert len(device.sample("up", 21, (SMALL,), 4, None)) == 4 and seen == [expected[:2], expected[2:]]
 
 
-def test_calls_per_sample_follow_the_bytes(rig: Rig) -> None:
+def test_calls_per_sample_follow_the_bytes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moelab.tuner.device.rotations_for", functools.partial(rotations_for, l2_bytes=60e6))
     device = GpuDevice.__new__(GpuDevice)
     device.__dict__.update(rig.__dict__)
     assert device.calls_per_sample("up", 1) == rig.cell(1).rotations  # a tiny layer: all there are

@@ -105,13 +105,12 @@ def test_with_at_most_16_row_blocks_three_groups_are_one_program() -> None:
 def test_row_blocks_are_what_the_launcher_covers(num_tokens: int) -> None:
     from moelab.inputs import routing_for
     from moelab.kernels.align import align
-    from moelab.kernels.checks import rows_in_use
 
     problem = small_problem()
     ids = routing_for(problem.shape, num_tokens).topk_ids
     for block in (16, 128):
         aligned = align(ids, block, problem.shape.num_experts)
-        assert row_blocks(problem, num_tokens, block) == -(-rows_in_use(aligned, ids.numel()) // block)
+        assert row_blocks(problem, num_tokens, block) == -(-aligned.rows_in_use // block)
 
 
 def test_a_representative_stands_for_itself() -> None:

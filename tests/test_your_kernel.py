@@ -17,7 +17,8 @@ from notebook_kernel import write_kernel
 from moelab import precision, runtime, widgets
 from moelab.config import KernelConfig
 from moelab.errors import ConfigError, PrecisionError
-from moelab.fused_moe import IMPLEMENTATIONS, fused_moe
+from moelab.fused_moe import fused_moe
+from moelab.implementations import IMPLEMENTATIONS, Implementation
 from moelab.inputs import make_inputs
 from moelab.kernels.aot import CHECKED_TARGETS
 from moelab.kernels.from_file import load_kernels
@@ -42,12 +43,12 @@ def pairwise(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 @pytest.fixture
 def plugged(pairwise: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """ "pairwise" among the implementations, and "no_tail", which never reads the columns after the last whole tile."""
-    monkeypatch.setitem(IMPLEMENTATIONS, "pairwise", pairwise.layer)
+    monkeypatch.setitem(IMPLEMENTATIONS, "pairwise", Implementation(pairwise.layer))
     text = Path(pairwise.__file__).read_text()
     wrong = text.replace("range(0, K, BLOCK_K)", "range(0, K // BLOCK_K * BLOCK_K, BLOCK_K)")
     assert wrong != text
     (tmp_path / "no_tail.py").write_text(wrong)
-    monkeypatch.setitem(IMPLEMENTATIONS, "no_tail", load_kernels(tmp_path / "no_tail.py").layer)
+    monkeypatch.setitem(IMPLEMENTATIONS, "no_tail", Implementation(load_kernels(tmp_path / "no_tail.py").layer))
     yield
 
 

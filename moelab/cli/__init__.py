@@ -1,7 +1,7 @@
-"""The command line, `moelab shape | explain | bench | ...`. Thin: each command calls a room and prints.
+"""The command line, `moelab shape | explain | bench | ...`. Thin: each command calls a module and prints.
 
 Exit status: 0 done, 1 a problem was found, 2 bad use or something that cannot run here, 130 interrupted. Results go
-to stdout, everything else to stderr. Heavy rooms (torch, triton) are imported by the commands that need them, so that
+to stdout, everything else to stderr. Heavy packages (torch, triton) are imported by the commands that need them, so that
 `moelab --help` answers at once.
 """
 
@@ -20,7 +20,7 @@ from moelab.cli import config_commands, printing, record_command, tune_command
 from moelab.errors import DeviceError, MoelabError, RuntimeModeError
 
 if TYPE_CHECKING:
-    from moelab.config_files import Lookup
+    from moelab.config_files import Lookup, Question
     from moelab.shapes import MoEShape
 
 app = typer.Typer(
@@ -37,12 +37,14 @@ Model = Annotated[str, typer.Option("--model", help="A preset, a Hugging Face id
 TpSize = Annotated[int, typer.Option("--tp-size", min=1, help="Ranks that share the layer.")]
 EpSize = Annotated[int, typer.Option("--ep-size", min=1, help="Of them, how many divide the experts.")]
 Dtype = Annotated[
-    str | None, typer.Option("--dtype", help="bfloat16, float16, float32, float64; default: the model's.")
+    str | None,
+    typer.Option("--dtype", help="bfloat16, float16, float32, float64; default: the model's, quantised or not."),
 ]
 Device = Annotated[str | None, typer.Option("--device", help='"NVIDIA H200"; default: the GPU of this machine.')]
 NoFusion = Annotated[
     bool, typer.Option("--disable-shared-experts-fusion", help="Leave shared experts out, as sglang's switch does.")
 ]
+Rules = Annotated[str, typer.Option("--rules", help="Whose server asks: moelab (as sglang), sglang or vllm.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -92,11 +94,12 @@ def models(as_json: AsJson = False) -> None:
     from moelab.shapes import preset, preset_names
 
     # As the model's config.json has them: what sglang fuses is a matter of serving, and `moelab shape` shows it.
-    shapes = [preset(name, disable_shared_experts_fusion=True) for name in preset_names()]
+    shapes = [preset(name) for name in preset_names(quantised=True)]
     rows = [
         {
             "preset": s.name, "E": s.num_experts, "k": s.top_k, "H": s.hidden_size, "N": s.moe_intermediate_size,
-            "activation": s.activation if s.gated else f"{s.activation}, no gate", "architecture": s.architecture,
+            "activation": s.activation if s.gated else f"{s.activation}, no gate", "format": s.format.name,
+            "architecture": s.architecture,
         }
         for s in shapes
     ]  # fmt: skip
@@ -111,26 +114,29 @@ def shape(
     dtype: Dtype = None,
     disable_shared_experts_fusion: NoFusion = False,
     device: Device = None,
+    rules: Rules = "moelab",
     as_json: AsJson = False,
 ) -> None:
-    """Sizes of the layer on one rank, where they were read, and the names of its config files."""
-    from moelab.config_files import dtype_selector, file_name
+    """Sizes of the layer on one rank, where they were read, and the names of the config files that a server asks for."""
+    from moelab.config_files import ask
 
-    found = _load(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
     known = device or _this_gpu()
-    selector = dtype_selector(found.dtype)
-    names = [
-        file_name(found.num_experts, found.moe_intermediate_size, known or "<device>", selector, down=down)
-        for down in (False, True)
-    ]
+    asked = ask(model, rules, disable_shared_experts_fusion=disable_shared_experts_fusion, device=known,
+                tp_size=tp_size, ep_size=ep_size, dtype=dtype)  # fmt: skip
+    found, warnings = asked.shape, _doubts(device, asked)
+    names = printing.file_names(asked, known or "<device>")
     answer = printing.sizes(found) | {
-        "weight_bytes": printing.weight_bytes(found), "keys_used": list(found.keys_used),
-        "config_file": names[0], "config_file_down": names[1], "device": known,
+        "weight_bytes": found.weight_bytes, "keys_used": list(found.keys_used), "rules": asked.rules,
+        "because": list(asked.because), "problems": list(asked.misfits), **names, "device": known, "warnings": warnings,
     }  # fmt: skip
+    for warning in warnings:
+        print(f"moelab: {warning}", file=sys.stderr)
     if as_json:
         printing.print_json(answer)
         return
     answer["weight_bytes"] = f"{answer['weight_bytes']:,} ({answer['weight_bytes'] / 2**30:.2f} GiB a layer)"
+    answer = {name: value for name, value in answer.items() if name != "warnings" and (name != "problems" or value)}
+    answer["because"] = "; ".join(asked.because)
     answer["device"] = known or "none here: pass --device; <device> stands for it"
     print(printing.listing(answer))
 
@@ -148,7 +154,7 @@ def explain(
         str | None,
         typer.Option("--triton-version", callback=_full_version, help="As 3.6.0; default: the installed one."),
     ] = None,
-    rules: Annotated[str, typer.Option("--rules", help="Whose loader: moelab, sglang or vllm.")] = "moelab",
+    rules: Rules = "moelab",
     config_dir: Annotated[
         Path | None,
         typer.Option(
@@ -168,11 +174,12 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Which config file and batch size a kernel gets, and why. Exit status 1 if the device cannot run that config."""
-    from moelab.config_files import dtype_selector, lookup
+    from moelab.config_files import ask
 
     kernel = None if kernel in ("triton", "grouped_gemm") else kernel
-    found = _load(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
-    device = device or _this_gpu()
+    named, device = device, device or _this_gpu()
+    asked = ask(model, rules, disable_shared_experts_fusion=disable_shared_experts_fusion, device=device,
+                tp_size=tp_size, ep_size=ep_size, dtype=dtype)  # fmt: skip
     if device is None:
         raise DeviceError(
             "No GPU here whose configs could be looked up. Expected a device's name. Pass --device, for example "
@@ -183,19 +190,19 @@ def explain(
             raise typer.BadParameter(
                 "--kernel fast takes no --rules, --config-dir or --down: it says what runs, not by which file."
             )
-        return config_commands.explain_fast(found, batch_size, device, triton_version, as_json)
-    answer = lookup(
-        found.num_experts, found.moe_intermediate_size, device,
-        num_tokens=batch_size, triton_version=triton_version or _installed_triton(), down=down,
-        dtype_selector=dtype_selector(found.dtype), config_dir=config_dir, rules=rules,
-        kernel=kernel,
+        return config_commands.explain_fast(asked.shape, batch_size, device, triton_version, as_json)
+    answer = asked.lookup(
+        device, num_tokens=batch_size, triton_version=triton_version or _installed_triton(), down=down,
+        config_dir=config_dir, kernel=kernel,
     )  # fmt: skip
-    problems, warnings = _problems(answer, found, device, kernel), config_commands.kernel_warnings(kernel, config_dir)
+    problems = [*asked.misfits, *_problems(answer, asked, device, kernel)]
+    warnings = _doubts(named, asked) + config_commands.kernel_warnings(kernel, config_dir)
     for warning in warnings:
         print(f"moelab: {warning}", file=sys.stderr)
     if as_json:
-        printing.print_json(printing.lookup_json(answer, problems, warnings))
+        printing.print_json(printing.lookup_json(answer, problems, warnings) | printing.question_json(asked))
     else:
+        printing.print_question(asked)
         printing.print_lookup(answer, problems)
     if problems:
         raise typer.Exit(1)
@@ -228,12 +235,14 @@ def bench(
 
     Exit status 1 if one is over its error bound, or could not run.
     """
+    from moelab.implementations import require_taken
+
     found = _load(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
-    from moelab.fused_moe import IMPLEMENTATIONS
+    require_taken(found, "moelab bench")
     from moelab.suites import bench as suite
 
     with _naming_memory(found):
-        asked = impl or list(IMPLEMENTATIONS)
+        asked = impl or suite.taking_of(found)
         results = suite.bench(found, batch_size or [1, 16, 256], asked, routing=routing, eager=eager)
     if as_json:
         printing.print_json([printing.bench_json(found, result) for result in results])
@@ -259,6 +268,19 @@ def _load(model: str, tp_size: int, ep_size: int, dtype: str | None, disable_fus
     )
 
 
+def _doubts(device: str | None, asked: Question) -> list[str]:
+    """What is doubtful about a device that was named by hand, or about a preset of plain weights."""
+    from moelab.config_files import device_doubt
+    from moelab.presets import published_as
+
+    doubts = [device_doubt(device)] if device else []
+    if (published := published_as(asked.shape.name)) and asked.shape.format.is_plain:
+        doubts.append(
+            f"{asked.shape.name} is the layer in plain weights; its checkpoint is quantised: --model {published}"
+        )
+    return [doubt for doubt in doubts if doubt]
+
+
 def _this_gpu() -> str | None:
     from moelab import runtime
 
@@ -277,19 +299,24 @@ def _installed_triton() -> str:
         ) from None
 
 
-def _problems(answer: Lookup, found: MoEShape, device: str, kernel: str | None) -> list[str]:
+def _problems(answer: Lookup, asked: Question, device: str, kernel: str | None) -> list[str]:
     """What the device cannot do with the config; nothing where data/devices does not know the device.
 
-    A kernel beside the exchange kernel is held against what is true of every kernel, as the doctor does.
+    A kernel beside the compatible kernel is held against what is true of every kernel, as the doctor does.
     """
     from moelab.config import violations
-    from moelab.roofline import device_data, device_names
+    from moelab.config_files.defaults import device_target
+    from moelab.config_files.rules import get_rules
+    from moelab.config_files.running import run_violations
 
-    if answer.config is None or device.replace(" ", "_") not in device_names():
+    target = device_target(device)
+    if answer.config is None or target is None:
         return []
     if kernel is not None:
         return list(violations(answer.config, uses_dot=False))
-    return list(violations(answer.config, dtype=found.dtype, target=device_data(device).get("target")))
+    if asked.shape.format.is_plain:
+        return list(violations(answer.config, dtype=asked.shape.dtype, target=target))
+    return list(run_violations(answer.config, asked.name(device), get_rules(asked.rules), target))
 
 
 @contextlib.contextmanager
@@ -301,6 +328,6 @@ def _naming_memory(found: MoEShape) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise RuntimeModeError(
-            f"The GPU's memory does not hold weights of {printing.weight_bytes(found):,} bytes and a float64 copy to check "
+            f"The GPU's memory does not hold weights of {found.weight_bytes:,} bytes and a float64 copy to check "
             "against. Expected a smaller shard. Raise --tp-size, or lower --batch-size."
         ) from error

@@ -34,7 +34,9 @@ def explain_fast(found: MoEShape, num_tokens: int, device: str, triton_version: 
     from moelab.chips import get_target
     from moelab.pipelines.fast import choose_for
     from moelab.roofline import device_data, device_names
+    from moelab.shapes import require_plain
 
+    require_plain(found, "The implementation fast")
     known = device.replace(" ", "_") in device_names()
     name = device_data(device).get("target") if known else None
     choice = choose_for(found, num_tokens, None if name is None else get_target(name), device, triton_version)
@@ -52,14 +54,10 @@ def explain_fast(found: MoEShape, num_tokens: int, device: str, triton_version: 
 def kernel_warnings(kernel: str | None, config_dir: Path | None) -> list[str]:
     """A sentence where nobody has a kernel of that name: neither `fused_moe`, nor a reader with config files for it."""
     from moelab.config_files import kernels_with_files
-    from moelab.tuner.tuned_kernels import TUNED
+    from moelab.implementations import IMPLEMENTATIONS
 
-    known = list(dict.fromkeys([*(k.implementation for k in TUNED.values()), *kernels_with_files(config_dir), "fast"]))
+    known = list(dict.fromkeys([*IMPLEMENTATIONS, *kernels_with_files(config_dir)]))
     if kernel is None or kernel in known:
-        return []
-    from moelab.fused_moe import IMPLEMENTATIONS  # only now: it loads torch
-
-    if kernel in IMPLEMENTATIONS:
         return []
     return [
         f"Nothing here is called {kernel!r}: no implementation of fused_moe, and no config file has kernel={kernel}."
@@ -102,6 +100,7 @@ def export(
                 keys = ", ".join(dict.fromkeys(key for left in item.lost.values() for key in left))
                 count = f"{len(item.lost)} of {counted(len(item.configs), 'batch size')}"
                 print(f"moelab: left out {keys} at {count} of {item.origin}: it is not written again", file=sys.stderr)
+            _doubt(item, rules)
             done.append(_export_one(item, rules, out, triton_version, overwrite))
     except MoelabError:
         for written in done:
@@ -113,6 +112,15 @@ def export(
         )
     rows = [{"wrote": str(d.path), "batch sizes": len(d.lookups), "found by": d.rules} for d in done]
     printing.show_rows(rows, as_json)
+
+
+def _doubt(item: Source, rules: str) -> None:
+    """Say on stderr what would keep a loader from ever asking for a file: its device, or its sizes."""
+    from moelab import config_files
+
+    for doubt in (config_files.device_doubt(item.name.device_name), config_files.not_asked_for(item.name, rules)):
+        if doubt:
+            print(f"moelab: {item.origin.name}: {doubt}", file=sys.stderr)
 
 
 def _export_one(item: Source, rules: str, out: Path, triton_version: str | None, overwrite: bool) -> Exported:

@@ -9,25 +9,45 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moelab.config_files import Lookup
+    from moelab.config_files import Lookup, Question
     from moelab.shapes import MoEShape
     from moelab.suites.bench import Result
 
 
 def sizes(found: MoEShape) -> dict[str, Any]:
-    """The shape as JSON has it: MoEShape's fields and the shapes of both weights."""
-    from dataclasses import asdict
+    """The shape as JSON has it: MoEShape's fields, its format and the shapes of both weights."""
+    shapes = {"w13_shape": list(found.w13_shape), "w2_shape": list(found.w2_shape)}
+    return found.to_json() | {"keys_used": None, "format": found.format.name, **shapes}
 
-    return asdict(found) | {"keys_used": None, "w13_shape": list(found.w13_shape), "w2_shape": list(found.w2_shape)}
+
+def file_names(asked: Question, device: str) -> dict[str, str | None]:
+    """The names of the files that a server asks for, GEMM1's and GEMM2's; None where it asks for none, with the reason."""
+    from moelab.config_files import get_rules
+    from moelab.errors import FormatError
+
+    try:
+        up, down = (asked.file_name(device, down=down) for down in (False, True))
+    except FormatError as error:
+        return {"config_file": None, "config_file_down": None, "no_config_file": str(error)}
+    return {"config_file": up, "config_file_down": down if get_rules(asked.rules).names_down else None}
 
 
-def weight_bytes(found: MoEShape) -> int:
-    """Bytes of w13 and w2 on this rank."""
-    import math
+def question_json(asked: Question) -> dict[str, Any]:
+    """What a loader asks for, and why, as JSON has it."""
+    return {
+        "rules": asked.rules, "num_experts": asked.num_experts, "top_k": asked.top_k, "format": asked.shape.format.name,
+        "because": list(asked.because),
+    }  # fmt: skip
 
-    from moelab.chips import dtype_bytes
 
-    return (math.prod(found.w13_shape) + math.prod(found.w2_shape)) * dtype_bytes(found.dtype)
+def print_question(asked: Question) -> None:
+    """What a loader asks for, and which rule of which version says so."""
+    shape = asked.shape
+    print(
+        f"E={asked.num_experts}, top_k {asked.top_k}, N={shape.moe_intermediate_size}, {shape.format.name}, {shape.dtype}"
+    )
+    for sentence in asked.because:
+        print(f"     {sentence}")
 
 
 def lookup_json(answer: Lookup, problems: Sequence[str], warnings: Sequence[str] = ()) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moelab.cli import printing
+from moelab.cli import asking, printing
 
 if TYPE_CHECKING:
     from moelab.tuner.evaluate import Evaluator
@@ -31,7 +31,7 @@ def _seconds(text: str | None) -> float | None:
     return float(match[1]) * _UNITS[match[2]] if match else None
 
 
-_OF_THE_MODEL = ("tp_size", "ep_size", "dtype", "disable_shared_experts_fusion")
+_OF_THE_MODEL = ("tp_size", "ep_size", "dtype", "disable_shared_experts_fusion", "rules")
 _NOT_IN_REPLAY = ("routing", "gpus")
 _WITH_RESUME = ("resume", "ray", "gpus", "budget", "out", "freeze", "as_json")
 
@@ -81,6 +81,9 @@ def tune(
     disable_shared_experts_fusion: Annotated[
         bool, typer.Option("--disable-shared-experts-fusion", help="Leave shared experts out, as sglang's switch does.")
     ] = False,
+    rules: Annotated[
+        str, typer.Option("--rules", help="Whose server is tuned for: moelab (as sglang), sglang or vllm.")
+    ] = "moelab",
     kernel: Annotated[
         str | None,
         typer.Option(
@@ -131,7 +134,7 @@ def tune(
     else:
         asked = {
             "model": model, "tp_size": tp_size, "ep_size": ep_size, "dtype": None if dtype == "auto" else dtype,
-            "disable_shared_experts_fusion": disable_shared_experts_fusion, "batch_sizes": batch_size,
+            "disable_shared_experts_fusion": disable_shared_experts_fusion, "rules": rules, "batch_sizes": batch_size,
             "routing": routing, "seed": seed, "separate_down": down, "kernel": kernel, "gpus": _numbers(gpus),
         }  # fmt: skip
         out = out or (None if replay else Path("tuned"))
@@ -183,6 +186,9 @@ def _new(
         problem, evaluator = _replayed(asked, replay, ray)
     else:
         problem, evaluator = _on_gpu(asked, ray, out and out / "runs" / f"quarantine-{label}")
+    if asked["model"] is not None and problem.file_kernel is None:
+        for sentence in asking.who_asks(asked, problem):
+            shown.line(sentence)
     if out is not None:
         standing(problem, out)  # a file that cannot be read is told now, not after the run
     run = out and out / "runs" / f"{default_name(problem)}-{label}.jsonl"
@@ -207,7 +213,7 @@ def _replayed(asked: Mapping[str, Any], replay: str, ray: str | None) -> tuple[P
         }
     problem = replace(
         recorded,
-        shape=recorded.shape if asked["model"] is None else _shape(asked),
+        shape=recorded.shape if asked["model"] is None else asking.tuned_shape(asked),
         batch_sizes=tuple(asked["batch_sizes"] or recorded.batch_sizes),
         seed=asked["seed"],
         separate_down=asked["separate_down"],
@@ -219,22 +225,15 @@ def _replayed(asked: Mapping[str, Any], replay: str, ray: str | None) -> tuple[P
     return problem, load_evaluator("replay")(landscape, problem, seed=problem.seed)
 
 
-def _shape(asked: Mapping[str, Any]) -> Any:
-    from moelab.shapes import load_model
-
-    names = ("model", "tp_size", "ep_size", "dtype", "disable_shared_experts_fusion")
-    return load_model(**{name: asked[name] for name in names})
-
-
 def _on_gpu(asked: Mapping[str, Any], ray: str | None, quarantine: Path | None) -> tuple[Problem, Evaluator]:
     from moelab.tuner.evaluators import make_gpu_evaluator
-    from moelab.tuner.problem import EXCHANGE
+    from moelab.tuner.problem import COMPATIBLE
     from moelab.tuner.starting import gpu_problem
 
-    shape = _shape(asked)
+    shape = asking.tuned_shape(asked)
     problem = gpu_problem(
         shape, asked["batch_sizes"], routing=_routing(asked["routing"], shape.num_experts), seed=asked["seed"],
-        separate_down=asked["separate_down"], kernel=asked["kernel"] or EXCHANGE,
+        separate_down=asked["separate_down"], kernel=asked["kernel"] or COMPATIBLE,
     )  # fmt: skip
     return problem, make_gpu_evaluator(problem, ray=ray, gpus=asked["gpus"], quarantine=quarantine)
 

@@ -3,22 +3,24 @@
 A file holds batch size -> KernelConfig for one (E, N, device, dtype, ...), named as sglang and vLLM name it:
 `E=128,N=768,device_name=NVIDIA_H200.json`, N being the last dimension of w2. Hidden size and top_k are not in
 the name. Files lie in `triton_X_Y_Z/` folders, because what is fast under one Triton need not be under
-another. A file `...,kernel=NAME.json` is for a kernel beside the exchange kernel, and no peer can ask for it.
+another. A file `...,kernel=NAME.json` is for a kernel beside the vLLM/sglang-compatible one, and no peer can ask for it.
 
-rules.py says how each loader searches; names.py, content.py and search.py follow it; exporting.py writes for a
-loader and reads back; diagnosis.py finds the files that no loader reaches, or no kernel takes, and specimen.py writes one
-of each such.
+questions.py says which file a server asks for, for a model as it runs it. rules.py says how each loader searches; names.py,
+content.py and search.py follow it; exporting.py writes for a loader and reads back; diagnosis.py finds the files that no
+loader reaches, or no kernel takes, and specimen.py writes one of each such.
 """
 
 from __future__ import annotations
 
 from moelab.config_files import specimen
 from moelab.config_files.content import read_config_file, write_config_file
+from moelab.config_files.devices import device_doubt
 from moelab.config_files.diagnosis import doctor
 from moelab.config_files.exporting import Exported, Source, export, export_path, left_out, sources
 from moelab.config_files.findings import Finding, Report
-from moelab.config_files.names import FileName, dtype_selector, file_name, parse_file_name
+from moelab.config_files.names import FileName, file_name, parse_file_name
 from moelab.config_files.places import kernels_with_files, version_folders
+from moelab.config_files.questions import Question, ask, not_asked_for, platform_of, question
 from moelab.config_files.rules import DTYPE_SELECTORS, RULES, Rules, get_rules, rules_table
 from moelab.config_files.search import Lookup, Step, lookup, nearest_key
 
@@ -29,12 +31,14 @@ __all__ = [
     "FileName",
     "Finding",
     "Lookup",
+    "Question",
     "Report",
     "Rules",
     "Source",
     "Step",
+    "ask",
+    "device_doubt",
     "doctor",
-    "dtype_selector",
     "export",
     "export_path",
     "file_name",
@@ -43,7 +47,10 @@ __all__ = [
     "left_out",
     "lookup",
     "nearest_key",
+    "not_asked_for",
     "parse_file_name",
+    "platform_of",
+    "question",
     "read_config_file",
     "rules_table",
     "sources",

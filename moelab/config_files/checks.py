@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import re
@@ -18,9 +17,10 @@ from moelab.config_files.content import no_duplicates, split_entry
 from moelab.config_files.defaults import device_target
 from moelab.config_files.findings import Finding, Severity
 from moelab.config_files.names import FileName
+from moelab.config_files.questions import users_of
 from moelab.config_files.rules import RULES, USE_TMA, Rules
 from moelab.config_files.running import run_violations
-from moelab.errors import MoelabError, nearest_names
+from moelab.errors import nearest_names
 
 MAX_STEP = 4
 """Batch sizes a file may skip between two keys, as a factor. The peers' tuners step by 2 at most; at 4 a batch
@@ -156,30 +156,11 @@ def _sparse(keys: Sequence[int]) -> Iterator[_Problem]:
 
 def shared_by(path: Path, name: FileName) -> Finding | None:
     """A note where two presets share the file although their hidden size or top_k differ; None otherwise."""
-    users = _users().get((name.num_experts, name.moe_intermediate_size), {})
-    if len(users) < 2 or name.dtype_selector == "int4_w4a16":  # packed weights: N is not the size of a shard
+    users: dict[tuple[int, int], str] = {}
+    for label, layer in itertools.chain.from_iterable(users_of(name, loader) for loader in RULES):
+        users.setdefault((layer.hidden_size, layer.top_k), label)
+    if len(users) < 2:
         return None
-    each = "; ".join(f"{models[0]} (hidden size {h}, top_k {k})" for (h, k), models in sorted(users.items()))
+    each = "; ".join(f"{label} (hidden size {h}, top_k {k})" for (h, k), label in sorted(users.items()))
     reason = f"its name fits models of different sizes: {each}"
     return Finding(path, "note", "shared", reason, "Compare with the default before it serves the other model.")
-
-
-@functools.cache
-def _users() -> dict[tuple[int, int], dict[tuple[int, int], list[str]]]:
-    """(E, N) -> (hidden size, top_k) -> the presets and shards of those sizes."""
-    from moelab.shapes import preset, preset_names
-
-    found: dict[tuple[int, int], dict[tuple[int, int], list[str]]] = defaultdict(dict)
-    whole = [
-        (name, preset(name, disable_shared_experts_fusion=apart)) for name in preset_names() for apart in (True, False)
-    ]
-    for name, shape in whole:
-        for tp, ep in _SHARDS:
-            try:
-                rank = shape.shard(tp, ep)
-            except MoelabError:
-                continue
-            label = f"{name} tp {tp}" + (f" ep {ep}" if ep > 1 else "")
-            sizes = found[rank.num_experts, rank.moe_intermediate_size]
-            sizes.setdefault((rank.hidden_size, rank.top_k), []).append(label)
-    return dict(found)

@@ -22,7 +22,7 @@ def default_rule(rules: Rules, name: FileName, num_tokens: int) -> tuple[Config 
         return None, f"no file was found, so {name.kernel} takes the config that its launcher starts from"
     if rules.name == "vllm":
         return _vllm(name, num_tokens)
-    if rules.name == "sglang" and name.dtype_selector == "fp8_w8a8":
+    if name.dtype_selector == "fp8_w8a8":  # moelab's own files follow sglang's rule
         return _sglang_fp8(name, num_tokens)
     config = default_config(num_tokens, name.num_experts)
     relation = "at most" if num_tokens <= name.num_experts else "more than"
@@ -60,7 +60,7 @@ def _vllm(name: FileName, num_tokens: int) -> tuple[Config | None, str]:
     target = device_target(name.device_name)
     amd = target is not None and target.is_amd
     block = name.block_shape if name.block_shape and all(name.block_shape) else None
-    if block and name.dtype_selector in ("int4_w4a16", "int8_w8a16"):
+    if name.block_shape and name.dtype_selector in ("int4_w4a16", "int8_w8a16"):  # (0, group), or a block
         return (
             None,
             "no file was found; for block-quantised 16-bit activations the launcher computes one from all sizes",

@@ -25,7 +25,7 @@ _KERNEL = re.compile(r"[a-z][a-z0-9_]*")
 @dataclass(frozen=True)
 class FileName:
     """What a config file's name says. device_name has `_` for spaces; down: for GEMM2 (w2) alone; kernel: of which
-    kernel beside the exchange kernel; None for the exchange kernel itself."""
+    kernel beside the compatible kernel; None for the compatible kernel itself."""
 
     num_experts: int
     moe_intermediate_size: int
@@ -98,8 +98,8 @@ def checked_name(
     if dtype_selector is not None and dtype_selector not in selectors:
         raise UnknownNameError(
             f"Unknown dtype selector {dtype_selector!r} in {rules.name}'s names.{nearest_names(dtype_selector, selectors)} "
-            f"Expected one of {', '.join(selectors)}, or None for bfloat16 and float16. Name one, or see "
-            "dtype_selector()."
+            f"Expected one of {', '.join(selectors)}, or None for bfloat16 and float16. Name one, or "
+            "take a layer's from question()."
         )
     if kernel is not None and (not _KERNEL.fullmatch(kernel) or kernel.endswith("_down")):
         raise ConfigFileError(
@@ -124,10 +124,10 @@ def file_name(
 ) -> str:
     """The file's name, as the loader `rules` spells it. device_name: as the driver gives it, or with `_` for spaces.
 
-    dtype_selector: one of the rules' dtype_selectors, None for bfloat16 and float16; `dtype_selector` below maps
-    a dtype. block_shape: (n, k) of block-quantised weights. kernel: a kernel beside the exchange kernel, by the name of
-    its implementation in `fused_moe`, which only moelab looks up (`,kernel=NAME`: no device name has a comma, so no
-    peer can ask for it).
+    dtype_selector: one of the rules' dtype_selectors, None for bfloat16 and float16; `question` has a layer's.
+    block_shape: (n, k) of block-quantised weights; (0, g), for groups, is not written. kernel: a kernel beside the
+    sglang/vLLM-compatible one, by the name of its implementation in `fused_moe`, which only moelab looks up (`,kernel=NAME`:
+    no device name has a comma, so no peer can ask for it).
     Raises ConfigFileError for sizes under 1, an empty device name or a kernel's name that cannot stand there,
     UnknownNameError for another selector.
     """
@@ -136,11 +136,6 @@ def file_name(
         rules=rules,
     )  # fmt: skip
     return name.text(rules)
-
-
-def dtype_selector(dtype: str) -> str | None:
-    """The selector of an unquantised dtype: "float32" for float32 (float64 shares it), None for 16-bit ones."""
-    return "float32" if str(dtype).removeprefix("torch.") in ("float32", "float64") else None
 
 
 def operand_dtype(selector: str | None) -> str:

@@ -38,7 +38,7 @@ def folders(rules: Rules, config_dir: str | Path | None = None) -> list[tuple[Pa
 
 
 def kernels_with_files(config_dir: str | Path | None = None) -> list[str]:
-    """The kernels beside the exchange kernel that have files where moelab's lookup searches, for whatever shape, device and
+    """The kernels beside the compatible kernel that have files where moelab's lookup searches, for whatever shape, device and
     Triton version; sorted. config_dir: as in `folders`."""
     found = set()
     for folder, _ in folders(get_rules("moelab"), config_dir):

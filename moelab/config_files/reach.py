@@ -169,7 +169,7 @@ def _wrong_name(path: Path, rules: Rules) -> Finding | None:
         name = parse_file_name(path.name, rules)
     except ConfigFileError as error:
         return _misspelt(path, error)
-    if name.kernel:  # moelab's own files beside the exchange kernel's, whoever reads the rest of the folder
+    if name.kernel:  # moelab's own files beside the compatible kernel's, whoever reads the rest of the folder
         rules = RULES["moelab"]
     if name.dtype_selector is not None and name.dtype_selector not in rules.dtype_selectors:
         return _unknown_selector(path, name, rules)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moelab.errors import UnknownNameError, nearest_names
+from moelab.shared_experts import VERSIONS
 
 DTYPE_SELECTORS = ("fp8_w8a8", "int8_w8a8", "int8_w8a16", "int4_w4a16", "float32")
 """What may follow `dtype=` in a file name of moelab's and sglang's; bfloat16 and float16 have no selector."""
@@ -31,6 +32,7 @@ class Rules:
     Names: `dtype_selectors`; `block_shape`, a format; `names_down`, `names_per_channel_quant`, `names_kernel`:
     whether a name says so; `doubles_int4_n`: N of int4_w4a16 is twice w2's last dimension; `device_gap`: what
     becomes `_`; `device_families`: (word of a device's name, the name that is asked for instead);
+    `refines_blocks`: a quantisation block that a rank's sizes cut is made smaller, and named so (otherwise the load ends);
     `other_names`: what stands in the names of other kernels' files.
     Content: `reads_triton_version`: a top-level triton_version is skipped (otherwise it ends the load with a
     ValueError); `writes_triton_version`; `extra_keys`: keys of an entry that it reads and moelab's config has
@@ -59,6 +61,7 @@ class Rules:
     names_per_channel_quant: bool
     names_kernel: bool
     doubles_int4_n: bool
+    refines_blocks: bool
     device_gap: str
     device_families: tuple[tuple[str, str], ...]
     other_names: tuple[str, ...]
@@ -71,6 +74,11 @@ class Rules:
     pads_small_blocks: bool
     down_takes_up_block_m: bool
     reasons: Mapping[str, str]
+
+    @property
+    def version(self) -> str:
+        """Whose code was read, and of which version."""
+        return self.source.partition(",")[0]
 
     def device(self, name: str) -> str:
         """The device name as this loader writes it into a file name. name: as the driver gives it, or that."""
@@ -99,6 +107,7 @@ _MOELAB = Rules(
     names_per_channel_quant=True,
     names_kernel=True,
     doubles_int4_n=False,
+    refines_blocks=False,
     device_gap=" ",
     device_families=(),
     other_names=(),
@@ -115,7 +124,7 @@ _MOELAB = Rules(
         "version_folders": "what is fast under one Triton need not be under another; a fallback is better than a guess",
         "local_versions": "a build of 3.6.0 is a 3.6.0",
         "odd_folder_stops": "a folder with another name is none of the tree's, and is left alone",
-        "names_kernel": "a kernel beside the exchange kernel has files of its own, which no peer asks for",
+        "names_kernel": "a kernel beside the compatible kernel has files of its own, which no peer asks for",
         "reads_triton_version": "vLLM writes it, and files travel both ways",
         "extra_keys": "how operands are read is not the config's to say: `triton` uses pointers, `tma` TMA for weights",
         "down_takes_up_block_m": "a pair that differs is an error: it was not tuned as it would run",
@@ -124,7 +133,7 @@ _MOELAB = Rules(
 
 _SGLANG = Rules(
     name="sglang",
-    source="sglang 0.5.23, moe_runner/triton_utils/fused_moe_triton_config.py",
+    source=f"{VERSIONS['sglang']}, moe_runner/triton_utils/fused_moe_triton_config.py",
     environment="SGLANG_MOE_CONFIG_DIR",
     below="configs",
     environment_adds=False,
@@ -140,6 +149,7 @@ _SGLANG = Rules(
     names_per_channel_quant=True,
     names_kernel=False,
     doubles_int4_n=False,
+    refines_blocks=False,
     device_gap=" ",
     device_families=(),
     other_names=(),
@@ -171,7 +181,7 @@ _SGLANG = Rules(
 
 _VLLM = Rules(
     name="vllm",
-    source="vLLM 0.33.0, fused_moe/fused_moe.py",
+    source=f"{VERSIONS['vllm']}, fused_moe/fused_moe.py",
     environment="VLLM_TUNED_CONFIG_FOLDER",
     below="",
     environment_adds=True,
@@ -187,6 +197,7 @@ _VLLM = Rules(
     names_per_channel_quant=False,
     names_kernel=False,
     doubles_int4_n=True,
+    refines_blocks=True,
     device_gap=r"[\s/]+",
     device_families=(("H200", "NVIDIA_H200"),),
     other_names=(",backend=",),
@@ -206,6 +217,8 @@ _VLLM = Rules(
         "block_shape": "spaces are removed",
         "names_down": "one config serves both GEMMs",
         "doubles_int4_n": "two values are packed into one byte of w2, and its N counts values",
+        "refines_blocks": "fp8 checkpoints' blocks shrink to what divides the block and the rank's sizes, 32 at least, if the "
+        "backend is chosen automatically (oracle/fp8.py)",
         "device_families": "every H200 variant (NVL, ...) takes the files of the NVIDIA_H200",
         "device_gap": "runs of white space and slashes become one _",
         "reads_triton_version": "it is taken out; any other key that is no number ends the load",
@@ -244,6 +257,7 @@ TOPICS: tuple[tuple[str, str], ...] = (
     ("names_per_channel_quant", "per_channel_quant in a name"),
     ("names_kernel", "kernel=NAME files"),
     ("doubles_int4_n", "N doubled for int4_w4a16"),
+    ("refines_blocks", "blocks made smaller to fit a shard"),
     ("device_families", "devices taken for another"),
     ("reads_triton_version", "takes a top-level triton_version"),
     ("extra_keys", "keys beyond moelab's"),

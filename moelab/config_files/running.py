@@ -33,7 +33,7 @@ def _as_launched(config: KernelConfig, name: FileName, rules: Rules) -> KernelCo
 def run_violations(config: KernelConfig, name: FileName, rules: Rules, target: Target | None) -> tuple[str, ...]:
     """Every rule that `config` breaks as the loader's kernel would run it; empty if it can run.
 
-    target: the device's chip, None leaves out what depends on it. A kernel beside the exchange kernel is held
+    target: the device's chip, None leaves out what depends on it. A kernel beside the compatible kernel is held
     only against what is true of every kernel: its shared memory is its own, and its blocks may be under 16.
     """
     if name.kernel:

@@ -94,7 +94,7 @@ def lookup(
     moelab's and sglang's order: the folder of triton_version, then every other version folder, newest first; for
     down=True the same again with the up file's name; then the default rule. vLLM's: the named folder, its own,
     the default rule. In a file the nearest batch size counts. `rules_table()` shows how they differ.
-    device: as the driver gives it. triton_version: "3.6.0". kernel: a kernel beside the exchange kernel, as
+    device: as the driver gives it. triton_version: "3.6.0". kernel: a kernel beside the compatible kernel, as
     `fused_moe(impl=...)` names it, with moelab's rules only. config_dir: what the rules' environment variable would name
     (for sglang the folder above configs/); default: what it names, or the loader's own folder.
     Raises UnknownNameError for unknown rules or selectors, ConfigFileError where the loader itself would end with
@@ -104,7 +104,7 @@ def lookup(
     if kernel is not None and not loader.names_kernel:
         raise ConfigFileError(
             f"{loader.name} has no files of the kernel {kernel!r}. Expected moelab's rules for a kernel beside the "
-            "exchange kernel. Pass rules='moelab', or leave the kernel out."
+            "compatible kernel. Pass rules='moelab', or leave the kernel out."
         )
     name = checked_name(
         num_experts, moe_intermediate_size, device, dtype_selector, block_shape, per_channel_quant, down, kernel,

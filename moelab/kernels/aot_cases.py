@@ -19,6 +19,7 @@ from torch import Tensor  # noqa: E402
 
 from moelab.chips import Target  # noqa: E402
 from moelab.config import KernelConfig  # noqa: E402
+from moelab.dtypes import LAYER_DTYPES  # noqa: E402
 from moelab.kernels.activation import activation  # noqa: E402
 from moelab.kernels.align import align_pairs, moe_align_block_size  # noqa: E402
 from moelab.kernels.expert_order import expert_order  # noqa: E402
@@ -63,7 +64,6 @@ GEMM_CONFIGS = (
 # Tiles whose Split-K forms take no stack anywhere; with 64 rows some others do: 64x64x32 in float32 output 40 bytes on
 # sm_100, 64x128x64 added in bfloat16 72 bytes on sm_80. On sm_90 none of those tried does.
 SPLIT_K_CONFIGS = (KernelConfig(16, 32, 64, 1, 4, 3, SPLIT_K=4), KernelConfig(64, 64, 64, 8, 4, 4, SPLIT_K=2))
-DTYPES = ("bfloat16", "float16", "float32", "float64")
 TOP_K, NUM_EXPERTS, PAIRS = 8, 256, 64
 
 FEW_TOKENS = (
@@ -102,7 +102,9 @@ def product(
         alignment, config, num_pairs=PAIRS, bias=empty(NUM_EXPERTS, N, of=dtype) if bias else None,
         topk_weights=empty(PAIRS, of="float32"), **more,
     )  # fmt: skip
-    own = [f"{name} {value}" for name, value in more.items() if name not in ("tma", "gated") and value != 1]
+    own = [
+        f"{name} {value}" for name, value in more.items() if name not in ("tma", "gated") and value not in (1, False)
+    ]
     notes = [dtype, config.short(), *(["bias"] if bias else []), *([] if even_k else ["ragged K"]), *own]
     tma = launcher is grouped_gemm_tma or more.get("tma", False)
     notes += [launcher.__name__] if family else []
@@ -133,15 +135,15 @@ def _products_of_sorted_rows() -> Iterator[Case]:
     yield product(gated_gemm, small, "bfloat16", tma=True)
     yield product(gated_gemm, large, "bfloat16", tma=True)
     yield product(gated_gemm, middle, "float16", tma=True, **plain)
-    for config, dtype, combine, tma in (
-        (small, "bfloat16", "scatter", False),
-        (large, "bfloat16", "atomic_f32", False),
-        (middle, "bfloat16", "atomic_out", False),
-        (large, "bfloat16", "scatter", True),
-        (small, "float16", "atomic_f32", True),
+    for config, dtype, atomic, tma in (
+        (small, "bfloat16", False, False),
+        (large, "bfloat16", True, False),
+        (middle, "bfloat16", True, False),
+        (large, "bfloat16", False, True),
+        (small, "float16", True, True),
     ):
-        top_k = 1 if combine == "scatter" else TOP_K
-        yield product(sorted_gemm, config, dtype, sorted_rows=True, combine=combine, top_k=top_k, tma=tma)
+        top_k = TOP_K if atomic else 1
+        yield product(sorted_gemm, config, dtype, sorted_rows=True, atomic=atomic, top_k=top_k, tma=tma)
 
 
 def _split_products() -> Iterator[Case]:
@@ -157,7 +159,7 @@ def _split_products() -> Iterator[Case]:
 
 
 def _element_by_element() -> Iterator[Case]:
-    for dtype in DTYPES:
+    for dtype in LAYER_DTYPES:
         yield Case("activation", dtype, by(activation, empty(64, 2048, of=dtype)))
         for impl in ("triton", "triton_f32"):
             x = empty(64, TOP_K, 2048, of=dtype)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from moelab import config as config_room
 from moelab import runtime
-from moelab.chips import TARGETS, Target
+from moelab.chips import Target, gpu_target
 from moelab.config import KernelConfig
+from moelab.dtypes import LAYER_DTYPES, dtype_name, torch_dtype
 from moelab.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError
-from moelab.routing import Alignment
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FLOATS = tuple(torch_dtype(name) for name in LAYER_DTYPES)
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
@@ -37,19 +37,24 @@ def check_dtype(name: str, tensor: Tensor, expected: Iterable[torch.dtype]) -> N
     """Raise DtypeError unless the tensor's dtype is one of `expected`."""
     expected = tuple(expected)
     if tensor.dtype not in expected:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in expected)
-        found = str(tensor.dtype).removeprefix("torch.")
+        wanted = " or ".join(dtype_name(dtype) for dtype in expected)
+        found = dtype_name(tensor.dtype)
         raise DtypeError(f"{name} is {found}. Expected {wanted}. Cast it with .to(...), or cast the others to match.")
 
 
 def check_together(**tensors: Tensor | None) -> None:
-    """Raise DeviceError or LayoutError unless all tensors lie on one device and are contiguous (None is skipped)."""
+    """Raise DeviceError or LayoutError unless all tensors lie on one device, plain and contiguous (None is skipped)."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first_name, first = next(iter(given.items()))
     for name, tensor in given.items():
         if tensor.device != first.device:
             raise DeviceError(
                 f"{name} is on {tensor.device} and {first_name} on {first.device}. Expected one device. Move them together."
+            )
+        if tensor.is_neg():
+            raise LayoutError(
+                f"{name} carries torch's negative bit: it is a view whose memory holds the values with the other sign. "
+                "Expected a plain tensor. Call .resolve_neg() once, outside the hot path."
             )
         if not tensor.is_contiguous():
             raise LayoutError(
@@ -79,23 +84,20 @@ def check_kernel_device(name: str, tensor: Tensor) -> None:
         )
 
 
-@functools.lru_cache(maxsize=4096)
 def checked_config(config: KernelConfig, dtype: torch.dtype, K: int | None = None) -> KernelConfig:
     """The config itself, once it has passed the rules for this dtype, device and inner size (ConfigError otherwise)."""
-    config_room.check(config, dtype=str(dtype).removeprefix("torch."), target=current_target(), K=K)
+    return _checked_config(config, dtype, K, current_target())
+
+
+@functools.lru_cache(maxsize=4096)
+def _checked_config(config: KernelConfig, dtype: torch.dtype, K: int | None, target: Target | None) -> KernelConfig:
+    config_room.check(config, dtype=dtype_name(dtype), target=target, K=K)
     return config
 
 
-@functools.cache
 def current_target() -> Target | None:
-    """The current GPU as config.py knows it, or with the limits its driver reports; None without a GPU."""
-    if runtime.current().mode != "gpu":
-        return None
-    properties = torch.cuda.get_device_properties()
-    nvidia = f"sm_{properties.major}{properties.minor}"
-    name = properties.gcnArchName.split(":")[0] if torch.version.hip else nvidia
-    limit = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return TARGETS.get(name) or Target(name, limit, threads_per_warp=properties.warp_size)
+    """The current device's chip, or with the limits its driver reports; None without a GPU."""
+    return gpu_target(torch.cuda.current_device()) if runtime.current().mode == "gpu" else None
 
 
 def launch_options(config: KernelConfig) -> dict[str, int]:
@@ -105,59 +107,6 @@ def launch_options(config: KernelConfig) -> dict[str, int]:
         amd = {name: getattr(config, name) for name in ("waves_per_eu", "matrix_instr_nonkdim", "kpack")}
         options |= {name: value for name, value in amd.items() if value is not None}
     return options
-
-
-def check_gemm(
-    a: Tensor,
-    w: Tensor,
-    alignment: Alignment,
-    config: KernelConfig,
-    num_pairs: int,
-    top_k: int,
-    bias: Tensor | None,
-    topk_weights: Tensor | None,
-    a_rows: int | None = None,
-) -> tuple[int, int]:
-    """(N, K) of a grouped product whose operands, alignment and config fit together; raises what its launcher names.
-
-    a_rows: rows of a where they are not one per top_k pairs.
-    """
-    check_kernel_device("a", a)
-    check_dtype("a", a, FLOATS)
-    check_shape("w", w, ("E", "N", "K"))
-    experts, N, K = w.shape
-    if top_k < 1 or num_pairs % top_k:
-        raise ShapeError(
-            f"{num_pairs} pairs are no multiple of top_k = {top_k}. Expected num_tokens * top_k. Pass top_k=1 for GEMM2."
-        )
-    check_shape("a", a, (num_pairs // top_k if a_rows is None else a_rows, K))
-    check_dtype("w", w, (a.dtype,))
-    parts = {name: getattr(alignment, name) for name in ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")}
-    for name, part in parts.items():
-        check_dtype(name, part, (torch.int32,))
-    check_together(a=a, w=w, bias=bias, topk_weights=topk_weights, **parts)
-    if bias is not None:
-        check_shape("bias", bias, (experts, N))
-        check_dtype("bias", bias, (a.dtype,))
-    if topk_weights is not None:
-        check_dtype("topk_weights", topk_weights, (torch.float32,))
-        if topk_weights.numel() != num_pairs:
-            raise ShapeError(
-                f"topk_weights holds {topk_weights.numel()} values for {num_pairs} pairs. Expected one per pair. "
-                "Pass the (num_tokens, top_k) weights of this batch."
-            )
-    checked_config(config, a.dtype, K)
-    if (alignment.num_pairs, alignment.num_experts) != (num_pairs, experts):
-        raise ShapeError(
-            f"The alignment is of {alignment.num_pairs} pairs to {alignment.num_experts} experts, the call of {num_pairs} "
-            f"pairs to {experts}. Expected the same. Align this batch's topk_ids to w's experts."
-        )
-    if alignment.block_size != config.BLOCK_SIZE_M:
-        raise ConfigError(
-            f"Rows are aligned to {alignment.block_size} but the config's BLOCK_SIZE_M is {config.BLOCK_SIZE_M}. "
-            "Expected the same: one sort serves both GEMMs. Align again, or give both GEMMs one BLOCK_SIZE_M."
-        )
-    return N, K
 
 
 def check_one_split(kernel: str, config: KernelConfig) -> None:
@@ -175,25 +124,3 @@ def check_out(out: Tensor | None, a: Tensor, shape: tuple[int, ...], dtype: torc
         check_shape("out", out, shape)
         check_dtype("out", out, (dtype or a.dtype,))
         check_together(a=a, out=out)
-
-
-def gemm_constants(config: KernelConfig, K: int, **constants: Any) -> tuple[dict[str, Any], dict[str, int]]:
-    """Constants and launch options of a grouped product's kernel, as a Launcher takes them."""
-    names = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M")
-    tile = {name: getattr(config, name) for name in names}
-    return {**tile, "EVEN_K": K % config.BLOCK_SIZE_K == 0, **constants}, launch_options(config)
-
-
-def tiles_of(config: KernelConfig, num_rows: int, N: int) -> int:
-    """Tiles of a product of num_rows by N."""
-    return -(-num_rows // config.BLOCK_SIZE_M) * -(-N // config.BLOCK_SIZE_N)
-
-
-def rows_in_use(alignment: Alignment, num_pairs: int) -> int:
-    """Rows a grid must cover: with fewer pairs than a block has rows, at most one block per pair is in use."""
-    return min(alignment.sorted_token_ids.shape[0], num_pairs * alignment.block_size)
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, float64 for float64: what the kernels sum in."""
-    return torch.promote_types(dtype, torch.float32)

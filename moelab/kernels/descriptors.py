@@ -27,12 +27,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from moelab.chips import Target  # noqa: E402
 from moelab.config import KernelConfig, tma_shared_memory_bytes  # noqa: E402
+from moelab.dtypes import dtype_name  # noqa: E402
 from moelab.errors import ConfigError, DeviceError, LayoutError, ShapeError, SharedMemoryError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 
 BOUND_VARIABLE = "MOELAB_TMA_DESC_CACHE_MAX"
 DEFAULT_BOUND = 64
-_TMA_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _ALIGNMENT = 16  # bytes; this and the 256: CUDA driver API, cuTensorMapEncodeTiled
 _LONGEST_SIDE = 256
 
@@ -164,7 +164,7 @@ def check_tma_config(config: KernelConfig, dtype: torch.dtype, target: Target | 
     target = target or checks.current_target()
     if target is None:
         return
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     needs, limit = tma_shared_memory_bytes(config, name, target), target.shared_memory_per_block
     if needs > limit:
         raise SharedMemoryError(
@@ -185,7 +185,7 @@ def check_tma(name: str, tensor: Tensor, block: tuple[int, int], target: Target 
             f"TMA was asked for on {target.name}. Expected sm_90 or later: this chip has none. Use the kernel without it "
             "(grouped_gemm, or tma=False)."
         )
-    checks.check_dtype(name, tensor, _TMA_DTYPES)
+    checks.check_dtype(name, tensor, checks.FLOATS)
     if not tensor.is_contiguous():
         raise LayoutError(
             f"{name} has strides {tensor.stride()} for shape {tuple(tensor.shape)}. Expected a contiguous tensor: a "

@@ -25,7 +25,7 @@ template <typename S, typename T>
 DEVICE void wait_for_rows(const Layer<T>& layer, const Walk<S, T>& walk) {
     int count = S::PERMUTES && layer.parts & GEMM1 ? Pieces<S>(layer).of_rows(walk.tile.rows) * PERMUTED : 0;
     if (walk.gemm && layer.parts & GEMM1) count += walk.across1 * S::WARPGROUPS;
-    wait_for_count(&layer.ready[walk.tokens], count);
+    wait_for_count(&layer.ready[walk.tokens], count, layer.report, ROWS_READY, walk.tokens);
     fence_async_global();
 }
 
@@ -37,16 +37,16 @@ DEVICE void load_rows(Shared<S>& shared, const Walk<S, T>& walk, int stage, int 
 }
 
 // One thread: the weights of every tile, stage after stage, in as many parts as a cluster has blocks; where they are shared, one
-// part to all its blocks. In forms that permute, the tokens too.
+// part to all its blocks. In forms that permute, the tokens too. The stage after the last.
 template <typename S, typename T>
-DEVICE void stream(Shared<S>& shared, const Layer<T>& layer, const TensorMap* w13, const TensorMap* w2, const TensorMap* rows,
+DEVICE Ring<S::STAGES> stream(Shared<S>& shared, const Layer<T>& layer, const TensorMap* w13, const TensorMap* w2, const TensorMap* rows,
                    const TensorMap* inner) {
     constexpr int PART = S::ROWS / S::CLUSTER;
     Ring<S::STAGES> ring;
     for (Walk<S, T> walk(layer); walk.step();)
         for (int step = 0; step < walk.k_steps(); ++step, ring.advance()) {
             uint64_t* full = &shared.full[ring.stage];
-            barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+            barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1, layer.report, STAGE_EMPTY, walk.tokens);
             barrier_arrive_expect(full, sizeof(shared.weights[0]) + (S::PERMUTES ? boxes_of(walk) * S::BOX * ROW_BYTES : 0));
             const bool shares = S::CLUSTER > 1 && walk.shares;
             const int from = shares ? cluster_rank() * PART : 0;
@@ -64,6 +64,17 @@ DEVICE void stream(Shared<S>& shared, const Layer<T>& layer, const TensorMap* w1
                 load_rows(shared, walk, ring.stage, step, walk.gemm ? inner : rows);
             }
         }
+    return ring;
+}
+
+// The same thread, at the end: until consumers have let go of every stage. They watch no clock themselves: this does.
+template <typename S, typename T>
+DEVICE void drain(Shared<S>& shared, const Layer<T>& layer, Ring<S::STAGES> ring) {
+#ifndef MOELAB_UNWATCHED
+#pragma unroll 1
+    for (int stage = 0; stage < S::STAGES; ++stage, ring.advance())
+        barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1, layer.report, STAGE_EMPTY, -1);
+#endif
 }
 
 // Where a record's rows start in x, in units of 16 bytes: each thread of those that gather has its own, in registers. What a copy
@@ -107,7 +118,7 @@ DEVICE void gather_tokens(Shared<S>& shared, const Layer<T>& layer, const Walk<S
     for (int step = 0; step < walk.k_steps(); ++step, ring.advance()) {
         const int column = step * K_STEP + part * 8, bytes = column < layer.hidden ? 16 : 0;
         const uint8_t* x = reinterpret_cast<const uint8_t*>(layer.x + (bytes ? column : 0));
-        barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+        barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1, layer.report, STAGE_EMPTY, walk.tokens);
         const uint32_t even = shared_address(shared.tokens[ring.stage]) + place, odd = even ^ 64;
         from_here(x), from_here(rows);
 #pragma unroll
@@ -140,7 +151,7 @@ DEVICE void tell_slots(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T
     for (int i = 0; i < MOST; ++i) slots[i] = lane + i * 32 < rows ? walk.slot_of(lane + i * 32) : 0;
 #pragma unroll
     for (int i = 0; i < MOST; ++i) routed[i] = unweighted || lane + i * 32 >= rows ? 1.0f : layer.topk_weights[slots[i]];
-    barrier_wait(&shared.forgotten[ring.stage], ring.phase ^ 1);
+    barrier_wait(&shared.forgotten[ring.stage], ring.phase ^ 1, layer.report, SLOTS_EMPTY, walk.tokens);
 #pragma unroll
     for (int i = 0; i < MOST; ++i) {
         const int row = lane + i * 32;
@@ -159,7 +170,7 @@ DEVICE void load_inner(Shared<S>& shared, const Layer<T>& layer, const Walk<S, T
     wait_for_rows(layer, walk);
     for (int step = 0; step < walk.k_steps(); ++step, ring.advance()) {
         uint64_t* full = &shared.full[ring.stage];
-        barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+        barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1, layer.report, STAGE_EMPTY, walk.tokens);
         barrier_arrive_expect(full, boxes_of(walk) * S::BOX * ROW_BYTES);
         load_rows(shared, walk, ring.stage, step, inner);
         barrier_arrive_times(full, TOKEN_THREADS - 1);

@@ -137,9 +137,10 @@ __global__ void __launch_bounds__(S::THREADS, S::PER_PROCESSOR)
     if (threadIdx.x < 128) {
         if constexpr (S::SHARED_OUT) fewer_registers<S::PRODUCER>();
         if (threadIdx.x == 0) {
-            stream<S>(shared, layer, &w13, &w2, &rows, &inner);
+            const auto ring = stream<S>(shared, layer, &w13, &w2, &rows, &inner);
             let_successor_start();
             if constexpr (S::PERMUTES) leave(layer, roles);
+            drain(shared, layer, ring);
         } else if (threadIdx.x >= 32) {
             if constexpr (S::PERMUTES)
                 tell_or_permute<S>(shared, layer);

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,11 @@ import torch
 from torch import Tensor
 
 from moelab.chips import Target
+from moelab.dtypes import dtype_name
 from moelab.errors import DtypeError, RuntimeModeError, ShapeError
-from moelab.kernels import nvrtc
+from moelab.kernels import nvrtc, residency
 from moelab.kernels.fast_instances import SOURCE, STORAGE, Instance
+from moelab.kernels.residency import require
 from moelab.kernels.tensor_map import TensorMap
 from moelab.kernels.token_tiles import TokenTiles
 
@@ -27,6 +28,11 @@ K_STEP = 64
 GEMM1, GEMM2, SUM = 1, 2, 4
 """Parts of the layer, for launches of less than the whole."""
 
+
+WATCHED, COOPERATIVE = True, False
+"""For measurements (tests/two_streams.py): without WATCHED, instances are compiled with waits that may last for ever; with
+COOPERATIVE, launched as a cooperative grid, which CUDA starts when all of it fits. PDL may be asked for beside that
+(CUlaunchAttributeID excludes no pair of attributes); what it costs has not been recorded."""
 
 SUM_SOURCE = SOURCE.with_name("fast_sum.cu")
 SUM_THREADS = 256
@@ -38,9 +44,9 @@ class LayerArguments(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "rows", "inner", "y", "out", "topk_weights", "topk_ids")),
-        *((name, ctypes.c_void_p) for name in ("sorted_slots", "tiles", "num_tiles", "ready")),
+        *((name, ctypes.c_void_p) for name in ("sorted_slots", "tiles", "num_tiles", "ready", "report")),
         *((name, ctypes.c_int) for name in ("most_tiles", "counters", "num_experts", "num_tokens", "top_k")),
-        *((name, ctypes.c_int) for name in ("hidden", "inner_size", "parts", "weighted")),
+        *((name, ctypes.c_int) for name in ("hidden", "inner_size", "parts", "wide_ids", "weighted")),
         ("scale", ctypes.c_float),
     ]
 
@@ -57,14 +63,16 @@ def layer_arguments(
     num_experts: int,
     parts: int,
     *,
+    report: Tensor,
     scale: float,
     weights_on_input: bool,
 ) -> LayerArguments:
-    """The kernel's arguments for these tensors, all of them on one device, and sizes as `fast_layer` has them."""
+    """The kernel's arguments for these tensors, all of them on one device, and sizes as `fast_layer` has them. report:
+    `residency.report_of`."""
     return LayerArguments(
-        *(t.data_ptr() for t in (x, rows, inner, y, out, topk_weights, topk_ids, *tiles)),
+        *(t.data_ptr() for t in (x, rows, inner, y, out, topk_weights, topk_ids, *tiles, report)),
         tiles.most, tiles.ready.shape[0], num_experts, x.shape[0], topk_ids.shape[1], x.shape[1], inner.shape[1], parts,
-        GEMM1 if weights_on_input else GEMM2, scale,
+        topk_ids.dtype == torch.int64, GEMM1 if weights_on_input else GEMM2, scale,
     )  # fmt: skip
 
 
@@ -100,7 +108,7 @@ def check_fast_layer(x: Tensor, w13: Tensor, w2: Tensor, target: Target | None) 
         )
     if x.dtype not in STORAGE:
         raise DtypeError(
-            f"hidden_states is {str(x.dtype).removeprefix('torch.')}. Expected bfloat16 or float16 for impl='fast'. Cast it, "
+            f"hidden_states is {dtype_name(x.dtype)}. Expected bfloat16 or float16 for impl='fast'. Cast it, "
             "or use impl='triton'."
         )
     for name, size in (("hidden_size", x.shape[1]), ("moe_intermediate_size", w2.shape[2])):
@@ -125,15 +133,15 @@ class _Loaded:
 
 
 @functools.cache
-def _loaded(device: int, instance: Instance, dtype: torch.dtype) -> _Loaded:
+def _loaded(device: int, instance: Instance, dtype: torch.dtype, watched: bool) -> _Loaded:
     """The instance on that GPU, allowed its shared memory, and the blocks that the GPU holds at once."""
     from cuda.bindings import driver
 
     core = nvrtc.cuda_core()
     core.Device(device).set_current()
     expression = instance.expression(dtype)
-    watched = "#define MOELAB_WATCHDOG\n" if os.environ.get("MOELAB_WATCHDOG") else ""
-    code = nvrtc.compiled("sm_90a", watched + instance.source(dtype), expression)
+    unwatched = "" if watched else "#define MOELAB_UNWATCHED\n"
+    code = nvrtc.compiled("sm_90a", unwatched + instance.source(dtype), expression)
     kernel = code.get_kernel(expression)
     names = driver.CUfunction_attribute
     for name, value in (
@@ -141,7 +149,7 @@ def _loaded(device: int, instance: Instance, dtype: torch.dtype) -> _Loaded:
         (names.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),  # per cent: all that per_processor blocks need
     ):
         (error,) = driver.cuKernelSetAttribute(name, value, kernel.handle, driver.CUdevice(device))
-        _require(error, f"{name.name} = {value}")
+        require(error, f"{name.name} = {value}")
     fit = kernel.occupancy.max_active_blocks_per_multiprocessor(instance.threads, instance.shared_bytes)
     if fit < instance.per_processor:  # blocks wait for each other: one that finds no room would make the others hang
         raise RuntimeModeError(
@@ -154,9 +162,10 @@ def _loaded(device: int, instance: Instance, dtype: torch.dtype) -> _Loaded:
     return _Loaded(kernel, function, grid_of(instance, blocks, _clusters_at_once(function, instance, blocks)))
 
 
-def sum_expression(top_k: int, dtype: torch.dtype) -> str:
-    """The template instance of fast_sum.cu to compile, as NVRTC names it."""
-    return f"fast_sum<{STORAGE[dtype][0]}, {next((slots for slots in (2, 4) if top_k <= slots), 8)}>"
+def sum_expression(top_k: int, dtype: torch.dtype, ids: torch.dtype = torch.int32) -> str:
+    """The template instance of fast_sum.cu to compile, as NVRTC names it. ids: int32 or int64."""
+    slots = next((slots for slots in (2, 4) if top_k <= slots), 8)
+    return f"fast_sum<{STORAGE[dtype][0]}, {slots}, {'long long' if ids == torch.int64 else 'int'}>"
 
 
 def sum_blocks(num_tokens: int, hidden: int) -> int:
@@ -182,7 +191,7 @@ def _clusters_at_once(function: Any, instance: Instance, blocks: int) -> int:
 
     config = _instance_config(instance, blocks // instance.cluster * instance.cluster, 0, False)
     error, clusters = driver.cuOccupancyMaxActiveClusters(function, config)
-    _require(error, f"to say how many clusters of {instance.cluster} blocks fit")
+    require(error, f"to say how many clusters of {instance.cluster} blocks fit")
     return clusters
 
 
@@ -197,14 +206,6 @@ def grid_of(instance: Instance, blocks: int, clusters: int) -> int:
             "cluster=1, and report the GPU and its driver."
         )
     return min(blocks // instance.cluster, clusters) * instance.cluster
-
-
-def _require(error: Any, what: str) -> None:
-    if error.value:
-        raise RuntimeModeError(
-            f"The CUDA driver refused {what}: {error.name}. Expected a Hopper GPU with a driver for CUDA 12.8 or later. "
-            "Look at nvidia-smi, or use impl='triton'."
-        )
 
 
 def fast_layer(
@@ -224,16 +225,20 @@ def fast_layer(
 ) -> Tensor:
     """The layer of checked tensors (`check_fast_layer`): x (M, H), w13 (E, 2N, H), w2 (E, H, N); out (M, H).
 
-    topk_weights (M, k) float32, topk_ids (M, k) int32; tiles: of at most instance.tokens rows, in pairs where instance.cluster is
-    2 (moelab.pipelines.fast.tiles_for makes them). weights_on_input: weigh GEMM1's rows, before the activation. parts: GEMM1,
-    GEMM2, SUM, to leave some out; where instance.apart, SUM is a launch of its own. scratch: (S, N) and (S, H), what GEMM1 and
-    GEMM2 write; its own unless given. overlap: programmatic dependent launch, which sets blocks up while the launch before this
-    one ends.
-    Deterministic; no host synchronisation. Blocks of a launch wait for each other, so all must fit the GPU at once: launch
-    from one stream at a time, on a GPU whose multiprocessors are not shared out (no green contexts).
+    topk_weights (M, k) float32, topk_ids (M, k) int32 or int64; tiles: of at most instance.tokens rows, in pairs where
+    instance.cluster is 2 (moelab.pipelines.fast.tiles_for makes them). weights_on_input: weigh GEMM1's rows, before the
+    activation. parts: GEMM1, GEMM2, SUM, to leave some out; where instance.apart, SUM is a launch of its own. scratch: (S, N) and
+    (S, H), what GEMM1 and GEMM2 write; its own unless given. overlap: programmatic dependent launch, which sets CTAs up while the
+    launch before this one ends.
+    Deterministic; no host synchronisation. CTAs of a launch wait for each other, so all must be resident on the GPU at once.
+    The grid is what the GPU holds alone. Launches of this process from a second stream, and from a second branch of a graph that
+    is being captured, are ordered behind the first (`residency.Order`). Nobody orders a graph's replay against another graph or
+    stream that holds this kernel, or against another process under MPS: do not run them at the same time. Streams of a green
+    context are refused. A launch that waits for seconds all the same ends itself, and the process's CUDA context.
+    Raises RuntimeModeError; KernelTimeoutError where an earlier launch of this process has ended itself.
     """
+    residency.raise_if_lost()
     device = x.get_device()
-    loaded = _loaded(device, instance, x.dtype)
     num_slots, size = topk_ids.numel(), w2.shape[2]
     out = torch.empty_like(x)
     direct = num_slots == x.shape[0] and parts & GEMM2 and parts & SUM  # GEMM2 writes the output
@@ -242,14 +247,26 @@ def fast_layer(
     rows = x.new_empty((num_slots, x.shape[1])) if instance.permutes else x
     mapped = (w13, w2, rows, inner)
     given = (x, rows, inner, y, out, topk_weights, topk_ids)
-    arguments = layer_arguments(*given, tiles, w13.shape[0], parts, scale=scale, weights_on_input=weights_on_input)
+    arguments = layer_arguments(
+        *given,
+        tiles,
+        w13.shape[0],
+        parts,
+        report=residency.report_of(device),
+        scale=scale,
+        weights_on_input=weights_on_input,
+    )
     stream = torch.cuda.current_stream(device).cuda_stream
     if parts & (GEMM1 | GEMM2) or not instance.apart:
+        loaded = _loaded(device, instance, x.dtype, WATCHED)
         maps = [spec.encode(each) for spec, each in zip(tensor_maps(instance, *mapped), mapped, strict=True)]
         parameters = (*(each.address for each in maps), ctypes.addressof(arguments))
-        _launch(loaded.function, _instance_config(instance, loaded.grid, stream, overlap), parameters)
+        order = residency.order_of(device)
+        with order.lock:
+            waits = order.follow(stream)
+            _launch(loaded.function, _instance_config(instance, loaded.grid, stream, overlap and not waits), parameters)
     if instance.apart and parts & SUM and not direct:
-        _, function = _loaded_sum(device, sum_expression(topk_ids.shape[1], x.dtype))
+        _, function = _loaded_sum(device, sum_expression(topk_ids.shape[1], x.dtype, topk_ids.dtype))
         config = _config(sum_blocks(*x.shape), SUM_THREADS, 0, stream, overlap)
         _launch(function, config, (ctypes.addressof(arguments),))
     return out
@@ -260,34 +277,36 @@ def _launch(function: Any, config: Any, parameters: tuple[int, ...]) -> None:
 
     addresses = (ctypes.c_void_p * len(parameters))(*parameters)
     (error,) = driver.cuLaunchKernelEx(config, function, ctypes.addressof(addresses), 0)
-    _require(error, f"a launch of {config.gridDimX} blocks of {config.blockDimX} threads")
+    require(error, f"a launch of {config.gridDimX} blocks of {config.blockDimX} threads")
 
 
 def _instance_config(instance: Instance, grid: int, stream: int, overlap: bool) -> Any:
-    return _config(grid, instance.threads, instance.shared_bytes, stream, overlap, instance.cluster)
+    return _config(grid, instance.threads, instance.shared_bytes, stream, overlap, instance.cluster, COOPERATIVE)
 
 
 @functools.lru_cache(maxsize=256)
-def _config(grid: int, threads: int, shared_bytes: int, stream: int, overlap: bool, cluster: int = 1) -> Any:
+def _config(
+    grid: int, threads: int, shared_bytes: int, stream: int, overlap: bool, cluster: int = 1, cooperative: bool = False
+) -> Any:
     from cuda.bindings import driver
 
-    config = driver.CUlaunchConfig()
+    config, names = driver.CUlaunchConfig(), driver.CUlaunchAttributeID
     config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
     config.sharedMemBytes, config.hStream = shared_bytes, driver.CUstream(stream)
-    attributes = []
+    values: dict[Any, Any] = {}
     if overlap:
-        attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        value = values[names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION] = driver.CUlaunchAttributeValue()
         value.programmaticStreamSerializationAllowed = 1
-        attribute.value = value
-        attributes.append(attribute)
     if cluster > 1:
-        attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        value = values[names.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION] = driver.CUlaunchAttributeValue()
         value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = cluster, 1, 1
-        attribute.value = value
-        attributes.append(attribute)
+    if cooperative:
+        value = values[names.CU_LAUNCH_ATTRIBUTE_COOPERATIVE] = driver.CUlaunchAttributeValue()
+        value.cooperative = 1
+    attributes = [driver.CUlaunchAttribute() for _ in values]
+    for attribute, (name, value) in zip(attributes, values.items(), strict=True):
+        attribute.id, attribute.value = name, value
     if attributes:
         config.attrs, config.numAttrs = attributes, len(attributes)
     return config

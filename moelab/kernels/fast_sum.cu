@@ -9,10 +9,10 @@
 
 constexpr int SUM_THREADS = 256;  // of a block; fast_layer.py has it too
 
-template <typename T, int SLOTS>
+template <typename T, int SLOTS, typename Id>
 __global__ void __launch_bounds__(SUM_THREADS) fast_sum(const __grid_constant__ Layer<T> layer) {
     wait_for_predecessor();
     let_successor_start();
     const int place = blockIdx.x * SUM_THREADS + threadIdx.x, columns = layer.hidden / 8, token = place / columns;
-    sum_places<SLOTS, 1>(layer, {{token < layer.num_tokens ? token : -1, (place - token * columns) * 8}});
+    sum_places<Id, SLOTS, 1>(layer, {{token < layer.num_tokens ? token : -1, (place - token * columns) * 8}});
 }

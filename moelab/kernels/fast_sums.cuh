@@ -3,12 +3,20 @@
 #pragma once
 #include "fast_tiles.cuh"
 
+// Whether a slot's id is of an expert here. Compared as wide as it is: an id of 2^32 + 1 is not expert 1.
+template <typename Id, typename T>
+DEVICE bool is_ours(const Layer<T>& layer, int slot) {
+    const Id id = static_cast<const Id*>(layer.topk_ids)[slot];
+    if constexpr (sizeof(Id) == 8) return static_cast<uint64_t>(id) < static_cast<uint64_t>(layer.num_experts);
+    return static_cast<uint32_t>(id) < static_cast<uint32_t>(layer.num_experts);
+}
+
 // Where GEMM2 writes the output: zeros for the tokens that no expert here has.
 template <typename S, typename T>
 DEVICE void zero_unrouted(const Layer<T>& layer) {
     const int consumers = S::WARPGROUPS * 128;
     for (int token = blockIdx.x * consumers + threadIdx.x - 128; token < layer.num_tokens; token += gridDim.x * consumers) {
-        if (static_cast<unsigned>(layer.topk_ids[token]) < static_cast<unsigned>(layer.num_experts)) continue;
+        if (layer.wide_ids ? is_ours<long long>(layer, token) : is_ours<int>(layer, token)) continue;
         uint4* to = reinterpret_cast<uint4*>(layer.out + static_cast<uint64_t>(token) * layer.hidden);
         for (int i = 0; i < layer.hidden / 8; ++i) to[i] = {};
     }
@@ -28,7 +36,7 @@ struct Place {
 
 // out[token][column ..] = scale * sum over slots of y, at so many places, and of SLOTS slots each at a time: all of these rows are
 // on their way together.
-template <int SLOTS, int PLACES, typename T>
+template <typename Id, int SLOTS, int PLACES, typename T>
 DEVICE void sum_places(const Layer<T>& layer, const Place (&places)[PLACES]) {
     float sums[PLACES][8] = {};
 #pragma unroll 1
@@ -44,8 +52,7 @@ DEVICE void sum_places(const Layer<T>& layer, const Place (&places)[PLACES]) {
                 const bool is_slot = places[p].token >= 0 && first + s < layer.top_k;
                 // Loaded whether it counts or not: to look at the id first would be a second trip to memory.
                 eights[p][s] = is_slot ? load_written(from + static_cast<uint64_t>(s) * layer.hidden) : uint4{};
-                count[p][s] =
-                    is_slot && static_cast<unsigned>(layer.topk_ids[slot + s]) < static_cast<unsigned>(layer.num_experts);
+                count[p][s] = is_slot && is_ours<Id>(layer, slot + s);
             }
         }
 #pragma unroll
@@ -76,12 +83,12 @@ template <typename W, typename T>
 DEVICE void wait_for_all(const Layer<T>& layer, const W& walk, int done) {
     int* all = &layer.ready[layer.most_tiles];
     report(all, done);
-    if (threadIdx.x % 128 == 0) wait_for_count(all, (walk.total - walk.tiles1) * W::Tile::CLUSTER * W::Tile::WARPGROUPS);
+    if (threadIdx.x % 128 == 0) wait_for_count(all, (walk.total - walk.tiles1) * W::Tile::CLUSTER * W::Tile::WARPGROUPS, layer.report, ALL_READY, -1);
     named_barrier(CONSUMERS + threadIdx.x / 128 - 1, 128);
 }
 
 // All sums, shared out among the consumers of all blocks.
-template <typename S, int SLOTS, int PLACES, typename T>
+template <typename S, typename Id, int SLOTS, int PLACES, typename T>
 DEVICE void sum_share(const Layer<T>& layer) {
     const int consumers = S::WARPGROUPS * 128, columns = layer.hidden / 8, end = layer.num_tokens * columns;
     const int stride = gridDim.x * consumers;
@@ -92,20 +99,24 @@ DEVICE void sum_share(const Layer<T>& layer) {
             const int place = i + p * stride, token = place / columns;
             places[p] = {place < end ? token : -1, (place - token * columns) * 8};
         }
-        sum_places<SLOTS, PLACES>(layer, places);
+        sum_places<Id, SLOTS, PLACES>(layer, places);
     }
 }
 
 // As many places at once as slots leave registers for: memory is at its rate only while many rows are on their way.
-template <typename S, typename T>
-DEVICE void sum_all(const Layer<T>& layer) {
+template <typename S, typename Id, typename T>
+DEVICE void sum_all_by(const Layer<T>& layer) {
     constexpr int MORE = S::TOKENS > 48 ? 2 : 1;
     if (layer.top_k <= 2)
-        sum_share<S, 2, 2 * MORE>(layer);
+        sum_share<S, Id, 2, 2 * MORE>(layer);
     else if (layer.top_k <= 4)
-        sum_share<S, 4, 2 * MORE>(layer);
+        sum_share<S, Id, 4, 2 * MORE>(layer);
     else
-        sum_share<S, 8, MORE>(layer);
+        sum_share<S, Id, 8, MORE>(layer);
+}
+template <typename S, typename T>
+DEVICE void sum_all(const Layer<T>& layer) {
+    layer.wide_ids ? sum_all_by<S, long long>(layer) : sum_all_by<S, int>(layer);
 }
 
 // Up to so many tokens, the warpgroup that comes last to a tile's columns adds them up, sooner than all are done. A guess, as
@@ -131,7 +142,11 @@ DEVICE void sum_columns(const Layer<T>& layer, const W& walk) {
     const int part = walk.weights * W::Tile::WARPGROUPS + threadIdx.x / 128 - 1;
     for (int i = threadIdx.x % 128; i < layer.num_tokens * WIDE; i += 128) {
         const int column = (part * WIDE + i % WIDE) * 8;
-        if (column < layer.hidden) sum_places<8, 1>(layer, {{i / WIDE, column}});
+        if (column >= layer.hidden) continue;
+        if (layer.wide_ids)
+            sum_places<long long, 8, 1>(layer, {{i / WIDE, column}});
+        else
+            sum_places<int, 8, 1>(layer, {{i / WIDE, column}});
     }
 }
 

@@ -13,6 +13,8 @@ constexpr int TOKEN_THREADS = 96;            // of the producers' 128; the first
 constexpr int PERMUTED = 1 << 16;            // what a permuted piece adds to a record's count, above GEMM1's tiles
 constexpr int LOADER = 64;                   // of those, the thread that loads GEMM2's tokens by TMA
 enum Barrier { CONSUMERS = 1 };              // named barriers: that, and a warpgroup's number
+// What a wait is for, as one that is given up reports it; residency.py says it in words.
+enum Wait { STAGE_EMPTY = 1, SLOTS_EMPTY, ROWS_READY, ALL_READY };
 enum Part { GEMM1 = 1, GEMM2 = 2, SUM = 4 };
 
 // Tokens of one expert that are multiplied together: the expert-sorted rows first .. first + rows. The slot of the first is
@@ -30,15 +32,16 @@ struct Layer {
     T* y;                        // (S, H), row = flat slot, weighted; `out` itself where a token has one slot
     T* out;                      // (num_tokens, H)
     const float* topk_weights;   // (S)
-    const int* topk_ids;         // (S); slots of ids outside of the experts count as zeros
+    const void* topk_ids;        // (S) int, or long long with wide_ids; slots of ids outside of the experts count as zeros
     const int* sorted_slots;     // (S), flat slots token * top_k + j by expert
     const TokenTile* tiles;      // (most_tiles), *num_tiles in use
     const int* num_tiles;
     int* ready;                  // (counters) zeros, left as zeros: GEMM1 done of each tile of tokens, GEMM2's tiles done,
                                  // roles ended, and with SUMS_AT_ONCE tiles done of each part of H
+    uint4* report;               // in host memory: of a wait that was given up
     int most_tiles, counters;
     int num_experts, num_tokens, top_k, hidden, inner_size;
-    int parts;
+    int parts, wide_ids;
     int weighted;                // the part that the routed weight is applied in: GEMM1, before the activation, or GEMM2
     float scale;                 // of the sum
 

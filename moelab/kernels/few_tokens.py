@@ -189,9 +189,9 @@ def _down_kernel(
         pair = token * TOP_K + j
         expert = tl.load(ids_ptr + pair).to(tl.int64)
         counts = (expert >= 0) & (expert < num_experts)
-        by = tl.where(counts, 1.0, 0.0).to(wide)
+        # Selected, not multiplied: the weight of an id that counts nothing may be NaN, and its row of `inner` is never written.
         if not ON_INPUT:
-            by *= tl.load(routed_ptr + pair).to(wide)
+            by = tl.load(routed_ptr + pair, mask=counts, other=0.0).to(wide)
         inner_ptrs = inner_ptr + pair.to(tl.int64) * N + column
         for step in tl.static_range(STEPS):
             start = step * COLUMNS
@@ -200,7 +200,9 @@ def _down_kernel(
             else:
                 w = _weights(w_ptr, ids_ptr, pair, h, start, num_experts, N, H, COLUMNS)
             there = (column + start < N) & counts
-            a = tl.load(inner_ptrs + start, mask=there, other=0.0).to(wide) * by
+            a = tl.load(inner_ptrs + start, mask=there, other=0.0).to(wide)
+            if not ON_INPUT:
+                a *= by
             sums += w.to(wide) * a[None, :]
     out = tl.sum(sums, axis=1) * scale
     tl.store(out_ptr + token.to(tl.int64) * H + h, out.to(out_ptr.dtype.element_ty), mask=h < H)
@@ -224,7 +226,8 @@ def few_tokens(
 ) -> Tensor:
     """The layer of checked tensors: x (M, H), w13 (E, 2N, H), w2 (E, H, N); out (M, H). Deterministic, no host synchronisation.
 
-    topk_weights (M, k) float32, topk_ids (M, k) int32, those outside of the experts count nothing. weights_on_input: weigh
+    topk_weights (M, k) float32, topk_ids (M, k) int32 or int64; those outside of the experts add nothing, whatever their weight
+    and whatever NaN the experts that nobody chose hold. scale: an int counts as the float it equals. weights_on_input: weigh
     GEMM1's rows, before the activation. overlap: programmatic dependent launch, for NVIDIA chips since Hopper. side_by_side:
     run programs of the same rows of all experts (GEMM1) and of all tokens (GEMM2) next to each other: of tokens that share an
     expert only the first then reads its weights from memory, the others find them in the second-level cache.
@@ -235,7 +238,15 @@ def few_tokens(
     early = min(form.early, top_k * triton.cdiv(size, form.down.columns))
     for launcher, tile, programs, rows, tensors, values, own in (
         (_up, form.up, num_tokens * top_k, size, (x, w13, topk_ids, topk_weights, inner), (), {}),
-        (_down, form.down, num_tokens, hidden, (inner, w2, topk_ids, topk_weights, out), (scale,), {"EARLY": early}),
+        (
+            _down,
+            form.down,
+            num_tokens,
+            hidden,
+            (inner, w2, topk_ids, topk_weights, out),
+            (float(scale),),
+            {"EARLY": early},
+        ),
     ):
         constants = {
             "N": size, "H": hidden, "TOP_K": top_k, "ON_INPUT": weights_on_input, "ROWS": tile.rows,

@@ -10,6 +10,8 @@ from moelab import runtime
 
 runtime.prepare_triton()
 
+from functools import partial  # noqa: E402
+
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -18,7 +20,8 @@ from moelab.config import MIN_DOT_BLOCK, KernelConfig  # noqa: E402
 from moelab.errors import ConfigError, ShapeError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.descriptors import check_tma, check_tma_config, weight_descriptor  # noqa: E402
-from moelab.kernels.launch import Launcher, checked, gemm_signature  # noqa: E402
+from moelab.kernels.gemm_call import GemmCall, check_gemm, gemm_constants  # noqa: E402
+from moelab.kernels.launch import Launcher, checked  # noqa: E402
 from moelab.kernels.tiles import (  # noqa: E402
     add_bias,
     dot_loop,
@@ -35,6 +38,7 @@ from moelab.kernels.tiles import (  # noqa: E402
 )
 from moelab.reference import check_activation  # noqa: E402
 from moelab.routing import Alignment  # noqa: E402
+from moelab.weights import GemmWeights  # noqa: E402
 
 
 # num_pairs and num_rows follow the batch size: specialising them would mean another compile per batch size.
@@ -171,76 +175,46 @@ def gated_gemm(
     bias: (E, 2N) or (E, N). topk_weights: num_pairs float32 values, for a layer that weighs its input. Both come before
     the activation, in float32 (float64 for float64), and nothing is rounded before c is.
     tma: read w13 through its kept descriptor, with what `grouped_gemm_tma` asks for.
-    Returns c (rows, N), rows = checks.rows_in_use(alignment, num_pairs). Written are the rows of pairs of this rank's
+    Returns c (rows, N), rows = `GemmCall.num_rows`. Written are the rows of pairs of this rank's
     experts: neither padding, nor blocks of expert -1, nor blocks that are not in use. Deterministic.
     Raises what grouped_gemm does, and UnknownNameError.
     """
-    key = gemm_signature(a, w13, alignment, config, bias, topk_weights, out)
-    N = checked(
-        ("gated_gemm", num_pairs, top_k, activation, gated, tma, key),
-        lambda: _check(a, w13, alignment, config, num_pairs, top_k, activation, gated, bias, topk_weights, tma, out),
-    )
+    call = GemmCall(a, GemmWeights(w13, bias), alignment, config, num_pairs, top_k, topk_weights, activation, gated)
+    N = checked(("gated_gemm", tma, call.seen(out)), lambda: _check(call, tma, out))
     if out is None:
-        out = a.new_empty((checks.rows_in_use(alignment, num_pairs), N))
+        out = a.new_empty((call.num_rows, N))
     if num_pairs:
-        gated_gemm_unchecked(
-            a, w13, out, alignment, config, num_pairs, top_k, bias, topk_weights, activation, gated, tma
-        )
+        gated_gemm_unchecked(call, out, tma)
     return out
 
 
-def gated_gemm_unchecked(
-    a: Tensor,
-    w13: Tensor,
-    out: Tensor,
-    alignment: Alignment,
-    config: KernelConfig,
-    num_pairs: int,
-    top_k: int,
-    bias: Tensor | None,
-    topk_weights: Tensor | None,
-    activation: str,
-    gated: bool,
-    tma: bool,
-) -> None:
+def gated_gemm_unchecked(call: GemmCall, out: Tensor, tma: bool = False) -> None:
     """`gated_gemm` of at least one pair, for callers that checked it as a whole."""
-    rows, K = w13.shape[1:]
-    N = rows // 2 if gated else rows
-    num_rows = checks.rows_in_use(alignment, num_pairs)
-    (_launch_gated if gated else _launch_activated)(
-        (config, top_k, N, K, a.dtype, activation, tma, bias is None, topk_weights is None),
-        (checks.tiles_of(config, num_rows, rows), 1),
-        (
-            a, None if tma else w13, out, bias, topk_weights,
-            alignment.sorted_token_ids, alignment.expert_ids, alignment.num_tokens_post_padded,
-        ),
-        (N, K, num_pairs, num_rows),
-        lambda: checks.gemm_constants(config, K, ACTIVATION=activation, TMA=tma, TOP_K=top_k),
-        ((1, weight_descriptor(w13, _box(config, gated))),) if tma else (),
-    )  # fmt: skip
+    w13, config, (rows, K) = call.weights, call.config, call.sizes
+    (_launch_gated if call.gated else _launch_activated)(
+        (call.key, call.activation, tma),
+        (call.num_tiles, 1),
+        (call.a, None if tma else w13.w, out, w13.bias, call.topk_weights, *call.row_tensors),
+        (rows // 2 if call.gated else rows, K, call.num_pairs, call.num_rows),
+        lambda: gemm_constants(config, K, ACTIVATION=call.activation, TMA=tma, TOP_K=call.top_k),
+        ((1, weight_descriptor(w13.w, _box(call))),) if tma else (),
+    )
 
 
-def _box(config: KernelConfig, gated: bool) -> tuple[int, int]:
-    return config.BLOCK_SIZE_N // 2 if gated else config.BLOCK_SIZE_N, config.BLOCK_SIZE_K
+gated_gemm_tma_unchecked = partial(gated_gemm_unchecked, tma=True)
+"""`gated_gemm_unchecked` with w13 read through its kept descriptor."""
 
 
-def _check(
-    a: Tensor,
-    w13: Tensor,
-    alignment: Alignment,
-    config: KernelConfig,
-    num_pairs: int,
-    top_k: int,
-    activation: str,
-    gated: bool,
-    bias: Tensor | None,
-    topk_weights: Tensor | None,
-    tma: bool,
-    out: Tensor | None,
-) -> int:
+def _box(call: GemmCall) -> tuple[int, int]:
+    columns = call.config.BLOCK_SIZE_N
+    return columns // 2 if call.gated else columns, call.config.BLOCK_SIZE_K
+
+
+def _check(call: GemmCall, tma: bool, out: Tensor | None) -> int:
     """N of operands that fit together; raises what gated_gemm names."""
-    check_activation(activation, gated)
-    rows, _ = checks.check_gemm(a, w13, alignment, config, num_pairs, top_k, bias, topk_weights)
+    w13, config, gated = call.weights.w, call.config, call.gated
+    check_activation(str(call.activation), gated)
+    rows, _ = check_gemm(call)
     checks.check_one_split("gated_gemm", config)
     if gated and rows % 2:
         raise ShapeError(
@@ -252,8 +226,8 @@ def _check(
             f"rows and half up rows, and a tl.dot takes no side under {MIN_DOT_BLOCK}. Raise it."
         )
     if tma:
-        check_tma("w13", w13, _box(config, gated))
+        check_tma("w13", w13, _box(call))
         check_tma_config(config, w13.dtype)
     N = rows // 2 if gated else rows
-    checks.check_out(out, a, (checks.rows_in_use(alignment, num_pairs), N))
+    checks.check_out(out, call.a, (call.num_rows, N))
     return N

@@ -1,4 +1,4 @@
-"""The exchange kernel: each expert's rows times its weight, over rows sorted by expert and padded to tiles.
+"""The vLLM/sglang-compatible kernel: each expert's rows times its weight, over rows sorted by expert and padded to tiles.
 
 It keeps the meta-parameters, tile order and rounding points of the fused MoE kernel that sglang and vLLM run
 (sglang 0.5.23, fused_moe_kernel), so that a config tuned here serves there, and theirs serve here; in float32 and
@@ -18,7 +18,8 @@ from torch import Tensor  # noqa: E402
 
 from moelab.config import KernelConfig  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
-from moelab.kernels.launch import Launcher, checked, gemm_signature  # noqa: E402
+from moelab.kernels.gemm_call import GemmCall, check_gemm, gemm_constants  # noqa: E402
+from moelab.kernels.launch import Launcher, checked  # noqa: E402
 from moelab.kernels.tiles import (  # noqa: E402
     add_bias,
     dot_loop,
@@ -29,6 +30,7 @@ from moelab.kernels.tiles import (  # noqa: E402
     times_weight,
 )
 from moelab.routing import Alignment  # noqa: E402
+from moelab.weights import GemmWeights  # noqa: E402
 
 
 # num_pairs and num_rows follow the batch size: specialising them would mean another compile per batch size.
@@ -76,7 +78,7 @@ def _grouped_gemm_kernel(
     store_rows(c_ptr, pair, row_mask, offs_n, N, acc)
 
 
-_launch = Launcher(_grouped_gemm_kernel)
+_launcher = Launcher(_grouped_gemm_kernel)
 
 
 def grouped_gemm(
@@ -100,57 +102,30 @@ def grouped_gemm(
     Returns c (num_pairs, N) in a's dtype, every row written. Deterministic.
     Raises ShapeError, DtypeError, DeviceError, LayoutError, ConfigError, SharedMemoryError, RuntimeModeError.
     """
-    key = gemm_signature(a, w, alignment, config, bias, topk_weights, out)
-    N = checked(
-        ("grouped_gemm", num_pairs, top_k, key),
-        lambda: _check(a, w, alignment, config, num_pairs, top_k, bias, topk_weights, out),
-    )
+    call = GemmCall(a, GemmWeights(w, bias), alignment, config, num_pairs, top_k, topk_weights)
+    N = checked(("grouped_gemm", call.seen(out)), lambda: _check(call, out))
     if out is None:
         out = a.new_empty((num_pairs, N))
     if num_pairs:
-        grouped_gemm_unchecked(a, w, out, alignment, config, num_pairs, top_k, bias, topk_weights)
+        grouped_gemm_unchecked(call, out)
     return out
 
 
-def grouped_gemm_unchecked(
-    a: Tensor,
-    w: Tensor,
-    out: Tensor,
-    alignment: Alignment,
-    config: KernelConfig,
-    num_pairs: int,
-    top_k: int,
-    bias: Tensor | None,
-    topk_weights: Tensor | None,
-) -> None:
+def grouped_gemm_unchecked(call: GemmCall, out: Tensor) -> None:
     """`grouped_gemm` of at least one pair, for pipelines whose call was checked as a whole."""
-    N, K = w.shape[1:]
-    num_rows = checks.rows_in_use(alignment, num_pairs)
-    _launch(
-        (config, top_k, N, K, a.dtype, bias is None, topk_weights is None),
-        (checks.tiles_of(config, num_rows, N), 1),
-        (
-            a, w, out, bias, topk_weights,
-            alignment.sorted_token_ids, alignment.expert_ids, alignment.num_tokens_post_padded,
-        ),
-        (N, K, num_pairs, num_rows),
-        lambda: checks.gemm_constants(config, K, TOP_K=top_k),
-    )  # fmt: skip
+    w, (N, K) = call.weights, call.sizes
+    _launcher(
+        call.key,
+        (call.num_tiles, 1),
+        (call.a, w.w, out, w.bias, call.topk_weights, *call.row_tensors),
+        (N, K, call.num_pairs, call.num_rows),
+        lambda: gemm_constants(call.config, K, TOP_K=call.top_k),
+    )
 
 
-def _check(
-    a: Tensor,
-    w: Tensor,
-    alignment: Alignment,
-    config: KernelConfig,
-    num_pairs: int,
-    top_k: int,
-    bias: Tensor | None,
-    topk_weights: Tensor | None,
-    out: Tensor | None,
-) -> int:
+def _check(call: GemmCall, out: Tensor | None) -> int:
     """N of operands that fit together; raises what grouped_gemm names."""
-    N, _ = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
-    checks.check_one_split("grouped_gemm", config)
-    checks.check_out(out, a, (num_pairs, N))
+    N, _ = check_gemm(call)
+    checks.check_one_split("grouped_gemm", call.config)
+    checks.check_out(out, call.a, (call.num_pairs, N))
     return N

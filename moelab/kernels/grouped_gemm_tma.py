@@ -1,4 +1,4 @@
-"""The exchange kernel with its weights read by TMA, the copy engine of sm_90 and later; the rounding points are the same.
+"""The compatible kernel with its weights read by the TMA unit of sm_90 and later; the rounding points are the same.
 
 One thread asks for a whole box of weights where every thread would compute addresses, and no register waits for it. The
 activations stay with pointers: their rows are gathered, which TMA can do from sm_100 on only.
@@ -17,7 +17,8 @@ from torch import Tensor  # noqa: E402
 from moelab.config import KernelConfig  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.descriptors import check_tma, check_tma_config, weight_descriptor  # noqa: E402
-from moelab.kernels.launch import Launcher, checked, gemm_signature  # noqa: E402
+from moelab.kernels.gemm_call import GemmCall, check_gemm, gemm_constants  # noqa: E402
+from moelab.kernels.launch import Launcher, checked  # noqa: E402
 from moelab.kernels.tiles import (  # noqa: E402
     add_bias,
     grouped_tile,
@@ -27,6 +28,7 @@ from moelab.kernels.tiles import (  # noqa: E402
     tma_dot_loop,
 )
 from moelab.routing import Alignment  # noqa: E402
+from moelab.weights import GemmWeights  # noqa: E402
 
 
 # num_pairs and num_rows follow the batch size: specialising them would mean another compile per batch size.
@@ -75,7 +77,7 @@ def _grouped_gemm_tma_kernel(
     store_rows(c_ptr, pair, row_mask, offs_n, N, acc)
 
 
-_launch = Launcher(_grouped_gemm_tma_kernel)
+_launcher = Launcher(_grouped_gemm_tma_kernel)
 
 
 def grouped_gemm_tma(
@@ -96,60 +98,33 @@ def grouped_gemm_tma(
     w on 16 bytes and its rows a multiple of 16 bytes (LayoutError), BLOCK_SIZE_N and BLOCK_SIZE_K at most 256
     (ConfigError). Deterministic.
     """
-    key = gemm_signature(a, w, alignment, config, bias, topk_weights, out)
-    N = checked(
-        ("grouped_gemm_tma", num_pairs, top_k, key),
-        lambda: _check(a, w, alignment, config, num_pairs, top_k, bias, topk_weights, out),
-    )
+    call = GemmCall(a, GemmWeights(w, bias), alignment, config, num_pairs, top_k, topk_weights)
+    N = checked(("grouped_gemm_tma", call.seen(out)), lambda: _check(call, out))
     if out is None:
         out = a.new_empty((num_pairs, N))
     if num_pairs:
-        grouped_gemm_tma_unchecked(a, w, out, alignment, config, num_pairs, top_k, bias, topk_weights)
+        grouped_gemm_tma_unchecked(call, out)
     return out
 
 
-def grouped_gemm_tma_unchecked(
-    a: Tensor,
-    w: Tensor,
-    out: Tensor,
-    alignment: Alignment,
-    config: KernelConfig,
-    num_pairs: int,
-    top_k: int,
-    bias: Tensor | None,
-    topk_weights: Tensor | None,
-) -> None:
+def grouped_gemm_tma_unchecked(call: GemmCall, out: Tensor) -> None:
     """`grouped_gemm_tma` of at least one pair, for callers that checked it as a whole."""
-    N, K = w.shape[1:]
-    num_rows = checks.rows_in_use(alignment, num_pairs)
-    _launch(
-        (config, top_k, N, K, a.dtype, bias is None, topk_weights is None),
-        (checks.tiles_of(config, num_rows, N), 1),
-        (
-            a, None, out, bias, topk_weights,
-            alignment.sorted_token_ids, alignment.expert_ids, alignment.num_tokens_post_padded,
-        ),
-        (N, K, num_pairs, num_rows),
-        lambda: checks.gemm_constants(config, K, TOP_K=top_k),
-        ((1, weight_descriptor(w, (config.BLOCK_SIZE_N, config.BLOCK_SIZE_K))),),
-    )  # fmt: skip
+    w, config, (N, K) = call.weights, call.config, call.sizes
+    _launcher(
+        call.key,
+        (call.num_tiles, 1),
+        (call.a, None, out, w.bias, call.topk_weights, *call.row_tensors),
+        (N, K, call.num_pairs, call.num_rows),
+        lambda: gemm_constants(config, K, TOP_K=call.top_k),
+        ((1, weight_descriptor(w.w, (config.BLOCK_SIZE_N, config.BLOCK_SIZE_K))),),
+    )
 
 
-def _check(
-    a: Tensor,
-    w: Tensor,
-    alignment: Alignment,
-    config: KernelConfig,
-    num_pairs: int,
-    top_k: int,
-    bias: Tensor | None,
-    topk_weights: Tensor | None,
-    out: Tensor | None,
-) -> int:
+def _check(call: GemmCall, out: Tensor | None) -> int:
     """N of operands that fit together; raises what grouped_gemm_tma names."""
-    N, _ = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
-    checks.check_one_split("grouped_gemm_tma", config)
-    check_tma("w", w, (config.BLOCK_SIZE_N, config.BLOCK_SIZE_K))
-    check_tma_config(config, w.dtype)
-    checks.check_out(out, a, (num_pairs, N))
+    N, _ = check_gemm(call)
+    checks.check_one_split("grouped_gemm_tma", call.config)
+    check_tma("w", call.weights.w, (call.config.BLOCK_SIZE_N, call.config.BLOCK_SIZE_K))
+    check_tma_config(call.config, call.weights.w.dtype)
+    checks.check_out(out, call.a, (call.num_pairs, N))
     return N

@@ -75,37 +75,52 @@ DEVICE void barrier_arrive_at(uint64_t* barrier, int rank) {
         : "memory");
 }
 
-// MOELAB_WATCHDOG: a wait of seconds says which one it is and ends the launch; for bringing a kernel up.
-#ifdef MOELAB_WATCHDOG
-struct Patience {
-    uint64_t begin = clock64();
-    DEVICE void lost(const char* what, uint32_t address, uint32_t value) {
-        if (clock64() - begin < 4000000000ull) return;
-        printf("block %d thread %d waits for ever: %s %u %u\n", blockIdx.x, threadIdx.x, what, address, value);
-        __trap();
-    }
-};
-#else
-struct Patience {
-    DEVICE void lost(const char*, uint32_t, uint32_t) {}
-};
-#endif
+// Ticks of 2^32 ns (4.3 s), of which the first may be short: counts are given up after 4 to 9 seconds, and mbarriers, which wait
+// for those who wait for counts, after 9 to 13.
+constexpr uint32_t COUNT_TICKS = 2, BARRIER_TICKS = 3;
+DEVICE uint32_t ticks() {
+    uint32_t value;
+    asm volatile("mov.u32 %0, %%globaltimer_hi;" : "=r"(value));
+    return value;
+}
 
+// Ends the launch, and the process's CUDA context with it, after a report in host memory: device memory cannot be read then.
+// Not by printf: one call in a kernel, and ptxas serialises each of its wgmmas (C7510; at tiles of 176 tokens 1,120 bytes of
+// spills come on top).
+DEVICE void give_up(uint4* report, int what, int tile, uint32_t value) {
+    asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};\nfence.acq_rel.sys;"
+                 ::"l"(report), "r"(what | threadIdx.x << 8), "r"(blockIdx.x), "r"(tile), "r"(value) : "memory");
+    __trap();
+}
+
+// For consumers, whose accumulators leave no register for a clock: that they are fed, and let go of it, their CTA's producers watch.
 DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
-#ifdef MOELAB_WATCHDOG
-    for (Patience patience;; patience.lost("barrier at, for parity", shared_address(barrier), parity)) {
-        uint32_t done;
-        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
-        if (done) return;
-    }
-#endif
     asm volatile(
         "{\n.reg .pred done;\n"
         "WAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         "@done bra READY;\nbra WAIT;\nREADY:\n}"
         ::"r"(shared_address(barrier)), "r"(parity)
         : "memory");
+}
+
+DEVICE bool barrier_try(uint64_t* barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+    return done;
+}
+
+// report, what, tile: where a wait that is given up says what it was for, and the tile descriptor of it. The clock is looked at only once a first try has lasted as long as the hardware lets
+// one last.
+DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity, uint4* report, int what, int tile) {
+#ifdef MOELAB_UNWATCHED
+    barrier_wait(barrier, parity);
+#else
+    if (barrier_try(barrier, parity)) return;
+    const uint32_t begin = ticks();
+    while (!barrier_try(barrier, parity))
+        if (ticks() - begin >= BARRIER_TICKS) give_up(report, what, tile, parity);
+#endif
 }
 
 // 16 bytes from device memory; of which those past `bytes` (0 or 16) become zero.
@@ -246,10 +261,19 @@ DEVICE int add_acquire_release(int* address, int value) {
     return before;
 }
 
-// Waits until a count in device memory is that high. Acquired once at the end: each acquire empties the first-level cache.
-DEVICE void wait_for_count(const int* address, int count) {
-    Patience patience;
-    for (; load_relaxed(address) < count; back_off()) patience.lost("count, is, wanted", load_relaxed(address), count);
+// Waits until a count in device memory is that high. Acquired once at the end: each acquire empties the first-level cache. The
+// clock is looked at every 256 polls.
+DEVICE void wait_for_count(const int* address, int count, uint4* report, int what, int tile) {
+#ifdef MOELAB_UNWATCHED
+    for (; load_relaxed(address) < count; back_off()) {}
+#else
+    uint32_t begin = 0, polls = 0;
+    for (int found; (found = load_relaxed(address)) < count; back_off()) {
+        if (++polls % 256) continue;
+        if (polls == 256) begin = ticks();
+        if (ticks() - begin >= COUNT_TICKS) give_up(report, what, tile, count - found);
+    }
+#endif
     load_acquire(address);
 }
 

@@ -1,8 +1,10 @@
-"""Triton's interpreter with less to do for each call: the same results, sooner.
+"""Triton's interpreter with less to do for each call: the same results, sooner; and 3.6's with numpy 2.4.
 
-The interpreter replaces the functions of triton.language by its own for the time of a launch. Triton 3.7.1 looks for them
-anew in each launch, and again whenever a kernel calls a device function, of which `tl.sum` and its kin are made. Here they
-are found once, and a call within a launch finds them replaced.
+The interpreter replaces the functions of triton.language by its own for the time of a launch. Triton 3.6.0 and 3.7.1 look
+for them anew in each launch, and again whenever a kernel calls a device function, of which `tl.sum` and its kin are made.
+Here they are found once, and a call within a launch finds them replaced.
+
+Triton 3.6.0 makes a loop's bound of an array of one number, which numpy refuses from 2.4 on; 3.7.1 drops the axis first.
 """
 
 from __future__ import annotations
@@ -14,6 +16,20 @@ from typing import Any
 
 NEEDED = ("_patch_lang", "_patch_builtin", "_patch_attr", "_LangPatchScope")
 """What Triton's module must have. Where one is missing nothing is changed: the interpreter is then as slow as it comes."""
+
+
+def mend(interpreter: ModuleType) -> None:
+    """Let a loop's bound be an array of one number in any version, as 3.7.1 does. interpreter: as in `hasten`."""
+    patch_tensor = getattr(interpreter, "_patch_lang_tensor", None)
+    if patch_tensor is None or hasattr(patch_tensor, "mended"):
+        return
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    patched.mended = True  # type: ignore[attr-defined]
+    interpreter._patch_lang_tensor = patched  # type: ignore[attr-defined]
 
 
 def hasten(interpreter: ModuleType, language: ModuleType) -> bool:

@@ -12,6 +12,8 @@ from moelab import runtime
 RUNTIME = runtime.prepare_triton()
 
 import contextlib  # noqa: E402
+import threading  # noqa: E402
+import warnings  # noqa: E402
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -20,14 +22,13 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from moelab.config import KernelConfig  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
-from moelab.kernels.interpreter import hasten  # noqa: E402
-from moelab.routing import Alignment  # noqa: E402
+from moelab.kernels.interpreter import hasten, mend  # noqa: E402
 
 if RUNTIME.mode == "interpreter":
     from triton.runtime import interpreter
 
+    mend(interpreter)
     hasten(interpreter, triton.language)
 
 Instance = tuple[Mapping[str, Any], Mapping[str, Any]]
@@ -38,13 +39,16 @@ class Launcher:
     """The compiled instances of one Triton kernel, by what they were compiled for.
 
     The kernel's parameters are tensors, then integers, floats and descriptors, then constants. The first call with a
-    key goes through Triton, which compiles if need be; later ones go straight to that instance. Where Triton's
-    interpreter runs, or a profiler has hooked itself into launches, every call goes through Triton.
+    key goes through Triton, which compiles if need be; later ones go straight to that instance. How an instance takes its
+    arguments is private to Triton (read in 3.6.0 and 3.7.1), so the kernel's first launch compares (`_compared`). Where
+    that finds a difference, where Triton's interpreter runs, or a profiler has hooked itself into launches, every call goes
+    through Triton.
     """
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self._instances: dict[Hashable, tuple[Any, ...]] = {}
+        self._straight: bool | None = None  # whether an instance takes what `__call__` hands it; None: not compared yet
 
     def __call__(
         self,
@@ -101,14 +105,102 @@ class Launcher:
             made.append(self.kernel.warmup(*arguments, grid=grid, **constants, **options))
             return
         self._check_device(first)
+        in_order = [constants[name] for name in self.kernel.arg_names[len(arguments) :]]
         # The interpreter's numpy warns of inf and NaN; a GPU does not, and rows of padding hold what memory held.
         with np.errstate(over="ignore", invalid="ignore"):
-            compiled = self.kernel[grid](*arguments, **constants, **options)
-        if compiled is None:  # the interpreter has nothing to keep
+            if self._straight is None and RUNTIME.mode != "interpreter":
+                compiled = self._compared(grid, arguments, in_order, {**constants, **options})
+            else:
+                compiled = self.kernel[grid](*arguments, **constants, **options)
+        if compiled is None or not self._straight:  # the interpreter has nothing to keep
             return
-        in_order = [constants[name] for name in self.kernel.arg_names[len(arguments) :]]
         stream_of = triton.runtime.driver.active.get_current_stream
         self._instances[key] = (compiled.run, compiled.function, compiled.packed_metadata, in_order, stream_of)
+
+    def _compared(
+        self, grid: tuple[int, int], arguments: Sequence[Any], in_order: list[Any], named: Mapping[str, Any]
+    ) -> Any:
+        """Launch once through Triton, and see whether its own launch is what `__call__` would have said.
+
+        The instance is compiled first, then launched with its `run` replaced, for this thread, by one that looks at what
+        Triton passes, and launches with ours where they agree. They agree where all is the same but for tensors, which
+        `__call__` gives as addresses (None as 0), and for the hooks' three arguments, which are None without hooks.
+        """
+        compiled = self.kernel.warmup(*arguments, grid=grid, **named)
+        run, thread = compiled.run, threading.get_ident()
+        differs = f"does not call {type(compiled).__name__}.run"
+
+        def looked_at(*passed: Any, **unknown: Any) -> None:
+            nonlocal differs
+            if threading.get_ident() != thread:
+                return run(*passed, **unknown)
+            stream = triton.runtime.driver.active.get_current_stream(arguments[0].get_device())
+            ours = [
+                *grid,
+                1,
+                stream,
+                compiled.function,
+                compiled.packed_metadata,
+                None,
+                None,
+                None,
+                *arguments,
+                *in_order,
+            ]
+            differs = "names its arguments" if unknown else _first_difference(passed, ours)
+            if not differs:
+                plain = [*ours[: _HOOKS.start], *passed[_HOOKS], *map(_address, ours[_HOOKS.stop :])]
+                try:
+                    return run(*plain)
+                except TypeError as error:
+                    differs = f"takes no addresses: {error}"
+            return run(*passed, **unknown)
+
+        compiled._run = looked_at
+        try:
+            self.kernel[grid](*arguments, **named)
+        finally:
+            compiled._run = run
+        self._straight = not differs
+        if differs:
+            _tell_once(f"{self.kernel.__name__}: Triton's launch {differs}")
+        return compiled
+
+
+_HOOKS = slice(6, 9)
+"""Where launch metadata and the two hooks stand among what an instance is run with."""
+
+
+def _address(value: Any) -> Any:
+    return 0 if value is None else value.data_ptr() if isinstance(value, Tensor) else value
+
+
+def _first_difference(passed: Sequence[Any], ours: Sequence[Any]) -> str:
+    """Where Triton's arguments for an instance differ from ours, in words; "" where they do not."""
+    if len(passed) != len(ours):
+        return f"passes {len(passed)} arguments, not {len(ours)}"
+    for place, (theirs, own) in enumerate(zip(passed, ours, strict=True)):
+        if place in range(_HOOKS.start, _HOOKS.stop) or theirs is own:
+            continue
+        if type(theirs) is not type(own) or isinstance(own, Tensor) or theirs != own:
+            return f"passes {type(theirs).__name__} {theirs!r:.60} as argument {place}, not {own!r:.60}"
+    return ""
+
+
+_told: set[str] = set()
+
+
+def _tell_once(why: str) -> None:
+    """Warn, the first time in this process only, that launches go through Triton."""
+    if not _told:
+        warnings.warn(
+            f"Kernels are launched through Triton {triton.__version__}, at more host time a call, because its instances take "
+            f"their arguments otherwise than those of 3.6 and 3.7 ({why}). Results are the same. Install one of those, or "
+            "report this.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    _told.add(why)
 
 
 @contextlib.contextmanager
@@ -155,17 +247,7 @@ def checked(key: Hashable, check: Callable[[], Any]) -> Any:
 
 
 def signature(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Shape, dtype, device and contiguity of each: all of a tensor that checks look at."""
-    return tuple([None if t is None else (t.shape, t.dtype, t.device, t.is_contiguous()) for t in tensors])
-
-
-def gemm_signature(
-    a: Tensor, w: Tensor, alignment: Alignment, config: KernelConfig, *rest: Tensor | None
-) -> tuple[Any, ...]:
-    """`signature` of a grouped product's operands, its alignment and its config."""
-    return (
-        config, alignment.block_size, alignment.num_pairs, alignment.num_experts,
-        *signature(
-            a, w, alignment.sorted_token_ids, alignment.expert_ids, alignment.num_tokens_post_padded, *rest
-        ),
-    )  # fmt: skip
+    """Shape, dtype, device, contiguity and negative bit of each: all of a tensor that checks look at."""
+    return tuple([
+        None if t is None else (t.shape, t.dtype, t.device, t.is_contiguous(), t.is_neg()) for t in tensors
+    ])  # fmt: skip

@@ -1,6 +1,6 @@
-"""GEMM2 over rows that lie sorted by expert, as `gated_gemm` stores them, and three ways to combine its products.
+"""GEMM2 over rows that lie sorted by expert, as `gated_gemm` stores them, and two ways to combine its products.
 
-"scatter" puts each pair's row in its place, for a sum-reduce to follow; the atomic ways add it to its token's row.
+Each pair's row is put in its place, for a sum-reduce to follow, or added to its token's row by atomics.
 
 TMA reductions (`descriptor.atomic_add`) were compiled for sm_90 and sm_100 under Triton 3.7.1 and left out: a box is a
 rectangle and the rows of a tile go to scattered tokens, so each row takes a box of its own (1, BLOCK_SIZE_N), with a fence
@@ -15,18 +15,19 @@ from moelab import runtime
 
 runtime.prepare_triton()
 
+from functools import partial  # noqa: E402
 from typing import Any  # noqa: E402
 
-import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moelab.config import KernelConfig  # noqa: E402
-from moelab.errors import ShapeError, UnknownNameError, nearest_names  # noqa: E402
+from moelab.errors import ShapeError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.descriptors import activation_descriptor, check_tma, check_tma_config, weight_descriptor  # noqa: E402
-from moelab.kernels.launch import Launcher, checked, gemm_signature  # noqa: E402
+from moelab.kernels.gemm_call import GemmCall, check_gemm, gemm_constants  # noqa: E402
+from moelab.kernels.launch import Launcher, checked  # noqa: E402
 from moelab.kernels.tiles import (  # noqa: E402
     add_bias,
     atomic_add_rows,
@@ -39,9 +40,7 @@ from moelab.kernels.tiles import (  # noqa: E402
     tma_tma_dot_loop,
 )
 from moelab.routing import Alignment  # noqa: E402
-
-COMBINES = ("scatter", "atomic_f32", "atomic_out")
-"""What becomes of a pair's row: stored, added in float32 (float64 for float64), added in the operands' dtype."""
+from moelab.weights import GemmWeights  # noqa: E402
 
 
 # num_pairs and num_rows follow the batch size: specialising them would mean another compile per batch size.
@@ -103,7 +102,7 @@ def _sorted_gemm_kernel(
         store_rows(c_ptr, pair, row_mask, offs_n, N, acc)
 
 
-_launch = Launcher(_sorted_gemm_kernel)
+_launcher = Launcher(_sorted_gemm_kernel)
 
 
 def sorted_gemm(
@@ -115,101 +114,68 @@ def sorted_gemm(
     num_pairs: int,
     bias: Tensor | None = None,
     topk_weights: Tensor | None = None,
-    combine: str = "scatter",
+    atomic: bool = False,
     top_k: int = 1,
     tma: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """y[p] = a[r] @ w[expert].T (+ bias) (* weight) for pair p = sorted_token_ids[r], combined in one of three ways.
+    """y[p] = a[r] @ w[expert].T (+ bias) (* weight) for pair p = sorted_token_ids[r].
 
-    a: (rows, K), rows = checks.rows_in_use(alignment, num_pairs), as `gated_gemm` returns it; what is not a pair's row
-    may hold anything, NaN too. w, alignment, bias, topk_weights: as in `grouped_gemm`.
-    combine: "scatter" returns y, (num_pairs, N) in a's dtype, zeros for pairs of expert -1; deterministic. "atomic_f32"
-    returns the sum of y over each top_k pairs in a row, (num_pairs / top_k, N), added in float32 (float64 for float64),
-    "atomic_out" the same added in a's dtype, a rounding for every product; both zeroed here and added to in the order in
-    which programs finish: not deterministic on a GPU. top_k: the layer's with them, 1 with "scatter".
+    a: (rows, K), rows = `GemmCall.num_rows`, as `gated_gemm` returns it; what is not a pair's row may hold anything, NaN
+    too. w, alignment, bias, topk_weights: as in `grouped_gemm`.
+    Returns y, (num_pairs, N) in a's dtype, zeros for pairs of expert -1; deterministic. atomic: returns the sum of y over each
+    top_k pairs in a row, (num_pairs / top_k, N), added in a's dtype, a rounding for every product; zeroed here and added to in
+    the order in which programs finish: not deterministic on a GPU. top_k: the layer's with it, 1 without.
     tma: read a and w through descriptors, w's a kept one, with what `grouped_gemm_tma` asks for, of a too.
-    Raises what grouped_gemm does, and UnknownNameError.
+    Raises what grouped_gemm does.
     """
-    key = gemm_signature(a, w, alignment, config, bias, topk_weights, out)
-    N, dtype = checked(
-        ("sorted_gemm", num_pairs, combine, top_k, tma, key),
-        lambda: _check(a, w, alignment, config, num_pairs, bias, topk_weights, combine, top_k, tma, out),
-    )
+    call = GemmCall(a, GemmWeights(w, bias), alignment, config, num_pairs, top_k, topk_weights)
+    N = checked(("sorted_gemm", atomic, tma, call.seen(out)), lambda: _check(call, atomic, tma, out))
     if out is None:
-        out = a.new_empty((num_pairs // top_k, N), dtype=dtype)
-    if combine != "scatter":
+        out = a.new_empty((num_pairs // top_k, N))
+    if atomic:
         out.zero_()
     if num_pairs:
-        sorted_gemm_unchecked(a, w, out, alignment, config, num_pairs, bias, topk_weights, combine, top_k, tma)
+        sorted_gemm_unchecked(call, out, atomic, tma)
     return out
 
 
-def sorted_gemm_unchecked(
-    a: Tensor,
-    w: Tensor,
-    out: Tensor,
-    alignment: Alignment,
-    config: KernelConfig,
-    num_pairs: int,
-    bias: Tensor | None,
-    topk_weights: Tensor | None,
-    combine: str,
-    top_k: int,
-    tma: bool,
-) -> None:
+def sorted_gemm_unchecked(call: GemmCall, out: Tensor, atomic: bool = False, tma: bool = False) -> None:
     """`sorted_gemm` of at least one pair, for callers that checked it as a whole, and zeroed what is added to."""
-    N, K = w.shape[1:]
-    num_rows = checks.rows_in_use(alignment, num_pairs)
-    _launch(
-        (config, top_k, N, K, a.dtype, combine, tma, bias is None, topk_weights is None),
-        (checks.tiles_of(config, num_rows, N), 1),
-        (
-            out, None if tma else a, None if tma else w, bias, topk_weights,
-            alignment.sorted_token_ids, alignment.expert_ids, alignment.num_tokens_post_padded,
-        ),
-        (N, K, num_pairs, num_rows),
-        lambda: checks.gemm_constants(config, K, ATOMIC=combine != "scatter", TMA=tma, TOP_K=top_k),
-        _descriptors(a, w, config) if tma else (),
-    )  # fmt: skip
+    w, (N, K) = call.weights, call.sizes
+    _launcher(
+        (call.key, atomic, tma),
+        (call.num_tiles, 1),
+        (out, None if tma else call.a, None if tma else w.w, w.bias, call.topk_weights, *call.row_tensors),
+        (N, K, call.num_pairs, call.num_rows),
+        lambda: gemm_constants(call.config, K, ATOMIC=atomic, TMA=tma, TOP_K=call.top_k),
+        _descriptors(call) if tma else (),
+    )
 
 
-def _descriptors(a: Tensor, w: Tensor, config: KernelConfig) -> tuple[tuple[int, Any], ...]:
-    rows = activation_descriptor(a, (config.BLOCK_SIZE_M, config.BLOCK_SIZE_K))
-    return (1, rows), (2, weight_descriptor(w, (config.BLOCK_SIZE_N, config.BLOCK_SIZE_K)))
+sorted_gemm_tma_unchecked = partial(sorted_gemm_unchecked, tma=True)
+"""`sorted_gemm_unchecked` with both operands by TMA."""
 
 
-def _check(
-    a: Tensor,
-    w: Tensor,
-    alignment: Alignment,
-    config: KernelConfig,
-    num_pairs: int,
-    bias: Tensor | None,
-    topk_weights: Tensor | None,
-    combine: str,
-    top_k: int,
-    tma: bool,
-    out: Tensor | None,
-) -> tuple[int, torch.dtype]:
-    """(N, the result's dtype) of operands that fit together; raises what sorted_gemm names."""
-    if combine not in COMBINES:
-        raise UnknownNameError(
-            f"Unknown combine {combine!r}. Expected one of {', '.join(COMBINES)}.{nearest_names(combine, COMBINES)} Name "
-            "one of them."
-        )
-    if combine == "scatter" and top_k != 1:
+def _descriptors(call: GemmCall) -> tuple[tuple[int, Any], ...]:
+    config = call.config
+    rows = activation_descriptor(call.a, (config.BLOCK_SIZE_M, config.BLOCK_SIZE_K))
+    return (1, rows), (2, weight_descriptor(call.weights.w, (config.BLOCK_SIZE_N, config.BLOCK_SIZE_K)))
+
+
+def _check(call: GemmCall, atomic: bool, tma: bool, out: Tensor | None) -> int:
+    """N of operands that fit together; raises what sorted_gemm names."""
+    config, top_k, w = call.config, call.top_k, call.weights.w
+    if not atomic and top_k != 1:
         raise ShapeError(
-            f"combine='scatter' came with top_k = {top_k}. Expected 1: it keeps a row per pair. Pass top_k=1 and follow with "
-            "sum_reduce, or name an atomic combine."
+            f"sorted_gemm came with top_k = {top_k}. Expected 1: it keeps a row per pair. Pass top_k=1 and follow with "
+            "sum_reduce, or atomic=True."
         )
-    rows = checks.rows_in_use(alignment, num_pairs)
-    N, _ = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights, a_rows=rows)
+    N, _ = check_gemm(call, a_rows=call.num_rows)
     checks.check_one_split("sorted_gemm", config)
     if tma:
-        check_tma("a", a, (config.BLOCK_SIZE_M, config.BLOCK_SIZE_K))
+        check_tma("a", call.a, (config.BLOCK_SIZE_M, config.BLOCK_SIZE_K))
         check_tma("w", w, (config.BLOCK_SIZE_N, config.BLOCK_SIZE_K))
         check_tma_config(config, w.dtype)
-    dtype = checks.accumulator_dtype(a.dtype) if combine == "atomic_f32" else a.dtype
-    checks.check_out(out, a, (num_pairs // top_k, N), dtype)
-    return N, dtype
+    checks.check_out(out, call.a, (call.num_pairs // top_k, N))
+    return N

@@ -17,9 +17,11 @@ import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moelab.config import KernelConfig  # noqa: E402
+from moelab.dtypes import accumulator_dtype  # noqa: E402
 from moelab.errors import ShapeError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
-from moelab.kernels.launch import Launcher, checked, gemm_signature  # noqa: E402
+from moelab.kernels.gemm_call import GemmCall, check_gemm, gemm_constants  # noqa: E402
+from moelab.kernels.launch import Launcher, checked  # noqa: E402
 from moelab.kernels.tiles import (  # noqa: E402
     add_bias,
     dot_loop,
@@ -29,6 +31,7 @@ from moelab.kernels.tiles import (  # noqa: E402
     times_weight,
 )
 from moelab.routing import Alignment  # noqa: E402
+from moelab.weights import GemmWeights  # noqa: E402
 
 
 # num_pairs and num_rows follow the batch size: specialising them would mean another compile per batch size.
@@ -104,8 +107,8 @@ def split_k_atomic_f32(
     the layer's top_k, which makes GEMM2's sum over slots part of the same additions.
     Returns (num_pairs / pairs_per_row, N), zeroed here and then added to. Not deterministic on a GPU.
     """
-    dtype = checks.accumulator_dtype(a.dtype)
-    return _launch(a, w, alignment, config, num_pairs, top_k, bias, topk_weights, pairs_per_row, out, dtype)
+    call = GemmCall(a, GemmWeights(w, bias), alignment, config, num_pairs, top_k, topk_weights)
+    return _launch(call, pairs_per_row, out, accumulator_dtype(a.dtype))
 
 
 def split_k_atomic_out(
@@ -122,65 +125,37 @@ def split_k_atomic_out(
     out: Tensor | None = None,
 ) -> Tensor:
     """`split_k_atomic_f32` adding in a's dtype: half the traffic in 16 bits, and a rounding for every partial sum."""
-    return _launch(a, w, alignment, config, num_pairs, top_k, bias, topk_weights, pairs_per_row, out, a.dtype)
+    call = GemmCall(a, GemmWeights(w, bias), alignment, config, num_pairs, top_k, topk_weights)
+    return _launch(call, pairs_per_row, out, a.dtype)
 
 
-def _launch(
-    a: Tensor,
-    w: Tensor,
-    alignment: Alignment,
-    config: KernelConfig,
-    num_pairs: int,
-    top_k: int,
-    bias: Tensor | None,
-    topk_weights: Tensor | None,
-    pairs_per_row: int,
-    out: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    key = gemm_signature(a, w, alignment, config, bias, topk_weights, out)
+def _launch(call: GemmCall, pairs_per_row: int, out: Tensor | None, dtype: torch.dtype) -> Tensor:
     N, K = checked(
-        ("split_k_atomic", dtype, num_pairs, top_k, pairs_per_row, key),
-        lambda: _check(a, w, alignment, config, num_pairs, top_k, bias, topk_weights, pairs_per_row, out, dtype),
+        ("split_k_atomic", dtype, pairs_per_row, call.seen(out)), lambda: _check(call, pairs_per_row, out, dtype)
     )
     if out is None:
-        out = a.new_empty((num_pairs // pairs_per_row, N), dtype=dtype)
+        out = call.a.new_empty((call.num_pairs // pairs_per_row, N), dtype=dtype)
     out.zero_()
-    if num_pairs == 0:
+    if call.num_pairs == 0:
         return out
-    num_rows = checks.rows_in_use(alignment, num_pairs)
+    w, config, top_k = call.weights, call.config, call.top_k
     _launcher(
-        (config, top_k, pairs_per_row, N, K, a.dtype, dtype, bias is None, topk_weights is None),
-        (checks.tiles_of(config, num_rows, N) * config.SPLIT_K, 1),
-        (
-            a, w, out, bias, topk_weights,
-            alignment.sorted_token_ids, alignment.expert_ids, alignment.num_tokens_post_padded,
-        ),
-        (N, K, num_pairs, num_rows),
-        lambda: checks.gemm_constants(config, K, TOP_K=top_k, PAIRS_PER_ROW=pairs_per_row, SPLIT_K=config.SPLIT_K),
-    )  # fmt: skip
+        (call.key, pairs_per_row, dtype),
+        (call.num_tiles, 1),
+        (call.a, w.w, out, w.bias, call.topk_weights, *call.row_tensors),
+        (N, K, call.num_pairs, call.num_rows),
+        lambda: gemm_constants(config, K, TOP_K=top_k, PAIRS_PER_ROW=pairs_per_row, SPLIT_K=config.SPLIT_K),
+    )
     return out
 
 
-def _check(
-    a: Tensor,
-    w: Tensor,
-    alignment: Alignment,
-    config: KernelConfig,
-    num_pairs: int,
-    top_k: int,
-    bias: Tensor | None,
-    topk_weights: Tensor | None,
-    pairs_per_row: int,
-    out: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[int, int]:
+def _check(call: GemmCall, pairs_per_row: int, out: Tensor | None, dtype: torch.dtype) -> tuple[int, int]:
     """(N, K) of operands that fit together; raises what the two launchers name."""
-    N, K = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
-    if pairs_per_row < 1 or num_pairs % pairs_per_row:
+    N, K = check_gemm(call)
+    if pairs_per_row < 1 or call.num_pairs % pairs_per_row:
         raise ShapeError(
-            f"{num_pairs} pairs do not divide into rows of {pairs_per_row}. Expected 1, or the layer's top_k. "
+            f"{call.num_pairs} pairs do not divide into rows of {pairs_per_row}. Expected 1, or the layer's top_k. "
             "Pass pairs_per_row=1 for a row per pair."
         )
-    checks.check_out(out, a, (num_pairs // pairs_per_row, N), dtype)
+    checks.check_out(out, call.a, (call.num_pairs // pairs_per_row, N), dtype)
     return N, K

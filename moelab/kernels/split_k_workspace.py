@@ -1,7 +1,7 @@
 """Split-K with a workspace: SPLIT_K programs write partial sums of their own, a second kernel adds them in order.
 
-Deterministic, at the price of writing and reading SPLIT_K float32 copies of the product. The second kernel also
-applies the routed weight and, for GEMM1, the activation: SwiGLU is not linear, so it must see the whole sum.
+Deterministic, at the price of writing and reading SPLIT_K float32 copies of the product. Each partial sum carries the
+routed weight; the second kernel applies GEMM1's activation: SwiGLU is not linear, so it must see the whole sum.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moelab.config import KernelConfig  # noqa: E402
+from moelab.dtypes import accumulator_dtype  # noqa: E402
 from moelab.errors import ShapeError, WorkspaceError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
-from moelab.kernels.launch import Launcher, checked, gemm_signature  # noqa: E402
+from moelab.kernels.gemm_call import GemmCall, check_gemm, gemm_constants  # noqa: E402
+from moelab.kernels.launch import Launcher, checked  # noqa: E402
 from moelab.kernels.tiles import (  # noqa: E402
     add_bias,
     dot_loop,
@@ -28,9 +30,11 @@ from moelab.kernels.tiles import (  # noqa: E402
     plain_activation,
     row_block,
     store_rows,
+    times_weight,
 )
 from moelab.reference import check_activation  # noqa: E402
 from moelab.routing import Alignment  # noqa: E402
+from moelab.weights import GemmWeights  # noqa: E402
 
 # 512 float32 values a program of 4 warps are one 16-byte load a thread and slice; smaller rows share a program.
 _TILE = 512
@@ -43,6 +47,7 @@ def _split_k_partial_kernel(
     w_ptr,
     workspace_ptr,
     bias_ptr,
+    topk_weights_ptr,
     sorted_token_ids_ptr,
     expert_ids_ptr,
     num_tokens_post_padded_ptr,
@@ -80,6 +85,8 @@ def _split_k_partial_kernel(
     a_ptrs, w_ptrs = operand_ptrs(a_ptr, w_ptr, pair // TOP_K, expert, offs_n, offs_k, N, K)
     acc = dot_loop(a_ptrs, w_ptrs, acc, K, row_mask, split, SPLIT_K, BLOCK_SIZE_K, EVEN_K)
     acc = add_bias(acc, bias_ptr, expert, offs_n, (offs_n < N) & (split == 0), N)  # once, not once a split
+    # Here, not on the whole sum: the second kernel does not know which pairs are another rank's, whose weight may be NaN.
+    acc = times_weight(acc, topk_weights_ptr, pair, row_mask)
     store_rows(slice_ptr, pair, row_mask, offs_n, N, acc)
 
 
@@ -97,7 +104,6 @@ def _sum_of_slices(ptrs, slice_size, mask, SPLIT_K: tl.constexpr):
 def _split_k_reduce_kernel(
     workspace_ptr,
     out_ptr,
-    topk_weights_ptr,
     num_pairs,
     N,
     SPLIT_K: tl.constexpr,
@@ -106,7 +112,7 @@ def _split_k_reduce_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """A (BLOCK_ROWS, BLOCK_COLS) tile of out (num_pairs, N): slices added, weighted, activated and rounded once."""
+    """A (BLOCK_ROWS, BLOCK_COLS) tile of out (num_pairs, N): slices added, activated and rounded once."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     mask = (rows < num_pairs)[:, None] & (cols < N)[None, :]
@@ -114,12 +120,8 @@ def _split_k_reduce_kernel(
     slice_size = tl.cast(num_pairs, tl.int64) * width
     ptrs = workspace_ptr + rows[:, None] * width + cols[None, :]
     out = _sum_of_slices(ptrs, slice_size, mask, SPLIT_K)
-    weights = tl.full((BLOCK_ROWS,), 1.0, dtype=out.dtype)
-    if topk_weights_ptr is not None:
-        weights = tl.load(topk_weights_ptr + rows, mask=rows < num_pairs, other=0.0).to(out.dtype)
-    out *= weights[:, None]
     if GATED:
-        up = _sum_of_slices(ptrs + N, slice_size, mask, SPLIT_K) * weights[:, None]
+        up = _sum_of_slices(ptrs + N, slice_size, mask, SPLIT_K)
         out = gated_activation(out, up, ACTIVATION)
     elif ACTIVATION is not None:
         out = plain_activation(out, ACTIVATION)
@@ -131,7 +133,7 @@ def new_workspace(split_k: int, num_pairs: int, N: int, dtype: torch.dtype, devi
 
     Raises WorkspaceError, naming the bytes, where it does not fit.
     """
-    wide = checks.accumulator_dtype(dtype)
+    wide = accumulator_dtype(dtype)
     try:
         return torch.empty((split_k, num_pairs, N), dtype=wide, device=device)
     except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, RuntimeError from the host's allocator
@@ -170,83 +172,48 @@ def split_k_workspace(
     Returns (num_pairs, N), or (num_pairs, N / 2) after a gated activation, in a's dtype, every row written.
     Deterministic. Raises WorkspaceError besides.
     """
-    key = gemm_signature(a, w, alignment, config, bias, topk_weights, out, workspace)
     gated = gated and activation is not None
-    N = checked(
-        ("split_k_workspace", num_pairs, top_k, activation, gated, key),
-        lambda: _check(
-            a, w, alignment, config, num_pairs, top_k, bias, topk_weights, activation, gated, workspace, out
-        ),
-    )  # fmt: skip
+    call = GemmCall(
+        a, GemmWeights(w, bias), alignment, config, num_pairs, top_k, topk_weights, activation, gated, workspace
+    )
+    N = checked(("split_k_workspace", call.seen(out)), lambda: _check(call, out))
     if out is None:
         out = a.new_empty((num_pairs, N // 2 if gated else N))
-    if workspace is None:
-        workspace = new_workspace(config.SPLIT_K, num_pairs, N, a.dtype, a.device)
     if num_pairs:
-        split_k_workspace_unchecked(
-            a, w, out, alignment, config, num_pairs, top_k, bias, topk_weights, activation, gated, workspace
-        )
+        if workspace is None:
+            call = call._replace(workspace=new_workspace(config.SPLIT_K, num_pairs, N, a.dtype, a.device))
+        split_k_workspace_unchecked(call, out)
     return out
 
 
-def split_k_workspace_unchecked(
-    a: Tensor,
-    w: Tensor,
-    out: Tensor,
-    alignment: Alignment,
-    config: KernelConfig,
-    num_pairs: int,
-    top_k: int,
-    bias: Tensor | None,
-    topk_weights: Tensor | None,
-    activation: str | None,
-    gated: bool,
-    workspace: Tensor,
-) -> None:
-    """`split_k_workspace` of at least one pair, for callers that checked it as a whole; gated only with an activation."""
-    N, K = w.shape[1:]
-    num_rows = checks.rows_in_use(alignment, num_pairs)
+def split_k_workspace_unchecked(call: GemmCall, out: Tensor) -> None:
+    """`split_k_workspace` of at least one pair, its workspace there, for callers that checked it as a whole."""
+    w, config, (N, K) = call.weights, call.config, call.sizes
     _partial(
-        (config, top_k, N, K, a.dtype, bias is None),
-        (checks.tiles_of(config, num_rows, N) * config.SPLIT_K, 1),
-        (
-            a, w, workspace, bias,
-            alignment.sorted_token_ids, alignment.expert_ids, alignment.num_tokens_post_padded,
-        ),
-        (N, K, num_pairs, num_rows),
-        lambda: checks.gemm_constants(config, K, TOP_K=top_k, SPLIT_K=config.SPLIT_K),
-    )  # fmt: skip
-    _reduce_slices(workspace, out, topk_weights, config.SPLIT_K, activation, gated)
+        call.key,
+        (call.num_tiles, 1),
+        (call.a, w.w, call.workspace, w.bias, call.topk_weights, *call.row_tensors),
+        (N, K, call.num_pairs, call.num_rows),
+        lambda: gemm_constants(config, K, TOP_K=call.top_k, SPLIT_K=config.SPLIT_K),
+    )
+    _reduce_slices(call, out)
 
 
-def _check(
-    a: Tensor,
-    w: Tensor,
-    alignment: Alignment,
-    config: KernelConfig,
-    num_pairs: int,
-    top_k: int,
-    bias: Tensor | None,
-    topk_weights: Tensor | None,
-    activation: str | None,
-    gated: bool,
-    workspace: Tensor | None,
-    out: Tensor | None,
-) -> int:
+def _check(call: GemmCall, out: Tensor | None) -> int:
     """N of operands that fit together; raises what split_k_workspace names."""
-    N, _ = checks.check_gemm(a, w, alignment, config, num_pairs, top_k, bias, topk_weights)
-    if activation is not None:
-        check_activation(activation, gated)
-    if gated and N % 2:
+    N, _ = check_gemm(call)
+    if call.activation is not None:
+        check_activation(call.activation, call.gated)
+    if call.gated and N % 2:
         raise ShapeError(f"w has {N} rows an expert. Expected an even number, gate rows and then up. Pass gated=False.")
-    checks.check_out(out, a, (num_pairs, N // 2 if gated else N))
-    if workspace is not None:
-        _check_workspace(workspace, config.SPLIT_K * num_pairs * N, a)
+    checks.check_out(out, call.a, (call.num_pairs, N // 2 if call.gated else N))
+    if call.workspace is not None:
+        _check_workspace(call.workspace, call.config.SPLIT_K * call.num_pairs * N, call.a)
     return N
 
 
 def _check_workspace(workspace: Tensor, needed: int, a: Tensor) -> None:
-    checks.check_dtype("workspace", workspace, (checks.accumulator_dtype(a.dtype),))
+    checks.check_dtype("workspace", workspace, (accumulator_dtype(a.dtype),))
     checks.check_together(a=a, workspace=workspace)
     if workspace.numel() < needed:
         size = workspace.element_size()
@@ -256,20 +223,18 @@ def _check_workspace(workspace: Tensor, needed: int, a: Tensor) -> None:
         )
 
 
-def _reduce_slices(
-    workspace: Tensor, out: Tensor, topk_weights: Tensor | None, split_k: int, activation: str | None, gated: bool
-) -> None:
+def _reduce_slices(call: GemmCall, out: Tensor) -> None:
     num_pairs, N = out.shape
     block_cols = min(triton.next_power_of_2(N), _TILE)
     block_rows = _TILE // block_cols
     constants = {
-        "SPLIT_K": split_k, "ACTIVATION": activation, "GATED": gated,
+        "SPLIT_K": call.config.SPLIT_K, "ACTIVATION": call.activation, "GATED": call.gated,
         "BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols,
     }  # fmt: skip
     _reduce(
-        (split_k, activation, gated, N, out.dtype, workspace.dtype, topk_weights is None),
+        (call.config.SPLIT_K, call.activation, call.gated, N, out.dtype),
         (-(-num_pairs // block_rows), -(-N // block_cols)),
-        (workspace, out, topk_weights),
+        (call.workspace, out),
         (num_pairs, N),
         lambda: (constants, {"num_warps": 4}),
     )

@@ -44,14 +44,15 @@ def _sum_reduce_kernel(
     x_ptr,
     out_ptr,
     hidden,
-    SCALE: tl.constexpr,
+    scale: tl.float64,
     TOP_K: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     """One token, BLOCK_COLS columns, accumulated in float32, or in float64 for float64.
 
-    SCALE is a constant because Triton passes a float argument as float32: 0.3 would be off by 1.2e-8.
+    scale says its type because Triton passes a float as float32 otherwise: 0.3 would be off by 1.2e-8. It is rounded to
+    the accumulator's once, as a constant would be, and costs no compile for each factor as one does.
     """
     token = tl.program_id(0).to(tl.int64)  # int64: tokens * TOP_K * hidden passes 2^31 at 32,768 of 8 x 8192
     cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
@@ -67,7 +68,8 @@ def _sum_reduce_kernel(
         for _ in range(0, TOP_K):
             acc += tl.load(ptrs, mask=mask, other=0.0).to(wide)
             ptrs += hidden
-    tl.store(out_ptr + token * hidden + cols, (acc * SCALE).to(out_ptr.dtype.element_ty), mask=mask)
+    acc *= tl.full((BLOCK_COLS,), scale, wide)
+    tl.store(out_ptr + token * hidden + cols, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def _torch(x: Tensor, scale: float, out: Tensor) -> Tensor:
@@ -121,14 +123,12 @@ def sum_reduce_unchecked(x: Tensor, scale: float, out: Tensor) -> Tensor:
     """`sum_reduce` by "triton" of at least one value, for pipelines whose call was checked as a whole."""
     num_tokens, top_k, hidden = x.shape
     cols, num_warps = triton_tile(num_tokens, hidden, x.element_size())
-    constants = {
-        "SCALE": float(scale), "TOP_K": top_k, "BLOCK_COLS": cols, "UNROLL": top_k <= _MAX_UNROLLED_TOP_K,
-    }  # fmt: skip
+    constants = {"TOP_K": top_k, "BLOCK_COLS": cols, "UNROLL": top_k <= _MAX_UNROLLED_TOP_K}
     _launch(
-        (float(scale), top_k, hidden, cols, num_warps, x.dtype),
+        (top_k, hidden, cols, num_warps, x.dtype),
         (num_tokens, -(-hidden // cols)),
         (x, out),
-        (hidden,),
+        (hidden, float(scale)),
         lambda: (constants, {"num_warps": num_warps}),
     )
     return out
@@ -152,7 +152,7 @@ def available_sum_reduce(dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
     """The names in SUM_REDUCE that run in this process on `dtype`."""
     mode = runtime.current().mode
     names = ["torch", "compiled"]
-    if mode == "gpu" or (mode == "interpreter" and dtype != torch.bfloat16):
+    if runtime.runs_kernels(dtype):
         names += ["triton_f32", "triton"]
     if mode == "gpu" and torch.version.cuda and importlib.util.find_spec("cuda") is not None:
         names += ["cuda"]

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from moelab import runtime
+from moelab.dtypes import LAYER_DTYPES, torch_dtype
 from moelab.kernels import nvrtc
 
 SOURCE = Path(__file__).with_name("sum_reduce.cu")
 STORAGE = {
-    torch.bfloat16: ("__nv_bfloat16", "float"),
-    torch.float16: ("__half", "float"),
-    torch.float32: ("float", "float"),
-    torch.float64: ("double", "double"),
+    torch_dtype(name): (dtype.cuda, "double" if name == "float64" else "float") for name, dtype in LAYER_DTYPES.items()
 }
+"""What a dtype is stored in, and summed in."""
 # Slots held in registers at once: 16 loads of 16 bytes are 64 registers; beyond that the loop runs by four.
 _MAX_UNROLLED_TOP_K = 16
 

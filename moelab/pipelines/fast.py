@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 
 from moelab import runtime
+from moelab.call import MoECall
 from moelab.chips import TARGETS, Target
 from moelab.config import KernelConfig
-from moelab.config_files import dtype_selector, lookup
+from moelab.config_files import lookup
+from moelab.dtypes import dtype_name, torch_dtype
 from moelab.errors import ConfigError
+from moelab.formats import PLAIN
 from moelab.kernels import checks
 from moelab.kernels.expert_order import expert_order_unchecked, new_expert_order
 from moelab.kernels.fast_instances import SHORT_INNER, Instance, instance_for
 from moelab.kernels.fast_layer import check_fast_layer, fast_layer
 from moelab.kernels.few_tokens import FewTokens, few_tokens, form_for
 from moelab.kernels.launch import checked, signature
+from moelab.kernels.residency import raise_if_lost
 from moelab.kernels.route import new_routed, route, tiles_in_one_launch
 from moelab.kernels.token_tiles import TokenTiles, new_token_tiles, token_tiles_unchecked
-from moelab.pipelines.call import MoECall
 from moelab.pipelines.layers import sorted_pipeline, triton_pipeline
 from moelab.routing import ExpertOrder, Routed
 from moelab.shapes import MoEShape
@@ -139,7 +142,7 @@ def _tuned_gated(
     up, down = (
         lookup(
             num_experts, size, device, num_tokens=num_tokens, triton_version=triton_version, down=of_gemm2,
-            dtype_selector=dtype_selector(dtype), kernel=GATED_KERNEL,
+            dtype_selector=PLAIN.dtype_selector(dtype), kernel=GATED_KERNEL,
         )
         for of_gemm2 in (False, True)
     )  # fmt: skip
@@ -170,19 +173,22 @@ def fast_pipeline(call: MoECall, form: Form | None = None) -> Tensor:
     """The layer by what `choose` says serves the batch: a few tokens' two launches; the gated pipeline under its tuned configs;
     order by expert, tiles, and one launch, or two; or `triton_pipeline` with the call's configs.
 
-    form: that one, whatever the batch. Raises RuntimeModeError, DtypeError, ShapeError, ConfigError.
+    form: that one, whatever the batch. CTAs of a one-launch layer wait for each other, so all must be resident on the GPU at
+    once: launches from several streams are ordered, replays of graphs beside each other or beside a stream are not, nor other
+    processes under MPS (`fast_layer`). Raises RuntimeModeError, DtypeError, ShapeError, ConfigError; KernelTimeoutError where an
+    earlier launch waited for seconds and ended itself.
     """
-    x, w13, w2, ids = call.hidden_states, call.w13, call.w2, call.topk_ids
+    raise_if_lost()
+    x, (w13, w2, *_), ids = call.hidden_states, call.weights, call.topk_ids
     aligned = not (x.data_ptr() | w13.data_ptr() | w2.data_ptr()) % 16
-    what = (call.activation, call.gated, call.b13 is None, call.b2 is None, aligned)
+    what = (call.activation, call.gated, call.weights.has_bias, aligned)
     checked(("fast_pipeline", signature(x, w13, w2), what), lambda: _check(call))
     if form is None:
         form = _chosen(call)
     if form is None:
         return triton_pipeline(call)
     if isinstance(form, Gated):
-        return sorted_pipeline(call._replace(config=form.up, down_config=form.down), combine="scatter", tma=True)
-    ids = ids.to(torch.int32)
+        return sorted_pipeline(call._replace(config=form.up, down_config=form.down), tma=True)
     options: dict[str, Any] = {
         "scale": call.routed_scaling_factor, "weights_on_input": call.apply_router_weight_on_input
     }  # fmt: skip
@@ -194,21 +200,21 @@ def fast_pipeline(call: MoECall, form: Form | None = None) -> Tensor:
     return fast_layer(x, w13, w2, call.topk_weights, ids, tiles, form, **options)
 
 
-@functools.cache
 def here() -> tuple[str, str]:
-    """This device and this Triton, as config files are looked up by."""
-    return runtime.current().device_name, runtime.versions()["triton"] or "unknown"
+    """The current device and this Triton, as config files are looked up by."""
+    return runtime.current().device_name, runtime.triton_version() or "unknown"
 
 
 def _chosen(call: MoECall) -> Form | None:
-    size, dtype = call.w2.shape[2], str(call.w2.dtype).removeprefix("torch.")
+    hidden_size, size = call.weights.w2.shape[1:]
+    dtype = dtype_name(call.weights.w2.dtype)
     gated = tuned_gated(call.num_experts, size, *here(), dtype, call.num_tokens)
-    return choose(call.num_tokens, call.top_k, call.num_experts, size, call.w2.shape[1], gated).form
+    return choose(call.num_tokens, call.top_k, call.num_experts, size, hidden_size, gated).form
 
 
 def _check(call: MoECall) -> None:
-    check_kind(call.activation, call.gated, biases=call.b13 is not None or call.b2 is not None)
-    check_fast_layer(call.hidden_states, call.w13, call.w2, checks.current_target())
+    check_kind(call.activation, call.gated, biases=call.weights.has_bias)
+    check_fast_layer(call.hidden_states, call.weights.w13, call.weights.w2, checks.current_target())
 
 
 def check_kind(activation: str, gated: bool, *, biases: bool) -> None:
@@ -234,7 +240,7 @@ def choose_for(
     Raises what `fused_moe(impl="fast")` would for such a layer there: ConfigError, RuntimeModeError, DtypeError, ShapeError.
     """
     check_kind(shape.activation, shape.gated, biases=False)
-    dtype = runtime.torch_dtype(shape.dtype)
+    dtype = torch_dtype(shape.dtype)
     w13, w2 = (torch.empty(size, dtype=dtype, device="meta") for size in (shape.w13_shape, shape.w2_shape))
     x = torch.empty((num_tokens, shape.hidden_size), dtype=dtype, device="meta")
     check_fast_layer(x, w13, w2, target or TARGETS["sm_90"])

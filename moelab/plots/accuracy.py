@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moelab.dtypes import LAYER_DTYPES
 from moelab.plots.panel import Panel, Row
 from moelab.plots.style import GREY, GRID, LOOKS, Look, grid, look, number, powers, series
 
-FRACTION_BITS = {"bfloat16": 7, "float16": 10, "float32": 23, "float64": 52}
+FRACTION_BITS = {name: dtype.fraction_bits for name, dtype in LAYER_DTYPES.items()}
 """Stored fraction bits of a dtype: the spacing in [2^e, 2^(e+1)) is 2^(e - bits)."""
 
 VERDICT_HEIGHT = 1e11
@@ -19,7 +20,7 @@ VERDICT_HEIGHT = 1e11
 BIN = 0.2
 """Width of a histogram bin, in powers of ten."""
 
-SMALLEST_EXPONENT = {"bfloat16": -126, "float16": -14, "float32": -126, "float64": -1022}
+SMALLEST_EXPONENT = {name: dtype.smallest_exponent for name, dtype in LAYER_DTYPES.items()}
 
 
 def spacing(value: float, dtype: str) -> float:

@@ -6,7 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from moelab.config_files import Exported, FileName, dtype_selector, export, get_rules
+from moelab.config_files import Exported, export, get_rules, question
 from moelab.errors import LandscapeError
 from moelab.plots.landscape import GEMM_NAMES
 from moelab.plots.panel import Panel, Row
@@ -18,25 +18,18 @@ def write(result: TuneResult, rules: str, out: str | Path) -> list[Exported]:
     """Write the winners as the loader `rules` reads them, over older files; GEMM2's of its own where it can ask for them.
 
     Raises LandscapeError without a winner, and what config_files.export raises: ConfigFileError for the winners of a kernel
-    beside the exchange kernel under a peer's rules, among it.
+    beside the compatible kernel under a peer's rules, among it.
     """
     if not any(result.to_configs().values()):
         raise LandscapeError(
             "There is no winner to write. Expected one batch size at least that has one. Restore an excluded pair, or tune."
         )
-    shape, written = result.problem.shape, []
+    asked, written = question(result.problem.shape, rules), []
     for gemm, configs in result.to_configs().items():
         down = gemm == "down"
         if down and not get_rules(rules).names_down:
             continue
-        name = FileName(
-            shape.num_experts,
-            shape.moe_intermediate_size,
-            result.problem.device,
-            dtype_selector(shape.dtype),
-            down=down,
-            kernel=result.problem.file_kernel,
-        )
+        name = asked.name(result.problem.device, down=down, kernel=result.problem.file_kernel)
         version = result.problem.triton_version
         written.append(export(configs, name, rules=rules, out=out, triton_version=version, overwrite=True))
     return written

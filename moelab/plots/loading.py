@@ -31,11 +31,7 @@ def sizes(model: str, tp_size: int, ep_size: int, dtype: str, num_tokens: int) -
 
 
 def _weight_gb(shape: MoEShape) -> float:
-    from math import prod
-
-    from moelab.chips import dtype_bytes
-
-    return (prod(shape.w13_shape) + prod(shape.w2_shape)) * dtype_bytes(shape.dtype) / 1e9
+    return shape.weight_bytes / 1e9
 
 
 def lookup(
@@ -46,15 +42,15 @@ def lookup(
     A peer's loader looks into moelab's own configs here, as if its variable pointed there. One that would end with an
     error is answered with that error's sentence.
     """
-    shape = load_model(model, tp_size=tp_size, ep_size=ep_size, dtype=dtype)
+    asked = config_files.ask(model, rules, tp_size=tp_size, ep_size=ep_size, dtype=dtype, device=device)
+    shape = asked.shape
     rows: list[Row] = []
     said = []
     for down in (False, True):
         launch = "GEMM2" if down else "GEMM1"
         try:
-            found = config_files.lookup(
-                shape.num_experts, shape.moe_intermediate_size, device, num_tokens=num_tokens, down=down,
-                triton_version=triton_version, dtype_selector=config_files.dtype_selector(shape.dtype), rules=rules,
+            found = asked.lookup(
+                device, num_tokens=num_tokens, down=down, triton_version=triton_version,
                 config_dir=_ours(rules, triton_version),
             )  # fmt: skip
         except MoelabError as error:
@@ -62,7 +58,9 @@ def lookup(
             continue
         rows += [{"GEMM": launch, "what": s.what, "result": s.result, "why": s.reason} for s in found.steps]
         said.append(f"{launch} runs {_origin(found, shape, num_tokens)}")
-    return Panel(None, rows, f"**Under {rules}'s rules, batch {num_tokens}: {'. '.join(said)}.**")
+    return Panel(
+        None, rows, f"**Under {rules}'s rules, batch {num_tokens}: {'. '.join(said)}.** {'. '.join(asked.because)}."
+    )
 
 
 def _ours(rules: str, triton_version: str) -> Path:

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moelab.config_files import Lookup, Step, dtype_selector, get_rules, lookup, version_folders
+from moelab.config_files import Lookup, Question, Step, ask, get_rules, version_folders
 from moelab.config_files.rules import RULES
 from moelab.errors import ConfigFileError
 from moelab.plots.panel import Panel
 from moelab.plots.style import BLUE, BRONZE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, grid
-from moelab.shapes import MoEShape, load_model
 
 ALL = "all three"
+DTYPE = "bfloat16"
+"""Of the weights whose files are looked for: those of moelab's own configs."""
 LINE_PX, GAP_PX, MARGIN_PX = 15, 14, 190
 ALONE, BESIDE = 104, 36
 """Characters in a line, where one path is drawn and where three are."""
@@ -52,9 +53,9 @@ def explain(
     versions, at the folder of the version in use or else the newest. rules: one loader's name, or `ALL`. What ends a
     loader's search is drawn as the end of its path. Raises UnknownModelError, UnknownNameError and ShardError.
     """
-    shape = load_model(model, tp_size=tp_size)
     names = list(RULES) if rules == ALL else [get_rules(rules).name]
-    found = {name: _ask(name, tree, shape, num_tokens, device, triton_version, down) for name in names}
+    asked = {name: ask(model, name, tp_size=tp_size, dtype=DTYPE, device=device) for name in names}
+    found = {name: _look_up(asked[name], tree, num_tokens, device, triton_version, down) for name in names}
     paths = {name: _nodes(name, tree, triton_version, answer) for name, answer in found.items()}
     texts = {
         name: [_text(node, ALONE if len(names) == 1 else BESIDE) for node in nodes] for name, nodes in paths.items()
@@ -63,8 +64,7 @@ def explain(
     gemm = "GEMM2" if down else "GEMM1"
     figure = grid(
         f"{model}, TP {tp_size}, batch {num_tokens}, {gemm} on {device}: {_agreement(found)}",
-        f"E={shape.num_experts}, N={shape.moe_intermediate_size}, {shape.dtype}, Triton {triton_version}; "
-        "read now, by the loaders’ rules, top to bottom",
+        f"{_sizes(asked)}, {DTYPE}, Triton {triton_version}; read now, by the loaders’ rules, top to bottom",
         titles=names if len(names) > 1 else (),
         gap=0.02,
         height=MARGIN_PX + height,
@@ -94,14 +94,20 @@ def _config_dir(name: str, tree: Path, triton_version: str) -> Path:
     return wanted if wanted.is_dir() or not newest else newest[0]
 
 
-def _ask(
-    name: str, tree: Path, shape: MoEShape, num_tokens: int, device: str, triton_version: str, down: bool
+def _sizes(asked: dict[str, Question]) -> str:
+    """What the loaders ask for: one E and N where they agree, else each with its loader."""
+    each = {name: f"E={q.num_experts}, N={q.columns}" for name, q in asked.items()}
+    return next(iter(each.values())) if len(set(each.values())) == 1 else "; ".join(f"{n} {s}" for n, s in each.items())
+
+
+def _look_up(
+    asked: Question, tree: Path, num_tokens: int, device: str, triton_version: str, down: bool
 ) -> Lookup | str:
     """The lookup's answer, or the sentence of the error that it ends with."""
     try:
-        return lookup(
-            shape.num_experts, shape.moe_intermediate_size, device, num_tokens=num_tokens, triton_version=triton_version,
-            down=down, dtype_selector=dtype_selector(shape.dtype), config_dir=_config_dir(name, tree, triton_version), rules=name,
+        return asked.lookup(
+            device, num_tokens=num_tokens, triton_version=triton_version, down=down,
+            config_dir=_config_dir(asked.rules, tree, triton_version),
         )  # fmt: skip
     except ConfigFileError as error:
         return str(error)

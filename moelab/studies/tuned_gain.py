@@ -15,7 +15,7 @@ import torch
 
 from moelab import runtime
 from moelab.config import default_config
-from moelab.config_files import Lookup, dtype_selector, lookup, read_config_file
+from moelab.config_files import Lookup, question, read_config_file
 from moelab.config_files.specimen import write_shipped
 from moelab.errors import ConfigFileError, UnknownNameError
 from moelab.measure import Measurement, measure
@@ -109,11 +109,9 @@ def shipped_pairs(shape: MoEShape, device: str, sglang: Path, batch_sizes: Seque
     return found
 
 
-def _find(shape: MoEShape, device: str, num_tokens: int, **how: Any) -> Lookup:
-    return lookup(
-        shape.num_experts, shape.moe_intermediate_size, device, num_tokens=num_tokens,
-        triton_version=runtime.triton_version() or "unknown", dtype_selector=dtype_selector(shape.dtype), **how,
-    )  # fmt: skip
+def _find(shape: MoEShape, device: str, num_tokens: int, *, rules: str = "moelab", **how: Any) -> Lookup:
+    version = runtime.triton_version() or "unknown"
+    return question(shape, rules).lookup(device, num_tokens=num_tokens, triton_version=version, **how)
 
 
 def second_pairs(target: Target, device: str, given: Mapping[str, str | Path] | None) -> dict[int, Pair]:

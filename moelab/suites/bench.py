@@ -9,19 +9,14 @@ from typing import Any
 import torch
 
 from moelab import precision, recordings, roofline, runtime
-from moelab.config_files import Lookup, dtype_selector, lookup
-from moelab.errors import MoelabError, PrecisionError, RuntimeModeError, UnknownNameError, nearest_names
-from moelab.fused_moe import HOPPER_ONLY, IMPLEMENTATIONS
+from moelab.config_files import Lookup, question
+from moelab.errors import MoelabError, PrecisionError, RuntimeModeError, UnknownNameError
+from moelab.implementations import IMPLEMENTATIONS, LayerKind, named, taking
+from moelab.kernels.checks import current_target
 from moelab.measure import EagerProtocol, Measurement, measure, measure_eager, tie
-from moelab.pipelines import PIPELINES
 from moelab.routing import make_routing
 from moelab.shapes import MoEShape
 from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
-
-NOT_CAPTURABLE: Mapping[str, str] = {
-    "torch": "not timed in a CUDA graph: it asks the host which tokens each expert got",
-}
-"""Implementations that no CUDA graph takes, and why: they have eager times only."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,8 @@ def bench(
     Raises UnknownNameError, RuntimeModeError without a GPU, and the first refusal where every implementation refuses.
     """
     impls = list(dict.fromkeys(impls))
-    _require_known(impls)
+    for name in impls:
+        named(name)
     make_routing(routing, 0, 1, 1)  # an unknown name fails before minutes of work
     require_gpu()
     weights, provenance = weight_sets(shape, seed), runtime.provenance(seed)
@@ -83,7 +79,7 @@ def bench(
         }
         judged = judge(layer, contenders)
         run = {name: contenders[name] for name in impls if "refused" not in judged[name]}
-        captured = {name: call for name, call in run.items() if name not in NOT_CAPTURABLE}
+        captured = {name: call for name, call in run.items() if not IMPLEMENTATIONS[name].no_graph}
         in_graphs = measure(captured, graphs) if captured else {}
         eagerly = measure_eager(run, timing) if timing else {}
         floor, source = floor_of(cost_of(layer), shape.dtype)
@@ -108,19 +104,22 @@ def require_gpu() -> None:
     )
 
 
-def _require_known(impls: Sequence[str]) -> None:
-    known = [*IMPLEMENTATIONS, *HOPPER_ONLY]
-    for name in impls:
-        if name not in known:
-            raise UnknownNameError(
-                f"Unknown implementation {name!r}. Expected one of {', '.join(known)}.{nearest_names(name, known)} "
-                "Name one of them."
-            )
+def kind_of(shape: MoEShape) -> LayerKind:
+    """What decides which implementations take a shape's layer, without biases."""
+    return LayerKind(
+        shape.dtype, shape.format, shape.activation, shape.gated, hidden_size=shape.hidden_size,
+        moe_intermediate_size=shape.moe_intermediate_size,
+    )  # fmt: skip
+
+
+def taking_of(shape: MoEShape) -> list[str]:
+    """The implementations that take the shape's layer here."""
+    return list(taking(kind_of(shape), current_target()))
 
 
 def own_lookups(shape: MoEShape, num_tokens: int, impl: str) -> tuple[Lookup, Lookup] | None:
     """GEMM1's and GEMM2's configs from the kernel's own files; None without such, or for what is made of no kernel of ours."""
-    if impl not in PIPELINES:
+    if not IMPLEMENTATIONS[impl].triton:
         return None
     up, down = (_lookup(shape, num_tokens, down=down, kernel=impl) for down in (False, True))
     return None if up.is_default else (up, down)
@@ -134,10 +133,9 @@ def _own_configs(own: tuple[Lookup, Lookup] | None) -> dict[str, Any]:
 
 
 def _lookup(shape: MoEShape, num_tokens: int, *, down: bool, kernel: str | None = None) -> Lookup:
-    return lookup(
-        shape.num_experts, shape.moe_intermediate_size, runtime.current().device_name,
-        num_tokens=num_tokens, triton_version=runtime.versions()["triton"] or "unknown", down=down,
-        dtype_selector=dtype_selector(shape.dtype), kernel=kernel,
+    return question(shape).lookup(
+        runtime.current().device_name, num_tokens=num_tokens, triton_version=runtime.versions()["triton"] or "unknown",
+        down=down, kernel=kernel,
     )  # fmt: skip
 
 
@@ -245,7 +243,7 @@ def rows_of(
         if name in graph:
             row["floor_fraction"] = floor / row["median_us"] if floor else None
         elif "refused" not in verdict:
-            row["note"] = NOT_CAPTURABLE.get(name, "not timed in a CUDA graph")
+            row["note"] = IMPLEMENTATIONS[name].no_graph or "not timed in a CUDA graph"
         row |= {f"eager_{key}": value for key, value in _times(name, eager, sound).items()}
         rows.append(row)
     return sorted(rows, key=_place)

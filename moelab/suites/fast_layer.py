@@ -160,9 +160,7 @@ def of_gated(layer: Layer, form: Gated, *, tma: bool = True) -> Contender:
             layer.states[i], w.w13, aligned[i], form.up, num_pairs=pairs, top_k=shape.top_k, activation=shape.activation,
             tma=tma,
         )  # fmt: skip
-        y = sorted_gemm(
-            h, w.w2, aligned[i], form.down, num_pairs=pairs, topk_weights=weights, combine="scatter", top_k=1, tma=tma
-        )
+        y = sorted_gemm(h, w.w2, aligned[i], form.down, num_pairs=pairs, topk_weights=weights, tma=tma)
         return sum_reduce(y.view(layer.num_tokens, shape.top_k, -1))
 
     return run

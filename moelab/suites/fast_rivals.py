@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moelab import runtime
 from moelab.config import KernelConfig
-from moelab.config_files import dtype_selector, lookup
+from moelab.config_files import question
 from moelab.errors import RecordingError
 from moelab.kernels.expert_order import expert_order
 from moelab.recordings import load
@@ -58,9 +58,9 @@ def known_configs(layer: Layer, name: str) -> list[tuple[KernelConfig, KernelCon
 
 def tuned(shape: MoEShape, num_tokens: int, *, down: bool) -> KernelConfig | None:
     """What the loader finds for this device, if it finds a file."""
-    found = lookup(
-        shape.num_experts, shape.moe_intermediate_size, runtime.current().device_name, num_tokens=num_tokens,
-        triton_version=runtime.versions()["triton"] or "unknown", down=down, dtype_selector=dtype_selector(shape.dtype),
+    found = question(shape).lookup(
+        runtime.current().device_name, num_tokens=num_tokens, triton_version=runtime.versions()["triton"] or "unknown",
+        down=down,
     )  # fmt: skip
     return None if found.is_default else found.config
 

@@ -17,9 +17,9 @@ from moelab import config as config_room
 from moelab import roofline, runtime
 from moelab.config import KernelConfig
 from moelab.errors import ConfigError
+from moelab.implementations import IMPLEMENTATIONS
 from moelab.kernels.checks import current_target
 from moelab.measure import EagerProtocol, Measurement, measure, measure_eager
-from moelab.pipelines import PIPELINES
 from moelab.recordings import Recording
 from moelab.routing import expected_experts_touched
 from moelab.suites.bench import cost_of, judge
@@ -28,8 +28,8 @@ from moelab.suites.partial import OnRows, ignore
 from moelab.suites.screening import quick, usable
 
 BATCHES = (1, 4, 16, 64, 256, 1024, 4096, 8192)
-IMPLS = (*PIPELINES, "compiled")
-"""All but "torch", which no CUDA graph takes."""
+IMPLS = tuple(name for name, one in IMPLEMENTATIONS.items() if not one.no_graph and one.chips is None)
+"""All that a CUDA graph takes on any chip."""
 
 _TILES = (
     # rows an expert at most, then BLOCK_SIZE_M -> (BLOCK_SIZE_N, BLOCK_SIZE_K, warps, stages)
@@ -84,7 +84,7 @@ def choose(layer: Layer, impl: str, rotations: int) -> Chosen:
     rows = layer.num_tokens * shape.top_k / expected_experts_touched(shape.num_experts, shape.top_k, layer.num_tokens)
     best: tuple[float, KernelConfig, KernelConfig] | None = None
     tried, failed = 0, []
-    for tiles in candidates(rows, splits=impl.startswith("split_k")).values():
+    for tiles in candidates(rows, splits=IMPLEMENTATIONS[impl].splits).values():
         ups, downs = (_valid(tiles, K, shape.dtype) for K in (shape.hidden_size, shape.moe_intermediate_size))
         if not ups or not downs:
             continue
@@ -132,7 +132,7 @@ def cell(name: str, layer: Layer, impls: Sequence[str]) -> list[dict[str, Any]]:
     protocol = protocol_for(layer.num_tokens)
     chosen: dict[str, Chosen] = {}
     refused: dict[str, str] = {}
-    for impl in (impl for impl in impls if impl in PIPELINES):
+    for impl in (impl for impl in impls if IMPLEMENTATIONS[impl].triton):
         try:
             chosen[impl] = choose(layer, impl, protocol.rotations)
         except ConfigError as error:

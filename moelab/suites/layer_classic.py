@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from moelab import config_files, precision, roofline, runtime
+from moelab.call import Config
 from moelab.config import KernelConfig, default_config
 from moelab.errors import RecordingError
 from moelab.fused_moe import fused_moe
@@ -64,10 +64,8 @@ def configs_of(row: dict[str, Any], shape: MoEShape) -> dict[str, KernelConfig]:
 
 
 def weight_sets(shape: MoEShape, seed: int = 0) -> list[MoEInputs]:
-    """As many sets of weights as make one round pass three times the L2 cache: one, unless the shard is small."""
-    element = runtime.torch_dtype(shape.dtype).itemsize
-    sizes = math.prod(shape.w13_shape) + math.prod(shape.w2_shape)
-    count = rotations_for(sizes * element, at_least=1, at_most=8)
+    """As many sets of weights as make one round pass three times the last cache: one, unless the shard is small."""
+    count = rotations_for(shape.weight_bytes, at_least=1, at_most=8)
     return [make_inputs(shape, 1, seed=seed + i) for i in range(count)]
 
 
@@ -78,7 +76,7 @@ class Layer:
         self, shape: MoEShape, num_tokens: int, rotations: int, weights: Sequence[MoEInputs], routing: str = "uniform"
     ) -> None:
         self.shape, self.num_tokens = shape, num_tokens
-        device, dtype = weights[0].w13.device.type, weights[0].w13.dtype
+        device, dtype = weights[0].w13.device.type, weights[0].hidden_states.dtype
         self.weights = [weights[i % len(weights)] for i in range(rotations)]
         self.routings = [routing_for(shape, num_tokens, routing, seed=i, device=device) for i in range(rotations)]
         size = (num_tokens, shape.hidden_size)
@@ -111,15 +109,15 @@ class Layer:
         return run
 
     def whole(
-        self, config: KernelConfig | None, *, down_config: KernelConfig | None = None, impl: str = "triton"
+        self, config: Config, *, down_config: Config = None, impl: str = "triton"
     ) -> Callable[[int], torch.Tensor]:
-        """The public op under one config (another for GEMM2 if given), alignment included."""
+        """The public op under one config (another for GEMM2 if given), as `fused_moe` takes them, alignment included."""
         shape = self.shape
 
         def run(i: int) -> torch.Tensor:
             r, w = self.routings[i], self.weights[i]
             return fused_moe(
-                self.states[i], w.w13, w.w2, topk_weights=r.topk_weights, topk_ids=r.topk_ids, impl=impl,
+                self.states[i], w.weights, topk_weights=r.topk_weights, topk_ids=r.topk_ids, impl=impl,
                 config=config, down_config=down_config, activation=shape.activation, gated=shape.gated,
             )  # fmt: skip
 
@@ -131,8 +129,11 @@ class Layer:
         rows = sample_rows(self.num_tokens).to(w.w13.device)
         x, ids, weights = self.states[rotation][rows], routing.topk_ids[rows], routing.topk_weights[rows]
         options: dict[str, Any] = {"activation": self.shape.activation, "gated": self.shape.gated}
-        plain = fused_moe_ref(x, w.w13, w.w2, weights, ids, **options)
-        exact = fused_moe_ref(x.double(), w.w13.double(), w.w2.double(), weights, ids, **options)
+        plain, exact = (
+            fused_moe_ref(x.to(dtype), of.w13, of.w2, weights, ids, **options)
+            for dtype in (x.dtype, torch.float64)
+            for of in (w.to(dtype),)
+        )
         return rows, plain, exact
 
     def check(self, out: torch.Tensor, name: str = "classic layer") -> dict[str, float]:

@@ -80,7 +80,7 @@ def errors(stage: Stage, contenders: dict[Key, Contender]) -> dict[Key, dict[str
     part of the map.
     """
     # About 16 pairs: each may name an expert of its own, whose weights are copied in float64.
-    tokens = sample_rows(stage.num_tokens, each=max(1, 16 // (3 * stage.shape.top_k))).to(stage.weights[0].device)
+    tokens = sample_rows(stage.num_tokens, each=max(1, 16 // (3 * stage.shape.top_k))).to(stage.weights[0].w.device)
     plain, exact = (reference(stage, tokens, dtype) for dtype in (stage.dtype, torch.float64))
     found = {}
     for (variant, split_k), run in contenders.items():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moelab import runtime
 from moelab.config import KernelConfig
+from moelab.dtypes import accumulator_dtype, torch_dtype
 from moelab.inputs import random_tensor, routing_for
 from moelab.kernels.activation import activation
 from moelab.kernels.align import align
@@ -22,9 +23,11 @@ from moelab.kernels.split_k_atomic import split_k_atomic_f32, split_k_atomic_out
 from moelab.kernels.split_k_workspace import new_workspace, split_k_workspace
 from moelab.kernels.sum_reduce import sum_reduce
 from moelab.measure import rotations_for
+from moelab.quantised_weights import quantise
 from moelab.reference import activation_ref, grouped_gemm_ref
 from moelab.routing import Alignment, expected_experts_touched
 from moelab.shapes import MoEShape
+from moelab.weights import GemmWeights
 
 Contender = Callable[[int], Tensor]
 VARIANTS = ("classic", "atomic_f32", "atomic_out", "workspace")
@@ -34,12 +37,12 @@ MAX_SPLIT_K = 16
 class Stage:
     """One GEMM of a layer at one batch size, with inputs enough that weights come from memory.
 
-    name: "up" or "down". weights: sets of (E, N, K), rotated. a: (num_tokens, K), or (pairs, K) for "down".
+    name: "up" or "down". weights: sets with w (E, N, K), rotated. a: (num_tokens, K), or (pairs, K) for "down".
     """
 
-    def __init__(self, name: str, shape: MoEShape, num_tokens: int, weights: Sequence[Tensor]) -> None:
+    def __init__(self, name: str, shape: MoEShape, num_tokens: int, weights: Sequence[GemmWeights]) -> None:
         self.name, self.shape, self.num_tokens, self.weights = name, shape, num_tokens, weights
-        first = weights[0]
+        first = weights[0].w
         self.dtype, device = first.dtype, first.device.type
         E, self.N, self.K = first.shape
         self.pairs = num_tokens * shape.top_k
@@ -69,7 +72,7 @@ class Stage:
 
 
 def _up(stage: Stage, variant: str, config: KernelConfig, aligned: Alignment, i: int) -> Tensor:
-    shape, w = stage.shape, stage.weights[i % len(stage.weights)]
+    shape, w = stage.shape, stage.weights[i % len(stage.weights)].w
     given: dict[str, Any] = {"num_pairs": stage.pairs, "top_k": shape.top_k}
     if variant == "workspace":
         return split_k_workspace(
@@ -82,7 +85,7 @@ def _up(stage: Stage, variant: str, config: KernelConfig, aligned: Alignment, i:
 
 
 def _down(stage: Stage, variant: str, config: KernelConfig, aligned: Alignment, i: int) -> Tensor:
-    k, w = stage.shape.top_k, stage.weights[i % len(stage.weights)]
+    k, w = stage.shape.top_k, stage.weights[i % len(stage.weights)].w
     given: dict[str, Any] = {"num_pairs": stage.pairs, "top_k": 1, "topk_weights": stage.routings[i].topk_weights}
     if variant == "atomic_f32":
         return split_k_atomic_f32(stage.a[i], w, aligned, config, pairs_per_row=k, **given).to(stage.dtype)
@@ -106,23 +109,23 @@ def reference(stage: Stage, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     ids, a = routing.topk_ids[tokens], rows_of(stage, stage.a[0], tokens).to(dtype)
     own = ids.unique()  # float64 copies of the experts that are named, not of all
     local = torch.searchsorted(own, ids.contiguous())
-    w = stage.weights[0][own.long()].to(dtype)
+    w = stage.weights[0].w[own.long()].to(dtype)
     if stage.name == "up":
         product = grouped_gemm_ref(a, w, local, top_k=k)
         return activation_ref(product, stage.shape.activation, gated=stage.shape.gated)
     product = grouped_gemm_ref(a, w, local, top_k=1, topk_weights=routing.topk_weights[tokens])
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = accumulator_dtype(dtype)
     return product.view(len(tokens), k, -1).to(wide).sum(1).to(dtype)
 
 
-def weight_sets(name: str, shape: MoEShape) -> list[Tensor]:
-    """Copies of one stage's weights, random and different: together three times the L2 cache (60 MB on an H200).
+def weight_sets(name: str, shape: MoEShape) -> list[GemmWeights]:
+    """Copies of one stage's weights, random and different: together three times the last cache before memory.
 
     A fine shard's weights fit in the cache whole, where in serving those of other layers push them out.
     """
-    N, gates = shape.moe_intermediate_size, 2 if shape.gated else 1
-    rows, K = (gates * N, shape.hidden_size) if name == "up" else (shape.hidden_size, N)
-    dtype, size = runtime.torch_dtype(shape.dtype), (shape.num_experts, rows, K)
-    sets = rotations_for(shape.num_experts * rows * K * dtype.itemsize, at_least=1, at_most=16)
+    size, dtype = shape.w13_shape if name == "up" else shape.w2_shape, torch_dtype(shape.dtype)
+    E, rows, K = size
+    sets = rotations_for(E * shape.format.matrix_bytes(rows, K, shape.dtype), at_least=1, at_most=16)
     device = runtime.current().device
-    return [random_tensor(size, K**-0.5, dtype=dtype, device=device, seed=1 + i) for i in range(sets)]
+    drawn = (random_tensor(size, K**-0.5, dtype=dtype, device=device, seed=1 + i) for i in range(sets))
+    return [quantise(w, shape.format) for w in drawn]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moelab import precision, roofline, runtime
+from moelab.dtypes import dtype_name, torch_dtype
 from moelab.inputs import random_tensor
 from moelab.kernels.sum_reduce import SUM_REDUCE, available_sum_reduce, sum_reduce
 from moelab.measure import Contender, Protocol, measure, rotations_for
@@ -43,7 +44,7 @@ def precision_rows(
     device = device or runtime.current().device
     rows = []
     for name in dtypes:
-        dtype = runtime.torch_dtype(name)
+        dtype = torch_dtype(name)
         x = random_tensor((num_tokens, top_k, hidden), 1.0, dtype=dtype, device=device, seed=seed)
         outs = {impl: sum_reduce(x, scale, impl=impl) for impl in available_sum_reduce(dtype)}
         size = {"num_tokens": num_tokens, "top_k": top_k, "hidden": hidden, "scale": scale}
@@ -70,7 +71,7 @@ def record_speed(
     rows: list[dict[str, Any]] = []
     for name in dtypes:
         for num_tokens, top_k, hidden in cases:
-            rows += _speed_rows(runtime.torch_dtype(name), num_tokens, top_k, hidden)
+            rows += _speed_rows(torch_dtype(name), num_tokens, top_k, hidden)
             on_rows(rows)
     protocol = speed_protocol(1).describe() | {"rotations": "in each row"}
     return Recording("sum_reduce", runtime.provenance(seed=0), protocol, tuple(rows))
@@ -82,7 +83,7 @@ def speed_protocol(rotations: int) -> Protocol:
 
 
 def _speed_rows(dtype: torch.dtype, num_tokens: int, top_k: int, hidden: int) -> list[dict[str, Any]]:
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     cost = roofline.sum_reduce_cost(num_tokens, top_k, hidden, name)
     # Where 64 inputs do not pass three times the L2, the whole set stays in it, as GEMM2's output does in a layer.
     rotations = rotations_for(cost.bytes)

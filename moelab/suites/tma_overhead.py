@@ -14,18 +14,20 @@ import triton
 
 from moelab import runtime
 from moelab.config import default_config
-from moelab.kernels import checks, descriptors
+from moelab.implementations import of_triton
+from moelab.kernels import descriptors
 from moelab.kernels.activation import activation
 from moelab.kernels.align import align
+from moelab.kernels.gemm_call import GemmCall, gemm_constants
 from moelab.kernels.grouped_gemm import _grouped_gemm_kernel, grouped_gemm
 from moelab.kernels.grouped_gemm_tma import grouped_gemm_tma
 from moelab.kernels.sum_reduce import sum_reduce
 from moelab.measure import HostProtocol, Measurement, measure_host
-from moelab.pipelines import PIPELINES
 from moelab.recordings import Recording
 from moelab.shapes import load_model
 from moelab.suites.bench import judge
 from moelab.suites.layer_classic import Layer, weight_sets
+from moelab.weights import GemmWeights
 
 MODEL, TP_SIZE, NUM_TOKENS = "qwen3-30b-a3b", 4, 1
 Contender = Callable[[int], Any]
@@ -73,11 +75,10 @@ def _through_triton(layer: Layer, aligned: Any, config: Any) -> Contender:
     w, k = layer.weights[0].w13, layer.shape.top_k
     N, K = w.shape[1:]
     pairs = layer.num_tokens * k
-    rows = checks.rows_in_use(aligned, pairs)
-    constants, options = checks.gemm_constants(config, K, TOP_K=k)
-    grid = (checks.tiles_of(config, rows, N), 1)
-    ids = (aligned.sorted_token_ids, aligned.expert_ids, aligned.num_tokens_post_padded)
     x = layer.states[0]
+    call = GemmCall(x, GemmWeights(w), aligned, config, pairs, k)
+    constants, options = gemm_constants(config, K, TOP_K=k)
+    grid, rows, ids = (call.num_tiles, 1), call.num_rows, call.row_tensors
 
     def run(i: int) -> torch.Tensor:
         out = x.new_empty((pairs, N))
@@ -112,7 +113,7 @@ def record(protocol: HostProtocol | None = None) -> Recording:
     protocol = protocol or HostProtocol(rotations=1, rounds=160)
     shape = load_model(MODEL, tp_size=TP_SIZE, disable_shared_experts_fusion=True)
     layer = Layer(shape, NUM_TOKENS, 1, weight_sets(shape)[:1])
-    layers = {name: layer.whole(None, impl=name) for name in PIPELINES}
+    layers = {name: layer.whole("default", impl=name) for name in of_triton()}
     judged = judge(layer, layers)
     kinds = {
         "launch": launches(layer),

@@ -24,7 +24,7 @@ from moelab.tuner.problem import GEMMS, Gemm, Problem
 from moelab.tuner.tuned_kernels import require_tunable, result_columns
 
 if TYPE_CHECKING:
-    from moelab.tuner.launches import GemmLaunch
+    from moelab.kernels.gemm_call import Launch as GemmLaunch
 
 Kernel = tuple[Gemm, KernelConfig]
 """What is compiled: one config for one GEMM."""
@@ -68,6 +68,12 @@ def first_words(error: BaseException, length: int = 300) -> str:
     return f"{type(error).__name__}: {' '.join(line for line in lines if line.strip('='))}"[:length]
 
 
+def launches_of(problem: Problem) -> dict[Gemm, GemmLaunch]:
+    """How the problem's kernel launches either GEMM: the same for who measures and for who compiles."""
+    tuning = require_tunable(problem)
+    return {"up": load(f"moelab.kernels.{tuning.up}"), "down": load(f"moelab.kernels.{tuning.down}")}
+
+
 # --- in the compiling process -------------------------------------------------------------------------------------
 
 
@@ -80,7 +86,7 @@ class TritonCompiler:
         from moelab.kernels.aot import AheadDriver
 
         self.problem, self.kernel = problem, require_tunable(problem)
-        self._launch: dict[Gemm, GemmLaunch] = {"up": load(self.kernel.up), "down": load(self.kernel.down)}
+        self._launch = launches_of(problem)
         self._limit = get_target(problem.target).shared_memory_per_block
         driver.set_active(AheadDriver(problem.target))
 
@@ -101,16 +107,17 @@ class TritonCompiler:
         """Triton's compiled kernels, as a launch over this problem's tensors would make them, in launch order."""
         import torch
 
-        from moelab import runtime
-        from moelab.kernels.checks import accumulator_dtype, rows_in_use
+        from moelab.dtypes import accumulator_dtype, torch_dtype
+        from moelab.kernels.gemm_call import GemmCall
         from moelab.kernels.launch import compiling
         from moelab.routing import Alignment, max_padded_pairs
-        from moelab.tuner.launches import extra_of
+        from moelab.tuner.tuned_kernels import activation_of
+        from moelab.weights import GemmWeights
 
         gemm, config = kernel
         problem, shape = self.problem, self.problem.shape
         top_k, rows = shape.top_k, config.BLOCK_SIZE_M
-        dtype = runtime.torch_dtype(shape.dtype)
+        dtype = torch_dtype(shape.dtype)
         wide = accumulator_dtype(dtype)
         padded = max_padded_pairs(top_k, rows, shape.num_experts)
 
@@ -120,14 +127,13 @@ class TritonCompiler:
         ids, experts, used = (tensor(size, of=torch.int32) for size in (padded, padded // rows, 1))
         alignment = Alignment(ids, experts, used, rows, top_k, shape.num_experts)
         K, columns = problem.inner_size(gemm), problem.columns(gemm)
-        inner = rows_in_use(alignment, top_k) if self.kernel.sorted_rows else top_k
+        inner = alignment.rows_in_use if self.kernel.sorted_rows else top_k
         a, weights = (tensor(1, K), None) if gemm == "up" else (tensor(inner, K), tensor(top_k, of=torch.float32))
         out = tensor(inner if gemm == "up" else top_k, result_columns(problem, gemm))
         with compiling() as made:  # one token: what follows the batch size is not specialised
-            self._launch[gemm](
-                a, tensor(shape.num_experts, columns, K), out, alignment,
-                config, top_k, top_k if gemm == "up" else 1, weights, extra_of(problem, gemm, tensor(0, of=wide)),
-            )  # fmt: skip
+            w, activated = GemmWeights(tensor(shape.num_experts, columns, K)), activation_of(problem, gemm)
+            slots, workspace = top_k if gemm == "up" else 1, tensor(0, of=wide)
+            self._launch[gemm](GemmCall(a, w, alignment, config, top_k, slots, weights, *activated, workspace), out)
         return made
 
 

@@ -22,7 +22,7 @@ from moelab.tuner.problem import Problem
 from moelab.tuner.rig import Rig
 
 SAMPLE_L2S = 8
-"""A sample of a short look reads the weights of calls that together pass the L2 cache (60 MB on an H200) this many times,
+"""A sample of a short look reads the weights of calls that together pass the last cache before memory this many times,
 if so many are rotated: about 0.1 ms, some hundred times the resolution of events."""
 
 GRAPH_US = 1000.0

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moelab import roofline
-from moelab.chips import dtype_bytes, get_target
+from moelab.chips import get_target
 from moelab.config import KernelConfig, accumulators_per_thread, shared_memory_bytes
+from moelab.dtypes import dtype_bytes
 from moelab.errors import UnknownNameError
 from moelab.tuner.problem import GEMMS, Gemm, Problem
 

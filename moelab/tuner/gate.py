@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from moelab import precision
+from moelab.dtypes import accumulator_dtype
+from moelab.quantised_weights import as_multiplied
 from moelab.reference import activation_ref, fused_moe_ref, grouped_gemm_ref
 from moelab.routing import Routing
 from moelab.shapes import MoEShape
 from moelab.suites.layer_classic import sample_rows
+from moelab.weights import ExpertWeights, GemmWeights
 
 EXPERTS = 8
 """Experts whose rows are looked at, at most."""
@@ -37,7 +40,7 @@ class Gate:
 
     def verdict(self, result: Tensor) -> tuple[str, str] | None:
         """("nan" or "wrong", a sentence), or None for a result that passes. One synchronisation with the host."""
-        wide = torch.promote_types(result.dtype, torch.float32)
+        wide = accumulator_dtype(result.dtype)
         total = result.sum(dtype=wide).double()
         worst = (result[self.rows].double() - self.exact).abs().max()
         seen = torch.stack([total, worst]).tolist()
@@ -69,7 +72,7 @@ def telling_pairs(routing: Routing) -> Tensor:
 
 def gemm_gate(
     a: Tensor,
-    w: Tensor,
+    weights: GemmWeights,
     routing: Routing,
     *,
     top_k: int,
@@ -84,16 +87,16 @@ def gemm_gate(
     ids = routing.topk_ids.flatten()[pairs]
     own = ids[ids >= 0].unique().long()  # float64 copies of the experts that are named, not of all
     local = torch.where(ids >= 0, torch.searchsorted(own, ids.long().contiguous()), -1)
-    rows, few = a[pairs // top_k], w[own]
+    rows, few = a[pairs // top_k], as_multiplied(weights, a.dtype, own)
     given: dict[str, Any] = {"top_k": 1, "topk_weights": routing.topk_weights.flatten()[pairs] if weighted else None}
-    plain = grouped_gemm_ref(rows, few, local, **given)
-    exact = grouped_gemm_ref(rows.double(), few.double(), local, **given)
+    plain = grouped_gemm_ref(rows, few.to(a.dtype), local, **given)
+    exact = grouped_gemm_ref(rows.double(), few, local, **given)
     if activated is not None:
         plain, exact = (activation_ref(x, activated[0], gated=activated[1]) for x in (plain, exact))
     return Gate(pairs, exact, precision.tolerance(plain, exact))
 
 
-def layer_gate(x: Tensor, w13: Tensor, w2: Tensor, routing: Routing, shape: MoEShape) -> Gate:
+def layer_gate(x: Tensor, weights: ExpertWeights, routing: Routing, shape: MoEShape) -> Gate:
     """For the whole layer, x (num_tokens, hidden_size)."""
     tokens = sample_rows(x.shape[0], TOKENS_EACH).to(x.device)
     options: dict[str, Any] = {"activation": shape.activation, "gated": shape.gated}
@@ -102,8 +105,10 @@ def layer_gate(x: Tensor, w13: Tensor, w2: Tensor, routing: Routing, shape: MoES
         ids = routing.topk_ids[token : token + 1]
         own = ids[ids >= 0].unique().long()
         local = torch.where(ids >= 0, torch.searchsorted(own, ids.long().contiguous()), -1)
-        row, up, down, weights = x[token : token + 1], w13[own], w2[own], routing.topk_weights[token : token + 1]
-        plain.append(fused_moe_ref(row, up, down, weights, local, **options))
-        exact.append(fused_moe_ref(row.double(), up.double(), down.double(), weights, local, **options))
+        row = x[token : token + 1]
+        up, down = (as_multiplied(part, x.dtype, own) for part in (weights.up, weights.down))
+        factors = routing.topk_weights[token : token + 1]
+        plain.append(fused_moe_ref(row, up.to(x.dtype), down.to(x.dtype), factors, local, **options))
+        exact.append(fused_moe_ref(row.double(), up, down, factors, local, **options))
     together = torch.cat(exact)
     return Gate(tokens, together, precision.tolerance(torch.cat(plain), together))

@@ -11,13 +11,14 @@ from typing import Any, Literal
 from moelab.chips import get_target
 from moelab.config import KernelConfig, default_config
 from moelab.errors import ShapeError
+from moelab.implementations import require_taken
 from moelab.shapes import MoEShape
 
 Gemm = Literal["up", "down"]
 GEMMS: tuple[Gemm, ...] = ("up", "down")
 """GEMM1 and GEMM2 of the layer, as config files call them."""
 
-EXCHANGE = "grouped_gemm"
+COMPATIBLE = "grouped_gemm"
 """The kernel that sglang and vLLM run, whose config files are theirs too."""
 
 Pair = tuple[KernelConfig, KernelConfig]
@@ -49,7 +50,7 @@ class Problem:
     batch_sizes: tuple[int, ...] = BATCH_SIZES
     routing: str = "uniform"
     seed: int = 0
-    kernel: str = EXCHANGE
+    kernel: str = COMPATIBLE
     split_k: tuple[int, ...] = (1,)
     axes: Mapping[str, tuple[int, ...]] | None = None
     separate_down: bool = True
@@ -57,6 +58,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         get_target(self.target)
+        require_taken(self.shape, "The tuner")
         wrong = [b for b in self.batch_sizes if type(b) is not int or b < 1]
         if wrong or not self.batch_sizes:
             raise ShapeError(
@@ -67,8 +69,8 @@ class Problem:
 
     @property
     def file_kernel(self) -> str | None:
-        """What `kernel=` says in the names of its config files; None for the exchange kernel, whose names lack it."""
-        return None if self.kernel == EXCHANGE else self.kernel
+        """What `kernel=` says in the names of its config files; None for the compatible kernel, whose names lack it."""
+        return None if self.kernel == COMPATIBLE else self.kernel
 
     def inner_size(self, gemm: Gemm) -> int:
         """K of that GEMM: hidden_size for "up", moe_intermediate_size for "down"."""
@@ -81,21 +83,17 @@ class Problem:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` reads them back to an equal Problem."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["shape"] = dataclasses.asdict(self.shape)
         values["incumbents"] = {
             label: {str(b): [c.to_json() for c in pair] for b, pair in by_batch.items()}
             for label, by_batch in self.incumbents.items()
         }
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} | {
-            "shape": values["shape"] | {"keys_used": list(self.shape.keys_used)}
-        }
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} | {"shape": self.shape.to_json()}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Problem:
         """Read what `to_json` wrote. KeyError, TypeError and MoelabError mean that it was not that."""
         values = dict(content)
-        shape = dict(values["shape"])
-        values["shape"] = MoEShape(**shape | {"keys_used": tuple(shape["keys_used"])})
+        values["shape"] = MoEShape.from_json(values["shape"])
         for name in ("batch_sizes", "split_k"):
             values[name] = tuple(values[name])
         if values["axes"] is not None:
@@ -117,23 +115,29 @@ def find_incumbents(
     *,
     config_dir: str | Path | None = None,
     separate_down: bool = True,
-    kernel: str = EXCHANGE,
+    kernel: str = COMPATIBLE,
 ) -> dict[str, dict[int, Pair]]:
     """What a tuned config has to beat: "default" at every batch size, "current" where a config file has one.
 
-    A kernel beside the exchange kernel has files of its own; where there are none, those of the exchange kernel stand in.
+    A kernel beside the compatible kernel has files of its own; where there are none, those of the compatible kernel stand in.
     A `_down` file that disagrees with its up file in BLOCK_SIZE_M cannot run beside it: the up config then stands in.
     Raises ConfigFileError for a broken file: what it would have said is not known.
     """
-    from moelab.config_files import Lookup, dtype_selector, lookup
+    from moelab.config_files import Lookup, question
+
+    asked = question(shape)
 
     def look_up(num_tokens: int, is_down: bool, whose: str | None) -> Lookup:
-        return lookup(
-            shape.num_experts, shape.moe_intermediate_size, device, num_tokens=num_tokens, down=is_down, kernel=whose,
-            triton_version=triton_version, dtype_selector=dtype_selector(shape.dtype), config_dir=config_dir,
-        )  # fmt: skip
+        return asked.lookup(
+            device,
+            num_tokens=num_tokens,
+            down=is_down,
+            kernel=whose,
+            triton_version=triton_version,
+            config_dir=config_dir,
+        )
 
-    own = None if kernel == EXCHANGE else kernel
+    own = None if kernel == COMPATIBLE else kernel
     found: dict[str, dict[int, Pair]] = {"default": {}, "current": {}}
     for num_tokens in batch_sizes:
         default = default_config(num_tokens, shape.num_experts, shape.dtype)

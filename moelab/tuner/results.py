@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moelab.config import KernelConfig
-from moelab.config_files import dtype_selector, file_name, read_config_file, write_config_file
+from moelab.config_files import question, read_config_file, write_config_file
 from moelab.errors import ConfigFileError, LandscapeError
 from moelab.tuner.board import Board
 from moelab.tuner.coverage import Coverage
@@ -107,11 +107,10 @@ def file_paths(problem: Problem, out: str | Path) -> dict[str, Path]:
     """ "up" and "down" -> the config file of a problem below `out`."""
     from moelab import runtime
 
-    shape, folder = problem.shape, Path(out) / runtime.triton_key(problem.triton_version)
-    selector = dtype_selector(shape.dtype)
-    sizes = shape.num_experts, shape.moe_intermediate_size, problem.device, selector
+    asked, folder = question(problem.shape), Path(out) / runtime.triton_key(problem.triton_version)
     return {
-        side: folder / file_name(*sizes, down=side == "down", kernel=problem.file_kernel) for side in ("up", "down")
+        side: folder / asked.file_name(problem.device, down=side == "down", kernel=problem.file_kernel)
+        for side in ("up", "down")
     }
 
 
@@ -177,7 +176,7 @@ class TuneResult:
 
     def write(self, out: str | Path) -> list[Path]:
         """Write the config files into triton_X_Y_Z/ below `out`, as sglang's loader finds them; their paths. Those of a
-        kernel beside the exchange kernel are named `kernel=NAME`, and moelab's loader alone finds them.
+        kernel beside the compatible kernel are named `kernel=NAME`, and moelab's loader alone finds them.
 
         Of files that are there already, entries of other batch sizes stay. Raises LandscapeError if the run is incomplete or
         no batch size has a winner, ConfigFileError if a file that is there cannot be read.

@@ -16,11 +16,14 @@ from torch import Tensor
 
 from moelab import runtime
 from moelab.config import KernelConfig
+from moelab.dtypes import torch_dtype
 from moelab.errors import RoutingError, WorkspaceError
 from moelab.inputs import random_tensor, routing_for
 from moelab.kernels import checks
 from moelab.kernels.activation import activation_unchecked
 from moelab.kernels.align import align
+from moelab.kernels.gemm_call import GemmCall
+from moelab.kernels.gemm_call import Launch as GemmLaunch
 from moelab.kernels.split_k_workspace import new_workspace
 from moelab.kernels.sum_reduce import sum_reduce_unchecked
 from moelab.measure import rotations_for
@@ -28,15 +31,20 @@ from moelab.roofline import gemm_cost, layer_cost
 from moelab.routing import ROUTINGS, Alignment, Routing, load_routing
 from moelab.suites.layer_classic import protocol_for
 from moelab.suites.stages import weight_sets
-from moelab.tuner.child import load
-from moelab.tuner.compile import kernels_of
+from moelab.tuner.compile import kernels_of, launches_of
 from moelab.tuner.evaluate import Contender, Stage
 from moelab.tuner.gate import Gate, gemm_gate, layer_gate
-from moelab.tuner.launches import GemmLaunch, extra_of
 from moelab.tuner.problem import GEMMS, Gemm, Problem
 from moelab.tuner.sorted_rows import gathered, laid, places
 from moelab.tuner.space import grid, row_blocks
-from moelab.tuner.tuned_kernels import require_rules, require_tunable, result_columns
+from moelab.tuner.tuned_kernels import (
+    activation_of,
+    implementation_of,
+    require_rules,
+    require_tunable,
+    result_columns,
+)
+from moelab.weights import ExpertWeights
 
 MOST_ROTATIONS = 48
 """A batch of one on a fine shard reads so little that more sets of inputs would not pass the cache either."""
@@ -79,7 +87,7 @@ class Cell:
         """GEMM2's input of each rotation, sorted: that of rotation 0 is the pairs' own, others draw what lies in a row."""
         if block_size not in self.sorted_inner:
             place = self.places(block_size)
-            rows = checks.rows_in_use(self.alignments(block_size)[0], len(place))
+            rows = self.alignments(block_size)[0].rows_in_use
             first = laid(self.inner[0][: len(place)], place, rows)
             self.sorted_inner[block_size] = [first, *(inner[:rows] for inner in self.inner[1:])]
         return self.sorted_inner[block_size]
@@ -106,9 +114,9 @@ class Rig:
 
     def __init__(self, problem: Problem) -> None:
         self.kernel, shape = require_tunable(problem), problem.shape
-        self.gemms: dict[Gemm, GemmLaunch] = {"up": load(self.kernel.up), "down": load(self.kernel.down)}
+        self.gemms: dict[Gemm, GemmLaunch] = launches_of(problem)
         self.problem, self.shape, self.device = problem, shape, runtime.current().device
-        self.dtype = runtime.torch_dtype(shape.dtype)
+        self.dtype = torch_dtype(shape.dtype)
         self.w13, self.w2 = weight_sets("up", shape), weight_sets("down", shape)
         self._cells: dict[int, Cell] = {}
         incumbents = (pair[0] for pairs in problem.incumbents.values() for pair in pairs.values())
@@ -123,7 +131,8 @@ class Rig:
     def _new_workspace(self, split_k: int) -> Tensor:
         """Room for the partial sums of either GEMM at the largest batch size; empty for a kernel that splits nothing."""
         self._most_splits = split_k
-        columns = max(self.problem.columns(gemm) for gemm in GEMMS) if max(self.kernel.split_k) > 1 else 0
+        splits = implementation_of(self.problem.kernel).splits
+        columns = max(self.problem.columns(gemm) for gemm in GEMMS) if splits else 0
         return new_workspace(split_k, self._most_pairs, columns, self.dtype, self.device).view(-1)
 
     def _require_room(self, config: KernelConfig) -> None:
@@ -192,7 +201,7 @@ class Rig:
         if stage == "down":
             pairs = cell.num_tokens * self.shape.top_k
             return gemm_gate(cell.inner[0][:pairs], w2, routing, top_k=1, weighted=True)
-        return layer_gate(cell.states[0], w13, w2, routing, self.shape)
+        return layer_gate(cell.states[0], ExpertWeights.of(w13, w2), routing, self.shape)
 
     def check(self, stage: Stage, num_tokens: int, contender: Contender) -> tuple[str, str] | None:
         """Rotation 0 into outputs full of NaN, held against the gate: (failure, sentence), or None."""
@@ -217,7 +226,7 @@ class Rig:
         up, down = contender[0], contender[-1]
         pairs, aligned = num_tokens * shape.top_k, cell.alignments(up.BLOCK_SIZE_M)
         is_sorted = self.kernel.sorted_rows
-        rows = checks.rows_in_use(aligned[0], pairs) if is_sorted else pairs
+        rows = aligned[0].rows_in_use if is_sorted else pairs
         widths = (result_columns(self.problem, "up"), shape.moe_intermediate_size, shape.hidden_size, shape.hidden_size)
         heights = (rows, 0 if self.kernel.activates else pairs, pairs, num_tokens)
         h, act, y, out = (
@@ -225,14 +234,15 @@ class Rig:
             for buffer, height, width in zip(self._buffers, heights, widths, strict=True)
         )
         w13, w2, gemm1, gemm2 = self.w13, self.w2, self.gemms["up"], self.gemms["down"]
-        of_up, of_down = (extra_of(self.problem, gemm, self.workspace) for gemm in GEMMS)
+        activated = activation_of(self.problem, "up")
 
         def first(i: int) -> None:
-            gemm1(cell.states[i], w13[i % len(w13)], h, aligned[i], up, pairs, shape.top_k, None, of_up)
+            w, k = w13[i % len(w13)], shape.top_k
+            gemm1(GemmCall(cell.states[i], w, aligned[i], up, pairs, k, None, *activated, self.workspace), h)
 
         def second(i: int, inner: Tensor) -> None:
-            weights = cell.routings[i].topk_weights
-            gemm2(inner, w2[i % len(w2)], y, aligned[i], down, pairs, 1, weights, of_down)
+            w, weights = w2[i % len(w2)], cell.routings[i].topk_weights
+            gemm2(GemmCall(inner, w, aligned[i], down, pairs, 1, weights, workspace=self.workspace), y)
 
         if stage == "up":
             return Launch(first, (h,), cell.places(up.BLOCK_SIZE_M) if is_sorted else None)

@@ -12,8 +12,8 @@ from moelab.tuner.evaluate import Evaluator
 from moelab.tuner.evaluators import load_evaluator, make_gpu_evaluator
 from moelab.tuner.header import header_of
 from moelab.tuner.landscape import load
-from moelab.tuner.problem import BATCH_SIZES, EXCHANGE, Problem, find_incumbents
-from moelab.tuner.tuned_kernels import TUNED, kernel_name, require_tunable
+from moelab.tuner.problem import BATCH_SIZES, COMPATIBLE, Problem, find_incumbents
+from moelab.tuner.tuned_kernels import implementation_of, kernel_name, require_tunable
 
 
 def gpu_problem(
@@ -23,7 +23,7 @@ def gpu_problem(
     routing: str = "uniform",
     seed: int = 0,
     separate_down: bool = True,
-    kernel: str = EXCHANGE,
+    kernel: str = COMPATIBLE,
 ) -> Problem:
     """What there is to tune on this machine's GPU, with the configs to beat.
 
@@ -49,7 +49,7 @@ def gpu_problem(
     incumbents = find_incumbents(shape, mode.device_name, version, sizes, separate_down=separate_down, kernel=kernel)
     problem = Problem(
         shape, mode.device_name, target.name, version, sizes, routing=routing, seed=seed, kernel=kernel,
-        split_k=TUNED[kernel].split_k, separate_down=separate_down, incumbents=incumbents,
+        split_k=implementation_of(kernel).split_k, separate_down=separate_down, incumbents=incumbents,
     )  # fmt: skip
     require_tunable(problem)
     return problem

@@ -1,67 +1,63 @@
-"""The kernels that can be tuned, by name: how their GEMMs are launched, and what their configs must keep to.
+"""The kernels that can be tuned, by name, and what their configs must keep to.
 
 A kernel has the name of the implementation of `fused_moe` that runs it, and so have its config files (`kernel=NAME`). The
-exchange kernel alone, of the implementation "triton", is "grouped_gemm": its files are the peers' and name no kernel. One
-entry of TUNED makes a kernel tunable. No torch is loaded here: a search, or a replay, needs none.
+compatible kernel alone, of the implementation "triton", is "grouped_gemm": its files are the peers' and name no kernel. The
+field `tuning` of an entry of moelab.implementations makes a kernel tunable. No torch is loaded here: a search, or a replay,
+needs none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-from moelab.chips import dtype_bytes, get_target
+from moelab.chips import get_target
 from moelab.config import MIN_DOT_BLOCK, KernelConfig, tma_shared_memory_bytes
+from moelab.dtypes import dtype_bytes
 from moelab.errors import ConfigError, DeviceError, LayoutError, UnknownNameError, nearest_names
-from moelab.tuner.problem import EXCHANGE, GEMMS, Gemm, Problem
+from moelab.implementations import IMPLEMENTATIONS, Implementation, Tuning
+from moelab.shapes import require_plain
+from moelab.tuner.problem import COMPATIBLE, GEMMS, Gemm, Problem
 
-Rule = Callable[[KernelConfig, Gemm, Problem], tuple[str, str] | None]
-"""(the reason that a config is counted under, a sentence) for one that this kernel cannot run, beside `config.violations`."""
+TUNED: Mapping[str, str] = {one.tuning.kernel: name for name, one in IMPLEMENTATIONS.items() if one.tuning}
+"""Name of the kernel -> the implementation that runs it."""
 
-TMA_ROW_BYTES = 16
-"""A descriptor takes rows of a multiple of 16 bytes (CUDA driver API, cuTensorMapEncodeTiled) ..."""
+Broken = tuple[str, str] | None
+"""(the reason that a config is counted under, a sentence) for one that a kernel cannot run, beside `config.violations`."""
 
 TMA_BOX = 256
-"""... and boxes with sides of at most 256."""
+"""A descriptor takes boxes with sides of at most 256 (CUDA driver API, cuTensorMapEncodeTiled)."""
 
 
-@dataclass(frozen=True)
-class TunedKernel:
-    """How one kernel is tuned.
-
-    implementation: the name in `fused_moe` of the layer that runs it. up, down: "module:function" of a
-    `launches.GemmLaunch` for GEMM1 and GEMM2. rules: what its configs must keep to. needs_tma: only chips that have it,
-    and inner sizes of whole 16 bytes. split_k: values of SPLIT_K to try; a workspace is made for the largest over 1.
-    activates: GEMM1's result is activated already, N columns a row, and the layer launches no activation. sorted_rows: it
-    lies sorted by expert, padded, and GEMM2 reads it so.
-    """
-
-    implementation: str
-    up: str
-    down: str
-    rules: tuple[Rule, ...]
-    needs_tma: bool = False
-    split_k: tuple[int, ...] = (1,)
-    activates: bool = False
-    sorted_rows: bool = False
+def implementation_of(kernel: str) -> Implementation:
+    """The entry of a tuned kernel's implementation."""
+    return IMPLEMENTATIONS[TUNED[kernel]]
 
 
-def _one_split(config: KernelConfig, gemm: Gemm, problem: Problem) -> tuple[str, str] | None:
-    if config.SPLIT_K == 1:
+def tuning_of(kernel: str) -> Tuning:
+    """How a tuned kernel's GEMMs are launched."""
+    found = implementation_of(kernel).tuning
+    assert found is not None  # TUNED holds no other
+    return found
+
+
+def _one_split(config: KernelConfig, gemm: Gemm, problem: Problem) -> Broken:
+    if config.SPLIT_K == 1 or implementation_of(problem.kernel).splits:
         return None
     return "SPLIT_K", f"SPLIT_K = {config.SPLIT_K}, and the kernel {problem.kernel} sums K in one program"
 
 
-def _halves(config: KernelConfig, gemm: Gemm, problem: Problem) -> tuple[str, str] | None:
+def _halves(config: KernelConfig, gemm: Gemm, problem: Problem) -> Broken:
     """Of the rows of weights that a program of a gated GEMM1 multiplies, half are gate and half up."""
     columns, least = config.BLOCK_SIZE_N, 2 * MIN_DOT_BLOCK
-    if gemm == "down" or not problem.shape.gated or columns >= least:
+    if gemm == "down" or not tuning_of(problem.kernel).halves or not problem.shape.gated or columns >= least:
         return None
     return "gate and up", f"BLOCK_SIZE_N = {columns}, under {least}: half of it is gate and half up"
 
 
-def _fits_tma(config: KernelConfig, gemm: Gemm, problem: Problem) -> tuple[str, str] | None:
+def _fits_tma(config: KernelConfig, gemm: Gemm, problem: Problem) -> Broken:
     """Weights by boxes of (BLOCK_SIZE_N, BLOCK_SIZE_K), and sorted rows by such of BLOCK_SIZE_M; barriers take shared memory."""
+    if not implementation_of(problem.kernel).needs_tma:
+        return None
     longest = max(config.BLOCK_SIZE_N, config.BLOCK_SIZE_K, config.BLOCK_SIZE_M if _reads_sorted(gemm, problem) else 0)
     if longest > TMA_BOX:
         return "TMA boxes", f"a box of TMA with a side of {longest}, over {TMA_BOX}"
@@ -76,35 +72,12 @@ def _fits_tma(config: KernelConfig, gemm: Gemm, problem: Problem) -> tuple[str, 
 
 
 def _reads_sorted(gemm: Gemm, problem: Problem) -> bool:
-    return gemm == "down" and TUNED[problem.kernel].sorted_rows
-
-
-TUNED: Mapping[str, TunedKernel] = {
-    EXCHANGE: TunedKernel(
-        "triton", "moelab.tuner.launches:grouped_gemm", "moelab.tuner.launches:grouped_gemm", (_one_split,)
-    ),
-    "tma": TunedKernel(
-        "tma", "moelab.tuner.launches:tma", "moelab.tuner.launches:tma", (_one_split, _fits_tma), needs_tma=True
-    ),
-    "split_k_workspace": TunedKernel(
-        "split_k_workspace", "moelab.tuner.launches:split_k_workspace", "moelab.tuner.launches:split_k_workspace", (),
-        split_k=(1, 2, 4, 8), activates=True,
-    ),
-    "gated": TunedKernel(
-        "gated", "moelab.tuner.launches:gated", "moelab.tuner.launches:sorted_scatter", (_one_split, _halves),
-        activates=True, sorted_rows=True,
-    ),
-    "gated_tma": TunedKernel(
-        "gated_tma", "moelab.tuner.launches:gated_tma", "moelab.tuner.launches:sorted_scatter_tma",
-        (_one_split, _halves, _fits_tma), needs_tma=True, activates=True, sorted_rows=True,
-    ),
-}  # fmt: skip
-"""Name of the kernel -> how it is tuned."""
+    return gemm == "down" and tuning_of(problem.kernel).sorted_rows
 
 
 def kernel_name(asked: str) -> str:
     """The tuned kernel of that name, or of that implementation of `fused_moe`. Raises UnknownNameError."""
-    names = {kernel.implementation: name for name, kernel in TUNED.items()} | {name: name for name in TUNED}
+    names = {implementation: name for name, implementation in TUNED.items()} | {name: name for name in TUNED}
     if asked not in names:
         raise UnknownNameError(
             f"Cannot tune the kernel {asked!r}.{nearest_names(asked, names)} Expected one of {', '.join(TUNED)}: "
@@ -113,44 +86,53 @@ def kernel_name(asked: str) -> str:
     return names[asked]
 
 
-def require_tunable(problem: Problem) -> TunedKernel:
+def require_tunable(problem: Problem) -> Tuning:
     """How the problem's kernel is tuned.
 
-    Raises UnknownNameError for a kernel that is not in TUNED, DeviceError where its target has no TMA and the kernel needs
-    it, LayoutError where rows of the layer's inner sizes cannot go through TMA.
+    Raises UnknownNameError for a kernel that is not in TUNED, FormatError for weights that it does not take, DeviceError where
+    its target has no TMA and the kernel needs it, LayoutError where rows of the layer's inner sizes cannot go through TMA.
     """
-    kernel = TUNED[kernel_name(problem.kernel)]
-    if kernel.needs_tma:
+    kernel = kernel_name(problem.kernel)
+    if problem.shape.format.family not in implementation_of(kernel).formats:
+        require_plain(problem.shape, f"The kernel {kernel!r}")
+    if implementation_of(kernel).needs_tma:
         _require_tma(problem)
-    return kernel
+    return tuning_of(kernel)
 
 
 def _require_tma(problem: Problem) -> None:
     if not get_target(problem.target).has_tma:
         raise DeviceError(
             f"The kernel {problem.kernel!r} cannot be tuned on {problem.device}: {problem.target} has no TMA. Expected sm_90 or "
-            f"later. Tune a kernel without TMA, such as {EXCHANGE!r} (--kernel)."
+            f"later. Tune a kernel without TMA, such as {COMPATIBLE!r} (--kernel)."
         )
+    whole = implementation_of(problem.kernel).row_bytes
     for gemm in GEMMS:
         K = problem.inner_size(gemm)
         row_bytes = K * dtype_bytes(problem.shape.dtype)
-        if row_bytes % TMA_ROW_BYTES:
+        if row_bytes % whole:
             raise LayoutError(
                 f"The kernel {problem.kernel!r} cannot be tuned for {problem.shape.name}: a row of {K} in {problem.shape.dtype} "
-                f"is {row_bytes} bytes. Expected a multiple of {TMA_ROW_BYTES} bytes for TMA. Tune a kernel without TMA, such as "
-                f"{EXCHANGE!r} (--kernel), or split the layer otherwise."
+                f"is {row_bytes} bytes. Expected a multiple of {whole} bytes for TMA. Tune a kernel without TMA, such as "
+                f"{COMPATIBLE!r} (--kernel), or split the layer otherwise."
             )
 
 
 def result_columns(problem: Problem, gemm: Gemm) -> int:
     """Columns of what that GEMM writes: N after an activation, which makes one of gate and up."""
-    activated = gemm == "up" and TUNED[problem.kernel].activates
+    activated = gemm == "up" and tuning_of(problem.kernel).activates
     return problem.shape.moe_intermediate_size if activated else problem.columns(gemm)
 
 
-def broken_rule(config: KernelConfig, gemm: Gemm, problem: Problem) -> tuple[str, str] | None:
+def activation_of(problem: Problem, gemm: Gemm) -> tuple[str | None, bool]:
+    """What that GEMM applies to its sums, and whether that has a gate: (None, False) for nothing."""
+    activates = gemm == "up" and tuning_of(problem.kernel).activates
+    return (problem.shape.activation, problem.shape.gated) if activates else (None, False)
+
+
+def broken_rule(config: KernelConfig, gemm: Gemm, problem: Problem) -> Broken:
     """(reason, sentence) of the first rule of the problem's kernel that the config breaks; None for a kernel without."""
-    rules = TUNED[problem.kernel].rules if problem.kernel in TUNED else ()
+    rules = (_one_split, _halves, _fits_tma) if problem.kernel in TUNED else ()
     return next((found for rule in rules if (found := rule(config, gemm, problem))), None)
 
 

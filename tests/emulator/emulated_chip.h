@@ -21,10 +21,23 @@ inline thread_local Index threadIdx, blockIdx, gridDim;
 
 namespace emulated {
 
-[[noreturn]] inline void hangs(const char* where) {
+inline int patience_s = 120;  // of a wait; that launches may differ in it
+
+// As hopper.cuh reports a wait that it gives up.
+[[noreturn]] inline void hangs(const char* where, void* report = nullptr, int what = 0, int tile = 0, uint32_t value = 0) {
+    const uint32_t said[4] = {what | static_cast<uint32_t>(threadIdx.x) << 8, static_cast<uint32_t>(blockIdx.x),
+                              static_cast<uint32_t>(tile), value};
+    if (report) std::memcpy(report, said, sizeof(said));
     std::fprintf(stderr, "emulated Hopper: block %d thread %d waits for ever in %s\n", blockIdx.x, threadIdx.x, where);
     std::_Exit(3);
 }
+
+// What those sleep on who wait for counts in device memory: whoever adds to one wakes them.
+struct Sleepers {
+    std::mutex lock;
+    std::condition_variable changed;
+};
+inline Sleepers sleepers;
 
 struct Mbarrier {
     std::mutex lock;
@@ -56,7 +69,6 @@ struct Block {
     std::mutex lock;
 };
 inline thread_local Block* block;
-inline std::mutex device_memory;
 
 struct Copy { void* to; const void* from; int bytes; };
 inline thread_local std::vector<Copy> copies;
@@ -82,8 +94,9 @@ inline void deliver() {
 }
 
 // `cluster` blocks each in clusters, where those of rank `late` are late; all blocks run at once.
-inline void launch(int blocks, int threads, size_t shared_bytes, int cluster, int late,
+inline void launch(int blocks, int threads, size_t shared_bytes, int cluster, int late, int patience,
                    const std::function<void()>& kernel) {
+    patience_s = patience;
     std::vector<std::unique_ptr<Block>> resident;
     std::vector<std::unique_ptr<std::barrier<>>> of_clusters;
     std::vector<std::thread> running;

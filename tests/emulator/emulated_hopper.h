@@ -1,7 +1,7 @@
 // hopper.cuh for a CPU: every thread of a block is a thread of the system, and each function does what its PTX
 // instruction is documented to do, as late as that allows: a wgmma reads its operands when it is waited for, a copy lands
 // when its arrival is made, an arrival at another block when its sender next waits for a barrier in memory. A wait that lasts
-// two minutes ends the process with a message: the kernel hangs.
+// two minutes, or as long as the launch allows, ends the process with a message: the kernel hangs.
 //
 // What it cannot show: races that need the proxies' own order (fences do nothing here), registers, timing.
 
@@ -96,12 +96,16 @@ inline void cluster_together() {
     block->of_cluster->arrive_and_wait();
 }
 
-inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+// Who waits for a count gives up first, then who waits for a barrier, as on the chip; last a consumer, which there never does.
+inline void barrier_wait(uint64_t* barrier, uint32_t parity, uint4* report, int what, int tile, int halves = 3) {
     deliver();
     Mbarrier& b = mbarrier(barrier);
     std::unique_lock guard(b.lock);
-    if (!b.changed.wait_for(guard, std::chrono::seconds(120), [&] { return b.phase != parity; })) hangs("barrier_wait");
+    const auto limit = std::chrono::milliseconds(500 * halves * patience_s);
+    if (!b.changed.wait_for(guard, limit, [&] { return b.phase != parity; }))
+        hangs("barrier_wait", report, what, tile, parity);
 }
+inline void barrier_wait(uint64_t* barrier, uint32_t parity) { barrier_wait(barrier, parity, nullptr, 0, 0, 4); }
 
 inline void copy_async(uint32_t to, const void* from, int bytes) { copies.push_back({block->shared + to, from, bytes}); }
 inline void barrier_arrive_after_copies(uint64_t* barrier) {
@@ -250,15 +254,28 @@ inline uint32_t from_neighbour(uint32_t value) {
 }
 
 inline int load_acquire(const int* address) { return __atomic_load_n(address, __ATOMIC_ACQUIRE); }
-inline void wait_for_count(const int* address, int count) {
+inline void wait_for_count(const int* address, int count, uint4* report, int what, int tile) {
     deliver();
-    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(120);
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(patience_s);
+#ifdef __SANITIZE_THREAD__  // a lock would order what the count does not
     for (; load_acquire(address) < count; std::this_thread::yield())
-        if (std::chrono::steady_clock::now() > end) hangs("wait_for_count");
+        if (std::chrono::steady_clock::now() > end) hangs("wait_for_count", report, what, tile, count - load_acquire(address));
+#else
+    std::unique_lock guard(sleepers.lock);
+    if (!sleepers.changed.wait_until(guard, end, [&] { return load_acquire(address) >= count; }))
+        hangs("wait_for_count", report, what, tile, count - load_acquire(address));
+#endif
 }
 inline void warp_together() { block->warps[threadIdx.x / 32]->arrive_and_wait(); }
-inline void add_release(int* address, int value) { __atomic_fetch_add(address, value, __ATOMIC_RELEASE); }
-inline int add_acquire_release(int* address, int value) { return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL); }
+inline int add_acquire_release(int* address, int value) {
+    const int before = __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
+#ifndef __SANITIZE_THREAD__
+    { std::lock_guard guard(sleepers.lock); }  // nobody is between its look and its sleep
+    sleepers.changed.notify_all();
+#endif
+    return before;
+}
+inline void add_release(int* address, int value) { add_acquire_release(address, value); }
 inline void wait_for_predecessor() {}
 inline void let_successor_start() {}
 

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from moelab.config import KernelConfig
 from moelab.errors import ConfigError
+from moelab.weights import ExpertWeights
+
+Config = KernelConfig | Literal["default"] | None
+"""Of a GEMM: this one, sglang's default rule, or None for the tuned file of this device and, where there is none, that rule."""
 
 
 class MoECall(NamedTuple):
-    """One checked call, as implementations get it. Shapes as in moelab.inputs.MoEInputs."""
+    """One checked call, as implementations get it: hidden_states (M, H), the experts' weights, topk_weights (M, k) float32 and
+    topk_ids (M, k), then what kind of layer it is, and under which configs."""
 
     hidden_states: Tensor
-    w13: Tensor
-    w2: Tensor
+    weights: ExpertWeights
     topk_weights: Tensor
     topk_ids: Tensor
-    b13: Tensor | None
-    b2: Tensor | None
-    activation: str
-    gated: bool
-    routed_scaling_factor: float
-    apply_router_weight_on_input: bool
-    config: KernelConfig | None
-    down_config: KernelConfig | None
+    activation: str = "silu"
+    gated: bool = True
+    routed_scaling_factor: float = 1.0
+    apply_router_weight_on_input: bool = False
+    config: Config = None
+    down_config: Config = None
 
     @property
     def num_tokens(self) -> int:
@@ -36,14 +38,22 @@ class MoECall(NamedTuple):
         return self.topk_ids.shape[1]
 
     @property
+    def num_pairs(self) -> int:
+        return self.topk_ids.numel()
+
+    @property
     def num_experts(self) -> int:
-        return self.w13.shape[0]
+        return self.weights.num_experts
+
+    @property
+    def moe_intermediate_size(self) -> int:
+        return self.weights.w2.shape[2]
 
     def require_plain(self, name: str) -> None:
         """Raise ConfigError unless this is a layer of silu-gated experts and no more: for an implementation of only that."""
         asked = {
             f"activation={self.activation!r}": self.activation != "silu", "gated=False": not self.gated,
-            "biases": self.b13 is not None or self.b2 is not None,
+            "biases": self.weights.has_bias,
             f"routed_scaling_factor={self.routed_scaling_factor}": self.routed_scaling_factor != 1.0,
             "apply_router_weight_on_input": self.apply_router_weight_on_input,
         }  # fmt: skip

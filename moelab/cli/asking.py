@@ -1,0 +1,47 @@
+"""What `moelab tune` tunes: the layer that a server runs, and which servers will ask for its file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moelab.config_files import Question
+    from moelab.shapes import MoEShape
+    from moelab.tuner.problem import Problem
+
+
+def _question(asked: Mapping[str, Any], rules: str, device: str | None = None) -> Question:
+    from moelab.config_files import ask
+
+    names = ("model", "tp_size", "ep_size", "dtype", "disable_shared_experts_fusion")
+    return ask(**{name: asked[name] for name in names}, rules=rules, device=device)
+
+
+def tuned_shape(asked: Mapping[str, Any]) -> MoEShape:
+    """The layer that the server named by `rules` runs. Raises ShardError for a shard that it would not load, FormatError for
+    quantised weights."""
+    from moelab.errors import ShardError
+    from moelab.implementations import require_taken
+
+    found = _question(asked, asked["rules"])
+    if found.misfits:
+        raise ShardError(f"{found.shape.name} at tp_size {asked['tp_size']}: {'. '.join(found.misfits)}.")
+    require_taken(found.shape, "moelab tune")
+    return found.shape
+
+
+def who_asks(asked: Mapping[str, Any], problem: Problem) -> list[str]:
+    """For each server whether it will ask for the file that is tuned, and by which rule of which version."""
+    from moelab.config_files import get_rules, question
+
+    ours, sentences = question(problem.shape), []
+    for rules in ("sglang", "vllm"):
+        theirs = _question(asked, rules, problem.device)
+        version, because = get_rules(rules).version, "; ".join(theirs.because)
+        if (theirs.num_experts, theirs.columns) == (ours.num_experts, ours.columns):
+            sentences.append(f"{version} will ask for this file: {because}")
+        else:
+            other = f"E={theirs.num_experts}, N={theirs.columns}"
+            sentences.append(f"{version} will not ask for this file, but for {other} (--rules {rules}): {because}")
+    return sentences

@@ -1,0 +1,70 @@
+"""Which configs a call runs under: those given, else the tuned files' of this device, else sglang's default rule."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+from moelab import runtime
+from moelab.call import Config, MoECall
+from moelab.config import KernelConfig, default_config
+from moelab.config_files import lookup
+from moelab.dtypes import dtype_name
+from moelab.errors import ConfigError
+from moelab.formats import PLAIN
+
+
+def call_configs(call: MoECall, kernel: str | None = None) -> tuple[KernelConfig, KernelConfig]:
+    """The configs of GEMM1 and GEMM2.
+
+    As given; GEMM1's for both where only it is given; "default" is sglang's default rule. Where none is given, those of the
+    tuned files for this device, Triton and batch size, as the servers look them up, and that rule where there is no file.
+    kernel: whose files (`kernel=NAME`); None for the compatible kernel's, which name none.
+    Raises ConfigError if their BLOCK_SIZE_M differ, ConfigFileError for a file that is broken.
+    """
+    up, down = call.config, call.down_config
+    if up is None and down is None:
+        size, dtype = call.moe_intermediate_size, dtype_name(call.weights.w2.dtype)
+        up, down = tuned_configs(call.num_experts, size, dtype, call.num_tokens, kernel)
+    else:
+        up = _resolved(up, call)
+        down = up if down is None else _resolved(down, call)
+    if up.BLOCK_SIZE_M != down.BLOCK_SIZE_M:
+        raise ConfigError(
+            f"config has BLOCK_SIZE_M = {up.BLOCK_SIZE_M} and down_config {down.BLOCK_SIZE_M}. Expected the same: one "
+            "sort by expert serves both GEMMs. Tune the two under one BLOCK_SIZE_M."
+        )
+    return up, down
+
+
+def _resolved(config: Config, call: MoECall) -> KernelConfig:
+    if isinstance(config, KernelConfig):
+        return config
+    return default_config(call.num_tokens, call.num_experts)
+
+
+def tuned_configs(
+    num_experts: int, moe_intermediate_size: int, dtype: str, num_tokens: int, kernel: str | None = None
+) -> tuple[KernelConfig, KernelConfig]:
+    """GEMM1's and GEMM2's of the tuned files for this device and Triton; sglang's default rule where there is no file.
+
+    Kept: a file is read once a batch size, as the servers do. Raises ConfigFileError for a file that is broken.
+    """
+    return _tuned(num_experts, moe_intermediate_size, dtype, num_tokens, kernel, os.environ.get("MOELAB_CONFIG_DIR"))
+
+
+@functools.lru_cache(maxsize=4096)
+def _tuned(
+    num_experts: int, size: int, dtype: str, num_tokens: int, kernel: str | None, config_dir: str | None
+) -> tuple[KernelConfig, KernelConfig]:
+    device, version = runtime.current().device_name, runtime.triton_version() or "unknown"
+    up, down = (
+        lookup(
+            num_experts, size, device, num_tokens=num_tokens, triton_version=version, down=of_gemm2,
+            dtype_selector=PLAIN.dtype_selector(dtype), kernel=kernel,
+        )
+        for of_gemm2 in (False, True)
+    )  # fmt: skip
+    default = default_config(num_tokens, num_experts)
+    first = default if up.is_default or up.config is None else up.config
+    return first, first if down.is_default or down.config is None else down.config

@@ -1,0 +1,116 @@
+"""Where a model's config.json is found: a preset in data/models, a path, or Hugging Face."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from moelab.errors import UnknownModelError, nearest_names
+from moelab.model_config import load_config_file
+from moelab.runtime import data_dir
+
+
+def preset_names(*, quantised: bool = False) -> tuple[str, ...]:
+    """Names of the presets in data/models, sorted: those of plain weights, or all."""
+    return tuple(name for name, plain in _presets(models_dir()).items() if plain or quantised)
+
+
+def published_as(name: str) -> str | None:
+    """The quantised preset of the checkpoint whose layer, in plain weights, is this preset; None for any other name."""
+    source = _sources(models_dir()).get(name)
+    alias = preset_stem(source) if source else None
+    return alias if alias != name else None
+
+
+@functools.cache
+def _sources(folder: Path) -> dict[str, str]:
+    """Preset -> the Hugging Face id that it was read from."""
+    return {file.stem: str(load_config_file(file).get("source", "")) for file in sorted(folder.glob("*.json"))}
+
+
+@functools.cache
+def _presets(folder: Path) -> dict[str, bool]:
+    """Preset -> whether its weights are plain."""
+    files = sorted(folder.glob("*.json"), key=lambda file: file.stem)
+    return {file.stem: "quantization_config" not in load_config_file(file) for file in files}
+
+
+def source_of(model: str | Path) -> tuple[str | Path, str | None]:
+    """(what holds the config.json, the layer's name, if that is not the file's)."""
+    text = str(model)
+    if not text.strip():
+        raise UnknownModelError(
+            f"The model's name is empty. Expected a preset ({listed()}), a Hugging Face id, or a path. Name one of them."
+        )
+    if isinstance(model, str) and (stem := preset_stem(model)):
+        return models_dir() / f"{stem}.json", stem
+    if _can_only_be_a_path(model) or Path(text).exists():
+        return Path(text), None
+    return _from_hugging_face(text), text
+
+
+def models_dir() -> Path:
+    """Where the presets lie."""
+    return data_dir() / "models"
+
+
+def preset_stem(name: str) -> str | None:
+    """The preset that goes by this name, in any case, or None."""
+    return _aliases(models_dir()).get(name.strip().lower())
+
+
+@functools.cache
+def _aliases(folder: Path) -> dict[str, str]:
+    """Lower-case name, Hugging Face id and last part of that id -> preset. Of two from one id, the quantised one has it:
+    that is what is published there."""
+    found: dict[str, str] = {}
+    by_kind = sorted(_presets(folder).items(), key=lambda item: not item[1])
+    for stem, _ in by_kind:
+        source = _sources(folder)[stem]
+        for alias in (source, source.rpartition("/")[2]):
+            found[alias.lower()] = stem
+    found.pop("", None)
+    return found | {stem.lower(): stem for stem, _ in by_kind}
+
+
+def _can_only_be_a_path(model: str | Path) -> bool:
+    text = str(model)
+    return (
+        isinstance(model, Path)
+        or text.count("/") > 1
+        or text.startswith((".", "/", "~"))
+        or text.endswith(("/", ".json"))
+    )
+
+
+def listed() -> str:
+    """The presets' names, for a message."""
+    return ", ".join(preset_names(quantised=True)) or "none: there is no preset here"
+
+
+def _from_hugging_face(model: str) -> Path:
+    """Path of the config.json of a Hugging Face id, from its local cache or else from the hub."""
+    if model.count("/") != 1:
+        raise UnknownModelError(
+            f"{model!r} is neither a preset, nor an existing path, nor a Hugging Face id (owner/name)."
+            f"{nearest_names(model, preset_names(quantised=True))} Expected one of the three. Presets: {listed()}. "
+            "Name one of them, or give the path of a config.json."
+        )
+    try:
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    except ImportError:
+        raise UnknownModelError(
+            f"{model!r} is no preset and no path here, and fetching it from Hugging Face takes a package that is not "
+            "here. Expected the extra hf. Install it: pip install 'moelab[hf]'; "
+            f"or give the path of its config.json.{nearest_names(model, preset_names(quantised=True))}"
+        ) from None
+    try:
+        cached = try_to_load_from_cache(model, "config.json")
+        return Path(cached if isinstance(cached, str) else hf_hub_download(model, "config.json"))
+    except Exception as error:  # the hub's own errors, its transport's, and invalid ids: all mean "not at hand"
+        raise UnknownModelError(
+            f"{model!r} is no preset and no path here, and its config.json could not be fetched from Hugging Face "
+            f"({type(error).__name__}). Expected an id that is there. "
+            "Check the id and the network, or give the path of a config.json."
+            f"{nearest_names(model, preset_names(quantised=True))}"
+        ) from error
