@@ -106,8 +106,8 @@ def unsorted(ids, block, experts):
     return align._allocate(max_padded_pairs(ids.numel(), block, experts), block, ids.numel(), experts, ids.device)
 rig.align = unsorted
 entries = {}
-for name, kernel in TUNED.items():
-    made = rig.Rig(replace(PROBLEM, kernel=name, split_k=kernel.split_k))
+for name in TUNED:
+    made = rig.Rig(replace(PROBLEM, kernel=name, split_k=implementation_of(name).split_k))
     for i, (_, config) in enumerate(both(name)[::2]):
         for b in PROBLEM.batch_sizes:
             found.clear()

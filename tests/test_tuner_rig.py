@@ -18,7 +18,7 @@ from moelab.errors import RoutingError, UnknownNameError
 from moelab.measure import rotations_for
 from moelab.routing import Routing, make_routing
 from moelab.shapes import MoEShape
-from moelab.tuner import rig as room
+from moelab.tuner import rig as rigs
 from moelab.tuner.device import GpuDevice
 from moelab.tuner.evaluate import Request
 from moelab.tuner.gate import telling_pairs
@@ -37,12 +37,12 @@ interpreted = pytest.mark.skipif(runtime.current().mode == "gpu", reason="the gp
 
 @pytest.fixture(scope="module")
 def rig() -> Rig:
-    room.MOST_ROTATIONS, before = 2, room.MOST_ROTATIONS  # each is aligned by an interpreted kernel
+    rigs.MOST_ROTATIONS, before = 2, rigs.MOST_ROTATIONS  # each is aligned by an interpreted kernel
     made = Rig(PROBLEM)
     for b in PROBLEM.batch_sizes:
         for stage in STAGES:
             made.prepare(stage, b)
-    room.MOST_ROTATIONS = before
+    rigs.MOST_ROTATIONS = before
     return made
 
 

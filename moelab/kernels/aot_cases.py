@@ -102,7 +102,9 @@ def product(
         alignment, config, num_pairs=PAIRS, bias=empty(NUM_EXPERTS, N, of=dtype) if bias else None,
         topk_weights=empty(PAIRS, of="float32"), **more,
     )  # fmt: skip
-    own = [f"{name} {value}" for name, value in more.items() if name not in ("tma", "gated") and value != 1]
+    own = [
+        f"{name} {value}" for name, value in more.items() if name not in ("tma", "gated") and value not in (1, False)
+    ]
     notes = [dtype, config.short(), *(["bias"] if bias else []), *([] if even_k else ["ragged K"]), *own]
     tma = launcher is grouped_gemm_tma or more.get("tma", False)
     notes += [launcher.__name__] if family else []
