@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moelab import runtime
 from moelab.chips import Target
-from moelab.dtypes import LAYER_DTYPES, dtype_bytes
+from moelab.dtypes import LAYER_DTYPES, dtype_bytes, interpreted
 from moelab.errors import UnknownNameError, nearest_names
 from moelab.formats import PLAIN, Format
 from moelab.shapes import MoEShape, require_plain
@@ -235,7 +235,7 @@ def require_taken(shape: MoEShape, who: str) -> None:
 def runs_on(one: Implementation, target: Target | None, mode: str, dtype: str) -> bool:
     """Whether it runs on that chip (None: no GPU), `mode` being runtime.current().mode."""
     if mode != "gpu":
-        return one.chips is None and (not one.triton or (mode == "interpreter" and dtype != "bfloat16"))
+        return one.chips is None and (not one.triton or (mode == "interpreter" and interpreted(dtype)))
     if one.needs_tma and not (target and target.has_tma):
         return False
     return one.chips is None or (target is not None and target.name in one.chips)

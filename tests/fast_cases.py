@@ -30,13 +30,10 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def ordered(topk_ids: torch.Tensor, num_experts: int, instance: Instance, hidden: int = 64) -> TokenTiles:
+def ordered(topk_ids: torch.Tensor, num_experts: int, instance: Instance) -> TokenTiles:
     order = expert_order_ref(topk_ids, num_experts)
     grain = 16 if instance.tokens % 16 == 0 else 8
-    counters = instance.column_counters(hidden)
-    return token_tiles_ref(
-        order.sorted_slots, order.expert_offsets, instance.tokens, grain, counters, instance.cluster > 1
-    )
+    return token_tiles_ref(order.sorted_slots, order.expert_offsets, instance.tokens, grain, instance.cluster > 1)
 
 
 def compare(
@@ -55,7 +52,7 @@ def compare(
     if ids is None:
         ids = torch.stack([torch.randperm(experts, generator=g)[:top_k] for _ in range(num_tokens)]).int()
     weights = torch.rand(num_tokens, top_k, generator=g)
-    tiles = ordered(ids, experts, instance, hidden)
+    tiles = ordered(ids, experts, instance)
     lost = (ids < 0) | (ids >= experts)
     given = weights if lost_weights is None else torch.where(lost, lost_weights, weights)
     out, _, _, ready, _ = emulated_gpu.run_layer(

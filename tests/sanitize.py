@@ -84,7 +84,7 @@ def hopper() -> None:
             for form in few_tokens.FORMS:
                 few_tokens.few_tokens(i.hidden_states, i.w13, i.w2, i.topk_weights, ids, form)
         for instance in fast_instances.ALL:
-            tiles = tiles_for(expert_order(ids, num_experts), instance, hidden)
+            tiles = tiles_for(expert_order(ids, num_experts), instance)
             fast_layer(i.hidden_states, i.w13, i.w2, i.topk_weights, ids, tiles, instance)
 
 

@@ -160,9 +160,20 @@ def test_who_asks_for_what_is_tuned() -> None:
     asked = {"model": "deepseek-v3", "tp_size": 8, "ep_size": 1, "dtype": None, "disable_shared_experts_fusion": False}
     for rules, words in (("sglang", ("will ask", "will not ask")), ("vllm", ("will not ask", "will ask"))):
         shape = asking.tuned_shape(asked | {"rules": rules})
-        said = asking.who_asks(asked, Problem(shape, "NVIDIA H200", "sm_90", "3.6.0"))
+        *said, published = asking.who_asks(asked, Problem(shape, "NVIDIA H200", "sm_90", "3.6.0"))
+        assert "deepseek-v3-fp8" in published
         assert [word in sentence for word, sentence in zip(words, said, strict=True)] == [True, True]
-    assert "E=257, N=256 (--rules sglang)" in said[0]
+    assert "E=257,N=256,device_name=NVIDIA_H200.json (--rules sglang)" in said[0]
+
+
+def test_a_quantised_checkpoint_is_asked_for_in_its_own_format_all_the_same(fp8: Path) -> None:
+    from moelab.cli import asking
+
+    asked = {"model": str(fp8), "tp_size": 2, "ep_size": 1, "dtype": "bfloat16", "disable_shared_experts_fusion": False}
+    shape = asking.tuned_shape(asked | {"rules": "moelab"})
+    said = asking.who_asks(asked, Problem(shape, "NVIDIA H200", "sm_90", "3.6.0"))
+    assert shape.format.is_plain and all("will not ask for this file, but for E=128,N=384" in each for each in said)
+    assert "block_shape=[128, 128]" in said[0] and "block_shape=[128,128]" in said[1]
 
 
 def test_a_preset_of_plain_weights_names_the_published_one(run) -> None:

@@ -151,8 +151,8 @@ def test_sizes_are_those_of_the_source(instance: Instance) -> None:
     ("instance", "dtype"),
     [
         *((each, torch.bfloat16) for each in ALL),
-        (INSTANCES[8], torch.float16),
-        (INSTANCES[48], torch.float16),
+        (INSTANCES[16], torch.float16),
+        (INSTANCES[96], torch.float16),
     ],
     ids=str,
 )
@@ -194,7 +194,7 @@ def test_sums_have_the_threads_that_their_source_says() -> None:
 
 def test_every_wait_but_the_consumers_own_may_be_given_up() -> None:
     """A trap in each loop that could last for ever; none where the clock is compiled out, to be measured beside."""
-    expression, source = INSTANCES[8].expression(torch.bfloat16), INSTANCES[8].source(torch.bfloat16)
+    expression, source = INSTANCES[16].expression(torch.bfloat16), INSTANCES[16].source(torch.bfloat16)
     watched, unwatched = (
         cubin.disassembly(nvrtc.compiled("sm_90a", before + source, expression).code)
         for before in ("", "#define MOELAB_UNWATCHED\n")

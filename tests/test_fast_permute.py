@@ -77,7 +77,7 @@ def test_rows_are_those_of_the_order() -> None:
     x, weights = torch.randn(90, 72, generator=g).half(), torch.rand(90, 2, generator=g)
     w13, w2 = torch.randn(3, 32, 72, generator=g).half(), torch.randn(3, 72, 16, generator=g).half()
     ids = torch.stack([torch.randperm(3, generator=g)[:2] for _ in range(90)]).int()
-    tiles = ordered(ids, 3, MIDDLE_PERMUTED, 72)
+    tiles = ordered(ids, 3, MIDDLE_PERMUTED)
     given = (x, w13, w2, weights, ids, tiles, MIDDLE_PERMUTED)
     *_, rows = emulated_gpu.run_layer(*given)
     assert rows.equal(x[tiles.sorted_slots.long() // 2])

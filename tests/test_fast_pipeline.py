@@ -20,7 +20,6 @@ from moelab.kernels.expert_order import expert_order
 from moelab.kernels.fast_instances import (
     ALL,
     INSTANCES,
-    ONE_TOKEN,
     PAIRED,
     PERMUTED,
     Instance,
@@ -61,7 +60,7 @@ def call(case: Case, i: MoEInputs) -> torch.Tensor:
 
 def by(instance: Instance, i: MoEInputs, **options: object) -> torch.Tensor:
     ids = i.topk_ids.int()
-    tiles = tiles_for(expert_order(ids, i.w13.shape[0]), instance, i.w2.shape[1])
+    tiles = tiles_for(expert_order(ids, i.w13.shape[0]), instance)
     return fast_layer(i.hidden_states, i.w13, i.w2, i.topk_weights, ids, tiles, instance, **options)
 
 
@@ -79,7 +78,7 @@ TILE = KernelConfig(16, 32, 32, 1, 4, 2)
 
 def test_a_choice_says_why() -> None:
     some, many = choose(5, 8, 128, 768, 2048), choose(8192, 8, 128, 768, 2048)
-    assert some.form is INSTANCES[8] and some.reason.startswith("one launch: 0.312 rows an expert")
+    assert some.form is INSTANCES[16] and some.reason.startswith("one launch: 0.312 rows an expert")
     assert many.form is PERMUTED and "512 rows" in many.reason and many.reason.endswith("written out by expert")
     few, short = choose(5, 1, 4, 256, 5120), choose(64, 8, 256, 256, 7168)
     assert few.form is None and "classic: GEMM1 has at most 16 tiles" in few.reason
@@ -116,8 +115,8 @@ def test_a_few_tokens_have_a_form_of_their_own() -> None:
         assert few.form is FORMS[1] and "two launches for a few tokens: 32 pairs" in few.reason
         assert choose(8, 8, 256, 256, 7168, configs).form is FORMS[4]
     assert choose(5, 8, 128, 768, 2048, gated).form is gated and choose(4, 2, 8, 7168, 4096, gated).form is gated
-    assert choose(4, 2, 8, 7168, 4096).form is INSTANCES[8]
-    assert choose(1, 8, 128, 768 * 200, 2048).form is ONE_TOKEN
+    assert choose(4, 2, 8, 7168, 4096).form is INSTANCES[16]
+    assert choose(1, 8, 128, 768 * 200, 2048).form is INSTANCES[16]
     assert choose(0, 8, 128, 768, 2048).form is None
 
 
@@ -198,15 +197,15 @@ def test_tuned_configs_go_to_the_gated_kernels(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(fast, "tuned_gated", lambda *asked: Gated(tile, tile))
     asked, sorted_pipeline = [], fast.sorted_pipeline
 
-    def without_tma(call, combine, tma):
-        asked.append((combine, tma))
-        return sorted_pipeline(call, combine, False)
+    def without_tma(call, tma):
+        asked.append(tma)
+        return sorted_pipeline(call, False)
 
     monkeypatch.setattr(fast, "sorted_pipeline", without_tma)
     i = Case("tuned", 9, 4, 2, 64, 32).inputs(torch.float16, device)
     given = {"topk_weights": i.topk_weights, "topk_ids": i.topk_ids}
     out = fused_moe(i.hidden_states, i.w13, i.w2, impl="fast", **given)
-    assert asked == [("scatter", True)]
+    assert asked == [True]
     assert out.equal(fused_moe(i.hidden_states, i.w13, i.w2, impl="gated", config=tile, down_config=tile, **given))
 
 

@@ -56,7 +56,7 @@ def launch_files(folder: Path, instance: Instance) -> list[str]:
     ids = torch.arange(experts).repeat_interleave(rows).view(2, tokens).T.int().contiguous()
     slots = torch.argsort(ids.flatten(), stable=True).int()
     offsets = torch.tensor([0, *rows.cumsum(0)], dtype=torch.int32)
-    tiles = token_tiles_ref(slots, offsets, instance.tokens, 16, 0, instance.cluster > 1)
+    tiles = token_tiles_ref(slots, offsets, instance.tokens, 16, instance.cluster > 1)
     maps, arguments, tensors = emulated_gpu.arguments_of(x, w13, w2, torch.rand(tokens, 2), ids, tiles, instance)
     piece, moved = b"", {}
     for tensor in tensors:

@@ -9,7 +9,7 @@ import torch
 from moe_cases import CASES, LARGE_CASES, Case, judge
 
 from moelab.inputs import MoEInputs
-from moelab.kernels import few_tokens as room
+from moelab.kernels import few_tokens as module
 from moelab.kernels.few_tokens import FORMS, MOST_PROGRAMS, FewTokens, Tile, few_tokens, form_for, reread
 
 SMALL = FewTokens(Tile(4, 64, 4), Tile(8, 32, 2))
@@ -107,8 +107,8 @@ def test_a_scale_may_be_an_int_and_then_a_float(scales: tuple[float, ...]) -> No
 def test_the_launcher_is_given_a_scale_in_float(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test without a GPU can see of the above: the type that a compiled instance is kept for."""
     given = []
-    launch = room._down
-    monkeypatch.setattr(room, "_down", lambda *a: given.append(a[3][1]) or launch(*a))
+    launch = module._down
+    monkeypatch.setattr(module, "_down", lambda *a: given.append(a[3][1]) or launch(*a))
     case = Case("scale", 1, 2, 1, 64, 40)
     for scale in (2, 2.5, True):
         by(SMALL, replace(case, scale=scale), case.inputs(torch.float32, device), overlap=False)

@@ -282,14 +282,14 @@ def test_unaligned_tensors_and_other_sizes_on_the_gpu() -> None:
 def test_instances_are_found_again_on_the_gpu() -> None:
     if runtime.current().mode != "gpu":
         pytest.skip("compiled kernels only")
-    from moelab.kernels import grouped_gemm as room
+    from moelab.kernels import grouped_gemm as module
 
     a, w, r = problem(5, 4, 2, 96, 128, torch.float16, "cuda")
     aligned = align(r.topk_ids, 16, 4)
     first = grouped_gemm(a, w, aligned, CONFIG, num_pairs=10, top_k=2)
-    before = len(room._launch._instances)
+    before = len(module._launcher._instances)
     assert torch.equal(grouped_gemm(a, w, aligned, CONFIG, num_pairs=10, top_k=2), first)
-    assert len(room._launch._instances) == before
+    assert len(module._launcher._instances) == before
 
 
 WITHOUT_A_GPU = """

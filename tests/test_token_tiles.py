@@ -27,8 +27,8 @@ def in_use(tiles: TokenTiles) -> list[list[int]]:
 @pytest.mark.parametrize("rows", [[0, 3, 0, 100, 17, 48, 1], [0, 0], [9], [1] * 60, [200, 0, 0, 8, 8, 9]])
 def test_the_kernel_makes_what_the_oracle_makes(rows: list[int], tile_rows: int, grain: int, in_pairs: bool) -> None:
     slots = torch.randperm(sum(rows) + 3).int()  # three of other ranks, at the end
-    made = token_tiles(slots.to(DEVICE), offsets_of(rows).to(DEVICE), tile_rows, grain, 2, in_pairs)
-    expected = token_tiles_ref(slots, offsets_of(rows), tile_rows, grain, 2, in_pairs)
+    made = token_tiles(slots.to(DEVICE), offsets_of(rows).to(DEVICE), tile_rows, grain, in_pairs)
+    expected = token_tiles_ref(slots, offsets_of(rows), tile_rows, grain, in_pairs)
     assert in_use(made) == in_use(expected)
     assert made.most == expected.most and not made.ready.any() and made.ready.shape == expected.ready.shape
 

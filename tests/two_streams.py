@@ -52,9 +52,9 @@ def one_launch(i: Any, missing: int = 0) -> Callable[[], Any]:
     from moelab.kernels.fast_layer import fast_layer
     from moelab.pipelines.fast import tiles_for
 
-    (experts, hidden, size), (num_tokens, top_k) = i.w2.shape, i.topk_ids.shape
+    (experts, _, size), (num_tokens, top_k) = i.w2.shape, i.topk_ids.shape
     instance = instance_for(num_tokens, top_k, experts, size)
-    tiles = tiles_for(expert_order(i.topk_ids, experts), instance, hidden)
+    tiles = tiles_for(expert_order(i.topk_ids, experts), instance)
     tiles.ready[0] = -missing
     return lambda: fast_layer(i.hidden_states, i.w13, i.w2, i.topk_weights, i.topk_ids, tiles, instance)
 

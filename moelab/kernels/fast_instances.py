@@ -64,21 +64,12 @@ class Instance:
         rest = self.stages * stage + 32 + 16 * self.tokens
         staged = self.warpgroups * 4 * 512 if self.stages_rows else 0
         buffers = 2 if rest + 32 + 2 * staged <= MOST_SHARED_BYTES // self.per_processor - 1024 else 1
-        return -(-(rest + buffers * staged + self.warpgroups * 4) // 8) * 8
-
-    @property
-    def sums_at_once(self) -> bool:
-        """Whether, of at most 8 tokens, the warpgroup that comes to columns last adds them up; else all wait for all."""
-        return self.tokens <= 16
+        return rest + buffers * staged
 
     @property
     def stages_rows(self) -> bool:
         """Whether outputs are turned round in shared memory."""
         return self.tokens >= 96 and self.row_blocks == 2
-
-    def column_counters(self, hidden: int) -> int:
-        """Counters that the kernel needs for parts of hidden_size."""
-        return -(-hidden // self.rows) * self.warpgroups if self.sums_at_once else 0
 
     @property
     def shape(self) -> str:
@@ -95,17 +86,15 @@ class Instance:
         return f'#include "hopper.cuh"\n{shapes}\n{SOURCE.read_text()}'
 
 
-ONE_TOKEN = Instance(2, 1, 12, 8, 8, 8)
-"""For a batch of one: a multiprocessor reads most at once as one block."""
-
 INSTANCES = {
-    8: Instance(1, 2, 6, 8, 8, 8, per_processor=2),
     16: Instance(1, 2, 6, 16, 8, 8, per_processor=2),
     48: Instance(1, 2, 4, 48, 16, 16, per_processor=2),
     96: Instance(2, 2, 5, 96, 16, 16, cluster=2, apart=1),
     176: Instance(2, 2, 4, 176, 16, 16, apart=1),
 }
-"""Widest tile of tokens -> the instance for it. Two blocks a multiprocessor where weights are all there is to move; 256 weight
+"""Widest tile of tokens -> the instance for it. That of 16 serves none of the recorded cells, where a few tokens' form or tuned
+configs do, but more tokens than a few where there is no tuned file; at most 3 rows an expert it takes 0.98 to 1.00 of the time of
+tiles of 8 and of one block a multiprocessor (geometric means in data/recordings/fast_choice.json). Two blocks a multiprocessor where weights are all there is to move; 256 weight
 rows where tokens are read again and again, once for every tile of weight rows. The ring takes what shared memory is left:
 227 KiB a block, 228 for all, 1 kept of each. In pairs of blocks at 96, for a skewed batch: an expert with twice its share is read
 once (data/recordings/fast_choice.json, 64 rows an expert: 1 to 11 % faster than single blocks if skewed, within 2 % if even)."""
@@ -116,7 +105,7 @@ PERMUTED = replace(INSTANCES[176], permutes=1)
 PAIRED = replace(INSTANCES[176], cluster=2)
 """In pairs of blocks, where an expert's tokens are two tiles: they read its weights once."""
 
-ALL = (ONE_TOKEN, *INSTANCES.values(), PAIRED, PERMUTED)
+ALL = (*INSTANCES.values(), PAIRED, PERMUTED)
 
 READS_TO_PERMUTE = 6
 """Tiles of weight rows that read the same tokens in GEMM1, from which it is faster to permute the tokens where an expert has
@@ -140,15 +129,13 @@ FEW_EXPERTS, THEIR_ROWS = 8, 32
 """Of so few experts one may get most of a skewed batch: from that many rows on the widest tile, which does not read weights
 twice where an expert gets twice its share, and in single blocks."""
 
-MOST_ROWS = {8: 3.0, 16: 11.0, 48: 23.0, 96: 90.0}
+MOST_ROWS = {16: 11.0, 48: 23.0, 96: 90.0}
 """Widest tile of tokens -> the most rows, as an expert gets them if tokens spread evenly, that it is used for. The fastest
 forms of data/recordings/fast_choice.json lie on either side of each limit, at half and at twice as many rows or nearer."""
 
 
 def instance_for(num_tokens: int, top_k: int, num_experts: int, moe_intermediate_size: int) -> Instance:
     """The instance for a batch, by the rows that an expert gets if tokens spread evenly. Sizes as on this rank."""
-    if num_tokens == 1:
-        return ONE_TOKEN
     rows = num_tokens * top_k / num_experts
     fits = next((most for most, limit in MOST_ROWS.items() if rows <= limit or num_tokens <= most), 176)
     if num_experts <= FEW_EXPERTS and rows > THEIR_ROWS and num_tokens > 96:

@@ -72,13 +72,11 @@ DEVICE void compute_fitting(Shared<S>& shared, const Layer<T>& layer, const Walk
 // next may wait for it.
 template <typename S, typename T>
 DEVICE void consume(Shared<S>& shared, const Layer<T>& layer, int roles) {
-    const bool speaks = threadIdx.x % 128 == 0, sums = !S::APART && layer.parts & SUM && !layer.direct(),
-               at_once = S::SUMS_AT_ONCE && layer.num_tokens <= AT_ONCE;
+    const bool speaks = threadIdx.x % 128 == 0, sums = !S::APART && layer.parts & SUM && !layer.direct();
     Ring<S::STAGES> ring;
     Ring<2> told;
     int unreported = -1;
     int second = 0;  // tiles of GEMM2
-    bool left = false;
     Walk<S, T, false> walk(layer);
     if constexpr (S::PERMUTES) {
         const int first = walk.tiles1 ? Pieces<S>(layer).first(walk.tiles1 / walk.across1 * S::CLUSTER) : 0;
@@ -93,16 +91,10 @@ DEVICE void consume(Shared<S>& shared, const Layer<T>& layer, int roles) {
             report(&layer.ready[unreported], 1);
             unreported = -1;
         }
-        if (!at_once || !walk.gemm || !sums) continue;
-        const bool last = is_last(shared, layer, walk);
-        left = !walk.has_next();
-        if (left && speaks) leave(layer, roles);
-        if (last) sum_columns(layer, walk);
     }
-    const bool after_all = sums && !(at_once && walk.total > walk.tiles1);
-    if (after_all) wait_for_all(layer, walk, second);
-    if (!left && speaks) leave(layer, roles);
-    if (after_all) sum_all<S>(layer);
+    if (sums) wait_for_all(layer, walk, second);
+    if (speaks) leave(layer, roles);
+    if (sums) sum_all<S>(layer);
     if (layer.direct()) zero_unrouted<S>(layer);
 }
 

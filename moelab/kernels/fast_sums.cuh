@@ -119,37 +119,6 @@ DEVICE void sum_all(const Layer<T>& layer) {
     layer.wide_ids ? sum_all_by<S, long long>(layer) : sum_all_by<S, int>(layer);
 }
 
-// Up to so many tokens, the warpgroup that comes last to a tile's columns adds them up, sooner than all are done. A guess, as
-// yet: for more of them the sums would lie on too few warpgroups.
-constexpr int AT_ONCE = 8;
-
-// Counts this warpgroup's tile of GEMM2 done; whether it was the last over its columns.
-template <typename S, typename W, typename T>
-DEVICE bool is_last(Shared<S>& shared, const Layer<T>& layer, const W& walk) {
-    const int group = threadIdx.x / 128 - 1, barrier = CONSUMERS + group;
-    named_barrier(barrier, 128);
-    if (threadIdx.x % 128 == 0) {
-        int* columns = &layer.ready[layer.most_tiles + 2 + walk.weights * S::WARPGROUPS + group];
-        shared.last[group] = add_acquire_release(columns, 1) == (walk.total - walk.tiles1) / walk.across2 * S::CLUSTER - 1;
-    }
-    named_barrier(barrier, 128);
-    return shared.last[group];
-}
-
-template <typename W, typename T>
-DEVICE void sum_columns(const Layer<T>& layer, const W& walk) {
-    constexpr int WIDE = W::Tile::ROW_BLOCKS * 8;  // groups of eight columns
-    const int part = walk.weights * W::Tile::WARPGROUPS + threadIdx.x / 128 - 1;
-    for (int i = threadIdx.x % 128; i < layer.num_tokens * WIDE; i += 128) {
-        const int column = (part * WIDE + i % WIDE) * 8;
-        if (column >= layer.hidden) continue;
-        if (layer.wide_ids)
-            sum_places<long long, 8, 1>(layer, {{i / WIDE, column}});
-        else
-            sum_places<int, 8, 1>(layer, {{i / WIDE, column}});
-    }
-}
-
 // The last role to end in the whole launch leaves ready[] as it was: zeros. Called when nothing there is waited for any more.
 template <typename T>
 DEVICE void leave(const Layer<T>& layer, int roles) {

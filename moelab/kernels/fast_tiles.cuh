@@ -37,7 +37,7 @@ struct Layer {
     const TokenTile* tiles;      // (most_tiles), *num_tiles in use
     const int* num_tiles;
     int* ready;                  // (counters) zeros, left as zeros: GEMM1 done of each tile of tokens, GEMM2's tiles done,
-                                 // roles ended, and with SUMS_AT_ONCE tiles done of each part of H
+                                 // roles ended
     uint4* report;               // in host memory: of a wait that was given up
     int most_tiles, counters;
     int num_experts, num_tokens, top_k, hidden, inner_size;
@@ -60,7 +60,6 @@ struct Shape {
     static constexpr bool PERMUTES = PERMUTES_, APART = APART_;
     static constexpr int ROWS = WARPGROUPS * ROW_BLOCKS * 64;  // of weights in a tile
     static constexpr int THREADS = (WARPGROUPS + 1) * 128;
-    static constexpr bool SUMS_AT_ONCE = TOKENS <= 16;
     // Whether outputs are turned round in shared memory, and buffers that each warp has for it: two, if they fit.
     static constexpr bool STAGES_ROWS = TOKENS >= 96 && ROW_BLOCKS == 2;
     static constexpr int BUFFERS = STAGES * ((ROWS + TOKENS) * ROW_BYTES + 16) + 16 * TOKENS + 64 + WARPGROUPS * 8 * STAGED_BYTES >
@@ -99,7 +98,6 @@ struct Shared : Staging<S> {
     uint64_t forgotten[2];
     int slots[2][S::TOKENS];
     float routed[2][S::TOKENS];
-    int last[S::WARPGROUPS];
 };
 
 // A place in the ring of stages.

@@ -30,7 +30,7 @@ class TokenTiles(NamedTuple):
     that an expert may have left, two experts a pair, and where their number is odd a tile without rows.
     sorted_slots: (S,) int32, flat slots token * top_k + j; those of ids outside the experts are left out at the end.
     tiles: (most, 4) int32: first row, rows, expert, slot of the first row; num_tiles: (1,) int32 of them in use.
-    ready: (most + 2 + more,) int32 zeros, which a kernel counts in and leaves as zeros: one launch at a time.
+    ready: (most + 2,) int32 zeros, which a kernel counts in and leaves as zeros: one launch at a time.
     Tensors of int32 on the device of the slots.
     """
 
@@ -51,12 +51,10 @@ def most_tiles(num_slots: int, num_experts: int, tile_rows: int, in_pairs: bool 
     return most + most % 2 if in_pairs else most
 
 
-def new_token_tiles(
-    sorted_slots: Tensor, num_experts: int, tile_rows: int, more: int = 0, in_pairs: bool = False
-) -> TokenTiles:
+def new_token_tiles(sorted_slots: Tensor, num_experts: int, tile_rows: int, in_pairs: bool = False) -> TokenTiles:
     """Tiles to write to, with room for any routing. One allocation, records and counters on 16 bytes."""
     most = max(most_tiles(sorted_slots.shape[0], num_experts, tile_rows, in_pairs), 2 if in_pairs else 1)
-    buffer = sorted_slots.new_empty(5 * most + 6 + more)
+    buffer = sorted_slots.new_empty(5 * most + 6)
     tiles, num_tiles, ready = buffer[: 4 * most].view(most, 4), buffer[4 * most : 4 * most + 1], buffer[4 * most + 4 :]
     return TokenTiles(sorted_slots, tiles, num_tiles, ready)
 
@@ -114,12 +112,12 @@ def _token_tiles_kernel(
 
 
 def token_tiles(
-    sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int = 1, more: int = 0, in_pairs: bool = False
+    sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int = 1, in_pairs: bool = False
 ) -> TokenTiles:
     """Cut expert-sorted slots into tiles of at most `tile_rows` rows. No host synchronisation.
 
-    grain: divides tile_rows; all tiles of an expert but its last are a multiple of it, where there are several. more:
-    counters of `ready` past the two that every kernel needs. in_pairs: see `TokenTiles`.
+    grain: divides tile_rows; all tiles of an expert but its last are a multiple of it, where there are several. in_pairs: see
+    `TokenTiles`.
 
     sorted_slots: (S,) int32; expert_offsets: (E + 1,) int32, first row of each expert, then the end of the last.
     Raises ShapeError, DeviceError, RuntimeModeError.
@@ -137,18 +135,18 @@ def token_tiles(
             f"grain {grain}. "
             "Expected (S,), (E + 1,), at least one row, and a grain that divides them. Pass what expert_order returns."
         )
-    return token_tiles_unchecked(sorted_slots, expert_offsets, tile_rows, grain, more, in_pairs)
+    return token_tiles_unchecked(sorted_slots, expert_offsets, tile_rows, grain, in_pairs)
 
 
 _launcher = Launcher(_token_tiles_kernel)
 
 
 def token_tiles_unchecked(
-    sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int, more: int = 0, in_pairs: bool = False
+    sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int, in_pairs: bool = False
 ) -> TokenTiles:
     """`token_tiles`, for callers that have checked the call as a whole."""
     num_experts = expert_offsets.shape[0] - 1
-    found = new_token_tiles(sorted_slots, num_experts, tile_rows, more, in_pairs)
+    found = new_token_tiles(sorted_slots, num_experts, tile_rows, in_pairs)
     experts = max(16, triton.next_power_of_2(num_experts))
     constants = {"ROWS": tile_rows, "GRAIN": grain, "IN_PAIRS": in_pairs, "EXPERTS": experts, "ROOM": 1024}
     _launcher(
@@ -162,7 +160,7 @@ def token_tiles_unchecked(
 
 
 def token_tiles_ref(
-    sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int = 1, more: int = 0, in_pairs: bool = False
+    sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int = 1, in_pairs: bool = False
 ) -> TokenTiles:
     """The same in plain Python, as the oracle."""
     ends = expert_offsets.tolist()
@@ -188,5 +186,5 @@ def token_tiles_ref(
         sorted_slots,
         tiles,
         torch.tensor([len(records)], dtype=torch.int32),
-        torch.zeros(room + 2 + more, dtype=torch.int32),
+        torch.zeros(room + 2, dtype=torch.int32),
     )

@@ -50,14 +50,15 @@ def tuned_configs(
 
     Kept: a file is read once a batch size, as the servers do. Raises ConfigFileError for a file that is broken.
     """
-    return _tuned(num_experts, moe_intermediate_size, dtype, num_tokens, kernel, os.environ.get("MOELAB_CONFIG_DIR"))
+    device, config_dir = runtime.current().device_name, os.environ.get("MOELAB_CONFIG_DIR")
+    return _tuned(num_experts, moe_intermediate_size, device, dtype, num_tokens, kernel, config_dir)
 
 
 @functools.lru_cache(maxsize=4096)
 def _tuned(
-    num_experts: int, size: int, dtype: str, num_tokens: int, kernel: str | None, config_dir: str | None
+    num_experts: int, size: int, device: str, dtype: str, num_tokens: int, kernel: str | None, config_dir: str | None
 ) -> tuple[KernelConfig, KernelConfig]:
-    device, version = runtime.current().device_name, runtime.triton_version() or "unknown"
+    version = runtime.triton_version() or "unknown"
     up, down = (
         lookup(
             num_experts, size, device, num_tokens=num_tokens, triton_version=version, down=of_gemm2,

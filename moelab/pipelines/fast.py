@@ -118,12 +118,10 @@ def choose(
     return Choice(instance, f"{launches}: {even}: {tile}, {blocks}{paired}{permuted}")
 
 
-def tiles_for(order: ExpertOrder, instance: Instance, hidden_size: int) -> TokenTiles:
+def tiles_for(order: ExpertOrder, instance: Instance) -> TokenTiles:
     """An order's slots in the tiles of that instance."""
     grain = min(8 if instance.tokens % 16 else 16, instance.grain)
-    counters = instance.column_counters(hidden_size)
-    sizes = instance.tokens, grain, counters, instance.cluster > 1
-    return token_tiles_unchecked(order.sorted_slots, order.expert_offsets, *sizes)
+    return token_tiles_unchecked(order.sorted_slots, order.expert_offsets, instance.tokens, grain, instance.cluster > 1)
 
 
 def tuned_gated(
@@ -151,9 +149,7 @@ def _tuned_gated(
     return Gated(up.config, down.config)
 
 
-def route_for(
-    router_logits: Tensor, top_k: int, instance: Instance, hidden_size: int, **rule: Any
-) -> tuple[Routed, TokenTiles]:
+def route_for(router_logits: Tensor, top_k: int, instance: Instance, **rule: Any) -> tuple[Routed, TokenTiles]:
     """`moelab.kernels.route.route`, and the tiles of that instance: for few tokens in one launch. rule: as route has it.
 
     For a router whose experts are all here.
@@ -162,10 +158,9 @@ def route_for(
     few = num_tokens <= instance.tokens and tiles_in_one_launch(num_tokens, num_experts, rule.get("num_groups", 1))
     if not few or instance.cluster > 1:  # one launch makes a tile an expert, and no pairs
         routed = route(router_logits, top_k, **rule)
-        return routed, tiles_for(routed.order, instance, hidden_size)
+        return routed, tiles_for(routed.order, instance)
     out = new_routed(num_tokens, num_experts, top_k, router_logits.device)
-    counters = instance.column_counters(hidden_size)
-    tiles = new_token_tiles(out.order.sorted_slots, num_experts, instance.tokens, counters)
+    tiles = new_token_tiles(out.order.sorted_slots, num_experts, instance.tokens)
     return route(router_logits, top_k, out=out, tiles=tiles, **rule), tiles
 
 
@@ -196,7 +191,7 @@ def fast_pipeline(call: MoECall, form: Form | None = None) -> Tensor:
         return few_tokens(x, w13, w2, call.topk_weights, ids, form, **options)
     order = new_expert_order(ids.numel(), call.num_experts, x.device)
     expert_order_unchecked(ids, call.num_experts, order)
-    tiles = tiles_for(order, form, x.shape[1])
+    tiles = tiles_for(order, form)
     return fast_layer(x, w13, w2, call.topk_weights, ids, tiles, form, **options)
 
 

@@ -27,8 +27,6 @@ from moelab.suites.screening import quick, short_pass
 
 CANDIDATES = (
     *ALL,
-    Instance(1, 1, 12, 8, 8, 8, 2),  # half the weight rows: twice as many tiles to share out
-    Instance(1, 1, 11, 16, 8, 8, 2),
     Instance(2, 1, 10, 48, 16, 16),  # one block a multiprocessor, with a longer ring
     Instance(1, 2, 3, 96, 16, 16, 2, apart=1),  # two blocks: one multiplies while the other stores
     Instance(1, 2, 3, 160, 16, 16, 2, apart=1),
@@ -43,7 +41,8 @@ CANDIDATES = (
 BATCHES = tuple(sorted({*suite.BATCHES, 2, few_tokens.MOST_TOKENS}))
 
 NEAR = 4
-"""Candidates that are timed hold at most so many times the rows that an expert gets, or at the least a NEARth of them."""
+"""Candidates that are timed hold at most so many times the rows that an expert gets, and the two smallest tiles whatever it gets,
+or at the least a NEARth of them."""
 
 
 def candidates_for(num_tokens: int, shape: MoEShape) -> list[Instance]:
@@ -51,7 +50,7 @@ def candidates_for(num_tokens: int, shape: MoEShape) -> list[Instance]:
     by_rule = suite.instance_of(shape, num_tokens)
     rows = max(1.0, min(num_tokens, num_tokens * shape.top_k / shape.num_experts))
     most = max(each.tokens for each in CANDIDATES)
-    near = [each for each in CANDIDATES if min(rows, most) / NEAR <= each.tokens <= max(NEAR * rows, 16)]
+    near = [each for each in CANDIDATES if min(rows, most) / NEAR <= each.tokens <= max(NEAR * rows, 48)]
     return list(dict.fromkeys([by_rule, *near]))
 
 

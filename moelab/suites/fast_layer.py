@@ -91,7 +91,7 @@ def note_of(form: Form) -> dict[str, Any]:
 
 def tiles_of(layer: Layer, instance: Instance) -> list[TokenTiles]:
     """For each rotation, its slots in tiles of that instance."""
-    return [tiles_for(order, instance, layer.shape.hidden_size) for order in layer.orders]
+    return [tiles_for(order, instance) for order in layer.orders]
 
 
 def by_expert(tiles: TokenTiles, cluster: int) -> TokenTiles:
@@ -225,7 +225,7 @@ def from_logits(layer: Layer, form: Form | None, config: tuple[KernelConfig, Ker
     def run(i: int) -> Tensor:
         x, w = layer.states[i], layer.weights[i]
         if isinstance(form, Instance):
-            routed, tiles = route_for(logits[i], shape.top_k, form, shape.hidden_size)
+            routed, tiles = route_for(logits[i], shape.top_k, form)
             return fast_layer(x, w.w13, w.w2, routed.topk_weights, routed.topk_ids, tiles, form)
         routed = route(logits[i], shape.top_k)
         weights, ids = routed.topk_weights, routed.topk_ids

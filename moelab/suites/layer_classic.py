@@ -23,7 +23,6 @@ from moelab.kernels.grouped_gemm import grouped_gemm
 from moelab.kernels.sum_reduce import sum_reduce
 from moelab.measure import Measurement, Protocol, measure, rotations_for
 from moelab.recordings import Recording
-from moelab.reference import fused_moe_ref
 from moelab.routing import ExpertOrder
 from moelab.shapes import MoEShape, load_model
 from moelab.suites.partial import OnRows, ignore
@@ -129,12 +128,8 @@ class Layer:
         rows = sample_rows(self.num_tokens).to(w.w13.device)
         x, ids, weights = self.states[rotation][rows], routing.topk_ids[rows], routing.topk_weights[rows]
         options: dict[str, Any] = {"activation": self.shape.activation, "gated": self.shape.gated}
-        plain, exact = (
-            fused_moe_ref(x.to(dtype), of.w13, of.w2, weights, ids, **options)
-            for dtype in (x.dtype, torch.float64)
-            for of in (w.to(dtype),)
-        )
-        return rows, plain, exact
+        wide = w.to(torch.float64)  # quantised weights are judged dequantised
+        return rows, *precision.layer_references(x, wide.w13, wide.w2, weights, ids, **options)
 
     def check(self, out: torch.Tensor, name: str = "classic layer") -> dict[str, float]:
         """Hold tokens from the head, middle and tail of rotation 0 against float64.
