@@ -79,8 +79,8 @@ $(TRITON36)/.ready: $(READY)
 test-triton36: export PYTHONPATH := $(CURDIR)/$(TRITON36):$(CURDIR):$(CURDIR)/tests
 test-triton36: $(TRITON36)/.ready
 	$(PY) -c "import triton; assert triton.__version__ == '3.6.0', triton"
-	$(PY) -m pytest -p first_and_last -n $(WORKERS) --dist worksteal -m "not gpu" \
-		-k 'not whole and not compiled_against and (sm_90 or not test_aot)' \
+	$(PY) -m pytest -p first_and_last -n $(WORKERS) --dist worksteal -m 'not gpu and not whole' \
+		-k 'not compiled_against and (sm_90 or not test_aot)' \
 		$(TRITON36_TESTS) $(ARGS)
 
 # tests/live_notebooks.py compare DIR build/live sets it beside a run on another machine.

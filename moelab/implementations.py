@@ -16,7 +16,7 @@ from moelab import runtime
 from moelab.chips import Target
 from moelab.dtypes import LAYER_DTYPES, dtype_bytes, interpreted
 from moelab.errors import UnknownNameError, nearest_names
-from moelab.formats import PLAIN, Format
+from moelab.formats import FAMILIES, PLAIN, Format
 from moelab.shapes import MoEShape, require_plain
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "triton": Implementation(
         "moelab.pipelines.layers:triton_pipeline",
         "the classic layer of sglang and vLLM: align, GEMM1, activation, GEMM2, sum-reduce",
-        triton=True,
+        formats=frozenset(FAMILIES), triton=True,
         tuning=Tuning("grouped_gemm", "grouped_gemm:grouped_gemm_unchecked", "grouped_gemm:grouped_gemm_unchecked"),
         look=("#0072B2", "diamond", "solid"),
     ),

@@ -136,7 +136,7 @@ def _unpack(packed: Tensor) -> Tensor:
 
 def dequantise(weights: GemmWeights, dtype: torch.dtype = torch.float64, experts: Tensor | None = None) -> Tensor:
     """w (E, N, K), or of the `experts` named alone: codes times scales, computed in float64 and rounded once to dtype."""
-    w, _, scale, zeros, format = weights
+    w, _, scale, zeros, format, _ = weights
     if experts is not None:
         w, scale, zeros = (None if t is None else t[experts] for t in (w, scale, zeros))  # type: ignore[assignment]
     if format.is_plain:

@@ -38,7 +38,11 @@ def rows_of(expression: str) -> list[dict]:
     code = "import json; from dataclasses import asdict; from moelab.config import KernelConfig\n"
     code += "from moelab.kernels import aot, aot_cases\n"
     code += f"print(json.dumps([asdict(row) for row in {expression}]))"
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
+    }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)

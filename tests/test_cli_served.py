@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moelab import config_files, fused_moe
+from moelab import config_files
 from moelab.config import KernelConfig
 from moelab.shapes import load_model
 from moelab.tuner.problem import Problem
@@ -83,19 +83,13 @@ def test_what_has_no_quantised_kernel_yet_refuses_by_name(
     assert status == 2 and out == "" and all(word in err for word in words) and "Traceback" not in err
 
 
-def test_no_tensors_and_no_floor_are_made_of_quantised_sizes() -> None:
-    from moelab import inputs, roofline
+def test_a_kernel_of_plain_weights_is_not_tuned_for_others() -> None:
     from moelab.errors import FormatError
+    from moelab.tuner.tuned_kernels import require_tunable
 
     shape = load_model("kimi-k2-thinking", tp_size=8)
-    for refuses in (
-        lambda: inputs.make_inputs(shape, 4),
-        lambda: roofline.layer_cost(shape, 4),
-        lambda: Problem(shape, "NVIDIA H200", "sm_90", "3.6.0"),
-    ):
-        with pytest.raises(FormatError, match="int4_w4a16_group_32"):
-            refuses()
-    assert fused_moe.IMPLEMENTATIONS
+    with pytest.raises(FormatError, match="int4_w4a16_group_32"):
+        require_tunable(Problem(shape, "NVIDIA H200", "sm_90", "3.6.0"))
 
 
 def test_each_loader_is_answered_for_itself(run) -> None:

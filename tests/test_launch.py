@@ -90,7 +90,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
 
     monkeypatch.setattr(launch.triton.runtime, "driver", Driver)
     monkeypatch.setattr(launch, "RUNTIME", runtime.Runtime("gpu", "cuda", "none", "a stand-in"))
-    monkeypatch.setattr(launch, "_told", set())
+    monkeypatch.setattr(launch, "_warned", set())
     yield Kernel()
 
 
@@ -331,7 +331,7 @@ for scale in (1.0, 0.3, 2.5e-310, -7.0):  # a factor is an argument: it decides 
     sum_reduce.sum_reduce_unchecked(x, scale, torch.empty(3, 128))
 factors = [len(sum_reduce._launch._instances), [one[12] for one in launches[6:]]]
 straight = [sum_reduce._launch._straight, activation._launch._straight]
-said = {"told": sorted(launch._told), "straight": straight, "version": triton.__version__}
+said = {"told": sorted(launch._warned), "straight": straight, "version": triton.__version__}
 print(json.dumps({**said, "factors": factors, "launches": [[str(part) for part in one] for one in launches[:6]]}))
 """
 

@@ -31,8 +31,8 @@ if RUNTIME.mode == "interpreter":
     mend(interpreter)
     hasten(interpreter, triton.language)
 
-Instance = tuple[Mapping[str, Any], Mapping[str, Any]]
-"""What one compiled instance is made with: constants by name, launch options by name."""
+Compilation = tuple[Mapping[str, Any], Mapping[str, Any]]
+"""What an instance is compiled with: constants by name, launch options by name."""
 
 
 class Launcher:
@@ -56,7 +56,7 @@ class Launcher:
         grid: tuple[int, int],
         tensors: Sequence[Tensor | None],
         values: tuple[Any, ...],
-        instance: Callable[[], Instance],
+        instance: Callable[[], Compilation],
         descriptors: tuple[tuple[int, Any], ...] = (),
     ) -> None:
         """Launch a (columns, rows) grid on the current stream; the first tensor is on the current device (DeviceError).
@@ -97,7 +97,7 @@ class Launcher:
         grid: tuple[int, int],
         first: Tensor,
         arguments: Sequence[Any],
-        instance: Callable[[], Instance],
+        instance: Callable[[], Compilation],
     ) -> None:
         constants, options = instance()
         made = checks.COMPILED_ONLY.get()
@@ -163,7 +163,7 @@ class Launcher:
             compiled._run = run
         self._straight = not differs
         if differs:
-            _tell_once(f"{self.kernel.__name__}: Triton's launch {differs}")
+            _warn_once(f"{self.kernel.__name__}: Triton's launch {differs}")
         return compiled
 
 
@@ -187,12 +187,12 @@ def _first_difference(passed: Sequence[Any], ours: Sequence[Any]) -> str:
     return ""
 
 
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
-def _tell_once(why: str) -> None:
+def _warn_once(why: str) -> None:
     """Warn, the first time in this process only, that launches go through Triton."""
-    if not _told:
+    if not _warned:
         warnings.warn(
             f"Kernels are launched through Triton {triton.__version__}, at more host time a call, because its instances take "
             f"their arguments otherwise than those of 3.6 and 3.7 ({why}). Results are the same. Install one of those, or "
@@ -200,7 +200,7 @@ def _tell_once(why: str) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-    _told.add(why)
+    _warned.add(why)
 
 
 @contextlib.contextmanager
