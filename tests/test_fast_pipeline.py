@@ -19,8 +19,8 @@ from moelab.inputs import MoEInputs
 from moelab.kernels.expert_order import expert_order
 from moelab.kernels.fast_instances import (
     ALL,
+    CLUSTERED,
     INSTANCES,
-    PAIRED,
     PERMUTED,
     Instance,
     instance_for,
@@ -79,17 +79,17 @@ TILE = KernelConfig(16, 32, 32, 1, 4, 2)
 def test_a_choice_says_why() -> None:
     some, many = choose(5, 8, 128, 768, 2048), choose(8192, 8, 128, 768, 2048)
     assert some.form is INSTANCES[16] and some.reason.startswith("one launch: 0.312 rows an expert")
-    assert many.form is PERMUTED and "512 rows" in many.reason and many.reason.endswith("written out by expert")
+    assert many.form is PERMUTED and "512 rows" in many.reason and many.reason.endswith("activations permuted first")
     few, short = choose(5, 1, 4, 256, 5120), choose(64, 8, 256, 256, 7168)
     assert few.form is None and "classic: GEMM1 has at most 16 tiles" in few.reason
     assert short.form is None and "classic: an inner size of 256" in short.reason
-    assert choose(4096, 8, 256, 256, 7168).form is choose(8192, 8, 256, 256, 7168).form is PAIRED
+    assert choose(4096, 8, 256, 256, 7168).form is choose(8192, 8, 256, 256, 7168).form is CLUSTERED
     assert choose(16384, 8, 256, 256, 7168).form is INSTANCES[176]
     two = choose(4096, 8, 128, 768, 2048)
-    assert two.form is PAIRED and two.reason.endswith(
-        "1 block a multiprocessor, in pairs that share an expert's weights"
+    assert two.form is CLUSTERED and two.reason.endswith(
+        "1 CTA an SM, in clusters of two that share an expert's weights"
     )
-    assert choose(2816, 8, 128, 768, 2048).form is INSTANCES[176] and choose(5632, 8, 128, 768, 2048).form is PAIRED
+    assert choose(2816, 8, 128, 768, 2048).form is INSTANCES[176] and choose(5632, 8, 128, 768, 2048).form is CLUSTERED
     assert choose(5633, 8, 128, 768, 2048).form is PERMUTED
     assert choose(1024, 2, 8, 7168, 4096).form is INSTANCES[176], "256 rows of few experts"
     assert choose(2048, 2, 8, 7168, 4096).form is PERMUTED

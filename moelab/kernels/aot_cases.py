@@ -210,11 +210,11 @@ def _align_cases(id_type: str) -> list[Case]:
     ]  # fmt: skip
 
 
-def _token_tiles_case(rows: int, grain: int, in_pairs: bool = False) -> Case:
+def _token_tiles_case(rows: int, grain: int, for_clusters: bool = False) -> Case:
     pointers = ("slots_ptr", "offsets_ptr", "tiles_ptr", "num_tiles_ptr", "ready_ptr")
     arguments = {**dict.fromkeys(pointers, "*i32"), "num_experts": "i32", "room": "i32"}
-    constants = {"ROWS": rows, "GRAIN": grain, "IN_PAIRS": in_pairs, "EXPERTS": 256, "ROOM": 1024}
-    name = f"token tiles {rows}{' in pairs' if in_pairs else ''}"
+    constants = {"ROWS": rows, "GRAIN": grain, "FOR_CLUSTERS": for_clusters, "EXPERTS": 256, "ROOM": 1024}
+    name = f"token tiles {rows}{' in pairs' if for_clusters else ''}"
     return Case(name, "moelab.kernels.token_tiles:_token_tiles_kernel", arguments, constants, 4)
 
 
