@@ -10,13 +10,19 @@ READY := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.ready)
 WORKERS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 0 || echo 2)
 SUITE ?= all
 LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings
+PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal
+NBMAKE := --nbmake --nbmake-timeout=120
+# Tests start many processes; without bytecode each of them would compile what it imports (torch: 9 s in place of 3).
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test unit notebooks live lint html app pictures gpu sanitize record tuned configs clean
+.PHONY: help setup lab test whole notebooks test-triton36 live lint html app pictures gpu sanitize record tuned configs clean
 
 help:
 	@echo 'make lab        JupyterLab on the notebooks (LAB_ARGS="--no-browser --port=8888")'
-	@echo 'make test       tests and notebooks, all that needs no GPU (ARGS="-k roofline" narrows the tests)'
+	@echo 'make test       tests and notebooks, all that needs no GPU: $(LASTS) (ARGS="-k roofline" narrows them)'
+	@echo 'make whole      all of what those tests sample, as CI runs it: 5 minutes more'
+	@echo 'make test-triton36  the kernels under Triton 3.6.0, which configs and recordings are from: 90 s on two cores'
 	@echo 'make lint       ruff (lint, format) and mypy'
 	@echo 'make notebooks  runs every notebook, top to bottom'
 	@echo 'make live       every notebook on the machine at hand, and a tune through 05; what each cell showed: build/live/outputs.json'
@@ -47,14 +53,35 @@ lab: $(READY)
 		--ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_welcome.ipynb \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
-test: unit notebooks
+LASTS := about 6 minutes on two cores
 
-unit: $(READY)
-	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu' tests $(ARGS)
+# The notebooks come first: they are long, and a run that ends with short tests keeps both processes busy to its end.
+test: $(READY)
+	@echo 'Tests and notebooks: $(LASTS), and the minutes that the first run needs to install what is missing.'
+	$(PYTEST) -m 'not gpu and not whole' $(NBMAKE) notebooks tests $(ARGS)
+
+whole: $(READY)
+	$(PYTEST) -m 'whole and not gpu' tests $(ARGS)
 
 notebooks: $(READY)
-	$(if $(filter-out 0 1,$(WORKERS)),OMP_NUM_THREADS=1) $(PY) -m pytest -n $(WORKERS) --dist worksteal \
-		--nbmake --nbmake-timeout=120 notebooks
+	$(if $(filter-out 0 1,$(WORKERS)),OMP_NUM_THREADS=1) $(PYTEST) $(NBMAKE) notebooks
+
+# Of each test of a kernel its first and last case, and every kernel compiled for sm_90.
+TRITON36 := build/triton36
+TRITON36_TESTS := $(patsubst %,tests/test_%.py,launch interpreter activation align descriptors sum_reduce grouped_gemm \
+	grouped_gemm_tma split_k_atomic split_k_workspace gated_gemm sorted_gemm few_tokens route expert_order token_tiles aot)
+
+$(TRITON36)/.ready: $(READY)
+	rm -rf $(TRITON36)
+	$(PY) -m pip install --quiet --no-deps --no-compile --disable-pip-version-check --target $(TRITON36) triton==3.6.0
+	touch $@
+
+test-triton36: export PYTHONPATH := $(CURDIR)/$(TRITON36):$(CURDIR):$(CURDIR)/tests
+test-triton36: $(TRITON36)/.ready
+	$(PY) -c "import triton; assert triton.__version__ == '3.6.0', triton"
+	$(PY) -m pytest -p first_and_last -n $(WORKERS) --dist worksteal -m 'not gpu and not whole' \
+		-k 'not compiled_against and (sm_90 or not test_aot)' \
+		$(TRITON36_TESTS) $(ARGS)
 
 # tests/live_notebooks.py compare DIR build/live sets it beside a run on another machine.
 live: $(READY)

@@ -2,7 +2,7 @@
 
 Importing this package loads neither torch nor triton nor plotly: names resolve when they are first used,
 and the choice between GPU and Triton's interpreter is made at the first kernel import
-(see `moelab.runtime.prepare_triton`). The op itself is `from moelab.fused_moe import fused_moe`: a room and its
+(see `moelab.runtime.prepare_triton`). The op itself is `from moelab.fused_moe import fused_moe`: a module and its
 function cannot both be `moelab.fused_moe`.
 """
 
@@ -31,7 +31,7 @@ _HOMES = {
     "MoelabError": "errors",
 }
 
-_ROOMS = frozenset(
+_MODULES = frozenset(
     """errors runtime architectures model_config shapes config weights call implementations routing inputs reference
     torch_layers kernels pipelines fused_moe module precision measure roofline recordings config_files suites tuner plots
     widgets cli""".split()  # noqa: SIM905
@@ -45,10 +45,10 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
         globals()[name] = value
         return value
-    if name in _ROOMS:
+    if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module 'moelab' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, *_ROOMS})
+    return sorted({*globals(), *_HOMES, *_MODULES})

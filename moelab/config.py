@@ -122,7 +122,7 @@ def _json_problems(entry: Mapping[str, Any]) -> list[str]:
 def shared_memory_bytes(
     config: KernelConfig, dtype: str, target: str | Target, *, tf32: bool = False, dots: int = 1
 ) -> int:
-    """Shared memory in bytes that one program of the exchange kernel takes for operands of `dtype`.
+    """Shared memory in bytes that one program of the compatible kernel takes for operands of `dtype`.
 
     tile = (BLOCK_SIZE_M + BLOCK_SIZE_N) * BLOCK_SIZE_K * bytes. The pipeline keeps num_stages - 1 tiles where
     the dot reads registers (mma.sync, AMD), num_stages where it reads shared memory itself: sm_90 and sm_100,

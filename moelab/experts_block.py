@@ -1,6 +1,6 @@
 """Weights and activation of a Hugging Face experts block: what `FusedMoE.from_hf` reads, and what it refuses.
 
-The activation is told by its values: the block's own gate is computed on points in float64, beside the oracle's. A name, a
+The activation is judged by its values: the block's own gate is computed on points in float64, beside the oracle's. A name, a
 class or a config's key says less: transformers 5.23 has eight classes with a gate of their own, and one whose act_fn is a
 bare function.
 """
@@ -69,7 +69,7 @@ _NEAR = 1e-6
 
 
 def _points(gated: bool) -> tuple[Tensor, Tensor]:
-    """(points, 2) values of gate and of up, float64; the two columns differ, or no layout could be told."""
+    """(points, 2) values of gate and of up, float64; the two columns differ, or the layouts could not be told apart."""
     gate, up = (axis.flatten() for axis in torch.meshgrid(
         torch.tensor(_GATES, dtype=torch.float64), torch.tensor(_UPS if gated else (0.0,), dtype=torch.float64), indexing="ij"
     ))  # fmt: skip
@@ -103,19 +103,19 @@ def _values(owner: nn.Module, gate: Tensor, up: Tensor, gated: bool) -> dict[boo
         ) from error
 
 
-def _activation(owners: list[nn.Module], told: str | None, gated: bool) -> tuple[str, bool | None]:
+def _activation(owners: list[nn.Module], given: str | None, gated: bool) -> tuple[str, bool | None]:
     """(the activation's name, whether the block's own `_apply_gate` takes rows that alternate, None where it has none).
 
-    Raises UnknownNameError where the block computes another than told, or none of the table's, or does not say.
+    Raises UnknownNameError where the block computes another than asked for, or none of the table's, or does not say.
     """
-    if told is not None:
-        check_activation(told, gated)
-    if not owners and told is None:
+    if given is not None:
+        check_activation(given, gated)
+    if not owners and given is None:
         raise UnknownNameError(
-            f"The block does not tell its activation. Expected one of {sorted(GATED if gated else UNGATED)}. Pass "
+            f"The block does not say its activation. Expected one of {sorted(GATED if gated else UNGATED)}. Pass "
             "activation=, the model's hidden_act."
         )
-    found = [_one_activation(owner, told, gated) for owner in owners] or [(told or "", None)]
+    found = [_one_activation(owner, given, gated) for owner in owners] or [(given or "", None)]
     if len(set(found)) > 1:
         raise UnknownNameError(
             f"The experts compute different activations: {sorted({name for name, _ in found})}. Expected one. Use the block "
@@ -124,16 +124,16 @@ def _activation(owners: list[nn.Module], told: str | None, gated: bool) -> tuple
     return found[0]
 
 
-def _one_activation(owner: nn.Module, told: str | None, gated: bool) -> tuple[str, bool | None]:
+def _one_activation(owner: nn.Module, given: str | None, gated: bool) -> tuple[str, bool | None]:
     own_gate = gated and callable(getattr(owner, "_apply_gate", None))
     if not own_gate and not callable(getattr(owner, "act_fn", None)):
-        if told is None:
+        if given is None:
             raise UnknownNameError(
-                f"{type(owner).__name__} does not tell its activation: no _apply_gate, no act_fn. Expected one of "
+                f"{type(owner).__name__} does not say its activation: no _apply_gate, no act_fn. Expected one of "
                 f"{sorted(GATED if gated else UNGATED)}. Pass activation=, the model's hidden_act."
             )
-        _refuse_other_clamp(owner, told)
-        return told, None
+        _refuse_other_clamp(owner, given)
+        return given, None
     gate, up = _points(gated)
     table: Mapping[str, Callable[..., Tensor]] = GATED if gated else UNGATED
     expected = {name: function(gate, up) if gated else function(gate) for name, function in table.items()}
@@ -143,18 +143,18 @@ def _one_activation(owner: nn.Module, told: str | None, gated: bool) -> tuple[st
         for name in table
     }
     nearest = min(distances, key=distances.__getitem__)
-    if distances[nearest] > 1 or told not in (None, nearest[0]):
-        raise UnknownNameError(_another(owner, told, *nearest, distances[nearest]))
+    if distances[nearest] > 1 or given not in (None, nearest[0]):
+        raise UnknownNameError(_another(owner, given, *nearest, distances[nearest]))
     if own_gate:
         return nearest
     _refuse_other_clamp(owner, nearest[0])  # its forward may clamp around the act_fn
     return nearest[0], None
 
 
-def _another(owner: nn.Module, told: str | None, name: str, layout: bool, distance: float) -> str:
+def _another(owner: nn.Module, given: str | None, name: str, layout: bool, distance: float) -> str:
     act = getattr(owner, "act_fn", None)
     called = getattr(act, "__name__", type(act).__name__) if act is not None else "_apply_gate"
-    asked = "" if told is None else f"activation={told!r} was passed, and "
+    asked = "" if given is None else f"activation={given!r} was passed, and "
     if distance <= 1:
         return (
             f"{asked}{type(owner).__name__} computes {name!r} ({called}). Expected the block's own activation. Pass "
@@ -193,8 +193,8 @@ def _owners(block: Block) -> list[nn.Module]:
     return each if each and not hasattr(module, "act_fn") else [module]
 
 
-def _asked(owners: list[nn.Module], flag: str, told: bool | None) -> bool | None:
-    return told if told is not None else next((getattr(owner, flag, None) for owner in owners), None)
+def _asked(owners: list[nn.Module], flag: str, given: bool | None) -> bool | None:
+    return given if given is not None else next((getattr(owner, flag, None) for owner in owners), None)
 
 
 def _refuse_other_layers(owner: nn.Module) -> None:
@@ -242,17 +242,19 @@ def _refuse_leftovers(state: Mapping[str, Tensor], used: set[str]) -> None:
         )
 
 
-def _interleaved(owners: list[nn.Module], state: Mapping[str, Tensor], told: bool | None, own: bool | None) -> bool:
-    """Whether gate and up rows alternate: as the block's own gate takes them, as its flag says, as told; else not."""
+def _interleaved(owners: list[nn.Module], state: Mapping[str, Tensor], given: bool | None, own: bool | None) -> bool:
+    """Whether gate and up rows alternate: as the block's own gate takes them, as its flag says, as asked for; else not."""
     concatenated = _asked(owners, "is_concatenated", None)
     flag = None if concatenated is None else not concatenated
-    answers = {"the block's own gate": own, "is_concatenated": flag, "interleaved=": told}
-    given = {who: answer for who, answer in answers.items() if answer is not None}
-    if len(set(given.values())) > 1:
-        said = ", ".join(f"{who} says {'they alternate' if answer else 'they do not'}" for who, answer in given.items())
+    answers = {"the block's own gate": own, "is_concatenated": flag, "interleaved=": given}
+    answered = {who: answer for who, answer in answers.items() if answer is not None}
+    if len(set(answered.values())) > 1:
+        said = ", ".join(
+            f"{who} says {'they alternate' if answer else 'they do not'}" for who, answer in answered.items()
+        )
         raise ShapeError(f"Of gate and up rows {said}. Expected one answer. Leave interleaved= to the block.")
-    if given:
-        return next(iter(given.values()))
+    if answered:
+        return next(iter(answered.values()))
     if _named(state, "gate_up_proj_bias") is not None:
         raise ShapeError(
             "The tensors carry biases but do not say whether gate and up rows alternate. Expected interleaved=True "
@@ -302,20 +304,20 @@ def _fused(state: Mapping[str, Tensor], transposed: bool | None) -> dict[str, Te
     return tensors
 
 
-def _is_transposed(w13: Tensor, w2: Tensor, halves: int, told: bool | None) -> bool:
+def _is_transposed(w13: Tensor, w2: Tensor, halves: int, given: bool | None) -> bool:
     """Whether the block stores (E, H, 2N) and (E, N, H); with a gate no sizes fit both readings, without one both do."""
     straight = w13.shape[2] == w2.shape[1] and w13.shape[1] == halves * w2.shape[2]
     turned = w13.shape[1] == w2.shape[2] and w13.shape[2] == halves * w2.shape[1]
     fits = {False: straight, True: turned} if w13.shape[0] == w2.shape[0] else {False: False, True: False}
-    if told is None and all(fits.values()):
+    if given is None and all(fits.values()):
         raise ShapeError(
             f"up_proj {tuple(w13.shape)} and down_proj {tuple(w2.shape)} fit both ways of storing them. Expected to be "
             "told. Pass transposed=False for (E, N, H), transposed=True for (E, H, N)."
         )
-    if told is None and any(fits.values()):
+    if given is None and any(fits.values()):
         return fits[True]
-    if told is not None and fits[told]:
-        return told
+    if given is not None and fits[given]:
+        return given
     raise ShapeError(
         f"The first weight {tuple(w13.shape)} and down_proj {tuple(w2.shape)} do not belong together. Expected "
         "(E, 2N, H) and (E, H, N), or both transposed. Check that both come from one layer."

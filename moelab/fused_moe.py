@@ -22,6 +22,7 @@ from moelab.call import Config, MoECall
 from moelab.config import KernelConfig
 from moelab.dtypes import dtype_name
 from moelab.errors import ConfigError, DtypeError, LayoutError, RoutingError, RuntimeModeError, ShapeError
+from moelab.formats import get_format
 from moelab.implementations import IMPLEMENTATIONS, LayerKind, named, not_taken, taking
 from moelab.reference import check_activation
 from moelab.routers import softmax_topk
@@ -206,7 +207,7 @@ def _check_once(call: MoECall, impl: str) -> None:
     launch, w = _launching(), call.weights
     tensors = launch.signature(
         call.hidden_states, w.w13, w.w2, call.topk_weights, call.topk_ids, w.b13, w.b2,
-        w.w13_scale, w.w2_scale, w.w13_zero_point, w.w2_zero_point,
+        w.w13_scale, w.w2_scale, w.w13_zero_point, w.w2_zero_point, w.a1_scale, w.a2_scale,
     )  # fmt: skip
     launch.checked(("fused_moe", impl, call.activation, call.gated, w.format, tensors), lambda: _check_call(call, impl))
 
@@ -225,14 +226,17 @@ def _check_call(call: MoECall, impl: str) -> None:
     check_activation(call.activation, call.gated)
     x, ids, w = call.hidden_states, call.topk_ids, call.weights
     checks.check_shape("hidden_states", x, ("num_tokens", "hidden_size"))
-    checks.check_shape("w13", w.w13, ("num_experts", "rows", x.shape[1]))
+    hidden = x.shape[1] // (1 if w.format.is_plain else w.format.values_per_byte)
+    checks.check_shape("w13", w.w13, ("num_experts", "rows", hidden))
     rows = w.w13.shape[1]
     if call.gated and rows % 2:
         raise ShapeError(
             f"w13 has {rows} rows an expert. Expected an even number, gate rows and then up rows. Pass gated=False for "
             "none."
         )
-    checks.check_shape("w2", w.w2, (w.num_experts, x.shape[1], rows // 2 if call.gated else rows))
+    inner = rows // 2 if call.gated else rows
+    if w.format.is_plain:
+        checks.check_shape("w2", w.w2, (w.num_experts, x.shape[1], inner))
     for name, sizes in (("hidden_states", x.shape[1:]), ("w13", w.w13.shape), ("w2", w.w2.shape)):
         if not all(sizes):
             raise ShapeError(
@@ -242,8 +246,12 @@ def _check_call(call: MoECall, impl: str) -> None:
     checks.check_shape("topk_ids", ids, (x.shape[0], "top_k"))
     checks.check_shape("topk_weights", call.topk_weights, tuple(ids.shape))
     checks.check_dtype("hidden_states", x, checks.FLOATS)
-    checks.check_dtype("w13", w.w13, (x.dtype,))
-    checks.check_dtype("w2", w.w2, (x.dtype,))
+    if w.format.is_plain:
+        checks.check_dtype("w13", w.w13, (x.dtype,))
+        checks.check_dtype("w2", w.w2, (x.dtype,))
+    else:
+        checks.check_stored("w13", w.up, w.num_experts, rows, x.shape[1])
+        checks.check_stored("w2", w.down, w.num_experts, x.shape[1], inner)
     checks.check_dtype("topk_ids", ids, (torch.int32, torch.int64))
     checks.check_dtype("topk_weights", call.topk_weights, (torch.float32,))
     if ids.shape[1] < 1:
@@ -321,7 +329,9 @@ def _fused_moe_op(
     routed_scaling_factor: float,
     apply_router_weight_on_input: bool,
 ) -> Tensor:
-    weights = ExpertWeights(w13, w2, b13, b2, scales[0], scales[1], scales[2], scales[3], format)
+    weights = ExpertWeights(
+        w13, w2, b13, b2, scales[0], scales[1], scales[2], scales[3], get_format(format), *scales[4:]
+    )
     call = MoECall(
         hidden_states, weights, topk_weights, topk_ids, activation, gated,
         routed_scaling_factor, apply_router_weight_on_input, _unpack(config), _unpack(down_config),
@@ -340,7 +350,7 @@ def _through_custom_op(call: MoECall, impl: str) -> Tensor:
     w = call.weights
     return _fused_moe_op(
         call.hidden_states, w.w13, w.w2, call.topk_weights, call.topk_ids, w.b13, w.b2,
-        [w.w13_scale, w.w2_scale, w.w13_zero_point, w.w2_zero_point], w.format, impl,
+        [w.w13_scale, w.w2_scale, w.w13_zero_point, w.w2_zero_point, w.a1_scale, w.a2_scale], w.format.name, impl,
         _pack(call.config), _pack(call.down_config), call.activation, call.gated,
         call.routed_scaling_factor, call.apply_router_weight_on_input,
     )  # fmt: skip

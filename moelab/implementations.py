@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from moelab import runtime
 from moelab.chips import Target
-from moelab.dtypes import LAYER_DTYPES, dtype_bytes
+from moelab.dtypes import LAYER_DTYPES, dtype_bytes, interpreted
 from moelab.errors import UnknownNameError, nearest_names
+from moelab.formats import FAMILIES, PLAIN, Format
+from moelab.shapes import MoEShape, require_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,8 +49,8 @@ class Implementation:
     """One implementation of the layer.
 
     run: the layer, or "module:function" of it, imported when it first runs; called with one `MoECall`, checked, and `options`.
-    about: what it is, in one clause. formats, dtypes: of expert weights, and of plain weights and activations; activations:
-    None for all; gated_only, biases: whether it takes layers without a gate, and with biases.
+    about: what it is, in one clause. formats: families of weight formats; dtypes: of plain weights and of activations;
+    activations: None for all; gated_only, biases: whether it takes layers without a gate, and with biases.
     row_bytes: rows of both weights must be a multiple of so many bytes. chips: targets that it runs on, None for all.
     needs_tma: NVIDIA chips from sm_90 on. triton: made of Triton kernels: takes configs, and runs under Triton's interpreter, but
     for bfloat16. split_k: values of SPLIT_K that its configs may have. deterministic: repeated runs on a GPU are bitwise
@@ -60,7 +62,7 @@ class Implementation:
     run: str | Callable[..., Tensor]
     about: str = "an implementation of your own"
     options: Mapping[str, Any] = field(default_factory=dict)
-    formats: frozenset[str] = frozenset(("plain",))
+    formats: frozenset[str] = frozenset((PLAIN.family,))
     dtypes: tuple[str, ...] = tuple(LAYER_DTYPES)
     activations: tuple[str, ...] | None = None
     gated_only: bool = False
@@ -101,7 +103,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "triton": Implementation(
         "moelab.pipelines.layers:triton_pipeline",
         "the classic layer of sglang and vLLM: align, GEMM1, activation, GEMM2, sum-reduce",
-        triton=True,
+        formats=frozenset(FAMILIES), triton=True,
         tuning=Tuning("grouped_gemm", "grouped_gemm:grouped_gemm_unchecked", "grouped_gemm:grouped_gemm_unchecked"),
         look=("#0072B2", "diamond", "solid"),
     ),
@@ -187,7 +189,7 @@ class LayerKind:
     """What decides which implementations take a layer. Sizes in elements, None where they are not known."""
 
     dtype: str = "bfloat16"
-    format: str = "plain"
+    format: Format = PLAIN
     activation: str = "silu"
     gated: bool = True
     biases: bool = False
@@ -207,8 +209,8 @@ def named(name: str) -> Implementation:
 
 def not_taken(one: Implementation, kind: LayerKind) -> str | None:
     """What of a kind of layer that implementation does not take, on any chip: the first, as a clause; None if it takes all."""
-    if kind.format not in one.formats:
-        return f"weights in the format {kind.format}"
+    if kind.format.family not in one.formats:
+        return f"weights in the format {kind.format.name}"
     if kind.dtype not in one.dtypes:
         return kind.dtype
     if one.activations is not None and kind.activation not in one.activations:
@@ -224,10 +226,16 @@ def not_taken(one: Implementation, kind: LayerKind) -> str | None:
     return None
 
 
+def require_taken(shape: MoEShape, who: str) -> None:
+    """Raise FormatError for a layer whose weights no implementation takes. who: what was asked, to begin the sentence."""
+    if not any(shape.format.family in one.formats for one in IMPLEMENTATIONS.values()):
+        require_plain(shape, who)
+
+
 def runs_on(one: Implementation, target: Target | None, mode: str, dtype: str) -> bool:
     """Whether it runs on that chip (None: no GPU), `mode` being runtime.current().mode."""
     if mode != "gpu":
-        return one.chips is None and (not one.triton or (mode == "interpreter" and dtype != "bfloat16"))
+        return one.chips is None and (not one.triton or (mode == "interpreter" and interpreted(dtype)))
     if one.needs_tma and not (target and target.has_tma):
         return False
     return one.chips is None or (target is not None and target.name in one.chips)

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from moelab import runtime
 from moelab.dtypes import accumulator_dtype, torch_dtype
+from moelab.formats import PLAIN, Format
+from moelab.quantised_weights import as_multiplied, quantise
 from moelab.routing import Routing, make_routing
-from moelab.shapes import MoEShape, require_plain
-from moelab.weights import ExpertWeights
+from moelab.shapes import MoEShape
+from moelab.weights import ExpertWeights, GemmWeights
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class MoEInputs:
 
     hidden_states (M, H); w13 (E, 2N, H), gate rows, then up rows ((E, N, H) for an activation without a gate);
     w2 (E, H, N); topk_weights (M, k) float32; topk_ids (M, k) int32; b13 (E, 2N) and b2 (E, H), or None.
+    Of a quantised format w13 and w2 are its codes, and scales and zero points lie beside them.
     """
 
     hidden_states: Tensor
@@ -29,17 +32,33 @@ class MoEInputs:
     topk_ids: Tensor
     b13: Tensor | None = None
     b2: Tensor | None = None
+    w13_scale: Tensor | None = None
+    w2_scale: Tensor | None = None
+    w13_zero_point: Tensor | None = None
+    w2_zero_point: Tensor | None = None
+    format: Format = PLAIN
 
     @property
     def weights(self) -> ExpertWeights:
         """The experts' as one."""
-        return ExpertWeights(self.w13, self.w2, self.b13, self.b2)
+        return ExpertWeights(
+            self.w13, self.w2, self.b13, self.b2, self.w13_scale, self.w2_scale, self.w13_zero_point, self.w2_zero_point,
+            self.format,
+        )  # fmt: skip
 
     def to(self, dtype: torch.dtype) -> MoEInputs:
-        """The same inputs with every tensor but the routing cast to `dtype`."""
-        cast = {name: getattr(self, name) for name in ("hidden_states", "w13", "w2", "b13", "b2")}
+        """The same inputs with every tensor but the routing cast to `dtype`, and weights as plain as kernels multiply them."""
+        cast = {name: getattr(self, name) for name in ("hidden_states", "b13", "b2")}
         cast = {name: t if t is None else t.to(dtype) for name, t in cast.items()}
-        return MoEInputs(topk_weights=self.topk_weights, topk_ids=self.topk_ids, **cast)
+        w13, w2 = (
+            plain_weights(part, self.hidden_states.dtype).to(dtype) for part in (self.weights.up, self.weights.down)
+        )
+        return MoEInputs(w13=w13, w2=w2, topk_weights=self.topk_weights, topk_ids=self.topk_ids, **cast)
+
+
+def plain_weights(weights: GemmWeights, dtype: torch.dtype) -> Tensor:
+    """w (E, N, K) as it is, or, of a quantised format, in float64 what a kernel with activations of `dtype` multiplies."""
+    return weights.w if weights.format.is_plain else as_multiplied(weights, dtype)
 
 
 def random_tensor(size: tuple[int, ...], std: float, *, dtype: torch.dtype, device: str, seed: int) -> Tensor:
@@ -89,7 +108,6 @@ def make_inputs(
     ~ N(0, 0.01). A routing's name draws `routing_for` the shape. dtype defaults to the shape's, device to where
     kernels run. The same arguments give the same tensors on the same device type.
     """
-    require_plain(shape, "make_inputs")
     device = device or runtime.current().device
     dtype = dtype or torch_dtype(shape.dtype)
     E, H, N = shape.num_experts, shape.hidden_size, shape.moe_intermediate_size
@@ -100,10 +118,16 @@ def make_inputs(
     def draw(offset: int, std: float, *size: int) -> Tensor:
         return random_tensor(size, std, dtype=dtype, device=device, seed=seed * 8 + offset)
 
+    up, down = (quantise(w, shape.format) for w in (draw(1, H**-0.5, E, rows, H), draw(2, N**-0.5, E, H, N)))
     return MoEInputs(
         hidden_states=draw(0, 1.0, num_tokens, H),
-        w13=draw(1, H**-0.5, E, rows, H),
-        w2=draw(2, N**-0.5, E, H, N),
+        w13=up.w,
+        w2=down.w,
+        w13_scale=up.scale,
+        w2_scale=down.scale,
+        w13_zero_point=up.zero_point,
+        w2_zero_point=down.zero_point,
+        format=shape.format,
         topk_weights=routing.topk_weights,
         topk_ids=routing.topk_ids,
         b13=draw(3, 0.1, E, rows) if bias else None,

@@ -166,17 +166,17 @@ def cache_bytes() -> int:
 @lru_cache(maxsize=64)
 def _cache_bytes_of(index: int) -> int:
     properties = torch.cuda.get_device_properties(index)
-    told = 0 if torch.version.hip else getattr(properties, "L2_cache_size", 0)
-    if not told:
+    reported = 0 if torch.version.hip else getattr(properties, "L2_cache_size", 0)
+    if not reported:
         key = runtime.device_key(properties.name)
-        told = roofline.device_data(key)["l2_bytes"] if key in roofline.device_names() else 0
-    if not told:
+        reported = roofline.device_data(key)["l2_bytes"] if key in roofline.device_names() else 0
+    if not reported:
         raise RuntimeModeError(
             f"The size of the last cache of {properties.name} is unknown: the driver does not say, nor does data/devices. "
             "Expected it: inputs are rotated until they pass it three times, or they would be read from the cache. Add its "
             "l2_bytes to data/devices."
         )
-    return int(told)
+    return int(reported)
 
 
 def rotations_for(bytes_per_call: float, *, l2_bytes: float | None = None, at_least: int = 2, at_most: int = 64) -> int:

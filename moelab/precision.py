@@ -3,9 +3,9 @@
 A result is judged by its error against a float64 reference of the same (low-precision) inputs, and the bound
 is twice the error that torch itself makes in the same dtype: never a tolerance raised by hand until it passes.
 
-float64 results need a reference with more digits than they have: `sum_reduce_double_double` gives one for the
-sum-reduce, at any size. Where there is none (the whole layer), compare with torch's own float64 result, as
-sglang #10654 did: torch's error is then zero by construction, and the bound is `tiny` alone.
+float64 results need a reference with more digits than they have, or torch's own error is zero by construction:
+`moelab.double_double` has one for the sum-reduce, a grouped product and the whole layer. `layer_references` and
+`gemm_references` choose by dtype; nothing else in moelab decides what "exact" is.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from typing import Any
 
 import torch
 
+from moelab.double_double import fused_moe_double_double, grouped_gemm_double_double
+from moelab.double_double import sum_reduce_double_double as sum_reduce_double_double
 from moelab.dtypes import dtype_name
 from moelab.errors import DtypeError, PrecisionError, ShapeError, UnknownNameError
+from moelab.reference import activation_ref, fused_moe_ref, grouped_gemm_ref
 
 UPSTREAM_TOLERANCE: Mapping[str, float] = {
     "float64": 1e-12,
@@ -131,6 +134,58 @@ def _ratio(numerator: float, denominator: float) -> float:
     if denominator:
         return numerator / denominator
     return math.inf if numerator else 0.0
+
+
+# --- what is exact ------------------------------------------------------------------------------------------
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def layer_references(
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(torch's layer in hidden_states' dtype, what it should have been: float64), both (num_tokens, hidden_size).
+
+    Weights may be wider than hidden_states, as dequantised ones are: torch's layer multiplies them rounded to its dtype.
+    The second is the oracle in float64 on the same inputs, and for float64 inputs the layer in twice the digits, rounded
+    once. options: of `reference.fused_moe_ref`.
+    """
+    dtype = hidden_states.dtype
+    given = (hidden_states, w13.to(dtype), w2.to(dtype), topk_weights, topk_ids)
+    plain = fused_moe_ref(*given, **options)
+    if dtype == torch.float64:
+        return plain, fused_moe_double_double(*given, **options)
+    wide = {name: _double(value) for name, value in options.items()}
+    x, w13, w2 = hidden_states.double(), w13.double(), w2.double()
+    return plain, fused_moe_ref(x, w13, w2, topk_weights, topk_ids, **wide)
+
+
+def gemm_references(
+    a: torch.Tensor,
+    w: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    activated: tuple[str, bool] | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(torch's grouped product in a's dtype, what it should have been: float64), both (pairs, columns); w may be wider.
+
+    activated: (activation, gated) of what follows the product, if any. options: of `reference.grouped_gemm_ref`.
+    """
+    plain = grouped_gemm_ref(a, w.to(a.dtype), topk_ids, **options)
+    plain = activation_ref(plain, activated[0], gated=activated[1]) if activated else plain
+    if a.dtype == torch.float64:
+        return plain, grouped_gemm_double_double(a, w, topk_ids, activated=activated, **options)
+    wide = {name: _double(value) for name, value in options.items()}
+    exact = grouped_gemm_ref(a.double(), w.double(), topk_ids, **wide)
+    return plain, activation_ref(exact, activated[0], gated=activated[1]) if activated else exact
 
 
 # --- the policy ---------------------------------------------------------------------------------------------
@@ -246,45 +301,3 @@ def compare(
             }
         )
     return rows
-
-
-# --- a reference for float64 --------------------------------------------------------------------------------
-
-
-def _two_sum(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rounded a + b and its exact rounding error (Knuth, TAOCP 2, 4.2.2)."""
-    total = a + b
-    b_part = total - a
-    return total, (a - (total - b_part)) + (b - b_part)
-
-
-def _split(value: Any) -> tuple[Any, Any]:
-    scaled = value * 134217729.0  # 2^27 + 1 cuts 53 bits into two halves whose products are exact
-    high = scaled - (scaled - value)
-    return high, value - high
-
-
-def _two_product(a: torch.Tensor, b: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rounded a * b and its exact rounding error (Dekker, Numer. Math. 18, 1971)."""
-    product = a * b
-    (a_high, a_low), (b_high, b_low) = _split(a), _split(b)
-    return product, a_low * b_low - (((product - a_high * b_high) - a_low * b_high) - a_high * b_low)
-
-
-def sum_reduce_double_double(x: torch.Tensor, routed_scaling_factor: float = 1.0) -> torch.Tensor:
-    """x (M, k, H), any float dtype, summed over k and scaled: (M, H) float64 on x's device, right to the last bit.
-
-    Sum and product carry their rounding errors along (about 32 decimal digits) and are rounded once, at the
-    end, so that float64 contenders can be judged too; exact but for near-ties of that rounding. Magnitudes
-    must stay under 1e290. Raises ShapeError unless x has three axes.
-    """
-    if x.dim() != 3:
-        raise ShapeError(f"x has shape {tuple(x.shape)}. Expected (num_tokens, top_k, hidden_size). Reshape it.")
-    total = torch.zeros(x.shape[0], x.shape[2], dtype=torch.float64, device=x.device)
-    lost = torch.zeros_like(total)
-    for slot in x.detach().unbind(1):
-        total, rounding = _two_sum(total, slot.to(torch.float64))
-        lost += rounding
-    total, lost = _two_sum(total, lost)
-    product, rounding = _two_product(total, float(routed_scaling_factor))
-    return product + (rounding + lost * routed_scaling_factor)

@@ -17,9 +17,13 @@ from moelab.formats import FAMILIES, PLAIN, Format
 
 _SECTIONS = ("quantization_config", "compression_config")
 _IGNORED = ("ignored_layers", "modules_to_not_convert", "ignore", "exclude_modules")
-_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-_MLP_NAMES = ("mlp", "block_sparse_moe", "feed_forward", "mixer")
-_PREFIXES = ("", "language_model.", "model.language_model.")
+_PROJECTIONS = (
+    ("0.gate_proj", "0.up_proj", "0.down_proj"),
+    ("0.w1", "0.w3", "0.w2"),
+    ("gate_up_proj", "gate_up_proj", "down_proj"),  # all experts in one tensor
+)
+_MLP_NAMES = ("mlp", "block_sparse_moe", "feed_forward", "mixer", "ffn")
+_ROOTS = ("model", "language_model.model", "model.language_model", "backbone")
 
 Names = tuple[str, str, str]
 """Module names of one expert's gate, up and down projections."""
@@ -104,9 +108,9 @@ def _expert_layers(section: Mapping[str, Any]) -> list[int]:
 
 def _names(layer: int) -> Iterator[Names]:
     """Every way in which checkpoints name the projections of one expert of a layer."""
-    for prefix in _PREFIXES:
+    for root in _ROOTS:
         for mlp in _MLP_NAMES:
-            where = f"{prefix}model.layers.{layer}.{mlp}.experts.0"
+            where = f"{root}.layers.{layer}.{mlp}.experts"
             for gate, up, down in _PROJECTIONS:
                 yield f"{where}.{gate}", f"{where}.{up}", f"{where}.{down}"
 

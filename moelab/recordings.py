@@ -33,7 +33,7 @@ MADE_BY = {
         "fast_layer", "fast_choice", "fast_counters", "tuned_gain", "tuner_regret",
     )
 } | {"tune_timeline": "make tuned"}  # fmt: skip
-"""Recordings by name -> the command that makes each again: the suites and studies, which lie above this room, and their own."""
+"""Recordings by name -> the command that makes each again: suites and studies, which are layers above this, and their own."""
 
 _SAID_BY_SOURCE = ("gpu", "date")  # a recording that cannot say these two names no source at all
 _SUITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from moelab.dtypes import dtype_bytes, dtype_name
 from moelab.errors import MoelabError, RoutingError, ShapeError, UnknownNameError, nearest_names
-from moelab.shapes import MoEShape, require_plain
+from moelab.implementations import require_taken
+from moelab.shapes import MoEShape
 
 Kind = Literal["measured", "floors", "datasheet"]
 
@@ -185,7 +186,7 @@ def layer_cost(shape: MoEShape, num_tokens: int, experts_touched: float | None =
     790 TFLOP/s.
     """
     _require_tokens(num_tokens)
-    require_plain(shape, "The floor of a layer")
+    require_taken(shape, "The floor of a layer")
     touched = _expected_touched(shape, num_tokens) if experts_touched is None else experts_touched
     if not 0 <= touched <= shape.num_experts:
         raise RoutingError(
@@ -197,7 +198,7 @@ def layer_cost(shape: MoEShape, num_tokens: int, experts_touched: float | None =
     rows = num_tokens * shape.top_k * _local_share(shape)
     return Cost(
         flops=2.0 * matrices * rows * size,
-        bytes_weights=touched * matrices * size * element,
+        bytes_weights=touched * shape.weight_bytes / shape.num_experts,
         bytes_activations=2.0 * num_tokens * shape.hidden_size * element,
     )
 

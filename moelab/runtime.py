@@ -203,10 +203,10 @@ def processor() -> str:
 
 def git_commit() -> str | None:
     """The checkout's commit, with "+changes" if tracked files differ; MOELAB_GIT_COMMIT overrides."""
-    told = os.environ.get("MOELAB_GIT_COMMIT")
+    given = os.environ.get("MOELAB_GIT_COMMIT")
     root = repo_root()
-    if told or root is None:
-        return told or None
+    if given or root is None:
+        return given or None
     try:
         git = ["git", "-C", str(root)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

@@ -99,8 +99,6 @@ FUSIONS: Mapping[str, tuple[Fusion, ...]] = {"sglang": _SGLANG, "vllm": ()}
 """Loader -> its rules. moelab's own files follow sglang's. vLLM fuses for ROCm's AITER kernel alone
 (fused_moe/utils.py, resolve_layer_fused_shared_expert), which reads no config file."""
 
-_SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "shared_expert_intermediate_size")
-
 
 def decide(
     loader: str,
@@ -130,10 +128,7 @@ def decide(
     if asked == "vllm":
         return Decision(0, f"{who} fuses no shared expert into the kernel that reads these files")
     if rule is None:
-        has = any(section.get(key) for key in _SHARED)
-        return Decision(
-            0, f"{who} fuses {'no' if has else 'none: there is no'} shared expert{f' of {outer}' if outer else ''}"
-        )
+        return Decision(0, f"{who} fuses no shared expert{f' of {outer}' if outer else ''}")
     of = f"the shared expert of {outer} ({rule.where})"
     if disabled:
         return Decision(0, f"{who} with --disable-shared-experts-fusion keeps {of} apart")

@@ -31,7 +31,7 @@ def part(number: int, parts: int, sizes: tuple[int, ...]) -> str:
     import torch
 
     from moelab.inputs import make_inputs
-    from moelab.kernels import fast_layer as room
+    from moelab.kernels import fast_layer as module
     from moelab.kernels.expert_order import expert_order
     from moelab.pipelines.fast import tiles_for
     from moelab.shapes import MoEShape
@@ -51,10 +51,10 @@ def part(number: int, parts: int, sizes: tuple[int, ...]) -> str:
     y = torch.empty_like(y).index_copy(0, slots, y * i.topk_weights.flatten()[slots].double()[:, None])
     nan = float("nan")
     scratch = (
-        torch.full_like(inner, nan) if parts & room.GEMM1 else inner,
-        y.bfloat16() if parts == room.SUM else torch.full_like(y, nan, dtype=torch.bfloat16),
+        torch.full_like(inner, nan) if parts & module.GEMM1 else inner,
+        y.bfloat16() if parts == module.SUM else torch.full_like(y, nan, dtype=torch.bfloat16),
     )
-    out = room.fast_layer(
+    out = module.fast_layer(
         i.hidden_states,
         i.w13,
         i.w2,

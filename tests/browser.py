@@ -1,35 +1,41 @@
-"""A real JupyterLab, driven in a real chromium: the helper of the browser tests.
+"""A real JupyterLab, driven in a real chromium: the helper of the browser tests, which take the fixture `tab` of conftest.py.
 
-    with lab(folder) as server, page(server) as tab:
-        tab.open("01_roofline.ipynb")
+    def test_it(tab):
+        tab.open("notebooks/01_roofline.ipynb")
         tab.run_all()
         tab.select("Model", "mixtral-8x7b")
 
-Nothing is slept for: every wait is for something that can be seen in the page.
+One JupyterLab serves all test processes of a run, each test from a folder of its own. Nothing is slept for: every wait is for
+something that can be seen in the page.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pytest
 from playwright.sync_api import Locator, Page, sync_playwright
 
-APP = Path(__file__).resolve().parent.parent / "app"
+ROOT = Path(__file__).resolve().parent.parent
+APP = ROOT / "app"
 TIMEOUT_S = 180
+IDLE_S = 600  # more than a test may take
 # In place of a route, which would have each of a page's hundreds of files pass through Python.
 NO_OTHER_HOST = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 SETTINGS = {
@@ -60,10 +66,28 @@ def find_chromium() -> str | None:
 
 @dataclass(frozen=True)
 class Server:
-    """A running JupyterLab: its address with no trailing slash, and its token."""
+    """A running Jupyter server: its address with no trailing slash, its token, and the folder that it serves."""
 
     url: str
     token: str
+    root: str = ""
+
+
+def chromium_or_skip() -> str:
+    """The chromium on PATH; without one, skips the test, except under CI=true, where it fails."""
+    found = find_chromium()
+    if found is None:
+        message = "no chromium on PATH; on Debian: apt-get install chromium fonts-dejavu-core"
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(message)
+    return found
+
+
+def copy_of_the_checkout(folder: Path) -> Path:
+    """A folder that looks like the checkout to a notebook, so that running one leaves the checkout clean."""
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    for name in ("moelab", "configs", "data"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
 
 
 def _settings(folder: Path) -> None:
@@ -73,7 +97,8 @@ def _settings(folder: Path) -> None:
         path.write_text(json.dumps(values))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -89,14 +114,13 @@ def _wait_until_up(server: Server, process: subprocess.Popen, log: Path) -> None
             urllib.request.urlopen(request, timeout=5).close()
             return
         time.sleep(0.2)
+    process.kill()
     raise RuntimeError(f"JupyterLab did not come up within {TIMEOUT_S} s:\n{log.read_text()[-4000:]}")
 
 
-@contextlib.contextmanager
-def lab(root: Path, state: Path) -> Iterator[Server]:
-    """Serve `root` with JupyterLab; settings, workspaces and logs go into the throwaway folder `state`."""
+def _start(server: Server, state: Path) -> int:
+    """Start a JupyterLab that serves server.root, and wait for it; settings, workspaces and logs go into `state`. Its process."""
     _settings(state / "settings")
-    server = Server(f"http://127.0.0.1:{_free_port()}", secrets.token_hex(16))
     log = state / "lab.log"
     places = {
         "JUPYTERLAB_SETTINGS_DIR": "settings",
@@ -107,30 +131,61 @@ def lab(root: Path, state: Path) -> Iterator[Server]:
     }
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"]
     command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={urlsplit(server.url).port}"]
-    command += ["--ServerApp.port_retries=0", f"--ServerApp.root_dir={root}"]
+    command += ["--ServerApp.port_retries=0", f"--ServerApp.root_dir={server.root}"]
     command += [f"--IdentityProvider.token={server.token}", "--LabApp.extension_manager=readonly"]
+    command += [f"--ServerApp.shutdown_no_activity_timeout={IDLE_S}"]  # should no test process live to stop it
     environment = os.environ | {name: str(state / place) for name, place in places.items()}
     environment["JUPYTER_CONFIG_PATH"] = str(APP)  # as `make lab` does
     with log.open("w") as out:
-        process = subprocess.Popen(command, cwd=root, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=server.root, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    _wait_until_up(server, process, log)
+    return process.pid
+
+
+@contextlib.contextmanager
+def shared_lab(folder: Path) -> Iterator[Server]:
+    """The JupyterLab of all test processes that share `folder`: the first one starts it, the last one to leave stops it."""
+    folder.mkdir(exist_ok=True)
+    record = folder / "server.json"
+
+    @contextlib.contextmanager
+    def locked() -> Iterator[dict]:
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            kept = json.loads(record.read_text()) if record.exists() else {"users": 0}
+            yield kept
+            record.write_text(json.dumps(kept))
+
+    with locked() as kept:
+        if kept["users"] == 0:
+            root, state = (folder / f"{part}{kept.get('starts', 0)}" for part in ("root", "state"))
+            root.mkdir()
+            server = Server(f"http://127.0.0.1:{free_port()}", secrets.token_hex(16), str(root))
+            kept |= {"server": asdict(server), "starts": kept.get("starts", 0) + 1, "pid": _start(server, state)}
+        kept["users"] += 1
+        server = Server(**kept["server"])
     try:
-        _wait_until_up(server, process, log)
         yield server
     finally:
-        process.terminate()  # JupyterLab shuts its kernels down with it
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with locked() as kept:
+            kept["users"] -= 1
+            if kept["users"] == 0:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(kept["pid"], signal.SIGTERM)  # JupyterLab shuts its kernels down with it
 
 
 @dataclass
 class Tab:
-    """One page of a JupyterLab, with its console's errors and the requests that would leave the machine."""
+    """One page of a JupyterLab, with its console's errors and the requests that would leave the machine.
+
+    folder: what a test may write to, below the server's root; notebooks are opened from it.
+    """
 
     page: Page
     server: Server
+    folder: Path = Path()
     console_errors: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
 
@@ -147,12 +202,17 @@ class Tab:
             self.outside.append(url)
 
     def open(self, notebook: str) -> None:
-        """Open a notebook, given relative to the server's root, and wait for its cells and an idle kernel."""
-        self.page.goto(f"{self.server.url}/lab/tree/{notebook}?token={self.server.token}&reset")
+        """Open a notebook, given relative to this tab's folder, and wait for its cells and an idle kernel."""
+        place = f"workspaces/{self.folder.name}/tree/{self.folder.relative_to(self.server.root)}/{notebook}"
+        self.page.goto(f"{self.server.url}/lab/{place}?token={self.server.token}&reset")
         self.page.wait_for_selector(".jp-Notebook .jp-Cell")
         self.page.wait_for_function(
             "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
         )
+
+    def close(self) -> None:
+        """Shut the open notebook's kernel down."""
+        self.page.evaluate("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.shutdown()")
 
     def run_all(self) -> None:
         """Run every cell, wait until all are done; RuntimeError names the errors of the cells that failed."""
@@ -226,12 +286,12 @@ class Figure:
 
 
 @contextlib.contextmanager
-def page(server: Server, chromium: str) -> Iterator[Tab]:
+def page(server: Server, chromium: str, folder: Path = Path()) -> Iterator[Tab]:
     """A page in a headless chromium, watched for errors and for requests that would leave the machine."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", NO_OTHER_HOST])
         try:
-            tab = Tab(browser.new_page(viewport={"width": 1400, "height": 1000}), server)
+            tab = Tab(browser.new_page(viewport={"width": 1400, "height": 1000}), server, folder)
             tab.page.set_default_timeout(TIMEOUT_S * 1000)
             tab.watch()
             yield tab

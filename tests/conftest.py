@@ -14,9 +14,16 @@ from moelab import runtime  # noqa: E402
 
 RUNTIME = runtime.prepare_triton()
 
+from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
+
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+if TYPE_CHECKING:
+    from browser import Server, Tab
 
 torch.set_num_threads(THREADS)
 
@@ -45,6 +52,29 @@ def seeded() -> None:
 def device() -> str:
     """Where tensors must lie for kernels to run in this process: "cuda" or "cpu"."""
     return RUNTIME.device
+
+
+@pytest.fixture(scope="session")
+def jupyterlab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The one JupyterLab of the browser tests, whichever test process they run in."""
+    from browser import shared_lab
+
+    mine = tmp_path_factory.getbasetemp()  # pytest-xdist gives each of its processes a folder in the run's own
+    with shared_lab((mine.parent if os.environ.get("PYTEST_XDIST_WORKER") else mine) / "jupyterlab") as server:
+        yield server
+
+
+@pytest.fixture
+def tab(request: pytest.FixtureRequest) -> Iterator[Tab]:
+    """A page on JupyterLab in a real chromium; its folder looks like the checkout."""
+    from browser import chromium_or_skip, copy_of_the_checkout, page
+
+    chromium = chromium_or_skip()
+    server = request.getfixturevalue("jupyterlab")
+    folder = copy_of_the_checkout(Path(server.root) / request.node.name)
+    with page(server, chromium, folder) as opened:
+        yield opened
+        opened.close()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -33,9 +32,16 @@ class Row(NamedTuple):
     words: tuple[str, ...]
 
 
+def arguments(made: inputs.MoEInputs) -> dict[str, torch.Tensor | None]:
+    """Plain inputs as `fused_moe` takes them by name."""
+    return {
+        name: getattr(made, name) for name in ("hidden_states", "w13", "w2", "topk_weights", "topk_ids", "b13", "b2")
+    }
+
+
 def moe(impl: str = "triton", **changes: object) -> torch.Tensor:
     """fused_moe on good inputs, some of them replaced; a callable changes the good one."""
-    good = dataclasses.asdict(inputs.make_inputs(SHAPE, 5, device=DEVICE))
+    good = arguments(inputs.make_inputs(SHAPE, 5, device=DEVICE))
     given = {name: change(good.get(name)) if callable(change) else change for name, change in changes.items()}
     return fused_moe(**(good | given), impl=impl)
 

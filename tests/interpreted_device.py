@@ -7,11 +7,11 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"  # a worker starts with 0; nothing has imported triton yet
 
 from moelab.config import KernelConfig
-from moelab.tuner import rig as room
+from moelab.tuner import rig as module
 from moelab.tuner.evaluate import Contender, Stage
 from moelab.tuner.rig import Rig
 
-room.MOST_ROTATIONS = 1  # each is aligned by an interpreted kernel
+module.MOST_ROTATIONS = 1  # each is aligned by an interpreted kernel
 
 
 def made_up_us(config: KernelConfig) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import re
 
 from moelab import roofline
 from moelab.recordings import Recording
@@ -31,6 +33,22 @@ FACTORS = {
     "gated_tma_atomic": (1.38, 1.3), "compiled": (4.0, 1.8),
 }  # fmt: skip
 """Implementation -> time over floor at one token and at 8192."""
+
+
+def numbers(sentence: str) -> list[float]:
+    """What a sentence says in numbers, in order: tests hold these, not the words between them."""
+    return [float(found.replace(",", "")) for found in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?", sentence)]
+
+
+def whole(panel: object, *sources: str) -> None:
+    """A title, a source, titled axes, a conclusion, a table, JSON without NaN."""
+    if panel.figure is not None:
+        layout = panel.figure.layout
+        assert layout.title.text and layout.title.subtitle.text and layout.width is None
+        assert not sources or any(source in layout.title.subtitle.text for source in sources)
+        assert any(axis.title.text for axis in (*panel.figure.select_xaxes(), *panel.figure.select_yaxes()))
+    assert panel.sentence.startswith("**") and panel.sentence.endswith((".", ".**")) and panel.table
+    assert "NaN" not in json.dumps(panel.bundles(), allow_nan=False) and "nan " not in panel.sentence
 
 
 def host_samples(middle: float, count: int = 160, seed: int = 0) -> list[float]:

@@ -97,13 +97,9 @@ def judge(
     plain: torch's own result; None takes the oracle in out's dtype. roundings: more of them, for sums of several
     products that are rounded one by one; a running sum may pass its final value, here by no more than twice.
     """
-    plain = reference(case, inputs, out.dtype) if plain is None else plain
-    exact = reference(case, inputs, torch.float64)
-    tiny = None
-    if out.dtype == torch.float64:
-        # The oracle is float64 too: what remains is the rounding of a dot product, n u |x||y| with n the longer
-        # inner size (Higham, Accuracy and Stability, section 3.1), on values of order one.
-        tiny = max(case.hidden, case.inner) * 2.0**-53 * float(exact.abs().max().clamp(min=1.0))
-    if roundings:
-        tiny = (tiny or 0.0) + (1 + roundings) * float(precision.ulp(2 * exact.abs().max(), out.dtype))
-    precision.check(out, plain, exact, name=f"{case.why} in {out.dtype}", tiny=tiny)
+    i = inputs.to(out.dtype)
+    own, exact = precision.layer_references(
+        i.hidden_states, i.w13, i.w2, i.topk_weights, i.topk_ids, b13=i.b13, b2=i.b2, **case.options
+    )
+    tiny = (1 + roundings) * float(precision.ulp(2 * exact.abs().max(), out.dtype)) if roundings else None
+    precision.check(out, own if plain is None else plain, exact, name=f"{case.why} in {out.dtype}", tiny=tiny)

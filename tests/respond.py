@@ -95,7 +95,7 @@ VIEWS = {"GEMM": 3, "Batch": 2, "Within": 2, "X axis": 1, "BLOCK M": 2, "BLOCK N
 def in_the_browser() -> list[dict[str, Any]]:
     """A row for each control: the median time to the first and to the last new figure, ms."""
     import nbformat
-    from browser import find_chromium, lab, page
+    from browser import find_chromium, page, shared_lab
 
     chromium = find_chromium()
     if chromium is None:
@@ -103,11 +103,11 @@ def in_the_browser() -> list[dict[str, Any]]:
     v4, rows = nbformat.v4, []
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     cells = [v4.new_code_cell(CELL.format(tests=str(Path(__file__).parent)))]
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder) / "root"
+    with tempfile.TemporaryDirectory() as folder, shared_lab(Path(folder)) as server:
+        root = Path(server.root) / "respond"
         root.mkdir()
         nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), root / "x.ipynb")
-        with lab(root, Path(folder) / "state") as server, page(server, chromium) as tab:
+        with page(server, chromium, root) as tab:
             tab.open("x.ipynb")
             tab.run_all()
             for name, views in VIEWS.items():

@@ -1,6 +1,6 @@
 """A SYNTHETIC landscape for tests: made up from a plausible model, never a measurement, and never shown as one.
 
-Roofline (bytes and FLOPs of the tiles), wave quantisation over multiprocessors, a share of luck that belongs to each
+Roofline (bytes and FLOPs of the tiles), wave quantisation over SMs, a share of luck that belongs to each
 config, and log-normal noise of about 2 %. Some configs fail on purpose. Its provenance says that it is synthetic.
 """
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from browser import Figure, Tab, lab, page
-from test_browser import chromium_or_skip, copy_of_the_checkout
+from browser import Figure, Tab
 
 NOTEBOOK = "notebooks/06_config_health.ipynb"
 MOST_BYTES = 200_000
@@ -97,20 +95,16 @@ def matrices_follow(tab: Tab) -> None:
 
 
 @pytest.mark.browser
-def test_config_health_follows_its_controls(tmp_path: Path) -> None:
-    chromium = chromium_or_skip()
-    (tmp_path / "root").mkdir()
-    root = copy_of_the_checkout(tmp_path / "root")
-    with lab(root, tmp_path / "state") as server, page(server, chromium) as tab:
-        tab.open(NOTEBOOK)
-        tab.run_all()
-        assert "" not in tab.names()
-        doctor_follows(tab)
-        path_follows(tab)
-        matrices_follow(tab)
-        tab.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
-        size = (root / NOTEBOOK).stat().st_size
-        assert len((root / NOTEBOOK).read_text().split('"output_type"')) > 8, "saved with its outputs"
-        assert size < MOST_BYTES, f"{size} bytes"
-        assert tab.outside == [], "requests that would leave the machine"
-        assert tab.console_errors == []
+def test_config_health_follows_its_controls(tab: Tab) -> None:
+    tab.open(NOTEBOOK)
+    tab.run_all()
+    assert "" not in tab.names()
+    doctor_follows(tab)
+    path_follows(tab)
+    matrices_follow(tab)
+    tab.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+    size = (tab.folder / NOTEBOOK).stat().st_size
+    assert len((tab.folder / NOTEBOOK).read_text().split('"output_type"')) > 8, "saved with its outputs"
+    assert size < MOST_BYTES, f"{size} bytes"
+    assert tab.outside == [], "requests that would leave the machine"
+    assert tab.console_errors == []

@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from browser import lab, page
-from test_browser import chromium_or_skip, copy_of_the_checkout
+from browser import Tab
 
 
 @pytest.mark.browser
-def test_your_kernel_follows_its_widgets(tmp_path: Path) -> None:
-    chromium = chromium_or_skip()
-    (tmp_path / "root").mkdir()
-    root = copy_of_the_checkout(tmp_path / "root")
-    with lab(root, tmp_path / "state") as server, page(server, chromium) as tab:
-        tab.open("notebooks/07_your_kernel.ipynb")
-        tab.run_all()
-        assert (root / "build" / "kernels" / "pairwise.py").is_file()
+def test_your_kernel_follows_its_widgets(tab: Tab) -> None:
+    tab.open("notebooks/07_your_kernel.ipynb")
+    tab.run_all()
+    assert (tab.folder / "build" / "kernels" / "pairwise.py").is_file()
 
-        assert "" not in tab.names()
-        check = tab.figure("Kernel")
-        assert check.title() == "pairwise in float32, hidden size 64, inner size 64: within its bound"
-        drawn = check.data()
-        tab.select("Kernel", "no_tail")
-        check.wait_for_title("no_tail in float32, hidden size 64", "within its bound")
-        assert tab.step_slider("Hidden size") == "72"
-        check.wait_for_title("no_tail in float32, hidden size 72", "refused")
-        assert check.data() != drawn
-        tab.select("Kernel", "pairwise")
-        check.wait_for_title("pairwise in float32, hidden size 72", "within its bound")
-        tab.select("Dtype", "float64")
-        check.wait_for_title("pairwise in float64, hidden size 72", "refused")
+    assert "" not in tab.names()
+    check = tab.figure("Kernel")
+    assert check.title() == "pairwise in float32, hidden size 64, inner size 64: within its bound"
+    drawn = check.data()
+    tab.select("Kernel", "no_tail")
+    check.wait_for_title("no_tail in float32, hidden size 64", "within its bound")
+    assert tab.step_slider("Hidden size") == "72"
+    check.wait_for_title("no_tail in float32, hidden size 72", "refused")
+    assert check.data() != drawn
+    tab.select("Kernel", "pairwise")
+    check.wait_for_title("pairwise in float32, hidden size 72", "within its bound")
+    tab.select("Dtype", "float64")
+    check.wait_for_title("pairwise in float64, hidden size 72", "refused")
 
-        roof = tab.figure("Shape")
-        title, drawn = roof.title(), roof.data()
-        other = next(name for name in tab.options("Shape") if name not in title)
-        tab.select("Shape", other)
-        roof.wait_for_title(other)
-        assert roof.data() != drawn
+    roof = tab.figure("Shape")
+    title, drawn = roof.title(), roof.data()
+    other = next(name for name in tab.options("Shape") if name not in title)
+    tab.select("Shape", other)
+    roof.wait_for_title(other)
+    assert roof.data() != drawn
 
-        assert tab.outside == [], "requests that would leave the machine"
-        assert tab.console_errors == []
+    assert tab.outside == [], "requests that would leave the machine"
+    assert tab.console_errors == []

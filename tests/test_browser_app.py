@@ -13,8 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from browser import Server, _free_port, page
-from test_browser import chromium_or_skip
+from browser import Server, chromium_or_skip, free_port, page
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 180
@@ -28,7 +27,7 @@ def recipe() -> str:
 @contextlib.contextmanager
 def app(notebook: Path, state: Path) -> Iterator[Server]:
     """Serve one notebook as the Makefile does; logs and settings go into the throwaway folder `state`."""
-    server = Server(f"http://127.0.0.1:{_free_port()}", "")
+    server = Server(f"http://127.0.0.1:{free_port()}", "")
     paths = [str(ROOT / "app"), *filter(None, [os.environ.get("JUPYTER_PATH")])]
     environment = {**os.environ, "JUPYTER_PATH": os.pathsep.join(paths)}
     environment |= {name: str(state / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import nbformat
 import pytest
-from browser import Tab, lab, page
-from test_browser import chromium_or_skip
+from browser import Tab
 
 SETUP = """
 import ipywidgets as w
@@ -40,31 +37,29 @@ def walked(tab: Tab, count: int) -> list[str]:
 
 
 @pytest.mark.browser
-def test_controls_have_names_and_follow_the_keyboard(tmp_path: Path) -> None:
-    chromium, v4 = chromium_or_skip(), nbformat.v4
-    (tmp_path / "root").mkdir()
+def test_controls_have_names_and_follow_the_keyboard(tab: Tab) -> None:
+    v4 = nbformat.v4
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     notebook = v4.new_notebook(cells=[v4.new_code_cell(SETUP + "box")], metadata=kernel)
-    nbformat.write(notebook, tmp_path / "root" / "x.ipynb")
-    with lab(tmp_path / "root", tmp_path / "state") as server, page(server, chromium) as tab:
-        tab.open("x.ipynb")
-        tab.run_all()
-        figure = tab.figure("Batch")
-        assert tab.names() == [*NAMES, figure.title()]
-        assert walked(tab, len(NAMES)) == NAMES
+    nbformat.write(notebook, tab.folder / "x.ipynb")
+    tab.open("x.ipynb")
+    tab.run_all()
+    figure = tab.figure("Batch")
+    assert tab.names() == [*NAMES, figure.title()]
+    assert walked(tab, len(NAMES)) == NAMES
 
-        highest = tab.page.locator(".noUi-handle").nth(2)
-        highest.press("ArrowLeft")
-        figure.wait_for_title("'rows': (4, 8)")
-        tab.names()
-        assert highest.get_attribute("aria-valuetext") == tab.control("Rows").locator(".widget-readout").inner_text()
-        tab.page.locator(".noUi-handle").first.press("ArrowRight")
-        figure.wait_for_title("'batch': 8")
-        assert tab.names()[-1] == figure.title(), "a figure that was drawn anew has its name, too"
-        assert tab.page.locator(".noUi-handle").first.get_attribute("aria-valuetext") == "eight"
-        assert (tab.outside, tab.console_errors) == ([], [])
+    highest = tab.page.locator(".noUi-handle").nth(2)
+    highest.press("ArrowLeft")
+    figure.wait_for_title("'rows': (4, 8)")
+    tab.names()
+    assert highest.get_attribute("aria-valuetext") == tab.control("Rows").locator(".widget-readout").inner_text()
+    tab.page.locator(".noUi-handle").first.press("ArrowRight")
+    figure.wait_for_title("'batch': 8")
+    assert tab.names()[-1] == figure.title(), "a figure that was drawn anew has its name, too"
+    assert tab.page.locator(".noUi-handle").first.get_attribute("aria-valuetext") == "eight"
+    assert (tab.outside, tab.console_errors) == ([], [])
 
-        other = "https://192.0.2.1/x.js"  # reserved for documentation, RFC 5737
-        tab.page.evaluate("url => fetch(url).catch(() => null)", other)
-        assert tab.outside == [other], "a request that would leave the machine is seen"
-        assert "ERR_NAME_NOT_RESOLVED" in tab.console_errors[0], "and goes nowhere"
+    other = "https://192.0.2.1/x.js"  # reserved for documentation, RFC 5737
+    tab.page.evaluate("url => fetch(url).catch(() => null)", other)
+    assert tab.outside == [other], "a request that would leave the machine is seen"
+    assert "ERR_NAME_NOT_RESOLVED" in tab.console_errors[0], "and goes nowhere"

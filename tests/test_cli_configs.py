@@ -171,7 +171,7 @@ def test_help_names_the_commands(run) -> None:
 
 def test_export_says_which_keys_it_does_not_write(run, tmp_path: Path) -> None:
     """sglang's own tree for the H100 exports, less USE_TMA: where and how often is said."""
-    from moelab.config_files.specimen import shipped_files, write_shipped
+    from moelab.config_files.shipped import shipped_files, write_shipped
 
     files = [f for f in shipped_files() if (f["device"], f["triton"]) == ("NVIDIA_H100_80GB_HBM3", "3.7.1")]
     tree = write_shipped(tmp_path / "sglang", files)

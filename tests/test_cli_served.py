@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moelab import config_files, fused_moe
+from moelab import config_files
 from moelab.config import KernelConfig
 from moelab.shapes import load_model
 from moelab.tuner.problem import Problem
@@ -83,19 +83,13 @@ def test_what_has_no_quantised_kernel_yet_refuses_by_name(
     assert status == 2 and out == "" and all(word in err for word in words) and "Traceback" not in err
 
 
-def test_no_tensors_and_no_floor_are_made_of_quantised_sizes() -> None:
-    from moelab import inputs, roofline
+def test_a_kernel_of_plain_weights_is_not_tuned_for_others() -> None:
     from moelab.errors import FormatError
+    from moelab.tuner.tuned_kernels import require_tunable
 
     shape = load_model("kimi-k2-thinking", tp_size=8)
-    for refuses in (
-        lambda: inputs.make_inputs(shape, 4),
-        lambda: roofline.layer_cost(shape, 4),
-        lambda: Problem(shape, "NVIDIA H200", "sm_90", "3.6.0"),
-    ):
-        with pytest.raises(FormatError, match="int4_w4a16_group_32"):
-            refuses()
-    assert fused_moe.IMPLEMENTATIONS
+    with pytest.raises(FormatError, match="int4_w4a16_group_32"):
+        require_tunable(Problem(shape, "NVIDIA H200", "sm_90", "3.6.0"))
 
 
 def test_each_loader_is_answered_for_itself(run) -> None:
@@ -160,9 +154,20 @@ def test_who_asks_for_what_is_tuned() -> None:
     asked = {"model": "deepseek-v3", "tp_size": 8, "ep_size": 1, "dtype": None, "disable_shared_experts_fusion": False}
     for rules, words in (("sglang", ("will ask", "will not ask")), ("vllm", ("will not ask", "will ask"))):
         shape = asking.tuned_shape(asked | {"rules": rules})
-        said = asking.who_asks(asked, Problem(shape, "NVIDIA H200", "sm_90", "3.6.0"))
+        *said, published = asking.who_asks(asked, Problem(shape, "NVIDIA H200", "sm_90", "3.6.0"))
+        assert "deepseek-v3-fp8" in published
         assert [word in sentence for word, sentence in zip(words, said, strict=True)] == [True, True]
-    assert "E=257, N=256 (--rules sglang)" in said[0]
+    assert "E=257,N=256,device_name=NVIDIA_H200.json (--rules sglang)" in said[0]
+
+
+def test_a_quantised_checkpoint_is_asked_for_in_its_own_format_all_the_same(fp8: Path) -> None:
+    from moelab.cli import asking
+
+    asked = {"model": str(fp8), "tp_size": 2, "ep_size": 1, "dtype": "bfloat16", "disable_shared_experts_fusion": False}
+    shape = asking.tuned_shape(asked | {"rules": "moelab"})
+    said = asking.who_asks(asked, Problem(shape, "NVIDIA H200", "sm_90", "3.6.0"))
+    assert shape.format.is_plain and all("will not ask for this file, but for E=128,N=384" in each for each in said)
+    assert "block_shape=[128, 128]" in said[0] and "block_shape=[128,128]" in said[1]
 
 
 def test_a_preset_of_plain_weights_names_the_published_one(run) -> None:

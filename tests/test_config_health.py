@@ -6,13 +6,14 @@ import ast
 from pathlib import Path
 
 import pytest
+import specimen
 
 from moelab import config_files, runtime
-from moelab.config_files import doctor, specimen
+from moelab.config_files import doctor
 from moelab.errors import RecordingError
 from moelab.plots import config_health, lookup_path
 
-ROOMS = ("checks", "reach", "diagnosis")
+MODULES = ("checks", "reach", "diagnosis")
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def ill(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return specimen.write_shipped(tmp_path_factory.mktemp("shipped"))
+    return config_files.write_shipped(tmp_path_factory.mktemp("shipped"))
 
 
 # --- the specimen -------------------------------------------------------------------------------------------------
@@ -31,8 +32,8 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kinds_in_the_source() -> set[str]:
     """The kinds of finding that the doctor's code can name: where a Finding or a problem is made."""
     found = set()
-    for room in ROOMS:
-        for node in ast.walk(ast.parse((Path(config_files.__file__).parent / f"{room}.py").read_text())):
+    for module in MODULES:
+        for node in ast.walk(ast.parse((Path(config_files.__file__).parent / f"{module}.py").read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Finding", "_error") and len(node.args) > 3:
                 found.add(node.args[2 if ast.unparse(node.func) == "Finding" else 1])
             elif isinstance(node, ast.Yield) and isinstance(node.value, ast.Tuple):
@@ -74,14 +75,16 @@ def test_writing_it_twice_changes_nothing(tmp_path: Path) -> None:
 def test_sglangs_files_are_sound_and_in_place(shipped: Path) -> None:
     report = doctor(shipped)
     assert report.rules == "sglang" and not report.errors and not report.of("warning")
-    assert len(report.files) == len(specimen.shipped_files()) == 10
+    assert len(report.files) == len(config_files.shipped_files()) == 10
 
 
 def test_the_shipped_configs_that_were_timed_are_those_of_their_file() -> None:
     """The origin that the file claims for h200_sglang.json's shipped configs, entry by entry."""
     from moelab.suites.layer_classic import peer_rows
 
-    timed = {file["timed_as_shipped"]: file["configs"] for file in specimen.shipped_files() if file["timed_as_shipped"]}
+    timed = {
+        file["timed_as_shipped"]: file["configs"] for file in config_files.shipped_files() if file["timed_as_shipped"]
+    }
     seen = 0
     for row in peer_rows():
         if row.get("shipped_cfg"):
@@ -95,7 +98,7 @@ def test_the_shipped_configs_that_were_timed_are_those_of_their_file() -> None:
 def test_a_lost_data_file_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOELAB_DATA_DIR", str(tmp_path))
     with pytest.raises(RecordingError, match="Expected sglang's config files"):
-        specimen.shipped_files()
+        config_files.shipped_files()
 
 
 # --- the report ---------------------------------------------------------------------------------------------------

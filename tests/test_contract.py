@@ -12,6 +12,7 @@ import torch
 from moelab import config_files, runtime
 from moelab.config import KernelConfig, default_config
 from moelab.errors import ConfigError, DtypeError, LayoutError, MoelabError, RoutingError, ShapeError
+from moelab.formats import get_format
 from moelab.fused_moe import available_implementations, fused_moe
 from moelab.implementations import IMPLEMENTATIONS
 from moelab.inputs import MoEInputs, make_inputs
@@ -174,7 +175,7 @@ def test_weights_come_as_one_or_apart_and_not_both() -> None:
     with pytest.raises(ShapeError, match="ExpertWeights came with w2"):
         fused_moe(i.hidden_states, i.weights, i.w2, impl="torch", **routing)
     with pytest.raises(ConfigError, match=r"weights in the format mx.*Expected one of those that do.*none"):
-        fused_moe(i.hidden_states, i.weights._replace(format="mx"), impl="torch", **routing)
+        fused_moe(i.hidden_states, i.weights._replace(format=get_format("mxfp4_w4a16")), impl="torch", **routing)
 
 
 @pytest.mark.parametrize("impl", HERE)

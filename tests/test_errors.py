@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from error_rows import DEVICE, HUGE, SHAPE, Row, gemm, judge, moe, unhelpful, with_environment, x
+from error_rows import DEVICE, HUGE, SHAPE, Row, arguments, gemm, judge, moe, unhelpful, with_environment, x
 from test_errors_configs import CONFIGS
 from test_errors_data import FILES, TUNER
 
@@ -30,6 +30,7 @@ from moelab.errors import (
     ConfigError,
     DeviceError,
     DtypeError,
+    KernelTimeoutError,
     LayoutError,
     MoelabError,
     PrecisionError,
@@ -43,6 +44,7 @@ from moelab.errors import (
 )
 from moelab.fused_moe import available_implementations, fused_moe
 from moelab.implementations import IMPLEMENTATIONS, Implementation
+from moelab.kernels import residency
 from moelab.kernels.activation import activation
 from moelab.kernels.align import align
 from moelab.kernels.descriptors import check_tma, check_tma_config, weight_descriptor
@@ -253,6 +255,12 @@ SORTED = [
 
 
 PLUGGED_IN = [
+    Row(
+        "a wait that was given up",
+        lambda _: lost_wait(),
+        KernelTimeoutError,
+        ("CTA 33", "tile descriptor 0", "1 counts missing", "context is gone"),
+    ),
     Row("kernels in no file", lambda p: load_kernels(p / "mine.py"), UnknownNameError, ("mine.py", "Run the cells")),
     Row("more than silu", lambda _: plain(activation="gelu", b2=x(4, 32)), ConfigError, ("'gelu', biases", "teach it")),
     Row("a gallery of nothing", lambda p: gallery.write_gallery([], p), RuntimeModeError, ("no notebook", "Name them")),
@@ -430,19 +438,27 @@ EVERY = ROWS + CONFIGS + FILES + TUNER + WITHOUT_GPU + ON_GPU
 """Those of the other files too."""
 
 
+def lost_wait() -> None:
+    """A launch after a kernel of this process has given up waiting."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(residency, "_reports", {0: torch.tensor([3 | 64 << 8, 33, 0, 1], dtype=torch.int32)})
+        patch.setattr(residency, "_told", [])
+        residency.raise_if_lost()
+
+
 def ids(row: list[int]) -> torch.Tensor:
     return torch.tensor([row] * 5, dtype=torch.int32, device=DEVICE)
 
 
 def moe_on_meta() -> torch.Tensor:
-    tensors = dataclasses.asdict(inputs.make_inputs(SHAPE, 5, device=DEVICE))
+    tensors = arguments(inputs.make_inputs(SHAPE, 5, device=DEVICE))
     on_meta = {name: None if t is None else t.to("meta") for name, t in tensors.items()}
     return fused_moe(**on_meta, check_routing=False)
 
 
 def moe_in(dtype: torch.dtype, with_config: KernelConfig | None = None) -> torch.Tensor:
     tensors = inputs.make_inputs(SHAPE, 5, device=DEVICE, dtype=dtype)
-    return fused_moe(**dataclasses.asdict(tensors), config=with_config)
+    return fused_moe(**arguments(tensors), config=with_config)
 
 
 def logits(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -501,4 +517,4 @@ def test_errors_are_also_the_builtin_ones() -> None:
 def test_ids_are_always_checked_on_the_cpu(impl: str) -> None:
     cpu = inputs.make_inputs(SHAPE, 5, device="cpu")
     with pytest.raises(RoutingError):
-        fused_moe(**dataclasses.asdict(cpu) | {"topk_ids": cpu.topk_ids + 4}, impl=impl)
+        fused_moe(**arguments(cpu) | {"topk_ids": cpu.topk_ids + 4}, impl=impl)

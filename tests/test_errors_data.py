@@ -17,6 +17,7 @@ from moelab.errors import (
     ConfigFileError,
     DeviceError,
     FolderError,
+    FormatError,
     JournalError,
     LandscapeError,
     LayoutError,
@@ -27,6 +28,7 @@ from moelab.errors import (
     UnknownModelError,
     UnknownNameError,
 )
+from moelab.formats import get_format
 from moelab.kernels import fast_layer
 from moelab.kernels.fast_instances import Instance
 from moelab.measure import median_interval
@@ -135,7 +137,7 @@ FILES = [
     ),
     Row(
         "sglang's files that are not there",
-        lambda p: with_environment("MOELAB_DATA_DIR", str(p), config_files.specimen.shipped_files),
+        lambda p: with_environment("MOELAB_DATA_DIR", str(p), config_files.shipped_files),
         RecordingError,
         ("sglang_shipped_configs.json", "Restore"),
     ),
@@ -169,6 +171,31 @@ FILES = [
         lambda p: shapes.load_model(str(p / "config.json")),
         UnknownModelError,
         ("/config.json does not exist", "Give the path"),
+    ),
+    Row(
+        "a quantisation that nobody reads",
+        lambda p: shapes.load_model(str(a_model(p, lambda c: c | {"quantization_config": {"quant_method": "mxfp8"}}))),
+        FormatError,
+        ("mxfp8", "--dtype bfloat16"),
+    ),
+    Row(
+        "quantised weights where plain ones are taken",
+        lambda _: shapes.require_plain(shapes.preset("kimi-k2-thinking"), "The test"),
+        FormatError,
+        ("The test takes plain weights", "int4_w4a16_group_32", "--dtype bfloat16"),
+    ),
+    Row("a format that nobody knows", lambda _: get_format("fp8_w8a9"), FormatError, ("fp8_w8a9", "Did you mean")),
+    Row(
+        "sizes that a format does not have",
+        lambda _: get_format("fp8_w8a8_block_128"),
+        FormatError,
+        ("fp8_w8a8_block", "2 whole numbers"),
+    ),
+    Row(
+        "a file that no server asks for",
+        lambda _: config_files.ask("openai/gpt-oss-20b").file_name("NVIDIA H200"),
+        FormatError,
+        ("mxfp4_w4a16_32", "triton_kernels"),
     ),
     Row("a model without a name", lambda _: shapes.load_model(" "), UnknownModelError, ("is empty", "mixtral-8x7b")),
     Row(

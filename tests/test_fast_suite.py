@@ -61,8 +61,8 @@ def few_stand_in(x, w13, w2, weights, ids, form, *, overlap=True, side_by_side=T
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in (fast_layer, screening):
-        monkeypatch.setattr(room, "measure", fake_measure)
+    for module in (fast_layer, screening):
+        monkeypatch.setattr(module, "measure", fake_measure)
     monkeypatch.setattr(runtime, "require_cuda", lambda what: None)
     monkeypatch.setattr(fast_layer, "shape_of", lambda name: SMALL)
     monkeypatch.setattr(fast_layer, "fast_layer", stand_in)

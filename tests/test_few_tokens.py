@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from moe_cases import CASES, LARGE_CASES, Case, judge
 
 from moelab.inputs import MoEInputs
-from moelab.kernels import aot_cases
-from moelab.kernels import few_tokens as room
+from moelab.kernels import few_tokens as module
 from moelab.kernels.few_tokens import FORMS, MOST_PROGRAMS, FewTokens, Tile, few_tokens, form_for, reread
 
 SMALL = FewTokens(Tile(4, 64, 4), Tile(8, 32, 2))
@@ -112,8 +107,8 @@ def test_a_scale_may_be_an_int_and_then_a_float(scales: tuple[float, ...]) -> No
 def test_the_launcher_is_given_a_scale_in_float(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test without a GPU can see of the above: the type that a compiled instance is kept for."""
     given = []
-    launch = room._down
-    monkeypatch.setattr(room, "_down", lambda *a: given.append(a[3][1]) or launch(*a))
+    launch = module._down
+    monkeypatch.setattr(module, "_down", lambda *a: given.append(a[3][1]) or launch(*a))
     case = Case("scale", 1, 2, 1, 64, 40)
     for scale in (2, 2.5, True):
         by(SMALL, replace(case, scale=scale), case.inputs(torch.float32, device), overlap=False)
@@ -136,31 +131,6 @@ def test_who_has_a_form() -> None:
     assert form_for(8, 8, 256, 7168, 256) is FORMS[4] and form_for(9, 8, 256, 7168, 256) is None
     assert form_for(1, 8, 128, 2048, 512 * 32) is FORMS[0] and form_for(1, 8, 128, 2048, 512 * 32 + 8) is None
     assert form_for(1, 1, 2, 64, MOST_PROGRAMS) is FORMS[0] and form_for(1, 1, 2, 64, MOST_PROGRAMS + 1) is None
-
-
-def test_the_forms_that_serve_are_those_compiled_ahead() -> None:
-    """moelab.kernels.aot_cases names tiles without importing Triton: these."""
-    for _, hidden, size, top_k, *given in aot_cases.FEW_TOKENS:
-        up, down, early = given
-        form = FewTokens(Tile(*up), Tile(*down), early)
-        assert form in [form_for(num_tokens, top_k, 64, hidden, size) for num_tokens in (1, 2)], hidden
-    assert {FewTokens(Tile(*case[4]), Tile(*case[5]), case[6]) for case in aot_cases.FEW_TOKENS} == set(FORMS)
-
-
-def test_programmatic_launch_compiles_for_hopper() -> None:
-    """In a process of its own, whose Triton compiles: no spill."""
-    code = (
-        "from dataclasses import replace\nfrom moelab.kernels import aot, aot_cases\n"
-        "for case in aot_cases.cases():\n"
-        "    if case.kernel.startswith('moelab.kernels.few_tokens'):\n"
-        "        row = aot.compile_case(replace(case, constants={**case.constants, 'PDL': True}), 'sm_90')\n"
-        "        print(row.label, row.spilled_bytes)"
-    )
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.splitlines()
-    assert len(lines) == 2 * len(aot_cases.FEW_TOKENS) and all(line.endswith(" 0") for line in lines), lines
 
 
 def test_how_often_weights_are_read() -> None:

@@ -1,4 +1,7 @@
-"""The fleet as a command, in real processes: on faulty devices, over Ray, ended by signals, and refused where it cannot run."""
+"""The fleet as a command, in real processes: on faulty devices, ended by signals, and refused where it cannot run.
+
+Over Ray it runs in test_tuner_cluster.py, where Ray is started once.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ from pathlib import Path
 
 import pytest
 from faulty_device import COMPILER, DEVICE
-from small_fleet import ONE, ROOT, TWO, Bench, Cut, a_fleet, problem_of, statuses
+from small_fleet import ONE, ROOT, TWO, Bench, Cut, problem_of, statuses
 from small_fleet import small as small  # a fixture of every test here
-from synthetic import AXES, small_problem, synthetic_landscape
+from synthetic import AXES, small_problem
 
 from moelab import recordings, runtime
 from moelab.errors import LandscapeError, UnknownNameError
@@ -23,7 +26,6 @@ from moelab.studies.fleet import Fleet
 from moelab.studies.fleet_job import Job, Makers
 from moelab.studies.targets import TARGETS
 from moelab.tuner import evaluators, journal
-from moelab.tuner.cluster import RayEvaluator
 from moelab.tuner.gpu import GpuEvaluator
 from moelab.tuner.problem import Problem
 from moelab.tuner.space import build_space
@@ -179,28 +181,6 @@ def test_a_kill_by_timeout_is_a_ctrl_c(tmp_path: Path, monkeypatch: pytest.Monke
     out, _ = child.communicate(timeout=60)
     assert child.returncode == 130 and "goes on from" in out and "cut" in out
     assert recordings.load(tmp_path / "recordings" / "tune_timeline.json").rows
-
-
-def test_one_and_two_actors_over_real_ray(tmp_path: Path) -> None:
-    """Replays in the actors; Ray is started once for both runs."""
-    ray = pytest.importorskip("ray")
-    ray.init(num_cpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-
-    def over_ray(job: Job, problem: Problem, _: Path) -> RayEvaluator:
-        return RayEvaluator(problem, landscape=synthetic_landscape(problem), actors=len(job.gpus))
-
-    done = a_fleet(tmp_path, (ONE,), bench=over_ray)
-    try:
-        assert done.run(["scaling"]), done.table()
-    finally:
-        ray.shutdown()
-    rows = recordings.load(done.timeline).select(phase="all")
-    assert [(row["run"], row["gpus"], row["via"]) for row in rows] == [
-        ("one-tp1-scaling-1-ray", 1, "ray"), ("one-tp1-scaling-2-ray", 2, "ray"),
-    ]  # fmt: skip
-    assert rows[1]["end_s"] < rows[0]["end_s"], "simulated seconds: two actors measure at once"
-    winners = [{b: (x.up, x.down) for b, x in d.result.batches.items()} for d in done.done]
-    assert winners[0] == winners[1]
 
 
 @pytest.mark.gpu

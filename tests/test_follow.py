@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 
-import nbformat
 import numpy as np
 import pytest
 import torch
-from nbclient import NotebookClient
+from broken_cells import assert_each_fails
 
 from moelab import widgets
 from moelab.config import KernelConfig
@@ -126,8 +125,6 @@ recorded, at = recordings.load("layer_baseline"), load_ceilings("NVIDIA_H200", "
 roof = widgets.kernel_roof(recorded, at, "mine", ["triton"])
 sizes = {"num_experts": 2, "top_k": 1, "hidden_size": 8, "moe_intermediate_size": 4}
 check = widgets.kernel_check(["torch", "triton"], sizes, [8, 16], ["float32", "float64"], 1, "here")
-def broken(*args, **kwargs):
-    raise RuntimeError("the drawing function is broken")
 """
 BREAK = "follow.follow = your_kernel.on_the_roof = your_kernel.error_map = broken\n"
 CASES = {
@@ -144,15 +141,4 @@ CASES = {
 
 
 def test_a_broken_drawing_function_fails_the_cell() -> None:
-    """And without the break every case passes, in the same kernel."""
-    v4 = nbformat.v4
-    whole = [v4.new_code_cell(SETUP), *(v4.new_code_cell(source) for source in CASES.values())]
-    broken = [v4.new_code_cell(SETUP + BREAK), *(v4.new_code_cell(source) for source in CASES.values())]
-    for cell in broken[1:]:
-        cell.metadata["tags"] = ["raises-exception"]
-    NotebookClient(v4.new_notebook(cells=whole + broken), timeout=60, kernel_name="python3").execute()
-    failed = {
-        name: [output.evalue for output in cell.outputs if output.output_type == "error"]
-        for name, cell in zip(CASES, broken[1:], strict=True)
-    }
-    assert failed == {name: ["the drawing function is broken"] for name in CASES}
+    assert_each_fails(SETUP, BREAK, CASES)

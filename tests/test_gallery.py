@@ -7,9 +7,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from browser import find_chromium
+from browser import chromium_or_skip, find_chromium
 from nbclient.exceptions import CellExecutionError
-from test_browser import chromium_or_skip
 
 from moelab.errors import MoelabError
 from moelab.plots import gallery

@@ -1,4 +1,4 @@
-"""The exchange kernel with weights by TMA: the exchange kernel's results, its rules and TMA's own."""
+"""The compatible kernel with weights by TMA: the compatible kernel's results, its rules and TMA's own."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""The house stays as it was planned: no import climbs, no circle, light doors, short functions."""
+"""The package stays layered: no upward import, no circle, lazy imports where they are promised, short functions."""
 
 from __future__ import annotations
 
 import ast
+import functools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,12 +15,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moelab"
 
-# Ground floor first: a room imports only from rooms above it in this list (CONTRIBUTING.md, "The house").
-ROOMS = """
-    errors dtypes runtime chips formats quantization shared_experts architectures model_config presets shapes config weights call
-    implementations roofline recordings config_files routers routing inputs reference torch_layers kernels pipelines fused_moe
-    experts_block module precision measure suites tuner studies plots widgets cli __main__
-""".split()  # noqa: SIM905
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+
+
+def layers(text: str) -> list[str]:
+    """The layers of CONTRIBUTING's table under "The layers", lowest first: the names in the first column of its rows."""
+    section = text.split("\n## The layers\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    return [name for row in rows for name in re.findall(r"`(\w+)/?`", row)]
+
+
+LAYERS = [*layers(CONTRIBUTING.read_text()), "__main__"]
 HEAVY = {"torch", "triton", "plotly", "ipywidgets", "pandas", "ray", "jupyterlab"}
 
 
@@ -31,9 +38,16 @@ def modules(package: Path) -> dict[str, Path]:
     return found
 
 
-def imported_names(tree: ast.AST, module: str, is_package: bool) -> Iterator[str]:
+@functools.cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """Every node of a module's code."""
+    return tuple(ast.walk(ast.parse(path.read_text())))
+
+
+def imported_names(path: Path, module: str) -> Iterator[str]:
     """Every dotted name that a module's code imports, wherever in the code, as `package.module.name`."""
-    for node in ast.walk(tree):
+    is_package = path.name == "__init__.py"
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -53,7 +67,7 @@ def edges(package: Path) -> dict[str, set[str]]:
     graph: dict[str, set[str]] = {}
     for module, path in known.items():
         graph[module] = set()
-        for name in imported_names(ast.parse(path.read_text()), module, path.name == "__init__.py"):
+        for name in imported_names(path, module):
             parts = name.split(".")
             if parts[0] != package.name or parts[1:] == ["__version__"]:
                 continue
@@ -64,20 +78,20 @@ def edges(package: Path) -> dict[str, set[str]]:
     return graph
 
 
-def room(module: str) -> str:
-    """The room of a module: "moelab.kernels.tiles" -> "kernels"; "" for the package itself."""
+def layer(module: str) -> str:
+    """The layer of a module: "moelab.kernels.tiles" -> "kernels"; "" for the package itself."""
     return module.split(".")[1] if "." in module else ""
 
 
-def climbs(graph: dict[str, set[str]]) -> list[str]:
-    """Imports that climb, each as "a imports b". The lazy `moelab` may name any room; no room may name it."""
-    floor = {name: i for i, name in enumerate(ROOMS)}
+def upward_imports(graph: dict[str, set[str]]) -> list[str]:
+    """Imports from a higher layer, each as "a imports b". The lazy `moelab` may name any layer; no layer may name it."""
+    height = {name: i for i, name in enumerate(LAYERS)}
     return [
         f"{module} imports {target}"
         for module, targets in graph.items()
-        if room(module)
+        if layer(module)
         for target in sorted(targets)
-        if not room(target) or floor[room(target)] > floor[room(module)]
+        if not layer(target) or height[layer(target)] > height[layer(module)]
     ]
 
 
@@ -99,45 +113,51 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return next((found for module in graph if (found := walk(module, []))), [])
 
 
-def loaded_after(code: str) -> set[str]:
-    """The top-level modules that a fresh Python holds after running `code`."""
-    script = f"{code}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+def loaded_after(*statements: str) -> list[set[str]]:
+    """The top-level modules that one fresh Python holds after each of these statements, run one after another."""
+    show = "print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    script = "\n".join(["import sys", *(f"{statement}\n{show}" for statement in statements)])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
+    return [set(line.split()) for line in done.stdout.splitlines()]
 
 
-def test_every_module_has_a_room() -> None:
-    rooms = {room(module) for module in modules(PACKAGE)} - {""}
-    assert rooms <= set(ROOMS), "a new room: give it its place in ROOMS here and in CONTRIBUTING.md"
-    assert {"errors", "runtime", "shapes", "kernels", "fused_moe", "cli"} <= rooms
+def test_every_module_has_a_layer_and_every_layer_a_module() -> None:
+    found = {layer(module) for module in modules(PACKAGE)} - {""}
+    assert found == set(LAYERS), "give a new module its row in CONTRIBUTING.md, under 'The layers'"
+    assert len(set(LAYERS)) == len(LAYERS)
 
 
-def test_no_import_climbs() -> None:
-    assert climbs(edges(PACKAGE)) == []
+def test_the_layers_are_read_from_their_table() -> None:
+    text = "\n## The layers\n`no`\n\n| Layer | For |\n|---|---|\n| `a` | `b` |\n| `c/`, `d_e` | f |\n\n## Next\n| `g` | h |\n"
+    assert layers(text) == ["a", "c", "d_e"]
+
+
+def test_no_upward_import() -> None:
+    assert upward_imports(edges(PACKAGE)) == []
 
 
 def test_no_circle() -> None:
     graph = edges(PACKAGE)
-    graph.pop("moelab")  # lazy: it names rooms, it does not import them
+    graph.pop("moelab")  # lazy: it names layers, it does not import them
     assert circle({module: targets - {"moelab"} for module, targets in graph.items()}) == []
 
 
 def test_tiles_stands_below_the_kernels() -> None:
-    assert {target for target in edges(PACKAGE)["moelab.kernels.tiles"] if room(target) == "kernels"} == set()
+    assert {target for target in edges(PACKAGE)["moelab.kernels.tiles"] if layer(target) == "kernels"} == set()
 
 
 def test_only_widgets_imports_ipywidgets() -> None:
     users = {
-        room(module)
+        layer(module)
         for module, path in modules(PACKAGE).items()
-        for name in imported_names(ast.parse(path.read_text()), module, path.name == "__init__.py")
+        for name in imported_names(path, module)
         if name.split(".")[0] == "ipywidgets"
     }
     assert users <= {"widgets"}
 
 
-def test_a_climb_and_a_circle_are_seen(tmp_path: Path) -> None:
+def test_an_upward_import_and_a_circle_are_seen(tmp_path: Path) -> None:
     """The checks above can fail: relative, late and dynamic imports all count."""
     package = tmp_path / "moelab"
     (package / "kernels").mkdir(parents=True)
@@ -155,7 +175,7 @@ def test_a_climb_and_a_circle_are_seen(tmp_path: Path) -> None:
     }.items():
         (package / f"{name}.py").write_text(code)
     graph = edges(package)
-    assert climbs(graph) == [
+    assert upward_imports(graph) == [
         "moelab.errors imports moelab.cli",
         "moelab.kernels.align imports moelab.fused_moe",
         "moelab.kernels.tiles imports moelab",
@@ -164,35 +184,22 @@ def test_a_climb_and_a_circle_are_seen(tmp_path: Path) -> None:
     assert set(circle(graph)) == {"moelab.shapes", "moelab.config"}
 
 
-def test_import_moelab_is_light() -> None:
-    assert loaded_after("import moelab") & (HEAVY | {"numpy"}) == set()
+ARITHMETIC = """errors dtypes runtime formats quantization shared_experts shapes config implementations roofline recordings
+    config_files""".split()  # noqa: SIM905
 
 
-ARITHMETIC = [
-    "errors",
-    "dtypes",
-    "runtime",
-    "formats",
-    "quantization",
-    "shared_experts",
-    "shapes",
-    "config",
-    "roofline",
-]
-ARITHMETIC += ["recordings", "config_files"]
+def test_what_is_lazy_loads_nothing_heavy() -> None:
+    """In one process, lightest first: what none of them has loaded by the end, no single one loads."""
+    statements = ["import moelab", *(f"import moelab.{name}" for name in ARITHMETIC), "import moelab.plots"]
+    package, *arithmetic, plots = loaded_after(*statements)
+    assert package & (HEAVY | {"numpy"}) == set()
+    assert {name: loaded & HEAVY for name, loaded in zip(ARITHMETIC, arithmetic, strict=True) if loaded & HEAVY} == {}
+    assert plots & {"torch", "triton", "ipywidgets"} == set()
 
 
-@pytest.mark.parametrize("name", ARITHMETIC)
-def test_arithmetic_rooms_are_light(name: str) -> None:
-    assert loaded_after(f"import moelab.{name}") & HEAVY == set()
-
-
-def test_plots_load_no_torch() -> None:
-    assert loaded_after("import moelab.plots") & {"torch", "triton", "ipywidgets"} == set()
-
-
-def test_light_check_can_fail() -> None:
-    assert "pandas" in loaded_after("import pandas")
+def test_a_heavy_import_is_seen() -> None:
+    before, after = loaded_after("import json", "import pandas")
+    assert "pandas" not in before and "pandas" in after
 
 
 @pytest.mark.parametrize("path", modules(PACKAGE).values(), ids=lambda path: str(path.relative_to(ROOT)))
@@ -200,7 +207,7 @@ def test_functions_stay_short(path: Path) -> None:
     """No function over 90 lines, as CONTRIBUTING.md says."""
     spans = {
         node.name: (node.end_lineno or node.lineno) - node.lineno + 1
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in nodes(path)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
     assert {name: lines for name, lines in spans.items() if lines > 90} == {}

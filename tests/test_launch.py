@@ -90,7 +90,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
 
     monkeypatch.setattr(launch.triton.runtime, "driver", Driver)
     monkeypatch.setattr(launch, "RUNTIME", runtime.Runtime("gpu", "cuda", "none", "a stand-in"))
-    monkeypatch.setattr(launch, "_told", set())
+    monkeypatch.setattr(launch, "_warned", set())
     yield Kernel()
 
 
@@ -282,14 +282,14 @@ def test_unaligned_tensors_and_other_sizes_on_the_gpu() -> None:
 def test_instances_are_found_again_on_the_gpu() -> None:
     if runtime.current().mode != "gpu":
         pytest.skip("compiled kernels only")
-    from moelab.kernels import grouped_gemm as room
+    from moelab.kernels import grouped_gemm as module
 
     a, w, r = problem(5, 4, 2, 96, 128, torch.float16, "cuda")
     aligned = align(r.topk_ids, 16, 4)
     first = grouped_gemm(a, w, aligned, CONFIG, num_pairs=10, top_k=2)
-    before = len(room._launch._instances)
+    before = len(module._launcher._instances)
     assert torch.equal(grouped_gemm(a, w, aligned, CONFIG, num_pairs=10, top_k=2), first)
-    assert len(room._launch._instances) == before
+    assert len(module._launcher._instances) == before
 
 
 WITHOUT_A_GPU = """
@@ -331,7 +331,7 @@ for scale in (1.0, 0.3, 2.5e-310, -7.0):  # a factor is an argument: it decides 
     sum_reduce.sum_reduce_unchecked(x, scale, torch.empty(3, 128))
 factors = [len(sum_reduce._launch._instances), [one[12] for one in launches[6:]]]
 straight = [sum_reduce._launch._straight, activation._launch._straight]
-said = {"told": sorted(launch._told), "straight": straight, "version": triton.__version__}
+said = {"told": sorted(launch._warned), "straight": straight, "version": triton.__version__}
 print(json.dumps({**said, "factors": factors, "launches": [[str(part) for part in one] for one in launches[:6]]}))
 """
 

@@ -35,8 +35,8 @@ def clock_only(contenders: dict, protocol: object) -> dict:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_baseline, "measure", fake_measure)
-    for room, name in ((layer_baseline, "measure_eager"), (screening, "measure")):
-        monkeypatch.setattr(room, name, clock_only)
+    for module, name in ((layer_baseline, "measure_eager"), (screening, "measure")):
+        monkeypatch.setattr(module, name, clock_only)
     monkeypatch.setattr(runtime, "require_cuda", lambda what: None)
     monkeypatch.setattr(layer_baseline, "shape_of", lambda name: SMALL)
     monkeypatch.setattr(layer_baseline, "candidates", lambda rows, *, splits: {16: TILES})

@@ -186,7 +186,7 @@ def with_act(act: object) -> Fused:
         (OwnGate(alpha=1.0), "silu", "none of moelab's"),
         (OwnGate(limit=10.0), "swiglu_oai", "none of moelab's"),
         (UpFirst(), None, "none of moelab's"),
-        (with_act(None), None, "does not tell its activation"),
+        (with_act(None), None, "does not say its activation"),
     ],
 )
 def test_an_activation_that_is_not_ours_is_refused(block: nn.Module, activation: str | None, message: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
+from made_recordings import numbers, whole
 
 from moelab import recordings, runtime
 from moelab.plots import split_k as plots
@@ -59,37 +61,34 @@ def test_wins_are_counted_by_batch_kind_and_cause() -> None:
         {"shape": "s", "stage": "up", "num_tokens": 1, "variant": "workspace", "split_k": 16, "skipped": "empty"}
     ]
     panel = plots.win_map(made(split, fused, lost, skipped), ["s"])
-    assert "Of 3 cells Split-K wins 2, ties 0 and loses 1" in panel.sentence
-    assert (
-        "at best it takes 0.60 of the classic kernel’s time (s, up, batch 1, workspace, SPLIT_K = 2)" in panel.sentence
-    )
-    assert "1/1 at 1, 1/1 at 4, 0/1 at 8" in panel.sentence
-    assert "atomic_f32 0, atomic_out 1, workspace 1" in panel.sentence
-    assert "In 1 of the 2 wins the same kind with SPLIT_K = 1" in panel.sentence
-    assert "left out" not in panel.sentence
+    assert [row["verdict"] for row in panel.table] == ["win", "win", "loss"]
+    assert [row["against SPLIT_K = 1"] for row in panel.table][:2] == ["win", "tie"]
+    found = numbers(panel.sentence)
+    assert found[:4] == [3, 2, 0, 1] and {0.60, 1.50} <= set(found)
+    assert "1/1 at 1, 1/1 at 4, 0/1 at 8" in panel.sentence and "left out" not in panel.sentence
 
 
 def test_what_is_past_its_error_bound_wins_nothing() -> None:
     wrong = cell({("atomic_out", 2): 50.0, ("workspace", 2): 90.0})
     wrong = [r | {"within_bound": r["variant"] != "atomic_out"} for r in wrong]
     panel = plots.win_map(made(wrong), ["s"])
-    assert "0.90 of the classic kernel’s time (s, up, batch 1, workspace" in panel.sentence
-    assert panel.sentence.endswith("In 1 cell something faster is left out, its error past the bound.")
+    assert panel.table[0]["Split-K / classic"] == pytest.approx(0.9) and panel.table[0]["faster, past the bound"]
+    assert "1 cell something faster is left out" in panel.sentence
 
 
 def test_ties_are_drawn_apart() -> None:
     panel = plots.win_map(made(cell({}), cell({("workspace", 2): 60.0}, 4)), ["s"])
     decided, ties, text = panel.figure.data
-    assert list(decided.z[0]) == [None, pytest.approx(0.6)] and list(ties.z[0]) == [pytest.approx(1.0), None]
+    assert decided.z[0][1] == pytest.approx(math.log(0.6)) and ties.z[0][0] == pytest.approx(0.0)
+    assert math.isnan(decided.z[0][0]) and math.isnan(ties.z[0][1])
     assert text.text[1] == "0.60 ws×2" and len(text.text) == 2
 
 
 def test_by_split_names_the_fastest() -> None:
-    assert "Fastest: workspace with SPLIT_K = 2, 60.00 µs" in plots.by_split(
-        made(cell({("workspace", 2): 60.0})), "s", "up", 1
-    ).sentence  # fmt: skip
+    said = plots.by_split(made(cell({("workspace", 2): 60.0})), "s", "up", 1).sentence
+    assert "workspace" in said and numbers(said)[:3] == [2, 0.60, 100.0]
     beaten = made(cell({("classic", 1): 50.0}))
-    assert plots.by_split(beaten, "s", "up", 1).sentence.startswith("**Here nothing beats the classic kernel")
+    assert "Fastest: classic" in plots.by_split(beaten, "s", "up", 1).sentence
 
 
 def test_spread_is_of_the_runs() -> None:
@@ -97,11 +96,12 @@ def test_spread_is_of_the_runs() -> None:
         r | {"distinct": 20, "spread_abs": 0.25} if r["variant"] != "workspace" and r["split_k"] > 1 else r
         for r in cell({})
     ]
-    said = plots.error_and_spread(made(shaky)).sentence
-    assert said.startswith("**Bit for bit the same in every run, in every cell: workspace.**")
-    assert "atomic_out: 0 of 1 cell give 20 equal runs, they spread over up to 0.25 of the bound, none past it" in said
+    panel = plots.error_and_spread(made(shaky))
+    assert "every cell: workspace." in panel.sentence
+    found = {(row["kind"], row["SPLIT_K"]): row for row in panel.table}
+    assert found["atomic_out", 2]["all runs equal"] == 0 and found["atomic_out", 2]["largest spread / bound"] == 0.25
     every = made([r | {"distinct": 2} for r in cell({})])
-    assert plots.error_and_spread(every).sentence.startswith("**No kind repeats its bits.**")
+    assert "no kind" in plots.error_and_spread(every).sentence
 
 
 @pytest.mark.parametrize("split", [1, 2, 16])
@@ -135,12 +135,7 @@ DRAWN = {
 def test_the_shipped_recording_draws(name: str) -> None:
     found = recordings.load("split_k")
     panel = DRAWN[name](found)
-    layout = panel.figure.layout
-    assert layout.xaxis.title.text and layout.yaxis.title.text
-    assert (found.source() in layout.title.subtitle.text) == (name != "int32")
-    assert panel.sentence.startswith("**") and panel.sentence.endswith((".", ".**"))
-    text = json.dumps(panel.bundles(), allow_nan=False)
-    assert "NaN" not in text and "nan" not in panel.sentence
+    whole(panel, *[found.source()] * (name != "int32"))
 
 
 def test_shipped_workspace_repeats_and_the_map_is_whole() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from made_recordings import numbers
+
 from moelab import recordings
 from moelab.plots import tuned_gain as plots
 from moelab.recordings import Recording
@@ -47,19 +49,24 @@ def test_a_row_for_each_rival_and_target_with_what_was_timed() -> None:
         ("default, a", "1"): "2.00", ("default, a", "64"): "1.12", ("shipped file, a", "1"): "1.01",
     }  # fmt: skip
     assert [line.y0 for line in figure.layout.shapes] == [0.5], "a line where another rival begins"
-    title = figure.layout.title
-    assert title.text.endswith("never slower than the default, which takes 1.50 times as long")
-    assert "SYNTHETIC" in title.subtitle.text
+    assert "SYNTHETIC" in figure.layout.title.subtitle.text
 
 
 def test_words_count_means_ties_and_losses() -> None:
     panel = plots.gains(made())
-    assert "sglang’s default takes **1.500 times** as long (geometric mean of 2 cells; 0 ties" in panel.sentence
-    assert "ships takes **1.010 times** as long (geometric mean of 1 cell; 1 ties" in panel.sentence
+    assert numbers(panel.sentence)[:8] == [
+        1.5,
+        2,
+        0,
+        0,
+        1.01,
+        1,
+        1,
+        0,
+    ]  # mean, cells, ties, tuned slower; of each rival
     assert [row["over"] for row in panel.table] == ["sglang’s default", "the file that sglang ships"]
     loses = plots.gains(made(layer("b", 1, "default", 0.9, 0.8, 0.95), summary("b", "default", [1])))
-    assert "slower than the default in 1 cell" in loses.figure.layout.title.text
-    assert "slower beyond its interval in 1" in loses.sentence
+    assert numbers(loses.sentence)[3] == 1
 
 
 def test_seven_targets_have_a_row_each() -> None:
@@ -73,10 +80,7 @@ def test_seven_targets_have_a_row_each() -> None:
 def test_a_rival_that_was_never_timed_is_said() -> None:
     rows = (layer("a", 1, "shipped"), summary("a", "shipped", []))
     panel = plots.gains(Recording("tuned_gain", PROVENANCE, {}, rows))
-    assert "could not be timed" in panel.sentence and panel.figure is None
-    timed = (*rows, layer("b", 1, "shipped", 1.1, 1.05, 1.2), summary("b", "shipped", []))
-    title = plots.gains(Recording("tuned_gain", PROVENANCE, {}, timed)).figure.layout.title.text
-    assert title.endswith("the default was not timed")
+    assert "not timed" in panel.sentence and panel.figure is None
 
 
 def test_the_shipped_recording_draws_every_target() -> None:

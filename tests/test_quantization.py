@@ -75,6 +75,12 @@ READ: dict[str, tuple[dict[str, Any], str]] = {
     "all experts ignored, by pattern": (scheme(INT4, ignore=["re:.*experts.*"]), "plain"),
     "all experts ignored, by name": ({**BLOCK, "modules_to_not_convert": ["mlp.experts"]}, "plain"),
     "all experts ignored, by wildcard": ({"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp"]}, "plain"),
+    "all experts ignored, in one tensor": (
+        {**BLOCK, "modules_to_not_convert": [f"model.layers.{i}.feed_forward.experts.{p}_proj" for i in range(4) for p in
+                                             ("gate_up", "down")]},
+        "plain",
+    ),
+    "all experts ignored, of a Nemotron": ({**BLOCK, "exclude_modules": ["backbone.layers.*.mixer.experts*"]}, "plain"),
     "an empty section": ({}, "plain"),
 }  # fmt: skip
 

@@ -188,6 +188,15 @@ def test_vllm_refines_blocks_and_sglang_does_not_load_the_shard() -> None:
     assert "192" in ours.misfits[0] and ours.misfits[-1].endswith("Choose tp_size 1, 2")
 
 
+def test_vllm_divides_experts_over_all_ranks_or_none() -> None:
+    assert [bool(cf.ask("mixtral-8x7b", "vllm", tp_size=8, ep_size=ep).misfits) for ep in (1, 2, 8)] == [
+        False,
+        True,
+        False,
+    ]
+    assert cf.ask("mixtral-8x7b", "sglang", tp_size=8, ep_size=2).misfits == ()
+
+
 def test_vllm_refines_no_further_than_32() -> None:
     shape = MoEShape("any", 8, 2, 1024, 48, format=get_format("fp8_w8a8_block"))
     assert cf.question(shape, "vllm").misfits and cf.question(shape, "vllm").block_shape == (128, 128)

@@ -54,18 +54,18 @@ def test_figures_are_those_of_the_recordings() -> None:
 
 def test_stale_figures_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One sample of one recording changed, and the text differs."""
-    recorded = recordings.load("layer_classic")
-    slower = {**recorded.rows[2], "samples_us": [2 * s for s in recorded.rows[2]["samples_us"]]}
-    changed = recordings.Recording(
-        recorded.suite, recorded.provenance, recorded.protocol, (*recorded.rows[:2], slower, *recorded.rows[3:])
-    )
+    recorded = recordings.load("tuned_gain")
+    row = recorded.select(target="qwen3-30b-a3b/tp1", config_name="tuned", num_tokens=64)[0]
+    slower = {**row, "samples_us": [2 * s for s in row["samples_us"]]}
+    rows = tuple(slower if each is row else each for each in recorded.rows)
+    changed = recordings.Recording(recorded.suite, recorded.provenance, recorded.protocol, rows)
     before = pictures.text(pictures.panels())
     monkeypatch.setattr(recordings, "recordings_dir", lambda: tmp_path)
-    for item in ("ceilings", "layer_classic"):
+    for item in ("ceilings", "layer_classic", "tuned_gain"):
         source = ROOT / "data" / "recordings" / f"{item}.json"
         (tmp_path / source.name).write_bytes(source.read_bytes())
     same = pictures.text(pictures.panels())
-    recordings.write(changed, tmp_path / "layer_classic.json")
+    recordings.write(changed, tmp_path / "tuned_gain.json")
     assert before != same != pictures.text(pictures.panels())
 
 

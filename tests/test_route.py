@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moelab import precision, runtime
 from moelab.errors import RoutingError, ShapeError
-from moelab.kernels import route as room
+from moelab.kernels import route as module
 from moelab.kernels.route import new_routed, route, tiles_in_one_launch
 from moelab.kernels.token_tiles import new_token_tiles, token_tiles_ref
 from moelab.routing import Routed, expert_order_ref, route_ref
@@ -96,7 +96,7 @@ def test_tiles_need_a_result_and_one_program() -> None:
         route(logits[:1], top_k, tiles=tiles, **rule)
 
 
-# 16 bits leave room for a lane in a key, 32 do not: two ways of choosing.
+# 16 bits leave module for a lane in a key, 32 do not: two ways of choosing.
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 
 
@@ -120,7 +120,7 @@ def test_equals_torch_by_many_programs(name: str) -> None:
 )
 def test_which_way(num_tokens: int, lanes: int, rows: int | None) -> None:
     """The sizes of these tests lie on both sides of where one program stops."""
-    assert room.one_program_rows(num_tokens, lanes) == rows
+    assert module.one_program_rows(num_tokens, lanes) == rows
 
 
 @DTYPES
@@ -289,11 +289,11 @@ def test_in_a_cuda_graph_and_deterministic(name: str, num_tokens: int) -> None:
 @pytest.mark.gpu
 def test_batch_sizes_share_compiled_kernels() -> None:
     """A router compiles at most one kernel for each size of the one program's tile, and one for many programs."""
-    before = len(room._route_one._instances), len(room._route_many._instances)
+    before = len(module._route_one._instances), len(module._route_many._instances)
     for num_tokens in (*range(1, 40), 100, 128, 129):
         route(torch.randn(num_tokens, 48, device="cuda"), 3)
-    assert len(room._route_one._instances) - before[0] <= len(room._ROWS)
-    assert len(room._route_many._instances) - before[1] == 1
+    assert len(module._route_one._instances) - before[0] <= len(module._ROWS)
+    assert len(module._route_many._instances) - before[1] == 1
 
 
 @pytest.mark.gpu

@@ -121,13 +121,20 @@ def two_kinds(monkeypatch: pytest.MonkeyPatch):
         kept.cache_clear()
 
 
-def test_the_current_device_is_the_one_that_is_asked(two_kinds) -> None:
+def test_the_current_device_is_the_one_that_is_asked(two_kinds, monkeypatch: pytest.MonkeyPatch) -> None:
     """cuda:1 of another kind was named and checked by cuda:0, which had been asked first."""
     from moelab.config import KernelConfig
     from moelab.errors import SharedMemoryError
     from moelab.kernels import checks
-    from moelab.pipelines import fast
+    from moelab.pipelines import call_configs, fast
 
+    asked: list[str] = []
+
+    def no_file(experts: int, size: int, device: str, **rest: object) -> SimpleNamespace:
+        asked.append(device)
+        return SimpleNamespace(is_default=True, config=None)
+
+    monkeypatch.setattr(call_configs, "lookup", no_file)
     large = KernelConfig(128, 128, 128, 1, num_warps=8, num_stages=3)  # 128 KiB on sm_89, 192 on sm_90
     for index, name, target in (
         (0, "NVIDIA H200", "sm_90"),
@@ -137,6 +144,8 @@ def test_the_current_device_is_the_one_that_is_asked(two_kinds) -> None:
         two_kinds(index)
         assert runtime.current().device_name == name and runtime.device_key() == name.replace(" ", "_")
         assert runtime.provenance()["gpu"] == fast.here()[0] == name
+        call_configs.tuned_configs(3, 48, "float16", 7)
+        assert asked[-1] == name or index == 0
         found = checks.current_target()
         assert found is not None and found.name == target
         if index == 0:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from landscapes import shipped
 
 from moelab import recordings, runtime
 from moelab.config import KernelConfig, default_config, violations
 from moelab.config_files import lookup
 from moelab.studies import tuner_regret
-from moelab.tuner import landscape
 from moelab.tuner.landscape import Landscape
 from moelab.tuner.regret import Truth, trace
 from moelab.tuner.replay import Table
@@ -27,9 +27,7 @@ TUNED = [path.stem for path in FILES if not any(kind in path.stem for kind in KI
 """Runs whose winners are the files in configs/."""
 
 
-@pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)
-def shipped(request: pytest.FixtureRequest) -> Landscape:
-    return landscape.load(request.param)
+NAMES = [path.stem for path in FILES]
 
 
 def finals(found: Landscape, num_tokens: int) -> dict[tuple[KernelConfig, ...], float]:
@@ -45,27 +43,29 @@ def gained(found: Landscape, num_tokens: int) -> dict[tuple[KernelConfig, ...], 
     return {(KernelConfig(**row["up"]), KernelConfig(**row["down"])): row["ratio"] for row in rows}
 
 
-def test_a_shipped_landscape_is_sound(shipped: Landscape) -> None:
-    if shipped.name.endswith("-grid"):
-        assert Survey(shipped).well_covered == shipped.problem.batch_sizes and len(shipped.rows) > 10_000
-    elif shipped.name.endswith("-zipf"):
-        assert len(shipped.problem.batch_sizes) == 6 and len(shipped.rows) > 10_000
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_landscape_is_sound(name: str) -> None:
+    found = shipped(name)
+    if found.name.endswith("-grid"):
+        assert Survey(found).well_covered == found.problem.batch_sizes and len(found.rows) > 10_000
+    elif found.name.endswith("-zipf"):
+        assert len(found.problem.batch_sizes) == 6 and len(found.rows) > 10_000
     else:
-        assert len(shipped.problem.batch_sizes) == 19 and len(shipped.rows) > 30_000
-    assert shipped.problem.routing == ("zipf" if shipped.name.endswith("-zipf") else "uniform")
-    assert shipped.provenance["gpu"] == "NVIDIA H200" and shipped.provenance["git_commit"]
-    assert shipped.evaluator["measured"] is True
-    for row in shipped.rows[::97]:
+        assert len(found.problem.batch_sizes) == 19 and len(found.rows) > 30_000
+    assert found.problem.routing == ("zipf" if found.name.endswith("-zipf") else "uniform")
+    assert found.provenance["gpu"] == "NVIDIA H200" and found.provenance["git_commit"]
+    assert found.evaluator["measured"] is True
+    for row in found.rows[::97]:
         assert bool(row.outcome.samples_us) != bool(row.outcome.failure) or not row.outcome.measure_s
-        assert not any(violations(config, target=shipped.problem.target) for config in row.contender)
+        assert not any(violations(config, target=found.problem.target) for config in row.contender)
 
 
 def test_the_protocols_read_up_to_a_quarter_apart() -> None:
     """What replay, board, survey and the notebook give as the reason to keep them apart."""
     ratios = []
-    for path in FILES:
+    for name in NAMES:
         medians: dict[bool, dict[tuple, float]] = {False: {}, True: {}}
-        for row in landscape.load(path).rows:
+        for row in shipped(name).rows:
             if row.stage != "layer" and row.outcome.samples_us:
                 key = row.stage, row.num_tokens, row.contender
                 medians[row.interleaved][key] = statistics.median(row.outcome.samples_us)
@@ -83,7 +83,7 @@ def test_tuned_files_are_the_winners_of_their_finals(name: str) -> None:
 
     An entry that this run's finals never met, taken from another file, is held to the comparison in tuned_gain.
     """
-    found = landscape.load(name)
+    found = shipped(name)
     shape = found.problem.shape
     strangers = []
     for num_tokens in found.problem.batch_sizes:
@@ -112,7 +112,7 @@ def test_tuned_files_are_the_winners_of_their_finals(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in TUNED if any(p.stem == f"{name}-seed1" for p in FILES)])
 def test_two_runs_of_the_race_agree(name: str) -> None:
     """Each run's winner at a batch size, timed in the other's finals where it got there, is within 1 % of the best there."""
-    runs = [landscape.load(each) for each in (name, f"{name}-seed1")]
+    runs = [shipped(each) for each in (name, f"{name}-seed1")]
     met = 0
     for num_tokens in runs[0].problem.batch_sizes:
         times = [finals(found, num_tokens) for found in runs]
@@ -135,7 +135,7 @@ SHARES = {"race": 0.35, "forest": 0.1}
 
 @pytest.mark.parametrize("name", tuner_regret.shipped())
 def test_regret_on_a_real_landscape(name: str) -> None:
-    found = landscape.load(name)
+    found = shipped(name)
     truth = Truth(Table(found), dataclasses.replace(found.problem, batch_sizes=Survey(found).well_covered))
     everything = trace(truth, "grid", 0, every=10**9)[-1].samples
     for strategy, (median, worst) in MARGINS.items():

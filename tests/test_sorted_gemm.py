@@ -35,12 +35,9 @@ def in_place(a: torch.Tensor, alignment: Alignment) -> torch.Tensor:
 def judge_sums(out: torch.Tensor, a: torch.Tensor, w: torch.Tensor, ids: torch.Tensor, **options: object) -> None:
     """Sums over each token's pairs, against torch's; a rounding for every product where they are added in 16 bits."""
     token = (*ids.shape, w.shape[1])
-    given = {name: {k: v.to(d) for k, v in options.items()} for name, d in (("own", a.dtype), ("wide", torch.float64))}
-    own = grouped_gemm_ref(a, w, ids, top_k=1, **given["own"]).view(token)
-    exact = grouped_gemm_ref(a.double(), w.double(), ids, top_k=1, **given["wide"]).view(token)
+    given = {name: value.to(a.dtype) for name, value in options.items()}
+    own, exact = (x.view(token) for x in precision.gemm_references(a, w, ids, top_k=1, **given))
     tiny = (ids.shape[1] + 1) * float(precision.ulp(2 * exact.abs().max(), a.dtype))
-    if a.dtype == torch.float64:
-        tiny += a.shape[1] * 2.0**-53 * float(exact.abs().max())
     precision.check(out.to(a.dtype), own.sum(1), exact.sum(1), tiny=tiny)
 
 

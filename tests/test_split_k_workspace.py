@@ -13,7 +13,6 @@ from moelab.config import KernelConfig
 from moelab.errors import ConfigError, DtypeError, ShapeError, UnknownNameError, WorkspaceError
 from moelab.kernels.align import align
 from moelab.kernels.split_k_workspace import new_workspace, split_k_workspace
-from moelab.reference import activation_ref, grouped_gemm_ref
 
 CONFIG = KernelConfig(16, 32, 32, 1)
 
@@ -22,14 +21,7 @@ def judge_activated(
     out: torch.Tensor, a: torch.Tensor, w: torch.Tensor, ids: torch.Tensor, kind: str, gated: bool, **options: object
 ) -> None:
     """The product and its activation against float64, where torch rounds once between them."""
-    wide = {name: value.double() for name, value in options.items() if isinstance(value, torch.Tensor)}
-    sums = grouped_gemm_ref(a.double(), w.double(), ids, **{**options, **wide})
-    exact = activation_ref(sums, kind, gated=gated)
-    plain = activation_ref(grouped_gemm_ref(a, w, ids, **options), kind, gated=gated)
-    # float64 is judged by float64: a dot product's own rounding, passed through a function of slope two and a factor.
-    scale = float(sums.abs().max().clamp(min=1.0)) ** 2
-    tiny = 4 * a.shape[1] * 2.0**-53 * scale if a.dtype == torch.float64 else None
-    precision.check(out, plain, exact, tiny=tiny)
+    precision.check(out, *precision.gemm_references(a, w, ids, activated=(kind, gated), **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)

@@ -26,8 +26,8 @@ def fake_measure(contenders: dict, protocol: object) -> dict:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for room in (layer_classic, split_k, sum_reduce):
-        monkeypatch.setattr(room, "measure", fake_measure)
+    for module in (layer_classic, split_k, sum_reduce):
+        monkeypatch.setattr(module, "measure", fake_measure)
     monkeypatch.setattr(runtime, "require_cuda", lambda what: None)
     monkeypatch.setattr(layer_classic, "shape_of", lambda name: SMALL)
     tuned = KernelConfig(16, 32, 64, 1).to_json()
@@ -74,8 +74,8 @@ def clock_only(contenders: dict, protocol: object) -> dict:
 def short(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Split-K suite on LONG, with one tile, the widest, to choose from and two runs to tell apart."""
     monkeypatch.setattr(split_k, "measure", clock_only)
-    for room in (stages, layer_classic):  # so small a stage gets 48 rotations, each with an alignment of its own
-        monkeypatch.setattr(room, "rotations_for", lambda *args, **given: 2)
+    for module in (stages, layer_classic):  # so small a stage gets 48 rotations, each with an alignment of its own
+        monkeypatch.setattr(module, "rotations_for", lambda *args, **given: 2)
     every, spread = split_k.candidates, split_k.spread
     monkeypatch.setattr(split_k, "shape_of", lambda name: LONG)
     monkeypatch.setattr(split_k, "candidates", lambda rows, K, split: every(rows, K, split)[4:5])

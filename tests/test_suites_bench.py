@@ -75,7 +75,7 @@ def test_a_bench_takes_any_names_and_calls_no_wrong_one_fastest(timed: dict, mon
 def test_a_bench_takes_the_kernels_own_files(
     timed: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of those that have some; the others take the exchange kernel's."""
+    """Of those that have some; the others take the compatible kernel's."""
     monkeypatch.setenv("MOELAB_CONFIG_DIR", str(tmp_path))
     up, down = KernelConfig(16, 32, 16, 1, SPLIT_K=2), KernelConfig(16, 64, 16, 1)
     folder = tmp_path / runtime.triton_key(runtime.versions()["triton"] or "")

@@ -9,7 +9,7 @@ import pytest
 from test_transfer import made
 from typer.testing import CliRunner
 
-from moelab.plots.travel import travel
+from moelab.plots.transfer import travel
 from moelab.tuner import landscape
 from moelab.tuner.landscape import Landscape
 from moelab.tuner.transfer import Transfer

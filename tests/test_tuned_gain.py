@@ -195,7 +195,7 @@ def test_the_targets_have_files_of_their_own() -> None:
 
 
 def test_sglangs_file_is_found_by_sglangs_rules(tmp_path: Path) -> None:
-    from moelab.config_files.specimen import write_shipped
+    from moelab.config_files.shipped import write_shipped
 
     qwen, scout = (next(t for t in TARGETS if t.model == name) for name in ("qwen3-30b-a3b", "llama-4-scout"))
     sglang = write_shipped(tmp_path)

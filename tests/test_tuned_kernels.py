@@ -1,4 +1,4 @@
-"""Kernels beside the exchange kernel, tuned: their spaces, what cannot be tuned, their files, whole runs."""
+"""Kernels beside the compatible kernel, tuned: their spaces, what cannot be tuned, their files, whole runs."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_files_are_the_kernels_own(tmp_path: Path, kernel: str) -> None:
 
 
 def test_winners_are_handed_to_moelabs_loader_alone(tmp_path: Path) -> None:
-    """Under a peer's rules they would be taken for the exchange kernel's."""
+    """Under a peer's rules they would be taken for the compatible kernel's."""
     written = handover.write(tuned("tma"), "moelab", tmp_path)
     assert all(",kernel=tma" in each.path.name for each in written) and len(written) == 2
     for rules in ("sglang", "vllm"):

@@ -1,4 +1,4 @@
-"""Kernels beside the exchange kernel as the rig launches them, held against the gate."""
+"""Kernels beside the compatible kernel as the rig launches them, held against the gate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moelab.errors import ConfigError, WorkspaceError
 from moelab.fused_moe import fused_moe
 from moelab.routing import Alignment
 from moelab.shapes import MoEShape
-from moelab.tuner import rig as room
+from moelab.tuner import rig as module
 from moelab.tuner import sorted_rows
 from moelab.tuner.problem import COMPATIBLE, Problem
 from moelab.tuner.rig import Rig
@@ -32,7 +32,7 @@ interpreted = pytest.mark.skipif(runtime.current().mode == "gpu", reason="the gp
 
 @pytest.fixture(scope="module", params=OTHERS)
 def rig(request: pytest.FixtureRequest) -> Rig:
-    room.MOST_ROTATIONS, before = 2, room.MOST_ROTATIONS  # each is aligned by an interpreted kernel
+    module.MOST_ROTATIONS, before = 2, module.MOST_ROTATIONS  # each is aligned by an interpreted kernel
     kernel = request.param
     problem = Problem(SHAPE, "cpu", "sm_90", "3.7.1", (1, 21), kernel=kernel, split_k=implementation_of(kernel).split_k)
     made = Rig(problem)
@@ -40,7 +40,7 @@ def rig(request: pytest.FixtureRequest) -> Rig:
     for b in problem.batch_sizes:
         for stage in ("up", "down", "layer"):
             made.prepare(stage, b)
-    room.MOST_ROTATIONS = before
+    module.MOST_ROTATIONS = before
     return made
 
 
@@ -129,7 +129,7 @@ def test_pairs_of_another_ranks_experts(tmp_path: Path, monkeypatch, kernel: str
     ids = np.stack([np.arange(7) % 4, np.full(7, -1)], axis=1).astype(np.int32)
     ids[3] = -1
     np.save(tmp_path / "ids.npy", ids)
-    monkeypatch.setattr(room, "MOST_ROTATIONS", 1)
+    monkeypatch.setattr(module, "MOST_ROTATIONS", 1)
     made = Rig(Problem(SHAPE, "cpu", "sm_90", "3.7.1", (7,), routing=str(tmp_path / "ids.npy"), kernel=kernel))
     made.block_sizes = [16, 32]
     assert all((routing.topk_ids < 0).any() for routing in made.cell(7).routings)

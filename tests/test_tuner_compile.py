@@ -37,10 +37,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def compiled(kernel: str, cache: Path, asked: list[Kernel]) -> dict[Kernel, Compiled]:
-    """What becomes of these in two processes."""
-    problem = replace(PROBLEM, kernel=kernel)
-    pool = CompilePool(problem, processes=2, environment={"TRITON_CACHE_DIR": str(cache)})
+@pytest.fixture(scope="module")
+def known(cache: Path) -> dict[Kernel, Compiled]:
+    """What becomes of the classic kernel's configs, good and bad, in two processes of a pool."""
+    asked = [*both(COMPATIBLE), ("up", NO_PTXAS), ("down", TOO_LARGE)]
+    pool = CompilePool(PROBLEM, processes=2, environment={"TRITON_CACHE_DIR": str(cache)})
     try:
         pool.ask(asked)
         while len(pool.known) < len(set(asked)):
@@ -53,15 +54,29 @@ def compiled(kernel: str, cache: Path, asked: list[Kernel]) -> dict[Kernel, Comp
         pool.close()
 
 
-@pytest.fixture(scope="module")
-def known(cache: Path) -> dict[str, dict[Kernel, Compiled]]:
-    """Everything these tests compile, by kernel."""
-    more: list[Kernel] = [("up", NO_PTXAS), ("down", TOO_LARGE), *both(COMPATIBLE)]
-    return {name: compiled(name, cache, [*both(name), *(more if name == COMPATIBLE else [])]) for name in TUNED}
+# In a process of its own: Triton compiles there, and does not interpret.
+COMPILES = """
+import json
+from dataclasses import asdict, replace
+from test_tuner_compile import COMPATIBLE, PROBLEM, both
+from moelab.tuner.compile import TritonCompiler
+from moelab.tuner.tuned_kernels import TUNED
+
+made = {name: TritonCompiler(replace(PROBLEM, kernel=name)) for name in TUNED if name != COMPATIBLE}
+print(json.dumps({name: [asdict(compiler(kernel)) for kernel in both(name)] for name, compiler in made.items()}))
+"""
 
 
-# In a process of its own: Triton compiles there, and does not interpret. Launches over real tensors are stopped after
-# Triton has looked at every argument, and found its cache entry.
+def in_a_compiler(code: str, cache: Path) -> dict:
+    """What a program prints, as JSON, in a process whose Triton compiles into that cache."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(cache)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+# Launches over real tensors, stopped after Triton has looked at every argument, and found its cache entry.
 LAUNCHES = """
 import json, sys
 from dataclasses import replace
@@ -91,8 +106,8 @@ def unsorted(ids, block, experts):
     return align._allocate(max_padded_pairs(ids.numel(), block, experts), block, ids.numel(), experts, ids.device)
 rig.align = unsorted
 entries = {}
-for name, kernel in TUNED.items():
-    made = rig.Rig(replace(PROBLEM, kernel=name, split_k=kernel.split_k))
+for name in TUNED:
+    made = rig.Rig(replace(PROBLEM, kernel=name, split_k=implementation_of(name).split_k))
     for i, (_, config) in enumerate(both(name)[::2]):
         for b in PROBLEM.batch_sizes:
             found.clear()
@@ -102,26 +117,25 @@ print(json.dumps(entries))
 """
 
 
-def test_a_launch_finds_what_was_compiled_ahead(known: dict[str, dict[Kernel, Compiled]], cache: Path) -> None:
+def test_a_launch_finds_what_was_compiled_ahead(known: dict[Kernel, Compiled], cache: Path) -> None:
     """The same cache entry, of every kernel, for both GEMMs, at every batch size: nothing is compiled where it is measured."""
-    every = [known[name][k] for name in TUNED for k in both(name)]
+    others = in_a_compiler(COMPILES, cache)
+    made = {name: [Compiled(**one) for one in ones] for name, ones in others.items()}
+    made[COMPATIBLE] = [known[kernel] for kernel in both(COMPATIBLE)]
+    every = [one for ones in made.values() for one in ones]
     assert [one.message for one in every if one.failure] == []
     assert all(one.seconds > 0 and one.shared_bytes > 0 for one in every)
     assert len({one.entry for one in every}) == len(every) <= len(list(cache.iterdir()))
     before = sorted(cache.iterdir())
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(cache)}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    done = subprocess.run([sys.executable, "-c", LAUNCHES], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    entries = json.loads(done.stdout)
+    entries = in_a_compiler(LAUNCHES, cache)
     for name, i, b in product(TUNED, range(len(GOOD)), PROBLEM.batch_sizes):
-        found, up, down = entries[f"{name} {i} {b}"], *(known[name][k].entry for k in both(name)[2 * i : 2 * i + 2])
+        found, up, down = entries[f"{name} {i} {b}"], *(one.entry for one in made[name][2 * i : 2 * i + 2])
         assert found[0] == up and down in found[1:], (name, i, b)
     assert sorted(cache.iterdir()) == before
 
 
-def test_what_does_not_compile_or_fit_is_told_apart(known: dict[str, dict[Kernel, Compiled]]) -> None:
-    refused, large = known[COMPATIBLE]["up", NO_PTXAS], known[COMPATIBLE]["down", TOO_LARGE]
+def test_what_does_not_compile_or_fit_is_told_apart(known: dict[Kernel, Compiled]) -> None:
+    refused, large = known["up", NO_PTXAS], known["down", TOO_LARGE]
     assert (refused.failure, large.failure) == ("compile", "resources")
     assert "registers" in refused.message and len(refused.message) <= 300 and "232448" in large.message
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +37,14 @@ def tuned(strategy: str, budget_s: float | None, run: Path | None = None, **more
     ).run()
 
 
-FREE = {strategy: tuned(strategy, None) for strategy in ("race", "grid", "forest", "random")}
+@functools.cache
+def free(strategy: str) -> TuneResult:
+    """What a strategy does without a budget; once a process, when the first test asks."""
+    return tuned(strategy, None)
 
 
 def compiling(strategy: str) -> float:
-    return dict(FREE[strategy].timeline)["compile"]
+    return dict(free(strategy).timeline)["compile"]
 
 
 # --- a share is left for measuring ---------------------------------------------------------------------------------------
@@ -76,12 +80,12 @@ def test_a_cut_run_is_taken_up_with_a_longer_budget(tmp_path: Path) -> None:
     cut = tuned("race", compiling("race") / 2, path)
     resumed = TuneSession.resume(path, lambda _: evaluator(), budget_s=2 * cut.coverage.needed_s).run()
     assert cut.coverage.cut and not resumed.coverage.cut
-    assert resumed.coverage.batches == FREE["race"].coverage.batches
+    assert resumed.coverage.batches == free("race").coverage.batches
 
 
 @pytest.mark.parametrize("strategy", ["race", "grid"])
 def test_a_budget_that_ends_the_looks_cuts_all_batch_sizes_alike(strategy: str) -> None:
-    phases = dict(FREE[strategy].timeline)
+    phases = dict(free(strategy).timeline)
     looks = "screen" if strategy == "race" else "grid"
     quick = ReplayEvaluator(TABLE, PROBLEM, compile_processes=1000)
     before = phases["compile"] / 1000 + phases.get("scouts", 0)
@@ -145,7 +149,7 @@ def test_the_most_promising_come_first() -> None:
 
 @pytest.mark.parametrize("strategy", ["race", "grid"])
 def test_a_run_that_was_not_cut_says_nothing(strategy: str) -> None:
-    coverage = FREE[strategy].coverage
+    coverage = free(strategy).coverage
     assert coverage.cut == () and coverage.needed_s is None and coverage.sentences() == []
     space = build_space(PROBLEM)
     board = Board(PROBLEM, space)
@@ -159,8 +163,8 @@ def broken(gemm: str) -> set:
 
 
 def test_a_long_budget_cuts_nothing() -> None:
-    assert tuned("race", 10 * FREE["race"].spent_s).coverage == dataclasses.replace(
-        FREE["race"].coverage, budget_s=10 * FREE["race"].spent_s
+    assert tuned("race", 10 * free("race").spent_s).coverage == dataclasses.replace(
+        free("race").coverage, budget_s=10 * free("race").spent_s
     )
 
 
@@ -179,7 +183,7 @@ def test_a_budget_that_leaves_nothing_says_so() -> None:
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6])
 def test_the_budget_that_it_names_is_about_enough(strategy: str, share: float) -> None:
     """It is no wild guess, and with a little more nothing is cut, or next to nothing. On the simulated clock."""
-    least = FREE[strategy].spent_s
+    least = free(strategy).spent_s
     coverage = tuned(strategy, share * least).coverage
     assert coverage.cut and coverage.needed_s > share * least
     assert 0.4 * least < coverage.needed_s < 4 * least, (coverage.needed_s, least)
@@ -219,4 +223,4 @@ def without_cost() -> tuple:
 
 def test_the_shape_of_these_tests() -> None:
     """Compiling is what costs here, as in the runs that these tests are about."""
-    assert compiling("race") > FREE["race"].spent_s / 2
+    assert compiling("race") > free("race").spent_s / 2

@@ -104,7 +104,7 @@ def test_compiled_ahead_is_not_compiled_again(warm: Path) -> None:
 
 
 @pytest.mark.parametrize("kernel", [name for name in TUNED if name != COMPATIBLE])
-def test_kernels_beside_the_exchange_kernel(tmp_path: Path, kernel: str) -> None:
+def test_kernels_beside_the_classic_kernel(tmp_path: Path, kernel: str) -> None:
     """Each passes its gate in every stage, and is measured without another compile of its GEMMs."""
     tuned = problem(kernel=kernel, split_k=implementation_of(kernel).split_k[:2])
     if implementation_of(kernel).needs_tma and not get_target(tuned.target).has_tma:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from landscapes import shipped
 from synthetic import small_problem, synthetic_landscape
 
 from moelab import recordings, runtime, studies
@@ -130,9 +131,9 @@ def ends(found: Recording, strategy: str, field: str, **equals: object) -> list[
 
 
 def test_the_recording_is_of_the_landscapes_that_are_shipped(recorded: Recording) -> None:
-    whole = [landscape.load(name) for name in tuner_regret.shipped()]
+    whole = [shipped(name) for name in tuner_regret.shipped()]
     assert {found.problem.shape.name for found in whole} >= {"qwen3-30b-a3b", "llama-4-scout"}
-    runs = [landscape.load(name) for name in landscape.landscape_names() if not name.endswith(tuner_regret.WHOLE)]
+    runs = [shipped(name) for name in landscape.landscape_names() if not name.endswith(tuner_regret.WHOLE)]
     again = tuner_regret._protocol(whole, runs, recorded.protocol["seeds"])
     assert dict(recorded.protocol) == json.loads(json.dumps(again)), "record it again: moelab record tuner_regret"
     assert recorded.path is not None and recorded.path.stat().st_size < 300_000

@@ -18,7 +18,7 @@ from moelab.errors import RoutingError, UnknownNameError
 from moelab.measure import rotations_for
 from moelab.routing import Routing, make_routing
 from moelab.shapes import MoEShape
-from moelab.tuner import rig as room
+from moelab.tuner import rig as rigs
 from moelab.tuner.device import GpuDevice
 from moelab.tuner.evaluate import Request
 from moelab.tuner.gate import telling_pairs
@@ -37,12 +37,12 @@ interpreted = pytest.mark.skipif(runtime.current().mode == "gpu", reason="the gp
 
 @pytest.fixture(scope="module")
 def rig() -> Rig:
-    room.MOST_ROTATIONS, before = 2, room.MOST_ROTATIONS  # each is aligned by an interpreted kernel
+    rigs.MOST_ROTATIONS, before = 2, rigs.MOST_ROTATIONS  # each is aligned by an interpreted kernel
     made = Rig(PROBLEM)
     for b in PROBLEM.batch_sizes:
         for stage in STAGES:
             made.prepare(stage, b)
-    room.MOST_ROTATIONS = before
+    rigs.MOST_ROTATIONS = before
     return made
 
 
@@ -54,18 +54,19 @@ def test_right_kernels_pass_the_gate(rig: Rig, stage: str, b: int) -> None:
 
 
 def spoilt(right, how: str):
-    def wrong(a, w, out, aligned, config, pairs, top_k, weights, extra) -> None:
-        right(a, w, out, aligned, config, pairs, top_k, weights, extra)
+    def wrong(call, out) -> None:
+        right(call, out)
         if how == "scaled":
             out *= 1.0001
-        elif how == "unweighted" and weights is not None:
-            right(a, w, out, aligned, config, pairs, top_k, None, extra)
+        elif how == "unweighted" and call.topk_weights is not None:
+            right(call._replace(topk_weights=None), out)
         elif how == "a row missing":
             out[len(out) // 2] = float("nan")
         elif how == "infinite":
             out[-1, -1] = float("inf")
         elif how == "last row of a run":
-            out[int(aligned.sorted_token_ids[: int(aligned.num_tokens_post_padded)].clamp(max=pairs - 1)[-1])] *= 1.01
+            last = call.alignment.sorted_token_ids[: int(call.alignment.num_tokens_post_padded)][-1]
+            out[int(last.clamp(max=call.num_pairs - 1))] *= 1.01
 
     return wrong
 

@@ -282,12 +282,12 @@ def test_two_tuners_on_one_file(tmp_path: Path) -> None:
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     winners, requests = undisturbed(tmp_path)
-    path, room, real = tmp_path / "run.jsonl", 40_000, os.pwrite
+    path, space, real = tmp_path / "run.jsonl", 40_000, os.pwrite
 
     def little_room(handle: int, data: bytes, offset: int) -> int:
-        if offset >= room:
+        if offset >= space:
             raise OSError(28, "No space left on device")
-        return real(handle, data[: room - offset], offset)
+        return real(handle, data[: space - offset], offset)
 
     monkeypatch.setattr(os, "pwrite", little_room)
     with pytest.raises(JournalError, match="full"):

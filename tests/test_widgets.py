@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import nbformat
 import pytest
+from broken_cells import BROKEN, assert_each_fails
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -81,44 +82,29 @@ at = load_ceilings("NVIDIA_H200", "floors")
 plots_explorer.explore("dbrx", 1, 1, at)
 box = widgets.explorer(at)
 picture = widgets.padding_picture(lambda b: ([0] * b, [0]), [2, 4], 1, 1)
-def broken(*args, **kwargs):
-    raise RuntimeError("the drawing function is broken")
 """
 BREAK = "plots_explorer.explore = pipeline.alignment = broken\n"
 CASES = {
-    "plain call": BREAK + 'plots_explorer.explore("dbrx", 1, 1, at)',
-    "plain call of the picture": BREAK + "pipeline.alignment([0], [0], 1, 1, 1)",
-    "explorer is made": BREAK + "widgets.explorer(at)",
-    "model changes": BREAK + 'box.children[0].children[0].value = "dbrx"',
-    "degree changes": BREAK + "box.children[0].children[1].value = 2",
-    "batch changes": BREAK + "box.children[0].children[2].value = 1",
-    "picture is made": BREAK + "widgets.padding_picture(lambda b: ([0] * b, [0]), [2, 4], 1, 1)",
-    "picture's slider moves": BREAK + "picture.children[0].children[0].value = 2",
+    "plain call": 'plots_explorer.explore("dbrx", 1, 1, at)',
+    "plain call of the picture": "pipeline.alignment([0], [0], 1, 1, 1)",
+    "explorer is made": "widgets.explorer(at)",
+    "model changes": 'box.children[0].children[0].value = "dbrx"',
+    "degree changes": "box.children[0].children[1].value = 2",
+    "batch changes": "box.children[0].children[2].value = 1",
+    "picture is made": "widgets.padding_picture(lambda b: ([0] * b, [0]), [2, 4], 1, 1)",
+    "picture's slider moves": "picture.children[0].children[0].value = 2",
 }
 
 
 def test_a_broken_drawing_function_fails_the_cell() -> None:
-    """In one kernel: the cell that breaks it fails, whether the call is plain or comes from a control."""
-    v4 = nbformat.v4
-    cells = [v4.new_code_cell(SETUP), *(v4.new_code_cell(source) for source in CASES.values())]
-    for cell in cells[1:]:
-        cell.metadata["tags"] = ["raises-exception"]
-    notebook = v4.new_notebook(cells=cells)
-    NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
-    failed = {
-        name: [output.evalue for output in cell.outputs if output.output_type == "error"]
-        for name, cell in zip(CASES, cells[1:], strict=True)
-    }
-    assert failed == {name: ["the drawing function is broken"] for name in CASES}
+    """Whether the call is plain or comes from a control."""
+    assert_each_fails(SETUP, BREAK, CASES)
 
 
-def test_the_setup_alone_passes_and_an_error_stops_a_notebook() -> None:
-    """The counterpart: nothing fails unbroken, and nbclient, which nbmake runs, raises where a cell fails."""
+def test_an_error_stops_a_notebook() -> None:
+    """nbclient, which nbmake runs, raises where a cell fails."""
     v4 = nbformat.v4
-    unbroken = [source.removeprefix(BREAK) for source in CASES.values()]
-    whole = v4.new_notebook(cells=[v4.new_code_cell(source) for source in (SETUP, *unbroken)])
-    NotebookClient(whole, timeout=60, kernel_name="python3").execute()
-    broken = v4.new_notebook(cells=[v4.new_code_cell(SETUP), v4.new_code_cell(CASES["batch changes"])])
+    broken = v4.new_notebook(cells=[v4.new_code_cell(SETUP), v4.new_code_cell(BROKEN + BREAK + CASES["batch changes"])])
     with pytest.raises(CellExecutionError, match="drawing function is broken"):
         NotebookClient(broken, timeout=60, kernel_name="python3").execute()
 

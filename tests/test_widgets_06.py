@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
+import specimen
+from broken_cells import assert_each_fails
 from test_transfer import made
 from test_widgets import control, shown, title
 
-from moelab import runtime, widgets
-from moelab.config_files import specimen
+from moelab import config_files, runtime, widgets
 from moelab.tuner.transfer import Transfer
 
 SETUP = """
 import tempfile
 from pathlib import Path
 from moelab import runtime, widgets
-from moelab.config_files import specimen
 from moelab.plots import config_health, lookup_path, transfer
 from moelab.plots.panel import Panel
 from test_transfer import made
@@ -26,8 +24,6 @@ from moelab.tuner.transfer import Transfer
 ours = {"ours": runtime.config_dir().parent, "again": runtime.config_dir().parent}
 runs = {"a": Transfer(made()), "b": Transfer(made(seed=1))}
 doctor, path, matrix = widgets.config_doctor(ours), widgets.config_path(ours), widgets.config_transfer(runs, [])
-def broken(*args, **kwargs):
-    raise RuntimeError("the drawing function is broken")
 def turn(box, name, value):
     next(each for each in box.children[0].children if each.description == name).value = value
 """
@@ -53,21 +49,7 @@ CASES = {
 
 
 def test_a_broken_drawing_function_fails_the_cell() -> None:
-    """In one kernel: nothing fails unbroken, or nbclient, which nbmake runs, would raise; then every call fails."""
-    v4 = nbformat.v4
-    sound = [v4.new_code_cell(source) for source in (SETUP, *(s for s in CASES.values() if "(None)" not in s))]
-    again = v4.new_code_cell(SETUP.partition("ours =")[2].join(["ours =", ""]))
-    cells = [v4.new_code_cell(BREAK + source) for source in CASES.values()]
-    for cell in cells:
-        cell.metadata["tags"] = ["raises-exception"]
-    here = {"metadata": {"path": str(Path(__file__).parent)}}
-    notebook = v4.new_notebook(cells=[*sound, again, *cells])
-    NotebookClient(notebook, timeout=60, kernel_name="python3", resources=here).execute()
-    failed = {
-        name: [output.evalue for output in cell.outputs if output.output_type == "error"]
-        for name, cell in zip(CASES, notebook.cells[-len(CASES) :], strict=True)
-    }
-    assert failed == {name: ["the drawing function is broken"] for name in CASES}
+    assert_each_fails(SETUP, BREAK, CASES)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +59,7 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_the_doctor_follows_its_controls(trees: dict[str, Path]) -> None:
-    box = widgets.config_doctor(trees, specimen="ill")
+    box = widgets.config_doctor(trees, {"ill": specimen.planted})
     assert "moelab: " in title(box)
     control(box, "Tree").value = "ill"
     assert title(box).startswith("sglang: 34") and "planted mistakes were found" in str(shown(box))
@@ -114,7 +96,7 @@ def test_the_path_follows_its_controls(trees: dict[str, Path]) -> None:
 
 def test_the_matrix_follows_its_controls() -> None:
     runs = {"a": Transfer(made()), "b": Transfer(made(seed=1))}
-    box = widgets.config_transfer(runs, specimen.shipped_files())
+    box = widgets.config_transfer(runs, config_files.shipped_files())
     assert title(box).endswith("GEMM1 + GEMM2")
     control(box, "Matrix").value = "shortcuts"
     control(box, "GEMM").value = "down"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moelab.cli import config_commands, printing, record_command, tune_command
+from moelab.cli import asking, config_commands, printing, record_command, tune_command
 from moelab.errors import DeviceError, MoelabError, RuntimeModeError
 
 if TYPE_CHECKING:
@@ -235,10 +235,10 @@ def bench(
 
     Exit status 1 if one is over its error bound, or could not run.
     """
-    from moelab.shapes import require_plain
+    from moelab.implementations import require_taken
 
     found = _load(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
-    require_plain(found, "moelab bench")
+    require_taken(found, "moelab bench")
     from moelab.suites import bench as suite
 
     with _naming_memory(found):
@@ -271,14 +271,9 @@ def _load(model: str, tp_size: int, ep_size: int, dtype: str | None, disable_fus
 def _doubts(device: str | None, asked: Question) -> list[str]:
     """What is doubtful about a device that was named by hand, or about a preset of plain weights."""
     from moelab.config_files import device_doubt
-    from moelab.presets import published_as
 
-    doubts = [device_doubt(device)] if device else []
-    if (published := published_as(asked.shape.name)) and asked.shape.format.is_plain:
-        doubts.append(
-            f"{asked.shape.name} is the layer in plain weights; its checkpoint is quantised: --model {published}"
-        )
-    return [doubt for doubt in doubts if doubt]
+    doubt = device_doubt(device) if device else None
+    return [*([doubt] if doubt else []), *asking.published_otherwise(asked.shape)]
 
 
 def _this_gpu() -> str | None:

@@ -22,26 +22,44 @@ def tuned_shape(asked: Mapping[str, Any]) -> MoEShape:
     """The layer that the server named by `rules` runs. Raises ShardError for a shard that it would not load, FormatError for
     quantised weights."""
     from moelab.errors import ShardError
-    from moelab.shapes import require_plain
+    from moelab.implementations import require_taken
 
     found = _question(asked, asked["rules"])
     if found.misfits:
         raise ShardError(f"{found.shape.name} at tp_size {asked['tp_size']}: {'. '.join(found.misfits)}.")
-    require_plain(found.shape, "moelab tune")
+    require_taken(found.shape, "moelab tune")
     return found.shape
 
 
 def who_asks(asked: Mapping[str, Any], problem: Problem) -> list[str]:
-    """For each server whether it will ask for the file that is tuned, and by which rule of which version."""
+    """For each server whether it will ask for the file that is tuned, and by which rule of which version.
+
+    A quantised checkpoint that is tuned in plain weights is asked for in its own format all the same.
+    """
     from moelab.config_files import get_rules, question
 
-    ours, sentences = question(problem.shape), []
+    sentences = []
     for rules in ("sglang", "vllm"):
-        theirs = _question(asked, rules, problem.device)
+        theirs = _question({**asked, "dtype": None}, rules, problem.device)
+        theirs = _question(asked, rules, problem.device) if theirs.shape.format.is_plain else theirs
+        ours = question(problem.shape, rules)
         version, because = get_rules(rules).version, "; ".join(theirs.because)
-        if (theirs.num_experts, theirs.columns) == (ours.num_experts, ours.columns):
+        if theirs.shape.format.file and theirs.name(problem.device) == ours.name(problem.device):
             sentences.append(f"{version} will ask for this file: {because}")
-        else:
-            other = f"E={theirs.num_experts}, N={theirs.columns}"
-            sentences.append(f"{version} will not ask for this file, but for {other} (--rules {rules}): {because}")
-    return sentences
+            continue
+        other = f"for {theirs.file_name(problem.device)}" if theirs.shape.format.file else "for no file of this kind"
+        how = f" (--rules {rules})" if theirs.num_experts != ours.num_experts else ""
+        sentences.append(f"{version} will not ask for this file, but {other}{how}: {because}")
+    return [*sentences, *published_otherwise(problem.shape)]
+
+
+def published_otherwise(shape: MoEShape) -> list[str]:
+    """That a preset of plain weights stands for a checkpoint that is published quantised, or nothing."""
+    from moelab.presets import published_as
+
+    published = published_as(shape.name) if shape.format.is_plain else None
+    return (
+        [f"{shape.name} is the layer in plain weights; its checkpoint is quantised: --model {published}"]
+        if published
+        else []
+    )

@@ -7,12 +7,11 @@ another. A file `...,kernel=NAME.json` is for a kernel beside the vLLM/sglang-co
 
 questions.py says which file a server asks for, for a model as it runs it. rules.py says how each loader searches; names.py,
 content.py and search.py follow it; exporting.py writes for a loader and reads back; diagnosis.py finds the files that no
-loader reaches, or no kernel takes, and specimen.py writes one of each such.
+loader reaches, or no kernel takes; shipped.py has what sglang ships for three models.
 """
 
 from __future__ import annotations
 
-from moelab.config_files import specimen
 from moelab.config_files.content import read_config_file, write_config_file
 from moelab.config_files.devices import device_doubt
 from moelab.config_files.diagnosis import doctor
@@ -23,6 +22,7 @@ from moelab.config_files.places import kernels_with_files, version_folders
 from moelab.config_files.questions import Question, ask, not_asked_for, platform_of, question
 from moelab.config_files.rules import DTYPE_SELECTORS, RULES, Rules, get_rules, rules_table
 from moelab.config_files.search import Lookup, Step, lookup, nearest_key
+from moelab.config_files.shipped import shipped_files, write_shipped
 
 __all__ = [
     "DTYPE_SELECTORS",
@@ -53,8 +53,9 @@ __all__ = [
     "question",
     "read_config_file",
     "rules_table",
+    "shipped_files",
     "sources",
-    "specimen",
     "version_folders",
     "write_config_file",
+    "write_shipped",
 ]

@@ -128,6 +128,11 @@ def question(
             block, misfits = (side, side), ()
     if misfits:
         misfits = (*misfits, _remedy(shape))
+    if loader.experts_over_all_ranks and shape.ep_size not in (1, shape.tp_size):
+        alone = (
+            f"{loader.version} divides experts over all ranks or none, and here over {shape.ep_size} of {shape.tp_size}"
+        )
+        misfits = (*misfits, f"{alone}. Expected the one or the other. Choose ep_size 1 or {shape.tp_size}")
     return Question(
         loader.name, shape, shape.moe_intermediate_size // format.values_per_byte, selector, block,
         format.per_channel_quant, tuple(reasons), tuple(misfits),

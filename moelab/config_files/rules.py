@@ -33,6 +33,7 @@ class Rules:
     whether a name says so; `doubles_int4_n`: N of int4_w4a16 is twice w2's last dimension; `device_gap`: what
     becomes `_`; `device_families`: (word of a device's name, the name that is asked for instead);
     `refines_blocks`: a quantisation block that a rank's sizes cut is made smaller, and named so (otherwise the load ends);
+    `experts_over_all_ranks`: its expert parallelism takes all ranks or none;
     `other_names`: what stands in the names of other kernels' files.
     Content: `reads_triton_version`: a top-level triton_version is skipped (otherwise it ends the load with a
     ValueError); `writes_triton_version`; `extra_keys`: keys of an entry that it reads and moelab's config has
@@ -62,6 +63,7 @@ class Rules:
     names_kernel: bool
     doubles_int4_n: bool
     refines_blocks: bool
+    experts_over_all_ranks: bool
     device_gap: str
     device_families: tuple[tuple[str, str], ...]
     other_names: tuple[str, ...]
@@ -108,6 +110,7 @@ _MOELAB = Rules(
     names_kernel=True,
     doubles_int4_n=False,
     refines_blocks=False,
+    experts_over_all_ranks=False,
     device_gap=" ",
     device_families=(),
     other_names=(),
@@ -150,6 +153,7 @@ _SGLANG = Rules(
     names_kernel=False,
     doubles_int4_n=False,
     refines_blocks=False,
+    experts_over_all_ranks=False,
     device_gap=" ",
     device_families=(),
     other_names=(),
@@ -198,6 +202,7 @@ _VLLM = Rules(
     names_kernel=False,
     doubles_int4_n=True,
     refines_blocks=True,
+    experts_over_all_ranks=True,
     device_gap=r"[\s/]+",
     device_families=(("H200", "NVIDIA_H200"),),
     other_names=(",backend=",),
@@ -219,6 +224,7 @@ _VLLM = Rules(
         "doubles_int4_n": "two values are packed into one byte of w2, and its N counts values",
         "refines_blocks": "fp8 checkpoints' blocks shrink to what divides the block and the rank's sizes, 32 at least, if the "
         "backend is chosen automatically (oracle/fp8.py)",
+        "experts_over_all_ranks": "with expert parallelism the experts' tensor parallelism is 1 (FusedMoEParallelConfig.make)",
         "device_families": "every H200 variant (NVL, ...) takes the files of the NVIDIA_H200",
         "device_gap": "runs of white space and slashes become one _",
         "reads_triton_version": "it is taken out; any other key that is no number ends the load",
@@ -258,6 +264,7 @@ TOPICS: tuple[tuple[str, str], ...] = (
     ("names_kernel", "kernel=NAME files"),
     ("doubles_int4_n", "N doubled for int4_w4a16"),
     ("refines_blocks", "blocks made smaller to fit a shard"),
+    ("experts_over_all_ranks", "expert parallelism over all ranks or none"),
     ("device_families", "devices taken for another"),
     ("reads_triton_version", "takes a top-level triton_version"),
     ("extra_keys", "keys beyond moelab's"),

@@ -16,14 +16,16 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moelab import runtime
 from moelab.chips import TARGETS
 from moelab.config import shared_memory_bytes, tma_shared_memory_bytes
 from moelab.errors import RuntimeModeError, UnknownNameError
 from moelab.kernels import cubin
-from moelab.kernels.aot_cases import Case, cases
+
+if TYPE_CHECKING:
+    from moelab.kernels.aot_cases import Case
 
 CHECKED_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 
@@ -32,10 +34,13 @@ CHECKED_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 class Resources:
     """What one compiled kernel takes: bytes of shared memory a block, registers a thread, bytes spilled a thread.
 
-    predicted_shared_bytes is exact, and with tma the most it can be.
+    kernel: "module:function"; family, note: the case that launched it. predicted_shared_bytes is exact, and with tma the most
+    it can be; None for a kernel whose shared memory config.py does not predict.
     """
 
-    label: str
+    kernel: str
+    family: str
+    note: str
     target: str
     shared_bytes: int
     shared_limit: int
@@ -45,46 +50,59 @@ class Resources:
     tma: bool = False
 
 
-def compile_case(case: Case, target: str) -> Resources:
-    """Compile one case for one target ("sm_90", "gfx942") and read what it takes.
+class AheadDriver:
+    """Stands in for Triton's driver where there is no such device: everything that compiling for a target asks of it."""
 
-    Raises RuntimeModeError in a process whose Triton interprets, UnknownNameError for another target; what the
-    compiler raises passes through.
+    def __init__(self, target: str) -> None:
+        self._target = _gpu_target(target)
+        # Triton keeps what it compiled by the device's number, and would take one target's for another's.
+        self._device = list(TARGETS).index(target)
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return self._device
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def compile_case(case: Case, target: str) -> list[Resources]:
+    """Compile what one case launches on a target ("sm_90", "gfx942"), and read what each kernel takes.
+
+    Replaces this process's driver of Triton. Raises RuntimeModeError in a process whose Triton interprets,
+    UnknownNameError for another target; what the compiler raises passes through.
     """
     runtime.prepare_triton()
     import triton
-    from triton.compiler import ASTSource
+    from triton.runtime.driver import driver
 
     if triton.knobs.runtime.interpret:
         raise RuntimeModeError(
             "Triton was imported for its interpreter in this process. Expected TRITON_INTERPRET=0. "
             "Run `python -m moelab.kernels.aot`, which starts its own."
         )
-    kernel = _kernel(case.kernel)
-    names = kernel.arg_names
-    signature = {name: case.arguments.get(name, "constexpr") for name in names}
-    constants = {(names.index(name),): value for name, value in case.constants.items()}
-    aligned = sorted(case.aligned & set(case.arguments))  # in one order: Triton's cache key spells them as they come
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs=constants, attrs=attributes),
-        target=_gpu_target(target),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
-    )
-    registers, spilled = _amd_usage(compiled.asm) if target.startswith("gfx") else cubin.usage(compiled.asm["cubin"])
+    from moelab.kernels.launch import compiling
+
+    driver.set_active(AheadDriver(target))
+    with compiling() as made:
+        case.launch(TARGETS[target])
+    return [_resources(case, target, compiled) for compiled in made]
+
+
+def _resources(case: Case, target: str, compiled: Any) -> Resources:
+    kernel = compiled.src.fn
+    tma = any(str(kind).startswith("tensordesc") for kind in compiled.src.signature.values())
     predicted = None
-    if case.config is not None:
-        predicted = shared_memory_bytes(case.config, case.dtype, target, dots=case.dots)
-        predicted = tma_shared_memory_bytes(case.config, case.dtype, target) if case.tma else predicted
-    limit = TARGETS[target].shared_memory_per_block
-    return Resources(case.label, target, compiled.metadata.shared, limit, predicted, registers, spilled, case.tma)
-
-
-def _kernel(path: str) -> Any:
-    import importlib
-
-    module, name = path.split(":")
-    return getattr(importlib.import_module(module), name)
+    if case.config is not None and "BLOCK_SIZE_K" in kernel.arg_names:
+        dots = 2 if kernel.__name__ == "_gated_gemm_kernel" else 1  # products in a step of its loop
+        predicted = shared_memory_bytes(case.config, case.dtype, target, dots=dots)
+        predicted = tma_shared_memory_bytes(case.config, case.dtype, target) if tma else predicted
+    registers, spilled = _amd_usage(compiled.asm) if target.startswith("gfx") else cubin.usage(compiled.asm["cubin"])
+    limit, shared = TARGETS[target].shared_memory_per_block, compiled.metadata.shared
+    name = f"{kernel.__module__}:{kernel.__name__}"
+    return Resources(name, case.family, case.note, target, shared, limit, predicted, registers, spilled, tma)
 
 
 def _gpu_target(target: str) -> Any:
@@ -105,21 +123,45 @@ def _amd_usage(asm: Mapping[str, Any]) -> tuple[int, int]:
     return int(registers[1]), int(private[1])
 
 
-def table(targets: Iterable[str] = CHECKED_TARGETS) -> list[Resources]:
-    """Every case on every target that it runs on."""
-    return [compile_case(case, target) for case in cases() for target in targets if case.runs_on(target)]
+def plan(*, sample: bool = False) -> list[tuple[Case, str]]:
+    """What is compiled: every case, for every checked target that it runs on.
+
+    sample: of each family the cases and the targets in turn, until each of both has been: every kernel for every target, and
+    every case for one.
+    """
+    from moelab.kernels.aot_cases import cases
+
+    families: dict[str, list[Case]] = {}
+    for case in cases():
+        families.setdefault(case.family, []).append(case)
+    found = []
+    for family in families.values():
+        fit = [name for name in CHECKED_TARGETS if TARGETS[name].has_tma or not family[0].needs_tma]
+        if sample:
+            turns = range(max(len(family), len(fit)))
+            found += [(family[i % len(family)], fit[i % len(fit)]) for i in turns]
+        else:
+            found += [(case, target) for case in family for target in fit]
+    return found
+
+
+def table(targets: Iterable[str] = CHECKED_TARGETS, *, sample: bool = False) -> list[Resources]:
+    """What every kernel of the plan takes, of those for these targets."""
+    wanted = set(targets)
+    return [row for case, target in plan(sample=sample) if target in wanted for row in compile_case(case, target)]
 
 
 def main() -> None:
-    """Print the table, as text or JSON."""
-    rows = table()
+    """Print the table, as text or JSON (--json), or a sample of it (--sample)."""
+    rows = table(sample="--sample" in sys.argv)
     if "--json" in sys.argv:
         print(json.dumps([asdict(row) for row in rows]))
         return
-    print(f"{'kernel':<44} {'target':<7} {'shared':>7} {'limit':>7} {'regs':>5} {'spilled':>7}")
+    print(f"{'kernel':<70} {'target':<7} {'shared':>7} {'limit':>7} {'regs':>5} {'spilled':>7}")
     for row in rows:
+        label = f"{row.kernel.partition(':')[2].strip('_').removesuffix('_kernel')}, {row.family} {row.note}"
         print(
-            f"{row.label:<44} {row.target:<7} {row.shared_bytes:>7} {row.shared_limit:>7} "
+            f"{label:<70} {row.target:<7} {row.shared_bytes:>7} {row.shared_limit:>7} "
             f"{row.registers:>5} {row.spilled_bytes:>7}"
         )
 

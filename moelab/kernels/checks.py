@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,8 @@ from moelab import runtime
 from moelab.chips import Target, gpu_target
 from moelab.config import KernelConfig
 from moelab.dtypes import LAYER_DTYPES, dtype_name, torch_dtype
-from moelab.errors import ConfigError, DeviceError, DtypeError, LayoutError, ShapeError
+from moelab.errors import ConfigError, DeviceError, DtypeError, FormatError, LayoutError, ShapeError
+from moelab.weights import GemmWeights
 
 FLOATS = tuple(torch_dtype(name) for name in LAYER_DTYPES)
 
@@ -40,6 +43,37 @@ def check_dtype(name: str, tensor: Tensor, expected: Iterable[torch.dtype]) -> N
         raise DtypeError(f"{name} is {found}. Expected {wanted}. Cast it with .to(...), or cast the others to match.")
 
 
+def check_given(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise FormatError without the tensor, ShapeError or DtypeError unless it has this shape and dtype."""
+    if tensor is None:
+        raise FormatError(f"There is no {name}. Expected {shape} of {dtype_name(dtype)}. Pass it with the codes.")
+    check_shape(name, tensor, shape)
+    check_dtype(name, tensor, (dtype,))
+
+
+def check_stored(name: str, weights: GemmWeights, experts: int, N: int, K: int) -> None:
+    """Raise FormatError, ShapeError or DtypeError unless codes, scales and zero points are those of (E, N, K) weights in their
+    format, as `moelab.quantised_weights.quantise` makes them."""
+    w, _, scale, zero_point, format, _ = weights
+    per_byte, sizes = format.values_per_byte, format.sizes
+    check_dtype(name, w, (getattr(torch, str(format.weight_dtype)),))
+    check_shape(name, w, (experts, N, K // per_byte))
+    scales = {
+        "tensor": (experts,), "channel": (experts, N), "group": (experts, N, K // sizes[0] if sizes else 0),
+        "block": (experts, -(-N // sizes[0]), -(-K // sizes[-1])) if len(sizes) == 2 else (),
+    }[format.granularity]  # fmt: skip
+    if format.granularity == "group" and K % sizes[0]:
+        raise ShapeError(f"{name} has K = {K}. Expected whole groups of {sizes[0]}. Shard the layer otherwise.")
+    wide = (
+        (torch.bfloat16, torch.float16) if format.scale_dtype == "bfloat16" else (getattr(torch, format.scale_dtype),)
+    )
+    check_given(f"{name}'s scale", scale, scales, scale.dtype if scale is not None and scale.dtype in wide else wide[0])
+    if format.zero_points:
+        check_given(f"{name}'s zero_point", zero_point, (experts, N * format.bits // 8, scales[2]), torch.uint8)
+    elif zero_point is not None:
+        raise FormatError(f"{name} came with zero points, and {format.name} has none. Expected none. Leave them out.")
+
+
 def check_together(**tensors: Tensor | None) -> None:
     """Raise DeviceError or LayoutError unless all tensors lie on one device, plain and contiguous (None is skipped)."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -61,8 +95,14 @@ def check_together(**tensors: Tensor | None) -> None:
             )
 
 
+COMPILED_ONLY: ContextVar[list[Any] | None] = ContextVar("compiled_only", default=None)
+"""Inside `launch.compiling`, where a launch's compiled kernel is put; None elsewhere."""
+
+
 def check_kernel_device(name: str, tensor: Tensor) -> None:
     """Raise RuntimeModeError or DeviceError unless Triton kernels take this tensor in this process."""
+    if tensor.is_meta and COMPILED_ONLY.get() is not None:
+        return
     mode = runtime.require_kernels(tensor.dtype)
     if tensor.device.type != mode.device:
         raise DeviceError(

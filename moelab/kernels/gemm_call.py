@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from moelab.config import KernelConfig
-from moelab.errors import ConfigError, ShapeError
+from moelab.errors import ConfigError, FormatError, ShapeError
 from moelab.kernels.checks import (
     FLOATS,
     check_dtype,
+    check_given,
     check_kernel_device,
     check_shape,
+    check_stored,
     check_together,
     checked_config,
+    current_target,
     launch_options,
 )
 from moelab.kernels.launch import signature
@@ -30,7 +33,7 @@ class GemmCall(NamedTuple):
     a: (num_pairs / top_k, K); GEMM1 has the layer's top_k, GEMM2 has 1 and one row per pair, or, of a kernel that reads sorted
     rows, (rows, K). weights: w (E, N, K) and what belongs to it. topk_weights: num_pairs float32 values, for the GEMM that
     applies them. activation: of a GEMM1 that applies it, and gated whether that has a gate. workspace: of a kernel that
-    needs one.
+    needs one. a_scale: of a's codes, where a format quantises activations; see `moelab.kernels.quantise_activations`.
     """
 
     a: Tensor
@@ -43,12 +46,13 @@ class GemmCall(NamedTuple):
     activation: str | None = None
     gated: bool = False
     workspace: Tensor | None = None
+    a_scale: Tensor | None = None
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """(N, K) of w."""
+        """(N, K) of w, in weights, of which a byte may hold two."""
         shape = self.weights.w.shape
-        return shape[1], shape[2]
+        return shape[1], shape[2] * self.weights.format.values_per_byte
 
     @property
     def num_rows(self) -> int:
@@ -123,17 +127,59 @@ def check_gemm(call: GemmCall, a_rows: int | None = None) -> tuple[int, int]:
                 "Pass the (num_tokens, top_k) weights of this batch."
             )
     checked_config(config, a.dtype, K)
+    _check_alignment(call, experts)
+    return N, K
+
+
+def _check_alignment(call: GemmCall, experts: int) -> None:
+    alignment, num_pairs = call.alignment, call.num_pairs
     if (alignment.num_pairs, alignment.num_experts) != (num_pairs, experts):
         raise ShapeError(
             f"The alignment is of {alignment.num_pairs} pairs to {alignment.num_experts} experts, the call of {num_pairs} "
             f"pairs to {experts}. Expected the same. Align this batch's topk_ids to w's experts."
         )
-    if alignment.block_size != config.BLOCK_SIZE_M:
+    if alignment.block_size != call.config.BLOCK_SIZE_M:
         raise ConfigError(
-            f"Rows are aligned to {alignment.block_size} but the config's BLOCK_SIZE_M is {config.BLOCK_SIZE_M}. "
+            f"Rows are aligned to {alignment.block_size} but the config's BLOCK_SIZE_M is {call.config.BLOCK_SIZE_M}. "
             "Expected the same: one sort serves both GEMMs. Align again, or give both GEMMs one BLOCK_SIZE_M."
         )
-    return N, K
+
+
+def check_quantised_gemm(call: GemmCall, out: Tensor, families: tuple[str, ...]) -> None:
+    """Raise unless operands, scales, alignment, config and result of a quantised product fit together, in one of `families`."""
+    a, w, format, (N, K) = call.a, call.weights, call.weights.format, call.sizes
+    if format.family not in families:
+        raise FormatError(
+            f"Weights in the format {format.name}. Expected one of {', '.join(families)}. Take another kernel."
+        )
+    check_kernel_device("a", a)
+    check_shape("a", a, (call.num_pairs // call.top_k, K))
+    codes = format.activations != "none"
+    check_dtype("a", a, (w.w.dtype,) if codes else (torch.bfloat16, torch.float16, torch.float32))
+    check_stored("w", w, w.w.shape[0], N, K)
+    if codes:
+        rows = {"token": (a.shape[0], 1), "group": (a.shape[0], -(-K // format.sizes[-1]) if format.sizes else 0)}
+        check_given("a_scale", call.a_scale, rows.get(format.activations, ()), torch.float32)
+    check_dtype("out", out, (torch.bfloat16, torch.float16, torch.float32) if codes else (a.dtype,))
+    check_shape("out", out, (call.num_pairs, N))
+    check_together(a=a, out=out, a_scale=call.a_scale, topk_weights=call.topk_weights, **w.tensors())
+    if w.bias is not None:
+        check_given("bias", w.bias, (w.w.shape[0], N), out.dtype)
+    if call.topk_weights is not None and call.topk_weights.numel() != call.num_pairs:
+        raise ShapeError(
+            f"topk_weights holds {call.topk_weights.numel()} values for {call.num_pairs} pairs. Expected one per pair. "
+            "Pass the (num_tokens, top_k) weights of this batch."
+        )
+    checked_config(call.config, a.dtype, K)
+    _check_alignment(call, w.w.shape[0])
+
+
+def swaps_operands(call: GemmCall) -> bool:
+    """Whether weights are the tensor core's M, as sglang 0.5.23 and vLLM 0.33.0 do on Hopper for fp8 and few rows: an 8-bit wgmma
+    takes 64 of M, and fewer rows would be widened to 16 bits."""
+    config, target = call.config, current_target()
+    narrow = config.BLOCK_SIZE_M < 64 <= config.BLOCK_SIZE_N
+    return narrow and call.a.dtype == torch.float8_e4m3fn and target is not None and target.name == "sm_90"
 
 
 def gemm_constants(config: KernelConfig, K: int, **constants: Any) -> tuple[dict[str, Any], dict[str, int]]:

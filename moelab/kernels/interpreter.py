@@ -55,14 +55,14 @@ def hasten(interpreter: ModuleType, language: ModuleType) -> bool:
 
     found: dict[int, list[tuple[str, Any]]] = {}
 
-    def patch_known(owner: Any, builder: Any, scope: Any) -> None:
+    def patch_kept(owner: Any, builder: Any, scope: Any) -> None:
         if id(owner) not in found:
             members = inspect.getmembers(owner)
             found[id(owner)] = [(name, member) for name, member in members if language.core.is_builtin(member)]
         for name, member in found[id(owner)]:
             interpreter._patch_attr(owner, name, member, builder, scope)
 
-    changes = {"_LangPatchScope": Scope, "_patch_lang": patch_once, "_patch_builtin": patch_known, "_hastened": True}
+    changes = {"_LangPatchScope": Scope, "_patch_lang": patch_once, "_patch_builtin": patch_kept, "_hastened": True}
     for name, value in changes.items():
         setattr(interpreter, name, value)
     return True

@@ -15,7 +15,6 @@ import contextlib  # noqa: E402
 import threading  # noqa: E402
 import warnings  # noqa: E402
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence  # noqa: E402
-from contextvars import ContextVar  # noqa: E402
 from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -32,8 +31,8 @@ if RUNTIME.mode == "interpreter":
     mend(interpreter)
     hasten(interpreter, triton.language)
 
-Instance = tuple[Mapping[str, Any], Mapping[str, Any]]
-"""What one compiled instance is made with: constants by name, launch options by name."""
+Compilation = tuple[Mapping[str, Any], Mapping[str, Any]]
+"""What an instance is compiled with: constants by name, launch options by name."""
 
 
 class Launcher:
@@ -57,7 +56,7 @@ class Launcher:
         grid: tuple[int, int],
         tensors: Sequence[Tensor | None],
         values: tuple[Any, ...],
-        instance: Callable[[], Instance],
+        instance: Callable[[], Compilation],
         descriptors: tuple[tuple[int, Any], ...] = (),
     ) -> None:
         """Launch a (columns, rows) grid on the current stream; the first tensor is on the current device (DeviceError).
@@ -98,10 +97,10 @@ class Launcher:
         grid: tuple[int, int],
         first: Tensor,
         arguments: Sequence[Any],
-        instance: Callable[[], Instance],
+        instance: Callable[[], Compilation],
     ) -> None:
         constants, options = instance()
-        made = _compiled_only.get()
+        made = checks.COMPILED_ONLY.get()
         if made is not None:
             made.append(self.kernel.warmup(*arguments, grid=grid, **constants, **options))
             return
@@ -164,7 +163,7 @@ class Launcher:
             compiled._run = run
         self._straight = not differs
         if differs:
-            _tell_once(f"{self.kernel.__name__}: Triton's launch {differs}")
+            _warn_once(f"{self.kernel.__name__}: Triton's launch {differs}")
         return compiled
 
 
@@ -188,12 +187,12 @@ def _first_difference(passed: Sequence[Any], ours: Sequence[Any]) -> str:
     return ""
 
 
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
-def _tell_once(why: str) -> None:
+def _warn_once(why: str) -> None:
     """Warn, the first time in this process only, that launches go through Triton."""
-    if not _told:
+    if not _warned:
         warnings.warn(
             f"Kernels are launched through Triton {triton.__version__}, at more host time a call, because its instances take "
             f"their arguments otherwise than those of 3.6 and 3.7 ({why}). Results are the same. Install one of those, or "
@@ -201,25 +200,23 @@ def _tell_once(why: str) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-    _told.add(why)
-
-
-_compiled_only: ContextVar[list[Any] | None] = ContextVar("compiled_only", default=None)
+    _warned.add(why)
 
 
 @contextlib.contextmanager
 def compiling() -> Iterator[list[Any]]:
     """Inside, a launch over tensors on "meta" compiles its instance and runs nothing; yields the list of Triton's compiled
-    kernels, in launch order. Such tensors count as lying on multiples of 16 bytes, as torch allocates them.
+    kernels, in launch order. Such tensors pass launchers' checks of the device, and count as lying on multiples of 16 bytes,
+    as torch allocates them.
 
     Under Triton's compiler only: its interpreter has nothing to compile.
     """
     made: list[Any] = []
-    token = _compiled_only.set(made)
+    token = checks.COMPILED_ONLY.set(made)
     try:
         yield made
     finally:
-        _compiled_only.reset(token)
+        checks.COMPILED_ONLY.reset(token)
 
 
 _hooks = triton.knobs.runtime

@@ -26,7 +26,7 @@ _MAX_UNROLLED_TOP_K = 16
 
 @dataclass(frozen=True)
 class Plan:
-    """How a size is cut: values a thread loads at once, threads a block, slots unrolled (0: none)."""
+    """How a size is cut: values a thread loads at once, threads a CTA, slots unrolled (0: none)."""
 
     vec: int
     threads: int
@@ -47,8 +47,8 @@ def plan(num_tokens: int, top_k: int, hidden: int, dtype: torch.dtype, *, aligne
     while hidden % vec:
         vec //= 2
     columns = -(-hidden // vec)
-    # From a sweep on an H200 over the sizes of the suite `sum_reduce`: many small blocks while tokens are few, one
-    # block a row once there are enough.
+    # From a sweep on an H200 over the sizes of the suite `sum_reduce`: many small CTAs while tokens are few, one
+    # CTA a row once there are enough.
     most = 64 if num_tokens < 256 else 1024
     threads = min(most, -(-columns // 32) * 32)
     return Plan(vec, threads, top_k if top_k <= _MAX_UNROLLED_TOP_K else 0)

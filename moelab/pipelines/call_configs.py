@@ -8,10 +8,11 @@ import os
 from moelab import runtime
 from moelab.call import Config, MoECall
 from moelab.config import KernelConfig, default_config
-from moelab.config_files import lookup
+from moelab.config_files import FileName, get_rules, lookup
+from moelab.config_files.defaults import default_rule
 from moelab.dtypes import dtype_name
 from moelab.errors import ConfigError
-from moelab.formats import PLAIN
+from moelab.formats import PLAIN, Format
 
 
 def call_configs(call: MoECall, kernel: str | None = None) -> tuple[KernelConfig, KernelConfig]:
@@ -24,8 +25,8 @@ def call_configs(call: MoECall, kernel: str | None = None) -> tuple[KernelConfig
     """
     up, down = call.config, call.down_config
     if up is None and down is None:
-        size, dtype = call.moe_intermediate_size, dtype_name(call.weights.w2.dtype)
-        up, down = tuned_configs(call.num_experts, size, dtype, call.num_tokens, kernel)
+        size, dtype = call.moe_intermediate_size, dtype_name(call.hidden_states.dtype)
+        up, down = tuned_configs(call.num_experts, size, dtype, call.num_tokens, kernel, call.weights.format)
     else:
         up = _resolved(up, call)
         down = up if down is None else _resolved(down, call)
@@ -40,31 +41,53 @@ def call_configs(call: MoECall, kernel: str | None = None) -> tuple[KernelConfig
 def _resolved(config: Config, call: MoECall) -> KernelConfig:
     if isinstance(config, KernelConfig):
         return config
-    return default_config(call.num_tokens, call.num_experts)
+    return _default(call.num_experts, call.moe_intermediate_size, call.num_tokens, call.weights.format)
+
+
+def _default(num_experts: int, size: int, num_tokens: int, format: Format) -> KernelConfig:
+    """sglang's rule where it finds no file; for formats that it has no file names for, that of 16-bit weights."""
+    if format.is_plain or format.dtype_selector("bfloat16") is None:
+        return default_config(num_tokens, num_experts)
+    name = FileName(
+        num_experts, size, runtime.current().device_name, format.selector, format.block_shape, format.per_channel_quant
+    )
+    found, _ = default_rule(get_rules("sglang"), name, num_tokens)
+    return found if isinstance(found, KernelConfig) else default_config(num_tokens, num_experts)
 
 
 def tuned_configs(
-    num_experts: int, moe_intermediate_size: int, dtype: str, num_tokens: int, kernel: str | None = None
+    num_experts: int,
+    moe_intermediate_size: int,
+    dtype: str,
+    num_tokens: int,
+    kernel: str | None = None,
+    format: Format = PLAIN,
 ) -> tuple[KernelConfig, KernelConfig]:
     """GEMM1's and GEMM2's of the tuned files for this device and Triton; sglang's default rule where there is no file.
 
-    Kept: a file is read once a batch size, as the servers do. Raises ConfigFileError for a file that is broken.
+    dtype: of plain weights and of activations. Kept: a file is read once a batch size, as the servers do. Raises
+    ConfigFileError for a file that is broken.
     """
-    return _tuned(num_experts, moe_intermediate_size, dtype, num_tokens, kernel, os.environ.get("MOELAB_CONFIG_DIR"))
+    device, config_dir = runtime.current().device_name, os.environ.get("MOELAB_CONFIG_DIR")
+    return _tuned(num_experts, moe_intermediate_size, device, dtype, num_tokens, kernel, format, config_dir)
 
 
 @functools.lru_cache(maxsize=4096)
 def _tuned(
-    num_experts: int, size: int, dtype: str, num_tokens: int, kernel: str | None, config_dir: str | None
-) -> tuple[KernelConfig, KernelConfig]:
-    device, version = runtime.current().device_name, runtime.triton_version() or "unknown"
+    num_experts: int, size: int, device: str, dtype: str, num_tokens: int, kernel: str | None, format: Format,
+    config_dir: str | None,
+) -> tuple[KernelConfig, KernelConfig]:  # fmt: skip
+    default = _default(num_experts, size, num_tokens, format)
+    if not format.file:
+        return default, default
+    version, block = runtime.triton_version() or "unknown", format.block_shape
     up, down = (
         lookup(
-            num_experts, size, device, num_tokens=num_tokens, triton_version=version, down=of_gemm2,
-            dtype_selector=PLAIN.dtype_selector(dtype), kernel=kernel,
+            num_experts, size // format.values_per_byte, device, num_tokens=num_tokens, triton_version=version,
+            down=of_gemm2, dtype_selector=format.dtype_selector(dtype), block_shape=block if block and block[0] else None,
+            per_channel_quant=format.per_channel_quant, kernel=kernel,
         )
         for of_gemm2 in (False, True)
     )  # fmt: skip
-    default = default_config(num_tokens, num_experts)
     first = default if up.is_default or up.config is None else up.config
     return first, first if down.is_default or down.config is None else down.config

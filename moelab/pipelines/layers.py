@@ -23,6 +23,7 @@ from moelab.kernels.split_k_atomic import split_k_atomic_f32
 from moelab.kernels.split_k_workspace import split_k_workspace
 from moelab.kernels.sum_reduce import sum_reduce, sum_reduce_unchecked
 from moelab.pipelines.call_configs import call_configs
+from moelab.pipelines.quantised import quantised_pipeline
 
 
 def _weights_of_gemms(call: MoECall) -> tuple[Tensor | None, Tensor | None]:
@@ -37,6 +38,8 @@ def triton_pipeline(call: MoECall) -> Tensor:
     Steps check nothing again of what fused_moe has: in eager decode the GPU waits for the host.
     """
     x, weights, ids = call.hidden_states, call.weights, call.topk_ids
+    if not weights.format.is_plain:
+        return quantised_pipeline(call)
     up, down = call_configs(call)
     checked(
         ("triton_pipeline", up, down, x.dtype, x.device, weights.w13.shape, weights.w2.shape),

@@ -10,6 +10,7 @@ from typing import Any
 from moelab.dtypes import LAYER_DTYPES
 from moelab.plots.panel import Panel, Row
 from moelab.plots.style import GREY, GRID, LOOKS, Look, grid, look, number, powers, series
+from moelab.plots.sum_reduce import ORDER
 
 FRACTION_BITS = {name: dtype.fraction_bits for name, dtype in LAYER_DTYPES.items()}
 """Stored fraction bits of a dtype: the spacing in [2^e, 2^(e+1)) is 2^(e - bits)."""
@@ -90,11 +91,7 @@ def checks(
                   "(upper row: its tolerance grows with |torch|, so a mark over the line may pass)",
                   titles=titles, rows=2, shared_y=True, height=700)  # fmt: skip
     sets = {"recorded": (recorded, False), "live here": (live, True), "reported": (_upstream_rows(reported), False)}
-    impls = [
-        impl
-        for impl in ("torch", "compiled", "triton_f32", "triton", "cuda")
-        if any(r["impl"] == impl for r in recorded)
-    ]
+    impls = [impl for impl in ORDER if any(r["impl"] == impl for r in recorded)]
     for name, (rows, hollow) in sets.items():
         for index, dtype in enumerate(dtypes):
             for line, (error, bound, verdict) in enumerate(_JUDGED, start=1):
@@ -144,46 +141,31 @@ def check_table(recorded: Sequence[Row], live: Sequence[Row], reported: Mapping[
     table = []
     for row in recorded:
         key = row["dtype"], row["impl"]
-        table.append(
-            {
-                "dtype": row["dtype"],
-                "implementation": row["impl"],
-                "Δtorch, reported": theirs.get(key, {}).get("max_abs_from_torch"),
-                "Δtorch, recorded": row["max_abs_from_torch"],
-                "Δtorch, live": here.get(key, {}).get("max_abs_from_torch"),
-                "tolerance": row["upstream_tolerance"],
-                "upstream passes": row["upstream_passes"],
-                "Δexact, recorded": row["max_abs"],
-                "Δexact, live": here.get(key, {}).get("max_abs"),
-                "bound": row["bound"],
-                "policy passes": row["passes"],
-                "99 % ULP, live": here.get(key, {}).get("p99_ulp"),
-            }
-        )
+        now = here.get(key, {})
+        table.append({
+            "dtype": key[0], "implementation": key[1], "Δtorch, reported": theirs.get(key, {}).get("max_abs_from_torch"),
+            "Δtorch, recorded": row["max_abs_from_torch"], "Δtorch, live": now.get("max_abs_from_torch"),
+            "tolerance": row["upstream_tolerance"], "upstream passes": row["upstream_passes"],
+            "Δexact, recorded": row["max_abs"], "Δexact, live": now.get("max_abs"), "bound": row["bound"],
+            "policy passes": row["passes"], "99 % ULP, live": now.get("p99_ulp"),
+        })  # fmt: skip
     return table
 
 
 def _check_sentence(recorded: Sequence[Row], reported: Mapping[str, Any]) -> str:
-    failing = [(r["dtype"], r["impl"]) for r in recorded if not r["upstream_passes"]]
-    ours = [(r["dtype"], r["impl"]) for r in recorded if not r["passes"]]
+    def failing(verdict: str) -> list[str]:
+        return [f"{r['impl']} in {r['dtype']}" for r in recorded if not r[verdict]]
 
-    def said(pairs: list[tuple[str, str]]) -> str:
-        return ", ".join(f"{impl} in {dtype}" for dtype, impl in pairs) or "nothing"
-
-    theirs = [(reported["dtype"], row["name"]) for row in reported["rows"] if not row["passes"]]
-    agree = "as reported" if [p for p in failing if p[0] == reported["dtype"]] == theirs else "unlike what was reported"
-    names = ", ".join(impl for dtype, impl in failing if dtype == reported["dtype"]) or "nothing"
-    text = f"**In {reported['dtype']} the fixed tolerance fails {names}, {agree}.** "
-    text += f"Over all dtypes it fails {said(failing)}; our policy fails {said(ours)}. "
-    same = "Both agree here" if failing == ours else "They disagree here"
-    slack = {d: max(r["upstream_tolerance"] / r["max_abs_from_torch"] for r in recorded
-                    if r["dtype"] == d and r["upstream_passes"] and r["max_abs_from_torch"])
-             for d in dict.fromkeys(r["dtype"] for r in recorded)}  # fmt: skip
-    loosest = max(slack, key=lambda d: slack[d])
-    return text + (
-        f"{same}, but a fixed tolerance fits no dtype by design: in {loosest} a passing kernel could be "
-        f"{number(slack[loosest])} times worse and still pass; twice torch’s own error moves with dtype and size. (upstream "
-        "allows atol + rtol × |value|: a point above 1 may pass.)"
+    theirs = [f"{row['name']} in {reported['dtype']}" for row in reported["rows"] if not row["passes"]]
+    fixed = failing("upstream_passes")
+    agree = "as" if [each for each in fixed if each.endswith(reported["dtype"])] == theirs else "unlike what was"
+    loosest = max((r for r in recorded if r["upstream_passes"] and r["max_abs_from_torch"]),
+                  key=lambda r: r["upstream_tolerance"] / r["max_abs_from_torch"])  # fmt: skip
+    slack = number(loosest["upstream_tolerance"] / loosest["max_abs_from_torch"])
+    return (
+        f"**The fixed tolerance fails {', '.join(fixed) or 'nothing'}, {agree} reported; ours fails "
+        f"{', '.join(failing('passes')) or 'nothing'}.** A fixed tolerance fits no dtype: in {loosest['dtype']} "
+        f"{loosest['impl']} could be {slack} times worse and still pass; twice torch’s own error moves with dtype and size."
     )
 
 
@@ -213,14 +195,11 @@ def error_distribution(errors: Mapping[str, Sequence[float]], source: str) -> Pa
         title="|out − exact| (0: exact)", tickvals=[edge, *ticks], ticktext=names, range=[edge - 0.3, -5]
     )
     figure.update_yaxes(title="share of results, %")
-    largest = max(table, key=lambda row: row["largest"])
-    least = min(table, key=lambda row: row["largest"])
-    sentence = (
-        f"**{largest['implementation']}’s median error is {number(largest['median error'])}, at float32’s rounding, though input "
-        f"and output are float64;** the best, {least['implementation']}, has {number(least['median error'])}. The largest errors "
-        f"are a factor of {number(largest['largest'] / least['largest'])} apart: an accumulator’s, not a bug’s."
-    )
-    return Panel(figure, table, sentence)
+    largest, least = (of(table, key=lambda row: row["largest"]) for of in (max, min))
+    return Panel(figure, table, f"**Largest and median error: {largest['implementation']} {number(largest['largest'])} and "
+                 f"{number(largest['median error'])}, at float32’s rounding; {least['implementation']} "
+                 f"{number(least['largest'])} "
+                 f"and {number(least['median error'])}.** The difference is an accumulator’s, not a bug’s.")  # fmt: skip
 
 
 def error_by_magnitude(
@@ -246,12 +225,10 @@ def error_by_magnitude(
     figure.update_xaxes(title="|exact value|", **powers(low / 1.2, high * 1.2))
     figure.update_yaxes(title="|out − exact| (lowest row: exact)", **powers(floor / 2, top * 3))
     worst = max(table, key=lambda row: row["largest ULP"])
-    sentence = (
-        f"**Errors do not shrink with the sum, ULPs do:** where the {dtype} terms cancel to {number(low)}, a rounding made at "
-        f"size 1 counts as {number(worst['largest ULP'])} ULP ({worst['implementation']}), while its 99th percentile is "
-        f"{number(worst['99 % ULP'])} and its median {number(worst['median ULP'])}. Judge by the percentile or by absolute error."
-    )
-    return Panel(figure, table, sentence)
+    return Panel(figure, table, f"**Errors do not shrink with the sum, ULPs do: {number(worst['largest ULP'])} ULP at worst "
+                 f"({worst['implementation']}), {number(worst['99 % ULP'])} at the 99th percentile, "
+                 f"{number(worst['median ULP'])} at the median.** A rounding made at size 1 counts so much where terms cancel "
+                 f"to {number(low)}: judge by the percentile or by absolute error.")  # fmt: skip
 
 
 def whole_op(rows: Sequence[Row], source: str) -> Panel:
@@ -275,15 +252,9 @@ def whole_op(rows: Sequence[Row], source: str) -> Panel:
               "passes": r["passes"]} for r in rows]  # fmt: skip
     failing = [f"{r['name']} in {r['dtype']}" for r in rows if not r["passes"]]
     worst = max(rows, key=lambda r: r["max_abs"] / r["bound"])
-    empty = {r["name"] for r in rows} != set.intersection(
-        *({r["name"] for r in rows if r["dtype"] == dtype} for dtype in {r["dtype"] for r in rows})
-    )
-    sentence = (
-        f"**{'All pass' if not failing else 'Failing: ' + ', '.join(failing)}.** The closest to its bound is {worst['name']} in "
-        f"{worst['dtype']}, at {worst['max_abs'] / worst['bound']:.0%} of it."
-        f"{' An empty column: that implementation refuses the dtype here.' if empty else ''}"
-    )
-    return Panel(figure, table, sentence)
+    return Panel(figure, table, f"**{'All pass' if not failing else 'Failing: ' + ', '.join(failing)}.** The closest to "
+                 f"its bound is {worst['name']} in {worst['dtype']}, at {worst['max_abs'] / worst['bound']:.2g} of it. An "
+                 "empty column: that implementation refuses the dtype here.")  # fmt: skip
 
 
 def verdicts(recorded: Sequence[Row]) -> Panel:
@@ -293,9 +264,7 @@ def verdicts(recorded: Sequence[Row]) -> Panel:
     cell = {(r["impl"], r["dtype"]): f"{_symbols(r['passes'])} / {_symbols(r['upstream_passes'])}" for r in recorded}
     table = [{"policy / upstream": impl} | {d: cell.get((impl, d), "–") for d in dtypes} for impl in impls]
     clean = [impl for impl in impls if all(r["passes"] for r in recorded if r["impl"] == impl)]
-    best = {d: min((r for r in recorded if r["dtype"] == d), key=lambda r: r["mean_abs"])["impl"] for d in dtypes}
-    ties = {d: [r["impl"] for r in recorded if r["dtype"] == d and r["mean_abs"] <= 1.001 * min(
-        s["mean_abs"] for s in recorded if s["dtype"] == d)] for d in best}  # fmt: skip
-    said = "; ".join(f"{d}: {' = '.join(names)}" for d, names in ties.items())
-    sentence = f"**Right in every dtype: {', '.join(clean)}.** Smallest mean error: {said}."
-    return Panel(None, table, sentence)
+    least = {d: min(r["mean_abs"] for r in recorded if r["dtype"] == d) for d in dtypes}
+    said = "; ".join(f"{d}: {' = '.join(r['impl'] for r in recorded if r['dtype'] == d and r['mean_abs'] <= 1.001 * low)}"
+                     for d, low in least.items())  # fmt: skip
+    return Panel(None, table, f"**Right in every dtype: {', '.join(clean)}.** Smallest mean error: {said}.")

@@ -9,8 +9,8 @@ from typing import Any
 from moelab.config import KernelConfig
 from moelab.errors import counted
 from moelab.plots import ratio_map
+from moelab.plots.cells import cells_of, names_of, sound, timed
 from moelab.plots.fast_layer import NOTHING, default_only
-from moelab.plots.layer_baseline import cells_of, names_of, sound, timed
 from moelab.plots.panel import Panel, Row, geometric_mean, timing
 from moelab.plots.style import GREY, grid
 from moelab.recordings import Recording

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moelab.errors import counted
-from moelab.plots.layer_baseline import names_of
+from moelab.plots.cells import names_of
 from moelab.plots.panel import Panel, Row
 from moelab.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, grid
 from moelab.recordings import Recording

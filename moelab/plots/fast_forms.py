@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from moelab.errors import counted
+from moelab.plots.cells import names_of, timed
 from moelab.plots.fast_layer import LEVEL
-from moelab.plots.layer_baseline import names_of, timed
 from moelab.plots.panel import Panel, Row, geometric_mean, timing
 from moelab.plots.style import GREY, grid
 from moelab.recordings import Recording

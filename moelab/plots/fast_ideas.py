@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from moelab.plots import ratio_map
+from moelab.plots.cells import IDEAS, cells_of, names_of, timed
 from moelab.plots.fast_layer import NOTHING, runs_of
-from moelab.plots.layer_baseline import cells_of, names_of, timed
 from moelab.plots.panel import Panel, Row, geometric_mean, timing
 from moelab.plots.style import GREEN, VERMILLION, grid, number
 from moelab.recordings import Recording
@@ -53,7 +53,8 @@ def _single(recording: Recording) -> list[dict[str, Any]]:
                 continue
             off, on = timing(row), timing(cell["fast"])
             verdict = "ties" if tie(off, on) else "helps" if on.median_us < off.median_us else "costs"
-            found.append({"idea": impl.removeprefix(WITHOUT), "shape": shape, "batch": batch,
+            idea = impl.removeprefix(WITHOUT)
+            found.append({"idea": IDEAS.get(idea, idea), "shape": shape, "batch": batch,
                           "ratio": off.median_us / on.median_us, "verdict": verdict})  # fmt: skip
     return found
 

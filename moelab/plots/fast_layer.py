@@ -9,7 +9,7 @@ from typing import Any
 from moelab import roofline
 from moelab.config import KernelConfig, default_config
 from moelab.errors import counted
-from moelab.plots.layer_baseline import cells_of, names_of, table_of, timed
+from moelab.plots.cells import cells_of, names_of, table_of, timed
 from moelab.plots.panel import Panel, Row, geometric_mean, timing
 from moelab.plots.style import GREY, Look, error_bars, grid, log_axis, look
 from moelab.recordings import Recording

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moelab.plots.cells import names_of, plots, span, timed
 from moelab.plots.panel import Panel, timing
 from moelab.plots.style import (
     BLUE,
@@ -17,9 +18,7 @@ from moelab.plots.style import (
     PURPLE,
     VERMILLION,
     Look,
-    error_bars,
     grid,
-    log_axis,
     look,
 )
 from moelab.plots.tma_overhead import PLAIN, times
@@ -151,18 +150,13 @@ def _timeline_table(drawn: list[Lane]) -> list[dict[str, Any]]:
 
 
 def _said_of_timeline(drawn: list[Lane], baseline: Recording) -> str:
-    classic, *others = drawn
-    parts = {name: us for name, us, _ in classic.parts}
-    launched = math.fsum(us for name, us in parts.items() if name != REST)
-    shapes = {row["shape"] for row in baseline.rows}
-    gpu = [us for shape in shapes if (us := gpu_us(baseline, shape, "triton", 1)) is not None]
-    shares = [max(0.0, 1 - us / classic.host_us) for us in (max(gpu), min(gpu))]
-    own = f"{parts[REST]:.1f}" if REST in parts else "none that can be told from noise"
+    classic = drawn[0]
+    gpu = [us for shape in names_of(baseline.rows, "shape") if (us := gpu_us(baseline, shape, "triton", 1)) is not None]
+    rest = sum(us for name, us, _ in classic.parts if name == REST)
     return (
-        f"**{_waiting(classic)}** Of the host’s time {launched:.1f} µs are the five steps and {own} the rest: fused_moe’s "
-        f"dispatch and its checks. Over the recorded shapes the GPU needs {min(gpu):.0f} to {max(gpu):.0f} µs for one token, and "
-        f"waits for {shares[0]:.0%} to {shares[1]:.0%} of the time; the host’s part hardly depends on sizes. "
-        f"{' '.join(_waiting(lane) for lane in others)} In a CUDA graph the host drops out."
+        f"**{_waiting(classic)}** fused_moe’s own part of the host’s time: {rest:.1f} µs. Over the recorded shapes the GPU needs "
+        f"{min(gpu):.0f} to {max(gpu):.0f} µs for one token. {' '.join(_waiting(lane) for lane in drawn[1:])} In a CUDA graph "
+        "the host drops out."
     )
 
 
@@ -222,65 +216,38 @@ def _over(row: Mapping[str, Any]) -> float | None:
 
 def _said_of_layers(table: list[dict[str, Any]]) -> str:
     sound = [row for row in table if row["within its bound"]] or table
-    least, most = sound[0], sound[-1]
-    waits = [row for row in sound if row[GRAPH] is not None and row[GRAPH] < row["95 % low"]]
-    timed = sum(row[GRAPH] is not None for row in sound)
+    waits = sum(row[GRAPH] is not None and row[GRAPH] < row["95 % low"] for row in sound)
     past = [row["implementation"] for row in table if not row["within its bound"]]
+    ends = " to ".join(f"{row['host, µs']:.1f} µs ({row['implementation']})" for row in (sound[0], sound[-1]))
     return (
-        f"**The least host time is {least['implementation']}’s, {least['host, µs']:.1f} µs a layer; the most is "
-        f"{most['implementation']}’s, {most['host, µs']:.1f} µs.** In {len(waits)} of {timed} implementations with both times "
-        "the GPU is done before the host is: there the host sets the pace in eager mode."
-        + (f" Past its error bound, and so not counted: {', '.join(past)}." if past else "")
+        f"**Host time of a layer: {ends}.** In {waits} of {sum(row[GRAPH] is not None for row in sound)} implementations with "
+        f"both times the GPU is done before the host is.{f' Past its error bound: {chr(44).join(past)}.' if past else ''}"
     )
 
 
 def by_batch(recording: Recording, baseline: Recording, impl: str = "triton") -> Panel:
     """GPU time in a graph and wall time in eager mode by batch, a plot per shape, beside the host's time of a layer."""
-    host = times(recording, "layer")[impl]
-    rows = [row for row in baseline.select(impl=impl) if "samples_us" in row]
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    figure = grid(f"From which batch on the host does not matter: {impl}", f"{baseline.source()}, 95 % intervals; dotted: host "
-                  f"time of a layer of {recording.protocol['num_tokens']} token, {host.median_us:.0f} µs", titles=shapes,
-                  rows=1 if len(shapes) <= 2 else 2, shared_y=True, height=620 if len(shapes) > 2 else 400)  # fmt: skip
-    cols = math.ceil(len(shapes) / (1 if len(shapes) <= 2 else 2))
+    host = times(recording, "layer")[impl].median_us
+    found = [row for row in timed(baseline) if row["impl"] == impl]
+    looks = {"GPU, in a CUDA graph": Look(BLUE, "diamond", "solid"), "wall, eagerly": Look(ORANGE, "square", "dash")}
+    rows = [{**row, "what": what, "samples_us": row[samples]} for row in found
+            for what, samples in zip(looks, ("samples_us", "eager_samples_us"), strict=True)]  # fmt: skip
+    figure = plots(f"From which batch on the host does not matter: {impl}", f"{baseline.source()}, 95 % intervals; dotted: host "
+                   f"time of a layer of {recording.protocol['num_tokens']} token, {host:.0f} µs", rows, span, "µs a layer",
+                   [10, 20, 50, 100, 200, 500, 1000, 2000, 5000], by="what", looks=looks.__getitem__, base=host)  # fmt: skip
     table: list[dict[str, Any]] = []
-    styles = {"GPU, in a CUDA graph": Look(BLUE, "diamond", "solid"), "wall, eagerly": Look(ORANGE, "square", "dash")}
-    for index, shape in enumerate(shapes):
-        place = {"row": index // cols + 1, "col": index % cols + 1}
-        mine = sorted((row for row in rows if row["shape"] == shape), key=lambda row: row["num_tokens"])
-        batches = [row["num_tokens"] for row in mine]
-        found = {"GPU, in a CUDA graph": [timing(row) for row in mine],
-                 "wall, eagerly": [timing({"samples_us": row["eager_samples_us"]}) for row in mine]}  # fmt: skip
-        for name, series in found.items():
-            ys, ends = [m.median_us for m in series], [m.interval_us for m in series]
-            bars = error_bars(ys, [low for low, _ in ends], [high for _, high in ends])
-            figure.add_scatter(x=batches, y=ys, error_y=bars, name=name, mode="lines+markers", line=styles[name].line(),
-                               marker=styles[name].marker(), legendgroup=name, showlegend=index == 0, **place)  # fmt: skip
-        figure.update_xaxes(**log_axis(batches), **place)
-        table += [
-            {"shape": shape, "batch": b, "GPU, µs": g.median_us, WALL: w.median_us, "eager / GPU": w.median_us / g.median_us}
-            for b, g, w in zip(batches, *found.values(), strict=True)
-        ]  # fmt: skip
-    figure.update_yaxes(matches="y")
-    figure.add_hline(host.median_us, line={"color": GREY, "dash": "dot"})
-    figure.update_xaxes(title="batch, tokens", row=1 if len(shapes) <= 2 else 2)
-    figure.update_yaxes(type="log", tickvals=[10, 20, 50, 100, 200, 500, 1000, 2000, 5000])
-    figure.update_yaxes(title="µs a layer", col=1)
-    return Panel(figure, table, _said_of_batches(table, shapes, host.median_us))
-
-
-def _said_of_batches(table: list[dict[str, Any]], shapes: list[str], host: float) -> str:
+    for row in found:
+        gpu, wall = span(row)[0], span(row, samples="eager_samples_us")[0]
+        table.append(
+            {"shape": row["shape"], "batch": row["num_tokens"], "GPU, µs": gpu, WALL: wall, "eager / GPU": wall / gpu}
+        )
     first = min(row["batch"] for row in table)
     small = [row["eager / GPU"] for row in table if row["batch"] == first]
     over = [row for row in table if row["GPU, µs"] >= host]
-    turns = {shape: min((row["batch"] for row in over if row["shape"] == shape), default=None) for shape in shapes}
-    if len(set(turns.values())) == 1 and over:
-        said = f"in every shape from batch {min(row['batch'] for row in over)} on"
-    else:
-        said = "; ".join(f"{shape} {f'from batch {b} on' if b else 'at none'}" for shape, b in turns.items())
-    left = [row["eager / GPU"] for row in over]
-    return (
-        f"**At batch {first} eager mode takes {min(small):.1f} to {max(small):.1f} times as long as a CUDA graph.** Of the "
-        f"recorded batches the GPU’s time is longer than the host’s {host:.0f} µs: {said}."
-        + (f" There the host is ahead, and eager mode takes at most {max(left):.2f} times as long." if over else "")
+    turns = {row["shape"]: min((r["batch"] for r in over if r["shape"] == row["shape"]), default=None) for row in table}
+    said = "; ".join(f"{shape} {f'from batch {b} on' if b else 'at none'}" for shape, b in turns.items())
+    most = (
+        f" There eager mode takes at most {max(row['eager / GPU'] for row in over):.2f} times as long." if over else ""
     )
+    return Panel(figure, table, f"**At batch {first} eager mode takes {min(small):.1f} to {max(small):.1f} times as long as a "
+                 f"CUDA graph.** The GPU takes longer than the host’s {host:.0f} µs: {said}.{most}")  # fmt: skip

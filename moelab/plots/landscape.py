@@ -82,18 +82,12 @@ def _heat_table(survey: Survey, gemm: Gemm, shown: Sequence[int]) -> list[Row]:
     share = 100 * survey.best_share[gemm]
     rows: list[Row] = []
     for index in sorted(shown, key=lambda i: -float(np.nanmean(share[:, i]))):
-        known = np.isfinite(share[:, index])
-        worst = int(np.nanargmin(share[:, index]))
-        rows.append(
-            {
-                "config": survey.configs[gemm][index].short(),
-                "batch sizes measured": int(known.sum()),
-                "within 2 %": int((share[known, index] >= 100 / 1.02).sum()),
-                "mean % of best": float(np.nanmean(share[:, index])),
-                "worst %": float(share[worst, index]),
-                "at batch": survey.batch_sizes[worst],
-            }
-        )
+        known, worst = np.isfinite(share[:, index]), int(np.nanargmin(share[:, index]))
+        rows.append({
+            "config": survey.configs[gemm][index].short(), "batch sizes measured": int(known.sum()),
+            "within 2 %": int((share[known, index] >= 100 / 1.02).sum()), "mean % of best": float(np.nanmean(share[:, index])),
+            "worst %": float(share[worst, index]), "at batch": survey.batch_sizes[worst],
+        })  # fmt: skip
     return rows[:12]
 
 
@@ -148,17 +142,11 @@ def plateaus(survey: Survey) -> Panel:
 
 def _cover_table(survey: Survey) -> list[Row]:
     return [
-        {
-            "GEMM": GEMM_NAMES[gemm],
-            "within": f"{found.within:.0%}",
-            "configs needed": len(found.chosen),
-            "config": config.short(),
-            "for the batch sizes": ", ".join(map(str, batches)),
-        }
-        for gemm in GEMMS
-        for found in _covers(survey, gemm)
+        {"GEMM": GEMM_NAMES[gemm], "within": f"{found.within:.0%}", "configs needed": len(found.chosen), "config": config.short(),
+         "for the batch sizes": ", ".join(map(str, batches))}
+        for gemm in GEMMS for found in _covers(survey, gemm)
         for config, batches in sorted(found.chosen.items(), key=lambda item: item[1] or (0,))
-    ]
+    ]  # fmt: skip
 
 
 def _cover_sentence(survey: Survey) -> str:
@@ -210,17 +198,13 @@ def importances(survey: Survey) -> Panel:
 def _importance_sentence(found: Mapping[Gemm, Shares], near: Mapping[Gemm, Shares]) -> str:
     names, parts = short_names(), []
     for gemm in GEMMS:
-        mean, mean_near = _means(found[gemm]), _means(near[gemm])
-        (first, second), last = list(mean)[:2], list(mean)[-1]
-        nearest = next(iter(mean_near))
-        parts.append(
-            f"{GEMM_NAMES[gemm]}: {names[first]} explains {mean[first]:.0%} on average, {names[second]} {mean[second]:.0%}, "
-            f"{names[last]} least ({mean[last]:.1%}); among configs within {NEAR:.0%} of the best it is {names[nearest]} "
-            f"({mean_near[nearest]:.0%})"
-        )
+        mean, nearest = _means(found[gemm]), next(iter(_means(near[gemm]).items()))
+        ranked = [f"{names[name]} {share:.1%}" for name, share in mean.items()]
+        parts.append(f"{GEMM_NAMES[gemm]}: {ranked[0]}, {ranked[1]}, least {ranked[-1]}; within {NEAR:.0%} of the best "
+                     f"{names[nearest[0]]} {nearest[1]:.1%}")  # fmt: skip
     return (
-        f"**{'. '.join(parts)}.** The pruned grid is not balanced, so parameters share some of what they explain, and the "
-        "shares need not add up to 100 %."
+        f"**Explained on average: {'. '.join(parts)}.** The pruned grid is not balanced: parameters share some of what they "
+        "explain, and the shares need not add up to 100 %."
     )
 
 

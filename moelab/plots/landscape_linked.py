@@ -127,18 +127,11 @@ def _customdata(details: Sequence[Detail]) -> np.ndarray:
 
 def _table(details: Sequence[Detail]) -> list[Row]:
     return [
-        {
-            "config": d.config.short(),
-            "µs": d.median_us,
-            "95 % interval": f"{number(d.low_us, 4)} … {number(d.high_us, 4)}",
-            "samples": d.samples,
-            "shared memory, KiB": d.shared_bytes / 1024,
-            "waves": d.waves,
-            "rows computed / existing": d.padding,
-            "floor / time": d.roof,
-        }
+        {"config": d.config.short(), "µs": d.median_us, "95 % interval": f"{number(d.low_us, 4)} … {number(d.high_us, 4)}",
+         "samples": d.samples, "shared memory, KiB": d.shared_bytes / 1024, "waves": d.waves,
+         "rows computed / existing": d.padding, "floor / time": d.roof}
         for d in details[:12]
-    ]
+    ]  # fmt: skip
 
 
 def _sentence(survey: Survey, gemm: Gemm, num_tokens: int, details: Sequence[Detail]) -> str:

@@ -1,206 +1,308 @@
-"""The measured layer: on the roof, over its floor, and beside sglang."""
+"""The measured layer, by config or by implementation: on the roof, over its floor, beside sglang's, eagerly, who is fastest."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moelab import roofline
+from moelab.errors import counted
+from moelab.plots import ratio_map
+from moelab.plots.cells import (
+    CLEARLY,
+    Span,
+    cells_of,
+    extremes,
+    floor_of,
+    left_out,
+    line,
+    names_of,
+    plots,
+    rate,
+    reach,
+    sound,
+    span,
+    table_of,
+    timed,
+)
+from moelab.plots.cells import fastest as fastest_of
+from moelab.plots.cells import over_floor as times_over_floor
 from moelab.plots.panel import Panel, Row, geometric_mean, timing
-from moelab.plots.style import GREY, SERIES, error_bars, grid, log_axis, look, powers, series
+from moelab.plots.style import GREY, SERIES, grid, log_axis, look, powers, series
 from moelab.recordings import Recording
-from moelab.roofline import Ceilings, Cost
+from moelab.roofline import Ceilings
 
-CONFIGS = ("default", "shipped", "tuned")
-"""Config names of the recording that sglang was timed under as well."""
+CLASSIC = "triton"
+ELSEWHERE = "shipped elsewhere"
+CONFIGS = ("default", "shipped", "tuned", ELSEWHERE)
+"""sglang's rule without a file; the file it ships for this device; `moelab tune`'s pair; a file it ships for another device."""
+
+SEARCHED = {"tuned": "searched"}
+"""What the recording layer_classic and sglang's rows call tuned: one config for both GEMMs, found by a short search of
+another harness. `moelab tune`'s pairs are tuned."""
+
+FAR = 1.5
+"""Times the best implementation's mean over the floor, from which on a line waits in the legend."""
 
 
-def _over_floor(row: Row, at: Ceilings) -> dict[str, Any]:
-    """A recorded row's median and interval over its own floor."""
-    floor = roofline.floor_us(Cost(row["flops"], row["bytes"], 0.0), at)
-    measured = timing(row)
-    low, high = measured.interval_us
-    return {"us": measured.median_us, "low_us": low, "high_us": high, "floor_us": floor.us, "side": floor.side,
-            "ratio": measured.median_us / floor.us, "low": low / floor.us, "high": high / floor.us}  # fmt: skip
+def classic_layers(classic: Recording, gain: Recording) -> Recording:
+    """The classic layer under each of CONFIGS, one recording of each thing: times of tuned_gain, bytes and FLOP of
+    layer_classic, which drew the same routings; from there also what sglang ships for another device."""
+    from moelab.suites.layer_classic import SHAPES
+
+    targets = {name: f"{model}/tp{tp_size}" for name, (model, tp_size) in SHAPES.items()}
+    layers = cells_of(gain.select(kind="layer"), "target", "num_tokens", by="config_name")
+    rows = []
+    for (shape, batch), cell in cells_of(timed(classic), by="config_name").items():
+        ours = layers.get((targets.get(shape), batch), {})
+        about = {key: cell["default"][key] for key in ("shape", "num_tokens", "bytes", "flops")}
+        for name in CONFIGS:
+            row = ours.get(name, {})
+            row = ours.get(row.get("same_as"), row)  # configs that are the same were timed once
+            if name == ELSEWHERE and "shipped" in cell and "shipped" not in ours:
+                row = cell["shipped"]
+            if "samples_us" in row:
+                rows.append({**about, "config_name": name, "samples_us": row["samples_us"]})
+    return Recording(gain.suite, gain.provenance, gain.protocol, tuple(rows))
 
 
-def _shapes(recording: Recording) -> list[str]:
-    return list(dict.fromkeys(row["shape"] for row in recording.rows))
+def _by(rows: Sequence[Row]) -> str:
+    return "impl" if "impl" in rows[0] else "config_name"
+
+
+def _looks(by: str) -> Callable[[str], Any]:
+    return look if by == "impl" else series(CONFIGS).__getitem__
 
 
 def where_time_goes(recording: Recording, shape: str, at: Ceilings, config_name: str = "tuned") -> Panel:
     """One shape's measured time against the memory side and the compute side of its floor, by batch."""
     rows = sorted(recording.select(shape=shape, config_name=config_name), key=lambda r: r["num_tokens"])
-    found = [_over_floor(row, at) for row in rows]
-    batches = [row["num_tokens"] for row in rows]
+    batches, spans = [row["num_tokens"] for row in rows], [span(row) for row in rows]
     figure = grid(f"What the time goes into: {shape}", f"time: {recording.source()}, config “{config_name}”; floor: arithmetic "
                   f"at {at.copy_bytes_per_s / 1e12:g} TB/s and {at.flops_per_s / 1e12:g} TFLOP/s")  # fmt: skip
-    sides = {"reading weights and activations": [row["bytes"] / at.copy_bytes_per_s * 1e6 for row in rows],
-             "arithmetic": [row["flops"] / at.flops_per_s * 1e6 for row in rows]}  # fmt: skip
+    floors = [floor_of(row, at) for row in rows]
+    sides = {
+        "reading weights and activations": [f.memory_us for f in floors],
+        "arithmetic": [f.compute_us for f in floors],
+    }
     for (name, values), style in zip(sides.items(), (SERIES[1], SERIES[3]), strict=True):
-        line = {"color": style.color, "dash": "dot", "width": 2}
-        figure.add_scatter(x=batches, y=values, name=f"at least: {name}", mode="lines", line=line)
-    medians = [f["us"] for f in found]
-    bars = error_bars(medians, [f["low_us"] for f in found], [f["high_us"] for f in found])
-    style = look("triton")
-    figure.add_scatter(x=batches, y=medians, error_y=bars, name="measured layer", mode="lines+markers",
-                       line=style.line(), marker=style.marker())  # fmt: skip
+        dotted = {"color": style.color, "dash": "dot", "width": 2}
+        figure.add_scatter(x=batches, y=values, name=f"at least: {name}", mode="lines", line=dotted)
+    line(figure, batches, spans, "measured layer", look(CLASSIC))
     figure.update_xaxes(title="batch, tokens", **log_axis(batches))
     figure.update_yaxes(title="µs per layer", type="log", dtick=1)
-    table = [{"batch": b, "measured, µs": f["us"], "95 % low": f["low_us"], "95 % high": f["high_us"], "floor, µs": f["floor_us"],
-              "bound by": f["side"], "measured / floor": f["ratio"]} for b, f in zip(batches, found, strict=True)]  # fmt: skip
-    best, worst = min(table, key=lambda r: r["measured / floor"]), max(table, key=lambda r: r["measured / floor"])
-    memory = [row["batch"] for row in table if row["bound by"] == "memory"]
-    sentence = (
-        f"**Up to batch {max(memory)} the limit is memory: reading the experts’ weights.** The layer is closest to its floor "
-        f"at batch {best['batch']} ({best['measured / floor']:.2f} times) and furthest at batch {worst['batch']} "
-        f"({worst['measured / floor']:.2f} times): there is the room for better kernels."
+    table = [{"batch": b, "measured, µs": us, "95 % low": low, "95 % high": high, "floor, µs": f.us, "bound by": f.side,
+              "measured / floor": us / f.us} for b, (us, low, high), f in zip(batches, spans, floors, strict=True)]  # fmt: skip
+    memory = max((row["batch"] for row in table if row["bound by"] == "memory"), default=0)
+    said = extremes(rows, lambda row: times_over_floor(row, at)[0])
+    return Panel(
+        figure, table, f"**Up to batch {memory} memory is the limit: the experts’ weights.** Time over floor: {said}."
     )
-    return Panel(figure, table, sentence)
 
 
-def roof(recording: Recording, measured: Ceilings, datasheet: Ceilings, config_name: str = "tuned") -> Panel:
-    """Measured layers on the roof: FLOP per byte against FLOP/s, log-log; batch sizes run along each line."""
-    figure = grid("Measured layers on the roof", f"{recording.source()}, config “{config_name}”; intensity from the bytes "
-                  f"and FLOP that the layer needs at least;<br>each line runs from batch {_batches(recording)[0]} "
-                  f"(lower left) to batch {_batches(recording)[-1]}", height=540)  # fmt: skip
-    rows = recording.select(config_name=config_name)
-    points = [row["flops"] / row["bytes"] for row in rows]
+def roof(recording: Recording, measured: Ceilings, datasheet: Ceilings) -> Panel:
+    """FLOP per byte against the FLOP/s reached, log-log: tuned layers in one plot, or implementations in a plot per shape."""
+    rows, every = timed(recording), "impl" in timed(recording)[0]
+    rows = rows if every else [row for row in rows if row["config_name"] == "tuned"]
+    points, batches = [row["flops"] / row["bytes"] for row in rows], sorted(names_of(rows, "num_tokens"))
+    what = "each with its own tiles; hollow: past its error bound" if every else "config “tuned”"
+    layout: Mapping[str, Any] = (
+        {"tall": 310} if every else {"by": "shape", "per": None, "looks": _shapes(rows), "tall": 310}
+    )
+    figure = plots(
+        "Every implementation on the roof" if every else "Measured layers on the roof",
+        f"{recording.source()}, {what}; each line runs from batch {batches[0]} (left) to {batches[-1]}<br>solid grey: the "
+        "recorded copy bandwidth and product; dotted: the datasheet’s; FLOP and bytes: what a layer needs at least",
+        rows, rate, "reached, TFLOP/s", None, across=lambda row: row["flops"] / row["bytes"], base=None, **layout,
+    )  # fmt: skip
     low, high = min(points) / 2, max(points) * 3
-    for ceiling, dash, name in ((datasheet, "dash", "datasheet"), (measured, "solid", "recorded ceilings")):
-        xs = [low, ceiling.ridge_flop_per_byte, high]
-        ys = [min(x * ceiling.copy_bytes_per_s, ceiling.flops_per_s) / 1e12 for x in xs]
-        figure.add_scatter(x=xs, y=ys, name=name, mode="lines", line={"color": GREY, "dash": dash, "width": 2})
-    table: list[dict[str, Any]] = []
-    for shape, style in series(_shapes(recording)).items():
-        mine = sorted((r for r in rows if r["shape"] == shape), key=lambda r: r["num_tokens"])
-        xs = [r["flops"] / r["bytes"] for r in mine]
-        rates = [r["flops"] / timing(r).median_us / 1e6 for r in mine]
-        tops = [min(x * measured.copy_bytes_per_s, measured.flops_per_s) / 1e12 for x in xs]
-        figure.add_scatter(x=xs, y=rates, name=shape, mode="lines+markers",
-                           line=style.line(1.2), marker=style.marker(9), customdata=[r["num_tokens"] for r in mine],
-                           hovertemplate="batch %{customdata}: %{x:.3g} FLOP/byte, %{y:.3g} TFLOP/s")  # fmt: skip
-        table.append({"share of the roof": shape}
-                     | {str(r["num_tokens"]): v / t for r, v, t in zip(mine, rates, tops, strict=True)})  # fmt: skip
-    figure.update_xaxes(title="arithmetic intensity, FLOP / byte", **powers(low, high))
-    top = datasheet.flops_per_s / 1e12
-    figure.update_yaxes(title="reached, TFLOP/s", **powers(min(points) * measured.copy_bytes_per_s / 4e12, top * 1.6))
-    shares = [(v, row["share of the roof"], b) for row in table for b, v in row.items() if isinstance(v, float)]
-    (best, best_shape, best_batch), (worst, worst_shape, worst_batch) = max(shares), min(shares)
-    sentence = (
-        f"**Of the recorded roof the layers reach {worst:.0%} ({worst_shape}, batch {worst_batch}) to {best:.0%} ({best_shape}, "
-        f"batch {best_batch}).** A share over 100 % says that a copy is no perfect ceiling for reads, or that the L2 helped."
-        if best > 1
-        else f"**Of the recorded roof the layers reach {worst:.0%} ({worst_shape}, batch {worst_batch}) to {best:.0%} "
-        f"({best_shape}, batch {best_batch}).** Worst at batch {_batches(recording)[0]}: "
-        f"{min(v for v, _, b in shares if b == str(_batches(recording)[0])):.0%}."
-    )
-    return Panel(figure, table, sentence)
+    for ceiling, dash in ((datasheet, "dot"), (measured, "solid")):
+        corner = [low, ceiling.ridge_flop_per_byte, high]
+        figure.add_scatter(x=corner, y=[reach(x, ceiling) for x in corner], mode="lines", showlegend=False, hoverinfo="skip",
+                           line={"color": GREY, "dash": dash, "width": 1.5}, row="all", col="all")  # fmt: skip
+    figure.update_xaxes(title="FLOP / byte", **powers(low, high))
+    figure.update_yaxes(**powers(min(rate(row)[0] for row in rows) / 2, datasheet.flops_per_s / 1e12 * 1.6))
+
+    def share(row: Row) -> float:
+        return rate(row)[0] / reach(row["flops"] / row["bytes"], measured)
+
+    best = [max(sound(c).values(), key=share) for c in cells_of(rows).values() if sound(c)] if every else rows
+    near = sum(share(row) >= 0.9 for row in best)
+    over = " A share over 100 % says that a copy is no perfect ceiling for reads." if max(map(share, best)) > 1 else ""
+    whose = "The fastest implementation of each cell reaches" if every else "Tuned layers reach"
+    return Panel(figure, table_of(rows, "share of the roof", share, _by(rows)), f"**{whose} {extremes(best, share, '.0%')} of "
+                 f"the recorded roof.** {near} of {counted(len(best), 'cell')} are within a tenth of it.{over}")  # fmt: skip
 
 
-def time_over_floor(recording: Recording, peers: Sequence[Row], at: Ceilings, peer_source: str) -> Panel:
-    """Time over floor by batch, one plot per shape: ours as lines with intervals, sglang's as hollow markers."""
-    shapes = _shapes(recording)
-    rows_of_plots = 1 if len(shapes) <= 2 else 2
-    cols = math.ceil(len(shapes) / rows_of_plots)
-    figure = grid("Time over floor", f"lines: {recording.source()}, 95 % intervals<br>hollow: {peer_source}", titles=shapes,
-                  rows=rows_of_plots, shared_y=True, height=96 + 280 * rows_of_plots)  # fmt: skip
-    table: list[Row] = []
-    for index, shape in enumerate(shapes):
-        place = {"row": index // cols + 1, "col": index % cols + 1}
-        for name, style in series(CONFIGS).items():
-            rows = sorted(recording.select(shape=shape, config_name=name), key=lambda r: r["num_tokens"])
-            if not rows:
-                continue
-            found = [_over_floor(row, at) for row in rows]
-            xs, ys = [row["num_tokens"] for row in rows], [f["ratio"] for f in found]
-            bars = error_bars(ys, [f["low"] for f in found], [f["high"] for f in found])
-            figure.add_scatter(x=xs, y=ys, error_y=bars, name=f"moelab, {name}", mode="lines+markers", line=style.line(),
-                               marker=style.marker(7), legendgroup=name, showlegend=index == 0, **place)  # fmt: skip
-            theirs = {r["M"]: r[name] / f["floor_us"] for r in peers for row, f in zip(rows, found, strict=True)
-                      if r["name"] == shape and r["M"] == row["num_tokens"] and r.get(name)}  # fmt: skip
-            figure.add_scatter(x=list(theirs), y=list(theirs.values()), name=f"sglang, {name}", mode="markers",
-                               marker=style.marker(13, hollow=True), legendgroup=f"sglang {name}", showlegend=index == 0,
-                               **place)  # fmt: skip
-            table.append({"time / floor": shape, "config": name} | {str(x): y for x, y in zip(xs, ys, strict=True)})
-        batches = sorted({row["num_tokens"] for row in recording.select(shape=shape)})
-        figure.update_xaxes(**log_axis(batches), **place)
-    figure.add_hline(1.0, line={"color": GREY, "dash": "dot"})
-    figure.update_xaxes(title="batch, tokens", row=rows_of_plots)
-    figure.update_yaxes(type="log", tickvals=[1, 1.5, 2, 3, 5, 10], matches="y")
-    figure.update_yaxes(title="time / floor", col=1)
-    return Panel(figure, table, _said_of_floor(table, shapes))
+def _shapes(rows: Sequence[Row]) -> Callable[[str], Any]:
+    return series(names_of(rows, "shape")).__getitem__
 
 
-def _said_of_floor(table: Sequence[Row], shapes: Sequence[str]) -> str:
-    """Geometric means by config; one that not every shape has is compared within the shapes that have it."""
-    has = {name: {row["time / floor"] for row in table if row["config"] == name} for name in CONFIGS}
-    everywhere = [name for name in CONFIGS if len(has[name]) == len(shapes)]
-    means = _means(table, everywhere, set(shapes))
-    said = [f"all shapes and batches: {_listed(means)}"]
-    for name in (name for name in CONFIGS if has[name] and name not in everywhere):
-        among = _means(table, [*everywhere, name], has[name])
-        said.append(f"{len(has[name])} of {len(shapes)} shapes, those with a config “{name}”: {_listed(among)}")
-    worth = (
-        f"Tuning is worth a factor of {means['default'] / means['tuned']:.2f} over the default rule; what"
-        if {"default", "tuned"} <= set(means)
-        else "What"
-    )
-    return f"**Geometric mean of time over floor, {'; '.join(said)}.** {worth} is left above 1 is for better kernels."
+def over_floor(recording: Recording, at: Ceilings, peers: Sequence[Row] = (), peer_source: str = "") -> Panel:
+    """Time over floor by batch, a plot per shape, a line per config or implementation; sglang's own rows as hollow markers."""
+    rows = timed(recording)
+    by = _by(rows)
+
+    def value(row: Row) -> Span:
+        return times_over_floor(row, at)
+
+    means = {name: _mean(rows, name, by, value) for name in names_of(rows, by)}
+    far = [name for name, mean in means.items() if by == "impl" and mean > FAR * min(means.values())]
+    note = "each with its own tiles, alignment included; hollow: past its error bound" if by == "impl" else (
+        "alignment made beforehand<br>shipped elsewhere: a file for another device, recording layer_classic")  # fmt: skip
+    note += f"<br>not drawn until its name is clicked, being far above: {', '.join(far)}" if far else ""
+    note += f"<br>hollow: sglang’s, {peer_source}" if peers else ""
+    source = f"{recording.source()}, 95 % intervals; {note}"
+    figure = plots("Time over floor", source, rows, value, "time / floor", [1, 1.5, 2, 3, 5, 10, 20], by=by,
+                   looks=_looks(by), hidden=far)  # fmt: skip
+    for index, shape in enumerate(names_of(rows, "shape")):
+        floors = {row["num_tokens"]: floor_of(row, at).us for row in rows if row["shape"] == shape}
+        for name in ("default", "shipped", "tuned"):
+            theirs = {r["M"]: r[name] / floors[r["M"]] for r in peers
+                      if r["name"] == shape and r["M"] in floors and r.get(name)}  # fmt: skip
+            if theirs:
+                label = f"sglang, {SEARCHED.get(name, name)}"
+                figure.add_scatter(x=list(theirs), y=list(theirs.values()), name=label, mode="markers", legendgroup=label,
+                                   marker=series(CONFIGS)[name].marker(13, hollow=True), showlegend=index == 0,
+                                   row=index // 2 + 1, col=index % 2 + 1)  # fmt: skip
+    cells = [sound(cell) if by == "impl" else cell for cell in cells_of(rows, by=by).values()]
+    best = [min(value(row)[0] for row in cell.values()) for cell in cells if cell]
+    each = ", ".join(_noted(recording, name, by, means, value) for name in sorted(means, key=means.__getitem__))
+    table = table_of(rows, "time / floor", lambda row: value(row)[0], by)
+    return Panel(figure, table, f"**The fastest of each cell takes {geometric_mean(best):.2f} times the floor (geometric "
+                 f"mean).** One for all cells: {each}.")  # fmt: skip
 
 
-def _means(table: Sequence[Row], names: Sequence[str], shapes: set[str]) -> dict[str, float]:
-    return {
-        name: geometric_mean([v for row in table if row["config"] == name and row["time / floor"] in shapes
-                              for v in row.values() if isinstance(v, float)])
-        for name in names
-    }  # fmt: skip
+def _mean(rows: Sequence[Row], name: str, by: str, value: Callable[[Row], Span]) -> float:
+    return geometric_mean([value(row)[0] for row in rows if row[by] == name])
 
 
-def _listed(means: dict[str, float]) -> str:
-    return ", ".join(f"{name} {mean:.2f}" for name, mean in means.items())
+def _noted(recording: Recording, name: str, by: str, means: Mapping[str, float], value: Callable[[Row], Span]) -> str:
+    """A mean, with what stands in its way: cells that lack it (and what the first of all takes there), bounds, refusals."""
+    rows = timed(recording)
+    mine = [row for row in rows if row[by] == name]
+    cells, first = {(row["shape"], row["num_tokens"]) for row in mine}, next(iter(means))
+    there = [value(row)[0] for row in rows if row[by] == first and (row["shape"], row["num_tokens"]) in cells]
+    refused = sum(row.get("impl") == name and "refused" in row for row in recording.rows)
+    past = sum(not row.get("within_bound", True) for row in mine)
+    notes = [f"in {len(mine)} cells, {first} there {geometric_mean(there):.2f}"] * (
+        len(cells) + refused < len(cells_of(rows, by=by)))  # fmt: skip
+    notes += [f"{what} in {counted(n, 'cell')}" for what, n in (("past its bound", past), ("refused", refused)) if n]
+    return f"{name} {means[name]:.2f}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def versus_sglang(recording: Recording, peers: Sequence[Row], peer_source: str) -> Panel:
     """Our classic layer's time over sglang's, row by row under the same config, and the geometric mean."""
     theirs = {(r["name"], r["M"], name): r[name] for r in peers for name in CONFIGS if r.get(name)}
-    shapes = _shapes(recording)
-    figure = grid("The classic layer beside sglang’s, same configs", f"moelab: {recording.source()}<br>sglang: {peer_source}"
-                  "<br>another machine of the same kind, so a few per cent either way are the machines’", titles=shapes,
-                  shared_y=True, height=460)  # fmt: skip
-    table: list[dict[str, Any]] = []
-    ratios: list[float] = []
-    for col, shape in enumerate(shapes, start=1):
-        for name, style in series(CONFIGS).items():
-            pairs = [(row, theirs[shape, row["num_tokens"], name]) for row in recording.select(shape=shape, config_name=name)
-                     if (shape, row["num_tokens"], name) in theirs]  # fmt: skip
-            if not pairs:
-                continue
-            middle = [timing(row).median_us / us for row, us in pairs]
-            low, high = ([timing(row).interval_us[end] / us for row, us in pairs] for end in (0, 1))
-            xs = [row["num_tokens"] for row, _ in pairs]
-            figure.add_scatter(x=xs, y=middle, error_y=error_bars(middle, low, high), name=name, mode="lines+markers",
-                               line=style.line(1.2), marker=style.marker(8), legendgroup=name, showlegend=col == 1, row=1,
-                               col=col)  # fmt: skip
-            table.append({"moelab / sglang": shape, "config": name, "geometric mean": geometric_mean(middle)}
-                         | {str(x): y for x, y in zip(xs, middle, strict=True)})  # fmt: skip
-            ratios += middle
-        figure.update_xaxes(title="batch, tokens", row=1, col=col, **log_axis(_batches(recording)), tickangle=-45)
-    figure.add_hline(1.0, line={"color": GREY, "dash": "dot"})
-    span = max(0.1, *(abs(math.log(r)) for r in ratios)) * 1.15
-    figure.update_yaxes(type="log", range=[-span / math.log(10), span / math.log(10)],
-                        tickvals=[0.7, 0.8, 0.85, 0.9, 0.95, 1, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 1.7])  # fmt: skip
-    figure.update_yaxes(title="moelab time / sglang time", col=1)
-    mean = geometric_mean(ratios)
-    close = sum(abs(r - 1) <= 0.05 for r in ratios)
-    sentence = (
-        f"**Geometric mean over {len(ratios)} rows: {mean:.3f} times sglang’s time.** {close} of {len(ratios)} rows are within "
-        f"5 % either way; the best row is {min(ratios):.2f}, the worst {max(ratios):.2f}. Source of sglang’s figures: "
-        f"{peer_source} (data/upstream/h200_sglang.json), another machine of the same kind."
+    key = ("shape", "num_tokens", "config_name")
+    rows = [{**row, "theirs": theirs[found], "config_name": SEARCHED.get(row["config_name"], row["config_name"])}
+            for row in recording.rows if (found := tuple(row[k] for k in key)) in theirs]  # fmt: skip
+
+    def value(row: Row) -> Span:
+        return span(row, row["theirs"])
+
+    names = series(("default", "shipped", "searched"))
+    figure = plots(
+        "The classic layer beside sglang’s, same configs",
+        f"moelab: {recording.source()}<br>sglang: {peer_source}<br>another machine of the same kind, so a few per cent either "
+        "way are the machines’; searched: a short search’s one config for both GEMMs",
+        rows, value, "moelab time / sglang time", [0.7, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.2, 1.3, 1.5], by="config_name",
+        looks=names.__getitem__, per_line=4,
+    )  # fmt: skip
+    ratios = [value(row)[0] for row in rows]
+    reach = max(0.1, *(abs(math.log10(r)) for r in ratios)) * 1.15
+    figure.update_yaxes(range=[-reach, reach])
+    close = sum(abs(r - 1) <= CLEARLY for r in ratios)
+    table = table_of(rows, "moelab / sglang", lambda row: value(row)[0], "config_name")
+    return Panel(figure, table, f"**Geometric mean over {len(rows)} rows: {geometric_mean(ratios):.3f} times sglang’s time.** "
+                 f"{close} are within 5 % either way; {extremes(rows, lambda row: value(row)[0])}.")  # fmt: skip
+
+
+def eager_over_graph(recording: Recording) -> Panel:
+    """Wall time in eager mode over GPU time in a CUDA graph, by batch: what the host costs each implementation."""
+    rows = [row for row in timed(recording) if "eager_samples_us" in row]
+
+    def value(row: Row) -> Span:
+        (graph, below, above), (eager, low, high) = span(row), span(row, samples="eager_samples_us")
+        return eager / graph, low / above, high / below
+
+    figure = plots("What a CUDA graph saves", f"{recording.source()}; medians, calls back to back; 1: the host is hidden behind "
+                   "the GPU", rows, value, "eager time / graph time", [0.8, 1, 1.5, 2, 3, 5, 10, 20], tall=240)  # fmt: skip
+    batches = sorted(names_of(rows, "num_tokens"))
+    small = [row for row in rows if row["num_tokens"] == batches[0]]
+    means = {b: geometric_mean([value(row)[0] for row in rows if row["num_tokens"] == b]) for b in batches}
+    hidden = [b for b in batches if all(mean <= 1 + CLEARLY for batch, mean in means.items() if batch >= b)]
+    until = f"from batch {hidden[0]} on within 5 % on average" if hidden else (
+        f"at batch {batches[-1]} still {means[batches[-1]]:.2f} times")  # fmt: skip
+    quickest = [min(sound(c).values(), key=lambda row: span(row, samples="eager_samples_us")[0])
+                for c in cells_of(small).values() if sound(c)]  # fmt: skip
+    said = "; ".join(
+        f"{row['shape']} {row['impl']}, {span(row, samples='eager_samples_us')[0]:.0f} µs" for row in quickest
     )
-    return Panel(figure, table, sentence)
+    table = table_of(rows, "eager / graph", lambda row: value(row)[0])
+    return Panel(figure, table, f"**At batch {batches[0]} eager mode takes {means[batches[0]]:.1f} times a graph’s time "
+                 f"(geometric mean), {until}.** {extremes(small, lambda row: value(row)[0])}. Shortest eager "
+                 f"medians: {said}.")  # fmt: skip
 
 
-def _batches(recording: Recording) -> list[int]:
-    return sorted({row["num_tokens"] for row in recording.rows})
+# --- who is fastest -------------------------------------------------------------------------------------------------
+
+
+def winners(recording: Recording) -> list[dict[str, Any]]:
+    """One row per cell: the fastest implementation within its error bound, and who ties with it (overlapping intervals)."""
+    found = []
+    for (shape, batch), cell in cells_of(timed(recording)).items():
+        times = {impl: timing(row) for impl, row in sound(cell).items()}
+        if not times:
+            continue
+        first, *tied = fastest_of(times)
+        best, classic = times[first], times.get(CLASSIC)
+        past = [impl for impl in cell if impl not in times and timing(cell[impl]).median_us < best.median_us]
+        found.append({
+            "shape": shape, "batch": batch, "fastest": first, "tied with it": ", ".join(tied), "µs": best.median_us,
+            "95 % low": best.interval_us[0], "95 % high": best.interval_us[1],
+            "classic, µs": classic.median_us if classic else None,
+            "over classic": best.median_us / classic.median_us if classic else None,
+            "faster, past its bound": ", ".join(past),
+        })  # fmt: skip
+    return found
+
+
+def fastest(recording: Recording) -> Panel:
+    """Map of shape by batch: the fastest implementation's name and its time over the classic layer's; ties in grey."""
+    table = winners(recording)
+    shapes, batches = names_of(table, "shape"), sorted(names_of(table, "batch"))
+    figure = grid("Which implementation is fastest where", f"{recording.source()}; the number: its time over that of "
+                  f"{CLASSIC}, the classic layer<br>grey: a tie, the 95 % intervals overlap, the shorter median first; "
+                  "within the error bound only", height=190 + 84 * len(shapes))  # fmt: skip
+    cells = {(row["shape"], row["batch"]): ratio_map.Cell(row["over classic"] or 1.0, _label(row), bool(row["tied with it"]))
+             for row in table}  # fmt: skip
+    ratio_map.draw(figure, cells, shapes, batches, bar="time / classic", size=11)
+    figure.update_xaxes(title="batch, tokens")
+    figure.update_yaxes(title="shape", automargin=True)
+    clear = Counter(row["fastest"] for row in table if not row["tied with it"])
+    wins = ", ".join(f"{impl} {count}" for impl, count in clear.most_common())
+    gains = [row for row in table
+             if row["over classic"] and CLASSIC not in (row["fastest"], *row["tied with it"].split(", "))]  # fmt: skip
+    beaten = "Nothing gains over the classic layer."
+    if gains:
+        best = min(gains, key=lambda row: row["over classic"])
+        large = sum(row["over classic"] <= 1 - CLEARLY for row in gains)
+        beaten = (f"The classic layer is beaten in {counted(len(gains), 'cell')}, by {CLEARLY:.0%} or more in {large}, at best "
+                  f"in {best['over classic']:.2f} of its time ({best['fastest']}, {best['shape']}, batch {best['batch']}). The "
+                  "winner of many candidates is flattered where the gain is small.")  # fmt: skip
+    past = sum(bool(row["faster, past its bound"]) for row in table)
+    ties = len(table) - sum(clear.values())
+    return Panel(figure, table, f"**Of {counted(len(table), 'cell')} {sum(clear.values())} have one fastest implementation"
+                 f"{f' ({wins})' if wins else ''}; {ties} are ties.** {beaten}{left_out(past)}")  # fmt: skip
+
+
+def _label(row: Row) -> str:
+    """The winner and its ratio; in a tie a second name, or how many more. Long names are broken after an underscore."""
+    tied = row["tied with it"].split(", ") if row["tied with it"] else []
+    more = "" if not tied else f"<br>= {tied[0]}" if len(tied) == 1 else f"<br>= {len(tied)} others"
+    ratio = f"<br>{row['over classic']:.2f}" if row["over classic"] is not None else ""
+    return f"<b>{row['fastest']}</b>{more}{ratio}".replace("_atomic", "_<br>atomic").replace(
+        "_workspace", "_<br>workspace"
+    )

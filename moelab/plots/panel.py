@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
-from moelab.plots.packed import packed
 from moelab.plots.style import number
 
 Row = Mapping[str, Any]
@@ -40,7 +40,7 @@ class Panel:
         """Mime bundles of the three, in order, for an Output widget or a test."""
         bundles: list[dict[str, Any]] = []
         if self.figure is not None:
-            drawn = packed(json.loads(self.figure.to_json()))
+            drawn = json.loads(_packed(self.figure).to_json())
             text = self.figure.layout.title.text or "figure"
             bundles.append({"application/vnd.plotly.v1+json": drawn, "text/plain": text})
         bundles.append({"text/markdown": self.sentence, "text/plain": self.sentence})
@@ -64,6 +64,18 @@ class Panel:
             bundles = bundles[1:]
         for bundle in bundles:
             display(bundle, raw=True)
+
+
+def _packed(figure: go.Figure) -> go.Figure:
+    """A copy whose coordinates are arrays, which plotly writes in base64: an indented notebook would give each number of a
+    list a line of its own."""
+    copied = go.Figure(figure)
+    for trace in copied.data:
+        for name in {"x", "y", "z"} & set(trace.to_plotly_json()):
+            values = np.asarray(trace[name])
+            if values.size > 5 and values.dtype.kind in "if":
+                trace[name] = values
+    return copied
 
 
 class NotShown(BaseException):
@@ -96,17 +108,14 @@ def table_html(rows: Sequence[Row]) -> str:
     text = {c for c in columns if not all(isinstance(row.get(c), int | float | None) for row in rows)}
 
     def cell(tag: str, column: str, value: str) -> str:
-        kinds = ["t"] * (column in text) + ["b"] * (tag == "td" and len(value) > LONG_TEXT)
-        said = " ".join(kinds)
-        return f"<{tag}" + (f' class="{said}">' if kinds else ">") + html.escape(value)
+        kinds = " ".join(["t"] * (column in text) + ["b"] * (tag == "td" and len(value) > LONG_TEXT))
+        return f"<{tag}" + (f' class="{kinds}">' if kinds else ">") + html.escape(value)
 
     head = "".join(cell("th", c, c) for c in columns)
     body = "".join("<tr>" + "".join(cell("td", c, number(row.get(c))) for c in columns) for row in rows)
-    kind = "moelab wide" if len(columns) > WIDE else "moelab"
-    box = "max-height: 520px; overflow: auto; margin: 4px 0 12px 0"
     table = (
-        f'<div style="{box}"><style>{CELLS}</style><table class="{kind}" style="margin: 0"><thead><tr>{head}'
-        f"<tbody>{body}</table></div>"
+        f'<div style="max-height: 520px; overflow: auto; margin: 4px 0 12px 0"><style>{CELLS}</style>'
+        f'<table class="moelab{" wide" * (len(columns) > WIDE)}" style="margin: 0"><thead><tr>{head}<tbody>{body}</table></div>'
     )
     if len(rows) <= LONG:
         return table
@@ -115,11 +124,11 @@ def table_html(rows: Sequence[Row]) -> str:
 
 def table_text(rows: Sequence[Row]) -> str:
     """The same table for a terminal, its first LONG rows: a notebook keeps this text beside the HTML."""
-    columns, first = columns_of(rows), rows[:LONG]
-    cells = [columns, *([number(row.get(c)) for c in columns] for row in first)]
-    widths = [min(2 * LONG_TEXT, max(len(line[i]) for line in cells)) for i in range(len(columns))]
+    columns = columns_of(rows)
+    cells = [columns, *([number(row.get(c)) for c in columns] for row in rows[:LONG])]
+    widths = [min(2 * LONG_TEXT, max(map(len, column))) for column in zip(*cells, strict=True)]
     lines = ["  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in cells]
-    return "\n".join([*lines, f"... {len(rows) - LONG} more rows"] if len(rows) > LONG else lines)
+    return "\n".join([*lines, *[f"... {len(rows) - LONG} more rows"] * (len(rows) > LONG)])
 
 
 def geometric_mean(values: Sequence[float]) -> float:

@@ -37,13 +37,13 @@ def panels() -> dict[str, Panel]:
     found = {item.suite: item.recording for item in recordings.list_recordings() if item.recording}
     made: dict[str, Panel] = {}
     ceilings = found.get("ceilings")
-    if "layer_classic" in found and ceilings:
+    if "layer_classic" in found and "tuned_gain" in found and ceilings:
+        layers = layer.classic_layers(found["layer_classic"], found["tuned_gain"])
         peers = _upstream("h200_sglang")
         at = roofline.load_ceilings(_device(ceilings), "floors")
         datasheet = roofline.load_ceilings(_device(ceilings), "datasheet")
-        made["roofline"] = layer.roof(found["layer_classic"], recorded_ceilings(ceilings), datasheet)
-        made["layer"] = layer.time_over_floor(found["layer_classic"], peers["rows"], at, peers["source"])
-    if "tuned_gain" in found:
+        made["roofline"] = layer.roof(layers, recorded_ceilings(ceilings), datasheet)
+        made["layer"] = layer.over_floor(layers, at, peers["rows"], peers["source"])
         made["tuned"] = tuned_gain.gains(found["tuned_gain"])
     if "fast_layer" in found:
         made["ideas"] = fast_ideas.ablation(found["fast_layer"])

@@ -13,7 +13,7 @@ from moelab.plots.style import BLUE, GREEN
 
 TIED = "#bdbdbd"
 MIDDLE = "#f7f7f7"
-_TICKS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 4.0)
+_TICKS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 LEAST_SPAN = math.log(1.25)
 """Half of the colours' range at least, so that a per cent is not drawn as a great gain."""
 
@@ -49,23 +49,26 @@ def draw(
     *,
     row: int = 1,
     span: float | None = None,
-    low: str = BLUE,
+    low: str | None = BLUE,
     high: str = GREEN,
     bar: str = "",
     size: int = 12,
 ) -> None:
     """Draw a map into a row of the figure: (name, batch) -> cell. Colours are logarithmic, `low` below 1 and `high` above.
 
-    span: of the colours, for maps that share them. bar: the colour bar's title; "" draws none. size: of the text.
+    low: None for ratios that are never below 1. span: of the colours, for maps that share them. bar: the colour bar's title;
+    "" draws none. size: of the text.
     """
     span = span or span_of(cells)
     places = {"row": row, "col": 1}
     across = [str(b) for b in batches]
     shared = {"x": across, "y": list(names), "xgap": 2, "ygap": 2, "hoverinfo": "skip", **places}
     heights = [_heights(cells, names, batches, tie) for tie in (False, True)]
-    ticks = [t for t in _TICKS if abs(math.log(t)) <= span + 1e-9]
+    ticks = [t for t in _TICKS if abs(math.log(t)) <= span + 1e-9 and (low or t >= 1)]
+    if span > math.log(2.5):  # labels so near to 1 would lie on each other
+        ticks = [t for t in ticks if t == 1 or abs(math.log(t)) > 0.4]
     figure.add_heatmap(
-        z=heights[0], zmin=-span, zmax=span, colorscale=_scale(low, high), showscale=bool(bar),
+        z=heights[0], zmin=-span if low else 0.0, zmax=span, colorscale=_scale(low, high), showscale=bool(bar),
         colorbar={"title": {"text": bar}, "outlinewidth": 0, "thickness": 14, "tickvals": [math.log(t) for t in ticks],
                   "ticktext": [f"{t:g}" for t in ticks]},
         **shared,
@@ -92,8 +95,10 @@ def _heights(
     )
 
 
-def _scale(low: str, high: str) -> list[list[object]]:
+def _scale(low: str | None, high: str) -> list[list[object]]:
     """From `low` over nearly white to `high`, tinted from the first per cent on: which side of 1 is seen at sight."""
+    if low is None:
+        return [[0.0, MIDDLE], [0.002, _tint(high)], [1.0, high]]
     return [[0.0, low], [0.499, _tint(low)], [0.5, MIDDLE], [0.501, _tint(high)], [1.0, high]]
 
 
@@ -105,11 +110,11 @@ def _tint(color: str, share: float = 0.15) -> str:
     return "#" + "".join(f"{round(255 - (255 - part) * share):02x}" for part in _channels(color))
 
 
-def _text_color(cell: Cell, span: float, low: str, high: str) -> str:
+def _text_color(cell: Cell, span: float, low: str | None, high: str) -> str:
     """Dark or white, whichever has more contrast to the cell's colour."""
     if cell.tie:
         return "#222"
     share = 0.15 + 0.85 * min(1.0, abs(math.log(cell.ratio)) / span)
-    parts = [part / 255 for part in _channels(_tint(high if cell.ratio >= 1 else low, share))]
+    parts = [part / 255 for part in _channels(_tint(high if low is None or cell.ratio >= 1 else low, share))]
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
     return "#222" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > _DARK else "#fff"

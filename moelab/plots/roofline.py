@@ -84,11 +84,12 @@ def floors(shapes: Mapping[str, MoEShape], at: Ceilings, batches: Sequence[int] 
     figure.update_xaxes(title="batch, tokens", **log_axis(batches))
     figure.update_yaxes(title="floor of the layer, µs", type="log", tickvals=[10, 20, 50, 100, 200, 500, 1000, 2000])
     figure.update_layout(legend={"title": {"text": "filled: memory-bound<br>hollow: compute-bound"}})
-    parts = [
-        f"{name} from {turn} tokens" if turn else f"{name} never, up to {batches[-1]}" for name, turn in turns.items()
-    ]
-    sentence = f"**Every shape starts memory-bound.** Arithmetic takes over (of the batches drawn): {'; '.join(parts)}."
-    return Panel(figure, table, sentence)
+    said = "; ".join(
+        f"{name} {f'from {turn} tokens' if turn else f'never, up to {batches[-1]}'}" for name, turn in turns.items()
+    )
+    return Panel(
+        figure, table, f"**Every shape starts memory-bound.** Arithmetic takes over (of the batches drawn): {said}."
+    )
 
 
 def touched(shapes: Mapping[str, MoEShape], drawn: Sequence[Row]) -> Panel:
@@ -119,14 +120,11 @@ def touched(shapes: Mapping[str, MoEShape], drawn: Sequence[Row]) -> Panel:
     uniform = [row for row in drawn if row["routing"] == "uniform"]
     gap = max(abs(r["touched"] / roofline.experts_touched(shapes[r["shape"]].num_experts, shapes[r["shape"]].top_k,
               r["num_tokens"]) - 1) for r in uniform)  # fmt: skip
-    fewest = min((r for r in table if r["routing"] != "expected"), key=lambda r: r[str(batches[len(batches) // 2])])
     middle = str(batches[len(batches) // 2])
-    sentence = (
-        f"**The formula is right to {gap:.0%} for uniform routings; skew wakes fewer experts.** At {middle} tokens "
-        f"{fewest['routing']} routing touches {fewest[middle]:.0%} of {fewest['share of experts']}’s experts, so fewer "
-        "weights are read and the floor is lower: a benchmark must say which routing it drew."
-    )
-    return Panel(figure, table, sentence)
+    fewest = min((r for r in table if r["routing"] != "expected"), key=lambda r: r[middle])
+    return Panel(figure, table, f"**The formula is right to {gap:.0%} for uniform routings; skew wakes fewer experts.** At "
+                 f"{middle} tokens {fewest['routing']} touches {fewest[middle]:.0%} of {fewest['share of experts']}’s experts: "
+                 "fewer weights are read, and the floor is lower.")  # fmt: skip
 
 
 def padding(name: str, shape: MoEShape, blocks: Sequence[int], batches: Sequence[int] = BATCHES) -> Panel:
@@ -142,18 +140,11 @@ def padding(name: str, shape: MoEShape, blocks: Sequence[int], batches: Sequence
     figure.update_xaxes(title="batch, tokens", **log_axis(batches))
     figure.update_yaxes(title="rows computed / rows that exist", type="log", tickvals=[2**i for i in range(9)])
     figure.update_layout(legend={"title": {"text": "BLOCK_SIZE_M"}})
-    first, last = table[0], table[-1]
     half = {row["BLOCK_SIZE_M"]: next((b for b in batches if row[str(b)] < 1.5), None) for row in table}
-    said = ", ".join(
-        f"tiles of {block} from batch {b} on" if b else f"tiles of {block} not by {batches[-1]}"
-        for block, b in half.items()
-    )
-    sentence = (
-        f"**At one token a tile of {last['BLOCK_SIZE_M']} rows computes {last[str(batches[0])]:.0f} rows for each real one, "
-        f"a tile of {first['BLOCK_SIZE_M']} computes {first[str(batches[0])]:.0f}.** In decode that is free, since memory is the "
-        f"limit; in prefill it is time. Under half a row is wasted per real one by {said}."
-    )
-    return Panel(figure, table, sentence)
+    one = ", ".join(f"{row[str(batches[0])]:.0f} by {row['BLOCK_SIZE_M']}" for row in (table[0], table[-1]))
+    said = ", ".join(f"{block} {f'from batch {b} on' if b else f'not by {batches[-1]}'}" for block, b in half.items())
+    return Panel(figure, table, f"**Rows computed for each real one at batch {batches[0]}, by rows of a tile: {one}.** In "
+                 f"decode that is free, since memory is the limit; in prefill it is time. Under 1.5 rows: {said}.")  # fmt: skip
 
 
 def breakdown(name: str, shape: MoEShape, peers: Sequence[Row], at: Ceilings, source: str) -> Panel:
@@ -189,14 +180,10 @@ def breakdown(name: str, shape: MoEShape, peers: Sequence[Row], at: Ceilings, so
     figure.update_yaxes(title="time / floor of the fused layer", col=1)
     small = [sum(r[f"{LAUNCHES[k]}, µs"] for k in ("activation", "sum_reduce")) /
              sum(r[f"{LAUNCHES[k]}, µs"] for k in LAUNCHES) for r in table]  # fmt: skip
-    ideal_last = sum(table[-1][f"{label} floor, µs"] for label in LAUNCHES.values())
-    sentence = (
-        f"**Activation and sum-reduce are {min(small):.0%} to {max(small):.0%} of the launches’ time.** At batch {batches[-1]} "
-        f"the four floors add up to {ideal_last / table[-1]['layer floor, µs']:.2f} times the fused layer’s: the "
-        "difference is traffic of intermediates, which fusion would save. (A launch whose input still lies in the L2 can "
-        "beat the floor it would have from memory.)"
-    )
-    return Panel(figure, table, sentence)
+    last = sum(table[-1][f"{label} floor, µs"] for label in LAUNCHES.values()) / table[-1]["layer floor, µs"]
+    return Panel(figure, table, f"**Activation and sum-reduce are {min(small):.0%} to {max(small):.0%} of the launches’ time.** "
+                 f"At batch {batches[-1]} the four floors add up to {last:.2f} times the fused layer’s: traffic of "
+                 "intermediates. (A launch whose input lies in the L2 can beat its floor from memory.)")  # fmt: skip
 
 
 def tp_choices(model: str, degrees: Sequence[int] = (1, 2, 4, 8, 16)) -> list[int]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import pandas as pd
+
 from moelab.errors import counted
+from moelab.plots import ratio_map
+from moelab.plots.cells import CLEARLY, cells_of, fastest, left_out, line, names_of, span
 from moelab.plots.panel import Panel, Row, geometric_mean, timing
-from moelab.plots.style import GREY, SERIES, error_bars, grid, log_axis, powers, series
+from moelab.plots.style import GREY, SERIES, VERMILLION, grid, log_axis, powers, series
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape
 
@@ -18,27 +21,18 @@ KINDS = ("atomic_f32", "atomic_out", "workspace")
 SHORT = {"atomic_f32": "f32", "atomic_out": "out", "workspace": "ws"}
 """Each kind's name in a cell of the map."""
 
-CLEARLY = 0.05  # a win that another run, or another machine of the kind, will hardly turn
-_COLORS = [[0.0, "#0072B2"], [0.5, "#f7f7f7"], [1.0, "#D55E00"]]
 _INT32 = 2**31
 
 
-def _cells(rows: Iterable[Row]) -> dict[tuple[str, str, int], dict[tuple[str, int], Row]]:
+def _cells(rows: Iterable[Row]) -> dict[Any, dict[tuple[str, int], Row]]:
     """(shape, stage, batch) -> (variant, SPLIT_K) -> row, without what was skipped."""
-    cells: dict[tuple[str, str, int], dict[tuple[str, int], Row]] = {}
-    for row in rows:
-        if "skipped" not in row:
-            cell = cells.setdefault((row["shape"], row["stage"], row["num_tokens"]), {})
-            cell[row["variant"], row["split_k"]] = row
-    return cells
+    found = [row | {"key": (row["variant"], row["split_k"])} for row in map(dict, rows) if "skipped" not in row]
+    return cells_of(found, "shape", "stage", "num_tokens", by="key")
 
 
 def _verdict(ours: Any, rival: Any) -> str:
-    from moelab.measure import tie
-
-    if tie(ours, rival):
-        return "tie"
-    return "win" if ours.median_us < rival.median_us else "loss"
+    first = fastest({"win": ours, "loss": rival})
+    return "tie" if len(first) > 1 else first[0]
 
 
 def outcomes(recording: Recording, shapes: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -80,67 +74,41 @@ def win_map(recording: Recording, shapes: Sequence[str], title: str = "Best Spli
               "×: SPLIT_K<br>blue: Split-K is faster; grey: a tie, the 95 % intervals overlap; "
               "both with the fastest tile of their own, and within the error bound")  # fmt: skip
     figure = grid(title, source, height=190 + 27 * len(names))
-    at = {(f"{row['shape']}, {row['stage']}", row["batch"]): row for row in table}
-
-    ratio = "Split-K / classic"
-    span = max([abs(row[ratio] - 1) for row in table] + [0.05])
-    for tie in (False, True):
-        z = [[row[ratio] if row and (row["verdict"] == "tie") is tie else None for row in (at.get((name, b)) for b in batches)]
-             for name in names]  # fmt: skip
-        figure.add_heatmap(
-            x=[str(b) for b in batches], y=names, z=z, xgap=2, ygap=2, zmin=1 - span, zmax=1 + span, showscale=not tie,
-            colorscale=[[0, "#bdbdbd"], [1, "#bdbdbd"]] if tie else _COLORS, hoverinfo="skip",
-            colorbar={"title": {"text": "time ratio"}, "outlinewidth": 0, "thickness": 14},
-        )  # fmt: skip
-    dark = [row["verdict"] != "tie" and abs(row[ratio] - 1) > 0.8 * span for row in table]
-    figure.add_scatter(
-        x=[str(row["batch"]) for row in table], y=[f"{row['shape']}, {row['stage']}" for row in table], mode="text",
-        text=[_label(row) for row in table], textfont={"size": 11, "color": ["#fff" if d else "#222" for d in dark]},
-        hovertemplate="%{y}, batch %{x}: %{text}<extra></extra>", showlegend=False,
-    )  # fmt: skip
-    figure.update_xaxes(title="batch, tokens", type="category", showgrid=False)
-    figure.update_yaxes(title="shape, GEMM", autorange="reversed", showgrid=False, automargin=True)
+    cells = {
+        (f"{row['shape']}, {row['stage']}", row["batch"]): ratio_map.Cell(
+            row["Split-K / classic"], f"{row['Split-K / classic']:.2f} {SHORT[row['kind']]}×{row['SPLIT_K']}",
+            row["verdict"] == "tie",
+        )
+        for row in table
+    }  # fmt: skip
+    ratio_map.draw(figure, cells, names, batches, high=VERMILLION, bar="time ratio", size=11)
+    figure.update_xaxes(title="batch, tokens")
+    figure.update_yaxes(title="shape, GEMM", automargin=True)
     return Panel(figure, table, _said_of(table))
 
 
-def _label(row: Row) -> str:
-    return f"{row['Split-K / classic']:.2f} {SHORT[row['kind']]}×{row['SPLIT_K']}"
-
-
 def _said_of(table: Sequence[Row]) -> str:
-    """Wins, ties, losses; the largest gain; by batch; by kind; and what of it is the fused second step."""
+    """Wins, ties, losses; the best and the worst cell; by batch; by kind; and what of it is the fused second step."""
     ratio, count = "Split-K / classic", Counter(row["verdict"] for row in table)
     wins = [row for row in table if row["verdict"] == "win"]
-    head = (
-        f"**Of {counted(len(table), 'cell')} Split-K wins {count['win']}, ties {count['tie']} and loses {count['loss']}"
-    )
-    worst = max(table, key=lambda row: row[ratio])
-    slowest = f"The worst is {worst[ratio]:.2f} ({_where(worst)}, {worst['kind']}, SPLIT_K = {worst['SPLIT_K']})."
-    if not wins:
-        return f"{head}.** {slowest}"
-    best = min(wins, key=lambda row: row[ratio])
-    clear = sum(row[ratio] <= 1 - CLEARLY for row in wins)
-    kinds = Counter(row["kind"] for row in wins)
-    batches = sorted({row["batch"] for row in table})
-    by_batch = ", ".join(
-        f"{sum(r['batch'] == b for r in wins)}/{sum(r['batch'] == b for r in table)} at {b}" for b in batches
-    )
-    fused = sum(row["against SPLIT_K = 1"] != "win" for row in wins)
-    barred = sum(bool(row["faster, past the bound"]) for row in table)
-    return (
-        f"{head}; at best it takes {best[ratio]:.2f} of the classic kernel’s time ({_where(best)}, {best['kind']}, SPLIT_K = "
-        f"{best['SPLIT_K']}).** The gain is {100 * CLEARLY:g} % or more in {clear} of the {counted(len(wins), 'win')}; each is "
-        f"the best of up to a dozen candidates against one, which flatters Split-K where the gain is small. {slowest} Wins by "
-        f"batch: {by_batch}. By kind: "
-        + ", ".join(f"{kind} {kinds[kind]}" for kind in KINDS)
-        + f". In {fused} of the {counted(len(wins), 'win')} the same kind with SPLIT_K = 1 ties or is faster: what wins there is "
-        "the second step that the kind fuses, not the split."
-        + (f" In {counted(barred, 'cell')} something faster is left out, its error past the bound." if barred else "")
-    )
+    best, worst = min(table, key=lambda row: row[ratio]), max(table, key=lambda row: row[ratio])
+    kinds, fused = Counter(row["kind"] for row in wins), sum(row["against SPLIT_K = 1"] != "win" for row in wins)
+    by_batch = (f"{sum(r['batch'] == b for r in wins)}/{sum(r['batch'] == b for r in table)} at {b}"
+                for b in sorted(names_of(table, "batch")))  # fmt: skip
+    said = (f"**Of {counted(len(table), 'cell')} Split-K wins {count['win']}, ties {count['tie']} and loses {count['loss']}.** "
+            f"Over the classic kernel: {best[ratio]:.2f} ({_where(best)}) to {worst[ratio]:.2f} ({_where(worst)}).")  # fmt: skip
+    if wins:
+        clear = sum(row[ratio] <= 1 - CLEARLY for row in wins)
+        said += (
+            f" {counted(clear, 'win')} of {CLEARLY:.0%} or more; each is the best of up to a dozen candidates against one. By "
+            f"batch: {', '.join(by_batch)}. By kind: {', '.join(f'{kind} {kinds[kind]}' for kind in KINDS)}. In {fused} the same "
+            "kind with SPLIT_K = 1 ties or is faster: there the fused second step wins, not the split."
+        )
+    return said + left_out(sum(bool(row["faster, past the bound"]) for row in table))
 
 
 def _where(row: Row) -> str:
-    return f"{row['shape']}, {row['stage']}, batch {row['batch']}"
+    return f"{row['shape']}, {row['stage']}, batch {row['batch']}, {row['kind']}, SPLIT_K = {row['SPLIT_K']}"
 
 
 def by_split(recording: Recording, shape: str, stage: str, num_tokens: int) -> Panel:
@@ -148,92 +116,78 @@ def by_split(recording: Recording, shape: str, stage: str, num_tokens: int) -> P
     cell = _cells(recording.select(shape=shape, stage=stage, num_tokens=num_tokens))[shape, stage, num_tokens]
     figure = grid(f"Time against SPLIT_K: {shape}, {stage}, batch {num_tokens}", f"{recording.source()}, 95 % intervals; each "
                   "point with its own fastest tile")  # fmt: skip
-    classic = timing(cell[CLASSIC])
+    classic, low, high = span(cell[CLASSIC])
     splits = sorted({split for _, split in cell})
     table: list[dict[str, Any]] = []
     for (variant, split), row in cell.items():
-        time, config = timing(row), row["config"]
+        (us, below, above), config = span(row), row["config"]
         table.append({
-            "kind": variant, "SPLIT_K": split, "µs": time.median_us, "95 % low": time.interval_us[0],
-            "95 % high": time.interval_us[1], "over classic": time.median_us / classic.median_us,
+            "kind": variant, "SPLIT_K": split, "µs": us, "95 % low": below, "95 % high": above, "over classic": us / classic,
             "tile M×N×K": "×".join(str(config[f"BLOCK_SIZE_{axis}"]) for axis in "MNK"), "stages": config["num_stages"],
         })  # fmt: skip
-    figure.add_hrect(*classic.interval_us, fillcolor=GREY, opacity=0.25, line_width=0)
-    figure.add_scatter(x=splits, y=[classic.median_us] * len(splits), mode="lines", line={"color": GREY, "dash": "dot"},
+    figure.add_hrect(low, high, fillcolor=GREY, opacity=0.25, line_width=0)
+    figure.add_scatter(x=splits, y=[classic] * len(splits), mode="lines", line={"color": GREY, "dash": "dot"},
                        name="classic, best tile")  # fmt: skip
     for kind, style in series(KINDS).items():
-        mine = sorted((row for row in table if row["kind"] == kind), key=lambda row: row["SPLIT_K"])
-        ys = [row["µs"] for row in mine]
-        bars = error_bars(ys, [row["95 % low"] for row in mine], [row["95 % high"] for row in mine])
-        figure.add_scatter(x=[row["SPLIT_K"] for row in mine], y=ys, error_y=bars, name=kind, mode="lines+markers",
-                           line=style.line(), marker=style.marker())  # fmt: skip
+        mine = sorted(split for variant, split in cell if variant == kind)
+        line(figure, mine, [span(cell[kind, split]) for split in mine], kind, style)
     figure.update_xaxes(title="SPLIT_K", **log_axis(splits))
     figure.update_xaxes(ticktext=[str(s) for s in splits])
     figure.update_yaxes(title="µs, the whole step", rangemode="tozero")
     best = min(table, key=lambda row: row["µs"])
-    if best["kind"] == "classic":
-        return Panel(figure, table, f"**Here nothing beats the classic kernel: {classic.median_us:.2f} µs.**")
     unsplit = next(row for row in table if (row["kind"], row["SPLIT_K"]) == (best["kind"], 1))
-    sentence = (
-        f"**Fastest: {best['kind']} with SPLIT_K = {best['SPLIT_K']}, {best['µs']:.2f} µs, {best['over classic']:.2f} times the "
-        f"classic kernel’s {classic.median_us:.2f} µs.** The same kind with SPLIT_K = 1 takes {unsplit['over classic']:.2f} "
-        "times: the difference between the two is the split’s own."
-    )
-    return Panel(figure, table, sentence)
+    return Panel(figure, table, f"**Fastest: {best['kind']} with SPLIT_K = {best['SPLIT_K']}, {best['over classic']:.2f} times "
+                 f"the classic kernel’s {classic:.2f} µs.** The same kind with SPLIT_K = 1: {unsplit['over classic']:.2f} times; "
+                 "the difference between the two is the split’s own.")  # fmt: skip
 
 
 def error_and_spread(recording: Recording) -> Panel:
     """Error over bound, cells whose runs are bitwise equal, and the spread between runs, by kind and SPLIT_K."""
-    rows = [row for row in recording.rows if "skipped" not in row]
-    runs = max(row["runs"] for row in rows)
+    rows = pd.DataFrame([row for row in recording.rows if "skipped" not in row])
+    runs = int(rows.runs.max())
+    rows = rows.assign(
+        error=rows.max_abs_error / rows.bound, spread=rows.spread_abs / rows.bound, past=~rows.within_bound.astype(bool),
+        equal=rows.distinct == 1,
+    )  # fmt: skip
+    found = rows.groupby(["variant", "split_k"], sort=True)
+    columns = {"cells": found.size(), "median error / bound": found.error.median(), "largest error / bound": found.error.max(),
+               "past the bound": found.past.sum(), "all runs equal": found.equal.sum(), "most distinct": found.distinct.max(),
+               "largest spread": found.spread_abs.max(), "largest spread / bound": found.spread.max()}  # fmt: skip
+    frame = pd.DataFrame(columns).rename_axis(["kind", "SPLIT_K"]).reset_index()
+    table: list[Row] = [{str(k): v for k, v in row.items()} for row in frame.astype(object).to_dict("records")]
     figure = grid("What Split-K costs in error and in repeatability", f"{recording.source()}, {runs} runs a cell; bound: twice "
                   "torch’s own error against float64; left and right: the worst cell", titles=[
                       "largest error / bound", f"cells with {runs} equal runs", "largest spread / bound"], gap=0.12)  # fmt: skip
-    table: list[dict[str, Any]] = []
-    for kind in ("classic", *KINDS):
-        for split in sorted({row["split_k"] for row in rows if row["variant"] == kind}):
-            mine = [row for row in rows if (row["variant"], row["split_k"]) == (kind, split)]
-            over = [row["max_abs_error"] / row["bound"] for row in mine]
-            table.append({
-                "kind": kind, "SPLIT_K": split, "cells": len(mine), "median error / bound": statistics.median(over),
-                "largest error / bound": max(over), "past the bound": sum(not row["within_bound"] for row in mine),
-                "all runs equal": sum(row["distinct"] == 1 for row in mine),
-                "most distinct": max(row["distinct"] for row in mine),
-                "largest spread": max(row["spread_abs"] for row in mine),
-                "largest spread / bound": max(row["spread_abs"] / row["bound"] for row in mine),
-            })  # fmt: skip
-    splits = sorted({row["SPLIT_K"] for row in table})
+    frame["share"] = frame["all runs equal"] / frame.cells
+    drawn = {
+        "largest error / bound": "error / bound",
+        "share": "share of cells",
+        "largest spread / bound": "spread / bound",
+    }
     for kind, style in zip(("classic", *KINDS), (SERIES[3], *SERIES), strict=False):
-        mine = [row for row in table if row["kind"] == kind]
-        columns = ([row["largest error / bound"] for row in mine], [row["all runs equal"] / row["cells"] for row in mine],
-                   [row["largest spread / bound"] for row in mine])  # fmt: skip
-        for col, ys in enumerate(columns, start=1):
-            figure.add_scatter(x=[row["SPLIT_K"] for row in mine], y=ys, name=kind, mode="lines+markers", line=style.line(),
-                               marker=style.marker(), legendgroup=kind, showlegend=col == 1, row=1, col=col)  # fmt: skip
-    for col, name in enumerate(("error / bound", "share of cells", "spread / bound"), start=1):
+        mine = frame[frame.kind == kind]
+        for col, column in enumerate(drawn, start=1):
+            figure.add_scatter(x=mine.SPLIT_K.tolist(), y=mine[column].tolist(), name=kind, mode="lines+markers",
+                               line=style.line(), marker=style.marker(), legendgroup=kind, showlegend=col == 1, row=1,
+                               col=col)  # fmt: skip
+    splits = sorted(int(s) for s in frame.SPLIT_K.unique())
+    for col, name in enumerate(drawn.values(), start=1):
         figure.update_xaxes(title="SPLIT_K", **log_axis(splits), row=1, col=col)
         figure.update_yaxes(title=name, rangemode="tozero", row=1, col=col)
     figure.update_xaxes(ticktext=[str(s) for s in splits])
     figure.update_yaxes(tickformat=".0%", range=[-0.04, 1.08], row=1, col=2)
     figure.add_hline(1.0, line={"color": GREY, "dash": "dot"}, row=1, col=1)
-    return Panel(figure, table, _said_of_spread(table, runs))
-
-
-def _said_of_spread(table: Sequence[Row], runs: int) -> str:
-    said = {}
-    for kind in KINDS:
-        mine = [row for row in table if row["kind"] == kind and row["SPLIT_K"] > 1]
-        cells, equal, past = (sum(row[c] for row in mine) for c in ("cells", "all runs equal", "past the bound"))
-        worst = max(row["largest spread / bound"] for row in mine)
-        said[kind] = (equal == cells, f"{kind}: {equal} of {counted(cells, 'cell')} give {runs} equal runs, "
-                      f"they spread over up to {worst:.2g} of the bound, {past or 'none'} past it")  # fmt: skip
-    steady = [kind for kind, (equal, _) in said.items() if equal]
-    head = (
-        f"Bit for bit the same in every run, in every cell: {', '.join(steady)}"
-        if steady
-        else "No kind repeats its bits"
+    split = frame[(frame.SPLIT_K > 1) & frame.kind.isin(KINDS)]
+    sums, worst = (
+        split.groupby("kind")[["cells", "all runs equal", "past the bound"]].sum(),
+        split.groupby("kind")["largest spread / bound"].max(),
     )
-    return f"**{head}.** With SPLIT_K > 1, {'; '.join(text for _, text in said.values())}."
+    steady = [kind for kind, row in sums.iterrows() if row["cells"] == row["all runs equal"]]
+    each = "; ".join(f"{kind}: {row['all runs equal']} of {row['cells']} cells give {runs} equal runs, spread "
+                     f"up to {worst[kind]:.2g} of the bound, {row['past the bound']} past it"
+                     for kind, row in sums.iterrows())  # fmt: skip
+    return Panel(figure, table, f"**The same bits in every run of every cell: {', '.join(map(str, steady)) or 'no kind'}.** With "
+                 f"SPLIT_K > 1, {each}.")  # fmt: skip
 
 
 def versus_upstream(recording: Recording, reported: Mapping[str, Any], kind: str = "atomic_out") -> Panel:
@@ -266,13 +220,8 @@ def versus_upstream(recording: Recording, reported: Mapping[str, Any], kind: str
     figure.update_layout(legend={"traceorder": "grouped"})
     means = "; ".join(f"SPLIT_K = {split}: {_mean(table, split, 'here'):.2f} here, {_mean(table, split, 'reported'):.2f} reported"
                       for split in splits)  # fmt: skip
-    best, theirs_best = min(table, key=lambda r: r["here"]), min(table, key=lambda r: r["reported"])
-    sentence = (
-        f"**Geometric means over the baseline: {means}.** The best cell is {best['here']:.2f} here (hidden {best['hidden']}, "
-        f"batch {best['batch']}, SPLIT_K = {best['SPLIT_K']}) and {theirs_best['reported']:.2f} as reported (hidden "
-        f"{theirs_best['hidden']}, batch {theirs_best['batch']}, SPLIT_K = {theirs_best['SPLIT_K']})."
-    )
-    return Panel(figure, table, sentence)
+    return Panel(figure, table, f"**Geometric means over the baseline: {means}.** Best cell: {min(r['here'] for r in table):.2f} "
+                 f"here, {min(r['reported'] for r in table):.2f} as reported.")  # fmt: skip
 
 
 def _mean(table: Sequence[Row], split: int, column: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -98,11 +98,6 @@ def standing(traces: Traces, budget_s: float, which: str = "median") -> Panel:
     return Panel(figure, _table(traces, budget_s), _sentence(traces, budget_s))
 
 
-def _highest(traces: Traces) -> float:
-    """The largest finite regret of any moment, per cent, and some room."""
-    return 150 * max(p.worst for runs in traces.runs.values() for run in runs for p in run if math.isfinite(p.worst))
-
-
 def _seconds_axis(times: np.ndarray) -> dict[str, object]:
     low, high = float(times[0]) * 0.95, float(times[-1]) * 1.05
     ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if low <= t <= high]
@@ -142,19 +137,17 @@ def _leaders(traces: Traces, budget_s: float, which: str) -> str:
 def _table(traces: Traces, budget_s: float) -> list[Row]:
     rows: list[Row] = []
     for name, runs in traces.runs.items():
-        median, worst = (float(np.median([at(run, budget_s, w) for run in runs])) for w in ("median", "worst"))
-        end = float(np.median([run[-1].seconds for run in runs]))
-        rows.append(
-            {
-                "strategy": name,
-                "regret now, median batch": _percent(median),
-                "worst batch": _percent(worst),
-                "finished after, s": end,
-                "samples in all": int(np.median([run[-1].samples for run in runs])),
-                "final regret, median batch": _percent(float(np.median([run[-1].median for run in runs]))),
-                "final, worst batch": _percent(float(np.median([run[-1].worst for run in runs]))),
-            }
-        )
+
+        def middle(value: Callable[[Sequence[Point]], float], runs: Sequence[Sequence[Point]] = runs) -> float:
+            return float(np.median([value(run) for run in runs]))
+
+        rows.append({
+            "strategy": name, "regret now, median batch": _percent(middle(lambda run: at(run, budget_s, "median"))),
+            "worst batch": _percent(middle(lambda run: at(run, budget_s, "worst"))),
+            "finished after, s": middle(lambda run: run[-1].seconds), "samples in all": int(middle(lambda run: run[-1].samples)),
+            "final regret, median batch": _percent(middle(lambda run: run[-1].median)),
+            "final, worst batch": _percent(middle(lambda run: run[-1].worst)),
+        })  # fmt: skip
     return rows
 
 
@@ -163,17 +156,10 @@ def _percent(share: float) -> str:
 
 
 def _sentence(traces: Traces, budget_s: float) -> str:
-    done = {n: float(np.median([run[-1].seconds for run in runs])) for n, runs in traces.runs.items()}
-    finished = [n for n, seconds in done.items() if seconds <= budget_s]
-    first = min(done, key=lambda n: done[n])
-    ended = (
-        f"finished by then: {', '.join(finished)}"
-        if finished
-        else f"none has finished; {first} will first, at {done[first]:.0f} s"
-    )
+    done = {row["strategy"]: row["finished after, s"] for row in _table(traces, budget_s)}
+    finished = ", ".join(name for name, seconds in done.items() if seconds <= budget_s) or "none"
     return (
-        f"**After {number(budget_s)} s: {_leaders(traces, budget_s, 'median')} in the median batch size; {ended}.** A strategy "
-        "stopped here would still run its finals. Regret is of the sum of both GEMMs, against the best recorded pair of that "
-        "batch size; the finals decide by whole layers, so a curve can rise a little at its end. Differences well under 1 %, "
-        "to which two recorded runs agree, are no ranking."
+        f"**After {number(budget_s)} s: {_leaders(traces, budget_s, 'median')} in the median batch size; finished: {finished}.** "
+        "Regret is of the sum of both GEMMs, against the best recorded pair of configs; the finals decide by whole layers, so a "
+        "curve can rise a little at its end. Differences well under 1 %, to which two recorded runs agree, are no ranking."
     )

@@ -18,6 +18,8 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from moelab.implementations import IMPLEMENTATIONS, RETIRED_LOOKS
+
 GREY = "#7b7b7b"
 GRID = "rgba(128, 128, 128, 0.25)"
 CLEAR = "rgba(0, 0, 0, 0)"
@@ -47,23 +49,14 @@ class Look:
 
 
 LOOKS: Mapping[str, Look] = {
-    "torch": Look(VERMILLION, "circle", "solid"),
-    "compiled": Look(PURPLE, "square", "dash"),
+    **{name: Look(*of) for name, of in RETIRED_LOOKS.items()},
+    **{name: Look(*one.look) for name, one in IMPLEMENTATIONS.items() if one.look},
     "triton_f32": Look(ORANGE, "x", "dashdot"),
-    "triton": Look(BLUE, "diamond", "solid"),
     "cuda": Look(GREEN, "triangle-up", "solid"),
-    "split_k_atomic": Look("#C58A00", "cross", "dash"),
-    "split_k_workspace": Look(BRONZE, "triangle-down", "dot"),
-    "tma": Look("#63ADF2", "diamond-wide", "longdash"),
-    "gated": Look("#00916A", "pentagon", "solid"),
-    "gated_atomic": Look("#5CC9B4", "hexagon", "dash"),
-    "gated_atomic_out": Look("#A3A82D", "bowtie", "dashdot"),
-    "gated_tma": Look("#C8402A", "hourglass", "solid"),
-    "gated_tma_atomic": Look("#F08C6A", "star-diamond", "dash"),
-    "sglang": Look(SKY, "star", "dot"),
+    "sglang": Look(SKY, "star-square", "dot"),
     "floor": Look(GREY, "line-ew", "dot"),
 }
-"""Implementations, the peer, and the floor."""
+"""Implementations as their table has them, sum-reduces, the peer, and the floor."""
 
 SERIES = (
     Look(BLUE, "circle", "solid"),

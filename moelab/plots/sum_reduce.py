@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import plotly.graph_objects as go
 
+from moelab.errors import counted
+from moelab.plots.cells import fastest, line, span
 from moelab.plots.panel import Panel, Row, timing
-from moelab.plots.style import error_bars, grid, log_axis, look, powers
+from moelab.plots.style import grid, log_axis, look, powers
 from moelab.recordings import Recording
 
 ORDER = ("torch", "compiled", "triton_f32", "triton", "cuda")
@@ -61,27 +64,21 @@ def speed(
 def _implementation(figure: go.Figure, col: int, impl: str, rows: Sequence[Row], floor: Mapping[int, float]) -> None:
     """One implementation's line in both plots of a column, with its 95 % intervals."""
     rows = sorted(rows, key=lambda row: row["num_tokens"])
-    if not rows:
-        return
-    tokens, times = [row["num_tokens"] for row in rows], [timing(row) for row in rows]
-    middle = [each.median_us for each in times]
-    low, high = [each.interval_us[0] for each in times], [each.interval_us[1] for each in times]
-    share = [100 * floor[t] / us for t, us in zip(tokens, middle, strict=True)]
-    shares = [[100 * floor[t] / us for t, us in zip(tokens, ends, strict=True)] for ends in (high, low)]
-    drawn = ((1, middle, error_bars(middle, low, high)), (2, share, error_bars(share, *shares)))
-    for line, values, bars in drawn:
-        figure.add_scatter(x=tokens, y=values, error_y=bars, name=impl, mode="lines+markers", line=look(impl).line(1.5),
-                           marker=look(impl).marker(7), legendgroup=impl, showlegend=(line, col) == (1, 1), row=line,
-                           col=col)  # fmt: skip
+    spans = [span(row) for row in rows]
+    us = [100 * floor[row["num_tokens"]] for row in rows]
+    shares = [(u / middle, u / high, u / low) for u, (middle, low, high) in zip(us, spans, strict=True)]
+    for at, values in ((1, spans), (2, shares)):
+        line(figure, [row["num_tokens"] for row in rows], values, impl, look(impl), row=at, col=col,
+             showlegend=(at, col) == (1, 1) and bool(rows))  # fmt: skip
 
 
 def _peer(figure: go.Figure, col: int, theirs: Mapping[int, float], floor: Mapping[int, float]) -> None:
     share = {tokens: 100 * floor[tokens] / us for tokens, us in theirs.items()}
-    for line, values in ((1, theirs), (2, share)):
+    for at, values in ((1, theirs), (2, share)):
         if values:
             figure.add_scatter(x=list(values), y=list(values.values()), name="sglang’s Triton kernel", mode="markers",
                                marker=look("sglang").marker(11, hollow=True), legendgroup="sglang",
-                               showlegend=(line, col) == (1, 1), row=line, col=col)  # fmt: skip
+                               showlegend=(at, col) == (1, 1), row=at, col=col)  # fmt: skip
 
 
 def _sizes(recording: Recording, dtype: str) -> list[tuple[tuple[int, int, int], dict[str, Any]]]:
@@ -105,69 +102,40 @@ def _shares(recording: Recording, copy_bytes_per_s: float, dtype: str) -> list[d
     return table
 
 
-def fastest(times: dict[str, Any]) -> list[str]:
-    """The implementation with the smallest median, then those that tie with it (95 % intervals overlap)."""
-    from moelab.measure import tie
-
-    best = min(times, key=lambda impl: times[impl].median_us)
-    return [best, *(impl for impl in times if impl != best and tie(times[best], times[impl]))]
-
-
 def _verdict(recording: Recording, copy_bytes_per_s: float, dtype: str) -> str:
     table = _shares(recording, copy_bytes_per_s, dtype)
     wins = {impl: sum(impl in row["fastest"].split(" = ") for row in table) for impl in ORDER}
     said = ", ".join(f"{impl} {count}" for impl, count in wins.items() if count)
     last = table[-1]
-    shares = {impl: last[f"{impl}, % of copy"] / 100 for impl in ORDER if f"{impl}, % of copy" in last}
-    best = max(shares, key=lambda impl: shares[impl])
+    shares = ", ".join(f"{impl} {last[key]:.0f}%" for impl in ORDER if (key := f"{impl}, % of copy") in last)
     return (
-        f"**Fastest, ties included, of {len(table)} sizes: {said}.** {_crossover(recording, dtype)} "
-        f"{_beside_upstream(recording, dtype)} At the largest size "
-        f"({last['MB']:.0f} MB) {best} reaches {shares[best]:.0%} of the copy bandwidth, "
-        + ", ".join(f"{impl} {share:.0%}" for impl, share in shares.items() if impl != best)
-        + (". (Over 100 %: a copy writes as much as it reads, a sum mostly reads.)" if shares[best] > 1 else ".")
+        f"**Fastest, ties included, of {len(table)} sizes: {said}.** {_turns(recording, dtype)} {_slower(recording, dtype)} Of "
+        f"the copy bandwidth at {last['MB']:.0f} MB: {shares} (over 100 %: a sum mostly reads, a copy writes as much)."
     )
 
 
-def _beside_upstream(recording: Recording, dtype: str) -> str:
+def _leads(recording: Recording, dtype: str, impls: Sequence[str]) -> dict[str, list[str]]:
+    """Size -> the fastest among impls and who ties with it, where all of them are recorded, going up in bytes."""
+    return {
+        f"{tokens} × {top_k} × {hidden}": fastest({impl: timing(rows[impl]) for impl in impls})
+        for (tokens, top_k, hidden), rows in _sizes(recording, dtype) if {*impls} <= rows.keys()
+    }  # fmt: skip
+
+
+def _slower(recording: Recording, dtype: str) -> str:
     """At which sizes the better of triton and cuda loses to triton_f32, upstream's launch in the same run; ties do not."""
-    from moelab.measure import tie
-
-    lost, compared = [], 0
-    for (tokens, top_k, hidden), rows in _sizes(recording, dtype):
-        times = {impl: timing(rows[impl]) for impl in ("triton", "cuda", "triton_f32") if impl in rows}
-        upstream = times.pop("triton_f32", None)
-        if upstream is None or not times:
-            continue
-        compared += 1
-        best = min(times.values(), key=lambda each: each.median_us)
-        if best.median_us > upstream.median_us and not tie(best, upstream):
-            lost.append(f"{tokens} × {top_k} × {hidden}")
-    if not compared:
-        return "The recording does not hold triton_f32 beside triton or cuda."
-    where = f"at {len(lost)} of {compared} sizes ({', '.join(lost)})" if lost else f"at none of {compared} sizes"
-    return f"The better of triton and cuda is slower than triton_f32, upstream’s launch in the same run, {where}."
+    leads = _leads(recording, dtype, ("triton", "cuda", "triton_f32"))
+    lost = [size for size, first in leads.items() if first == ["triton_f32"]]
+    where = f"{len(lost)} of {len(leads)} sizes" + (f" ({', '.join(lost)})" if lost else "")
+    return f"Both triton and cuda are slower than triton_f32, upstream’s launch in the same run, at {where}."
 
 
-def _crossover(recording: Recording, dtype: str) -> str:
+def _turns(recording: Recording, dtype: str) -> str:
     """Where cuda and triton change places, by bytes moved; a tie changes nothing."""
-    from moelab.measure import tie
-
-    turns, leader = [], None
-    for (tokens, top_k, hidden), rows in _sizes(recording, dtype):
-        if not {"cuda", "triton"} <= rows.keys():
-            return "The recording does not hold both cuda and triton."
-        times = {impl: timing(rows[impl]) for impl in ("cuda", "triton")}
-        if tie(times["cuda"], times["triton"]):
-            continue
-        ahead = min(times, key=lambda impl: times[impl].median_us)
-        if leader and ahead != leader:
-            turns.append(f"{ahead} from {tokens} × {top_k} × {hidden}")
-        leader = leader or ahead
-        leader = ahead
-    if leader is None:
-        return "cuda and triton tie at every size."
-    if not turns:
-        return f"Between cuda and triton there is no crossover: where they do not tie, {leader} is ahead."
-    first = turns[0] if len(turns) == 1 else f"{len(turns)} times, first to {turns[0]}, last to {turns[-1]}"
-    return f"Between cuda and triton the lead changes, going up in bytes: {first}."
+    leads = [
+        (size, first[0]) for size, first in _leads(recording, dtype, ("cuda", "triton")).items() if len(first) == 1
+    ]
+    turns = [f"{name} from {size}" for (_, before), (size, name) in pairwise(leads) if name != before]
+    return (
+        f"The lead between cuda and triton turns {counted(len(turns), 'time')}{': ' * bool(turns)}{', '.join(turns)}."
+    )

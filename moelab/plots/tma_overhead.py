@@ -121,25 +121,18 @@ def _launch_table(ours: Mapping[str, Measurement], theirs: Mapping[str, float]) 
 
 
 def _said_of_launches(ours: Mapping[str, Measurement], theirs: Mapping[str, float]) -> str:
-    kept, made, allocator = (difference(ours[b], ours[a]) for a, b in pairwise(WAYS))
-    saved = ours[THROUGH_TRITON].median_us - ours[PLAIN].median_us
-    peer = [theirs[b] - theirs[a] for a, b in pairwise(WAYS)]
-    larger = "the kept descriptor" if made[0] >= allocator[0] else "the allocator"
+    added = [_told(difference(ours[b], ours[a])) for a, b in pairwise(WAYS)]
+    each = "; ".join(f"{part} {us}" for part, us in zip(PARTS[1:], added, strict=True))
+    peer = ", ".join(_signed(theirs[b] - theirs[a]) for a, b in pairwise(WAYS))
     return (
-        f"**One launch keeps the host busy for {ours[PLAIN].median_us:.1f} µs; a kept descriptor adds {_told(kept)}, making the "
-        f"descriptor each time another {_told(made)}, setting the allocator each time another {_told(allocator)}.** So of the "
-        f"two savings of sglang #18782 {larger} is the larger here. Triton’s own path to the same kernel takes {saved:.1f} µs "
-        f"{'more' if saved >= 0 else 'less'}. sglang’s launcher: {theirs[PLAIN]:.1f} µs without TMA, then "
-        f"{', '.join(_signed(step) for step in peer)} µs for the same three parts; its {theirs[PLAIN]:.1f} µs are "
-        f"{theirs[PLAIN] / ours[PLAIN].median_us:.1f} times ours."
+        f"**One launch keeps the host busy for {ours[PLAIN].median_us:.1f} µs; added by {each}.** Triton’s own path to the same "
+        f"kernel: {ours[THROUGH_TRITON].median_us:.1f} µs. sglang’s launcher: {theirs[PLAIN]:.1f} µs without TMA, then {peer}."
     )
 
 
 def _told(found: tuple[float, float, float]) -> str:
     middle, low, high = found
-    if low <= 0 <= high:
-        return f"nothing that can be told from 0 ({low:.2f} to {high:.2f} µs)"
-    return f"{middle:.2f} µs ({low:.2f} to {high:.2f})"
+    return f"{'a tie with 0' if low <= 0 <= high else f'{middle:.2f} µs'} ({low:.2f} to {high:.2f})"
 
 
 def spread(recording: Recording, points: int = 200) -> Panel:
@@ -164,15 +157,10 @@ def spread(recording: Recording, points: int = 200) -> Panel:
     figure.add_hline(0.5, line={"color": GREY, "dash": "dot", "width": 1})
     figure.update_xaxes(title="host time of one launch, µs")
     figure.update_yaxes(title="share of calls within that time", tickformat=".0%", range=[0, 1.02])
-    worst = max(table, key=lambda row: row["99th / median"])
-    plain = table[names.index(PLAIN)]
-    sentence = (
-        f"**Without TMA 19 of 20 launches take at most {plain['19 in 20 within']:.1f} µs, "
-        f"{plain['19 in 20 within'] / plain['median']:.2f} times the median.** The longest tail: "
-        f"{worst['one launch']}, one call in a hundred takes over {worst['99th percentile']:.1f} µs, "
-        f"{worst['99th / median']:.2f} times its median."
-    )
-    return Panel(figure, table, sentence)
+    worst, plain = max(table, key=lambda row: row["99th / median"]), table[names.index(PLAIN)]
+    return Panel(figure, table, f"**Without TMA 19 of 20 launches take at most {plain['19 in 20 within']:.1f} µs, median "
+                 f"{plain['median']:.1f}.** The longest tail is {worst['one launch']}’s: one in a hundred over "
+                 f"{worst['99th percentile']:.1f} µs, {worst['99th / median']:.2f} times its median.")  # fmt: skip
 
 
 def goals(recording: Recording) -> Panel:
@@ -233,13 +221,10 @@ def _percent(change: float) -> str:
 def _said_of_gains(table: Sequence[Row], peers: Mapping[str, Any]) -> str:
     theirs = {row["name"]: float(row["us"]) for row in peers["rows"]}
     before, after = theirs[ALLOCATED], theirs[KEPT]
-    most, least = max(table, key=lambda row: row["better by, %"]), min(table, key=lambda row: row["better by, %"])
-    first, limit = table[0], before / after - 1
+    ends = " to ".join(f"{row['better by, %']:.1f} % ({row['metric']})" for row in (
+        min(table, key=lambda row: row["better by, %"]), max(table, key=lambda row: row["better by, %"])))  # fmt: skip
     return (
-        f"**Reported: {first['metric']} {first['change']}; for the better by {least['better by, %']:.1f} % ({least['metric']}) "
-        f"to {most['better by, %']:.1f} % ({most['metric']}).** In sglang’s launcher, as measured on the host of an H200, both "
-        f"savings together take a launch from {before:.1f} to {after:.1f} µs. A server that waits for such launches and for "
-        f"nothing else would gain {100 * limit:.1f} % in throughput; the reported gain is "
-        f"{first['better by, %'] / (100 * limit):.2f} times that. How much of its time that server spent in launches was not "
-        "reported."
+        f"**Reported, for the better by {ends}.** In sglang’s launcher on an H200’s host both savings take a launch from "
+        f"{before:.1f} to {after:.1f} µs: at most {100 * (before / after - 1):.1f} % of throughput for a server that waits for "
+        "nothing else. How much of its time that server spent in launches was not reported."
     )

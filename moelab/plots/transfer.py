@@ -1,4 +1,4 @@
-"""Matrices of transfer: per cent lost by a config that was chosen for something else, a number in every measured cell."""
+"""What a config loses elsewhere: at another batch size, GEMM, run, device or Triton version; as maps, and as a table."""
 
 from __future__ import annotations
 
@@ -9,66 +9,81 @@ from itertools import pairwise
 from typing import Any
 
 from moelab.config import KernelConfig
-from moelab.plots.loss_matrix import matrix, table_of
+from moelab.plots import ratio_map
+from moelab.plots.cells import cells_of, fastest
 from moelab.plots.panel import Panel, Row, timing
+from moelab.plots.style import VERMILLION, grid
 from moelab.recordings import Recording
+from moelab.tuner.landscape import Landscape, default_name
+from moelab.tuner.problem import Problem
 from moelab.tuner.transfer import Cells, Loss, Part, Transfer
 
 PARTS: Mapping[Part, str] = {"both": "GEMM1 + GEMM2", "up": "GEMM1", "down": "GEMM2"}
 NEGLIGIBLE = 1.0
 """Per cent below which a loss is called none: the tuner's own tie, and about what two runs of it differ by."""
 
-_LEGEND = "cells: % over the best there; ~: from a short look, not from the finals; empty: not measured"
+_LEGEND = "cells: % over the best there; ~: from the coarse screening, not from the finals; empty: not measured"
+
+
+def _map(
+    title: str, source: str, cells: Mapping[str, Cells], axes: tuple[str, str], said: str, ties: Iterable[tuple[str, int]] = ()
+) -> Panel:  # fmt: skip
+    """Rows by batch size, what is lost in per cent in each measured cell (a tie grey), and the same as a table."""
+    batches = sorted({b for row in cells.values() for b in row})
+    known = {(name, b): loss for name, row in cells.items() for b, loss in row.items() if loss}
+    figure = grid(title, source, height=190 + 26 * len(cells))
+    drawn = {
+        at: ratio_map.Cell(1 + max(0.0, loss.percent) / 100, _label(loss), at in set(ties))
+        for at, loss in known.items()
+    }
+    ratio_map.draw(figure, drawn, list(cells), batches, low=None, high=VERMILLION, bar="time / best", size=11)
+    figure.update_xaxes(title=axes[1])
+    figure.update_yaxes(title=axes[0], automargin=True)
+    table = [{axes[0]: name} | {str(b): _label(loss) or "–" for b, loss in row.items()} for name, row in cells.items()]
+    return Panel(figure, table, said)
+
+
+def _label(loss: Loss | None) -> str:
+    if loss is None:
+        return ""
+    value = f"{loss.percent:.1f}" if loss.final and abs(loss.percent) < 10 else f"{loss.percent:.0f}"
+    value = value.replace("-0.0", "0.0") if value != "-0" else "0"
+    return value if loss.final else f"~{value}"
 
 
 def by_batch(transfer: Transfer, part: Part = "both") -> Panel:
     """Row: batch size tuned for; column: batch size run at; cell: per cent over the best there."""
     cells = transfer.by_batch(part)
-    figure = matrix(
-        f"Tuned for one batch size, run at another: {PARTS[part]}",
-        f"{_source(transfer)}<br>{_LEGEND}",
-        {str(b): row for b, row in cells.items()},
-        "batch run at, tokens",
-        "batch tuned for, tokens",
-    )
     worst = max((loss.percent, a, b) for a, row in cells.items() for b, loss in row.items() if loss)
     steps = [cells[a][b] for pair in pairwise(transfer.batches) for a, b in (pair, pair[::-1])]
-    near = [loss.percent for loss in steps if loss]
-    step = (
-        f"One step up or down the list costs {statistics.median(near):.1f} % at the median and {max(near):.0f} % at worst"
-        if near
-        else "No neighbouring batch size was measured"
+    near = [loss.percent for loss in steps if loss] or [float("nan")]
+    said = (
+        f"**The worst cell loses {worst[0]:.0f} %: tuned for batch {worst[1]}, run at {worst[2]}.** One step along the list: "
+        f"{statistics.median(near):.1f} % at the median, {max(near):.0f} % at worst. {_measured(transfer, part, cells.values())}"
     )
-    sentence = (
-        f"**{step}; the worst cell loses {worst[0]:.0f} %: tuned for batch {worst[1]}, run at {worst[2]}.** "
-        f"{_said_of_cells(cells.values())} {_said_of_spread(transfer, part)}"
-    )
-    return Panel(figure, table_of("tuned for", {str(b): row for b, row in cells.items()}), sentence)
+    return _map(f"Tuned for one batch size, run at another: {PARTS[part]}", f"{_source(transfer)}<br>{_LEGEND}",
+                {str(b): row for b, row in cells.items()}, ("tuned for", "batch run at, tokens"), said)  # fmt: skip
 
 
 def choices(transfer: Transfer, part: Part = "both", other: Transfer | None = None) -> Panel:
     """Row: a way to choose configs without tuning for this batch size, this GEMM or this run; column: batch size."""
     cells = transfer.choices(part, other)
     judged = f"<br>“another run’s winner”: {other.landscape.name}" if other else ""
-    figure = matrix(
-        f"What a shortcut costs: {PARTS[part]}",
-        f"{_source(transfer)}{judged}<br>{_LEGEND}",
-        cells,
-        "batch, tokens",
-        "configs from",
-    )
-    means = {name: [loss.percent for loss in row.values() if loss] for name, row in cells.items()}
-    lost = {name: (_mean(found), max(found)) for name, found in means.items() if found}
-    least, most = min(lost, key=lost.__getitem__), max(lost, key=lost.__getitem__)
-    each = "; ".join(f"{name} {mean:.1f} % (at worst {worst:.1f} %)" for name, (mean, worst) in lost.items())
     one = transfer.one_for_all(part)
-    chosen = f" The one config is {_short(one)}, the best over the batch sizes where all was measured." if one else ""
-    sentence = (
-        f"**Most is lost by {most}, {lost[most][0]:.1f} % on average over the batch sizes, least by {least}, "
-        f"{lost[least][0]:.1f} %.** On average {each}.{_said_of_down(lost)}{chosen} {_said_of_cells(cells.values())} "
-        f"{_said_of_spread(transfer, part)}"
-    )
-    return Panel(figure, table_of("configs from", cells), sentence)
+    chosen = f" The one config for all: {_short(one)}." if one else ""
+    said = f"**Lost on average: {_losses(cells)}.**{chosen} {_measured(transfer, part, cells.values())}"
+    return _map(f"What a shortcut costs: {PARTS[part]}", f"{_source(transfer)}{judged}<br>{_LEGEND}", cells,
+                ("configs from", "batch, tokens"), said)  # fmt: skip
+
+
+def _losses(cells: Mapping[str, Cells]) -> str:
+    """Each row's geometric mean and worst cell, the largest mean first."""
+    found = {name: {b: loss.percent for b, loss in row.items() if loss} for name, row in cells.items()}
+    means = {name: _mean(row.values()) for name, row in found.items() if row}
+    worst = {name: max(found[name], key=found[name].__getitem__) for name in means}
+    said = [f"{name} {means[name]:.1f} % (at worst {found[name][worst[name]]:.0f} %, batch {worst[name]})"
+            for name in sorted(means, key=lambda name: -means[name])]  # fmt: skip
+    return "; ".join([*said, *(f"{name} not measured" for name in cells if name not in means)])
 
 
 @dataclass(frozen=True)
@@ -87,26 +102,18 @@ class _File:
 def by_file(transfer: Transfer, shipped: Sequence[Row], part: Part = "both") -> Panel:
     """Row: a file that a peer ships for these sizes, of another device or Triton version; column: batch size run at.
 
-    shipped: as `config_files.specimen.shipped_files` gives them. Keys of theirs that moelab's config has not are left out.
+    shipped: as `config_files.shipped.shipped_files` gives them. Keys of theirs that moelab's config has not are left out.
     """
-    shape, device = transfer.problem.shape, transfer.problem.device.replace(" ", "_")
+    shape = transfer.problem.shape
     files = _files(shipped, shape.num_experts, shape.moe_intermediate_size)
     cells = {file.name(): transfer.of_file(part, file.up, file.down) for file in files}
-    figure = matrix(
-        f"Another device’s file, another Triton’s: {PARTS[part]} on {transfer.problem.device}",
-        f"files: sglang 0.5.23; times: {_source(transfer)}<br>{_LEGEND}",
-        cells,
-        "batch run at, tokens",
-        "file of",
+    said = (
+        f"**Lost on average: {_losses(cells)}.** Such a file carries its device, its Triton, and the tuner of its day at once; "
+        f"hidden size and top_k are not in its name. USE_TMA is left out. {_measured(transfer, part, cells.values())}"
     )
-    own = [file for file in files if file.device == device]
-    others = [file for file in files if file.device != device]
-    said = [_said_of_file(file, cells[file.name()]) for file in (*own, *others)]
-    sentence = (
-        f"**{'; '.join(said)}.** Such a file carries its device, its Triton, and the tuner of its day at once; hidden size and "
-        f"top_k are not in its name. USE_TMA is left out. {_said_of_cells(cells.values())} {_said_of_spread(transfer, part)}"
-    )
-    return Panel(figure, table_of("file of", cells), sentence)
+    return _map(f"Another device’s file, another Triton’s: {PARTS[part]} on {transfer.problem.device}",
+                f"files: sglang 0.5.23; times: {_source(transfer)}<br>{_LEGEND}", cells, ("file of", "batch run at, tokens"),
+                said)  # fmt: skip
 
 
 def _files(shipped: Sequence[Row], num_experts: int, moe_intermediate_size: int) -> list[_File]:
@@ -133,75 +140,36 @@ def _configs(entries: Mapping[str, Mapping[str, Any]]) -> dict[int, KernelConfig
     }
 
 
-def _said_of_file(file: _File, cells: Cells) -> str:
-    found = {b: loss.percent for b, loss in cells.items() if loss}
-    if not found:
-        return f"nothing of {file.name()} was measured"
-    worst = max(found, key=found.__getitem__)
-    return f"{file.name()} loses {_mean(found.values()):.1f} % on average, {found[worst]:.0f} % at batch {worst}"
-
-
 def shipped_elsewhere(recording: Recording, shipped: Sequence[Row]) -> Panel:
-    """Whole layers under configs that a peer shipped for some device, over the fastest recorded there; ties marked by "=".
+    """Whole layers under configs that a peer shipped for some device, over the fastest recorded there; ties are grey.
 
     recording: layer_classic. Row: shape and the device that its shipped configs are of; column: batch size.
     """
     origin = {file["timed_as_shipped"]: file for file in shipped if file["timed_as_shipped"]}
     cells: dict[str, Cells] = {}
     ties: set[tuple[str, int]] = set()
-    for shape in dict.fromkeys(row["shape"] for row in recording.rows):
-        for config in ("default", "shipped"):
-            rows = recording.select(shape=shape, config_name=config)
+    for (shape, batch), cell in cells_of(recording.rows, by="config_name").items():
+        times = {name: timing(row) for name, row in cell.items() if name in ("default", "shipped", "tuned")}
+        first, *tied = fastest(times)
+        for config in (name for name in ("default", "shipped") if name in times):
             name = f"{shape}: default" if config == "default" else _origin_name(shape, origin.get(shape))
-            for row in rows:
-                loss, tie = _over_fastest(recording, row)
-                cells.setdefault(name, {})[row["num_tokens"]] = loss
-                ties |= {(name, row["num_tokens"])} if tie else set()
-    figure = matrix(
+            loss = 100 * (times[config].median_us / times[first].median_us - 1)
+            cells.setdefault(name, {})[batch] = Loss(loss, True)
+            ties |= {(name, batch)} if config in tied else set()
+    home = recording.provenance["gpu"].replace(" ", "_")
+    foreign = {_origin_name(s, f): cells[_origin_name(s, f)] for s, f in origin.items()
+               if f["device"] != home and _origin_name(s, f) in cells}  # fmt: skip
+    said = f"**Lost on average: {_losses(foreign)}.** Configs do not travel on trust: check, or tune."
+    return _map(
         "Whole layers under another device’s configs",
-        f"{recording.source()}; % over the fastest of default, shipped and searched config<br>"
-        "=: a tie, the 95 % intervals overlap; shipped: sglang 0.5.23, with the device and Triton of its file",
-        cells,
-        "batch, tokens",
-        "shape: configs",
-        ties,
-    )
-    foreign = {
-        _origin_name(s, f): f for s, f in origin.items() if f["device"] != recording.provenance["gpu"].replace(" ", "_")
-    }
-    said = []
-    for name in foreign:
-        found = {b: loss.percent for b, loss in cells.get(name, {}).items() if loss}
-        worst = max(found, key=found.__getitem__, default=None)
-        if worst is not None:
-            said.append(
-                f"{name} loses up to {found[worst]:.0f} % (batch {worst}; default there {_default_loss(cells, name, worst)})"
-            )
-    return Panel(
-        figure,
-        table_of("shape: configs", cells),
-        f"**{'; '.join(said)}.** Configs do not travel on trust: check, or tune.",
-    )
+        f"{recording.source()}; % over the fastest of default, shipped and searched (a short search’s one config)<br>"
+        "grey: a tie, the 95 % intervals overlap; shipped: sglang 0.5.23, with the device and Triton of its file",
+        cells, ("shape: configs", "batch, tokens"), said, ties,
+    )  # fmt: skip
 
 
 def _origin_name(shape: str, file: Row | None) -> str:
     return f"{shape}: {file['device'].replace('_', ' ')}, Triton {file['triton']}" if file else f"{shape}: shipped"
-
-
-def _default_loss(cells: Mapping[str, Cells], name: str, batch: int) -> str:
-    loss = cells.get(f"{name.split(':')[0]}: default", {}).get(batch)
-    return f"{loss.percent:.0f} %" if loss else "not recorded"
-
-
-def _over_fastest(recording: Recording, row: Row) -> tuple[Loss, bool]:
-    """A recorded row's median over the lowest of its cell, and whether the two tie."""
-    from moelab.measure import tie
-
-    rivals = [r for r in recording.select(shape=row["shape"], num_tokens=row["num_tokens"])
-              if r["config_name"] in ("default", "shipped", "tuned")]  # fmt: skip
-    mine, best = timing(row), min((timing(r) for r in rivals), key=lambda m: m.median_us)
-    loss = 100 * (mine.median_us / best.median_us - 1)
-    return Loss(loss, True), loss > 0 and tie(mine, best)
 
 
 # --- in words -----------------------------------------------------------------------------------------------------
@@ -224,29 +192,102 @@ def _short(pair: tuple[KernelConfig, KernelConfig]) -> str:
     return pair[0].short() if pair[0] == pair[1] else f"{pair[0].short()} for GEMM1 and {pair[1].short()} for GEMM2"
 
 
-def _said_of_down(lost: Mapping[str, tuple[float, float]]) -> str:
-    """What a _down file is worth, where a row says so."""
-    row = lost.get("the best one for both GEMMs")
-    return f" A _down file is worth {row[0]:.1f} % here, {row[1]:.1f} % at most." if row else ""
-
-
-def _said_of_cells(rows: Iterable[Cells]) -> str:
-    """How many cells there are, how many of them without a measurement and from short looks, how many next to nothing."""
+def _measured(transfer: Transfer, part: Part, rows: Iterable[Cells]) -> str:
+    """How many cells there are and how they were measured; how far the two protocols' times may be apart."""
     found = [loss for row in rows for loss in row.values()]
     known = [loss for loss in found if loss]
     brief, free = sum(not loss.final for loss in known), sum(loss.percent < NEGLIGIBLE for loss in known)
-    missing = len(found) - len(known)
+    gemms = ("up", "down") if part == "both" else (part,)
+    spread = {b: 100 * max(transfer.spread[gemm, b] for gemm in gemms) for b in transfer.batches}  # type: ignore[index]
+    ends = [f"{max(of.values()):.0f} % {where}" for of, where in (
+        ({b: s for b, s in spread.items() if b <= 512}, "up to batch 512"),
+        ({b: s for b, s in spread.items() if b > 512}, "above")) if of]  # fmt: skip
     return (
-        f"Of {len(found)} cells {missing} ({missing / len(found):.0%}) were not measured and stay empty, {brief} come from short "
-        f"looks (~), and {free} lose under {NEGLIGIBLE:g} %."
+        f"{len(found)} cells: {len(found) - len(known)} not measured, {brief} from the coarse screening (~: between the two "
+        f"protocols ratios differ by up to {' and '.join(ends)}), {free} lose under {NEGLIGIBLE:g} %."
     )
 
 
-def _said_of_spread(transfer: Transfer, part: Part) -> str:
-    """How far the two protocols' times may be apart, at small and at large batch sizes."""
-    gemms = ("up", "down") if part == "both" else (part,)
-    spread = {b: max(transfer.spread[gemm, b] for gemm in gemms) for b in transfer.batches}  # type: ignore[index]
-    few = [100 * s for b, s in spread.items() if b <= 512]
-    many = [100 * s for b, s in spread.items() if b > 512]
-    ends = [f"{max(found):.0f} % {where}" for found, where in ((few, "up to batch 512"), (many, "above")) if found]
-    return f"Read ~ with care: between short looks and finals the same configs’ ratios differ by up to {' and '.join(ends)}."
+# --- what is recorded, and what is not ------------------------------------------------------------------------------
+
+_SAME = ("routing", "device", "triton_version", "seed")
+_DIFFERS: Mapping[str, str] = {
+    "another seed": "seed", "a skewed routing": "routing", "another device": "device",
+    "another Triton version": "triton_version",
+}  # fmt: skip
+"""Question -> the one field of a problem that differs; with two that differ a loss cannot be told apart."""
+
+_WHERE: Mapping[str, str] = {
+    "another seed": "on this device", "a skewed routing": "on this device", "another device": "on that device",
+    "another Triton version": "with that Triton installed",
+}  # fmt: skip
+
+
+def travel(home: Transfer, landscapes: Sequence[Landscape]) -> Panel:
+    """What the winners of `home` lose elsewhere, for each thing that can differ; not recorded is said, with its command.
+
+    landscapes: all there are. One answers where the layer is the same and nothing but that thing differs.
+    """
+    found = {question: _answers(home, landscapes, field) for question, field in _DIFFERS.items()}
+    table: list[Row] = []
+    for question, others in found.items():
+        command = {"to record it": f"{_command(home.problem, question)}, {_WHERE[question]}"}
+        table += [{"run under": question, **_loss(home, other), "landscape": other.name, **command} for other in others]
+        if not others:
+            nothing = {"lost on average, %": None, "at worst, %": None, "cells": None, "landscape": "not recorded"}
+            table.append({"run under": question, **nothing, **command})
+    missing = [question for question, others in found.items() if not others]
+    known = [f"{row['run under']} {_said(row)}" for row in table if row["landscape"] != "not recorded"]
+    said = (
+        f"Not recorded: {', '.join(missing)}; the table has the command for each." if missing else "All are recorded."
+    )
+    return Panel(
+        None, table, f"**Recorded of {home.landscape.name}’s winners: {'; '.join(known) or 'nothing'}.** {said}"
+    )
+
+
+def _answers(home: Transfer, landscapes: Sequence[Landscape], field: str) -> list[Landscape]:
+    def same(other: Landscape, name: str) -> bool:
+        # another routing or device draws other inputs in any case, so that its seed may be any
+        return getattr(other.problem, name) == getattr(home.problem, name) or (name == "seed" and field != "seed")
+
+    return [
+        other
+        for other in landscapes
+        if other.problem.shape == home.problem.shape
+        and getattr(other.problem, field) != getattr(home.problem, field)
+        and all(same(other, name) for name in _SAME if name != field)
+    ]
+
+
+def _loss(home: Transfer, other: Landscape) -> dict[str, float | int | None]:
+    cells = Transfer(other).cells("both", home.winners["both"].get)
+    lost = [max(0.0, loss.percent) for loss in cells.values() if loss]
+    mean = 100 * (statistics.geometric_mean([1 + each / 100 for each in lost]) - 1) if lost else None
+    return {"lost on average, %": mean, "at worst, %": max(lost, default=None), "cells": len(lost)}
+
+
+def _said(row: Row) -> str:
+    mean, worst = row["lost on average, %"], row["at worst, %"]
+    return f"loses {mean:.1f} % on average, {worst:.1f} % at worst" if mean is not None else "was not measured"
+
+
+def _command(problem: Problem, question: str) -> str:
+    """The command that records a landscape which differs in that one thing."""
+    shape = problem.shape
+    stem = f"data/landscapes/{default_name(problem)}"
+    options = {
+        "another seed": (f"--seed {problem.seed + 1}", f"{stem}-seed{problem.seed + 1}.parquet"),
+        "a skewed routing": ("--routing zipf", f"{stem}-zipf.parquet"),
+        "another device": ("", f"{stem}.parquet".replace(problem.device.replace(" ", "_"), "DEVICE")),
+        "another Triton version": ("", f"{stem}-triton_X_Y_Z.parquet"),
+    }
+    option, file = options[question]
+    parts = [
+        "moelab tune",
+        f"--model {shape.name}",
+        f"--tp-size {shape.tp_size}",
+        option,
+        f"--strategy grid --freeze {file}",
+    ]
+    return " ".join(part for part in parts if part)

@@ -36,7 +36,7 @@ def gains(recording: Recording) -> Panel:
         return Panel(None, _table(recording), _sentence(recording, rivals))
     names = list(dict.fromkeys(name for name, _ in found))
     figure = grid(
-        f"Times over the tuned configs’: {_short(recording)}",
+        "Times over the tuned configs’",
         f"{recording.source()}; whole layers, interleaved<br>green, over 1: tuned is faster; orange: it is slower; grey: a tie, "
         "the ratio’s interval holds 1; empty: not timed",
         height=190 + 30 * len(names),
@@ -67,27 +67,15 @@ def _table(recording: Recording) -> list[Row]:
     ]  # fmt: skip
 
 
-def _short(recording: Recording) -> str:
-    """Where tuned is slower than the default, and how many times as long the default takes on average."""
-    rows = [row for row in recording.select(kind="layer", config_name="default") if "ratio" in row]
-    if not rows:
-        return "the default was not timed"
-    slower = sum(len(row["slower_at"]) for row in recording.select(kind="summary", over="default"))
-    head = "never slower than the default" if not slower else f"slower than the default in {counted(slower, 'cell')}"
-    return f"{head}, which takes {geometric_mean([row['ratio'] for row in rows]):.2f} times as long"
-
-
 def _sentence(recording: Recording, rivals: list[str]) -> str:
+    """For each rival: the geometric mean of its ratios, ties, and in how many cells tuned is slower beyond the interval."""
     parts = []
     for rival in rivals:
         rows = [r for t in recording.select(kind="summary", over=rival) for r in _timed(recording, t["target"], rival)]
-        if not rows:
-            parts.append(f"{TITLES[rival]} could not be timed")
-            continue
-        mean, ties = geometric_mean([row["ratio"] for row in rows]), sum(row["tie"] for row in rows)
-        slower = sum(row["ratio_high"] < 1 for row in rows)
-        parts.append(
-            f"{TITLES[rival]} takes **{mean:.3f} times** as long (geometric mean of {counted(len(rows), 'cell')}; "
-            f"{ties} ties; tuned is slower beyond its interval in {slower})"
-        )
-    return "; ".join(parts) + ". A cell is a target at a batch size; a tie is an interval of the ratio that holds 1."
+        ties, slower = sum(row["tie"] for row in rows), sum(row["ratio_high"] < 1 for row in rows)
+        mean = f"{geometric_mean([row['ratio'] for row in rows]):.3f}" if rows else "not timed"
+        parts.append(f"{TITLES[rival]} {mean} ({counted(len(rows), 'cell')}, {ties} ties, tuned slower in {slower})")
+    return (
+        f"**Times as long as the tuned pair of configs (geometric mean): {'; '.join(parts)}.** A cell is a target at a batch "
+        "size; a tie is an interval of the ratio that holds 1, slower is beyond it."
+    )

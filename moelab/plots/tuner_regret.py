@@ -77,29 +77,21 @@ def _ends(recording: Recording, strategy: str, field: str) -> list[float]:
     return [row[field] for row in recording.select(kind="end", strategy=strategy) if row.get(field) is not None]
 
 
-def _middle(recording: Recording, strategy: str, field: str) -> float | None:
-    found = _ends(recording, strategy, field)
-    return statistics.median(found) if found else None
-
-
 def _table(recording: Recording) -> list[Row]:
     """A row per strategy, medians over seeds and landscapes, regret in per cent."""
     rows: list[Row] = []
     for strategy in _strategies(recording):
-        share = [100 * s for s in _ends(recording, strategy, "worst")]
-        row: dict[str, Any] = {"strategy": strategy, "searches": len(_ends(recording, strategy, "samples"))}
-        row |= {
-            "samples": _middle(recording, strategy, "samples"),
-            "simulated s": _middle(recording, strategy, "seconds"),
-        }
-        row |= {"median batch, %": 100 * (_middle(recording, strategy, "median") or 0.0)}
-        row |= {"worst batch, %": statistics.median(share), "in 9 of 10": float(np.quantile(share, 0.9))}
-        other = _ends(recording, strategy, "other_worst")
-        if other:
-            row |= {
-                "median batch by other runs, %": 100 * statistics.median(_ends(recording, strategy, "other_median"))
-            }
-            row |= {"worst by other runs, %": 100 * statistics.median(other)}
+
+        def middle(field: str, scale: float = 1.0, strategy: str = strategy) -> float | None:
+            found = _ends(recording, strategy, field)
+            return scale * statistics.median(found) if found else None
+
+        row = {"strategy": strategy, "searches": len(_ends(recording, strategy, "samples")), "samples": middle("samples"),
+               "simulated s": middle("seconds"), "median batch, %": middle("median", 100), "worst batch, %": middle("worst", 100),
+               "in 9 of 10": 100 * float(np.quantile(_ends(recording, strategy, "worst"), 0.9))}  # fmt: skip
+        if _ends(recording, strategy, "other_worst"):
+            row |= {"median batch by other runs, %": middle("other_median", 100),
+                    "worst by other runs, %": middle("other_worst", 100)}  # fmt: skip
         rows.append(row)
     return rows
 
@@ -114,20 +106,16 @@ def _short(recording: Recording) -> str:
 
 
 def _sentence(recording: Recording) -> str:
-    parts = []
-    everything = _middle(recording, "grid", "samples")
-    for row in _table(recording):
-        share = f"{row['samples']:,.0f} samples"
-        if everything and row["strategy"] != "grid":
-            share = f"{100 * row['samples'] / everything:.1f} % of the grid’s samples"
-        text = f"**{row['strategy']}** takes {share} and loses {row['worst batch, %']:.2f} % at its worst batch size"
-        if "worst by other runs, %" in row:
-            text += f" ({row['worst by other runs, %']:.2f} % when independent runs of the same layer judge)"
-        parts.append(text)
+    table = _table(recording)
+    everything = next((row["samples"] for row in table if row["strategy"] == "grid"), None)
+    each = []
+    for row in table:
+        share = f", {100 * row['samples'] / everything:.1f} % of the grid’s" if everything else ""
+        other = f"; by other runs {row['worst by other runs, %']:.2f} %" if "worst by other runs, %" in row else ""
+        each.append(f"{row['strategy']} {row['worst batch, %']:.2f} %{other} ({row['samples']:,.0f} samples{share})")
     return (
-        "; ".join(parts)
-        + f". Medians over {number(recording.protocol['seeds'])} seeds and the landscapes; the regret is of the "
-        "sum of both GEMMs, and the finals decide by whole layers, so that not even the whole grid reaches 0."
+        f"**Regret at the worst batch size: {'; '.join(each)}.** Medians over {number(recording.protocol['seeds'])} seeds and "
+        "the landscapes; of the sum of both GEMMs, where the finals decide by whole layers, so that the whole grid reaches no 0."
         + _ran(recording)
     )
 
@@ -137,10 +125,9 @@ def _ran(recording: Recording) -> str:
     rows = [row for row in recording.select(kind="run") if row["regret"] is not None]
     if not rows:
         return ""
-    worst, runs = max(rows, key=lambda row: row["regret"]), list(dict.fromkeys(row["run"] for row in rows))
+    worst = max(rows, key=lambda row: row["regret"])
     return (
-        f" {len(rows)} winners of races that ran on a GPU ({', '.join(runs)}) lose "
-        f"{100 * statistics.median(row['regret'] for row in rows):.2f} % in the median and "
-        f"{100 * worst['regret']:.2f} % at worst ({worst['run']}, {worst['num_tokens']} tokens), judged by the whole grid "
-        "measured apart from them."
+        f" Races that ran on a GPU, judged by the whole grid measured apart: {len(rows)} winners lose "
+        f"{100 * statistics.median(row['regret'] for row in rows):.2f} % in the median and {100 * worst['regret']:.2f} % at "
+        f"worst ({worst['run']}, {worst['num_tokens']} tokens)."
     )

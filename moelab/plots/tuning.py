@@ -48,15 +48,11 @@ def status(history: Sequence[Snapshot], num_tokens: int, source: str) -> list[Pa
 
 def _batches(now: Snapshot) -> list[Row]:
     return [
-        {
-            "batch": b,
-            "best so far, µs": s.best_us if s.pair else None,
-            "band": f"{number(s.low_us, 4)} … {number(s.high_us, 4)}" if s.pair else "–",
-            "GEMM1": s.pair[0].short() if s.pair else "–",
-            "GEMM2": s.pair[1].short() if s.pair else "–",
-        }
+        {"batch": b, "best so far, µs": s.best_us if s.pair else None,
+         "band": f"{number(s.low_us, 4)} … {number(s.high_us, 4)}" if s.pair else "–",
+         "GEMM1": s.pair[0].short() if s.pair else "–", "GEMM2": s.pair[1].short() if s.pair else "–"}
         for b, s in now.standings.items()
-    ]
+    ]  # fmt: skip
 
 
 def _sentence(now: Snapshot, source: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from moelab import roofline
-from moelab.plots.layer_baseline import sound
+from moelab.plots.cells import fastest, line, rate, span
 from moelab.plots.panel import Panel, Row, timing
 from moelab.plots.style import GREEN, GREY, VERMILLION, error_bars, grid, log_axis, look, number
 from moelab.recordings import Recording
@@ -56,22 +57,16 @@ def error_map(impl: str, sizes: Mapping[str, int], dtype: str, found: Mapping[st
         "error / bound": worst, "outputs past it": past, "our policy passes": found["passes"],
         "a fixed tolerance of": found["upstream_tolerance"], "it passes": found["upstream_passes"],
     }]  # fmt: skip
-    said = f"its largest error is {number(worst)} of the bound" if worst < 1 else f"{number(worst)} times the bound"
     count = sum(len(row) for row in errors)
-    if found["passes"]:
-        sentence = f"**{impl} is right here: {said}.** None of {count} outputs is past it."
-    else:
-        sentence = f"**{impl} is refused: off by {said} at worst; {past} of {count} outputs are past it.**"
-        if found["upstream_passes"]:
-            fixed = number(found["upstream_tolerance"])
-            sentence += f" A fixed tolerance of {fixed}, the usual check, lets it through."
-    return Panel(figure, table, sentence)
+    verdict = "is right here" if found["passes"] else "is refused"
+    through = not found["passes"] and found["upstream_passes"]
+    fixed = f" A fixed tolerance of {number(found['upstream_tolerance'])}, the usual check, lets it through." * through
+    return Panel(figure, table, f"**{impl} {verdict}: its largest error is {number(worst)} times the bound; {past} of {count} "
+                 f"outputs are past it.**{fixed}")  # fmt: skip
 
 
 def _decades(error: float, bound: float) -> float:
     """log10 of error over bound, cut to DECADES each way; NaN and infinity count as past everything."""
-    import math
-
     if not math.isfinite(error):
         return DECADES
     return max(-DECADES, min(DECADES, math.log10(error / bound))) if error > 0 else -DECADES
@@ -92,9 +87,7 @@ def tuning(impl: str, rows: Sequence[Row], where: str, floor_us: float | None = 
     drawn = timed or [row for row in rows if row.get("max_abs_error") is not None]
     labels = [row["config"] for row in drawn]
     if timed:
-        times = [timing(row) for row in timed]
-        middle = [each.median_us for each in times]
-        low, high = [each.interval_us[0] for each in times], [each.interval_us[1] for each in times]
+        middle, low, high = zip(*(span(row) for row in timed), strict=True)
         figure.add_scatter(x=middle, y=labels, error_x=error_bars(middle, low, high), mode="markers", name=impl,
                            marker=look(impl).marker(10), showlegend=False)  # fmt: skip
         if floor_us:
@@ -120,21 +113,16 @@ def tuning(impl: str, rows: Sequence[Row], where: str, floor_us: float | None = 
 
 
 def _said_of_tiles(rows: Sequence[Row], right: Sequence[Row], timed: Sequence[Row], floor_us: float | None) -> str:
+    head = f"{len(right)} of {len(rows)} tiles are right"
     if not timed:
-        return (
-            f"**{len(right)} of {len(rows)} tiles are right; none was timed, because this machine has no GPU that runs "
-            "them.** On one, the same call times those that are right, in turns, and puts the fastest first."
-        )
-    from moelab.measure import tie
-
-    times = [timing(row) for row in timed]
-    best = min(times, key=lambda each: each.median_us)
-    tied = sum(tie(each, best) for each in times) - 1
-    share = f", {number(best.median_us / floor_us)} times the floor" if floor_us else ""
-    first = timed[times.index(best)]["config"]
+        return f"**{head}; none was timed, because this machine has no GPU that runs them.** On one, the same call times them."
+    times = {row["config"]: timing(row) for row in timed}
+    first, *tied = fastest(times)
+    us = times[first].median_us
+    share = f", {number(us / floor_us)} times the floor" if floor_us else ""
     return (
-        f"**The fastest of {len(timed)} tiles is {first}: {number(best.median_us)} µs{share}.** {tied} more tie with it (95 % "
-        f"intervals overlap); the slowest takes {number(max(t.median_us for t in times) / best.median_us)} times as long."
+        f"**{head}; the fastest is {first}: {number(us)} µs{share}.** {len(tied)} more tie with it; the slowest takes "
+        f"{number(max(t.median_us for t in times.values()) / us)} times as long."
     )
 
 
@@ -183,16 +171,16 @@ def on_the_roof(
     figure.update_layout(legend={"orientation": "h", "y": -0.22}, margin={"b": 110})
     table = [_row(b, rows, live, ours, mine, name, roofline.floor_us(floors[b], at).us, floors[b], wants[b])
              for b in batches]  # fmt: skip
-    return Panel(figure, table, _said_of_roof(rows, live, mine, name, floors, wants))
+    return Panel(figure, table, _said_of_roof(table, mine))
 
 
 def _lower_bounds(figure: go.Figure, at: Ceilings, mine: str, floors: Mapping[int, Cost],
                   wants: Mapping[int, Cost]) -> None:  # fmt: skip
     """The floor, what mine asks for, and the roof with mine's ceilings on it."""
-    for costs, line, label in ((floors, look("floor").line(), "floor of any layer"),
+    for costs, dotted, label in ((floors, look("floor").line(), "floor of any layer"),
                                (wants, {**look(mine).line(), "dash": "dot"}, f"{mine}, if no cache helped")):  # fmt: skip
         us = [round(roofline.floor_us(cost, at).us, 3) for cost in costs.values()]
-        figure.add_scatter(x=list(costs), y=us, mode="lines", line=line, name=label, row=1, col=1)
+        figure.add_scatter(x=list(costs), y=us, mode="lines", line=dotted, name=label, row=1, col=1)
     intensities = [c.intensity for c in (*floors.values(), *wants.values())]
     ends = [min(intensities) / 2, at.ridge_flop_per_byte, 2 * max(*intensities, at.ridge_flop_per_byte)]
     roof = [min(x * at.copy_bytes_per_s, at.flops_per_s) / 1e12 for x in ends]
@@ -209,20 +197,13 @@ def _lower_bounds(figure: go.Figure, at: Ceilings, mine: str, floors: Mapping[in
 
 def _points(figure: go.Figure, impl: str, rows: Sequence[Row], *, hollow: bool) -> None:
     rows = sorted(rows, key=lambda row: row["num_tokens"])
-    if not rows:
-        return
-    times = [timing(row) for row in rows]
-    middle = [_short(each.median_us) for each in times]
-    bars = error_bars(middle, *([_short(each.interval_us[end]) for each in times] for end in (0, 1)))
-    style = look(impl)
-    common = {"mode": "lines+markers", "line": style.line(1.6), "marker": style.marker(8, hollow=hollow), "legendgroup": impl,
-              "name": impl + (", live" if hollow else ""), "customdata": [row["num_tokens"] for row in rows]}  # fmt: skip
-    figure.add_scatter(x=[row["num_tokens"] for row in rows], y=middle, error_y=bars, row=1, col=1, **common)
-    figure.add_scatter(
-        x=[_short(row["flops"] / row["bytes"]) for row in rows],
-        y=[_short(row["flops"] / us / 1e6) for row, us in zip(rows, middle, strict=True)], row=1, col=2,
-        **{**common, "showlegend": False, "mode": "markers"},
-    )  # fmt: skip
+    style, batches = look(impl), [row["num_tokens"] for row in rows]
+    common = {"marker": style.marker(8, hollow=hollow), "legendgroup": impl, "customdata": batches, "row": 1}
+    name = impl + (", live" if hollow else "")
+    if rows:
+        line(figure, batches, [span(row) for row in rows], name, style, col=1, **common)
+        figure.add_scatter(x=[_short(row["flops"] / row["bytes"]) for row in rows], y=[_short(rate(row)[0]) for row in rows],
+                           name=name, mode="markers", showlegend=False, col=2, **common)  # fmt: skip
 
 
 def _short(value: float) -> float:
@@ -236,7 +217,7 @@ def _row(batch: int, rows: Sequence[Row], live: Sequence[Row], ours: Sequence[st
         here = [
             r for r in found if (r["num_tokens"], r["impl"], r["shape"]) == (batch, impl, name) and "samples_us" in r
         ]
-        return timing(here[0]).median_us if here else None
+        return span(here[0])[0] if here else None
 
     return {
         "batch": batch, "floor, µs": floor, "least MB": least.bytes / 1e6, f"MB {mine} asks for": wants.bytes / 1e6,
@@ -245,22 +226,17 @@ def _row(batch: int, rows: Sequence[Row], live: Sequence[Row], ours: Sequence[st
     }  # fmt: skip
 
 
-def _said_of_roof(rows: Sequence[Row], live: Sequence[Row], mine: str, name: str, floors: Mapping[int, Cost],
-                  wants: Mapping[int, Cost]) -> str:  # fmt: skip
+def _said_of_roof(table: Sequence[Row], mine: str) -> str:
     """Up to which batch mine asks for little more than the least, and how it fares against the fastest of ours."""
-    more = {b: wants[b].bytes / floors[b].bytes for b in wants}
-    near = [b for b in more if more[b] <= NEAR]
-    last = max(more)
-    upto = f"up to batch {max(near)}" if near else "at no batch here"
-    said = (
-        f"**{mine} reads an expert’s weights once for every pair: {upto} that is at most {NEAR - 1:.0%} over the least, at batch "
-        f"{last} it is {number(more[last])} times the least.** So it has a chance where tokens are few. "
+    near = max((row["batch"] for row in table if row["times the least"] <= NEAR), default=0)
+    last, small = table[-1], table[0]
+    times = {
+        key: us for key, us in small.items() if key.endswith(("µs", "(live)")) and us and not key.startswith("floor")
+    }
+    each = ", ".join(
+        f"{key.removesuffix(', µs')} {number(us)}" for key, us in sorted(times.items(), key=lambda item: item[1])
     )
-    small = min(more)
-    cell = sound({row["impl"]: row for row in rows if row["num_tokens"] == small})
-    best = min(cell, key=lambda impl: timing(cell[impl]).median_us)
-    said += f"The fastest of ours at batch {small}: {best}, {number(timing(cell[best]).median_us)} µs (recorded)."
-    yours = [r for r in live if (r["num_tokens"], r["impl"], r["shape"]) == (small, mine, name) and "samples_us" in r]
-    if yours:
-        said += f" {mine} here: {number(timing(yours[0]).median_us)} µs."
-    return said
+    return (
+        f"**{mine} reads an expert’s weights once for every pair: up to batch {near} at most {NEAR - 1:.0%} over the least, at "
+        f"batch {last['batch']} {number(last['times the least'])} times the least.** µs at batch {small['batch']}: {each}."
+    )

@@ -16,7 +16,7 @@ import torch
 from moelab import runtime
 from moelab.config import default_config
 from moelab.config_files import Lookup, question, read_config_file
-from moelab.config_files.specimen import write_shipped
+from moelab.config_files.shipped import write_shipped
 from moelab.errors import ConfigFileError, UnknownNameError
 from moelab.measure import Measurement, measure
 from moelab.recordings import Recording

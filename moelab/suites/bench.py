@@ -107,7 +107,7 @@ def require_gpu() -> None:
 def kind_of(shape: MoEShape) -> LayerKind:
     """What decides which implementations take a shape's layer, without biases."""
     return LayerKind(
-        shape.dtype, shape.format.name, activation=shape.activation, gated=shape.gated, hidden_size=shape.hidden_size,
+        shape.dtype, shape.format, shape.activation, shape.gated, hidden_size=shape.hidden_size,
         moe_intermediate_size=shape.moe_intermediate_size,
     )  # fmt: skip
 

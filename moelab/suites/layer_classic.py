@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 from moelab import config_files, precision, roofline, runtime
 from moelab.call import Config
 from moelab.config import KernelConfig, default_config
-from moelab.dtypes import dtype_bytes
 from moelab.errors import RecordingError
 from moelab.fused_moe import fused_moe
 from moelab.inputs import MoEInputs, make_inputs, random_tensor, routing_for
@@ -25,7 +23,6 @@ from moelab.kernels.grouped_gemm import grouped_gemm
 from moelab.kernels.sum_reduce import sum_reduce
 from moelab.measure import Measurement, Protocol, measure, rotations_for
 from moelab.recordings import Recording
-from moelab.reference import fused_moe_ref
 from moelab.routing import ExpertOrder
 from moelab.shapes import MoEShape, load_model
 from moelab.suites.partial import OnRows, ignore
@@ -67,9 +64,7 @@ def configs_of(row: dict[str, Any], shape: MoEShape) -> dict[str, KernelConfig]:
 
 def weight_sets(shape: MoEShape, seed: int = 0) -> list[MoEInputs]:
     """As many sets of weights as make one round pass three times the last cache: one, unless the shard is small."""
-    element = dtype_bytes(shape.dtype)
-    sizes = math.prod(shape.w13_shape) + math.prod(shape.w2_shape)
-    count = rotations_for(sizes * element, at_least=1, at_most=8)
+    count = rotations_for(shape.weight_bytes, at_least=1, at_most=8)
     return [make_inputs(shape, 1, seed=seed + i) for i in range(count)]
 
 
@@ -80,7 +75,7 @@ class Layer:
         self, shape: MoEShape, num_tokens: int, rotations: int, weights: Sequence[MoEInputs], routing: str = "uniform"
     ) -> None:
         self.shape, self.num_tokens = shape, num_tokens
-        device, dtype = weights[0].w13.device.type, weights[0].w13.dtype
+        device, dtype = weights[0].w13.device.type, weights[0].hidden_states.dtype
         self.weights = [weights[i % len(weights)] for i in range(rotations)]
         self.routings = [routing_for(shape, num_tokens, routing, seed=i, device=device) for i in range(rotations)]
         size = (num_tokens, shape.hidden_size)
@@ -133,9 +128,8 @@ class Layer:
         rows = sample_rows(self.num_tokens).to(w.w13.device)
         x, ids, weights = self.states[rotation][rows], routing.topk_ids[rows], routing.topk_weights[rows]
         options: dict[str, Any] = {"activation": self.shape.activation, "gated": self.shape.gated}
-        plain = fused_moe_ref(x, w.w13, w.w2, weights, ids, **options)
-        exact = fused_moe_ref(x.double(), w.w13.double(), w.w2.double(), weights, ids, **options)
-        return rows, plain, exact
+        wide = w.to(torch.float64)  # quantised weights are judged dequantised
+        return rows, *precision.layer_references(x, wide.w13, wide.w2, weights, ids, **options)
 
     def check(self, out: torch.Tensor, name: str = "classic layer") -> dict[str, float]:
         """Hold tokens from the head, middle and tail of rotation 0 against float64.

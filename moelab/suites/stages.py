@@ -23,6 +23,7 @@ from moelab.kernels.split_k_atomic import split_k_atomic_f32, split_k_atomic_out
 from moelab.kernels.split_k_workspace import new_workspace, split_k_workspace
 from moelab.kernels.sum_reduce import sum_reduce
 from moelab.measure import rotations_for
+from moelab.quantised_weights import quantise
 from moelab.reference import activation_ref, grouped_gemm_ref
 from moelab.routing import Alignment, expected_experts_touched
 from moelab.shapes import MoEShape
@@ -122,9 +123,9 @@ def weight_sets(name: str, shape: MoEShape) -> list[GemmWeights]:
 
     A fine shard's weights fit in the cache whole, where in serving those of other layers push them out.
     """
-    N, gates = shape.moe_intermediate_size, 2 if shape.gated else 1
-    rows, K = (gates * N, shape.hidden_size) if name == "up" else (shape.hidden_size, N)
-    dtype, size = torch_dtype(shape.dtype), (shape.num_experts, rows, K)
-    sets = rotations_for(shape.num_experts * rows * K * dtype.itemsize, at_least=1, at_most=16)
+    size, dtype = shape.w13_shape if name == "up" else shape.w2_shape, torch_dtype(shape.dtype)
+    E, rows, K = size
+    sets = rotations_for(E * shape.format.matrix_bytes(rows, K, shape.dtype), at_least=1, at_most=16)
     device = runtime.current().device
-    return [GemmWeights(random_tensor(size, K**-0.5, dtype=dtype, device=device, seed=1 + i)) for i in range(sets)]
+    drawn = (random_tensor(size, K**-0.5, dtype=dtype, device=device, seed=1 + i) for i in range(sets))
+    return [quantise(w, shape.format) for w in drawn]

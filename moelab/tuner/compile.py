@@ -77,34 +77,18 @@ def launches_of(problem: Problem) -> dict[Gemm, GemmLaunch]:
 # --- in the compiling process -------------------------------------------------------------------------------------
 
 
-class _AheadDriver:
-    """Stands in for Triton's driver where there is no device: everything a compile asks of it."""
-
-    def __init__(self, target: Any) -> None:
-        self._target = target
-
-    def get_current_target(self) -> Any:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-
 class TritonCompiler:
     """Compiles the problem's kernels for the problem's target; only in a process of its own, whose driver it replaces."""
 
     def __init__(self, problem: Problem) -> None:
         from triton.runtime.driver import driver
 
-        from moelab.kernels.aot import _gpu_target
+        from moelab.kernels.aot import AheadDriver
 
         self.problem, self.kernel = problem, require_tunable(problem)
         self._launch = launches_of(problem)
         self._limit = get_target(problem.target).shared_memory_per_block
-        driver.set_active(_AheadDriver(_gpu_target(problem.target)))
+        driver.set_active(AheadDriver(problem.target))
 
     def __call__(self, kernel: Kernel) -> Compiled:
         """Compile one kernel, unless the cache holds it already."""

@@ -25,12 +25,12 @@ NAMES = (
 """Columns of `features`: sizes and times as logarithms to base 2."""
 
 _STAND_IN = "NVIDIA_H200"
-_RESIDENT_WARPS = 64  # per multiprocessor: CUDA C++ Programming Guide, compute capability 8.0 and 9.0
+_RESIDENT_WARPS = 64  # per SM: CUDA C++ Programming Guide, compute capability 8.0 and 9.0
 
 
 @functools.cache
 def _device(device: str, dtype: str) -> tuple[float, float, int]:
-    """Bytes and FLOPs per second and multiprocessors. A device that data/devices lacks borrows the H200's: a surrogate
+    """Bytes and FLOPs per second and SMs. A device that data/devices lacks borrows the H200's: a surrogate
     learns from measurements, and needs only features that rank tiles, not true ceilings."""
     for name in (device, _STAND_IN):
         for kind in ("measured", "datasheet"):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moelab import precision
 from moelab.dtypes import accumulator_dtype
-from moelab.reference import activation_ref, fused_moe_ref, grouped_gemm_ref
+from moelab.quantised_weights import as_multiplied
 from moelab.routing import Routing
 from moelab.shapes import MoEShape
 from moelab.suites.layer_classic import sample_rows
@@ -86,12 +86,9 @@ def gemm_gate(
     ids = routing.topk_ids.flatten()[pairs]
     own = ids[ids >= 0].unique().long()  # float64 copies of the experts that are named, not of all
     local = torch.where(ids >= 0, torch.searchsorted(own, ids.long().contiguous()), -1)
-    rows, few = a[pairs // top_k], weights.w[own]
+    rows, few = a[pairs // top_k], as_multiplied(weights, a.dtype, own)
     given: dict[str, Any] = {"top_k": 1, "topk_weights": routing.topk_weights.flatten()[pairs] if weighted else None}
-    plain = grouped_gemm_ref(rows, few, local, **given)
-    exact = grouped_gemm_ref(rows.double(), few.double(), local, **given)
-    if activated is not None:
-        plain, exact = (activation_ref(x, activated[0], gated=activated[1]) for x in (plain, exact))
+    plain, exact = precision.gemm_references(rows, few, local, activated=activated, **given)
     return Gate(pairs, exact, precision.tolerance(plain, exact))
 
 
@@ -99,14 +96,14 @@ def layer_gate(x: Tensor, weights: ExpertWeights, routing: Routing, shape: MoESh
     """For the whole layer, x (num_tokens, hidden_size)."""
     tokens = sample_rows(x.shape[0], TOKENS_EACH).to(x.device)
     options: dict[str, Any] = {"activation": shape.activation, "gated": shape.gated}
-    plain, exact = [], []
+    references = []
     for token in tokens.tolist():  # one by one: float64 copies of top_k experts at a time
         ids = routing.topk_ids[token : token + 1]
         own = ids[ids >= 0].unique().long()
         local = torch.where(ids >= 0, torch.searchsorted(own, ids.long().contiguous()), -1)
-        row, up, down = x[token : token + 1], weights.w13[own], weights.w2[own]
+        row = x[token : token + 1]
+        up, down = (as_multiplied(part, x.dtype, own) for part in (weights.up, weights.down))
         factors = routing.topk_weights[token : token + 1]
-        plain.append(fused_moe_ref(row, up, down, factors, local, **options))
-        exact.append(fused_moe_ref(row.double(), up.double(), down.double(), factors, local, **options))
-    together = torch.cat(exact)
-    return Gate(tokens, together, precision.tolerance(torch.cat(plain), together))
+        references.append(precision.layer_references(row, up, down, factors, local, **options))
+    plain, exact = (torch.cat(each) for each in zip(*references, strict=True))
+    return Gate(tokens, exact, precision.tolerance(plain, exact))

@@ -201,7 +201,7 @@ class Rig:
         if stage == "down":
             pairs = cell.num_tokens * self.shape.top_k
             return gemm_gate(cell.inner[0][:pairs], w2, routing, top_k=1, weighted=True)
-        return layer_gate(cell.states[0], ExpertWeights(w13.w, w2.w), routing, self.shape)
+        return layer_gate(cell.states[0], ExpertWeights.of(w13, w2), routing, self.shape)
 
     def check(self, stage: Stage, num_tokens: int, contender: Contender) -> tuple[str, str] | None:
         """Rotation 0 into outputs full of NaN, held against the gate: (failure, sentence), or None."""

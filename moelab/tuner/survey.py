@@ -32,7 +32,7 @@ WELL_COVERED = 0.95
 """Share of the different programs at a batch size that must have a time before the batch size stands for the grid."""
 
 WARPS_PER_PROCESSOR = 64
-"""Warps resident on one multiprocessor (CUDA C++ Programming Guide, compute capability 8.0, 9.0 and 10.0)."""
+"""Warps resident on one SM (CUDA C++ Programming Guide, compute capability 8.0, 9.0 and 10.0)."""
 
 Floats = NDArray[np.float64]
 
@@ -166,7 +166,7 @@ class Survey:
         return float(device.get("multiprocessors", math.nan))
 
     def _waves(self, gemm: Gemm, num_tokens: int, config: KernelConfig, shared: int) -> float:
-        """Tiles of the expected padded rows, over what all multiprocessors hold at once."""
+        """Tiles of the expected padded rows, over what all SMs hold at once."""
         rows = self._padding(num_tokens, config.BLOCK_SIZE_M).padded_rows
         tiles = rows / config.BLOCK_SIZE_M * math.ceil(self.problem.columns(gemm) / config.BLOCK_SIZE_N)
         fits = get_target(self.problem.target).shared_memory_per_block // max(1, shared)

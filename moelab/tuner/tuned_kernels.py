@@ -15,6 +15,7 @@ from moelab.config import MIN_DOT_BLOCK, KernelConfig, tma_shared_memory_bytes
 from moelab.dtypes import dtype_bytes
 from moelab.errors import ConfigError, DeviceError, LayoutError, UnknownNameError, nearest_names
 from moelab.implementations import IMPLEMENTATIONS, Implementation, Tuning
+from moelab.shapes import require_plain
 from moelab.tuner.problem import COMPATIBLE, GEMMS, Gemm, Problem
 
 TUNED: Mapping[str, str] = {one.tuning.kernel: name for name, one in IMPLEMENTATIONS.items() if one.tuning}
@@ -88,10 +89,12 @@ def kernel_name(asked: str) -> str:
 def require_tunable(problem: Problem) -> Tuning:
     """How the problem's kernel is tuned.
 
-    Raises UnknownNameError for a kernel that is not in TUNED, DeviceError where its target has no TMA and the kernel needs
-    it, LayoutError where rows of the layer's inner sizes cannot go through TMA.
+    Raises UnknownNameError for a kernel that is not in TUNED, FormatError for weights that it does not take, DeviceError where
+    its target has no TMA and the kernel needs it, LayoutError where rows of the layer's inner sizes cannot go through TMA.
     """
     kernel = kernel_name(problem.kernel)
+    if problem.shape.format.family not in implementation_of(kernel).formats:
+        require_plain(problem.shape, f"The kernel {kernel!r}")
     if implementation_of(kernel).needs_tma:
         _require_tma(problem)
     return tuning_of(kernel)

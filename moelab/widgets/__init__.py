@@ -1,4 +1,4 @@
-"""Interactive panels: the only room that imports ipywidgets."""
+"""Interactive panels: the only package that imports ipywidgets."""
 
 from moelab.widgets.choice import Choice
 from moelab.widgets.config_search import landscape_browser, layer_picker

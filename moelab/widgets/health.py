@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import ipywidgets as widgets
 from moelab.config_files import doctor
 from moelab.config_files.findings import SEVERITIES
 from moelab.config_files.rules import RULES
-from moelab.config_files.specimen import planted
 from moelab.errors import MoelabError
 from moelab.plots import config_health, lookup_path
 from moelab.plots import transfer as plots_transfer
@@ -30,11 +29,13 @@ TRITONS = ("3.2.0", "3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.7.1")
 MATRICES = ("batch by batch", "shortcuts", "other devices’ files")
 
 
-def config_doctor(trees: Mapping[str, Path], specimen: str | None = None) -> widgets.VBox:
+def config_doctor(
+    trees: Mapping[str, Path], planted: Mapping[str, Callable[[str], Mapping[str, tuple[str, str]]]] | None = None
+) -> widgets.VBox:
     """`plots.config_health.findings` with Tree, Folder, Rules and Show to choose; typing a Folder chooses it as the tree.
 
-    trees: name -> folder. specimen: the name of the one that `write_specimen` wrote. A folder that cannot be examined shows
-    the error's sentence in place of the figure.
+    trees: name -> folder. planted: name -> what was done to its files, as `findings` takes it, by a loader's rules. A folder
+    that cannot be examined shows the error's sentence in place of the figure.
     """
     names = [*trees, OTHER]
     tree, rules = _dropdown("Tree", names, names[0]), _dropdown("Rules", ["auto", *RULES], "auto")
@@ -49,7 +50,8 @@ def config_doctor(trees: Mapping[str, Path], specimen: str | None = None) -> wid
             report = doctor(place, rules)
         except MoelabError as error:
             return Panel(None, [], f"**{error}**")
-        return config_health.findings(report, SHOWN[show], planted(report.rules) if tree == specimen else None)
+        made = (planted or {}).get(tree)
+        return config_health.findings(report, SHOWN[show], made(report.rules) if made else None)
 
     controls = {"tree": tree, "folder": folder, "rules": rules, "show": _dropdown("Show", list(SHOWN), "everything")}
     return interactive_panel(draw, controls)
@@ -80,7 +82,7 @@ def config_path(trees: Mapping[str, Path], model: str = "qwen3-30b-a3b", num_tok
 def config_transfer(runs: Mapping[str, Transfer], shipped: Sequence[Mapping[str, Any]]) -> widgets.VBox:
     """The matrices of `plots.transfer` with Matrix, Run and GEMM to choose.
 
-    runs: name -> a run; of two or more, "another run’s winner" is the next one's. shipped: `specimen.shipped_files()`.
+    runs: name -> a run; of two or more, "another run’s winner" is the next one's. shipped: `config_files.shipped_files()`.
     """
     names = list(runs)
 

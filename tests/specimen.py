@@ -1,4 +1,4 @@
-"""Trees of configs to look at: a specimen with every mistake that the doctor knows, and what sglang ships for one model.
+"""A tree of configs with every mistake that the doctor knows, for its tests and for 06_config_health.
 
 The specimen lies as sglang's tree does (configs/triton_X_Y_Z), so that `doctor` reads it under sglang's rules. Its files
 have numbers of experts that no preset has, one for each mistake: a name can say little more, for the name is what loaders
@@ -8,13 +8,12 @@ search by.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moelab.config import KernelConfig
-from moelab.errors import RecordingError
 
 VERSION = "configs/triton_3_6_0"
 GONE = "a link to a file that is not there"
@@ -125,34 +124,3 @@ def _text(content: Any) -> str:
 def planted(rules: str = "sglang") -> dict[str, tuple[str, str]]:
     """path -> (problem, what was done), as the doctor under `rules` should find it; the specimen's path with /."""
     return {mistake.path: (mistake.problem, mistake.what) for mistake in MISTAKES if mistake.rules == rules}
-
-
-def shipped_files() -> list[dict[str, Any]]:
-    """Config files that sglang 0.5.23 ships, as data/upstream/sglang_shipped_configs.json holds them, for one model.
-
-    Each: num_experts, moe_intermediate_size, device, triton, down, timed_as_shipped, configs (batch size -> entry).
-    Raises RecordingError where the file cannot be read.
-    """
-    from moelab import runtime
-
-    path = runtime.data_dir() / "upstream" / "sglang_shipped_configs.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise RecordingError(
-            f"Cannot read {path}: {error}. Expected sglang's config files. Restore the file from git."
-        ) from error
-
-
-def write_shipped(folder: str | Path, files: Sequence[Mapping[str, Any]] | None = None) -> Path:
-    """Write `files` (default: `shipped_files()`) as sglang's tree has them, configs/triton_X_Y_Z, and return `folder`."""
-    from moelab.config_files.names import file_name
-
-    for file in shipped_files() if files is None else files:
-        name = file_name(
-            file["num_experts"], file["moe_intermediate_size"], file["device"], down=file["down"], rules="sglang"
-        )
-        place = Path(folder) / "configs" / f"triton_{file['triton'].replace('.', '_')}" / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(_text(file["configs"]), encoding="utf-8")
-    return Path(folder)

@@ -1,0 +1,39 @@
+"""What sglang 0.5.23 ships for three models, as data/upstream/sglang_shipped_configs.json holds it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moelab import runtime
+from moelab.config_files.names import file_name
+from moelab.errors import RecordingError
+
+
+def shipped_files() -> list[dict[str, Any]]:
+    """Config files that sglang 0.5.23 ships, as data/upstream/sglang_shipped_configs.json holds them, for one model.
+
+    Each: num_experts, moe_intermediate_size, device, triton, down, timed_as_shipped, configs (batch size -> entry).
+    Raises RecordingError where the file cannot be read.
+    """
+    path = runtime.data_dir() / "upstream" / "sglang_shipped_configs.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise RecordingError(
+            f"Cannot read {path}: {error}. Expected sglang's config files. Restore the file from git."
+        ) from error
+
+
+def write_shipped(folder: str | Path, files: Sequence[Mapping[str, Any]] | None = None) -> Path:
+    """Write `files` (default: `shipped_files()`) as sglang's tree has them, configs/triton_X_Y_Z, and return `folder`."""
+    for file in shipped_files() if files is None else files:
+        name = file_name(
+            file["num_experts"], file["moe_intermediate_size"], file["device"], down=file["down"], rules="sglang"
+        )
+        place = Path(folder) / "configs" / f"triton_{file['triton'].replace('.', '_')}" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(file["configs"], indent=4) + "\n", encoding="utf-8")
+    return Path(folder)

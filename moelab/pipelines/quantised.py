@@ -1,0 +1,64 @@
+"""The classic layer over quantised weights: align, codes of the activations where the format has them, GEMM1, activation, codes
+again, GEMM2, sum-reduce. Rounding points are those of sglang and vLLM: GEMM1 and the activation round to the layer's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from moelab.call import MoECall
+from moelab.config import KernelConfig
+from moelab.kernels.activation import activation_unchecked
+from moelab.kernels.align import align_unchecked
+from moelab.kernels.block_scaled_gemm import block_scaled_gemm_unchecked, check_block_scaled_gemm
+from moelab.kernels.channel_scaled_gemm import FAMILIES as BY_CHANNEL
+from moelab.kernels.channel_scaled_gemm import channel_scaled_gemm_unchecked, check_channel_scaled_gemm
+from moelab.kernels.gemm_call import GemmCall
+from moelab.kernels.launch import checked
+from moelab.kernels.packed_gemm import FAMILIES as PACKED
+from moelab.kernels.packed_gemm import check_packed_gemm, packed_gemm_unchecked
+from moelab.kernels.quantise_activations import quantise_activations_unchecked
+from moelab.kernels.sum_reduce import sum_reduce_unchecked
+from moelab.pipelines.call_configs import call_configs
+from moelab.weights import GemmWeights
+
+Gemm = tuple[Callable[[GemmCall, Tensor], None], Callable[[GemmCall, Tensor], None]]
+
+GEMMS: Mapping[str, Gemm] = {
+    **dict.fromkeys(("fp8_w8a8_block", "int8_w8a8_block"), (check_block_scaled_gemm, block_scaled_gemm_unchecked)),
+    **dict.fromkeys(BY_CHANNEL, (check_channel_scaled_gemm, channel_scaled_gemm_unchecked)),
+    **dict.fromkeys(PACKED, (check_packed_gemm, packed_gemm_unchecked)),
+}
+"""Family of formats -> how its grouped product is checked and launched."""
+
+
+def quantised_pipeline(call: MoECall) -> Tensor:
+    """The layer by the compatible kernel of the weights' format; five launches, and two or four that make codes."""
+    x, w, (num_tokens, top_k) = call.hidden_states, call.weights, call.topk_ids.shape
+    up, down = call_configs(call)
+    pairs, rows = num_tokens * top_k, w.w13.shape[1]
+    alignment = align_unchecked(call.topk_ids, up.BLOCK_SIZE_M, w.num_experts)
+    on_input = call.apply_router_weight_on_input
+    weights_up, weights_down = (call.topk_weights, None) if on_input else (None, call.topk_weights)
+
+    def gemm(
+        a: Tensor, part: GemmWeights, config: KernelConfig, slots: int, factors: Tensor | None, out: Tensor
+    ) -> None:
+        a_scale = None
+        if w.format.activations != "none":
+            a, a_scale = quantise_activations_unchecked(a, w.format, part.a_scale)
+        product = GemmCall(a, part, alignment, config, pairs, slots, factors, a_scale=a_scale)
+        check, launch = GEMMS[w.format.family]
+        checked(("quantised_pipeline", product.seen(a_scale, out)), lambda: check(product, out))
+        launch(product, out)
+
+    h = x.new_empty((pairs, rows))
+    gemm(x, w.up, up, top_k, weights_up, h)
+    g = x.new_empty((pairs, rows // 2 if call.gated else rows))
+    activation_unchecked(h, g, call.activation, call.gated)
+    y = x.new_empty((num_tokens, top_k, x.shape[1]))
+    gemm(g, w.down, down, 1, weights_down, y.view(pairs, -1))
+    return sum_reduce_unchecked(y, call.routed_scaling_factor, torch.empty_like(x))
