@@ -1,4 +1,4 @@
-"""fast_layer.cu: its arithmetic and its waiting on an emulated chip, its instances through the real compiler."""
+"""sm90_fast_layer.cu: its arithmetic and its waiting on an emulated chip, its instances through the real compiler."""
 
 from __future__ import annotations
 
@@ -131,7 +131,9 @@ def test_a_wait_that_never_ends_says_what_it_was_for(short_of: int, says: str) -
 def test_consumers_that_never_empty_a_stage_are_seen_by_their_producer(tmp_path: Path) -> None:
     """They watch no clock themselves. Here the last stage of all is kept, which nobody would fill again."""
     kept = "    release<S>(done);\n}"
-    source = emulated_gpu.altered(tmp_path, ("fast_products.cuh", kept, "    if (k_steps != 2) release<S>(done);\n}"))
+    source = emulated_gpu.altered(
+        tmp_path, ("sm90_fast_mainloop.cuh", kept, "    if (k_steps != 2) release<S>(done);\n}")
+    )
     x, ids = torch.randn(2, 64).half(), torch.zeros(2, 1, dtype=torch.int32)
     w13, w2 = torch.randn(1, 256, 64).half(), torch.randn(1, 64, 128).half()
     given = (x, w13, w2, torch.rand(2, 1), ids, ordered(ids, 1, MIDDLE), MIDDLE)
@@ -157,11 +159,11 @@ def test_sizes_are_those_of_the_source(instance: Instance) -> None:
     ids=str,
 )
 def test_instances_compile_for_hopper(instance: Instance, dtype: torch.dtype) -> None:
-    """No spill, no wgmma that the compiler had to serialise, and as many blocks a multiprocessor as it says."""
-    assert (instance.shared_bytes + 1024) * instance.per_processor <= 228 * 1024
+    """No spill, no wgmma that the compiler had to serialise, and as many blocks an SM as it says."""
+    assert (instance.shared_bytes + 1024) * instance.ctas_per_sm <= 228 * 1024
     code = nvrtc.compiled("sm_90a", instance.source(dtype), instance.expression(dtype)).code
     registers, spilled = cubin.usage(code)
-    assert not spilled and registers * instance.threads * instance.per_processor <= 64 * 1024
+    assert not spilled and registers * instance.threads * instance.ctas_per_sm <= 64 * 1024
     sass = cubin.disassembly(code)
     products, shapes = sass.count("HGMMA"), len(range(instance.tokens, 0, -instance.grain))
     assert products >= shapes * 4 * instance.row_blocks
@@ -180,16 +182,15 @@ def test_instances_compile_for_hopper(instance: Instance, dtype: torch.dtype) ->
     ],
 )
 def test_sums_compile_for_hopper(dtype: torch.dtype, ids: torch.dtype, top_k: int, slots: int) -> None:
-    """No spill, and four blocks a multiprocessor at the least: half of the threads that it holds."""
+    """No spill, and four blocks an SM at the least: half of the threads that it holds."""
     expression = fast_layer.sum_expression(top_k, dtype, ids)
     assert expression.endswith(f", {slots}, {'long long' if ids == torch.int64 else 'int'}>")
-    registers, spilled = cubin.usage(nvrtc.compiled("sm_90a", fast_layer.SUM_SOURCE.read_text(), expression).code)
+    registers, spilled = cubin.usage(nvrtc.compiled("sm_90a", fast_layer.sum_source(), expression).code)
     assert not spilled and registers * fast_layer.SUM_THREADS * 4 <= 64 * 1024
 
 
-def test_sums_have_the_threads_that_their_source_says() -> None:
-    assert f"SUM_THREADS = {fast_layer.SUM_THREADS};" in fast_layer.SUM_SOURCE.read_text()
-    assert [fast_layer.sum_blocks(*sizes) for sizes in ((1, 8), (256, 8), (257, 8), (8192, 7168))] == [1, 1, 2, 28672]
+def test_sums_have_a_thread_for_eight_columns_of_a_token() -> None:
+    assert [fast_layer.sum_ctas(*sizes) for sizes in ((1, 8), (256, 8), (257, 8), (8192, 7168))] == [1, 1, 2, 28672]
 
 
 def test_every_wait_but_the_consumers_own_may_be_given_up() -> None:

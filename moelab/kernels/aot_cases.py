@@ -174,10 +174,10 @@ def _orders() -> Iterator[Case]:
             ids = empty(num_tokens, TOP_K, of=of)
             yield Case(f"align by {launches}", of, by(moe_align_block_size, ids, 64, NUM_EXPERTS))
             yield Case(f"expert_order by {launches}", of, by(expert_order, ids, NUM_EXPERTS))
-    for rows, grain, in_pairs in ((8, 8, False), (176, 16, False), (176, 16, True)):
-        note = f"{rows} rows{' in pairs' if in_pairs else ''}"
+    for rows, grain, for_clusters in ((8, 8, False), (176, 16, False), (176, 16, True)):
+        note = f"{rows} rows{' in pairs' if for_clusters else ''}"
         offsets = empty(NUM_EXPERTS + 1)
-        yield Case("token_tiles", note, by(token_tiles, empty(2048), offsets, rows, grain, in_pairs=in_pairs))
+        yield Case("token_tiles", note, by(token_tiles, empty(2048), offsets, rows, grain, for_clusters=for_clusters))
 
 
 def router(name: str, num_tokens: int, num_experts: int, top_k: int, dtype: str = "bfloat16", tiles: bool = False,

@@ -19,7 +19,7 @@ from moelab.shapes import MoEShape
 
 def short(instance: str) -> str:
     """An instance's repr as "16×128 w1 s6 b2": tokens by weight rows of a tile, multiplying warpgroups, stages, blocks on a
-    multiprocessor; "c2" with clusters of two, "p" where tokens are first permuted. Of a form for a few tokens
+    SM; "c2" with clusters of two, "p" where tokens are first permuted. Of a form for a few tokens
     "few 1×1024 2×512": rows by columns of weights in a tile of GEMM1 and of GEMM2; and "gated", under its tuned configs."""
     if not instance.startswith(("Instance", "FewTokens")):
         return "gated"
@@ -29,9 +29,7 @@ def short(instance: str) -> str:
     field = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", instance)}
     rows = 64 * field["warpgroups"] * field["row_blocks"]
     cluster = (f" c{field['cluster']}" if "cluster" in field else "") + (" p" if "permutes" in field else "")
-    return (
-        f"{field['tokens']}×{rows} w{field['warpgroups']} s{field['stages']} b{field.get('per_processor', 1)}{cluster}"
-    )
+    return f"{field['tokens']}×{rows} w{field['warpgroups']} s{field['stages']} b{field.get('per_processor', 1)}{cluster}"
 
 
 def _order(instance: str) -> tuple[int, ...]:
@@ -90,7 +88,7 @@ def instances(recording: Recording, shapes: Mapping[str, MoEShape], rule: Rule |
         f"Which form of the kernel serves best: {_short_of_rule(judged)}",
         f"{recording.source()}, short passes; time over the best form’s, geometric mean over shapes, uniform routing<br>"
         "bold: the best; boxed: what the rule chooses; 16×128 w1 s6 b2: tiles of 16 tokens by 128 weight rows, 1 warpgroup, "
-        f"6 stages, 2 blocks a multiprocessor{'<br>' * bool(notes)}{'; '.join(notes)}",
+        f"6 stages, 2 blocks an SM{'<br>' * bool(notes)}{'; '.join(notes)}",
         height=190 + 27 * len(names),
     )  # fmt: skip
     _draw_forms(figure, over, names, columns, rows, shapes, rule)
@@ -100,7 +98,7 @@ def instances(recording: Recording, shapes: Mapping[str, MoEShape], rule: Rule |
 
 
 _NOTES = {
-    "cluster": "c2: two blocks share weights",
+    "cluster": "c2: two CTAs share weights",
     "permutes": "p: tokens permuted first",
     "FewTokens": "few 1×1024 2×512: tiles of 1 row by 1024 columns of weights in GEMM1, 2 by 512 in GEMM2",
 }

@@ -109,11 +109,11 @@ def fast(
     *,
     parts: Sequence[int] = (GEMM1 | GEMM2 | SUM,),
     overlap: bool = True,
-    largest_first: bool = True,
+    lpt_order: bool = True,
 ) -> Contender:
     """The layer by one instance, a launch for each of `parts`."""
     tiles = tiles_of(layer, instance)
-    if not largest_first:
+    if not lpt_order:
         tiles = [by_expert(each, instance.cluster) for each in tiles]
     slots, shape = layer.num_tokens * layer.shape.top_k, layer.shape
 
@@ -196,7 +196,7 @@ def without(layer: Layer, instance: Instance) -> dict[str, Contender]:
     off = {
         launches: fast(layer, instance, parts=(GEMM1, GEMM2, SUM)),
         "start during the launch before": fast(layer, instance, overlap=False),
-        "largest tiles first": fast(layer, instance, largest_first=False),
+        "largest tiles first": fast(layer, instance, lpt_order=False),
         "a ring of more than two stages": fast(layer, replace(instance, stages=2)),
         "tiles as narrow as their tokens": fast(layer, replace(instance, grain=instance.tokens)),
     }
@@ -208,8 +208,8 @@ def without(layer: Layer, instance: Instance) -> dict[str, Contender]:
         off["tokens written out by expert"] = fast(layer, replace(instance, permutes=0))
     if instance.cluster > 1:
         off["blocks in pairs"] = fast(layer, replace(instance, cluster=1))
-    if instance.per_processor > 1:
-        off["two blocks a multiprocessor"] = fast(layer, replace(instance, per_processor=1))
+    if instance.ctas_per_sm > 1:
+        off["two blocks a multiprocessor"] = fast(layer, replace(instance, ctas_per_sm=1))
     return off
 
 
