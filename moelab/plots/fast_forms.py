@@ -29,7 +29,9 @@ def short(instance: str) -> str:
     field = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", instance)}
     rows = 64 * field["warpgroups"] * field["row_blocks"]
     cluster = (f" c{field['cluster']}" if "cluster" in field else "") + (" p" if "permutes" in field else "")
-    return f"{field['tokens']}×{rows} w{field['warpgroups']} s{field['stages']} b{field.get('per_processor', 1)}{cluster}"
+    return (
+        f"{field['tokens']}×{rows} w{field['warpgroups']} s{field['stages']} b{field.get('per_processor', 1)}{cluster}"
+    )
 
 
 def _order(instance: str) -> tuple[int, ...]:

@@ -82,7 +82,7 @@ def bench(
         captured = {name: call for name, call in run.items() if not IMPLEMENTATIONS[name].no_graph}
         in_graphs = measure(captured, graphs) if captured else {}
         eagerly = measure_eager(run, timing) if timing else {}
-        floor, source = floor_of(cost_of(layer), shape.dtype)
+        floor, source = floor_of(cost_of(layer), shape.format.product_dtype(shape.dtype))
         results.append(Result(
             num_tokens, routing, layer.experts_touched(), padding_of(layer, up), floor, source, up, down,
             tuple(row | _own_configs(own.get(row["impl"])) for row in rows_of(judged, in_graphs, eagerly, floor)),
