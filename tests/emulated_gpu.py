@@ -156,7 +156,8 @@ def run_layer(
         if given[6].apart and arguments.parts & fast_layer.SUM and arguments.y != arguments.out:
             library.add_up(ctypes.byref(arguments), fast_layer.sum_ctas(*given[0].shape))
         os._exit(0)
-    end = time.monotonic() + 2 * patience_s
+    deadline_s = max(2 * patience_s, 60)
+    end = time.monotonic() + deadline_s
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -164,7 +165,7 @@ def run_layer(
         if time.monotonic() > end:
             os.kill(child, 9)
             os.waitpid(child, 0)
-            raise TimeoutError(f"the emulated launch took over {2 * patience_s} s")
+            raise TimeoutError(f"the emulated launch took over {deadline_s} s")
         time.sleep(0.005)
     if status:
         lost = f": {in_words(report.tolist())}" if report[0] else ""

@@ -20,17 +20,16 @@ from moelab.pipelines.fast import route_for, tiles_for
 
 
 @needs_compiler
-@pytest.mark.parametrize("blocks", [2, 6])
 @pytest.mark.parametrize(
-    "instance, sizes",
+    "instance, sizes, blocks",
     [
-        (SMALL_PAIR, (1, 4, 2, 128, 64)),  # one row an expert: nothing is shared
-        (SMALL_PAIR, (7, 1, 1, 72, 40)),  # one tile, and one without rows
-        (SMALL_PAIR, (45, 2, 2, 64, 64)),  # more pairs than clusters; the third tiles of both experts are a pair
-        (MIDDLE_PAIR, (40, 3, 2, 136, 72)),
-        (MIDDLE_PAIR, (150, 1, 1, 200, 136)),  # a pair, and a third tile beside one without rows
-        (MIDDLE_PAIR, (9, 20, 3, 64, 8)),  # experts without a row, and w13's second half of rows outside of it
-        (WIDE_PAIR, (190, 2, 1, 64, 104)),  # TOKENS is no multiple of GRAIN
+        (SMALL_PAIR, (1, 4, 2, 128, 64), 2),  # one row an expert: nothing is shared
+        (SMALL_PAIR, (7, 1, 1, 72, 40), 4),  # one tile, and one without rows
+        (SMALL_PAIR, (45, 2, 2, 64, 64), 2),  # more pairs than clusters; the third tiles of both experts are a pair
+        (MIDDLE_PAIR, (40, 3, 2, 136, 72), 4),
+        (MIDDLE_PAIR, (150, 1, 1, 200, 136), 2),  # a pair, and a third tile beside one without rows
+        (MIDDLE_PAIR, (9, 20, 3, 64, 8), 4),  # experts without a row, and w13's second half of rows outside of it
+        (WIDE_PAIR, (190, 2, 1, 64, 104), 2),  # TOKENS is no multiple of GRAIN
     ],
 )
 def test_blocks_that_share_weights_are_right_and_end(instance: Instance, sizes: tuple[int, ...], blocks: int) -> None:

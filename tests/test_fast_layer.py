@@ -33,27 +33,30 @@ from moelab.kernels.fast_layer import check_fast_layer
 
 
 @needs_compiler
-@pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize(
-    "instance, sizes",
+    "instance, sizes, blocks",
     [
-        (SMALL, (1, 4, 2, 128, 64)),
-        (SMALL, (3, 5, 1, 72, 40)),  # K and both kinds of rows end inside a tile
-        (SMALL, (40, 2, 2, 64, 64)),  # three tiles of tokens an expert
-        (MIDDLE, (40, 3, 2, 136, 72)),
-        (MIDDLE, (70, 1, 1, 200, 136)),
-        (MIDDLE, (9, 20, 3, 64, 8)),  # most experts have a row or none
-        (MIDDLE, (90, 3, 2, 520, 72)),  # nine steps of K: the next record's rows are asked for before this one's last
-        (WIDE, (100, 2, 2, 64, 104)),
-        (STAGED_IN_ONE, (100, 2, 2, 72, 104)),
-        (SMALL, (20, 12, 11, 72, 40)),  # more slots than are on their way at once
-        (MIDDLE, (20, 12, 8, 72, 40)),
-        (MIDDLE, (33, 5, 4, 72, 40)),
-        (MIDDLE, (20, 5, 3, 136, 40)),
-        (MIDDLE_APART, (20, 12, 11, 72, 40)),
-        (MIDDLE_APART, (70, 5, 4, 136, 40)),
-        (MIDDLE_APART, (257, 3, 2, 72, 40)),  # the sums' last block has one place
-        (MIDDLE_APART, (9, 2, 1, 64, 40)),  # nothing to add up
+        (SMALL, (1, 4, 2, 128, 64), 1),
+        (SMALL, (3, 5, 1, 72, 40), 3),  # K and both kinds of rows end inside a tile
+        (SMALL, (40, 2, 2, 64, 64), 1),  # three tiles of tokens an expert
+        (MIDDLE, (40, 3, 2, 136, 72), 3),
+        (MIDDLE, (70, 1, 1, 200, 136), 1),
+        (MIDDLE, (9, 20, 3, 64, 8), 3),  # most experts have a row or none
+        (
+            MIDDLE,
+            (90, 3, 2, 520, 72),
+            1,
+        ),  # nine steps of K: the next record's rows are asked for before this one's last
+        (WIDE, (100, 2, 2, 64, 104), 3),
+        (STAGED_IN_ONE, (100, 2, 2, 72, 104), 1),
+        (SMALL, (20, 12, 11, 72, 40), 3),  # more slots than are on their way at once
+        (MIDDLE, (20, 12, 8, 72, 40), 1),
+        (MIDDLE, (33, 5, 4, 72, 40), 3),
+        (MIDDLE, (20, 5, 3, 136, 40), 1),
+        (MIDDLE_APART, (20, 12, 11, 72, 40), 3),
+        (MIDDLE_APART, (70, 5, 4, 136, 40), 1),
+        (MIDDLE_APART, (257, 3, 2, 72, 40), 3),  # the sums' last block has one place
+        (MIDDLE_APART, (9, 2, 1, 64, 40), 1),  # nothing to add up
     ],
 )
 def test_the_layer_is_right_and_ends(instance: Instance, sizes: tuple[int, ...], blocks: int) -> None:

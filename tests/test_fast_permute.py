@@ -25,22 +25,19 @@ from moelab.kernels.fast_instances import PERMUTED, Instance, instance_for
 
 
 @needs_compiler
-@pytest.mark.parametrize("blocks", [2, 6])
 @pytest.mark.parametrize(
-    ("instance", "sizes"),
+    "instance, sizes, blocks",
     [
-        (MIDDLE_PERMUTED, (1, 4, 2, 128, 64)),
-        (MIDDLE_PERMUTED, (40, 3, 2, 136, 72)),
-        (
-            MIDDLE_PERMUTED,
-            (70, 2, 2, 200, 136),
-        ),  # several records of one expert, K and both kinds of rows end inside a tile
-        (MIDDLE_PERMUTED, (9, 20, 3, 64, 8)),  # most experts have a row or none
-        (MIDDLE_PERMUTED, (33, 3, 2, 1032, 72)),  # a row of several pieces, the last of one unit
-        (WIDE_PERMUTED, (100, 2, 2, 64, 104)),
-        (PAIR_PERMUTED, (40, 3, 2, 136, 72)),
-        (PAIR_PERMUTED, (150, 1, 1, 200, 136)),
-        (PAIR_PERMUTED, (9, 20, 3, 64, 8)),  # all second halves are empty
+        (MIDDLE_PERMUTED, (1, 4, 2, 128, 64), 4),
+        (MIDDLE_PERMUTED, (40, 3, 2, 136, 72), 2),
+        # Several descriptors of one expert, K and both kinds of rows end inside a tile.
+        (MIDDLE_PERMUTED, (70, 2, 2, 200, 136), 4),
+        (MIDDLE_PERMUTED, (9, 20, 3, 64, 8), 4),  # most experts have a row or none
+        (MIDDLE_PERMUTED, (33, 3, 2, 1032, 72), 2),  # a row of several pieces, the last of one unit
+        (WIDE_PERMUTED, (100, 2, 2, 64, 104), 4),
+        (PAIR_PERMUTED, (40, 3, 2, 136, 72), 2),
+        (PAIR_PERMUTED, (150, 1, 1, 200, 136), 4),
+        (PAIR_PERMUTED, (9, 20, 3, 64, 8), 2),  # all second halves are empty
     ],
 )
 def test_the_layer_is_right_and_ends(instance: Instance, sizes: tuple[int, ...], blocks: int) -> None:

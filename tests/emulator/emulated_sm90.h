@@ -97,15 +97,15 @@ inline void sync_cluster() {
 }
 
 // Who waits for a count gives up first, then who waits for a barrier, as on the chip; last a consumer, which there never does.
-inline void barrier_wait(uint64_t* barrier, uint32_t parity, uint4* report, int what, int tile, int halves = 3) {
+inline void barrier_wait(uint64_t* barrier, uint32_t parity, uint4* report, int what, int tile, int times = 5) {
     deliver();
     Mbarrier& b = mbarrier(barrier);
     std::unique_lock guard(b.lock);
-    const auto limit = std::chrono::milliseconds(500 * halves * patience_s);
+    const auto limit = std::chrono::seconds(times * patience_s);
     if (!b.changed.wait_for(guard, limit, [&] { return b.phase != parity; }))
         hangs("barrier_wait", report, what, tile, parity);
 }
-inline void barrier_wait(uint64_t* barrier, uint32_t parity) { barrier_wait(barrier, parity, nullptr, 0, 0, 4); }
+inline void barrier_wait(uint64_t* barrier, uint32_t parity) { barrier_wait(barrier, parity, nullptr, 0, 0, 6); }
 
 inline void copy_async(uint32_t to, const void* from, int bytes) { copies.push_back({block->shared + to, from, bytes}); }
 inline void barrier_arrive_after_copies(uint64_t* barrier) {
