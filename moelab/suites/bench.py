@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from moelab import precision, recordings, roofline, runtime
-from moelab.config_files import Lookup, question
+from moelab.config_files import Lookup, Step, question
 from moelab.errors import MoelabError, PrecisionError, RuntimeModeError, UnknownNameError
 from moelab.implementations import IMPLEMENTATIONS, LayerKind, named, taking
 from moelab.kernels.checks import current_target
 from moelab.measure import EagerProtocol, Measurement, measure, measure_eager, tie
+from moelab.pipelines.call_configs import default_of
 from moelab.routing import make_routing
 from moelab.shapes import MoEShape
 from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
@@ -133,6 +134,10 @@ def _own_configs(own: tuple[Lookup, Lookup] | None) -> dict[str, Any]:
 
 
 def _lookup(shape: MoEShape, num_tokens: int, *, down: bool, kernel: str | None = None) -> Lookup:
+    if not shape.format.file:
+        config = default_of(shape.num_experts, shape.moe_intermediate_size, num_tokens, shape.format)
+        step = Step("default rule", "used", f"no server has files of weights in the format {shape.format.name}")
+        return Lookup(config, None, None, True, (step,))
     return question(shape).lookup(
         runtime.current().device_name, num_tokens=num_tokens, triton_version=runtime.versions()["triton"] or "unknown",
         down=down, kernel=kernel,
