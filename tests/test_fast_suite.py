@@ -90,7 +90,7 @@ def test_every_contender_gets_a_row_that_loads(small: None, tmp_path: Path, monk
     assert uniform[:3] == ["classic", "grouped_mm", "fast"] and rows["uniform"][2]["instance"] == repr(served)
     assert uniform[-5:-3] == ["classic, from logits", "fast, from logits"]
     assert uniform[-3:] == ["fast, GEMM1 alone", "fast, GEMM2 alone", "fast, the sum alone"]
-    assert "fast without one launch" in uniform and "fast without two blocks a multiprocessor" in uniform
+    assert "fast without one launch" in uniform and "fast without two CTAs an SM" in uniform
     skewed = [row["impl"] for row in rows["zipf"]]
     assert set(skewed) <= {"classic", "grouped_mm", "fast", "fast, best instance"}
 
@@ -100,7 +100,7 @@ def test_a_few_tokens_are_timed_as_they_are_served(small: None, tmp_path: Path) 
     assert [row["instance"] for row in rows if row["impl"] == "fast"] == [repr(FORMS[0])]
     ideas = {row["impl"].removeprefix("fast without ") for row in rows if "without" in row["impl"]}
     assert ideas == {
-        "start during the launch before", "weights asked for ahead", "the same rows side by side",
+        "programmatic dependent launch (PDL)", "prefetch of weights before griddepcontrol.wait", "grid order for L2 reuse",
     }  # fmt: skip
     assert "fast, from logits" in {row["impl"] for row in rows} and not any("alone" in row["impl"] for row in rows)
 

@@ -32,7 +32,7 @@ CANDIDATES = (
     Instance(1, 2, 3, 160, 16, 16, 2, apart=1),
     Instance(2, 1, 6, 96, 16, 16, apart=1),
     Instance(2, 1, 5, 176, 16, 16, apart=1),
-    Instance(2, 2, 5, 96, 16, 16, permutes=1, apart=1),  # tokens written out by expert, for TMA
+    Instance(2, 2, 5, 96, 16, 16, permutes=1, apart=1),  # permuted activations, for TMA
     Instance(2, 2, 5, 96, 16, 16, apart=1),  # single CTAs
     Instance(2, 2, 4, 176, 16, 16, cluster=2, permutes=1, apart=1),  # both
 )
