@@ -1,4 +1,4 @@
-"""sm90_fast_layer.cu with CLUSTER == 2: blocks in pairs, on an emulated chip, and what the launcher makes of it."""
+"""sm90_fast_layer.cu with CLUSTER == 2: clusters of two CTAs, on an emulated chip, and what the launcher makes of it."""
 
 from __future__ import annotations
 

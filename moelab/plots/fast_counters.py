@@ -163,7 +163,7 @@ def _name(row: Row) -> str:
 
 def product_ceiling(row: Row, device: Mapping[str, Any]) -> float:
     """FLOP per second that the tensor units could do in bfloat16 at the clock of a launch."""
-    per_clock: float = device["multiprocessors"] * device["multiprocessor_flops_per_clock"]["bfloat16"]
+    per_clock: float = device["SMs"] * device["SM_flops_per_clock"]["bfloat16"]
     return per_clock * 1e9 * row["clocks"] / row["duration_ns"]
 
 
