@@ -153,15 +153,15 @@ the time of gathering them, at three (Qwen3-235B-A22B tp4) in 1.28 to 1.29, wher
 Mixtral-8x7B tp2 gathers, and takes permuted 0.94 to 0.95 of that time in this recording."""
 
 CLUSTERS_FROM, CLUSTERS_UP_TO = 176, 352
-"""Rows of an expert, more than the first and at most the second, that are served in pairs. In data/recordings/fast_choice.json
+"""Rows of an expert, more than the first and at most the second, that are served in clusters. In data/recordings/fast_choice.json
 pairs that gather take 0.84 to 0.99 of the time of single CTAs that do at 256 rows with uniform routing, 0.98 to 1.03 if
 skewed; from 512 rows on pairs that permute take 0.99 to 1.07 of the time of single CTAs that do, where an expert may have a
 tile without another. Of WIDEST_EXPERTS the shares are very unequal if skewed."""
 
 SHORT_INNER = 256
-"""Inner sizes of so few elements are served in pairs from one tile an expert on (there, DeepSeek-V3 tp8 at 4096 tokens: 0.98 of
-the time of single CTAs, 0.97 if skewed). Why, where nothing is shared, is not shown: it may be that CTAs in step find in the
-L2 what others just read."""
+"""Inner sizes of so few elements are served in clusters from one tile an expert on (there, DeepSeek-V3 tp8 at 4096 tokens: 0.98
+of the time of single CTAs, 0.97 if skewed). Why, where nothing is shared, is not shown: it may be that CTAs in step find in L2
+what others just read."""
 
 WIDEST_EXPERTS, WIDEST_ROWS = 8, 32
 """Of so few experts one may get most of a skewed batch: from that many rows on the widest tile, which does not read weights

@@ -77,7 +77,7 @@ def _token_tiles_kernel(
     first = tl.load(offsets_ptr + expert, mask=real, other=0)
     rows = tl.load(offsets_ptr + expert + 1, mask=real, other=0) - first
     each = _rows_of_a_tile(rows, ROWS, GRAIN)
-    # Largest tiles first, lower experts before higher: CTAs that take every 132nd then have nearly the same to do.
+    # Longest tiles first (LPT), lower experts before higher: CTAs that take every 132nd then have nearly the same to do.
     order = tl.sort(each.to(tl.int64) * EXPERTS + (EXPERTS - 1 - expert), descending=True)
     expert = (EXPERTS - 1 - order % EXPERTS).to(tl.int32)
     real = expert < num_experts
