@@ -124,7 +124,7 @@ def test_eager_is_over_the_graph() -> None:
             made.baseline_row(SHAPE, 64, "triton", 200.0), made.baseline_row(SHAPE, 64, "gated", 200.0)]  # fmt: skip
     panel = plots.eager_over_graph(made_of(*rows))
     assert {row["implementation"]: row["1"] for row in panel.table} == pytest.approx({"triton": 3.0, "gated": 2.0})
-    assert "from batch 64 on within 5 %" in panel.sentence and "scout/tp4 gated, 40 µs" in panel.sentence
+    assert "from batch 64 on within 5 %" in panel.sentence and "scout/tp4 gated 40 µs" in panel.sentence
     assert "at batch 1 still 2.45 times" in plots.eager_over_graph(made_of(*rows[:2])).sentence
 
 

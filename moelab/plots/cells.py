@@ -140,6 +140,19 @@ def line(figure: go.Figure, xs: Sequence[Any], spans: Sequence[Span], name: str,
     figure.add_scatter(x=list(xs), y=middle, error_y=error_bars(middle, low, high), name=name, **given)
 
 
+def trace(
+    figure: go.Figure, points: Mapping[Any, Any], name: str, style: Look, *, hollow: bool = False, mode: str = "lines+markers",
+    legend: bool = True, **how: Any,
+) -> None:  # fmt: skip
+    """A line, markers, or both through points: x -> y. legend: False where another plot has named it."""
+    given = {
+        "line": style.line(),
+        "marker": style.marker(12 if hollow else 8, hollow=hollow),
+        "legendgroup": name,
+    } | how
+    figure.add_scatter(x=list(points), y=list(points.values()), name=name, mode=mode, showlegend=legend, **given)
+
+
 def plots(
     title: str,
     source: str,
