@@ -105,7 +105,10 @@ def instances(recording: Recording, shapes: Mapping[str, MoEShape], rule: Rule |
     for x, y in sorted((columns.index(at), len(names) - 1 - names.index(name)) for name, at in places if name in names):
         box = {"x0": x - 0.47, "x1": x + 0.47, "y0": y - 0.45, "y1": y + 0.45}
         figure.add_shape(type="rect", **box, line={"color": GREY, "width": 2.5})
-    return Panel(figure, table, _said(judged, skewed, table, _changed_since(rows, shapes, rule)))
+    then = [row for row in rows if row.get("by_rule")]
+    other = sum(row["instance"] != rule(shapes[row["shape"]], row["num_tokens"]) for row in then)
+    changed_since = f"{other} of {counted(len(then), 'cell')}" if other else ""
+    return Panel(figure, table, _said(judged, skewed, table, changed_since))
 
 
 _NOTES = {
@@ -117,13 +120,6 @@ _NOTES = {
 
 _WORST = 1.5
 """Times the best from which on the colour is the same: what is so far off is not worth telling apart."""
-
-
-def _changed_since(rows: Sequence[Row], shapes: Mapping[str, MoEShape], rule: Rule) -> str:
-    """In how many cells the rule chose otherwise when this was recorded; empty where in none, or rows do not say."""
-    then = [row for row in rows if row.get("by_rule")]
-    other = sum(row["instance"] != rule(shapes[row["shape"]], row["num_tokens"]) for row in then)
-    return f"{other} of {counted(len(then), 'cell')}" if other else ""
 
 
 def _rows_an_expert(shape: MoEShape, num_tokens: int) -> float:

@@ -74,10 +74,6 @@ def _by(rows: Sequence[Row]) -> str:
     return "impl" if "impl" in rows[0] else "config_name"
 
 
-def _looks(by: str) -> Callable[[str], Any]:
-    return look if by == "impl" else series(CONFIGS).__getitem__
-
-
 def where_time_goes(recording: Recording, shape: str, at: Ceilings, config_name: str = "tuned") -> Panel:
     """One shape's measured time against the memory side and the compute side of its floor, by batch."""
     rows = sorted(recording.select(shape=shape, config_name=config_name), key=lambda r: r["num_tokens"])
@@ -153,8 +149,9 @@ def over_floor(recording: Recording, at: Ceilings, peers: Sequence[Row] = (), pe
     note += f"<br>not drawn until its name is clicked, being far above: {', '.join(far)}" if far else ""
     note += f"<br>hollow: sglang’s, {peer_source}" if peers else ""
     source = f"{recording.source()}, 95 % intervals; {note}"
+    looks = look if by == "impl" else series(CONFIGS).__getitem__
     figure = plots("Time over floor", source, rows, value, "time / floor", [1, 1.5, 2, 3, 5, 10, 20], by=by,
-                   looks=_looks(by), hidden=far)  # fmt: skip
+                   looks=looks, hidden=far)  # fmt: skip
     for index, shape in enumerate(names_of(rows, "shape")):
         floors = {row["num_tokens"]: floor_of(row, at).us for row in rows if row["shape"] == shape}
         for name in ("default", "shipped", "tuned"):

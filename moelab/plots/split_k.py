@@ -77,11 +77,6 @@ def win_map(recording: Recording, shapes: Sequence[str], title: str = "Best Spli
         title, source, cells, [f"{shape}, {stage}" for stage in ("up", "down") for shape in shapes],
         sorted(names_of(table, "batch")), y="shape, GEMM", high=VERMILLION, bar="time ratio", size=11,
     )  # fmt: skip
-    return Panel(figure, table, _said_of(table))
-
-
-def _said_of(table: Sequence[Row]) -> str:
-    """Wins, ties, losses; the best and the worst cell; by batch; by kind; and what of it is the fused second step."""
     count = Counter(row["verdict"] for row in table)
     wins = [row for row in table if row["verdict"] == "faster"]
     kinds, at = Counter(row["kind"] for row in wins), Counter(row["batch"] for row in table)
@@ -98,7 +93,8 @@ def _said_of(table: Sequence[Row]) -> str:
             "By kind": [f"{kind} {kinds[kind]}" for kind in KINDS],
             "The fused second step wins, not the split: the same kind with SPLIT_K = 1 ties or is faster": f"in {fused}",
         }
-    return conclude(head, facts) + left_out(sum(bool(row["faster, past the bound"]) for row in table))
+    said = conclude(head, facts) + left_out(sum(bool(row["faster, past the bound"]) for row in table))
+    return Panel(figure, table, said)
 
 
 def _where(row: Row) -> str:
