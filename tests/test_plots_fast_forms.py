@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from test_plots_fast_layer import SMALL, WIDE, made, row, whole
+from made_recordings import whole
+from test_plots_fast_layer import SMALL, WIDE, made, row
 
 from moelab import recordings
 from moelab.kernels.fast_instances import Instance, instance_for

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 
 import pytest
+from made_recordings import each_is_whole
 
 from moelab import recordings
 from moelab.config import KernelConfig, default_config
@@ -64,21 +64,7 @@ PANELS: dict[str, Callable[[Recording], Panel]] = {
 }
 
 
-def whole(panel: Panel, source: str) -> None:
-    assert panel.figure.layout.title.text and source in panel.figure.layout.title.subtitle.text
-    assert panel.sentence.startswith("**") and panel.sentence.rstrip("*").endswith(".") and panel.table
-    assert "NaN" not in json.dumps(panel.bundles()[1:]) and "nan" not in panel.sentence
-
-
-@pytest.mark.parametrize("name", PANELS)
-def test_every_panel_is_whole(name: str) -> None:
-    whole(PANELS[name](WHOLE), WHOLE.source())
-
-
-@pytest.mark.parametrize("name", PANELS)
-def test_the_shipped_recording_draws(name: str) -> None:
-    found = recordings.load("fast_layer")
-    whole(PANELS[name](found), found.source())
+test_every_panel_is_whole = each_is_whole(PANELS, made=WHOLE, shipped=recordings.load("fast_layer"))
 
 
 @pytest.mark.parametrize("name", PANELS)

@@ -36,20 +36,9 @@ PANELS: dict[str, Callable[[Recording], Panel]] = {
 }
 
 
-@pytest.mark.parametrize("name", PANELS)
-def test_every_panel_is_whole(name: str) -> None:
-    made.whole(PANELS[name](WHOLE), WHOLE.source())
-
-
-@pytest.mark.parametrize("name", PANELS)
-def test_one_cell_draws(name: str) -> None:
-    made.whole(PANELS[name](made_of(*cell(triton=50.0, gated=40.0))), WHOLE.source())
-
-
-@pytest.mark.parametrize("name", PANELS)
-def test_the_shipped_recording_draws(name: str) -> None:
-    found = recordings.load("layer_baseline")
-    made.whole(PANELS[name](found), found.source())
+test_every_panel_is_whole = made.each_is_whole(
+    PANELS, made=WHOLE, cell=made_of(*cell(triton=50.0, gated=40.0)), shipped=recordings.load("layer_baseline")
+)
 
 
 def test_every_implementation_has_a_look_of_its_own() -> None:
