@@ -6,6 +6,9 @@ import json
 import math
 import random
 import re
+from collections.abc import Callable, Mapping
+
+import pytest
 
 from moelab import roofline
 from moelab.recordings import Recording
@@ -49,6 +52,17 @@ def whole(panel: object, *sources: str) -> None:
         assert any(axis.title.text for axis in (*panel.figure.select_xaxes(), *panel.figure.select_yaxes()))
     assert panel.sentence.startswith("**") and panel.sentence.endswith((".", ".**")) and panel.table
     assert "NaN" not in json.dumps(panel.bundles(), allow_nan=False) and "nan " not in panel.sentence
+
+
+def each_is_whole(panels: Mapping[str, Callable[..., object]], **given: Recording) -> Callable[..., None]:
+    """A test of every panel of each recording."""
+
+    @pytest.mark.parametrize("found", given.values(), ids=given)
+    @pytest.mark.parametrize("draw", panels.values(), ids=panels)
+    def test(draw: Callable[..., object], found: Recording) -> None:
+        whole(draw(found), found.source())
+
+    return test
 
 
 def host_samples(middle: float, count: int = 160, seed: int = 0) -> list[float]:

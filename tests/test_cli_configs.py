@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -53,19 +51,6 @@ def test_doctor_warns_without_failing(run, tmp_path: Path) -> None:
     status, out, _ = run("doctor", tmp_path, "--rules", "vllm")
     assert status == 0 and "warning: no_newline, 1 file\n" in out and "remedy  Add" in out
     assert "; 1 config file below" in out and out.endswith("0 errors, 1 warning, 1 note (--notes shows it)\n")
-
-
-@pytest.mark.parametrize("arguments", [("no/such",), (".", "--rules", "tgi"), ("{empty}",)])
-def test_doctor_used_badly(run, arguments: tuple, tmp_path: Path) -> None:
-    status, out, err = run("doctor", *(argument.format(empty=tmp_path) for argument in arguments))
-    assert (status, out) == (2, "") and err
-
-
-def test_help_and_error_of_the_doctor_list_the_same_rules(run) -> None:
-    known = "auto, moelab, sglang, vllm"
-    assert known.replace(", vllm", " or vllm") in " ".join(run("doctor", "--help")[1].split())
-    assert f"Expected one of {known}." in run("doctor", runtime.config_dir(), "--rules", "x")[2]
-    assert "Did you mean auto" in run("doctor", runtime.config_dir(), "--rules", "aut")[2]
 
 
 # --- export -------------------------------------------------------------------------------------------------
@@ -156,19 +141,6 @@ def test_explain_under_vllm_shows_its_own_default(run, tmp_path: Path) -> None:
     assert answer["is_default"] and answer["config"]["num_stages"] == 4 and answer["config"]["BLOCK_SIZE_K"] == 128
 
 
-def test_the_new_commands_load_nothing_heavy() -> None:
-    script = "import sys; from moelab.cli import main; main(['doctor', 'configs']);print(*sys.modules, file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert done.returncode == 0 and "0 errors" in done.stdout
-    assert not {"torch", "triton", "plotly", "pandas", "numpy"} & set(done.stderr.split())
-
-
-def test_help_names_the_commands(run) -> None:
-    out = run("--help")[1]
-    assert all(f"  {name} " in out for name in ("export", "doctor"))
-    assert "SOURCE" in run("export", "--help")[1] and "DIR" in run("doctor", "--help")[1]
-
-
 def test_export_says_which_keys_it_does_not_write(run, tmp_path: Path) -> None:
     """sglang's own tree for the H100 exports, less USE_TMA: where and how often is said."""
     from moelab.config_files.shipped import shipped_files, write_shipped
@@ -235,12 +207,6 @@ def test_explain_says_what_fast_runs(run) -> None:
     said = json.loads(out)
     assert status == 0 and said["form"]["tokens"] == 176 and said["form"]["permutes"] == 1
     assert said["reason"].startswith("one launch: 512 rows an expert")
-
-
-@pytest.mark.skipif(runtime.current().mode == "gpu", reason="has a GPU")
-def test_explain_of_fast_asks_for_the_device_whose_files_count(run) -> None:
-    status, out, err = run("explain", "--model", "qwen3-30b-a3b", "--batch-size", "20", "--kernel", "fast")
-    assert (status, out) == (2, "") and "--device" in err
 
 
 def test_explain_of_fast_refuses_what_fast_refuses(run) -> None:

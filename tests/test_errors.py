@@ -7,7 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from error_rows import DEVICE, HUGE, SHAPE, Row, arguments, gemm, judge, moe, unhelpful, with_environment, x
+from error_rows import (
+    DEVICE,
+    HUGE,
+    SHAPE,
+    Row,
+    arguments,
+    every,
+    gemm,
+    judge,
+    moe,
+    rows,
+    unhelpful,
+    with_environment,
+    x,
+)
 from test_errors_configs import CONFIGS
 from test_errors_data import FILES, TUNER
 
@@ -83,352 +97,171 @@ def a_routing(folder: Path, ids: torch.Tensor | bytes) -> Path:
 
 
 TENSORS = [
-    Row(
-        "hidden states of rank 3", lambda _: moe(hidden_states=x(1, 5, 32)), ShapeError, ("hidden_states", "(1, 5, 32)")
-    ),
-    Row("hidden states of rank 1", lambda _: moe(hidden_states=x(32)), ShapeError, ("hidden_states", "(32,)")),
-    Row("weights of rank 2", lambda _: moe(w13=x(32, 32)), ShapeError, ("w13", "num_experts")),
-    Row("weights of another model", lambda _: moe(w2=lambda w: w[:, :, :8].contiguous()), ShapeError, ("w2", "16")),
-    Row("weights for other experts", lambda _: moe(w2=lambda w: w[:3]), ShapeError, ("w2", "(4, 32, 16)")),
-    Row("gate and up rows that are odd", lambda _: moe(w13=x(4, 31, 32)), ShapeError, ("31 rows", "gated=False")),
-    Row("ids for other tokens", lambda _: moe(topk_ids=lambda t: t[:3]), ShapeError, ("topk_ids", "(3, 2)", "(5, ")),
-    Row("weights of another top_k", lambda _: moe(topk_weights=lambda t: t[:, :1]), ShapeError, ("topk_weights",)),
-    Row("a bias of another size", lambda _: moe(b13=x(4, 31)), ShapeError, ("b13", "(4, 32)")),
-    Row(
-        "logits of rank 1 to a kernel",
-        lambda _: route(x(4), 1),
+    *rows(
         ShapeError,
-        ("router_logits", "(num_tokens, num_experts)"),
+        ("hidden_states|(1, 5, 32)", lambda _: moe(hidden_states=x(1, 5, 32))),
+        ("hidden_states|(32,)", lambda _: moe(hidden_states=x(32))),
+        ("w13|num_experts", lambda _: moe(w13=x(32, 32))),
+        ("w2|16", lambda _: moe(w2=lambda w: w[:, :, :8].contiguous())),
+        ("w2|(4, 32, 16)", lambda _: moe(w2=lambda w: w[:3])),
+        ("31 rows|gated=False", lambda _: moe(w13=x(4, 31, 32))),
+        ("topk_ids|(3, 2)|(5, ", lambda _: moe(topk_ids=lambda t: t[:3])),
+        ("topk_weights", lambda _: moe(topk_weights=lambda t: t[:, :1])),
+        ("b13|(4, 32)", lambda _: moe(b13=x(4, 31))),
+        ("router_logits|(num_tokens, num_experts)", lambda _: route(x(4), 1)),
+        ("(5,)|Expected (4,)", lambda _: route(x(3, 4), 1, correction_bias=x(5))),
+        ("out.topk_weights|(3, 2)", lambda _: route(x(3, 4), 2, out=new_routed(2, 4, 2, DEVICE))),
+        ("topk_ids|(num_tokens, top_k)", lambda _: expert_order(x(4).int(), 4)),
+        ("num_experts = 0", lambda _: expert_order(x(4, 1).int(), 0)),
+        ("out.sorted_slots|(4)", lambda _: expert_order(x(4, 1).int(), 4, out=new_expert_order(3, 4, DEVICE))),
+        ("logits|(num_tokens, num_experts)", lambda _: routers.softmax_topk(x(4), 1)),
+        ("x has shape (4, 8)|top_k", lambda _: sum_reduce(x(4, 8))),
+        ("top_k >= 1", lambda _: sum_reduce(x(4, 0, 8))),
+        ("out|(4, 8)", lambda _: sum_reduce(x(4, 2, 8), out=x(4, 9))),
+        ("31", lambda _: activation(x(4, 31))),
+        ("9 pairs|top_k = 2", lambda _: gemm(num_pairs=9)),
+        ("a has shape (4, 32)|(5, 32)", lambda _: gemm(a=x(4, 32))),
+        ("(2,)|(3,)", lambda _: precision.error(x(2), x(3).double())),
     ),
-    Row(
-        "a bias for other experts",
-        lambda _: route(x(3, 4), 1, correction_bias=x(5)),
-        ShapeError,
-        ("(5,)", "Expected (4,)"),
-    ),
-    Row(
-        "a result for other tokens",
-        lambda _: route(x(3, 4), 2, out=new_routed(2, 4, 2, DEVICE)),
-        ShapeError,
-        ("out.topk_weights", "(3, 2)"),
-    ),
-    Row("flat ids to order", lambda _: expert_order(x(4).int(), 4), ShapeError, ("topk_ids", "(num_tokens, top_k)")),
-    Row("an order of no expert", lambda _: expert_order(x(4, 1).int(), 0), ShapeError, ("num_experts = 0",)),
-    Row(
-        "an order for other slots",
-        lambda _: expert_order(x(4, 1).int(), 4, out=new_expert_order(3, 4, DEVICE)),
-        ShapeError,
-        ("out.sorted_slots", "(4)"),
-    ),
-    Row(
-        "logits of rank 1", lambda _: routers.softmax_topk(x(4), 1), ShapeError, ("logits", "(num_tokens, num_experts)")
-    ),
-    Row("sum over rank 2", lambda _: sum_reduce(x(4, 8)), ShapeError, ("x has shape (4, 8)", "top_k")),
-    Row("sum over no slot", lambda _: sum_reduce(x(4, 0, 8)), ShapeError, ("top_k >= 1",)),
-    Row("an out of another size", lambda _: sum_reduce(x(4, 2, 8), out=x(4, 9)), ShapeError, ("out", "(4, 8)")),
-    Row("an activation of odd width", lambda _: activation(x(4, 31)), ShapeError, ("31",)),
-    Row("pairs that top_k does not divide", lambda _: gemm(num_pairs=9), ShapeError, ("9 pairs", "top_k = 2")),
-    Row("a of other rows", lambda _: gemm(a=x(4, 32)), ShapeError, ("a has shape (4, 32)", "(5, 32)")),
-    Row("results of another shape", lambda _: precision.error(x(2), x(3).double()), ShapeError, ("(2,)", "(3,)")),
-    Row("weights in another dtype", lambda _: moe(w2=lambda w: w.half()), DtypeError, ("w2 is float16", "float32")),
-    Row(
-        "integer hidden states", lambda _: moe(hidden_states=lambda t: t.int()), DtypeError, ("hidden_states is int32",)
-    ),
-    Row(
-        "float64 logits",
-        lambda _: route(x(3, 4, dtype=torch.float64), 2),
-        DtypeError,
-        ("router_logits is float64", "float32"),
-    ),
-    Row(
-        "integer bias",
-        lambda _: route(x(3, 4), 2, correction_bias=x(4).int()),
-        DtypeError,
-        ("correction_bias is int32",),
-    ),
-    Row(
-        "float ids to order", lambda _: expert_order(x(3, 2), 4), DtypeError, ("topk_ids is float32", "int32 or int64")
-    ),
-    Row("float ids", lambda _: moe(topk_ids=lambda t: t.float()), DtypeError, ("topk_ids is float32", "int32")),
-    Row(
-        "half routing weights", lambda _: moe(topk_weights=lambda t: t.half()), DtypeError, ("topk_weights is float16",)
-    ),
-    Row("an integer sum", lambda _: sum_reduce(x(4, 2, 8, dtype=torch.int32)), DtypeError, ("x is int32", "bfloat16")),
-    Row(
-        "an out of another dtype", lambda _: sum_reduce(x(4, 2, 8), out=x(4, 8).half()), DtypeError, ("out is float16",)
-    ),
-    Row("a dtype nobody knows", lambda _: dtypes.torch_dtype("float12"), DtypeError, ("float12", "bfloat16")),
-    Row("a shape's dtype", lambda _: SHAPE.with_dtype("fp12"), DtypeError, ("fp12", "bfloat16")),
-    Row("a reference in float32", lambda _: precision.error(x(2), x(2)), DtypeError, ("float32", "float64")),
-    Row("everything on meta", lambda _: moe_on_meta(), DeviceError, ("meta", DEVICE)),
-    Row("weights elsewhere", lambda _: moe(w13=lambda w: w.to("meta")), DeviceError, ("w13 is on meta", "one device")),
-    Row(
-        "an out elsewhere",
-        lambda _: sum_reduce(x(4, 2, 8), out=x(4, 8, device="meta")),
-        DeviceError,
-        ("out is on meta",),
-    ),
-    Row("a sum on meta", lambda _: sum_reduce(x(4, 2, 8, device="meta")), DeviceError, ("x is on meta", DEVICE)),
-    Row("logits on meta", lambda _: route(x(3, 4, device="meta"), 2), DeviceError, ("router_logits is on meta",)),
-    Row(
-        "a bias elsewhere",
-        lambda _: route(x(3, 4), 2, correction_bias=x(4, device="meta")),
-        DeviceError,
-        ("correction_bias", "one device"),
-    ),
-    Row(
-        "logits of every second expert",
-        lambda _: route(x(3, 8)[:, ::2], 2),
-        LayoutError,
-        ("router_logits has strides",),
-    ),
-    Row("ids on meta", lambda _: align(x(4, 2, device="meta").int(), 16, 4), DeviceError, ("topk_ids is on meta",)),
-    Row("transposed states", lambda _: moe(hidden_states=x(32, 5).T), LayoutError, ("hidden_states", "contiguous")),
-    Row("transposed weights", lambda _: moe(w2=x(4, 16, 32).mT), LayoutError, ("w2 has strides", ".contiguous()")),
-    Row("every second column", lambda _: sum_reduce(x(4, 2, 16)[:, :, ::2]), LayoutError, ("x has strides",)),
-    Row("a strided activation", lambda _: activation(x(4, 64)[:, ::2]), LayoutError, ("x has strides",)),
+    Row(DtypeError, "w2 is float16|float32", lambda _: moe(w2=lambda w: w.half())),
+    Row(DtypeError, "hidden_states is int32", lambda _: moe(hidden_states=lambda t: t.int())),
+    Row(DtypeError, "router_logits is float64|float32", lambda _: route(x(3, 4, dtype=torch.float64), 2)),
+    Row(DtypeError, "correction_bias is int32", lambda _: route(x(3, 4), 2, correction_bias=x(4).int())),
+    Row(DtypeError, "topk_ids is float32|int32 or int64", lambda _: expert_order(x(3, 2), 4)),
+    Row(DtypeError, "topk_ids is float32|int32", lambda _: moe(topk_ids=lambda t: t.float())),
+    Row(DtypeError, "topk_weights is float16", lambda _: moe(topk_weights=lambda t: t.half())),
+    Row(DtypeError, "x is int32|bfloat16", lambda _: sum_reduce(x(4, 2, 8, dtype=torch.int32))),
+    Row(DtypeError, "out is float16", lambda _: sum_reduce(x(4, 2, 8), out=x(4, 8).half())),
+    Row(DtypeError, "float12|bfloat16", lambda _: dtypes.torch_dtype("float12")),
+    Row(DtypeError, "fp12|bfloat16", lambda _: SHAPE.with_dtype("fp12")),
+    Row(DtypeError, "float32|float64", lambda _: precision.error(x(2), x(2))),
+    Row(DeviceError, f"meta|{DEVICE}", lambda _: moe_on_meta()),
+    Row(DeviceError, "w13 is on meta|one device", lambda _: moe(w13=lambda w: w.to("meta"))),
+    Row(DeviceError, "out is on meta", lambda _: sum_reduce(x(4, 2, 8), out=x(4, 8, device="meta"))),
+    Row(DeviceError, f"x is on meta|{DEVICE}", lambda _: sum_reduce(x(4, 2, 8, device="meta"))),
+    Row(DeviceError, "router_logits is on meta", lambda _: route(x(3, 4, device="meta"), 2)),
+    Row(DeviceError, "correction_bias|one device", lambda _: route(x(3, 4), 2, correction_bias=x(4, device="meta"))),
+    Row(DeviceError, "topk_ids is on meta", lambda _: align(x(4, 2, device="meta").int(), 16, 4)),
+    Row(LayoutError, "router_logits has strides", lambda _: route(x(3, 8)[:, ::2], 2)),
+    Row(LayoutError, "hidden_states|contiguous", lambda _: moe(hidden_states=x(32, 5).T)),
+    Row(LayoutError, "w2 has strides|.contiguous()", lambda _: moe(w2=x(4, 16, 32).mT)),
+    Row(LayoutError, "x has strides", lambda _: sum_reduce(x(4, 2, 16)[:, :, ::2])),
+    Row(LayoutError, "x has strides", lambda _: activation(x(4, 64)[:, ::2])),
 ]
 
 
 TMA = [
-    Row(
-        "TMA on a chip without it",
-        lambda _: check_tma("w13", x(4, 8, 16), (16, 16), chips.TARGETS["sm_80"]),
+    *rows(
         DeviceError,
-        ("TMA", "sm_80", "sm_90 or later"),
+        ("TMA|sm_80|sm_90 or later", lambda _: check_tma("w13", x(4, 8, 16), (16, 16), chips.TARGETS["sm_80"])),
+        ("TMA|gfx942", lambda _: check_tma("w13", x(4, 8, 16), (16, 16), chips.TARGETS["gfx942"])),
     ),
+    Row(LayoutError, "w has strides|contiguous", lambda _: descriptor(x(4, 16, 8).mT)),
+    Row(LayoutError, "w starts 4 bytes past|16 bytes|.clone()", lambda _: descriptor(x(513)[1:].view(4, 8, 16))),
+    Row(LayoutError, "A row of w is 60 bytes|16 bytes", lambda _: descriptor(x(4, 8, 15))),
+    Row(ShapeError, "w has shape (8, 16)", lambda _: descriptor(x(8, 16))),
+    Row(DtypeError, "w is int32|bfloat16", lambda _: descriptor(x(4, 8, 16).int())),
+    Row(ConfigError, "512 x 16|at most 256", lambda _: descriptor(x(4, 8, 16), (512, 16))),
     Row(
-        "TMA on AMD",
-        lambda _: check_tma("w13", x(4, 8, 16), (16, 16), chips.TARGETS["gfx942"]),
-        DeviceError,
-        ("TMA", "gfx942"),
-    ),
-    Row("a strided weight for TMA", lambda _: descriptor(x(4, 16, 8).mT), LayoutError, ("w has strides", "contiguous")),
-    Row(
-        "a weight off 16 bytes",
-        lambda _: descriptor(x(513)[1:].view(4, 8, 16)),
-        LayoutError,
-        ("w starts 4 bytes past", "16 bytes", ".clone()"),
-    ),
-    Row("rows off 16 bytes", lambda _: descriptor(x(4, 8, 15)), LayoutError, ("A row of w is 60 bytes", "16 bytes")),
-    Row("a weight of rank 2 for TMA", lambda _: descriptor(x(8, 16)), ShapeError, ("w has shape (8, 16)",)),
-    Row("an integer weight for TMA", lambda _: descriptor(x(4, 8, 16).int()), DtypeError, ("w is int32", "bfloat16")),
-    Row("a box too high", lambda _: descriptor(x(4, 8, 16), (512, 16)), ConfigError, ("512 x 16", "at most 256")),
-    Row(
-        "a bound on descriptors that is no number",
-        lambda _: with_environment("MOELAB_TMA_DESC_CACHE_MAX", "lots", lambda: descriptor(x(4, 8, 16))),
         ConfigError,
-        ("MOELAB_TMA_DESC_CACHE_MAX", "'lots'", "0 to keep none"),
+        "MOELAB_TMA_DESC_CACHE_MAX|'lots'|0 to keep none",
+        lambda _: with_environment("MOELAB_TMA_DESC_CACHE_MAX", "lots", lambda: descriptor(x(4, 8, 16))),
     ),
-    Row(
-        "barriers over shared memory",
-        lambda _: check_tma_config(HUGE, torch.bfloat16, chips.TARGETS["sm_90"]),
-        SharedMemoryError,
-        ("with TMA", "232448"),
-    ),
-    Row("SPLIT_K by TMA", lambda _: gemm(way=grouped_gemm_tma, config=SPLIT), ConfigError, ("SPLIT_K = 2",)),
+    Row(ConfigError, "SPLIT_K = 2", lambda _: gemm(way=grouped_gemm_tma, config=SPLIT)),
+    Row(SharedMemoryError, "with TMA|232448", lambda _: check_tma_config(HUGE, torch.bfloat16, chips.TARGETS["sm_90"])),
 ]
 
 
 SORTED = [
-    Row("SPLIT_K for gated_gemm", lambda _: gemm(way=gated_gemm, config=SPLIT), ConfigError, ("SPLIT_K = 2",)),
-    Row("half a tile of 8 rows", lambda _: gemm(way=gated_gemm), ConfigError, ("BLOCK_SIZE_N = 16", "at least 32")),
-    Row(
-        "an activation that has no gate",
-        lambda _: gemm(way=gated_gemm, activation="relu2"),
-        UnknownNameError,
-        ("gated activation 'relu2'", "silu"),
-    ),
-    Row(
-        "rows that are not sorted",
-        lambda _: gemm(way=sorted_gemm, top_k=1),
-        ShapeError,
-        ("a has shape (5, 32)", "Expected (96, 32)"),
-    ),
-    Row(
-        "slots to scatter into one row",
-        lambda _: gemm(x(96, 32), way=sorted_gemm),
-        ShapeError,
-        ("top_k = 2", "a row per pair", "sum_reduce"),
-    ),
+    Row(ConfigError, "SPLIT_K = 2", lambda _: gemm(way=gated_gemm, config=SPLIT)),
+    Row(ConfigError, "BLOCK_SIZE_N = 16|at least 32", lambda _: gemm(way=gated_gemm)),
+    Row(UnknownNameError, "gated activation 'relu2'|silu", lambda _: gemm(way=gated_gemm, activation="relu2")),
+    Row(ShapeError, "a has shape (5, 32)|Expected (96, 32)", lambda _: gemm(way=sorted_gemm, top_k=1)),
+    Row(ShapeError, "top_k = 2|a row per pair|sum_reduce", lambda _: gemm(x(96, 32), way=sorted_gemm)),
 ]
 
 
 PLUGGED_IN = [
-    Row(
-        "a wait that was given up",
-        lambda _: lost_wait(),
-        KernelTimeoutError,
-        ("CTA 33", "tile descriptor 0", "1 counts missing", "context is gone"),
-    ),
-    Row("kernels in no file", lambda p: load_kernels(p / "mine.py"), UnknownNameError, ("mine.py", "Run the cells")),
-    Row("more than silu", lambda _: plain(activation="gelu", b2=x(4, 32)), ConfigError, ("'gelu', biases", "teach it")),
-    Row("a gallery of nothing", lambda p: gallery.write_gallery([], p), RuntimeModeError, ("no notebook", "Name them")),
-    Row("no tiles to try", lambda _: your_kernel.tune(None, "mine", []), ConfigError, ("No tiles", "mine")),
+    Row(KernelTimeoutError, "CTA 33|tile descriptor 0|1 counts missing|context is gone", lambda _: lost_wait()),
+    Row(UnknownNameError, "mine.py|Run the cells", lambda p: load_kernels(p / "mine.py")),
+    Row(ConfigError, "'gelu', biases|teach it", lambda _: plain(activation="gelu", b2=x(4, 32))),
+    Row(ConfigError, "No tiles|mine", lambda _: your_kernel.tune(None, "mine", [])),
+    Row(RuntimeModeError, "no notebook|Name them", lambda p: gallery.write_gallery([], p)),
 ]
 
 
 ROUTINGS = [
-    Row("top_k over the experts", lambda _: routing.make_routing("uniform", 3, 4, 5), RoutingError, ("top_k = 5", "4")),
-    Row("top_k of logits", lambda _: routers.softmax_topk(x(3, 4), 5), RoutingError, ("top_k = 5", "4 experts")),
-    Row("top_k to a kernel", lambda _: route(x(3, 4), 5), RoutingError, ("top_k = 5", "4 experts")),
-    Row("groups to a kernel", lambda _: route(x(3, 8), 2, num_groups=3), RoutingError, ("3 groups", "8 experts")),
-    Row(
-        "experts of a rank there is not",
-        lambda _: route(x(3, 8), 2, local_experts=range(4, 12)),
+    *rows(
         RoutingError,
-        ("range(4, 12) of 8 experts",),
+        ("top_k = 5|4", lambda _: routing.make_routing("uniform", 3, 4, 5)),
+        ("top_k = 5|4 experts", lambda _: routers.softmax_topk(x(3, 4), 5)),
+        ("top_k = 5|4 experts", lambda _: route(x(3, 4), 5)),
+        ("3 groups|8 experts", lambda _: route(x(3, 8), 2, num_groups=3)),
+        ("range(4, 12) of 8 experts", lambda _: route(x(3, 8), 2, local_experts=range(4, 12))),
+        ("range(0, 8, 2) of 8 experts", lambda _: routing.route_ref(x(3, 8), 2, local_experts=range(0, 8, 2))),
+        ("top_k = 0", lambda _: routers.softmax_topk(x(3, 4), 0)),
+        ("[0, 4]|4 experts|[0, 4)", lambda _: moe(topk_ids=ids([0, 4]), check_routing=True)),
+        ("[-2, 1]|-1", lambda _: moe(topk_ids=ids([-2, 1]), check_routing=True)),
+        ("same expert twice", lambda _: moe(topk_ids=ids([1, 1]), check_routing=True)),
+        ("router_logits|topk_ids", lambda _: moe(topk_ids=None, topk_weights=None)),
+        ("router_logits|alone", lambda _: moe(router_logits=x(5, 4), top_k=2)),
+        ("3 groups", lambda _: routers.grouped_topk(x(3, 8), 2, num_groups=3)),
+        ("topk_ids.pt", lambda p: routing.load_routing(a_routing(p, b"PK"), 4)),
+        ("float32", lambda p: routing.load_routing(a_routing(p, x(3, 2)), 4)),
+        ("9", lambda p: routing.load_routing(a_routing(p, ids([0, 9])), 4)),
+        ("no.npy", lambda p: routing.load_routing(p / "no.npy", 4)),
     ),
-    Row(
-        "every second expert of a rank",
-        lambda _: routing.route_ref(x(3, 8), 2, local_experts=range(0, 8, 2)),
-        RoutingError,
-        ("range(0, 8, 2) of 8 experts",),
-    ),
-    Row("top_k of no expert", lambda _: routers.softmax_topk(x(3, 4), 0), RoutingError, ("top_k = 0",)),
-    Row("a model's top_k", lambda _: dataclasses.replace(SHAPE, top_k=5), ShapeError, ("top_k is 5", "4 experts")),
-    Row(
-        "an id over the last",
-        lambda _: moe(topk_ids=ids([0, 4]), check_routing=True),
-        RoutingError,
-        ("[0, 4]", "4 experts", "[0, 4)"),
-    ),
-    Row("an id under -1", lambda _: moe(topk_ids=ids([-2, 1]), check_routing=True), RoutingError, ("[-2, 1]", "-1")),
-    Row(
-        "an expert twice", lambda _: moe(topk_ids=ids([1, 1]), check_routing=True), RoutingError, ("same expert twice",)
-    ),
-    Row("no routing", lambda _: moe(topk_ids=None, topk_weights=None), RoutingError, ("router_logits", "topk_ids")),
-    Row("two routings", lambda _: moe(router_logits=x(5, 4), top_k=2), RoutingError, ("router_logits", "alone")),
-    Row("logits for other tokens", lambda _: logits(x(4, 4), 2), ShapeError, ("(4, 4)", "Expected (5, 4)")),
-    Row("logits for other experts", lambda _: logits(x(5, 6), 2), ShapeError, ("(5, 6)", "Expected (5, 4)")),
-    Row(
-        "groups that do not divide",
-        lambda _: routers.grouped_topk(x(3, 8), 2, num_groups=3),
-        RoutingError,
-        ("3 groups",),
-    ),
-    Row("a routing nobody knows", lambda _: routing.make_routing("zip", 3, 4, 2), UnknownNameError, ("'zip'", "zipf")),
-    Row(
-        "a routing file cut short",
-        lambda p: routing.load_routing(a_routing(p, b"PK"), 4),
-        RoutingError,
-        ("topk_ids.pt",),
-    ),
-    Row(
-        "a routing file of floats", lambda p: routing.load_routing(a_routing(p, x(3, 2)), 4), RoutingError, ("float32",)
-    ),
-    Row(
-        "a routing file out of range",
-        lambda p: routing.load_routing(a_routing(p, ids([0, 9])), 4),
-        RoutingError,
-        ("9",),
-    ),
-    Row("a routing file that is not there", lambda p: routing.load_routing(p / "no.npy", 4), RoutingError, ("no.npy",)),
+    Row(ShapeError, "top_k is 5|4 experts", lambda _: dataclasses.replace(SHAPE, top_k=5)),
+    Row(ShapeError, "(4, 4)|Expected (5, 4)", lambda _: logits(x(4, 4), 2)),
+    Row(ShapeError, "(5, 6)|Expected (5, 4)", lambda _: logits(x(5, 6), 2)),
+    Row(UnknownNameError, "'zip'|zipf", lambda _: routing.make_routing("zip", 3, 4, 2)),
 ]
 
 
 NAMES = [
-    Row(
-        "a preset nobody knows",
-        lambda _: shapes.preset("qwen3-30b"),
-        UnknownModelError,
-        ("Did you mean qwen3-30b-a3b",),
-    ),
-    Row(
-        "a model nobody knows", lambda _: shapes.load_model("mixtral"), UnknownModelError, ("Did you mean mixtral-8x",)
-    ),
-    Row("an implementation", lambda _: moe(impl="tritn"), UnknownNameError, ("'tritn'", "Did you mean triton")),
-    Row(
-        "a sum's implementation",
-        lambda _: sum_reduce(x(4, 2, 8), impl="cuda_f32"),
-        UnknownNameError,
-        ("'cuda_f32'", "cuda"),
-    ),
-    Row("an activation", lambda _: moe(activation="swish"), UnknownNameError, ("'swish'", "silu")),
-    Row("a kernel's activation", lambda _: activation(x(4, 8), "relu2"), UnknownNameError, ("relu2", "gated")),
-    Row("an oracle's activation", lambda _: reference.activation_ref(x(4, 8), "gelu2"), UnknownNameError, ("gelu2",)),
-    Row("a score to a kernel", lambda _: route(x(3, 4), 2, score="sigmod"), UnknownNameError, ("sigmod", "'sigmoid'")),
-    Row("a router's score", lambda _: routers.grouped_topk(x(3, 4), 2, score="sigmod"), UnknownNameError, ("sigmod",)),
-    Row(
-        "a bench's implementation",
-        lambda _: bench.bench(SHAPE, [1], ["torch", "tritn"]),
-        UnknownNameError,
-        ("'tritn'", "Did you mean triton"),
-    ),
-    Row(
-        "a bench's routing",
-        lambda _: bench.bench(SHAPE, [1], ["torch"], routing="zipff"),
-        UnknownNameError,
-        ("'zipff'", "Did you mean zipf"),
-    ),
-    Row("a suite", lambda _: suites.record(["sum_redce"]), UnknownNameError, ("sum_redce", "Did you mean sum_reduce")),
-    Row("a device", lambda _: roofline.load_ceilings("NVIDIA_H20"), UnknownNameError, ("NVIDIA_H20", "NVIDIA_H200")),
-    Row(
-        "a kind of ceiling",
-        lambda _: roofline.load_ceilings(kind="guessed"),
-        UnknownNameError,
-        ("guessed", "datasheet"),
-    ),
-    Row(
-        "a dtype without a ceiling",
-        lambda _: roofline.load_ceilings(dtype="int3"),
-        UnknownNameError,
-        ("int3", "bfloat16"),
-    ),
-    Row("bytes of a dtype", lambda _: dtypes.dtype_bytes("bfloat61"), UnknownNameError, ("bfloat61", "bfloat16")),
-    Row(
-        "no torch among contenders",
-        lambda _: precision.compare({"a": x(2)}, x(2).double()),
-        UnknownNameError,
-        ("'torch'",),
-    ),
-    Row(
-        "a shard that does not divide",
-        lambda _: shapes.preset("qwen3-30b-a3b").shard(5),
-        ShardError,
-        ("tp_size = 5", "768", "1, 2, 3, 4, 6, 8"),
-    ),
-    Row("experts that do not divide", lambda _: shapes.preset("grok-2").shard(16, 16), ShardError, ("ep_size = 16",)),
-    Row("degrees that do not divide", lambda _: SHAPE.shard(4, 3), ShardError, ("ep_size = 3",)),
-    Row("a degree of zero", lambda _: SHAPE.shard(0), ShapeError, ("tp_size is 0", "at least 1")),
-    Row("no hidden size", lambda _: dataclasses.replace(SHAPE, hidden_size=0), ShapeError, ("hidden_size is 0",)),
-    Row(
-        "a wrong result",
-        lambda _: precision.check(x(4) * 2, x(4), x(4).double()),
-        PrecisionError,
-        ("off by 1", "twice torch's"),
-    ),
-    Row(
-        "a result of NaN", lambda _: precision.check(x(4) * float("nan"), x(4), x(4).double()), PrecisionError, ("NaN",)
-    ),
+    Row(UnknownModelError, "Did you mean qwen3-30b-a3b", lambda _: shapes.preset("qwen3-30b")),
+    Row(UnknownModelError, "Did you mean mixtral-8x", lambda _: shapes.load_model("mixtral")),
+    Row(UnknownNameError, "'tritn'|Did you mean triton", lambda _: moe(impl="tritn")),
+    Row(UnknownNameError, "'cuda_f32'|cuda", lambda _: sum_reduce(x(4, 2, 8), impl="cuda_f32")),
+    Row(UnknownNameError, "'swish'|silu", lambda _: moe(activation="swish")),
+    Row(UnknownNameError, "relu2|gated", lambda _: activation(x(4, 8), "relu2")),
+    Row(UnknownNameError, "gelu2", lambda _: reference.activation_ref(x(4, 8), "gelu2")),
+    Row(UnknownNameError, "sigmod|'sigmoid'", lambda _: route(x(3, 4), 2, score="sigmod")),
+    Row(UnknownNameError, "sigmod", lambda _: routers.grouped_topk(x(3, 4), 2, score="sigmod")),
+    Row(UnknownNameError, "'tritn'|Did you mean triton", lambda _: bench.bench(SHAPE, [1], ["torch", "tritn"])),
+    Row(UnknownNameError, "'zipff'|Did you mean zipf", lambda _: bench.bench(SHAPE, [1], ["torch"], routing="zipff")),
+    Row(UnknownNameError, "sum_redce|Did you mean sum_reduce", lambda _: suites.record(["sum_redce"])),
+    Row(UnknownNameError, "NVIDIA_H20|NVIDIA_H200", lambda _: roofline.load_ceilings("NVIDIA_H20")),
+    Row(UnknownNameError, "guessed|datasheet", lambda _: roofline.load_ceilings(kind="guessed")),
+    Row(UnknownNameError, "int3|bfloat16", lambda _: roofline.load_ceilings(dtype="int3")),
+    Row(UnknownNameError, "bfloat61|bfloat16", lambda _: dtypes.dtype_bytes("bfloat61")),
+    Row(UnknownNameError, "'torch'", lambda _: precision.compare({"a": x(2)}, x(2).double())),
+    Row(ShardError, "tp_size = 5|768|1, 2, 3, 4, 6, 8", lambda _: shapes.preset("qwen3-30b-a3b").shard(5)),
+    Row(ShardError, "ep_size = 16", lambda _: shapes.preset("grok-2").shard(16, 16)),
+    Row(ShardError, "ep_size = 3", lambda _: SHAPE.shard(4, 3)),
+    Row(ShapeError, "tp_size is 0|at least 1", lambda _: SHAPE.shard(0)),
+    Row(ShapeError, "hidden_size is 0", lambda _: dataclasses.replace(SHAPE, hidden_size=0)),
+    Row(PrecisionError, "off by 1|twice torch's", lambda _: precision.check(x(4) * 2, x(4), x(4).double())),
+    Row(PrecisionError, "NaN", lambda _: precision.check(x(4) * float("nan"), x(4), x(4).double())),
 ]
 
 
 WITHOUT_GPU = [
-    Row(
-        "bf16 under the interpreter", lambda _: moe_in(torch.bfloat16), RuntimeModeError, ("bfloat16", "float16", "GPU")
-    ),
-    Row(
-        "a bf16 sum under the interpreter", lambda _: sum_reduce(x(4, 2, 8).bfloat16()), RuntimeModeError, ("bfloat16",)
-    ),
-    Row("timing", lambda _: measure({"a": lambda _: None}), RuntimeModeError, ("needs a GPU", "recording")),
-    Row("eager timing", lambda _: measure_eager({"a": lambda _: None}), RuntimeModeError, ("needs a GPU",)),
-    Row("a host's timing", lambda _: measure_host({"a": lambda _: None}), RuntimeModeError, ("needs a GPU",)),
-    Row("a bench", lambda _: bench.bench(SHAPE, [1], ["triton"]), RuntimeModeError, ("needs a GPU", "split_k")),
-    Row("a cuda kernel", lambda _: sum_reduce(x(4, 2, 8), impl="cuda"), RuntimeModeError, ("GPU", "or use 'triton'")),
-    Row("recording", lambda _: suites.record(["layer_classic"]), RuntimeModeError, ("layer_classic", "GPU")),
-    Row("counters", lambda _: suites.record(["fast_counters"]), RuntimeModeError, ("fast_counters", "GPU")),
+    Row(RuntimeModeError, "bfloat16|float16|GPU", lambda _: moe_in(torch.bfloat16)),
+    Row(RuntimeModeError, "bfloat16", lambda _: sum_reduce(x(4, 2, 8).bfloat16())),
+    Row(RuntimeModeError, "needs a GPU|recording", lambda _: measure({"a": lambda _: None})),
+    Row(RuntimeModeError, "needs a GPU", lambda _: measure_eager({"a": lambda _: None})),
+    Row(RuntimeModeError, "needs a GPU", lambda _: measure_host({"a": lambda _: None})),
+    Row(RuntimeModeError, "needs a GPU|split_k", lambda _: bench.bench(SHAPE, [1], ["triton"])),
+    Row(RuntimeModeError, "GPU|or use 'triton'", lambda _: sum_reduce(x(4, 2, 8), impl="cuda")),
+    Row(RuntimeModeError, "layer_classic|GPU", lambda _: suites.record(["layer_classic"])),
+    Row(RuntimeModeError, "fast_counters|GPU", lambda _: suites.record(["fast_counters"])),
 ]
 
 
 ON_GPU = [
-    Row("weights on the host", lambda _: moe(w13=lambda w: w.cpu()), DeviceError, ("w13 is on cpu",)),
-    Row(
-        "a config over this GPU",
-        lambda _: moe_in(torch.bfloat16, KernelConfig(256, 256, 256, 1, 8, 5)),
-        SharedMemoryError,
-        ("shared memory",),
-    ),
+    Row(DeviceError, "w13 is on cpu", lambda _: moe(w13=lambda w: w.cpu())),
+    Row(SharedMemoryError, "shared memory", lambda _: moe_in(torch.bfloat16, KernelConfig(256, 256, 256, 1, 8, 5))),
 ]
 
 
@@ -466,24 +299,21 @@ def logits(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
     return fused_moe(good.hidden_states, good.w13, good.w2, router_logits=router_logits, top_k=top_k)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.label)
+@every(ROWS)
 def test_bad_input_is_named(row: Row, tmp_path: Path) -> None:
-    complaint = unhelpful(judge(row, tmp_path))
-    assert complaint is None, complaint
+    judge(row, tmp_path)
 
 
 @pytest.mark.skipif(runtime.current().mode == "gpu", reason="has a GPU")
-@pytest.mark.parametrize("row", WITHOUT_GPU, ids=lambda row: row.label)
+@every(WITHOUT_GPU)
 def test_bad_input_without_a_gpu(row: Row, tmp_path: Path) -> None:
-    complaint = unhelpful(judge(row, tmp_path))
-    assert complaint is None, complaint
+    judge(row, tmp_path)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("row", ON_GPU, ids=lambda row: row.label)
+@every(ON_GPU)
 def test_bad_input_on_a_gpu(row: Row, tmp_path: Path) -> None:
-    complaint = unhelpful(judge(row, tmp_path))
-    assert complaint is None, complaint
+    judge(row, tmp_path)
 
 
 def test_unhelpful_messages_are_seen() -> None:
@@ -499,11 +329,6 @@ def test_every_class_of_error_is_in_the_table() -> None:
 
     mine = {cls for cls in below(MoelabError) if cls.__module__ == errors.__name__} - {MoelabError}
     assert mine == {row.error for row in EVERY if row not in ON_GPU}
-
-
-def test_labels_are_unique() -> None:
-    labels = [row.label for row in EVERY]
-    assert len(labels) == len(set(labels))
 
 
 def test_errors_are_also_the_builtin_ones() -> None:

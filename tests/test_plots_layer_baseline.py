@@ -36,20 +36,9 @@ PANELS: dict[str, Callable[[Recording], Panel]] = {
 }
 
 
-@pytest.mark.parametrize("name", PANELS)
-def test_every_panel_is_whole(name: str) -> None:
-    made.whole(PANELS[name](WHOLE), WHOLE.source())
-
-
-@pytest.mark.parametrize("name", PANELS)
-def test_one_cell_draws(name: str) -> None:
-    made.whole(PANELS[name](made_of(*cell(triton=50.0, gated=40.0))), WHOLE.source())
-
-
-@pytest.mark.parametrize("name", PANELS)
-def test_the_shipped_recording_draws(name: str) -> None:
-    found = recordings.load("layer_baseline")
-    made.whole(PANELS[name](found), found.source())
+test_every_panel_is_whole = made.each_is_whole(
+    PANELS, made=WHOLE, cell=made_of(*cell(triton=50.0, gated=40.0)), shipped=recordings.load("layer_baseline")
+)
 
 
 def test_every_implementation_has_a_look_of_its_own() -> None:
@@ -124,7 +113,7 @@ def test_eager_is_over_the_graph() -> None:
             made.baseline_row(SHAPE, 64, "triton", 200.0), made.baseline_row(SHAPE, 64, "gated", 200.0)]  # fmt: skip
     panel = plots.eager_over_graph(made_of(*rows))
     assert {row["implementation"]: row["1"] for row in panel.table} == pytest.approx({"triton": 3.0, "gated": 2.0})
-    assert "from batch 64 on within 5 %" in panel.sentence and "scout/tp4 gated, 40 µs" in panel.sentence
+    assert "from batch 64 on within 5 %" in panel.sentence and "scout/tp4 gated 40 µs" in panel.sentence
     assert "at batch 1 still 2.45 times" in plots.eager_over_graph(made_of(*rows[:2])).sentence
 
 

@@ -38,7 +38,7 @@ def made(*cells: list[dict]) -> Recording:
     return Recording("split_k", PROVENANCE, {}, tuple(r for rows in cells for r in rows))
 
 
-@pytest.mark.parametrize(("us", "verdict"), [(80.0, "win"), (100.2, "tie")])
+@pytest.mark.parametrize(("us", "verdict"), [(80.0, "faster"), (100.2, "tie")])
 def test_the_best_split_is_judged(us: float, verdict: str) -> None:
     (found,) = plots.outcomes(made(cell({("workspace", 2): us, ("atomic_f32", 2): 130.0, ("atomic_out", 2): 130.0})))
     assert (found["kind"], found["SPLIT_K"], found["verdict"]) == ("workspace", 2, verdict)
@@ -61,8 +61,8 @@ def test_wins_are_counted_by_batch_kind_and_cause() -> None:
         {"shape": "s", "stage": "up", "num_tokens": 1, "variant": "workspace", "split_k": 16, "skipped": "empty"}
     ]
     panel = plots.win_map(made(split, fused, lost, skipped), ["s"])
-    assert [row["verdict"] for row in panel.table] == ["win", "win", "loss"]
-    assert [row["against SPLIT_K = 1"] for row in panel.table][:2] == ["win", "tie"]
+    assert [row["verdict"] for row in panel.table] == ["faster", "faster", "slower"]
+    assert [row["against SPLIT_K = 1"] for row in panel.table][:2] == ["faster", "tie"]
     found = numbers(panel.sentence)
     assert found[:4] == [3, 2, 0, 1] and {0.60, 1.50} <= set(found)
     assert "1/1 at 1, 1/1 at 4, 0/1 at 8" in panel.sentence and "left out" not in panel.sentence

@@ -47,11 +47,6 @@ PANELS: dict[str, Callable[[Recording, Recording], Panel]] = {
 }
 
 
-@pytest.mark.parametrize("name", PANELS)
-def test_every_panel_is_whole(name: str) -> None:
-    made.whole(PANELS[name](made.tma_overhead(), BASELINE))
-
-
 def test_the_two_savings_are_told_apart() -> None:
     """0.5 us of the allocator and 9 of the descriptor, by name; intervals are those of the difference."""
     found = made.numbers(plots.launches(EVEN, PEERS).sentence)
@@ -162,10 +157,10 @@ def test_upstream_rows_are_the_ways() -> None:
     assert PEERS["source"] and PEERS["reported"] is True
 
 
+SHIPPED = recordings.load("tma_overhead"), recordings.load("layer_baseline")
+
+
+@pytest.mark.parametrize("given", [(made.tma_overhead(), BASELINE), SHIPPED], ids=["made", "shipped"])
 @pytest.mark.parametrize("name", PANELS)
-def test_the_shipped_recordings_draw(name: str) -> None:
-    host, gpu = recordings.load("tma_overhead"), recordings.load("layer_baseline")
-    panel = PANELS[name](host, gpu)
-    made.whole(panel)
-    if name not in ("gains", "goals"):
-        assert any(found.source() in panel.figure.layout.title.subtitle.text for found in (host, gpu))
+def test_every_panel_is_whole(name: str, given: tuple[Recording, Recording]) -> None:
+    made.whole(PANELS[name](*given), *[found.source() for found in given if name not in ("gains", "goals")])

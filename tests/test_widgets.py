@@ -66,12 +66,6 @@ def test_padding_picture_follows_its_slider() -> None:
     assert calls == [4, 2] and "BLOCK_SIZE_M = 2" in title(box)
 
 
-def test_controls_have_descriptions_and_defaults_hold() -> None:
-    box = widgets.explorer(AT)
-    assert [each.description for each in box.children[0].children] == ["Model", "TP", "Batch"]
-    assert [label for label, _ in control(box, "Batch").options] == [str(2**i) for i in range(14)]
-
-
 # --- exceptions come out ------------------------------------------------------------------------------------------
 
 SETUP = """

@@ -103,16 +103,3 @@ def test_the_matrix_follows_its_controls() -> None:
     assert title(box) == "What a shortcut costs: GEMM2" and "another run" in str(shown(box)[0])
     control(box, "Run").value = "b"
     assert "another run" in str(shown(box)[0])
-
-
-def test_controls_have_names(trees: dict[str, Path]) -> None:
-    names = {
-        "doctor": widgets.config_doctor(trees),
-        "path": widgets.config_path({"ours": trees["ours"].parent}),
-        "matrix": widgets.config_transfer({"a": Transfer(made())}, []),
-    }
-    assert {name: [each.description for each in box.children[0].children] for name, box in names.items()} == {
-        "doctor": ["Tree", "Folder", "Rules", "Show"],
-        "path": ["Tree", "Model", "TP", "Batch", "Device", "Triton", "GEMM", "Rules"],
-        "matrix": ["Matrix", "Run", "GEMM"],
-    }

@@ -67,6 +67,18 @@ def fastest(times: Mapping[Any, Any]) -> list[Any]:
     return [best, *(name for name in times if name != best and tie(times[best], times[name]))]
 
 
+def verdict(ours: Any, rival: Any) -> str:
+    """One Measurement beside another: "faster", "slower", or "tie" where the 95 % intervals overlap."""
+    first = fastest({"faster": ours, "slower": rival})
+    return first[0] if len(first) == 1 else "tie"
+
+
+def conclude(head: str, facts: Mapping[str, str | Sequence[str]]) -> str:
+    """A conclusion in bold, then "name: value" for each fact that there is."""
+    told = {name: fact if isinstance(fact, str) else ", ".join(fact) for name, fact in facts.items()}
+    return " ".join([f"**{head}**", *(f"{name}: {fact}." for name, fact in told.items() if fact)])
+
+
 def span(row: Row, by: float = 1.0, samples: str = "samples_us") -> Span:
     """A row's time over `by`."""
     time = timing({"samples_us": row[samples]})
@@ -111,10 +123,11 @@ def where(row: Row) -> str:
     return f"{row.get('impl') or row.get('config_name')}, {row['shape']}, batch {row['num_tokens']}"
 
 
-def extremes(rows: Sequence[Row], value: Callable[[Row], float], form: str = ".2f") -> str:
+def extremes(
+    rows: Sequence[Row], value: Callable[[Row], float], form: str = ".2f", at: Callable[[Row], str] = where
+) -> str:
     """From the smallest to the largest, each with its cell."""
-    least, most = min(rows, key=value), max(rows, key=value)
-    return f"{value(least):{form}} ({where(least)}) to {value(most):{form}} ({where(most)})"
+    return " to ".join(f"{value(row):{form}} ({at(row)})" for row in (min(rows, key=value), max(rows, key=value)))
 
 
 # --- lines ----------------------------------------------------------------------------------------------------------
@@ -125,6 +138,19 @@ def line(figure: go.Figure, xs: Sequence[Any], spans: Sequence[Span], name: str,
     middle, low, high = (list(each) for each in zip(*spans, strict=True)) if spans else ([], [], [])
     given = {"mode": "lines+markers", "line": style.line(), "marker": style.marker(7), "legendgroup": name} | how
     figure.add_scatter(x=list(xs), y=middle, error_y=error_bars(middle, low, high), name=name, **given)
+
+
+def trace(
+    figure: go.Figure, points: Mapping[Any, Any], name: str, style: Look, *, hollow: bool = False, mode: str = "lines+markers",
+    legend: bool = True, **how: Any,
+) -> None:  # fmt: skip
+    """A line, markers, or both through points: x -> y. legend: False where another plot has named it."""
+    given = {
+        "line": style.line(),
+        "marker": style.marker(12 if hollow else 8, hollow=hollow),
+        "legendgroup": name,
+    } | how
+    figure.add_scatter(x=list(points), y=list(points.values()), name=name, mode=mode, showlegend=legend, **given)
 
 
 def plots(

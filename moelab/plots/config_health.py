@@ -6,9 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from moelab.config_files.findings import SEVERITIES, Finding, Report
+from moelab.config_files.findings import SEVERITIES, Report
 from moelab.plots.panel import Panel
 from moelab.plots.style import GREEN, ORANGE, SKY, VERMILLION, grid
 
@@ -57,19 +56,14 @@ def findings(
     figure.update_yaxes(
         title="kind of finding", categoryorder="array", categoryarray=names[::-1], showgrid=False, automargin=True
     )
-    return Panel(figure, _table(report, shown, planted), _said(report, sound, planted))
-
-
-def _table(
-    report: Report, shown: Sequence[Finding], planted: Mapping[str, tuple[str, str]] | None
-) -> list[dict[str, Any]]:
     rows = []
     for finding in shown:
         file = report.shown(finding.path)
         row = {"severity": finding.severity, "kind": finding.problem, "file": file}
         row |= {"what was done": planted[file][1] if file in planted else ""} if planted else {}
         rows.append(row | {"reason": _below(report, finding.reason), "remedy": _below(report, finding.remedy)})
-    return rows
+    table = rows
+    return Panel(figure, table, _said(report, sound, planted))
 
 
 def _below(report: Report, text: str) -> str:

@@ -65,14 +65,10 @@ def units(
     figure.update_xaxes(title="% of peak", range=[0, 115], tickvals=[0, 25, 50, 75, 100], showgrid=False)
     figure.update_yaxes(categoryorder="array", categoryarray=launches, autorange="reversed", showgrid=False)
     figure.update_layout(legend={"orientation": "h", "y": -0.2}, bargap=0.2, bargroupgap=0.08)
-    said = _said(recording, whole, at, device) + _counted_of_another(whole, rule)
-    return Panel(figure, [_line(row) for row in recording.rows], said)
-
-
-def _counted_of_another(whole: Sequence[Row], rule: Callable[[str, int], str] | None) -> str:
-    """Which cells were counted while the rule chose another form for them."""
     names = [_name(row) for row in whole if rule and rule(*_cell(row)) not in row["kernel"]]
-    return f" Counted of a form that the rule no longer chooses: {', '.join(names)}." if names else ""
+    counted_of_another = f" Counted of a form that the rule no longer chooses: {', '.join(names)}." if names else ""
+    said = _said(recording, whole, at, device) + counted_of_another
+    return Panel(figure, [_line(row) for row in recording.rows], said)
 
 
 def _cell(row: Row) -> tuple[str, int]:

@@ -113,15 +113,11 @@ def rendered(notebook: Any, stem: str) -> Page:
             outputs.append(nbformat.from_dict(output))
         cell.outputs = outputs
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
-    title, summary = _heading(notebook)
-    return Page(stem, title, summary, tagged or cover, local_links(body))
-
-
-def _heading(notebook: Any) -> tuple[str, str]:
-    """(title, first paragraph) of the first cell, as plain text."""
     lines = [part.strip() for part in notebook.cells[0].source.split("\n\n") if part.strip()]
     text = re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", lines[1] if len(lines) > 1 else "").replace("`", "")
-    return lines[0].removeprefix("# "), text
+    heading = lines[0].removeprefix("# "), text
+    title, summary = heading
+    return Page(stem, title, summary, tagged or cover, local_links(body))
 
 
 def local_links(body: str) -> str:
@@ -155,19 +151,16 @@ table { border-collapse: collapse; font-size: 13px } th, td { padding: .2rem .6r
 
 
 def _document(title: str, head: str, body: str) -> str:
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">\n'
-        f"<style>{STYLE}{_code_colors()}</style>{head}</head>\n<body>{body}</body></html>\n"
-    )
-
-
-def _code_colors() -> str:
     from pygments.formatters import HtmlFormatter
 
     light = HtmlFormatter(style="xcode", nobackground=True).get_style_defs(".highlight")
     dark = HtmlFormatter(style="github-dark", nobackground=True).get_style_defs(".highlight")
-    return f"{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}"
+    code_colors = f"{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}"
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">\n'
+        f"<style>{STYLE}{code_colors}</style>{head}</head>\n<body>{body}</body></html>\n"
+    )
 
 
 def page_html(page: Page) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from moelab.config_files import Exported, export, get_rules, question
 from moelab.errors import LandscapeError
 from moelab.plots.landscape import GEMM_NAMES
-from moelab.plots.panel import Panel, Row
+from moelab.plots.panel import Panel
 from moelab.tuner.problem import GEMMS
 from moelab.tuner.results import TuneResult
 
@@ -41,35 +41,21 @@ def preview(result: TuneResult, rules: str) -> Panel:
         written = write(result, rules, folder)
         names = [str(each.path.relative_to(folder)) for each in written]
         first = json.dumps(json.loads(written[0].path.read_text()), indent=None)
-    return Panel(None, _read_back(written), _sentence(result, rules, names, first, len(written[0].lookups)))
-
-
-def _read_back(written: list[Exported]) -> list[Row]:
-    return [
+    read_back = [
         {
-            "GEMM": GEMM_NAMES[gemm],
-            "batch": b,
-            "found, key": found.key,
+            "GEMM": GEMM_NAMES[gemm], "batch": b, "found, key": found.key,
             "config that the loader runs": found.config.short() if found.config else "none",
             "from": found.path.name if found.path else "the default rule",
         }
         for gemm, each in zip(GEMMS, written, strict=False)
         for b, found in each.lookups.items()
-    ]
-
-
-def _sentence(result: TuneResult, rules: str, names: list[str], first: str, sizes: int) -> str:
-    missing = (
-        ""
-        if len(names) > 1
-        else f" {rules} has no file of GEMM2's own, so GEMM1's config serves both there; `moelab tune --no-down` tunes for that."
-    )
-    if not result.problem.separate_down:
-        missing = ""
+    ]  # fmt: skip
+    missing = ""
     if result.problem.separate_down and len(names) == 1:
         missing = f" {rules} has no file of GEMM2's own, so GEMM1's config serves both; `moelab tune --no-down` tunes for that."
     begins = first[:200] + (" …" if len(first) > 200 else "")
-    return (
-        f"**For {rules}: {' and '.join(f'`{name}`' for name in names)}, {sizes} batch sizes, each found again "
+    said = (
+        f"**For {rules}: {' and '.join(f'`{name}`' for name in names)}, {len(written[0].lookups)} batch sizes, each found again "
         f"through {rules}'s own rules.**{missing} The first file begins `{begins}`"
     )
+    return Panel(None, read_back, said)

@@ -122,7 +122,22 @@ def timeline(recording: Recording, baseline: Recording, shape: str, peers: Mappi
     figure.update_layout(barmode="overlay", bargap=0.15, legend={"orientation": "h", "y": -0.2, "traceorder": "normal"})
     figure.update_xaxes(title="µs, from the host’s start with the first layer", range=[0, 1.24 * window])
     figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
-    return Panel(figure, _timeline_table(drawn), _said_of_timeline(drawn, baseline))
+    table = [
+        {"one layer of one token": lane.name, "host, µs": lane.host_us}
+        | {name: us for name, us, _ in lane.parts if len(lane.parts) > 1}
+        | {"GPU, µs": lane.gpu_us, "GPU waits, µs": lane.waits_us, "share of the time": lane.waits_us / lane.period_us}
+        for lane in drawn
+    ]  # fmt: skip
+    classic = drawn[0]
+    graphs = [gpu_us(baseline, shape, "triton", 1) for shape in names_of(baseline.rows, "shape")]
+    known = [us for us in graphs if us is not None]
+    rest = sum(us for name, us, _ in classic.parts if name == REST)
+    sentence = (
+        f"**{_waiting(classic)}** fused_moe’s own part of the host’s time: {rest:.1f} µs. Over the recorded shapes the GPU needs "
+        f"{min(known):.0f} to {max(known):.0f} µs for one token. {' '.join(_waiting(lane) for lane in drawn[1:])} In a CUDA "
+        "graph the host drops out."
+    )
+    return Panel(figure, table, sentence)
 
 
 def _blocks(figure: Any, lane: str, starts: list[float], us: float, name: str, color: str, named: set[str]) -> None:
@@ -138,26 +153,6 @@ def _blocks(figure: Any, lane: str, starts: list[float], us: float, name: str, c
                    insidetextanchor="middle", insidetextfont={"color": "#1c1c1c"},
                    hovertemplate=f"{name}: {us:.1f} µs<extra></extra>")  # fmt: skip
     named.add(name)
-
-
-def _timeline_table(drawn: list[Lane]) -> list[dict[str, Any]]:
-    return [
-        {"one layer of one token": lane.name, "host, µs": lane.host_us}
-        | {name: us for name, us, _ in lane.parts if len(lane.parts) > 1}
-        | {"GPU, µs": lane.gpu_us, "GPU waits, µs": lane.waits_us, "share of the time": lane.waits_us / lane.period_us}
-        for lane in drawn
-    ]  # fmt: skip
-
-
-def _said_of_timeline(drawn: list[Lane], baseline: Recording) -> str:
-    classic = drawn[0]
-    gpu = [us for shape in names_of(baseline.rows, "shape") if (us := gpu_us(baseline, shape, "triton", 1)) is not None]
-    rest = sum(us for name, us, _ in classic.parts if name == REST)
-    return (
-        f"**{_waiting(classic)}** fused_moe’s own part of the host’s time: {rest:.1f} µs. Over the recorded shapes the GPU needs "
-        f"{min(gpu):.0f} to {max(gpu):.0f} µs for one token. {' '.join(_waiting(lane) for lane in drawn[1:])} In a CUDA graph "
-        "the host drops out."
-    )
 
 
 def _waiting(lane: Lane) -> str:
@@ -202,7 +197,15 @@ def layers(recording: Recording, baseline: Recording, shape: str) -> Panel:
     figure.update_layout(barmode="overlay", legend={"orientation": "h", "y": -70 / (90 + 34 * len(found))})
     figure.update_xaxes(title="µs a layer; coloured bars: host", range=[0, 1.3 * max(ends)])
     figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
-    return Panel(figure, table, _said_of_layers(table))
+    sound = [row for row in table if row["within its bound"]] or table
+    waits = sum(row[GRAPH] is not None and row[GRAPH] < row["95 % low"] for row in sound)
+    past = [row["implementation"] for row in table if not row["within its bound"]]
+    first_last = " to ".join(f"{row['host, µs']:.1f} µs ({row['implementation']})" for row in (sound[0], sound[-1]))
+    said = (
+        f"**Host time of a layer: {first_last}.** In {waits} of {sum(row[GRAPH] is not None for row in sound)} implementations "
+        f"with both times the GPU is done before the host is.{f' Past its error bound: {chr(44).join(past)}.' if past else ''}"
+    )
+    return Panel(figure, table, said)
 
 
 def _ends(row: Mapping[str, Any]) -> str:
@@ -212,17 +215,6 @@ def _ends(row: Mapping[str, Any]) -> str:
 
 def _over(row: Mapping[str, Any]) -> float | None:
     return row["max_abs_error"] / row["bound"] if row["max_abs_error"] is not None else None
-
-
-def _said_of_layers(table: list[dict[str, Any]]) -> str:
-    sound = [row for row in table if row["within its bound"]] or table
-    waits = sum(row[GRAPH] is not None and row[GRAPH] < row["95 % low"] for row in sound)
-    past = [row["implementation"] for row in table if not row["within its bound"]]
-    ends = " to ".join(f"{row['host, µs']:.1f} µs ({row['implementation']})" for row in (sound[0], sound[-1]))
-    return (
-        f"**Host time of a layer: {ends}.** In {waits} of {sum(row[GRAPH] is not None for row in sound)} implementations with "
-        f"both times the GPU is done before the host is.{f' Past its error bound: {chr(44).join(past)}.' if past else ''}"
-    )
 
 
 def by_batch(recording: Recording, baseline: Recording, impl: str = "triton") -> Panel:

@@ -67,8 +67,15 @@ def heat_map(survey: Survey, gemm: Gemm, allowed: Allowed | None = None, columns
         title="config: rows x columns x inner, group, warps, stages", tickangle=-90, tickfont={"size": 9}
     )
     figure.update_yaxes(title="batch, tokens", type="category")
-    table = _heat_table(survey, gemm, shown)
-    return Panel(figure, table, _heat_sentence(survey, gemm, keep))
+    table: list[Row] = []
+    for index in sorted(shown, key=lambda i: -float(np.nanmean(share[:, i]))):
+        known, worst = np.isfinite(share[:, index]), int(np.nanargmin(share[:, index]))
+        table.append({
+            "config": survey.configs[gemm][index].short(), "batch sizes measured": int(known.sum()),
+            "within 2 %": int((share[known, index] >= 100 / 1.02).sum()), "mean % of best": float(np.nanmean(share[:, index])),
+            "worst %": float(share[worst, index]), "at batch": survey.batch_sizes[worst],
+        })  # fmt: skip
+    return Panel(figure, table[:12], _heat_sentence(survey, gemm, keep))
 
 
 def _by_turns(share: np.ndarray, columns: int) -> list[int]:
@@ -76,19 +83,6 @@ def _by_turns(share: np.ndarray, columns: int) -> list[int]:
     order = np.argsort(-share, axis=1, kind="stable")
     turns = [int(i) for rank in range(order.shape[1]) for row, i in enumerate(order[:, rank]) if share[row, i] > 0]
     return sorted(list(dict.fromkeys(turns))[:columns])
-
-
-def _heat_table(survey: Survey, gemm: Gemm, shown: Sequence[int]) -> list[Row]:
-    share = 100 * survey.best_share[gemm]
-    rows: list[Row] = []
-    for index in sorted(shown, key=lambda i: -float(np.nanmean(share[:, i]))):
-        known, worst = np.isfinite(share[:, index]), int(np.nanargmin(share[:, index]))
-        rows.append({
-            "config": survey.configs[gemm][index].short(), "batch sizes measured": int(known.sum()),
-            "within 2 %": int((share[known, index] >= 100 / 1.02).sum()), "mean % of best": float(np.nanmean(share[:, index])),
-            "worst %": float(share[worst, index]), "at batch": survey.batch_sizes[worst],
-        })  # fmt: skip
-    return rows[:12]
 
 
 def _heat_sentence(survey: Survey, gemm: Gemm, keep: np.ndarray) -> str:
@@ -137,27 +131,21 @@ def plateaus(survey: Survey) -> Panel:
     figure.update_yaxes(title="different programs", type="log", row=1, col=1)
     figure.update_yaxes(type="log", dtick=1, row=1)
     figure.update_layout(legend={"orientation": "h", "y": -0.3}, margin={"b": 100})
-    return Panel(figure, _cover_table(survey), _cover_sentence(survey))
-
-
-def _cover_table(survey: Survey) -> list[Row]:
-    return [
+    table = [
         {"GEMM": GEMM_NAMES[gemm], "within": f"{found.within:.0%}", "configs needed": len(found.chosen), "config": config.short(),
          "for the batch sizes": ", ".join(map(str, batches))}
         for gemm in GEMMS for found in _covers(survey, gemm)
         for config, batches in sorted(found.chosen.items(), key=lambda item: item[1] or (0,))
     ]  # fmt: skip
-
-
-def _cover_sentence(survey: Survey) -> str:
     parts = []
     for gemm in GEMMS:
-        counts = [f"{len(c.chosen)} within {c.within:.0%}" for c in _covers(survey, gemm)]
-        parts.append(f"{GEMM_NAMES[gemm]} needs {', '.join(counts)}")
-    return (
+        needed = ", ".join(f"{len(c.chosen)} within {c.within:.0%}" for c in _covers(survey, gemm))
+        parts.append(f"{GEMM_NAMES[gemm]} needs {needed}")
+    said = (
         f"**To serve all {len(survey.batch_sizes)} batch sizes, {'; '.join(parts)}.** These are the smallest sets (exact set "
         "cover); a config counts only where it was measured, so the true sets may be smaller still."
     )
+    return Panel(figure, table, said)
 
 
 # --- what matters -------------------------------------------------------------------------------------------------
@@ -192,20 +180,17 @@ def importances(survey: Survey) -> Panel:
         for b, each in zip(batches, found[gemm], strict=True)
     ]
     near = {gemm: [importance(survey, gemm, b, NEAR) for b in batches] for gemm in GEMMS}
-    return Panel(figure, table, _importance_sentence(found, near))
-
-
-def _importance_sentence(found: Mapping[Gemm, Shares], near: Mapping[Gemm, Shares]) -> str:
     names, parts = short_names(), []
     for gemm in GEMMS:
         mean, nearest = _means(found[gemm]), next(iter(_means(near[gemm]).items()))
         ranked = [f"{names[name]} {share:.1%}" for name, share in mean.items()]
         parts.append(f"{GEMM_NAMES[gemm]}: {ranked[0]}, {ranked[1]}, least {ranked[-1]}; within {NEAR:.0%} of the best "
                      f"{names[nearest[0]]} {nearest[1]:.1%}")  # fmt: skip
-    return (
+    said = (
         f"**Explained on average: {'. '.join(parts)}.** The pruned grid is not balanced: parameters share some of what they "
         "explain, and the shares need not add up to 100 %."
     )
+    return Panel(figure, table, said)
 
 
 def _means(shares: Shares) -> dict[str, float]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from moelab.plots.landscape import GEMM_NAMES, Allowed, describe
-from moelab.plots.panel import Panel, Row
+from moelab.plots.panel import Panel
 from moelab.plots.style import BLUE, GREY, SCALE, grid, number, powers
 from moelab.tuner.problem import Gemm
 from moelab.tuner.survey import PARAMETERS, Detail, Floats, Survey, short_names
@@ -76,9 +75,17 @@ def scatter(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, withi
         x=specks[0].astype(np.float32), y=specks[1].astype(np.float32), mode="markers", name="others",
         marker={"color": GREY, "size": 4, "opacity": 0.45}, hoverinfo="skip",
     )  # fmt: skip
+    rows = [
+        [
+            *(getattr(d.config, name) for name in PARAMETERS), d.low_us, d.high_us, d.samples, d.shared_bytes / 1024,
+            d.waves, d.padding, 100 * d.roof,
+        ]
+        for d in details
+    ]  # fmt: skip
+    customdata = np.array(rows, dtype=np.float32).reshape(len(rows), len(PARAMETERS) + 7)
     figure.add_scatter(
         x=np.array([value(d) for d in details], dtype=np.float32), y=times[indices].astype(np.float32), mode="markers",
-        name="brushed", marker={"color": BLUE, "size": 7}, customdata=_customdata(details), hovertemplate=_HOVER,
+        name="brushed", marker={"color": BLUE, "size": 7}, customdata=customdata, hovertemplate=_HOVER,
     )  # fmt: skip
     floor = survey.floor_us(gemm, num_tokens)
     if np.isfinite(floor):
@@ -90,7 +97,13 @@ def scatter(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, withi
     low = min([*finite, floor] if np.isfinite(floor) else finite)
     figure.update_yaxes(title="µs", **_log_ticks(low * 0.95, max(finite) * 1.05))
     figure.update_layout(legend={"orientation": "h", "y": 1.12, "x": 1, "xanchor": "right"})
-    return Panel(figure, _table(details), _sentence(survey, gemm, num_tokens, details))
+    table = [
+        {"config": d.config.short(), "µs": d.median_us, "95 % interval": f"{number(d.low_us, 4)} … {number(d.high_us, 4)}",
+         "samples": d.samples, "shared memory, KiB": d.shared_bytes / 1024, "waves": d.waves,
+         "rows computed / existing": d.padding, "floor / time": d.roof}
+        for d in details[:12]
+    ]  # fmt: skip
+    return Panel(figure, table, _sentence(survey, gemm, num_tokens, details))
 
 
 def _apart(x: Floats, y: Floats) -> tuple[Floats, Floats]:
@@ -112,26 +125,6 @@ def _log_ticks(low: float, high: float) -> dict[str, object]:
     """Powers of ten where there are two of them, else plotly's own ticks on a log axis."""
     wide = high / low > 100
     return powers(low, high) if wide else {"type": "log", "range": [np.log10(low), np.log10(high)], "nticks": 8}
-
-
-def _customdata(details: Sequence[Detail]) -> np.ndarray:
-    rows = [
-        [
-            *(getattr(d.config, name) for name in PARAMETERS), d.low_us, d.high_us, d.samples, d.shared_bytes / 1024,
-            d.waves, d.padding, 100 * d.roof,
-        ]
-        for d in details
-    ]  # fmt: skip
-    return np.array(rows, dtype=np.float32).reshape(len(rows), len(PARAMETERS) + 7)
-
-
-def _table(details: Sequence[Detail]) -> list[Row]:
-    return [
-        {"config": d.config.short(), "µs": d.median_us, "95 % interval": f"{number(d.low_us, 4)} … {number(d.high_us, 4)}",
-         "samples": d.samples, "shared memory, KiB": d.shared_bytes / 1024, "waves": d.waves,
-         "rows computed / existing": d.padding, "floor / time": d.roof}
-        for d in details[:12]
-    ]  # fmt: skip
 
 
 def _sentence(survey: Survey, gemm: Gemm, num_tokens: int, details: Sequence[Detail]) -> str:
@@ -158,7 +151,13 @@ def parallel(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, with
     indices = everything[:SHOWN]
     share = 100 * survey.best_share[gemm][survey.row(num_tokens)][indices]
     low = min(99.0, float(np.floor(min(share, default=99.0))))
-    heights = np.column_stack([_heights(survey, gemm, indices), (share - low) / (100 - low)])
+    draws, columns = np.random.default_rng(0), []
+    for column, name in enumerate(PARAMETERS):
+        values = survey.axis(name)
+        at = np.array([values.index(int(v)) for v in survey.values[gemm][indices, column]], dtype=float)
+        columns.append(at / max(1, len(values) - 1) + draws.uniform(-SPREAD, SPREAD, len(at)))
+    heightss = np.column_stack(columns)
+    heights = np.column_stack([heightss, (share - low) / (100 - low)])
     figure = grid(
         f"{GEMM_NAMES[gemm]}, batch {num_tokens}: the same {_counted(everything)} configs across their parameters",
         f"{survey.landscape.source()}; one line a config, blue: {low:g} % of the best, yellow: the best",
@@ -174,22 +173,6 @@ def parallel(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, with
             mode="lines", line={"width": 1, "color": sample_colorscale(SCALE, (level + 0.5) / LEVELS)[0]},
             opacity=0.7, hoverinfo="skip", showlegend=False,
         )  # fmt: skip
-    _draw_axes(figure, axes)
-    return Panel(figure, _values_table(survey, gemm, indices), _values_sentence(survey, gemm, indices))
-
-
-def _heights(survey: Survey, gemm: Gemm, indices: Sequence[int]) -> np.ndarray:
-    """(configs, parameters): where each line crosses each axis, 0 to 1, beside its value so that lines stay apart."""
-    draws, columns = np.random.default_rng(0), []
-    for column, name in enumerate(PARAMETERS):
-        values = survey.axis(name)
-        at = np.array([values.index(int(v)) for v in survey.values[gemm][indices, column]], dtype=float)
-        columns.append(at / max(1, len(values) - 1) + draws.uniform(-SPREAD, SPREAD, len(at)))
-    return np.column_stack(columns)
-
-
-def _draw_axes(figure: go.Figure, axes: Mapping[str, Sequence[str]]) -> None:
-    """An upright line for each axis, its values in boxes on it, over the lines."""
     ticks = [
         (i, j / max(1, len(values) - 1), text)
         for i, values in enumerate(axes.values())
@@ -202,11 +185,8 @@ def _draw_axes(figure: go.Figure, axes: Mapping[str, Sequence[str]]) -> None:
                         gridcolor=GREY, showline=False, zeroline=False, fixedrange=True)  # fmt: skip
     figure.update_yaxes(visible=False, range=[-0.12, 1.12], fixedrange=True)
     figure.update_layout(margin={"l": 30, "r": 30, "t": 110, "b": 20})
-
-
-def _values_table(survey: Survey, gemm: Gemm, indices: Sequence[int]) -> list[Row]:
     names = short_names()
-    return [
+    table = [
         {
             "parameter": names[name],
             "values among the brushed": ", ".join(
@@ -215,6 +195,7 @@ def _values_table(survey: Survey, gemm: Gemm, indices: Sequence[int]) -> list[Ro
         }
         for column, name in enumerate(PARAMETERS)
     ]
+    return Panel(figure, table, _values_sentence(survey, gemm, indices))
 
 
 def _values_sentence(survey: Survey, gemm: Gemm, indices: Sequence[int]) -> str:

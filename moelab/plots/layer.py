@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from moelab.plots.cells import (
     CLEARLY,
     Span,
     cells_of,
+    conclude,
     extremes,
     floor_of,
     left_out,
@@ -25,6 +27,7 @@ from moelab.plots.cells import (
     span,
     table_of,
     timed,
+    trace,
 )
 from moelab.plots.cells import fastest as fastest_of
 from moelab.plots.cells import over_floor as times_over_floor
@@ -71,10 +74,6 @@ def _by(rows: Sequence[Row]) -> str:
     return "impl" if "impl" in rows[0] else "config_name"
 
 
-def _looks(by: str) -> Callable[[str], Any]:
-    return look if by == "impl" else series(CONFIGS).__getitem__
-
-
 def where_time_goes(recording: Recording, shape: str, at: Ceilings, config_name: str = "tuned") -> Panel:
     """One shape's measured time against the memory side and the compute side of its floor, by batch."""
     rows = sorted(recording.select(shape=shape, config_name=config_name), key=lambda r: r["num_tokens"])
@@ -95,9 +94,9 @@ def where_time_goes(recording: Recording, shape: str, at: Ceilings, config_name:
     table = [{"batch": b, "measured, µs": us, "95 % low": low, "95 % high": high, "floor, µs": f.us, "bound by": f.side,
               "measured / floor": us / f.us} for b, (us, low, high), f in zip(batches, spans, floors, strict=True)]  # fmt: skip
     memory = max((row["batch"] for row in table if row["bound by"] == "memory"), default=0)
-    said = extremes(rows, lambda row: times_over_floor(row, at)[0])
+    head = f"Up to batch {memory} memory is the limit: the experts’ weights."
     return Panel(
-        figure, table, f"**Up to batch {memory} memory is the limit: the experts’ weights.** Time over floor: {said}."
+        figure, table, conclude(head, {"Time over floor": extremes(rows, lambda row: times_over_floor(row, at)[0])})
     )
 
 
@@ -107,14 +106,14 @@ def roof(recording: Recording, measured: Ceilings, datasheet: Ceilings) -> Panel
     rows = rows if every else [row for row in rows if row["config_name"] == "tuned"]
     points, batches = [row["flops"] / row["bytes"] for row in rows], sorted(names_of(rows, "num_tokens"))
     what = "each with its own tiles; hollow: past its error bound" if every else "config “tuned”"
-    layout: Mapping[str, Any] = (
-        {"tall": 310} if every else {"by": "shape", "per": None, "looks": _shapes(rows), "tall": 310}
+    layout: dict[str, Any] = (
+        {} if every else {"by": "shape", "per": None, "looks": series(names_of(rows, "shape")).__getitem__}
     )
     figure = plots(
         "Every implementation on the roof" if every else "Measured layers on the roof",
         f"{recording.source()}, {what}; each line runs from batch {batches[0]} (left) to {batches[-1]}<br>solid grey: the "
         "recorded copy bandwidth and product; dotted: the datasheet’s; FLOP and bytes: what a layer needs at least",
-        rows, rate, "reached, TFLOP/s", None, across=lambda row: row["flops"] / row["bytes"], base=None, **layout,
+        rows, rate, "reached, TFLOP/s", None, across=lambda row: row["flops"] / row["bytes"], base=None, tall=310, **layout,
     )  # fmt: skip
     low, high = min(points) / 2, max(points) * 3
     for ceiling, dash in ((datasheet, "dot"), (measured, "solid")):
@@ -135,10 +134,6 @@ def roof(recording: Recording, measured: Ceilings, datasheet: Ceilings) -> Panel
                  f"the recorded roof.** {near} of {counted(len(best), 'cell')} are within a tenth of it.{over}")  # fmt: skip
 
 
-def _shapes(rows: Sequence[Row]) -> Callable[[str], Any]:
-    return series(names_of(rows, "shape")).__getitem__
-
-
 def over_floor(recording: Recording, at: Ceilings, peers: Sequence[Row] = (), peer_source: str = "") -> Panel:
     """Time over floor by batch, a plot per shape, a line per config or implementation; sglang's own rows as hollow markers."""
     rows = timed(recording)
@@ -154,18 +149,17 @@ def over_floor(recording: Recording, at: Ceilings, peers: Sequence[Row] = (), pe
     note += f"<br>not drawn until its name is clicked, being far above: {', '.join(far)}" if far else ""
     note += f"<br>hollow: sglang’s, {peer_source}" if peers else ""
     source = f"{recording.source()}, 95 % intervals; {note}"
+    looks = look if by == "impl" else series(CONFIGS).__getitem__
     figure = plots("Time over floor", source, rows, value, "time / floor", [1, 1.5, 2, 3, 5, 10, 20], by=by,
-                   looks=_looks(by), hidden=far)  # fmt: skip
+                   looks=looks, hidden=far)  # fmt: skip
     for index, shape in enumerate(names_of(rows, "shape")):
         floors = {row["num_tokens"]: floor_of(row, at).us for row in rows if row["shape"] == shape}
         for name in ("default", "shipped", "tuned"):
             theirs = {r["M"]: r[name] / floors[r["M"]] for r in peers
                       if r["name"] == shape and r["M"] in floors and r.get(name)}  # fmt: skip
             if theirs:
-                label = f"sglang, {SEARCHED.get(name, name)}"
-                figure.add_scatter(x=list(theirs), y=list(theirs.values()), name=label, mode="markers", legendgroup=label,
-                                   marker=series(CONFIGS)[name].marker(13, hollow=True), showlegend=index == 0,
-                                   row=index // 2 + 1, col=index % 2 + 1)  # fmt: skip
+                trace(figure, theirs, f"sglang, {SEARCHED.get(name, name)}", series(CONFIGS)[name], hollow=True, mode="markers",
+                      legend=index == 0, row=index // 2 + 1, col=index % 2 + 1)  # fmt: skip
     cells = [sound(cell) if by == "impl" else cell for cell in cells_of(rows, by=by).values()]
     best = [min(value(row)[0] for row in cell.values()) for cell in cells if cell]
     each = ", ".join(_noted(recording, name, by, means, value) for name in sorted(means, key=means.__getitem__))
@@ -223,9 +217,12 @@ def eager_over_graph(recording: Recording) -> Panel:
     """Wall time in eager mode over GPU time in a CUDA graph, by batch: what the host costs each implementation."""
     rows = [row for row in timed(recording) if "eager_samples_us" in row]
 
+    def eager(row: Row) -> Span:
+        return span(row, samples="eager_samples_us")
+
     def value(row: Row) -> Span:
-        (graph, below, above), (eager, low, high) = span(row), span(row, samples="eager_samples_us")
-        return eager / graph, low / above, high / below
+        (graph, below, above), (wall, low, high) = span(row), eager(row)
+        return wall / graph, low / above, high / below
 
     figure = plots("What a CUDA graph saves", f"{recording.source()}; medians, calls back to back; 1: the host is hidden behind "
                    "the GPU", rows, value, "eager time / graph time", [0.8, 1, 1.5, 2, 3, 5, 10, 20], tall=240)  # fmt: skip
@@ -235,15 +232,12 @@ def eager_over_graph(recording: Recording) -> Panel:
     hidden = [b for b in batches if all(mean <= 1 + CLEARLY for batch, mean in means.items() if batch >= b)]
     until = f"from batch {hidden[0]} on within 5 % on average" if hidden else (
         f"at batch {batches[-1]} still {means[batches[-1]]:.2f} times")  # fmt: skip
-    quickest = [min(sound(c).values(), key=lambda row: span(row, samples="eager_samples_us")[0])
-                for c in cells_of(small).values() if sound(c)]  # fmt: skip
-    said = "; ".join(
-        f"{row['shape']} {row['impl']}, {span(row, samples='eager_samples_us')[0]:.0f} µs" for row in quickest
-    )
-    table = table_of(rows, "eager / graph", lambda row: value(row)[0])
-    return Panel(figure, table, f"**At batch {batches[0]} eager mode takes {means[batches[0]]:.1f} times a graph’s time "
-                 f"(geometric mean), {until}.** {extremes(small, lambda row: value(row)[0])}. Shortest eager "
-                 f"medians: {said}.")  # fmt: skip
+    quickest = [min(sound(c).values(), key=lambda row: eager(row)[0]) for c in cells_of(small).values() if sound(c)]
+    head = f"At batch {batches[0]} eager mode takes {means[batches[0]]:.1f} times a graph’s time (geometric mean), {until}."
+    return Panel(figure, table_of(rows, "eager / graph", lambda row: value(row)[0]), conclude(head, {
+        "There": extremes(small, lambda row: value(row)[0]),
+        "Shortest eager medians": [f"{row['shape']} {row['impl']} {eager(row)[0]:.0f} µs" for row in quickest],
+    }))  # fmt: skip
 
 
 # --- who is fastest -------------------------------------------------------------------------------------------------
@@ -272,15 +266,13 @@ def winners(recording: Recording) -> list[dict[str, Any]]:
 def fastest(recording: Recording) -> Panel:
     """Map of shape by batch: the fastest implementation's name and its time over the classic layer's; ties in grey."""
     table = winners(recording)
-    shapes, batches = names_of(table, "shape"), sorted(names_of(table, "batch"))
-    figure = grid("Which implementation is fastest where", f"{recording.source()}; the number: its time over that of "
-                  f"{CLASSIC}, the classic layer<br>grey: a tie, the 95 % intervals overlap, the shorter median first; "
-                  "within the error bound only", height=190 + 84 * len(shapes))  # fmt: skip
     cells = {(row["shape"], row["batch"]): ratio_map.Cell(row["over classic"] or 1.0, _label(row), bool(row["tied with it"]))
              for row in table}  # fmt: skip
-    ratio_map.draw(figure, cells, shapes, batches, bar="time / classic", size=11)
-    figure.update_xaxes(title="batch, tokens")
-    figure.update_yaxes(title="shape", automargin=True)
+    figure = ratio_map.chart(
+        "Which implementation is fastest where", f"{recording.source()}; the number: its time over that of {CLASSIC}, the "
+        "classic layer<br>grey: a tie, the 95 % intervals overlap, the shorter median first; within the error bound only",
+        cells, names_of(table, "shape"), sorted(names_of(table, "batch")), tall=84, y="shape", bar="time / classic", size=11,
+    )  # fmt: skip
     clear = Counter(row["fastest"] for row in table if not row["tied with it"])
     wins = ", ".join(f"{impl} {count}" for impl, count in clear.most_common())
     gains = [row for row in table
@@ -293,16 +285,17 @@ def fastest(recording: Recording) -> Panel:
                   f"in {best['over classic']:.2f} of its time ({best['fastest']}, {best['shape']}, batch {best['batch']}). The "
                   "winner of many candidates is flattered where the gain is small.")  # fmt: skip
     past = sum(bool(row["faster, past its bound"]) for row in table)
-    ties = len(table) - sum(clear.values())
-    return Panel(figure, table, f"**Of {counted(len(table), 'cell')} {sum(clear.values())} have one fastest implementation"
-                 f"{f' ({wins})' if wins else ''}; {ties} are ties.** {beaten}{left_out(past)}")  # fmt: skip
+    one = f"{clear.total()} have one fastest implementation{f' ({wins})' if wins else ''}"
+    return Panel(figure, table, f"**Of {counted(len(table), 'cell')} {one}; {len(table) - clear.total()} are ties.** {beaten}"
+                 f"{left_out(past)}")  # fmt: skip
 
 
 def _label(row: Row) -> str:
     """The winner and its ratio; in a tie a second name, or how many more. Long names are broken after an underscore."""
     tied = row["tied with it"].split(", ") if row["tied with it"] else []
-    more = "" if not tied else f"<br>= {tied[0]}" if len(tied) == 1 else f"<br>= {len(tied)} others"
-    ratio = f"<br>{row['over classic']:.2f}" if row["over classic"] is not None else ""
-    return f"<b>{row['fastest']}</b>{more}{ratio}".replace("_atomic", "_<br>atomic").replace(
-        "_workspace", "_<br>workspace"
-    )
+    lines = [
+        f"<b>{row['fastest']}</b>",
+        *([f"= {tied[0] if len(tied) == 1 else f'{len(tied)} others'}"] if tied else []),
+    ]
+    lines += [f"{row['over classic']:.2f}"] if row["over classic"] is not None else []
+    return re.sub("_(atomic|workspace)", r"_<br>\1", "<br>".join(lines))

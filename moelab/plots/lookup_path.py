@@ -62,9 +62,13 @@ def explain(
     }
     height = max(_places(found)[1] for found in texts.values())
     gemm = "GEMM2" if down else "GEMM1"
+    each = {name: f"E={q.num_experts}, N={q.columns}" for name, q in asked.items()}
+    sizes = (
+        next(iter(each.values())) if len(set(each.values())) == 1 else "; ".join(f"{n} {s}" for n, s in each.items())
+    )
     figure = grid(
         f"{model}, TP {tp_size}, batch {num_tokens}, {gemm} on {device}: {_agreement(found)}",
-        f"{_sizes(asked)}, {DTYPE}, Triton {triton_version}; read now, by the loaders’ rules, top to bottom",
+        f"{sizes}, {DTYPE}, Triton {triton_version}; read now, by the loaders’ rules, top to bottom",
         titles=names if len(names) > 1 else (),
         gap=0.02,
         height=MARGIN_PX + height,
@@ -92,12 +96,6 @@ def _config_dir(name: str, tree: Path, triton_version: str) -> Path:
     wanted = tree / "configs" / f"triton_{triton_version.replace('.', '_')}"
     newest = version_folders(tree / "configs")
     return wanted if wanted.is_dir() or not newest else newest[0]
-
-
-def _sizes(asked: dict[str, Question]) -> str:
-    """What the loaders ask for: one E and N where they agree, else each with its loader."""
-    each = {name: f"E={q.num_experts}, N={q.columns}" for name, q in asked.items()}
-    return next(iter(each.values())) if len(set(each.values())) == 1 else "; ".join(f"{n} {s}" for n, s in each.items())
 
 
 def _look_up(

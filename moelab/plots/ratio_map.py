@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
-from moelab.plots.style import BLUE, GREEN
+from moelab.plots.style import BLUE, GREEN, grid
 
 TIED = "#bdbdbd"
 MIDDLE = "#f7f7f7"
@@ -36,16 +37,35 @@ def cell_of(ratio: float, tie: bool) -> Cell:
     return Cell(ratio, f"{ratio:.3f}" if text == "1.00" and not tie else text, tie)
 
 
-def span_of(cells: Mapping[tuple[str, int], Cell]) -> float:
+def span_of(cells: Mapping[tuple[str, Any], Cell]) -> float:
     """Half of the range that colours have to cover: the largest |log ratio|."""
     return max([abs(math.log(each.ratio)) for each in cells.values() if not each.tie] + [LEAST_SPAN])
 
 
+def chart(
+    title: str,
+    source: str,
+    cells: Mapping[tuple[str, Any], Cell],
+    names: Sequence[str],
+    batches: Sequence[Any],
+    *,
+    tall: int = 27,
+    y: str = "",
+    **how: Any,
+) -> go.Figure:
+    """A figure of one map. tall: pixels of a row. y: the rows' title. how: as `draw` takes it."""
+    figure = grid(title, source, height=190 + tall * len(names))
+    draw(figure, cells, names, batches, **how)
+    figure.update_xaxes(title="batch, tokens")
+    figure.update_yaxes(title=y or None, automargin=True)
+    return figure
+
+
 def draw(
     figure: go.Figure,
-    cells: Mapping[tuple[str, int], Cell],
+    cells: Mapping[tuple[str, Any], Cell],
     names: Sequence[str],
-    batches: Sequence[int],
+    batches: Sequence[Any],
     *,
     row: int = 1,
     span: float | None = None,
@@ -86,7 +106,7 @@ def draw(
 
 
 def _heights(
-    cells: Mapping[tuple[str, int], Cell], names: Sequence[str], batches: Sequence[int], tie: bool
+    cells: Mapping[tuple[str, Any], Cell], names: Sequence[str], batches: Sequence[Any], tie: bool
 ) -> np.ndarray:
     """Log ratios of the cells that are ties, or of those that are not; NaN draws nothing."""
     found = [[cells.get((name, b)) for b in batches] for name in names]

@@ -10,13 +10,14 @@ import pandas as pd
 
 from moelab.errors import counted
 from moelab.plots import ratio_map
-from moelab.plots.cells import CLEARLY, cells_of, fastest, left_out, line, names_of, span
+from moelab.plots.cells import CLEARLY, cells_of, conclude, extremes, left_out, line, names_of, span, trace, verdict
 from moelab.plots.panel import Panel, Row, geometric_mean, timing
 from moelab.plots.style import GREY, SERIES, VERMILLION, grid, log_axis, powers, series
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape
 
 CLASSIC = ("classic", 1)
+RATIO = "Split-K / classic"
 KINDS = ("atomic_f32", "atomic_out", "workspace")
 SHORT = {"atomic_f32": "f32", "atomic_out": "out", "workspace": "ws"}
 """Each kind's name in a cell of the map."""
@@ -28,11 +29,6 @@ def _cells(rows: Iterable[Row]) -> dict[Any, dict[tuple[str, int], Row]]:
     """(shape, stage, batch) -> (variant, SPLIT_K) -> row, without what was skipped."""
     found = [row | {"key": (row["variant"], row["split_k"])} for row in map(dict, rows) if "skipped" not in row]
     return cells_of(found, "shape", "stage", "num_tokens", by="key")
-
-
-def _verdict(ours: Any, rival: Any) -> str:
-    first = fastest({"win": ours, "loss": rival})
-    return "tie" if len(first) > 1 else first[0]
 
 
 def outcomes(recording: Recording, shapes: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -55,10 +51,10 @@ def outcomes(recording: Recording, shapes: Sequence[str] | None = None) -> list[
             "shape": shape, "stage": stage, "batch": batch, "kind": key[0], "SPLIT_K": key[1],
             "Split-K, µs": best.median_us, "classic, µs": classic.median_us,
             "classic BLOCK_SIZE_N": cell[CLASSIC]["config"]["BLOCK_SIZE_N"],
-            "Split-K / classic": best.median_us / classic.median_us, "verdict": _verdict(best, classic),
+            RATIO: best.median_us / classic.median_us, "verdict": verdict(best, classic),
             "same kind, SPLIT_K = 1 / classic": unsplit.median_us / classic.median_us,
             "Split-K / same kind, SPLIT_K = 1": best.median_us / unsplit.median_us,
-            "against SPLIT_K = 1": _verdict(best, unsplit),
+            "against SPLIT_K = 1": verdict(best, unsplit),
             "faster, past the bound": "yes" if min(t.median_us for t in timed.values()) < best.median_us else "",
             "distinct outputs": cell[key]["distinct"],
         })  # fmt: skip
@@ -68,43 +64,37 @@ def outcomes(recording: Recording, shapes: Sequence[str] | None = None) -> list[
 def win_map(recording: Recording, shapes: Sequence[str], title: str = "Best Split-K over best classic kernel") -> Panel:
     """Heat map of shape and stage by batch: median time of the best Split-K over that of the classic kernel."""
     table = outcomes(recording, shapes)
-    names = [f"{shape}, {stage}" for stage in ("up", "down") for shape in shapes]
-    batches = sorted({row["batch"] for row in table})
+    cells = {
+        (f"{row['shape']}, {row['stage']}", row["batch"]): ratio_map.Cell(
+            row[RATIO], f"{row[RATIO]:.2f} {SHORT[row['kind']]}×{row['SPLIT_K']}", row["verdict"] == "tie"
+        )
+        for row in table
+    }
     source = (f"{recording.source()}, ratio of medians; ws: workspace, f32 and out: atomics in float32, in the output’s dtype; "
               "×: SPLIT_K<br>blue: Split-K is faster; grey: a tie, the 95 % intervals overlap; "
               "both with the fastest tile of their own, and within the error bound")  # fmt: skip
-    figure = grid(title, source, height=190 + 27 * len(names))
-    cells = {
-        (f"{row['shape']}, {row['stage']}", row["batch"]): ratio_map.Cell(
-            row["Split-K / classic"], f"{row['Split-K / classic']:.2f} {SHORT[row['kind']]}×{row['SPLIT_K']}",
-            row["verdict"] == "tie",
-        )
-        for row in table
-    }  # fmt: skip
-    ratio_map.draw(figure, cells, names, batches, high=VERMILLION, bar="time ratio", size=11)
-    figure.update_xaxes(title="batch, tokens")
-    figure.update_yaxes(title="shape, GEMM", automargin=True)
-    return Panel(figure, table, _said_of(table))
-
-
-def _said_of(table: Sequence[Row]) -> str:
-    """Wins, ties, losses; the best and the worst cell; by batch; by kind; and what of it is the fused second step."""
-    ratio, count = "Split-K / classic", Counter(row["verdict"] for row in table)
-    wins = [row for row in table if row["verdict"] == "win"]
-    best, worst = min(table, key=lambda row: row[ratio]), max(table, key=lambda row: row[ratio])
-    kinds, fused = Counter(row["kind"] for row in wins), sum(row["against SPLIT_K = 1"] != "win" for row in wins)
-    by_batch = (f"{sum(r['batch'] == b for r in wins)}/{sum(r['batch'] == b for r in table)} at {b}"
-                for b in sorted(names_of(table, "batch")))  # fmt: skip
-    said = (f"**Of {counted(len(table), 'cell')} Split-K wins {count['win']}, ties {count['tie']} and loses {count['loss']}.** "
-            f"Over the classic kernel: {best[ratio]:.2f} ({_where(best)}) to {worst[ratio]:.2f} ({_where(worst)}).")  # fmt: skip
+    figure = ratio_map.chart(
+        title, source, cells, [f"{shape}, {stage}" for stage in ("up", "down") for shape in shapes],
+        sorted(names_of(table, "batch")), y="shape, GEMM", high=VERMILLION, bar="time ratio", size=11,
+    )  # fmt: skip
+    count = Counter(row["verdict"] for row in table)
+    wins = [row for row in table if row["verdict"] == "faster"]
+    kinds, at = Counter(row["kind"] for row in wins), Counter(row["batch"] for row in table)
+    head = f"Of {counted(len(table), 'cell')} Split-K wins {count['faster']}, ties {count['tie']} and loses {count['slower']}."
+    facts: dict[str, Any] = {"Over the classic kernel": extremes(table, lambda row: row[RATIO], at=_where)}
     if wins:
-        clear = sum(row[ratio] <= 1 - CLEARLY for row in wins)
-        said += (
-            f" {counted(clear, 'win')} of {CLEARLY:.0%} or more; each is the best of up to a dozen candidates against one. By "
-            f"batch: {', '.join(by_batch)}. By kind: {', '.join(f'{kind} {kinds[kind]}' for kind in KINDS)}. In {fused} the same "
-            "kind with SPLIT_K = 1 ties or is faster: there the fused second step wins, not the split."
+        clear, fused = (
+            sum(row[RATIO] <= 1 - CLEARLY for row in wins),
+            sum(row["against SPLIT_K = 1"] != "faster" for row in wins),
         )
-    return said + left_out(sum(bool(row["faster, past the bound"]) for row in table))
+        facts |= {
+            f"Wins of {CLEARLY:.0%} or more, each the best of up to a dozen candidates against one": f"{clear}",
+            "By batch": [f"{sum(row['batch'] == b for row in wins)}/{at[b]} at {b}" for b in sorted(at)],
+            "By kind": [f"{kind} {kinds[kind]}" for kind in KINDS],
+            "The fused second step wins, not the split: the same kind with SPLIT_K = 1 ties or is faster": f"in {fused}",
+        }
+    said = conclude(head, facts) + left_out(sum(bool(row["faster, past the bound"]) for row in table))
+    return Panel(figure, table, said)
 
 
 def _where(row: Row) -> str:
@@ -167,9 +157,8 @@ def error_and_spread(recording: Recording) -> Panel:
     for kind, style in zip(("classic", *KINDS), (SERIES[3], *SERIES), strict=False):
         mine = frame[frame.kind == kind]
         for col, column in enumerate(drawn, start=1):
-            figure.add_scatter(x=mine.SPLIT_K.tolist(), y=mine[column].tolist(), name=kind, mode="lines+markers",
-                               line=style.line(), marker=style.marker(), legendgroup=kind, showlegend=col == 1, row=1,
-                               col=col)  # fmt: skip
+            points = dict(zip(mine.SPLIT_K.tolist(), mine[column].tolist(), strict=True))
+            trace(figure, points, kind, style, legend=col == 1, row=1, col=col)
     splits = sorted(int(s) for s in frame.SPLIT_K.unique())
     for col, name in enumerate(drawn.values(), start=1):
         figure.update_xaxes(title="SPLIT_K", **log_axis(splits), row=1, col=col)
@@ -178,16 +167,13 @@ def error_and_spread(recording: Recording) -> Panel:
     figure.update_yaxes(tickformat=".0%", range=[-0.04, 1.08], row=1, col=2)
     figure.add_hline(1.0, line={"color": GREY, "dash": "dot"}, row=1, col=1)
     split = frame[(frame.SPLIT_K > 1) & frame.kind.isin(KINDS)]
-    sums, worst = (
-        split.groupby("kind")[["cells", "all runs equal", "past the bound"]].sum(),
-        split.groupby("kind")["largest spread / bound"].max(),
-    )
-    steady = [kind for kind, row in sums.iterrows() if row["cells"] == row["all runs equal"]]
-    each = "; ".join(f"{kind}: {row['all runs equal']} of {row['cells']} cells give {runs} equal runs, spread "
-                     f"up to {worst[kind]:.2g} of the bound, {row['past the bound']} past it"
-                     for kind, row in sums.iterrows())  # fmt: skip
-    return Panel(figure, table, f"**The same bits in every run of every cell: {', '.join(map(str, steady)) or 'no kind'}.** With "
-                 f"SPLIT_K > 1, {each}.")  # fmt: skip
+    sums = {"cells": "sum", "all runs equal": "sum", "past the bound": "sum", "largest spread / bound": "max"}
+    found = split.groupby("kind").agg(sums).to_dict("index")
+    steady = [kind for kind, row in found.items() if row["cells"] == row["all runs equal"]]
+    return Panel(figure, table, conclude(f"The same bits in every run of every cell: {', '.join(steady) or 'no kind'}.", {
+        f"{kind}, SPLIT_K > 1": f"{row['all runs equal']} of {row['cells']} cells give {runs} equal runs, spread up to "
+        f"{row['largest spread / bound']:.2g} of the bound, {row['past the bound']} past it" for kind, row in found.items()
+    }))  # fmt: skip
 
 
 def versus_upstream(recording: Recording, reported: Mapping[str, Any], kind: str = "atomic_out") -> Panel:
@@ -204,12 +190,9 @@ def versus_upstream(recording: Recording, reported: Mapping[str, Any], kind: str
         for split, style in series(splits).items():
             ours = {b: _sum(pair, (kind, split)) / _sum(pair, CLASSIC) for b, pair in both.items()}
             peer = {b: row[f"split_k_{split}"] / row["baseline"] for b, row in theirs.items()}
-            figure.add_scatter(x=list(ours), y=list(ours.values()), name=f"SPLIT_K = {split}, here", mode="lines+markers",
-                               line=style.line(), marker=style.marker(), legendgroup=f"{split}", showlegend=col == 1,
-                               row=1, col=col)  # fmt: skip
-            figure.add_scatter(x=list(peer), y=list(peer.values()), name=f"SPLIT_K = {split}, reported", mode="markers",
-                               marker=style.marker(12, hollow=True), legendgroup=f"{split}", showlegend=col == 1,
-                               row=1, col=col)  # fmt: skip
+            shared: dict[str, Any] = {"legendgroup": f"{split}", "legend": col == 1, "row": 1, "col": col}
+            trace(figure, ours, f"SPLIT_K = {split}, here", style, **shared)
+            trace(figure, peer, f"SPLIT_K = {split}, reported", style, hollow=True, mode="markers", **shared)
             table += [
                 {"hidden": size, "batch": b, "SPLIT_K": split, "here": ours[b], "reported": peer[b]} for b in ours
             ]
@@ -251,9 +234,7 @@ def int32_limits(name: str, shape: MoEShape, splits: Sequence[int] = (1, 2, 4, 8
             _INT32 // (split * row) + 1
         )  # the smallest batch whose last offset, split * batch * row - 1, is past int32
         table.append(_limit(what, first, split * first * row - 1))
-        figure.add_scatter(
-            x=batches, y=[split * b * row - 1 for b in batches], name=what, mode="lines", line=style.line()
-        )
+        trace(figure, {b: split * b * row - 1 for b in batches}, what, style, mode="lines")
     weights = shape.num_experts * N * shape.hidden_size
     table.append(_limit("weights, experts × N × K", 1 if weights > _INT32 else None, weights - 1))
     figure.add_scatter(x=batches, y=[weights - 1] * len(batches), name="weights, experts × N × K", mode="lines",

@@ -71,9 +71,10 @@ def standing(traces: Traces, budget_s: float, which: str = "median") -> Panel:
     which: "median" or "worst" over the batch sizes.
     """
     times = np.array(traces.frames())
+    seeds = len(next(iter(traces.runs.values())))
     figure = grid(
         f"Stopped after {number(budget_s)} simulated seconds: {_leaders(traces, budget_s, which)}",
-        f"replayed; {traces.source}; line: median of {_seeds(traces)} seeds, shaded: their range; faint: the rest of the clock",
+        f"replayed; {traces.source}; line: median of {seeds} seeds, shaded: their range; faint: the rest of the clock",
         height=460,
     )
     for name, runs in traces.runs.items():
@@ -89,19 +90,21 @@ def standing(traces: Traces, budget_s: float, which: str = "median") -> Panel:
                 showlegend=bool((opacity == 1) == drawn), hovertemplate=f"{name}: %{{y:.2f}} % after %{{x:.1f}} s<extra></extra>",
             )  # fmt: skip
     figure.add_vline(x=budget_s, line={"color": "#7b7b7b", "width": 1})
-    figure.update_xaxes(
-        title="simulated seconds (compiling on 15 processes, measuring on one GPU)", **_seconds_axis(times)
-    )
+    low, high = float(times[0]) * 0.95, float(times[-1]) * 1.05
+    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if low <= t <= high]
+    seconds_axis = {"type": "log", "range": [math.log10(low), math.log10(high)], "tickvals": ticks}
+    figure.update_xaxes(title="simulated seconds (compiling on 15 processes, measuring on one GPU)", **seconds_axis)
     figure.update_yaxes(
         title=f"{which} regret over {len(traces.batch_sizes)} batches, %", **powers(100 * SMALLEST, 1000)
     )
-    return Panel(figure, _table(traces, budget_s), _sentence(traces, budget_s))
-
-
-def _seconds_axis(times: np.ndarray) -> dict[str, object]:
-    low, high = float(times[0]) * 0.95, float(times[-1]) * 1.05
-    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if low <= t <= high]
-    return {"type": "log", "range": [math.log10(low), math.log10(high)], "tickvals": ticks}
+    table = _table(traces, budget_s)
+    finished = ", ".join(row["strategy"] for row in table if row["finished after, s"] <= budget_s) or "none"
+    said = (
+        f"**After {number(budget_s)} s: {_leaders(traces, budget_s, 'median')} in the median batch size; finished: {finished}.** "
+        "Regret is of the sum of both GEMMs, against the best recorded pair of configs; the finals decide by whole layers, so a "
+        "curve can rise a little at its end. Differences well under 1 %, to which two recorded runs agree, are no ranking."
+    )
+    return Panel(figure, table, said)
 
 
 def _band(figure, times: np.ndarray, values: np.ndarray, part: np.ndarray, style: Look) -> None:  # type: ignore[no-untyped-def]
@@ -117,17 +120,8 @@ def _band(figure, times: np.ndarray, values: np.ndarray, part: np.ndarray, style
     )  # fmt: skip
 
 
-def _seeds(traces: Traces) -> int:
-    return len(next(iter(traces.runs.values())))
-
-
-def _now(traces: Traces, budget_s: float, which: str) -> dict[str, float]:
-    """Strategy -> median over seeds of its regret at that moment."""
-    return {name: float(np.median([at(run, budget_s, which) for run in runs])) for name, runs in traces.runs.items()}
-
-
 def _leaders(traces: Traces, budget_s: float, which: str) -> str:
-    now = _now(traces, budget_s, which)
+    now = {name: float(np.median([at(run, budget_s, which) for run in runs])) for name, runs in traces.runs.items()}
     best = min(now.values())
     if not math.isfinite(best):
         return "nobody has a choice yet"
@@ -153,13 +147,3 @@ def _table(traces: Traces, budget_s: float) -> list[Row]:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2f} %" if math.isfinite(share) else "no choice yet"
-
-
-def _sentence(traces: Traces, budget_s: float) -> str:
-    done = {row["strategy"]: row["finished after, s"] for row in _table(traces, budget_s)}
-    finished = ", ".join(name for name, seconds in done.items() if seconds <= budget_s) or "none"
-    return (
-        f"**After {number(budget_s)} s: {_leaders(traces, budget_s, 'median')} in the median batch size; finished: {finished}.** "
-        "Regret is of the sum of both GEMMs, against the best recorded pair of configs; the finals decide by whole layers, so a "
-        "curve can rise a little at its end. Differences well under 1 %, to which two recorded runs agree, are no ranking."
-    )

@@ -9,16 +9,12 @@ from typing import Any
 import plotly.graph_objects as go
 
 from moelab.errors import counted
-from moelab.plots.cells import fastest, line, span
+from moelab.plots.cells import cells_of, fastest, line, span, trace
 from moelab.plots.panel import Panel, Row, timing
 from moelab.plots.style import grid, log_axis, look, powers
 from moelab.recordings import Recording
 
 ORDER = ("torch", "compiled", "triton_f32", "triton", "cuda")
-
-
-def _cases(recording: Recording, dtype: str) -> list[tuple[int, int]]:
-    return list(dict.fromkeys((row["top_k"], row["hidden"]) for row in recording.select(dtype=dtype)))
 
 
 def speed(
@@ -29,14 +25,14 @@ def speed(
     One column per (top_k, hidden). peers: rows of data/upstream/h200_sum_reduce.json; sglang's Triton kernel is drawn
     from them.
     """
-    cases = _cases(recording, dtype)
+    ours = recording.select(dtype=dtype)
+    cases = list(dict.fromkeys((row["top_k"], row["hidden"]) for row in ours))
     source = f"{recording.source()}, 95 % intervals; floor: bytes / {copy_bytes_per_s / 1e12:.3g} TB/s"
     source += f"<br>sglang: {peer_source}" if peers else ""
     titles = [f"top_k {k}, hidden {h}" for k, h in cases]
     figure = grid(
         f"Sum-reduce in {dtype}", source, titles=[*titles, *[""] * len(titles)], rows=2, shared_y=True, height=740
     )
-    ours = recording.select(dtype=dtype)
     tokens = sorted({row["num_tokens"] for row in ours})
     for col, (top_k, hidden) in enumerate(cases, start=1):
         mine = [row for row in ours if (row["top_k"], row["hidden"]) == (top_k, hidden)]
@@ -47,8 +43,8 @@ def speed(
             row["T"]: row["sg_triton"] for row in peers if (row["dt"], row["k"], row["H"]) == (dtype, top_k, hidden)
         }
         _peer(figure, col, {t: us for t, us in theirs.items() if t in floor}, floor)
-        figure.add_scatter(x=sorted(floor), y=[floor[t] for t in sorted(floor)], name="floor", mode="lines",
-                           line=look("floor").line(), legendgroup="floor", showlegend=col == 1, row=1, col=col)  # fmt: skip
+        points = {t: floor[t] for t in sorted(floor)}
+        trace(figure, points, "floor", look("floor"), mode="lines", legend=col == 1, row=1, col=col)
     figure.add_hline(100.0, line=look("floor").line(), row=2)
     figure.update_xaxes(**log_axis(tokens), tickangle=-45)
     figure.update_xaxes(title="tokens", row=2)
@@ -58,7 +54,19 @@ def speed(
     figure.update_yaxes(range=[0, max(110, 1.05 * best)], row=2)
     figure.update_yaxes(title="µs per call", row=1, col=1)
     figure.update_yaxes(title="% of copy bandwidth", row=2, col=1)
-    return Panel(figure, _shares(recording, copy_bytes_per_s, dtype), _verdict(recording, copy_bytes_per_s, dtype))
+    table = _shares(recording, copy_bytes_per_s, dtype)
+    wins = {impl: sum(impl in row["fastest"].split(" = ") for row in table) for impl in ORDER}
+    said = ", ".join(f"{impl} {count}" for impl, count in wins.items() if count)
+    last = table[-1]
+    shares = ", ".join(f"{impl} {last[key]:.0f}%" for impl in ORDER if (key := f"{impl}, % of copy") in last)
+    leads = _leads(recording, dtype, ("triton", "cuda", "triton_f32"))
+    lost = [size for size, first in leads.items() if first == ["triton_f32"]]
+    where = f"{len(lost)} of {len(leads)} sizes" + (f" ({', '.join(lost)})" if lost else "")
+    return Panel(figure, table, (
+        f"**Fastest, ties included, of {len(table)} sizes: {said}.** {_turns(recording, dtype)} Both triton and cuda are slower "
+        f"than triton_f32, upstream’s launch in the same run, at {where}. Of the copy bandwidth at {last['MB']:.0f} MB: {shares} "
+        "(over 100 %: a sum mostly reads, a copy writes as much)."
+    ))  # fmt: skip
 
 
 def _implementation(figure: go.Figure, col: int, impl: str, rows: Sequence[Row], floor: Mapping[int, float]) -> None:
@@ -76,16 +84,13 @@ def _peer(figure: go.Figure, col: int, theirs: Mapping[int, float], floor: Mappi
     share = {tokens: 100 * floor[tokens] / us for tokens, us in theirs.items()}
     for at, values in ((1, theirs), (2, share)):
         if values:
-            figure.add_scatter(x=list(values), y=list(values.values()), name="sglang’s Triton kernel", mode="markers",
-                               marker=look("sglang").marker(11, hollow=True), legendgroup="sglang",
-                               showlegend=(at, col) == (1, 1), row=at, col=col)  # fmt: skip
+            trace(figure, values, "sglang’s Triton kernel", look("sglang"), hollow=True, mode="markers",
+                  legend=(at, col) == (1, 1), row=at, col=col)  # fmt: skip
 
 
 def _sizes(recording: Recording, dtype: str) -> list[tuple[tuple[int, int, int], dict[str, Any]]]:
     """((tokens, top_k, hidden), impl -> row), smallest first."""
-    found: dict[tuple[int, int, int], dict[str, Any]] = {}
-    for row in recording.select(dtype=dtype):
-        found.setdefault((row["num_tokens"], row["top_k"], row["hidden"]), {})[row["impl"]] = row
+    found = cells_of(recording.select(dtype=dtype), "num_tokens", "top_k", "hidden")
     return sorted(found.items(), key=lambda item: next(iter(item[1].values()))["bytes"])
 
 
@@ -102,32 +107,12 @@ def _shares(recording: Recording, copy_bytes_per_s: float, dtype: str) -> list[d
     return table
 
 
-def _verdict(recording: Recording, copy_bytes_per_s: float, dtype: str) -> str:
-    table = _shares(recording, copy_bytes_per_s, dtype)
-    wins = {impl: sum(impl in row["fastest"].split(" = ") for row in table) for impl in ORDER}
-    said = ", ".join(f"{impl} {count}" for impl, count in wins.items() if count)
-    last = table[-1]
-    shares = ", ".join(f"{impl} {last[key]:.0f}%" for impl in ORDER if (key := f"{impl}, % of copy") in last)
-    return (
-        f"**Fastest, ties included, of {len(table)} sizes: {said}.** {_turns(recording, dtype)} {_slower(recording, dtype)} Of "
-        f"the copy bandwidth at {last['MB']:.0f} MB: {shares} (over 100 %: a sum mostly reads, a copy writes as much)."
-    )
-
-
 def _leads(recording: Recording, dtype: str, impls: Sequence[str]) -> dict[str, list[str]]:
     """Size -> the fastest among impls and who ties with it, where all of them are recorded, going up in bytes."""
     return {
         f"{tokens} × {top_k} × {hidden}": fastest({impl: timing(rows[impl]) for impl in impls})
         for (tokens, top_k, hidden), rows in _sizes(recording, dtype) if {*impls} <= rows.keys()
     }  # fmt: skip
-
-
-def _slower(recording: Recording, dtype: str) -> str:
-    """At which sizes the better of triton and cuda loses to triton_f32, upstream's launch in the same run; ties do not."""
-    leads = _leads(recording, dtype, ("triton", "cuda", "triton_f32"))
-    lost = [size for size, first in leads.items() if first == ["triton_f32"]]
-    where = f"{len(lost)} of {len(leads)} sizes" + (f" ({', '.join(lost)})" if lost else "")
-    return f"Both triton and cuda are slower than triton_f32, upstream’s launch in the same run, at {where}."
 
 
 def _turns(recording: Recording, dtype: str) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from moelab.plots.panel import Panel, Row, timing
+from moelab.plots.panel import Panel, timing
 from moelab.plots.style import BLUE, GREEN, GREY, ORANGE, VERMILLION, Look, grid
 from moelab.recordings import Recording
 
@@ -74,7 +74,24 @@ def launches(recording: Recording, peers: Mapping[str, Any]) -> Panel:
     figure.update_xaxes(range=[0, top])
     figure.update_xaxes(title="host time of one launch, µs", row=2)
     figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
-    return Panel(figure, _launch_table(ours, theirs), _said_of_launches(ours, theirs))
+    table = [
+        {
+            "host time of one call": name, "µs": time.median_us, "95 % low": time.interval_us[0],
+            "95 % high": time.interval_us[1], "99th percentile": time.quantile_us(0.99),
+            "over no TMA": time.median_us - ours[PLAIN].median_us if name in WAYS else None,
+            "sglang’s launcher": theirs.get(name),
+            "sglang’s, over no TMA": theirs[name] - theirs[PLAIN] if name in WAYS else None,
+        }
+        for name, time in ((name, ours[name]) for name in (THROUGH_TRITON, *WAYS, *ALONE))
+    ]  # fmt: skip
+    added = [_told(difference(ours[b], ours[a])) for a, b in pairwise(WAYS)]
+    each = "; ".join(f"{part} {us}" for part, us in zip(PARTS[1:], added, strict=True))
+    peer = ", ".join(_signed(theirs[b] - theirs[a]) for a, b in pairwise(WAYS))
+    said = (
+        f"**One launch keeps the host busy for {ours[PLAIN].median_us:.1f} µs; added by {each}.** Triton’s own path to the same "
+        f"kernel: {ours[THROUGH_TRITON].median_us:.1f} µs. sglang’s launcher: {theirs[PLAIN]:.1f} µs without TMA, then {peer}."
+    )
+    return Panel(figure, table, said)
 
 
 def _stack(figure: Any, found: Mapping[str, float], line: int) -> None:
@@ -105,29 +122,6 @@ def _sum(found: Mapping[str, float], name: str) -> str:
 
 def _signed(value: float) -> str:
     return f"{'−' if value < 0 else '+'} {abs(value):.1f}"
-
-
-def _launch_table(ours: Mapping[str, Measurement], theirs: Mapping[str, float]) -> list[Row]:
-    return [
-        {
-            "host time of one call": name, "µs": time.median_us, "95 % low": time.interval_us[0],
-            "95 % high": time.interval_us[1], "99th percentile": time.quantile_us(0.99),
-            "over no TMA": time.median_us - ours[PLAIN].median_us if name in WAYS else None,
-            "sglang’s launcher": theirs.get(name),
-            "sglang’s, over no TMA": theirs[name] - theirs[PLAIN] if name in WAYS else None,
-        }
-        for name, time in ((name, ours[name]) for name in (THROUGH_TRITON, *WAYS, *ALONE))
-    ]  # fmt: skip
-
-
-def _said_of_launches(ours: Mapping[str, Measurement], theirs: Mapping[str, float]) -> str:
-    added = [_told(difference(ours[b], ours[a])) for a, b in pairwise(WAYS)]
-    each = "; ".join(f"{part} {us}" for part, us in zip(PARTS[1:], added, strict=True))
-    peer = ", ".join(_signed(theirs[b] - theirs[a]) for a, b in pairwise(WAYS))
-    return (
-        f"**One launch keeps the host busy for {ours[PLAIN].median_us:.1f} µs; added by {each}.** Triton’s own path to the same "
-        f"kernel: {ours[THROUGH_TRITON].median_us:.1f} µs. sglang’s launcher: {theirs[PLAIN]:.1f} µs without TMA, then {peer}."
-    )
 
 
 def _told(found: tuple[float, float, float]) -> str:
@@ -211,20 +205,17 @@ def gains(reported: Mapping[str, Any], peers: Mapping[str, Any]) -> Panel:
     figure.update_xaxes(title="better by, %", range=[0, 2.1 * max(row["better by, %"] for row in table)])
     figure.update_xaxes(showgrid=False)
     figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
-    return Panel(figure, table, _said_of_gains(table, peers))
-
-
-def _percent(change: float) -> str:
-    return f"{'−' if change < 0 else '+'}{100 * abs(change):.1f} %"
-
-
-def _said_of_gains(table: Sequence[Row], peers: Mapping[str, Any]) -> str:
     theirs = {row["name"]: float(row["us"]) for row in peers["rows"]}
     before, after = theirs[ALLOCATED], theirs[KEPT]
     ends = " to ".join(f"{row['better by, %']:.1f} % ({row['metric']})" for row in (
         min(table, key=lambda row: row["better by, %"]), max(table, key=lambda row: row["better by, %"])))  # fmt: skip
-    return (
+    said = (
         f"**Reported, for the better by {ends}.** In sglang’s launcher on an H200’s host both savings take a launch from "
         f"{before:.1f} to {after:.1f} µs: at most {100 * (before / after - 1):.1f} % of throughput for a server that waits for "
         "nothing else. How much of its time that server spent in launches was not reported."
     )
+    return Panel(figure, table, said)
+
+
+def _percent(change: float) -> str:
+    return f"{'−' if change < 0 else '+'}{100 * abs(change):.1f} %"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +11,7 @@ from moelab.config import KernelConfig
 from moelab.plots import ratio_map
 from moelab.plots.cells import cells_of, fastest
 from moelab.plots.panel import Panel, Row, timing
-from moelab.plots.style import VERMILLION, grid
+from moelab.plots.style import VERMILLION
 from moelab.recordings import Recording
 from moelab.tuner.landscape import Landscape, default_name
 from moelab.tuner.problem import Problem
@@ -26,19 +25,18 @@ _LEGEND = "cells: % over the best there; ~: from the coarse screening, not from 
 
 
 def _map(
-    title: str, source: str, cells: Mapping[str, Cells], axes: tuple[str, str], said: str, ties: Iterable[tuple[str, int]] = ()
+    title: str, source: str, cells: Mapping[str, Cells], axes: tuple[str, str], said: str, ties: Collection[tuple[str, int]] = ()
 ) -> Panel:  # fmt: skip
     """Rows by batch size, what is lost in per cent in each measured cell (a tie grey), and the same as a table."""
     batches = sorted({b for row in cells.values() for b in row})
     known = {(name, b): loss for name, row in cells.items() for b, loss in row.items() if loss}
-    figure = grid(title, source, height=190 + 26 * len(cells))
     drawn = {
-        at: ratio_map.Cell(1 + max(0.0, loss.percent) / 100, _label(loss), at in set(ties))
-        for at, loss in known.items()
+        at: ratio_map.Cell(1 + max(0.0, loss.percent) / 100, _label(loss), at in ties) for at, loss in known.items()
     }
-    ratio_map.draw(figure, drawn, list(cells), batches, low=None, high=VERMILLION, bar="time / best", size=11)
+    figure = ratio_map.chart(
+        title, source, drawn, list(cells), batches, y=axes[0], low=None, high=VERMILLION, bar="time / best", size=11
+    )
     figure.update_xaxes(title=axes[1])
-    figure.update_yaxes(title=axes[0], automargin=True)
     table = [{axes[0]: name} | {str(b): _label(loss) or "–" for b, loss in row.items()} for name, row in cells.items()]
     return Panel(figure, table, said)
 
@@ -86,27 +84,30 @@ def _losses(cells: Mapping[str, Cells]) -> str:
     return "; ".join([*said, *(f"{name} not measured" for name in cells if name not in means)])
 
 
-@dataclass(frozen=True)
-class _File:
-    """One of sglang's config files (with its _down file): whose, from which Triton folders, and its entries."""
-
-    device: str
-    versions: tuple[str, ...]
-    up: Mapping[int, KernelConfig]
-    down: Mapping[int, KernelConfig] | None
-
-    def name(self) -> str:
-        return f"{self.device.replace('_', ' ')}, Triton {' and '.join(self.versions)}"
-
-
 def by_file(transfer: Transfer, shipped: Sequence[Row], part: Part = "both") -> Panel:
     """Row: a file that a peer ships for these sizes, of another device or Triton version; column: batch size run at.
 
-    shipped: as `config_files.shipped.shipped_files` gives them. Keys of theirs that moelab's config has not are left out.
+    shipped: as `config_files.shipped.shipped_files` gives them, a file of each GEMM; those of a device with the same entries are
+    put together. Keys of theirs that moelab's config has not are left out.
     """
     shape = transfer.problem.shape
-    files = _files(shipped, shape.num_experts, shape.moe_intermediate_size)
-    cells = {file.name(): transfer.of_file(part, file.up, file.down) for file in files}
+    sizes = (shape.num_experts, shape.moe_intermediate_size)
+    mine = [f for f in shipped if (f["num_experts"], f["moe_intermediate_size"]) == sizes]
+    downs = {(f["device"], f["triton"]): _configs(f["configs"]) for f in mine if f["down"]}
+    files: list[tuple[str, list[str], dict[int, KernelConfig], dict[int, KernelConfig] | None]] = []
+    for file in sorted((f for f in mine if not f["down"]), key=lambda f: (f["device"], f["triton"])):
+        up, down = _configs(file["configs"]), downs.get((file["device"], file["triton"]))
+        down = None if down == up else down
+        for device, versions, *configs in files:
+            if (device, *configs) == (file["device"], up, down):
+                versions.append(file["triton"])
+                break
+        else:
+            files.append((file["device"], [file["triton"]], up, down))
+    cells = {
+        f"{device.replace('_', ' ')}, Triton {' and '.join(versions)}": transfer.of_file(part, up, down)
+        for device, versions, up, down in files
+    }
     said = (
         f"**Lost on average: {_losses(cells)}.** Such a file carries its device, its Triton, and the tuner of its day at once; "
         f"hidden size and top_k are not in its name. USE_TMA is left out. {_measured(transfer, part, cells.values())}"
@@ -114,24 +115,6 @@ def by_file(transfer: Transfer, shipped: Sequence[Row], part: Part = "both") -> 
     return _map(f"Another device’s file, another Triton’s: {PARTS[part]} on {transfer.problem.device}",
                 f"files: sglang 0.5.23; times: {_source(transfer)}<br>{_LEGEND}", cells, ("file of", "batch run at, tokens"),
                 said)  # fmt: skip
-
-
-def _files(shipped: Sequence[Row], num_experts: int, moe_intermediate_size: int) -> list[_File]:
-    """The files of these sizes, those with the same entries put together."""
-    mine = [
-        f for f in shipped if (f["num_experts"], f["moe_intermediate_size"]) == (num_experts, moe_intermediate_size)
-    ]
-    downs = {(f["device"], f["triton"]): _configs(f["configs"]) for f in mine if f["down"]}
-    found: list[_File] = []
-    for file in (f for f in mine if not f["down"]):
-        up, down = _configs(file["configs"]), downs.get((file["device"], file["triton"]))
-        here = _File(file["device"], (file["triton"],), up, None if down == up else down)
-        same = next((f for f in found if (f.device, f.up, f.down) == (here.device, here.up, here.down)), None)
-        if same:
-            found[found.index(same)] = _File(same.device, same.versions + here.versions, same.up, same.down)
-        else:
-            found.append(here)
-    return sorted(found, key=lambda f: (f.device, f.versions))
 
 
 def _configs(entries: Mapping[str, Mapping[str, Any]]) -> dict[int, KernelConfig]:
@@ -263,7 +246,7 @@ def _answers(home: Transfer, landscapes: Sequence[Landscape], field: str) -> lis
 def _loss(home: Transfer, other: Landscape) -> dict[str, float | int | None]:
     cells = Transfer(other).cells("both", home.winners["both"].get)
     lost = [max(0.0, loss.percent) for loss in cells.values() if loss]
-    mean = 100 * (statistics.geometric_mean([1 + each / 100 for each in lost]) - 1) if lost else None
+    mean = _mean(lost) if lost else None
     return {"lost on average, %": mean, "at worst, %": max(lost, default=None), "cells": len(lost)}
 
 
@@ -274,20 +257,12 @@ def _said(row: Row) -> str:
 
 def _command(problem: Problem, question: str) -> str:
     """The command that records a landscape which differs in that one thing."""
-    shape = problem.shape
-    stem = f"data/landscapes/{default_name(problem)}"
-    options = {
-        "another seed": (f"--seed {problem.seed + 1}", f"{stem}-seed{problem.seed + 1}.parquet"),
-        "a skewed routing": ("--routing zipf", f"{stem}-zipf.parquet"),
-        "another device": ("", f"{stem}.parquet".replace(problem.device.replace(" ", "_"), "DEVICE")),
-        "another Triton version": ("", f"{stem}-triton_X_Y_Z.parquet"),
-    }
-    option, file = options[question]
-    parts = [
-        "moelab tune",
-        f"--model {shape.name}",
-        f"--tp-size {shape.tp_size}",
-        option,
-        f"--strategy grid --freeze {file}",
-    ]
-    return " ".join(part for part in parts if part)
+    stem, seed = default_name(problem), problem.seed + 1
+    option, name = {
+        "another seed": (f" --seed {seed}", f"{stem}-seed{seed}"),
+        "a skewed routing": (" --routing zipf", f"{stem}-zipf"),
+        "another device": ("", stem.replace(problem.device.replace(" ", "_"), "DEVICE")),
+        "another Triton version": ("", f"{stem}-triton_X_Y_Z"),
+    }[question]
+    layer = f"--model {problem.shape.name} --tp-size {problem.shape.tp_size}"
+    return f"moelab tune {layer}{option} --strategy grid --freeze data/landscapes/{name}.parquet"

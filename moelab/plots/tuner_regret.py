@@ -39,7 +39,19 @@ def curves(recording: Recording, axis: str = "samples", which: Which = "worst") 
     figure.update_xaxes(title=AXES[axis].format(protocol["compile_processes"]), type="log", dtick="D2")
     figure.update_yaxes(**powers(100 * SMALLEST, 100))
     figure.update_yaxes(title=f"{which} regret, %", col=1)
-    return Panel(figure, _table(recording), _sentence(recording))
+    table = _table(recording)
+    everything = next((row["samples"] for row in table if row["strategy"] == "grid"), None)
+    each = []
+    for row in table:
+        share = f", {100 * row['samples'] / everything:.1f} % of the grid’s" if everything else ""
+        other = f"; by other runs {row['worst by other runs, %']:.2f} %" if "worst by other runs, %" in row else ""
+        each.append(f"{row['strategy']} {row['worst batch, %']:.2f} %{other} ({row['samples']:,.0f} samples{share})")
+    said = (
+        f"**Regret at the worst batch size: {'; '.join(each)}.** Medians over {number(recording.protocol['seeds'])} seeds and "
+        "the landscapes; of the sum of both GEMMs, where the finals decide by whole layers, so that the whole grid reaches no 0."
+        + _ran(recording)
+    )
+    return Panel(figure, table, said)
 
 
 def _draw(figure: Any, rows: list[Row], which: Which, strategy: str, column: int) -> None:
@@ -103,21 +115,6 @@ def _short(recording: Recording) -> str:
         return "none within 2 % at the worst batch size"
     first = min(good, key=lambda name: statistics.median(_ends(recording, name, "samples")))
     return f"{first} stays within 2 % on the fewest samples"
-
-
-def _sentence(recording: Recording) -> str:
-    table = _table(recording)
-    everything = next((row["samples"] for row in table if row["strategy"] == "grid"), None)
-    each = []
-    for row in table:
-        share = f", {100 * row['samples'] / everything:.1f} % of the grid’s" if everything else ""
-        other = f"; by other runs {row['worst by other runs, %']:.2f} %" if "worst by other runs, %" in row else ""
-        each.append(f"{row['strategy']} {row['worst batch, %']:.2f} %{other} ({row['samples']:,.0f} samples{share})")
-    return (
-        f"**Regret at the worst batch size: {'; '.join(each)}.** Medians over {number(recording.protocol['seeds'])} seeds and "
-        "the landscapes; of the sum of both GEMMs, where the finals decide by whole layers, so that the whole grid reaches no 0."
-        + _ran(recording)
-    )
 
 
 def _ran(recording: Recording) -> str:

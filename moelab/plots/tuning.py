@@ -43,16 +43,13 @@ def status(history: Sequence[Snapshot], num_tokens: int, source: str) -> list[Pa
     figure.update_xaxes(title="seconds on the run's clock", rangemode="tozero")
     figure.update_yaxes(title="GEMM1 + GEMM2, µs")
     drawn = figure if known else None  # an empty one would only push the sentence off the screen
-    return [Panel(drawn, _batches(now), _sentence(now, source)), _leaders(now, num_tokens)]
-
-
-def _batches(now: Snapshot) -> list[Row]:
-    return [
+    batches = [
         {"batch": b, "best so far, µs": s.best_us if s.pair else None,
          "band": f"{number(s.low_us, 4)} … {number(s.high_us, 4)}" if s.pair else "–",
          "GEMM1": s.pair[0].short() if s.pair else "–", "GEMM2": s.pair[1].short() if s.pair else "–"}
         for b, s in now.standings.items()
     ]  # fmt: skip
+    return [Panel(drawn, batches, _sentence(now, source)), _leaders(now, num_tokens)]
 
 
 def _sentence(now: Snapshot, source: str) -> str:

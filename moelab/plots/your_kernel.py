@@ -157,26 +157,6 @@ def on_the_roof(
     figure = grid(title, said, titles=["time by batch", "the same on the roof"], height=500, gap=0.12)
     floors = {b: roofline.layer_cost(shape, b) for b in batches}
     wants = {b: asked(shape, b) for b in batches}
-    _lower_bounds(figure, at, mine, floors, wants)
-    for impl in ours:
-        chosen = [row for row in rows if row["impl"] == impl]
-        _points(figure, impl, chosen, hollow=False)
-    for impl in dict.fromkeys(row["impl"] for row in live):
-        chosen = [row for row in live if row["impl"] == impl and "samples_us" in row and row["shape"] == name]
-        _points(figure, impl, chosen, hollow=True)
-    figure.update_xaxes(title="batch, tokens", **log_axis(batches), row=1, col=1)
-    figure.update_yaxes(title="µs per layer", type="log", dtick=1, row=1, col=1)
-    figure.update_xaxes(title="FLOP / byte", type="log", dtick=1, row=1, col=2)
-    figure.update_yaxes(title="TFLOP/s", type="log", dtick=1, row=1, col=2)
-    figure.update_layout(legend={"orientation": "h", "y": -0.22}, margin={"b": 110})
-    table = [_row(b, rows, live, ours, mine, name, roofline.floor_us(floors[b], at).us, floors[b], wants[b])
-             for b in batches]  # fmt: skip
-    return Panel(figure, table, _said_of_roof(table, mine))
-
-
-def _lower_bounds(figure: go.Figure, at: Ceilings, mine: str, floors: Mapping[int, Cost],
-                  wants: Mapping[int, Cost]) -> None:  # fmt: skip
-    """The floor, what mine asks for, and the roof with mine's ceilings on it."""
     for costs, dotted, label in ((floors, look("floor").line(), "floor of any layer"),
                                (wants, {**look(mine).line(), "dash": "dot"}, f"{mine}, if no cache helped")):  # fmt: skip
         us = [round(roofline.floor_us(cost, at).us, 3) for cost in costs.values()]
@@ -193,6 +173,32 @@ def _lower_bounds(figure: go.Figure, at: Ceilings, mine: str, floors: Mapping[in
         x=own, y=reach, mode="markers", marker=look(mine).marker(9, hollow=True), customdata=list(wants), row=1, col=2,
         name=f"{mine}’s own ceiling", hovertemplate=f"{mine}, batch %{{customdata}}: at most %{{y:.3g}} TFLOP/s",
     )  # fmt: skip
+    for impl in ours:
+        chosen = [row for row in rows if row["impl"] == impl]
+        _points(figure, impl, chosen, hollow=False)
+    for impl in dict.fromkeys(row["impl"] for row in live):
+        chosen = [row for row in live if row["impl"] == impl and "samples_us" in row and row["shape"] == name]
+        _points(figure, impl, chosen, hollow=True)
+    figure.update_xaxes(title="batch, tokens", **log_axis(batches), row=1, col=1)
+    figure.update_yaxes(title="µs per layer", type="log", dtick=1, row=1, col=1)
+    figure.update_xaxes(title="FLOP / byte", type="log", dtick=1, row=1, col=2)
+    figure.update_yaxes(title="TFLOP/s", type="log", dtick=1, row=1, col=2)
+    figure.update_layout(legend={"orientation": "h", "y": -0.22}, margin={"b": 110})
+    table = [_row(b, rows, live, ours, mine, name, roofline.floor_us(floors[b], at).us, floors[b], wants[b])
+             for b in batches]  # fmt: skip
+    near = max((row["batch"] for row in table if row["times the least"] <= NEAR), default=0)
+    last, small = table[-1], table[0]
+    times = {
+        key: us for key, us in small.items() if key.endswith(("µs", "(live)")) and us and not key.startswith("floor")
+    }
+    each = ", ".join(
+        f"{key.removesuffix(', µs')} {number(us)}" for key, us in sorted(times.items(), key=lambda item: item[1])
+    )
+    sentence = (
+        f"**{mine} reads an expert’s weights once for every pair: up to batch {near} at most {NEAR - 1:.0%} over the least, at "
+        f"batch {last['batch']} {number(last['times the least'])} times the least.** µs at batch {small['batch']}: {each}."
+    )
+    return Panel(figure, table, sentence)
 
 
 def _points(figure: go.Figure, impl: str, rows: Sequence[Row], *, hollow: bool) -> None:
@@ -224,19 +230,3 @@ def _row(batch: int, rows: Sequence[Row], live: Sequence[Row], ours: Sequence[st
         "times the least": wants.bytes / least.bytes, **{f"{impl}, µs": median(rows, impl) for impl in ours},
         f"{mine}, µs (live)": median(live, mine),
     }  # fmt: skip
-
-
-def _said_of_roof(table: Sequence[Row], mine: str) -> str:
-    """Up to which batch mine asks for little more than the least, and how it fares against the fastest of ours."""
-    near = max((row["batch"] for row in table if row["times the least"] <= NEAR), default=0)
-    last, small = table[-1], table[0]
-    times = {
-        key: us for key, us in small.items() if key.endswith(("µs", "(live)")) and us and not key.startswith("floor")
-    }
-    each = ", ".join(
-        f"{key.removesuffix(', µs')} {number(us)}" for key, us in sorted(times.items(), key=lambda item: item[1])
-    )
-    return (
-        f"**{mine} reads an expert’s weights once for every pair: up to batch {near} at most {NEAR - 1:.0%} over the least, at "
-        f"batch {last['batch']} {number(last['times the least'])} times the least.** µs at batch {small['batch']}: {each}."
-    )

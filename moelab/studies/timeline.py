@@ -13,7 +13,6 @@ from moelab import recordings
 from moelab.recordings import Recording
 from moelab.tuner import journal
 from moelab.tuner.evaluate import Result
-from moelab.tuner.journal import Content
 from moelab.tuner.problem import Problem
 
 SUITE = "tune_timeline"
@@ -31,10 +30,13 @@ def rows_of(path: str | Path) -> list[dict[str, Any]]:
     """A row for each phase of a run, then one of phase "all". Raises JournalError for a file that is no journal."""
     content = journal.read(path)
     header, problem = content.header, Problem.from_json(content.header["problem"])
+    gpus = header["evaluator"].get("ray_actors", header["evaluator"].get("devices", 1))
+    via = {"via": str(header["evaluator"].get("kind")) if "ray_actors" not in header["evaluator"] else "ray", "gpus": gpus,
+            "compile_processes": header["evaluator"].get("compile_processes")}  # fmt: skip
     run = {
         "run": Path(path).stem, "model": problem.shape.name, "tp_size": problem.shape.tp_size,
         "strategy": header["strategy"]["name"], "seed": problem.seed, "num_batch_sizes": len(problem.batch_sizes),
-        **_devices(header["evaluator"]),
+        **via,
     }  # fmt: skip
     phases = [note for note in content.notes if note["kind"] == "phase"]
     finished = next((note for note in content.notes if note["kind"] == "finished"), None)
@@ -50,14 +52,11 @@ def rows_of(path: str | Path) -> list[dict[str, Any]]:
         later = phases[number + 1]["clock_s"] if number + 1 < len(phases) else end_s
         rows.append({**run, "phase": note["name"], **_span(note["clock_s"], later), **_work(results)})
     whole = {**run, "phase": "all", **_span(0.0, end_s), **_work(content.results.values())}
-    whole |= {"wall_s": _wall_s(content), "resumed": sum(note["kind"] == "resumed" for note in content.notes)}
+    stamps = [content.header["at"], *content.times.values(), *(note["at"] for note in content.notes)]
+    first, last = (datetime.datetime.fromisoformat(at) for at in (min(stamps), max(stamps)))
+    wall_s = round((last - first).total_seconds(), 3)
+    whole |= {"wall_s": wall_s, "resumed": sum(note["kind"] == "resumed" for note in content.notes)}
     return [*rows, whole | {"finished": finished is not None}]
-
-
-def _devices(evaluator: Mapping[str, Any]) -> dict[str, Any]:
-    gpus = evaluator.get("ray_actors", evaluator.get("devices", 1))
-    return {"via": str(evaluator.get("kind")) if "ray_actors" not in evaluator else "ray", "gpus": gpus,
-            "compile_processes": evaluator.get("compile_processes")}  # fmt: skip
 
 
 def _span(start_s: float, end_s: float | None) -> dict[str, float | None]:
@@ -78,12 +77,6 @@ def _work(results: Iterable[Result]) -> dict[str, Any]:
             failures.update([outcome.failure] if outcome.failure else [])
             compile_s, measure_s = compile_s + outcome.compile_s, measure_s + outcome.measure_s
     return {**found, "failures": dict(failures), "compile_s": round(compile_s, 2), "measure_s": round(measure_s, 2)}
-
-
-def _wall_s(content: Content) -> float | None:
-    stamps = [content.header["at"], *content.times.values(), *(note["at"] for note in content.notes)]
-    first, last = (datetime.datetime.fromisoformat(at) for at in (min(stamps), max(stamps)))
-    return round((last - first).total_seconds(), 3)
 
 
 def append(runs: Sequence[str | Path], path: str | Path) -> Path:

@@ -27,7 +27,6 @@ from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
 from moelab.suites.partial import OnRows, ignore
 from moelab.tuner import landscape
 from moelab.tuner.finals import Finals
-from moelab.tuner.landscape import Landscape
 from moelab.tuner.problem import Pair
 from moelab.tuner.results import gain_between
 
@@ -127,7 +126,7 @@ def second_pairs(target: Target, device: str, given: Mapping[str, str | Path] | 
         path = found if found.is_file() else None
     if path is None:
         return {}
-    run = _run_of(path)
+    run = landscape.from_journal(path) if str(path).endswith(".jsonl") else landscape.load(path)
     if _sizes(run.problem.shape) != _sizes(target.shape()) or run.problem.device.replace(" ", "_") != device:
         raise UnknownNameError(
             f"The second run {path} tuned {run.problem.shape.name} on {run.problem.device}. Expected one of {target.name} on "
@@ -135,10 +134,6 @@ def second_pairs(target: Target, device: str, given: Mapping[str, str | Path] | 
         )
     winners = Finals.of_landscape(run).result().batches
     return {b: (w.up, w.down) for b, w in winners.items() if w.up is not None and w.down is not None}
-
-
-def _run_of(path: str | Path) -> Landscape:
-    return landscape.from_journal(path) if str(path).endswith(".jsonl") else landscape.load(path)
 
 
 def _sizes(shape: MoEShape) -> tuple[object, ...]:

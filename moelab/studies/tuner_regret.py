@@ -68,7 +68,11 @@ def record(names: Sequence[str] = (), seeds: int = SEEDS, strategies: Sequence[s
         searches = curves({s: [points for points, _ in each] for s, each in done.items()})
         rows += [{"kind": "curve", "landscape": found.name, **row} for row in searches]
         rows += [row for run in _of_layer(found, runs) for row in judged(run, found.name, truth)]
-    return Recording("tuner_regret", _provenance(replayed_ones), _protocol(replayed_ones, runs, seeds), tuple(rows))
+    here = runtime.provenance()  # the times are the landscape's GPU's; "replayed" says by which moelab, and when
+    own = {key: here[key] for key in ("git_commit", "date", "python", "moelab")}
+    own |= {name: importlib.metadata.version(name) for name in ("numpy", "scikit-learn")}
+    provenance = {**replayed_ones[0].provenance, "replayed": own}
+    return Recording("tuner_regret", provenance, _protocol(replayed_ones, runs, seeds), tuple(rows))
 
 
 def shipped() -> tuple[str, ...]:
@@ -159,14 +163,6 @@ def _at(run: Sequence[Point], axis: str, stop: float) -> tuple[float, float]:
 def _short(value: float) -> float | None:
     """Four digits, the regret to a thousandth of a per cent; None for what is not finite."""
     return float(f"{round(value, 5):.4g}") if math.isfinite(value) else None
-
-
-def _provenance(landscapes: Sequence[Landscape]) -> dict[str, Any]:
-    """The landscape's, whose GPU's times these are; "replayed" says by which moelab, and when."""
-    here = runtime.provenance()
-    own = {key: here[key] for key in ("git_commit", "date", "python", "moelab")}
-    own |= {name: importlib.metadata.version(name) for name in ("numpy", "scikit-learn")}
-    return {**landscapes[0].provenance, "replayed": own}
 
 
 def _protocol(replayed_ones: Sequence[Landscape], runs: Sequence[Landscape], seeds: int) -> dict[str, Any]:

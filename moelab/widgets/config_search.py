@@ -41,7 +41,10 @@ def layer_picker(
 ) -> widgets.VBox:
     """Sizes per rank, and the file that a loader would use, with Model, TP, EP, Dtype, Device, Batch, Triton and Loader to
     choose; degrees that do not divide a model are not offered."""
-    versions = _triton_versions()
+    folders = config_files.version_folders(runtime.config_dir())
+    found = [folder.name.removeprefix("triton_").replace("_", ".") for folder in folders]
+    triton_versions = list(dict.fromkeys([*found, runtime.triton_version() or "unknown"]))
+    versions = triton_versions
     controls = {
         "model": choice("Model", preset_names(), model),
         "tp_size": choice("TP", tp_choices(model), tp_size),
@@ -105,13 +108,6 @@ def devices(first: str) -> list[str]:
     here = runtime.current()
     own = [here.device_name] if here.mode == "gpu" else []
     return list(dict.fromkeys([first, *own, *(name.replace("_", " ") for name in roofline.device_names())]))
-
-
-def _triton_versions() -> list[str]:
-    """Versions that configs/ has folders for, then the installed one."""
-    folders = config_files.version_folders(runtime.config_dir())
-    found = [folder.name.removeprefix("triton_").replace("_", ".") for folder in folders]
-    return list(dict.fromkeys([*found, runtime.triton_version() or "unknown"]))
 
 
 def landscape_browser(survey: Survey, gemm: str = "up", num_tokens: int = 64) -> widgets.VBox:
