@@ -3,7 +3,7 @@
     python tests/peer_kernels.py PATH/fused_moe_triton_kernels.py [--models deepseek-v3/8 qwen3-30b-a3b/1] [--batches 1 16 64 ...]
 
 PATH: sglang 0.5.23's kernels, out of its published wheel (sglang/kernels/ops/moe); nothing of it lies here. What it imports from
-its package is replaced by answers for Hopper. One grouped product at a time (GEMM1, then GEMM2 with the routed weight), its codes,
+its package is replaced by answers for Hopper. One grouped product at a time (GEMM1, or GEMM2 with the routed weight), its codes,
 scales and alignment made beforehand, in a CUDA graph over rotated weights and routings, both interleaved. Prints microseconds of
 both, the ratio, ours over theirs, how far apart their results are, and the ratio's geometric mean by format.
 """
