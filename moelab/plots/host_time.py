@@ -9,18 +9,7 @@ from typing import Any
 
 from moelab.plots.cells import names_of, plots, span, timed
 from moelab.plots.panel import Panel, timing
-from moelab.plots.style import (
-    BLUE,
-    BRONZE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    VERMILLION,
-    Look,
-    grid,
-    look,
-)
+from moelab.plots.style import BLUE, BRONZE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, Look, grid, look
 from moelab.plots.tma_overhead import PLAIN, times
 from moelab.recordings import Recording
 

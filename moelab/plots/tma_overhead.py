@@ -176,9 +176,7 @@ def goals(recording: Recording) -> Panel:
     )
     missed = sum(not row["kept"] for row in table)
     return Panel(
-        None,
-        table,
-        f"**{'All goals are kept' if not missed else f'{missed} of {len(table)} goals missed'}: {said}.**",
+        None, table, f"**{'All goals are kept' if not missed else f'{missed} of {len(table)} goals missed'}: {said}.**"
     )
 
 
