@@ -165,10 +165,11 @@ def layers(recording: Recording, baseline: Recording, shape: str) -> Panel:
             (r for r in baseline.select(shape=shape, num_tokens=1, impl=row["name"]) if "samples_us" in r), None
         )
         wall = timing({"samples_us": other["eager_samples_us"]}).median_us if other else None
+        over = row["max_abs_error"] / row["bound"] if row["max_abs_error"] is not None else None
         table.append({
             "implementation": row["name"], "host, µs": host.median_us, "95 % low": low, "95 % high": high,
             "99th percentile": host.quantile_us(0.99), GRAPH: timing(other).median_us if other else None,
-            WALL: wall, "error / bound": _over(row), "within its bound": row["within_bound"],
+            WALL: wall, "error / bound": over, "within its bound": row["within_bound"],
         })  # fmt: skip
     names = [row["implementation"] + ("" if row["within its bound"] else " (past its bound)") for row in table]
     pale = {"color": "#f7f7f7", "line": {"width": 1.2, "color": GREY}}
@@ -200,10 +201,6 @@ def layers(recording: Recording, baseline: Recording, shape: str) -> Panel:
 def _ends(row: Mapping[str, Any]) -> str:
     """What stands behind a bar and its diamond: both numbers, each with its name."""
     return f"   host {row['host, µs']:.1f}" + (f", wall {row[WALL]:.1f} µs" if row[WALL] is not None else " µs")
-
-
-def _over(row: Mapping[str, Any]) -> float | None:
-    return row["max_abs_error"] / row["bound"] if row["max_abs_error"] is not None else None
 
 
 def by_batch(recording: Recording, baseline: Recording, impl: str = "triton") -> Panel:
