@@ -72,6 +72,10 @@ class Format:
         """Whether weights are 16-, 32- or 64-bit floats without scales."""
         return self.granularity == "none"
 
+    def product_dtype(self, dtype: str) -> str:
+        """What a GEMM multiplies: the codes' dtype where activations are quantised too, else the activations' own."""
+        return dtype if self.activations == "none" or self.weight_dtype is None else self.weight_dtype
+
     @property
     def block_shape(self) -> tuple[int, int] | None:
         """As the peers' launchers pass it: (n, k) of a block, (0, g) for groups, which file names leave out, else None."""

@@ -336,6 +336,7 @@ def _fused_moe_op(
         hidden_states, weights, topk_weights, topk_ids, activation, gated,
         routed_scaling_factor, apply_router_weight_on_input, _unpack(config), _unpack(down_config),
     )  # fmt: skip
+    _check_once(call, impl)
     if hidden_states.device.type == "cpu":
         check_ids(topk_ids, w13.shape[0])
     return IMPLEMENTATIONS[impl](call)

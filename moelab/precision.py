@@ -21,7 +21,8 @@ from moelab.double_double import fused_moe_double_double, grouped_gemm_double_do
 from moelab.double_double import sum_reduce_double_double as sum_reduce_double_double
 from moelab.dtypes import dtype_name
 from moelab.errors import DtypeError, PrecisionError, ShapeError, UnknownNameError
-from moelab.reference import activation_ref, fused_moe_ref, grouped_gemm_ref
+from moelab.formats import PLAIN, Format
+from moelab.reference import activation_ref, fused_moe_ref, grouped_gemm_ref, quantised_moe_ref
 
 UPSTREAM_TOLERANCE: Mapping[str, float] = {
     "float64": 1e-12,
@@ -149,15 +150,23 @@ def layer_references(
     w2: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
+    *,
+    format: Format = PLAIN,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(torch's layer in hidden_states' dtype, what it should have been: float64), both (num_tokens, hidden_size).
 
     Weights may be wider than hidden_states, as dequantised ones are: torch's layer multiplies them rounded to its dtype.
+    format: one that quantises activations makes both do so, ahead of either GEMM, and torch's multiply in float32 and round
+    where kernels do.
     The second is the oracle in float64 on the same inputs, and for float64 inputs the layer in twice the digits, rounded
     once. options: of `reference.fused_moe_ref`.
     """
     dtype = hidden_states.dtype
+    if format.activations != "none":
+        routing = (topk_weights, topk_ids, format)
+        plain = quantised_moe_ref(hidden_states, w13.float(), w2.float(), *routing, rounded=dtype, **options)
+        return plain, quantised_moe_ref(hidden_states, w13.double(), w2.double(), *routing, **options)
     given = (hidden_states, w13.to(dtype), w2.to(dtype), topk_weights, topk_ids)
     plain = fused_moe_ref(*given, **options)
     if dtype == torch.float64:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from moelab.dtypes import accumulator_dtype
 from moelab.errors import UnknownNameError, nearest_names
+from moelab.formats import Format
+from moelab.quantised_weights import dequantise_activations, quantise_activations
 
 
 def swiglu_oai(gate: Tensor, up: Tensor, *, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
@@ -135,3 +137,47 @@ def fused_moe_ref(
         pairs[token, slot] = y if apply_router_weight_on_input else (y * scale).to(dtype)
     wide = pairs.to(accumulator_dtype(dtype))
     return (wide.sum(dim=1) * routed_scaling_factor).to(dtype)
+
+
+def quantised_moe_ref(
+    hidden_states: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    format: Format,
+    *,
+    rounded: torch.dtype | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    a1_scale: Tensor | None = None,
+    a2_scale: Tensor | None = None,
+) -> Tensor:
+    """`fused_moe_ref` of a format that quantises activations, ahead of either GEMM, where the servers do.
+
+    w13, w2: dequantised, float32 or float64, which is what products are computed in. rounded: to this dtype where kernels round
+    (after GEMM1, after the activation, after the weighted GEMM2, after the sum); None rounds nothing but the codes. a1_scale,
+    a2_scale: of a format with static scales.
+    """
+    wide, (num_tokens, top_k) = w13.dtype, topk_ids.shape
+
+    def coded(x: Tensor, scale: Tensor | None) -> Tensor:
+        return dequantise_activations(*quantise_activations(x, format, scale), format).to(wide)
+
+    def round_to(x: Tensor) -> Tensor:
+        return x if rounded is None else x.to(rounded).to(wide)
+
+    x = coded(hidden_states, a1_scale)
+    inner = torch.zeros(num_tokens * top_k, w2.shape[2], dtype=wide, device=x.device)
+    flat = topk_ids.flatten()
+    for expert in flat[flat >= 0].unique().tolist():
+        pair = torch.where(flat == expert)[0]
+        h = round_to(x[pair // top_k] @ w13[expert].T)
+        inner[pair] = round_to(activation_ref(h, activation, gated=gated))
+    inner = coded(inner if rounded is None else inner.to(rounded), a2_scale)
+    out = torch.zeros(num_tokens * top_k, w2.shape[1], dtype=wide, device=x.device)
+    for expert in flat[flat >= 0].unique().tolist():
+        pair = torch.where(flat == expert)[0]
+        out[pair] = round_to(inner[pair] @ w2[expert].T * topk_weights.flatten()[pair].unsqueeze(1).to(wide))
+    total = out.view(num_tokens, top_k, -1).sum(1)
+    return total if rounded is None else total.to(rounded)

@@ -20,7 +20,7 @@ SIZES = ((1, 8, 2, 128, 64), (20, 6, 2, 256, 128), (300, 5, 2, 264, 200), (2000,
 
 
 def forms() -> list[Instance]:
-    """The instances in use, and the candidates whose blocks share weights."""
+    """The instances in use, and the candidates whose CTAs share weights."""
     from moelab.suites.fast_choice import ALL, CANDIDATES
 
     return list(dict.fromkeys([*ALL, *(each for each in CANDIDATES if each.cluster > 1 or each.permutes)]))

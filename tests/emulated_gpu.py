@@ -1,4 +1,4 @@
-"""Runs fast_layer.cu on the CPU: built by g++ on emulated_hopper.h, in a process of its own, which a hang may kill."""
+"""Runs sm90_fast_layer.cu on the CPU: built by g++ on emulated_sm90.h, in a process of its own, which a hang may kill."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from moelab.kernels import fast_layer
-from moelab.kernels.fast_instances import SOURCE, STORAGE, Instance
+from moelab.kernels.fast_instances import SOURCE, STORAGE, Instance, constants
 from moelab.kernels.residency import in_words
 from moelab.kernels.tensor_map import TensorMap
 from moelab.kernels.token_tiles import TokenTiles
 
 HERE = Path(__file__).parent / "emulator"
 MAIN = """
+{constants}
 #include "{source}"
 #include "{sums}"
 template <typename T, typename Id>
@@ -49,7 +50,7 @@ extern "C" int argument_bytes() {{ return sizeof(Layer<{storage}>); }}
 
 
 class EmulatedMap(ctypes.Structure):
-    """`TensorMap` of emulated_hopper.h, field for field."""
+    """`TensorMap` of emulated_sm90.h, field for field."""
 
     _fields_ = [
         ("address", ctypes.c_uint64), ("rank", ctypes.c_uint32), ("unused", ctypes.c_uint32),
@@ -92,10 +93,11 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 
 
 def compiled(instance: Instance, dtype: torch.dtype, source: Path = SOURCE, *, races: bool = False) -> Path:
-    """Its file; with `races` it tells ThreadSanitizer of all that it reads and writes."""
+    """Its file; with `races` it loads_slots ThreadSanitizer of all that it reads and writes."""
     folder = Path(tempfile.mkdtemp(dir=_scratch().name))
     text = MAIN.format(
-        source=source, sums=source.with_name(fast_layer.SUM_SOURCE.name), storage=STORAGE[dtype][0], shape=instance.shape,
+        constants=constants(), source=source, sums=source.with_name(fast_layer.SUM_SOURCE.name),
+        storage=STORAGE[dtype][0], shape=instance.shape,
         threads=instance.threads, expression=instance.expression(dtype), cluster=instance.cluster,
     )  # fmt: skip
     (folder / "main.cpp").write_text(text)
@@ -152,9 +154,10 @@ def run_layer(
     if not child:
         library.run(maps, ctypes.byref(arguments), blocks, late, patience_s)
         if given[6].apart and arguments.parts & fast_layer.SUM and arguments.y != arguments.out:
-            library.add_up(ctypes.byref(arguments), fast_layer.sum_blocks(*given[0].shape))
+            library.add_up(ctypes.byref(arguments), fast_layer.sum_ctas(*given[0].shape))
         os._exit(0)
-    end = time.monotonic() + 2 * patience_s
+    deadline_s = max(2 * patience_s, 60)
+    end = time.monotonic() + deadline_s
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -162,7 +165,7 @@ def run_layer(
         if time.monotonic() > end:
             os.kill(child, 9)
             os.waitpid(child, 0)
-            raise TimeoutError(f"the emulated launch took over {2 * patience_s} s")
+            raise TimeoutError(f"the emulated launch took over {deadline_s} s")
         time.sleep(0.005)
     if status:
         lost = f": {in_words(report.tolist())}" if report[0] else ""

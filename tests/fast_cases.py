@@ -1,4 +1,5 @@
-"""Emulated launches of fast_layer.cu against float64, and small forms of it, for the tests of the kernel and its clusters."""
+"""Emulated launches of sm90_fast_layer.cu against float64, and small forms of it, for the tests of the kernel and its
+clusters."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ from moelab.kernels.fast_instances import SOURCE, Instance
 from moelab.kernels.token_tiles import TokenTiles, token_tiles_ref
 from moelab.routing import expert_order_ref
 
-SMALL = Instance(1, 1, 3, 16, 8, 8, per_processor=2)
+SMALL = Instance(1, 1, 3, 16, 8, 8, ctas_per_sm=2)
 MIDDLE = Instance(2, 1, 3, 64, 16, 16)
 WIDE = Instance(2, 2, 2, 176, 48, 16)
-STAGED_IN_ONE = Instance(1, 2, 4, 96, 48, 16, per_processor=2)
+STAGED_IN_ONE = Instance(1, 2, 4, 96, 48, 16, ctas_per_sm=2)
 """Of forms that stage outputs, one where two buffers a warp do not fit; they do in WIDE."""
 SMALL_PAIR, MIDDLE_PAIR, WIDE_PAIR = (replace(each, cluster=2) for each in (SMALL, MIDDLE, WIDE))
 MIDDLE_APART, SMALL_PAIR_APART = (replace(each, apart=1) for each in (MIDDLE, SMALL_PAIR))

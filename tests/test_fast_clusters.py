@@ -1,4 +1,4 @@
-"""fast_layer.cu with CLUSTER == 2: blocks in pairs, on an emulated chip, and what the launcher makes of it."""
+"""sm90_fast_layer.cu with CLUSTER == 2: clusters of two CTAs, on an emulated chip, and what the launcher makes of it."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ from moelab.pipelines.fast import route_for, tiles_for
 
 
 @needs_compiler
-@pytest.mark.parametrize("blocks", [2, 6])
 @pytest.mark.parametrize(
-    "instance, sizes",
+    "instance, sizes, blocks",
     [
-        (SMALL_PAIR, (1, 4, 2, 128, 64)),  # one row an expert: nothing is shared
-        (SMALL_PAIR, (7, 1, 1, 72, 40)),  # one tile, and one without rows
-        (SMALL_PAIR, (45, 2, 2, 64, 64)),  # more pairs than clusters; the third tiles of both experts are a pair
-        (MIDDLE_PAIR, (40, 3, 2, 136, 72)),
-        (MIDDLE_PAIR, (150, 1, 1, 200, 136)),  # a pair, and a third tile beside one without rows
-        (MIDDLE_PAIR, (9, 20, 3, 64, 8)),  # experts without a row, and w13's second half of rows outside of it
-        (WIDE_PAIR, (190, 2, 1, 64, 104)),  # TOKENS is no multiple of GRAIN
+        (SMALL_PAIR, (1, 4, 2, 128, 64), 2),  # one row an expert: nothing is shared
+        (SMALL_PAIR, (7, 1, 1, 72, 40), 4),  # one tile, and one without rows
+        (SMALL_PAIR, (45, 2, 2, 64, 64), 2),  # more pairs than clusters; the third tiles of both experts are a pair
+        (MIDDLE_PAIR, (40, 3, 2, 136, 72), 4),
+        (MIDDLE_PAIR, (150, 1, 1, 200, 136), 2),  # a pair, and a third tile beside one without rows
+        (MIDDLE_PAIR, (9, 20, 3, 64, 8), 4),  # experts without a row, and w13's second half of rows outside of it
+        (WIDE_PAIR, (190, 2, 1, 64, 104), 2),  # TOKENS is no multiple of GRAIN
     ],
 )
 def test_blocks_that_share_weights_are_right_and_end(instance: Instance, sizes: tuple[int, ...], blocks: int) -> None:
@@ -42,12 +41,14 @@ def test_a_block_that_begins_before_the_other_is_there_is_seen(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The second block of a pair is a quarter of a second late, which the kernel as it is waits for."""
-    start = "        for (int stage = 0; stage < S::STAGES; ++stage) {\n            barrier_init(&shared.full"
+    start = "        for (int stage = 0; stage < S::STAGES; ++stage) {\n            barrier_init(&shared.operands_full"
     wait = "        if (cluster_rank()) std::this_thread::sleep_for(std::chrono::milliseconds(250));\n"
-    begin = "        cluster_together();  // nobody arrives at a barrier of the other block before it is there\n"
-    sleeps = ("fast_layer.cu", start, wait + start)
+    begin = "        sync_cluster();  // nobody arrives at a barrier of the other CTA before it is there\n"
+    sleeps = ("sm90_fast_layer.cu", start, wait + start)
     compare(SMALL_PAIR, 7, 2, 1, 64, 64, source=emulated_gpu.altered(tmp_path / "right", sleeps))
-    source = emulated_gpu.altered(tmp_path / "wrong", sleeps, ("fast_layer.cu", begin, "        __syncthreads();\n"))
+    source = emulated_gpu.altered(
+        tmp_path / "wrong", sleeps, ("sm90_fast_layer.cu", begin, "        __syncthreads();\n")
+    )
     with pytest.raises(RuntimeError, match="status 3"):
         compare(SMALL_PAIR, 7, 2, 1, 64, 64, source=source)
     assert "nobody has initialised" in capfd.readouterr().err
@@ -63,15 +64,17 @@ def test_a_block_that_ends_while_the_other_may_reach_it_is_seen(
     w13, w2 = torch.rand(1, 128, 64).half(), torch.rand(1, 64, 64).half()
     given = (x, w13, w2, weights, ids, ordered(ids, 1, SMALL_PAIR), SMALL_PAIR)
     emulated_gpu.run_layer(*given, parts=fast_layer.GEMM1, late=1)
-    end = "    if constexpr (S::CLUSTER > 1) cluster_together();  // the other block may yet arrive here\n"
-    drain = "            drain(shared, layer, ring);\n"
+    end = "    if constexpr (S::CLUSTER > 1) sync_cluster();  // the other CTA may yet arrive here\n"
+    drain = "            drain(shared, layer, pipeline);\n"
     emulated_gpu.run_layer(
         *given,
         parts=fast_layer.GEMM1,
-        source=emulated_gpu.altered(tmp_path / "right", ("fast_layer.cu", end, "")),
+        source=emulated_gpu.altered(tmp_path / "right", ("sm90_fast_layer.cu", end, "")),
         late=1,
     )
-    source = emulated_gpu.altered(tmp_path / "wrong", ("fast_layer.cu", end, ""), ("fast_layer.cu", drain, ""))
+    source = emulated_gpu.altered(
+        tmp_path / "wrong", ("sm90_fast_layer.cu", end, ""), ("sm90_fast_layer.cu", drain, "")
+    )
     with pytest.raises(RuntimeError, match="status 3"):
         emulated_gpu.run_layer(*given, parts=fast_layer.GEMM1, source=source, late=1)
     assert "a block that has ended" in capfd.readouterr().err
@@ -83,7 +86,7 @@ def test_tiles_of_two_experts_load_their_own_weights(tmp_path: Path) -> None:
     ids = (torch.arange(128)[:, None] >= 80).int()
     of_one = "layer.tiles[tokens ^ 1].expert == tile.expert"
     never, always = (
-        emulated_gpu.altered(tmp_path / name, ("fast_tiles.cuh", of_one, name)) for name in ("false", "true")
+        emulated_gpu.altered(tmp_path / name, ("sm90_fast_tiles.cuh", of_one, name)) for name in ("false", "true")
     )
     for source in (SOURCE, never):
         compare(SMALL_PAIR, 128, 2, 1, 64, 64, ids=ids, blocks=4, source=source)
@@ -92,8 +95,20 @@ def test_tiles_of_two_experts_load_their_own_weights(tmp_path: Path) -> None:
 
 
 LATE = [
-    ("fast_copies.cuh", "walk.across1 * S::WARPGROUPS", "0", (45, 2, 1, 64, 64), 4),  # GEMM2 waits for GEMM1
-    ("fast_sums.cuh", "W::Tile::CLUSTER * W", "W", (45, 2, 2, 64, 64), 4),  # the sums wait for GEMM2
+    (
+        "sm90_fast_producers.cuh",
+        "scheduler.across1 * S::WARPGROUPS",
+        "0",
+        (45, 2, 1, 64, 64),
+        4,
+    ),  # GEMM2 waits for GEMM1
+    (
+        "sm90_fast_sums.cuh",
+        "scheduler.tiles1) * W::Tile::CLUSTER;",
+        "scheduler.tiles1);",
+        (45, 2, 2, 64, 64),
+        4,
+    ),  # the sums wait for GEMM2
 ]
 
 
@@ -114,7 +129,7 @@ def test_a_form_of_single_blocks_keeps_its_recorded_name() -> None:
     recorded = {row["instance"] for row in recordings.load("fast_choice").rows}
     assert {repr(each) for each in ALL} <= recorded
     assert repr(MIDDLE_PAIR) == repr(MIDDLE)[:-1] + ", cluster=2)"
-    assert eval(repr(MIDDLE_PAIR)) == MIDDLE_PAIR != MIDDLE == eval(repr(MIDDLE))
+    assert Instance.named(repr(MIDDLE_PAIR)) == MIDDLE_PAIR != MIDDLE == Instance.named(repr(MIDDLE))
     assert MIDDLE_PAIR.shape == "Shape<2, 1, 3, 64, 16, 16, 1, 2, 0, 0>"
 
 
@@ -162,7 +177,7 @@ def test_a_launch_says_how_its_blocks_are_clustered() -> None:
 def test_a_grid_is_of_whole_clusters_that_fit() -> None:
     assert fast_layer.grid_of(MIDDLE, 132, 132) == 132
     assert fast_layer.grid_of(MIDDLE_PAIR, 132, 66) == 132
-    assert fast_layer.grid_of(MIDDLE_PAIR, 132, 60) == 120  # some multiprocessors have no free neighbour
+    assert fast_layer.grid_of(MIDDLE_PAIR, 132, 60) == 120  # some SMs have no free neighbour
     assert fast_layer.grid_of(MIDDLE_PAIR, 133, 80) == 132
 
 

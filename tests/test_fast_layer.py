@@ -1,4 +1,4 @@
-"""fast_layer.cu: its arithmetic and its waiting on an emulated chip, its instances through the real compiler."""
+"""sm90_fast_layer.cu: its arithmetic and its waiting on an emulated chip, its instances through the real compiler."""
 
 from __future__ import annotations
 
@@ -33,27 +33,30 @@ from moelab.kernels.fast_layer import check_fast_layer
 
 
 @needs_compiler
-@pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize(
-    "instance, sizes",
+    "instance, sizes, blocks",
     [
-        (SMALL, (1, 4, 2, 128, 64)),
-        (SMALL, (3, 5, 1, 72, 40)),  # K and both kinds of rows end inside a tile
-        (SMALL, (40, 2, 2, 64, 64)),  # three tiles of tokens an expert
-        (MIDDLE, (40, 3, 2, 136, 72)),
-        (MIDDLE, (70, 1, 1, 200, 136)),
-        (MIDDLE, (9, 20, 3, 64, 8)),  # most experts have a row or none
-        (MIDDLE, (90, 3, 2, 520, 72)),  # nine steps of K: the next record's rows are asked for before this one's last
-        (WIDE, (100, 2, 2, 64, 104)),
-        (STAGED_IN_ONE, (100, 2, 2, 72, 104)),
-        (SMALL, (20, 12, 11, 72, 40)),  # more slots than are on their way at once
-        (MIDDLE, (20, 12, 8, 72, 40)),
-        (MIDDLE, (33, 5, 4, 72, 40)),
-        (MIDDLE, (20, 5, 3, 136, 40)),
-        (MIDDLE_APART, (20, 12, 11, 72, 40)),
-        (MIDDLE_APART, (70, 5, 4, 136, 40)),
-        (MIDDLE_APART, (257, 3, 2, 72, 40)),  # the sums' last block has one place
-        (MIDDLE_APART, (9, 2, 1, 64, 40)),  # nothing to add up
+        (SMALL, (1, 4, 2, 128, 64), 1),
+        (SMALL, (3, 5, 1, 72, 40), 3),  # K and both kinds of rows end inside a tile
+        (SMALL, (40, 2, 2, 64, 64), 1),  # three tiles of tokens an expert
+        (MIDDLE, (40, 3, 2, 136, 72), 3),
+        (MIDDLE, (70, 1, 1, 200, 136), 1),
+        (MIDDLE, (9, 20, 3, 64, 8), 3),  # most experts have a row or none
+        (
+            MIDDLE,
+            (90, 3, 2, 520, 72),
+            1,
+        ),  # nine steps of K: the next record's rows are asked for before this one's last
+        (WIDE, (100, 2, 2, 64, 104), 3),
+        (STAGED_IN_ONE, (100, 2, 2, 72, 104), 1),
+        (SMALL, (20, 12, 11, 72, 40), 3),  # more slots than are on their way at once
+        (MIDDLE, (20, 12, 8, 72, 40), 1),
+        (MIDDLE, (33, 5, 4, 72, 40), 3),
+        (MIDDLE, (20, 5, 3, 136, 40), 1),
+        (MIDDLE_APART, (20, 12, 11, 72, 40), 3),
+        (MIDDLE_APART, (70, 5, 4, 136, 40), 1),
+        (MIDDLE_APART, (257, 3, 2, 72, 40), 3),  # the sums' last block has one place
+        (MIDDLE_APART, (9, 2, 1, 64, 40), 1),  # nothing to add up
     ],
 )
 def test_the_layer_is_right_and_ends(instance: Instance, sizes: tuple[int, ...], blocks: int) -> None:
@@ -131,7 +134,9 @@ def test_a_wait_that_never_ends_says_what_it_was_for(short_of: int, says: str) -
 def test_consumers_that_never_empty_a_stage_are_seen_by_their_producer(tmp_path: Path) -> None:
     """They watch no clock themselves. Here the last stage of all is kept, which nobody would fill again."""
     kept = "    release<S>(done);\n}"
-    source = emulated_gpu.altered(tmp_path, ("fast_products.cuh", kept, "    if (k_steps != 2) release<S>(done);\n}"))
+    source = emulated_gpu.altered(
+        tmp_path, ("sm90_fast_mainloop.cuh", kept, "    if (k_steps != 2) release<S>(done);\n}")
+    )
     x, ids = torch.randn(2, 64).half(), torch.zeros(2, 1, dtype=torch.int32)
     w13, w2 = torch.randn(1, 256, 64).half(), torch.randn(1, 64, 128).half()
     given = (x, w13, w2, torch.rand(2, 1), ids, ordered(ids, 1, MIDDLE), MIDDLE)
@@ -157,11 +162,11 @@ def test_sizes_are_those_of_the_source(instance: Instance) -> None:
     ids=str,
 )
 def test_instances_compile_for_hopper(instance: Instance, dtype: torch.dtype) -> None:
-    """No spill, no wgmma that the compiler had to serialise, and as many blocks a multiprocessor as it says."""
-    assert (instance.shared_bytes + 1024) * instance.per_processor <= 228 * 1024
+    """No spill, no wgmma that the compiler had to serialise, and as many blocks an SM as it says."""
+    assert (instance.shared_bytes + 1024) * instance.ctas_per_sm <= 228 * 1024
     code = nvrtc.compiled("sm_90a", instance.source(dtype), instance.expression(dtype)).code
     registers, spilled = cubin.usage(code)
-    assert not spilled and registers * instance.threads * instance.per_processor <= 64 * 1024
+    assert not spilled and registers * instance.threads * instance.ctas_per_sm <= 64 * 1024
     sass = cubin.disassembly(code)
     products, shapes = sass.count("HGMMA"), len(range(instance.tokens, 0, -instance.grain))
     assert products >= shapes * 4 * instance.row_blocks
@@ -180,16 +185,15 @@ def test_instances_compile_for_hopper(instance: Instance, dtype: torch.dtype) ->
     ],
 )
 def test_sums_compile_for_hopper(dtype: torch.dtype, ids: torch.dtype, top_k: int, slots: int) -> None:
-    """No spill, and four blocks a multiprocessor at the least: half of the threads that it holds."""
+    """No spill, and four blocks an SM at the least: half of the threads that it holds."""
     expression = fast_layer.sum_expression(top_k, dtype, ids)
     assert expression.endswith(f", {slots}, {'long long' if ids == torch.int64 else 'int'}>")
-    registers, spilled = cubin.usage(nvrtc.compiled("sm_90a", fast_layer.SUM_SOURCE.read_text(), expression).code)
+    registers, spilled = cubin.usage(nvrtc.compiled("sm_90a", fast_layer.sum_source(), expression).code)
     assert not spilled and registers * fast_layer.SUM_THREADS * 4 <= 64 * 1024
 
 
-def test_sums_have_the_threads_that_their_source_says() -> None:
-    assert f"SUM_THREADS = {fast_layer.SUM_THREADS};" in fast_layer.SUM_SOURCE.read_text()
-    assert [fast_layer.sum_blocks(*sizes) for sizes in ((1, 8), (256, 8), (257, 8), (8192, 7168))] == [1, 1, 2, 28672]
+def test_sums_have_a_thread_for_eight_columns_of_a_token() -> None:
+    assert [fast_layer.sum_ctas(*sizes) for sizes in ((1, 8), (256, 8), (257, 8), (8192, 7168))] == [1, 1, 2, 28672]
 
 
 def test_every_wait_but_the_consumers_own_may_be_given_up() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from moelab.inputs import MoEInputs
 from moelab.kernels.expert_order import expert_order
 from moelab.kernels.fast_instances import (
     ALL,
+    CLUSTERED,
     INSTANCES,
-    PAIRED,
     PERMUTED,
     Instance,
     instance_for,
@@ -29,8 +30,9 @@ from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM, fast_layer
 from moelab.kernels.few_tokens import FORMS
 from moelab.measure import tie
 from moelab.pipelines import fast
-from moelab.pipelines.fast import Choice, Gated, choose, choose_for, tiles_for, tuned_gated
+from moelab.pipelines.fast import Gated, choose, choose_for, tiles_for, tuned_gated
 from moelab.plots.panel import timing
+from moelab.shapes import MoEShape
 from moelab.suites import fast_layer as fast_layer_suite
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -45,23 +47,56 @@ def plain(case: Case) -> bool:
     )  # fmt: skip
 
 
-def call(case: Case, i: MoEInputs) -> torch.Tensor:
-    """In one launch, whether or not that is what serves such a batch best."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            fast,
-            "choose",
-            lambda tokens, top_k, experts, inner, *others: Choice(instance_for(tokens, top_k, experts, inner), ""),
-        )
-        return fused_moe(
-            i.hidden_states, i.w13, i.w2, topk_weights=i.topk_weights, topk_ids=i.topk_ids, impl="fast", **case.options
-        )
+def served(case: Case, i: MoEInputs) -> torch.Tensor:
+    """As a user gets it: by the form that is chosen for the batch, under the tuned files of this device."""
+    return fused_moe(
+        i.hidden_states, i.w13, i.w2, topk_weights=i.topk_weights, topk_ids=i.topk_ids, impl="fast", **case.options
+    )
 
 
 def by(instance: Instance, i: MoEInputs, **options: object) -> torch.Tensor:
-    ids = i.topk_ids.int()
-    tiles = tiles_for(expert_order(ids, i.w13.shape[0]), instance)
-    return fast_layer(i.hidden_states, i.w13, i.w2, i.topk_weights, ids, tiles, instance, **options)
+    tiles = tiles_for(expert_order(i.topk_ids, i.w13.shape[0]), instance)
+    return fast_layer(i.hidden_states, i.w13, i.w2, i.topk_weights, i.topk_ids, tiles, instance, **options)
+
+
+def in_one_launch(case: Case, i: MoEInputs) -> torch.Tensor:
+    """Whether or not that is what serves such a batch best."""
+    instance = instance_for(case.num_tokens, case.top_k, case.num_experts, case.inner)
+    return by(instance, i, scale=case.scale, weights_on_input=case.on_input)
+
+
+QWEN3, SCOUT = (128, 8, 2048, 768), (16, 1, 5120, 2048)
+SERVED = [
+    (Case("one token", 1, *QWEN3), FORMS[0]),
+    (Case("a few tokens", 4, *QWEN3), FORMS[1]),
+    (Case("tuned configs for six tokens", 6, *QWEN3), "gated_tma"),
+    (Case("tuned configs, skewed", 64, *QWEN3, routing="zipf"), "gated_tma"),
+    (Case("tuned configs, experts of another rank", 33, *QWEN3, foreign=True, scale=2.5), "gated_tma"),
+    (Case("too few tiles", 5, 4, 1, 512, 256), None),
+    (Case("no tuned file, few rows", 21, 24, 4, 1032, 640), INSTANCES[16]),
+    (Case("a third of few experts elsewhere", 129, *SCOUT, foreign=True), INSTANCES[16]),
+    (Case("no tuned file, twenty rows", 120, 24, 4, 264, 640, routing="zipf", scale=2.5), INSTANCES[48]),
+    (Case("64 rows", 1024, *QWEN3, routing="zipf"), INSTANCES[96]),
+    (Case("128 rows, weights on the input", 1024, 8, 1, 1032, 520, on_input=True), INSTANCES[176]),
+    (Case("256 rows", 4096, *QWEN3), CLUSTERED),
+    (Case("512 rows, experts of another rank", 8192, *QWEN3, foreign=True), PERMUTED),
+]
+"""A batch for each form, and what serves it on the device of the recordings."""
+
+
+def ids_of(cases: list[tuple[Case, object]]) -> list[str]:
+    return [str(case) for case, _ in cases]
+
+
+@pytest.mark.parametrize(("case", "form"), SERVED, ids=ids_of(SERVED))
+def test_each_form_serves_a_case(case: Case, form: object) -> None:
+    """So that the comparison of these with float64, on a GPU, has them all."""
+    shape = MoEShape.from_sizes(
+        num_experts=case.num_experts, top_k=case.top_k, hidden_size=case.hidden, moe_intermediate_size=case.inner
+    )
+    found = choose_for(shape, case.num_tokens, None, "NVIDIA H200", "3.6.0").form
+    assert ("gated_tma" if isinstance(found, Gated) else found) == form
+    assert {each for _, each in SERVED if isinstance(each, Instance)} == set(ALL)
 
 
 def test_elsewhere_it_says_so(device: str) -> None:
@@ -70,7 +105,7 @@ def test_elsewhere_it_says_so(device: str) -> None:
         return
     inputs = CASES[1].inputs(torch.float16, device)
     with pytest.raises(RuntimeModeError, match="Expected a Hopper GPU"):
-        call(CASES[1], inputs)
+        served(CASES[1], inputs)
 
 
 TILE = KernelConfig(16, 32, 32, 1, 4, 2)
@@ -79,17 +114,17 @@ TILE = KernelConfig(16, 32, 32, 1, 4, 2)
 def test_a_choice_says_why() -> None:
     some, many = choose(5, 8, 128, 768, 2048), choose(8192, 8, 128, 768, 2048)
     assert some.form is INSTANCES[16] and some.reason.startswith("one launch: 0.312 rows an expert")
-    assert many.form is PERMUTED and "512 rows" in many.reason and many.reason.endswith("written out by expert")
+    assert many.form is PERMUTED and "512 rows" in many.reason and many.reason.endswith("activations permuted first")
     few, short = choose(5, 1, 4, 256, 5120), choose(64, 8, 256, 256, 7168)
     assert few.form is None and "classic: GEMM1 has at most 16 tiles" in few.reason
     assert short.form is None and "classic: an inner size of 256" in short.reason
-    assert choose(4096, 8, 256, 256, 7168).form is choose(8192, 8, 256, 256, 7168).form is PAIRED
+    assert choose(4096, 8, 256, 256, 7168).form is choose(8192, 8, 256, 256, 7168).form is CLUSTERED
     assert choose(16384, 8, 256, 256, 7168).form is INSTANCES[176]
     two = choose(4096, 8, 128, 768, 2048)
-    assert two.form is PAIRED and two.reason.endswith(
-        "1 block a multiprocessor, in pairs that share an expert's weights"
+    assert two.form is CLUSTERED and two.reason.endswith(
+        "1 CTA an SM, in clusters of two that share an expert's weights"
     )
-    assert choose(2816, 8, 128, 768, 2048).form is INSTANCES[176] and choose(5632, 8, 128, 768, 2048).form is PAIRED
+    assert choose(2816, 8, 128, 768, 2048).form is INSTANCES[176] and choose(5632, 8, 128, 768, 2048).form is CLUSTERED
     assert choose(5633, 8, 128, 768, 2048).form is PERMUTED
     assert choose(1024, 2, 8, 7168, 4096).form is INSTANCES[176], "256 rows of few experts"
     assert choose(2048, 2, 8, 7168, 4096).form is PERMUTED
@@ -211,10 +246,19 @@ def test_tuned_configs_go_to_the_gated_kernels(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [case for case in CASES + LARGE_CASES if plain(case)], ids=str)
-def test_against_float64(case: Case, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "case", [*(case for case, _ in SERVED), *(c for c in CASES + LARGE_CASES if plain(c))], ids=str
+)
+def test_what_serves_a_batch_against_float64(case: Case, dtype: torch.dtype) -> None:
     inputs = case.inputs(dtype, "cuda")
-    judge(case, inputs, call(case, inputs))
+    judge(case, inputs, served(case, inputs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in CASES + LARGE_CASES if plain(case)], ids=str)
+def test_one_launch_against_float64(case: Case) -> None:
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    judge(case, inputs, in_one_launch(case, inputs))
 
 
 @pytest.mark.gpu
@@ -222,8 +266,7 @@ def test_against_float64(case: Case, dtype: torch.dtype) -> None:
 def test_small_batches_as_they_are_served(num_tokens: int) -> None:
     case = Case("served", num_tokens, 16, 4, 512, 1024)
     i = case.inputs(torch.bfloat16, "cuda")
-    given = {"topk_weights": i.topk_weights, "topk_ids": i.topk_ids}
-    judge(case, i, fused_moe(i.hidden_states, i.w13, i.w2, impl="fast", **given))
+    judge(case, i, served(case, i))
 
 
 ODD = Case("odd", 77, 12, 3, 264, 136)
@@ -254,15 +297,16 @@ def test_in_parts() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("run", [served, in_one_launch])
 @pytest.mark.parametrize("num_tokens", [1, 3, 64, 600])
-def test_in_a_cuda_graph_with_a_routing_that_changes(num_tokens: int) -> None:
+def test_in_a_cuda_graph_with_a_routing_that_changes(num_tokens: int, run: Callable) -> None:
     case = Case("graph", num_tokens, 16, 4, 256, 128)
     first, second = case.inputs(torch.bfloat16, "cuda"), replace(case, routing="zipf").inputs(torch.bfloat16, "cuda")
-    call(case, first)
+    run(case, first)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = call(case, first)
+        out = run(case, first)
     first.topk_ids.copy_(second.topk_ids)
     first.hidden_states.copy_(second.hidden_states)
     for _ in range(3):
@@ -283,7 +327,7 @@ def test_outputs_past_2_to_31_elements() -> None:
     """GEMM2's output (M * k, H) of 2^31 + elements; the last tokens are checked."""
     case = Case("rows past 2^31", 70_000, 4, 4, 8192, 64)
     inputs = case.inputs(torch.bfloat16, "cuda")
-    out = call(case, inputs)[-32:]
+    out = in_one_launch(case, inputs)[-32:]
     tail = replace(
         inputs, hidden_states=inputs.hidden_states[-32:], topk_ids=inputs.topk_ids[-32:],
         topk_weights=inputs.topk_weights[-32:],
@@ -299,4 +343,4 @@ def test_weights_past_2_to_31_elements() -> None:
     ids = torch.arange(228, 260, device="cuda", dtype=torch.int32).view(16, 2)
     inputs = replace(inputs, topk_ids=ids)
     own = replace(inputs, w13=inputs.w13[228:].clone(), w2=inputs.w2[228:].clone(), topk_ids=ids - 228)
-    judge(case, own, call(case, inputs))
+    judge(case, own, in_one_launch(case, inputs))

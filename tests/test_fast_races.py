@@ -1,4 +1,4 @@
-"""fast_layer.cu under ThreadSanitizer, on the emulated chip: every pair of accesses is ordered by a barrier or a count."""
+"""sm90_fast_layer.cu under ThreadSanitizer, on the emulated chip: every pair of accesses is ordered by a barrier or a count."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ STAGED = Instance(1, 2, 2, 96, 48, 16)  # outputs by way of two buffers a warp
 
 
 def launch_files(folder: Path, instance: Instance) -> list[str]:
-    """A launch whose two blocks, or clusters, have three tiles of GEMM2 each. One pair of clusters is of one expert, one of two.
+    """A launch whose two CTAs, or clusters, have three tiles of GEMM2 each. One pair of clusters is of one expert, one of two.
 
     Experts have whole boxes of rows: TMA reads the rows past a tile's last as well, which another block may just be
     writing. They become columns of the product that nobody reads.
@@ -106,22 +106,25 @@ def test_no_two_threads_race(tmp_path: Path, instance: Instance) -> None:
 @needs_compiler
 def test_a_barrier_that_is_missing_is_seen(tmp_path: Path) -> None:
     barrier = "    named_barrier(CONSUMERS + threadIdx.x / 128 - 1, 128);\n    if (threadIdx.x % 128 == 0) add_release"
-    source = emulated_gpu.altered(tmp_path, ("fast_sums.cuh", barrier, barrier.splitlines()[1]))
+    source = emulated_gpu.altered(tmp_path, ("sm90_fast_sums.cuh", barrier, barrier.splitlines()[1]))
     assert "data race" in races_of(source, tmp_path)
 
 
 @needs_compiler
 def test_outputs_that_are_taken_before_they_are_there_are_seen(tmp_path: Path) -> None:
-    line = "packed(odd[2] * by.x, odd[3] * by.y, T()));\n        warp_together();"
-    source = emulated_gpu.altered(tmp_path, ("fast_stores.cuh", line, line.replace("warp_together()", "")))
+    line = "packed(odd[2] * by.x, odd[3] * by.y, T()));\n        sync_warp();"
+    source = emulated_gpu.altered(tmp_path, ("sm90_fast_epilogue.cuh", line, line.replace("sync_warp()", "")))
     assert "data race" in races_of(source, tmp_path, STAGED)
 
 
 @needs_compiler
 def test_a_stage_that_the_other_block_still_reads_is_seen(tmp_path: Path) -> None:
-    """The other block of a cluster is told of a stage as it fills, before it is read."""
-    filled = "        barrier_wait(&shared.full[ring.stage], ring.phase);\n"
-    early = f"{filled}        if (threadIdx.x % 32 == 0) barrier_arrive_at(&shared.empty[ring.stage], 1 - cluster_rank());\n"
+    """The other block of a cluster is slots_pipeline of a stage as it fills, before it is read."""
+    filled = "        barrier_wait(&shared.operands_full[pipeline.stage], pipeline.phase);\n"
+    other = "barrier_arrive_at(&shared.operands_empty[pipeline.stage], 1 - cluster_rank())"
+    early = f"{filled}        if (threadIdx.x % 32 == 0) {other};\n"
     both, own = "if (lane < S::CLUSTER) barrier_arrive_at(empty, lane);", "if (lane == 0) barrier_arrive(empty);\n"
-    source = emulated_gpu.altered(tmp_path, ("fast_products.cuh", filled, early), ("fast_products.cuh", both, own))
+    source = emulated_gpu.altered(
+        tmp_path, ("sm90_fast_mainloop.cuh", filled, early), ("sm90_fast_mainloop.cuh", both, own)
+    )
     assert "data race" in races_of(source, tmp_path, PAIR)

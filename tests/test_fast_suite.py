@@ -16,13 +16,13 @@ from moelab.errors import UnknownNameError
 from moelab.kernels.expert_order import expert_order
 from moelab.kernels.fast_instances import (
     ALL,
-    FEW_EXPERTS,
+    CLUSTERED,
+    CLUSTERS_FROM,
+    CLUSTERS_UP_TO,
     INSTANCES,
-    PAIRED,
-    PAIRS_FROM,
-    PAIRS_UP_TO,
     PERMUTED,
     READS_TO_PERMUTE,
+    WIDEST_EXPERTS,
     Instance,
     instance_for,
 )  # fmt: skip
@@ -90,7 +90,7 @@ def test_every_contender_gets_a_row_that_loads(small: None, tmp_path: Path, monk
     assert uniform[:3] == ["classic", "grouped_mm", "fast"] and rows["uniform"][2]["instance"] == repr(served)
     assert uniform[-5:-3] == ["classic, from logits", "fast, from logits"]
     assert uniform[-3:] == ["fast, GEMM1 alone", "fast, GEMM2 alone", "fast, the sum alone"]
-    assert "fast without one launch" in uniform and "fast without two blocks a multiprocessor" in uniform
+    assert "fast without one launch" in uniform and "fast without two CTAs an SM" in uniform
     skewed = [row["impl"] for row in rows["zipf"]]
     assert set(skewed) <= {"classic", "grouped_mm", "fast", "fast, best instance"}
 
@@ -100,7 +100,7 @@ def test_a_few_tokens_are_timed_as_they_are_served(small: None, tmp_path: Path) 
     assert [row["instance"] for row in rows if row["impl"] == "fast"] == [repr(FORMS[0])]
     ideas = {row["impl"].removeprefix("fast without ") for row in rows if "without" in row["impl"]}
     assert ideas == {
-        "start during the launch before", "weights asked for ahead", "the same rows side by side",
+        "programmatic dependent launch (PDL)", "prefetch of weights before griddepcontrol.wait", "grid order for L2 reuse",
     }  # fmt: skip
     assert "fast, from logits" in {row["impl"] for row in rows} and not any("alone" in row["impl"] for row in rows)
 
@@ -232,7 +232,7 @@ def test_candidates_for_a_few_tokens(num_tokens: int) -> None:
 
 def test_candidates_fit_a_processor() -> None:
     for each in fast_choice.CANDIDATES:
-        assert each.per_processor * (each.shared_bytes + 1024) <= 228 * 1024 and each.shared_bytes <= 227 * 1024
+        assert each.ctas_per_sm * (each.shared_bytes + 1024) <= 228 * 1024 and each.shared_bytes <= 227 * 1024
         assert each.tokens % each.box == each.tokens % each.grain == 0
 
 
@@ -312,11 +312,11 @@ def test_pairs_serve_where_they_were_recorded_faster() -> None:
     both = replace(PERMUTED, cluster=2)
     for routing, least, most in (("uniform", 0.84, 1.0), ("zipf", 0.97, 1.03)):
         two = [
-            found for (name, rows), found in ratios(PAIRED, INSTANCES[176], routing).items()
-            if PAIRS_FROM < rows <= PAIRS_UP_TO and fast_layer.shape_of(name).num_experts > FEW_EXPERTS
+            found for (name, rows), found in ratios(CLUSTERED, INSTANCES[176], routing).items()
+            if CLUSTERS_FROM < rows <= CLUSTERS_UP_TO and fast_layer.shape_of(name).num_experts > WIDEST_EXPERTS
         ]  # fmt: skip
         assert len(two) == 4 and min(two) > least and max(two) < most
-        more = [found for (_, rows), found in ratios(both, PERMUTED, routing).items() if rows > PAIRS_UP_TO]
+        more = [found for (_, rows), found in ratios(both, PERMUTED, routing).items() if rows > CLUSTERS_UP_TO]
         assert len(more) == 7 and min(more) > 0.99 and max(more) < 1.08
     middle = replace(INSTANCES[96], cluster=1)
     of_middle = [
@@ -333,11 +333,11 @@ def test_tokens_are_permuted_where_that_was_recorded_faster() -> None:
         seldom: list[float] = []
         for (name, rows), found in ratios(PERMUTED, INSTANCES[176], routing).items():
             reads = -(-2 * fast_layer.shape_of(name).moe_intermediate_size // PERMUTED.rows)
-            if rows > PAIRS_UP_TO:
+            if rows > CLUSTERS_UP_TO:
                 (often if reads >= READS_TO_PERMUTE else seldom).append(found)
         assert len(often) == 6 and min(often) > 0.9 and max(often) < 1.01
         assert len(seldom) == 1 and seldom[0] > 1.2
-        gathered = ratios(PERMUTED, PAIRED, routing)
+        gathered = ratios(PERMUTED, CLUSTERED, routing)
         assert all(each > 0.97 for (name, rows), each in gathered.items() if rows == 256 and "mixtral" not in name)
         single = ratios(PERMUTED, INSTANCES[176], routing)
         assert 0.94 < single["mixtral-8x7b/tp2", 256.0] < 0.96

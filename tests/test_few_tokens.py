@@ -14,7 +14,7 @@ from moelab.kernels.few_tokens import FORMS, MOST_PROGRAMS, FewTokens, Tile, few
 
 SMALL = FewTokens(Tile(4, 64, 4), Tile(8, 32, 2))
 ODD = [
-    Case("odd sizes", 4, 5, 3, 264, 136),
+    Case("odd sizes", 4, 5, 3, 136, 72),
     Case("one element", 1, 1, 1, 8, 8),
     Case("experts of another rank", 4, 12, 3, 72, 40, foreign=True),
     Case("an input weighed, a scale", 3, 6, 2, 136, 72, on_input=True, scale=2.5),

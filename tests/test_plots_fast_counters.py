@@ -14,8 +14,8 @@ from moelab.suites import fast_layer as suite
 
 AT = Ceilings(copy_bytes_per_s=4e12, flops_per_s=1e15, device="made up", source="made up")
 DEVICE = {
-    "multiprocessors": 100,
-    "multiprocessor_flops_per_clock": {"bfloat16": 4000},
+    "SMs": 100,
+    "SM_flops_per_clock": {"bfloat16": 4000},
     "ceilings": {"datasheet": {"flops_per_s": {"bfloat16": 800e12}}},
 }
 
@@ -84,7 +84,7 @@ def test_the_table_has_what_follows_from_the_counters() -> None:
 def test_the_sentence_names_the_busiest_and_what_is_left() -> None:
     said = drawn().sentence
     assert "tensor units at 75 % (a, 64 tokens); L2 at 95 % (b, 64 tokens)" in said
-    # 100 multiprocessors * 4000 FLOP * 1.5 GHz = 600 TFLOP/s, of which 75 %
+    # 100 SMs * 4000 FLOP * 1.5 GHz = 600 TFLOP/s, of which 75 %
     assert (
         "a, 64 tokens: the tensor units do 450 TFLOP/s, padding included, of the 600 that a clock of 1.50 GHz allows"
         in said

@@ -210,7 +210,7 @@ def test_every_device_has_a_sourced_datasheet(device: str) -> None:
 def test_flops_of_a_clock_are_those_of_the_datasheet(device: str) -> None:
     """At 1.83 GHz, the boost clock behind Hopper's datasheets (SXM)."""
     data = roofline.device_data(device)
-    per_clock = data["multiprocessors"] * data["multiprocessor_flops_per_clock"]["bfloat16"]
+    per_clock = data["SMs"] * data["SM_flops_per_clock"]["bfloat16"]
     assert per_clock * 1.83e9 == pytest.approx(data["ceilings"]["datasheet"]["flops_per_s"]["bfloat16"], rel=1e-3)
 
 

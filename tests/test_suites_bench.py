@@ -166,3 +166,14 @@ def test_a_bench_judges_a_rotation_that_has_work_here(timed: dict, monkeypatch: 
     (result,) = bench.bench(shape, [1], ["torch", "zeros", "triton"])
     assert 0 < result.experts_touched < 1
     assert {row["impl"]: row["within_bound"] for row in result.rows} == {"torch": True, "triton": True, "zeros": False}
+
+
+@pytest.mark.parametrize("name", ["mxfp4_w4a16", "int8_w8a8_channel", "int4_w4a16_group_32"])
+def test_a_bench_of_quantised_weights(name: str, timed: dict) -> None:
+    """By who takes the format, against float64 with codes at the same points; mxfp4 has no files, and gets the default rule."""
+    shape = MoEShape(
+        "quantised", num_experts=4, top_k=2, hidden_size=64, moe_intermediate_size=32, dtype="float16", format=name
+    )
+    impls = bench.taking_of(shape)
+    (result,) = bench.bench(shape, [5], impls, eager=False)
+    assert impls == ["triton"] and result.rows[0]["within_bound"] and result.config.is_default

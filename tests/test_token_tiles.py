@@ -22,13 +22,15 @@ def in_use(tiles: TokenTiles) -> list[list[int]]:
     return tiles.tiles[: int(tiles.num_tiles)].tolist()
 
 
-@pytest.mark.parametrize("in_pairs", [False, True])
+@pytest.mark.parametrize("for_clusters", [False, True])
 @pytest.mark.parametrize("tile_rows, grain", [(8, 8), (16, 8), (48, 16), (5, 1)])
 @pytest.mark.parametrize("rows", [[0, 3, 0, 100, 17, 48, 1], [0, 0], [9], [1] * 60, [200, 0, 0, 8, 8, 9]])
-def test_the_kernel_makes_what_the_oracle_makes(rows: list[int], tile_rows: int, grain: int, in_pairs: bool) -> None:
+def test_the_kernel_makes_what_the_oracle_makes(
+    rows: list[int], tile_rows: int, grain: int, for_clusters: bool
+) -> None:
     slots = torch.randperm(sum(rows) + 3).int()  # three of other ranks, at the end
-    made = token_tiles(slots.to(DEVICE), offsets_of(rows).to(DEVICE), tile_rows, grain, in_pairs)
-    expected = token_tiles_ref(slots, offsets_of(rows), tile_rows, grain, in_pairs)
+    made = token_tiles(slots.to(DEVICE), offsets_of(rows).to(DEVICE), tile_rows, grain, for_clusters)
+    expected = token_tiles_ref(slots, offsets_of(rows), tile_rows, grain, for_clusters)
     assert in_use(made) == in_use(expected)
     assert made.most == expected.most and not made.ready.any() and made.ready.shape == expected.ready.shape
 
@@ -57,7 +59,7 @@ def test_every_row_is_in_one_tile(rows: list[int], tile: int, grain: int) -> Non
 def test_pairs_are_the_same_tiles_and_share_where_they_can(rows: list[int], tile: int, grain: int) -> None:
     """Of an expert's n tiles n // 2 pairs are its own; a tile without rows is alone, last, and of its neighbour's expert."""
     given = torch.arange(sum(rows)).int(), offsets_of(rows), tile * grain, grain
-    paired = token_tiles_ref(*given, in_pairs=True)
+    paired = token_tiles_ref(*given, for_clusters=True)
     records, singles = in_use(paired), in_use(token_tiles_ref(*given))
     assert len(records) % 2 == 0 and len(records) <= paired.most and paired.most % 2 == 0
     assert sorted(record for record in records if record[1]) == sorted(singles)

@@ -22,12 +22,12 @@ def tuned_shape(asked: Mapping[str, Any]) -> MoEShape:
     """The layer that the server named by `rules` runs. Raises ShardError for a shard that it would not load, FormatError for
     quantised weights."""
     from moelab.errors import ShardError
-    from moelab.implementations import require_taken
+    from moelab.shapes import require_plain
 
     found = _question(asked, asked["rules"])
     if found.misfits:
         raise ShardError(f"{found.shape.name} at tp_size {asked['tp_size']}: {'. '.join(found.misfits)}.")
-    require_taken(found.shape, "moelab tune")
+    require_plain(found.shape, "moelab tune")
     return found.shape
 
 

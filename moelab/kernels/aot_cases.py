@@ -20,13 +20,16 @@ from torch import Tensor  # noqa: E402
 from moelab.chips import Target  # noqa: E402
 from moelab.config import KernelConfig  # noqa: E402
 from moelab.dtypes import LAYER_DTYPES  # noqa: E402
+from moelab.formats import get_format  # noqa: E402
 from moelab.kernels.activation import activation  # noqa: E402
 from moelab.kernels.align import align_pairs, moe_align_block_size  # noqa: E402
 from moelab.kernels.expert_order import expert_order  # noqa: E402
 from moelab.kernels.few_tokens import few_tokens, form_for  # noqa: E402
 from moelab.kernels.gated_gemm import gated_gemm  # noqa: E402
+from moelab.kernels.gemm_call import GemmCall  # noqa: E402
 from moelab.kernels.grouped_gemm import grouped_gemm  # noqa: E402
 from moelab.kernels.grouped_gemm_tma import grouped_gemm_tma  # noqa: E402
+from moelab.kernels.quantised import GEMMS  # noqa: E402
 from moelab.kernels.route import new_routed, route  # noqa: E402
 from moelab.kernels.sorted_gemm import sorted_gemm  # noqa: E402
 from moelab.kernels.split_k_atomic import split_k_atomic_f32, split_k_atomic_out  # noqa: E402
@@ -34,6 +37,7 @@ from moelab.kernels.split_k_workspace import split_k_workspace  # noqa: E402
 from moelab.kernels.sum_reduce import sum_reduce  # noqa: E402
 from moelab.kernels.token_tiles import new_token_tiles, token_tiles  # noqa: E402
 from moelab.routing import Alignment  # noqa: E402
+from moelab.weights import GemmWeights  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,48 @@ def _split_products() -> Iterator[Case]:
     yield product(split_k_workspace, SPLIT_K_CONFIGS[0], "float64")
 
 
+def quantised(name: str, config: KernelConfig, dtype: str = "bfloat16") -> Case:
+    """A grouped product over weights in that format. Nothing before sm_90 that is compiled for here has fp8 of this kind."""
+    format, (N, K), rows = get_format(name), (512, 1024), config.BLOCK_SIZE_M
+    codes = format.activations != "none"
+    of = str(format.weight_dtype)
+    scales = {"tensor": (), "channel": (N,), "group": (N, K // format.sizes[-1] if format.sizes else 1)}
+    blocks = (N // format.sizes[0], K // format.sizes[-1]) if format.granularity == "block" else ()
+    zeros = empty(NUM_EXPERTS, N // 2, K // format.sizes[0], of="uint8") if format.zero_points else None
+    weights = GemmWeights(
+        empty(NUM_EXPERTS, N, K // format.values_per_byte, of=of), None,
+        empty(NUM_EXPERTS, *scales.get(format.granularity, blocks), of=format.scale_dtype), zeros, format,
+    )  # fmt: skip
+    by_row = {"token": (PAIRS, 1), "group": (PAIRS, K // format.sizes[-1] if format.sizes else 1)}
+    a_scale = empty(*by_row.get(format.activations, ()), of="float32") if codes else None
+    alignment = Alignment(empty(PAIRS * rows), empty(PAIRS), empty(1), rows, PAIRS, NUM_EXPERTS)
+    call = GemmCall(
+        empty(PAIRS, K, of=of if codes else dtype), weights, alignment, config, PAIRS, 1, empty(PAIRS, of="float32"),
+        a_scale=a_scale,
+    )  # fmt: skip
+    check, launch = GEMMS[format.family]
+    out = empty(PAIRS, N, of=dtype)
+
+    def run(_: Target) -> None:
+        check(call, out)
+        launch(call, out)
+
+    eight = of == "float8_e4m3fn"
+    return Case(
+        f"{check.__name__.removeprefix('check_')} {'fp8' if eight else ''}", f"{name} {config.short()}", run, eight
+    )
+
+
+def _quantised_products() -> Iterator[Case]:
+    """The compatible kernels of quantised weights, few rows and many."""
+    for config in (KernelConfig(16, 64, 128, 1, 4, 4), KernelConfig(64, 128, 128, 16, 8, 3)):
+        for name in (
+            "fp8_w8a8_block_128x128", "fp8_w8a8_channel", "int8_w8a8_block_128x128", "int8_w8a8_channel", "int8_w8a16_channel",
+            "int8_w8a16_group_128", "int4_w4a16_group_128", "int4_w4a16_group_32_zp", "mxfp4_w4a16",
+        ):  # fmt: skip
+            yield quantised(name, config)
+
+
 def _element_by_element() -> Iterator[Case]:
     for dtype in LAYER_DTYPES:
         yield Case("activation", dtype, by(activation, empty(64, 2048, of=dtype)))
@@ -174,10 +220,10 @@ def _orders() -> Iterator[Case]:
             ids = empty(num_tokens, TOP_K, of=of)
             yield Case(f"align by {launches}", of, by(moe_align_block_size, ids, 64, NUM_EXPERTS))
             yield Case(f"expert_order by {launches}", of, by(expert_order, ids, NUM_EXPERTS))
-    for rows, grain, in_pairs in ((8, 8, False), (176, 16, False), (176, 16, True)):
-        note = f"{rows} rows{' in pairs' if in_pairs else ''}"
+    for rows, grain, for_clusters in ((8, 8, False), (176, 16, False), (176, 16, True)):
+        note = f"{rows} rows{' in pairs' if for_clusters else ''}"
         offsets = empty(NUM_EXPERTS + 1)
-        yield Case("token_tiles", note, by(token_tiles, empty(2048), offsets, rows, grain, in_pairs=in_pairs))
+        yield Case("token_tiles", note, by(token_tiles, empty(2048), offsets, rows, grain, for_clusters=for_clusters))
 
 
 def router(name: str, num_tokens: int, num_experts: int, top_k: int, dtype: str = "bfloat16", tiles: bool = False,
@@ -224,6 +270,6 @@ def _few_tokens(num_tokens: int, dtype: str, num_experts: int, hidden: int, size
 def cases() -> list[Case]:
     """Every Triton kernel, in the dtypes and configs that are claimed to compile everywhere."""
     return [
-        *_grouped_products(), *_products_of_sorted_rows(), *_split_products(), *_element_by_element(), *_orders(),
-        *_routers(), *(_few_tokens(*sizes) for sizes in FEW_TOKENS),
+        *_grouped_products(), *_products_of_sorted_rows(), *_split_products(), *_quantised_products(),
+        *_element_by_element(), *_orders(), *_routers(), *(_few_tokens(*sizes) for sizes in FEW_TOKENS),
     ]  # fmt: skip

@@ -83,7 +83,7 @@ def check_together(**tensors: Tensor | None) -> None:
             raise DeviceError(
                 f"{name} is on {tensor.device} and {first_name} on {first.device}. Expected one device. Move them together."
             )
-        if tensor.is_neg():
+        if not torch.compiler.is_compiling() and tensor.is_neg():  # no graph holds the question; the op asks again
             raise LayoutError(
                 f"{name} carries torch's negative bit: it is a view whose memory holds the values with the other sign. "
                 "Expected a plain tensor. Call .resolve_neg() once, outside the hot path."

@@ -1,32 +1,61 @@
-"""The compiled forms of fast_layer.cu, and which of them serves a batch."""
+"""The compiled forms of sm90_fast_layer.cu, and which of them serves a batch."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
 from moelab.kernels import wgmma
+from moelab.kernels.residency import WAITS
 
-SOURCE = Path(__file__).with_name("fast_layer.cu")
+SOURCE = Path(__file__).with_name("sm90_fast_layer.cu")
 STORAGE = {torch.bfloat16: ("__nv_bfloat16", "bf16"), torch.float16: ("__half", "f16")}
 """Type of an element in C++ and in PTX."""
 
+K_STEP = 64
+"""Elements of K in a stage: 128 bytes, TMA's widest swizzle."""
+
+STAGED_BYTES = 512
+"""Of a warp's outputs, that it turns round in shared memory: 8 tokens of GEMM2, 16 of GEMM1."""
+
 MOST_SHARED_BYTES = 228 * 1024
-"""Of a multiprocessor, 1024 kept of them for each block (CUDA C++ Programming Guide, compute capability 9.0)."""
+"""Of an SM, 1024 kept of them for each CTA (CUDA C++ Programming Guide, compute capability 9.0)."""
+
+GEMM1, GEMM2, SUM = 1, 2, 4
+"""Parts of the layer, for launches of less than the whole."""
+
+SUM_THREADS = 256
+"""Of a CTA of sm90_fast_sum.cu, each of which adds up eight columns."""
+
+CONSTANTS = {
+    "K_STEP": K_STEP, "STAGED_BYTES": STAGED_BYTES, "MOST_SHARED": MOST_SHARED_BYTES, "GEMM1": GEMM1, "GEMM2": GEMM2,
+    "SUM": SUM, "SUM_THREADS": SUM_THREADS, **{name: kind for kind, (name, _) in WAITS.items()},
+}  # fmt: skip
+"""What the kernels and their launchers both go by, by its name in C++."""
+
+
+def constants() -> str:
+    """The lines of C++ that come before each kernel's source."""
+    return "".join(f"constexpr int {name} = {value};\n" for name, value in CONSTANTS.items())
+
+
+RECORDED = {"ctas_per_sm": "per_processor"}
+"""Our name of a field -> its name in recordings."""
 
 
 @dataclass(frozen=True)
 class Instance:
     """One compiled form of the kernel.
 
-    warpgroups: that multiply, each row_blocks times 64 weight rows. stages: buffers of 64 elements of K in the ring.
+    warpgroups: that multiply, each row_blocks times 64 weight rows. stages: buffers of 64 elements of K in the pipeline.
     tokens: most rows of a tile. grain: a tile of fewer rows is multiplied as tokens less a multiple of it. box: rows that
-    one TMA load of tokens brings. per_processor: blocks on a multiprocessor. cluster: blocks, 1 or 2, that take tiles in pairs,
+    one TMA load of tokens brings. ctas_per_sm: CTAs on an SM. cluster: CTAs, 1 or 2, that take tiles side by side,
     and share the weights where both are of one expert. permutes: 1 where rows of x are first written out in order of expert, to
     be loaded by TMA; 0 where three warps gather them for every tile of weight rows. apart: 1 where the sums over each token's
-    slots are a launch of their own (fast_sum.cu).
+    slots are a launch of their own (sm90_fast_sum.cu).
     """
 
     warpgroups: int
@@ -35,20 +64,28 @@ class Instance:
     tokens: int
     grain: int
     box: int
-    per_processor: int = 1
+    ctas_per_sm: int = 1
     cluster: int = 1
     permutes: int = 0
     apart: int = 0
 
     def __repr__(self) -> str:
-        """Without a cluster of one block, rows that are gathered, sums in the same launch: older recordings name forms so."""
+        """As recordings name it: by `RECORDED` words, and without what older ones had not: a cluster of one CTA, rows that are
+        gathered, sums in the same launch."""
         later = {"cluster": 1, "permutes": 0, "apart": 0}
         named = ((each.name, getattr(self, each.name)) for each in fields(self))
-        return f"Instance({', '.join(f'{name}={value}' for name, value in named if later.get(name) != value)})"
+        said = (f"{RECORDED.get(name, name)}={value}" for name, value in named if later.get(name) != value)
+        return f"Instance({', '.join(said)})"
+
+    @classmethod
+    def named(cls, name: str) -> Instance:
+        """The instance that a recording names so, whether or not it is in use."""
+        ours = {recorded: name for name, recorded in RECORDED.items()}
+        return cls(**{ours.get(key, key): int(value) for key, value in re.findall(r"(\w+)=(\d+)", name)})
 
     @property
     def threads(self) -> int:
-        """Of a block: the warpgroups that multiply, and one that copies."""
+        """Of a CTA: the warpgroups that multiply, and one that copies."""
         return (self.warpgroups + 1) * 128
 
     @property
@@ -58,12 +95,12 @@ class Instance:
 
     @property
     def shared_bytes(self) -> int:
-        """Of a block: the ring, barriers of 8 bytes (two a stage, and four), twice the rows' slots and weights, and where outputs
-        are staged 512 bytes a warp, or twice that where they fit."""
+        """Of a CTA: the pipeline, barriers of 8 bytes (two a stage, and four), twice the rows' slots and weights, and where
+        outputs are staged 512 bytes a warp, or twice that where they fit."""
         stage = (self.rows + self.tokens) * 128 + 16
         rest = self.stages * stage + 32 + 16 * self.tokens
-        staged = self.warpgroups * 4 * 512 if self.stages_rows else 0
-        buffers = 2 if rest + 32 + 2 * staged <= MOST_SHARED_BYTES // self.per_processor - 1024 else 1
+        staged = self.warpgroups * 4 * STAGED_BYTES if self.stages_rows else 0
+        buffers = 2 if rest + 32 + 2 * staged <= MOST_SHARED_BYTES // self.ctas_per_sm - 1024 else 1
         return rest + buffers * staged
 
     @property
@@ -73,7 +110,7 @@ class Instance:
 
     @property
     def shape(self) -> str:
-        """As fast_tiles.cuh spells it."""
+        """As sm90_fast_tiles.cuh spells it."""
         return f"Shape<{', '.join(str(getattr(self, each.name)) for each in fields(self))}>"
 
     def expression(self, dtype: torch.dtype) -> str:
@@ -81,53 +118,54 @@ class Instance:
         return f"fast_layer<{self.shape}, {STORAGE[dtype][0]}>"
 
     def source(self, dtype: torch.dtype) -> str:
-        """fast_layer.cu with the wgmma shapes that this instance asks for."""
+        """sm90_fast_layer.cu with the wgmma shapes that this instance asks for."""
         shapes = wgmma.functions(range(self.tokens, 0, -self.grain), *STORAGE[dtype])
-        return f'#include "hopper.cuh"\n{shapes}\n{SOURCE.read_text()}'
+        return f'#include "sm90.cuh"\n{constants()}{shapes}\n{SOURCE.read_text()}'
 
 
 INSTANCES = {
-    16: Instance(1, 2, 6, 16, 8, 8, per_processor=2),
-    48: Instance(1, 2, 4, 48, 16, 16, per_processor=2),
+    16: Instance(1, 2, 6, 16, 8, 8, ctas_per_sm=2),
+    48: Instance(1, 2, 4, 48, 16, 16, ctas_per_sm=2),
     96: Instance(2, 2, 5, 96, 16, 16, cluster=2, apart=1),
     176: Instance(2, 2, 4, 176, 16, 16, apart=1),
 }
 """Widest tile of tokens -> the instance for it. That of 16 serves none of the recorded cells, where a few tokens' form or tuned
 configs do, but more tokens than a few where there is no tuned file; at most 3 rows an expert it takes 0.98 to 1.00 of the time of
-tiles of 8 and of one block a multiprocessor (geometric means in data/recordings/fast_choice.json). Two blocks a multiprocessor where weights are all there is to move; 256 weight
-rows where tokens are read again and again, once for every tile of weight rows. The ring takes what shared memory is left:
-227 KiB a block, 228 for all, 1 kept of each. In pairs of blocks at 96, for a skewed batch: an expert with twice its share is read
-once (data/recordings/fast_choice.json, 64 rows an expert: 1 to 11 % faster than single blocks if skewed, within 2 % if even)."""
+tiles of 8 and of one CTA an SM (geometric means in data/recordings/fast_choice.json). Two CTAs an SM where weights are all
+there is to move; 256 weight rows where tokens are read again and again, once for every tile of weight rows. The pipeline
+takes what shared memory is left: 227 KiB a CTA, 228 for all, 1 kept of each. In clusters of two CTAs at 96, for a skewed
+batch: an expert with twice its share is read once (data/recordings/fast_choice.json, 64 rows an expert: 1 to 11 % faster than
+single CTAs if skewed, within 2 % if even)."""
 
 PERMUTED = replace(INSTANCES[176], permutes=1)
 """Where tokens are first written out in order of expert: their second reading, and all that follow, are TMA's."""
 
-PAIRED = replace(INSTANCES[176], cluster=2)
-"""In pairs of blocks, where an expert's tokens are two tiles: they read its weights once."""
+CLUSTERED = replace(INSTANCES[176], cluster=2)
+"""In clusters of two CTAs, where an expert's tokens are two tiles: they read its weights once."""
 
-ALL = (*INSTANCES.values(), PAIRED, PERMUTED)
+ALL = (*INSTANCES.values(), CLUSTERED, PERMUTED)
 
 READS_TO_PERMUTE = 6
 """Tiles of weight rows that read the same tokens in GEMM1, from which it is faster to permute the tokens where an expert has
-more than PAIRS_UP_TO: in data/recordings/fast_choice.json, even and skewed, at six (Qwen3-30B-A3B) and more in 0.91 to 1.00 of
+more than CLUSTERS_UP_TO: in data/recordings/fast_choice.json, even and skewed, at six (Qwen3-30B-A3B) and more in 0.91 to 1.00 of
 the time of gathering them, at three (Qwen3-235B-A22B tp4) in 1.28 to 1.29, where memory has more to move than GEMM1 takes. At
-256 rows pairs that gather are 2 % slower to 70 % faster. Of FEW_EXPERTS, which have no pairs, it is open there: Mixtral-8x7B tp2
-gathers, and takes permuted 0.94 to 0.95 of that time in this recording."""
+256 rows pairs that gather are 2 % slower to 70 % faster. Of WIDEST_EXPERTS, which have no clusters, it is open there:
+Mixtral-8x7B tp2 gathers, and takes permuted 0.94 to 0.95 of that time in this recording."""
 
-PAIRS_FROM, PAIRS_UP_TO = 176, 352
-"""Rows of an expert, more than the first and at most the second, that are served in pairs. In data/recordings/fast_choice.json
-pairs that gather take 0.84 to 0.99 of the time of single blocks that do at 256 rows with uniform routing, 0.98 to 1.03 if
-skewed; from 512 rows on pairs that permute take 0.99 to 1.07 of the time of single blocks that do, where an expert may have a
-tile without another. Of FEW_EXPERTS the shares are very unequal if skewed."""
+CLUSTERS_FROM, CLUSTERS_UP_TO = 176, 352
+"""Rows of an expert, more than the first and at most the second, that are served in clusters. In data/recordings/fast_choice.json
+pairs that gather take 0.84 to 0.99 of the time of single CTAs that do at 256 rows with uniform routing, 0.98 to 1.03 if
+skewed; from 512 rows on pairs that permute take 0.99 to 1.07 of the time of single CTAs that do, where an expert may have a
+tile without another. Of WIDEST_EXPERTS the shares are very unequal if skewed."""
 
 SHORT_INNER = 256
-"""Inner sizes of so few elements are served in pairs from one tile an expert on (there, DeepSeek-V3 tp8 at 4096 tokens: 0.98 of
-the time of single blocks, 0.97 if skewed). Why, where nothing is shared, is not shown: it may be that blocks in step find in the
-second-level cache what others just read."""
+"""Inner sizes of so few elements are served in clusters from one tile an expert on (there, DeepSeek-V3 tp8 at 4096 tokens: 0.98
+of the time of single CTAs, 0.97 if skewed). Why, where nothing is shared, is not shown: it may be that CTAs in step find in L2
+what others just read."""
 
-FEW_EXPERTS, THEIR_ROWS = 8, 32
+WIDEST_EXPERTS, WIDEST_ROWS = 8, 32
 """Of so few experts one may get most of a skewed batch: from that many rows on the widest tile, which does not read weights
-twice where an expert gets twice its share, and in single blocks."""
+twice where an expert gets twice its share, and in single CTAs."""
 
 MOST_ROWS = {16: 11.0, 48: 23.0, 96: 90.0}
 """Widest tile of tokens -> the most rows, as an expert gets them if tokens spread evenly, that it is used for. The fastest
@@ -138,12 +176,12 @@ def instance_for(num_tokens: int, top_k: int, num_experts: int, moe_intermediate
     """The instance for a batch, by the rows that an expert gets if tokens spread evenly. Sizes as on this rank."""
     rows = num_tokens * top_k / num_experts
     fits = next((most for most, limit in MOST_ROWS.items() if rows <= limit or num_tokens <= most), 176)
-    if num_experts <= FEW_EXPERTS and rows > THEIR_ROWS and num_tokens > 96:
+    if num_experts <= WIDEST_EXPERTS and rows > WIDEST_ROWS and num_tokens > 96:
         fits = 176
     if fits < 176:
         return INSTANCES[fits]
-    if rows > PAIRS_UP_TO:
+    if rows > CLUSTERS_UP_TO:
         reads = -(-2 * moe_intermediate_size // PERMUTED.rows)
         return PERMUTED if reads >= READS_TO_PERMUTE else INSTANCES[176]
-    pairs = num_experts > FEW_EXPERTS and (rows > PAIRS_FROM or moe_intermediate_size <= SHORT_INNER)
-    return PAIRED if pairs else INSTANCES[176]
+    clustered = num_experts > WIDEST_EXPERTS and (rows > CLUSTERS_FROM or moe_intermediate_size <= SHORT_INNER)
+    return CLUSTERED if clustered else INSTANCES[176]

@@ -1,4 +1,4 @@
-"""A whole fused MoE layer in one launch of CUDA C++, or two, for Hopper: the launcher of fast_layer.cu and fast_sum.cu.
+"""A whole fused MoE layer in one launch of CUDA C++, or two, for Hopper: the launcher of sm90_fast_layer.cu and sm90_fast_sum.cu.
 
 Compiling needs no GPU (see `moelab.kernels.nvrtc`); running one needs sm_90.
 """
@@ -17,30 +17,31 @@ from moelab.chips import Target
 from moelab.dtypes import dtype_name
 from moelab.errors import DtypeError, RuntimeModeError, ShapeError
 from moelab.kernels import nvrtc, residency
-from moelab.kernels.fast_instances import SOURCE, STORAGE, Instance
+from moelab.kernels.fast_instances import (
+    GEMM1,
+    GEMM2,
+    K_STEP,
+    SOURCE,
+    STORAGE,
+    SUM,
+    SUM_THREADS,
+    Instance,
+    constants,
+)
 from moelab.kernels.residency import require
 from moelab.kernels.tensor_map import TensorMap
 from moelab.kernels.token_tiles import TokenTiles
-
-K_STEP = 64
-"""Elements of K in a stage: 128 bytes, TMA's widest swizzle."""
-
-GEMM1, GEMM2, SUM = 1, 2, 4
-"""Parts of the layer, for launches of less than the whole."""
-
 
 WATCHED, COOPERATIVE = True, False
 """For measurements (tests/two_streams.py): without WATCHED, instances are compiled with waits that may last for ever; with
 COOPERATIVE, launched as a cooperative grid, which CUDA starts when all of it fits. PDL may be asked for beside that
 (CUlaunchAttributeID excludes no pair of attributes); what it costs has not been recorded."""
 
-SUM_SOURCE = SOURCE.with_name("fast_sum.cu")
-SUM_THREADS = 256
-"""Of a block of fast_sum.cu, each of which adds up eight columns."""
+SUM_SOURCE = SOURCE.with_name("sm90_fast_sum.cu")
 
 
 class LayerArguments(ctypes.Structure):
-    """`Layer` of fast_layer.cu, field for field."""
+    """`Layer` of sm90_fast_layer.cu, field for field."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "rows", "inner", "y", "out", "topk_weights", "topk_ids")),
@@ -134,7 +135,7 @@ class _Loaded:
 
 @functools.cache
 def _loaded(device: int, instance: Instance, dtype: torch.dtype, watched: bool) -> _Loaded:
-    """The instance on that GPU, allowed its shared memory, and the blocks that the GPU holds at once."""
+    """The instance on that GPU, allowed its shared memory, and the CTAs that the GPU holds at once."""
     from cuda.bindings import driver
 
     core = nvrtc.cuda_core()
@@ -146,66 +147,71 @@ def _loaded(device: int, instance: Instance, dtype: torch.dtype, watched: bool) 
     names = driver.CUfunction_attribute
     for name, value in (
         (names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, instance.shared_bytes),
-        (names.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),  # per cent: all that per_processor blocks need
+        (names.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),  # per cent: all that ctas_per_sm CTAs need
     ):
         (error,) = driver.cuKernelSetAttribute(name, value, kernel.handle, driver.CUdevice(device))
         require(error, f"{name.name} = {value}")
     fit = kernel.occupancy.max_active_blocks_per_multiprocessor(instance.threads, instance.shared_bytes)
-    if fit < instance.per_processor:  # blocks wait for each other: one that finds no room would make the others hang
+    if fit < instance.ctas_per_sm:  # CTAs wait for each other: one that finds no room would make the others hang
         raise RuntimeModeError(
-            f"A multiprocessor holds {fit} blocks of {instance}. Expected {instance.per_processor}. Use impl='triton', and "
+            f"An SM holds {fit} CTAs of {instance}. Expected {instance.ctas_per_sm}. Use impl='triton', and "
             "report the GPU and its driver."
         )
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     function = driver.CUfunction(int(kernel.handle))
-    blocks = processors * instance.per_processor
-    return _Loaded(kernel, function, grid_of(instance, blocks, _clusters_at_once(function, instance, blocks)))
+    ctas = processors * instance.ctas_per_sm
+    return _Loaded(kernel, function, grid_of(instance, ctas, _clusters_at_once(function, instance, ctas)))
 
 
 def sum_expression(top_k: int, dtype: torch.dtype, ids: torch.dtype = torch.int32) -> str:
-    """The template instance of fast_sum.cu to compile, as NVRTC names it. ids: int32 or int64."""
+    """The template instance of sm90_fast_sum.cu to compile, as NVRTC names it. ids: int32 or int64."""
     slots = next((slots for slots in (2, 4) if top_k <= slots), 8)
     return f"fast_sum<{STORAGE[dtype][0]}, {slots}, {'long long' if ids == torch.int64 else 'int'}>"
 
 
-def sum_blocks(num_tokens: int, hidden: int) -> int:
-    """Blocks of fast_sum.cu for so many tokens."""
+def sum_source() -> str:
+    """sm90_fast_sum.cu as it is compiled."""
+    return f'#include "sm90.cuh"\n{constants()}{SUM_SOURCE.read_text()}'
+
+
+def sum_ctas(num_tokens: int, hidden: int) -> int:
+    """Blocks of sm90_fast_sum.cu for so many tokens."""
     return -(-num_tokens * (hidden // 8) // SUM_THREADS)
 
 
 @functools.cache
 def _loaded_sum(device: int, expression: str) -> tuple[Any, Any]:
-    """(kernel, to be kept; function) of fast_sum.cu on that GPU."""
+    """(kernel, to be kept; function) of sm90_fast_sum.cu on that GPU."""
     from cuda.bindings import driver
 
     nvrtc.cuda_core().Device(device).set_current()
-    kernel = nvrtc.compiled("sm_90a", SUM_SOURCE.read_text(), expression).get_kernel(expression)
+    kernel = nvrtc.compiled("sm_90a", sum_source(), expression).get_kernel(expression)
     return kernel, driver.CUfunction(int(kernel.handle))
 
 
-def _clusters_at_once(function: Any, instance: Instance, blocks: int) -> int:
-    """Clusters that the GPU holds at once, whose multiprocessors hold so many blocks."""
+def _clusters_at_once(function: Any, instance: Instance, ctas: int) -> int:
+    """Clusters that the GPU holds at once, whose SMs hold so many CTAs."""
     if instance.cluster == 1:
-        return blocks
+        return ctas
     from cuda.bindings import driver
 
-    config = _instance_config(instance, blocks // instance.cluster * instance.cluster, 0, False)
+    config = _instance_config(instance, ctas // instance.cluster * instance.cluster, 0, False)
     error, clusters = driver.cuOccupancyMaxActiveClusters(function, config)
-    require(error, f"to say how many clusters of {instance.cluster} blocks fit")
+    require(error, f"to say how many clusters of {instance.cluster} CTAs fit")
     return clusters
 
 
-def grid_of(instance: Instance, blocks: int, clusters: int) -> int:
-    """Blocks to launch, all of which the GPU holds at once: no more than multiprocessors hold, nor than clusters hold.
+def grid_of(instance: Instance, ctas: int, clusters: int) -> int:
+    """CTAs to launch, all of which the GPU holds at once: no more than SMs hold, nor than clusters hold.
 
     Raises RuntimeModeError where not one cluster fits.
     """
     if not clusters:
         raise RuntimeModeError(
-            f"The GPU holds no cluster of {instance.cluster} blocks of {instance}. Expected at least one. Use an instance of "
+            f"The GPU holds no cluster of {instance.cluster} CTAs of {instance}. Expected at least one. Use an instance of "
             "cluster=1, and report the GPU and its driver."
         )
-    return min(blocks // instance.cluster, clusters) * instance.cluster
+    return min(ctas // instance.cluster, clusters) * instance.cluster
 
 
 def fast_layer(
@@ -267,7 +273,7 @@ def fast_layer(
             _launch(loaded.function, _instance_config(instance, loaded.grid, stream, overlap and not waits), parameters)
     if instance.apart and parts & SUM and not direct:
         _, function = _loaded_sum(device, sum_expression(topk_ids.shape[1], x.dtype, topk_ids.dtype))
-        config = _config(sum_blocks(*x.shape), SUM_THREADS, 0, stream, overlap)
+        config = _config(sum_ctas(*x.shape), SUM_THREADS, 0, stream, overlap)
         _launch(function, config, (ctypes.addressof(arguments),))
     return out
 
@@ -277,7 +283,7 @@ def _launch(function: Any, config: Any, parameters: tuple[int, ...]) -> None:
 
     addresses = (ctypes.c_void_p * len(parameters))(*parameters)
     (error,) = driver.cuLaunchKernelEx(config, function, ctypes.addressof(addresses), 0)
-    require(error, f"a launch of {config.gridDimX} blocks of {config.blockDimX} threads")
+    require(error, f"a launch of {config.gridDimX} CTAs of {config.blockDimX} threads")
 
 
 def _instance_config(instance: Instance, grid: int, stream: int, overlap: bool) -> Any:

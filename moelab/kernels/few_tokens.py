@@ -1,6 +1,6 @@
 """The layer for a few tokens in two launches of Triton, as matrix-vector products: no order, no tiles, no tensor cores.
 
-At so few tokens the weights are all there is to move, and time is lost by launches, and by multiprocessors with nothing to
+At so few tokens the weights are all there is to move, and time is lost by launches, and by SMs with nothing to
 read. So GEMM1 has a program for every few elements of every pair of a token and one of its experts, gate and up rows side by
 side, which stores them activated; and GEMM2 one for every few elements of every token's output, over all its experts, so that
 nothing is added up afterwards. On NVIDIA chips since Hopper the second launch is set up, and its first weights read, while the
@@ -51,7 +51,7 @@ FORMS = (
     FewTokens(Tile(1, 1024, 2), Tile(4, 256, 1)),
 )
 """Those in use; data/recordings/fast_choice.json has all of them at every shape. GEMM2 has 10 to 16 warps a
-multiprocessor in each, at the fewest tokens and the largest hidden size that it serves (of the last: of these shapes): fewer
+SM in each, at the fewest tokens and the largest hidden size that it serves (of the last: of these shapes): fewer
 leave memory idle, more come in turns."""
 
 MOST_HIDDEN = (2048, 4096, 5120)
@@ -59,7 +59,7 @@ MOST_HIDDEN = (2048, 4096, 5120)
 
 MOST_REREAD = {4: 1.25, 8: 1.12}
 """Most tokens of a batch -> weights read by pairs over weights read once an expert, if tokens choose evenly, over which another
-form is faster: each pair reads its expert's for itself, if mostly from the second-level cache. In
+form is faster: each pair reads its expert's for itself, if mostly from the L2. In
 data/recordings/fast_choice.json at four tokens Mixtral-8x7B (1.46) is faster by another form, LFM2-8B (1.21) by these; at eight
 DeepSeek-V3 (1.11) by these, Qwen3 (1.24) only if tokens choose evenly."""
 
@@ -230,7 +230,7 @@ def few_tokens(
     and whatever NaN the experts that nobody chose hold. scale: an int counts as the float it equals. weights_on_input: weigh
     GEMM1's rows, before the activation. overlap: programmatic dependent launch, for NVIDIA chips since Hopper. side_by_side:
     run programs of the same rows of all experts (GEMM1) and of all tokens (GEMM2) next to each other: of tokens that share an
-    expert only the first then reads its weights from memory, the others find them in the second-level cache.
+    expert only the first then reads its weights from memory, the others find them in the L2.
     """
     num_experts, hidden, size = w2.shape
     num_tokens, top_k = topk_ids.shape

@@ -2,7 +2,7 @@
 
 Rounding points are those of sglang 0.5.23's fused_moe_kernel_gptq_awq and vLLM 0.33.0's: (code - zero point) * scale in float32,
 rounded to the activations' dtype, then multiplied. mxfp4 (e2m1 codes, scales that are powers of two) takes the same way and
-rounds nothing. Steps of K may be longer or shorter than a group. Loads are masked in K, where theirs read past a row's end.
+rounds nothing. A step of K and a group divide one another. Loads are masked in K, where theirs read past a row's end.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from moelab.errors import ConfigError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.gemm_call import GemmCall, check_quantised_gemm, gemm_constants  # noqa: E402
 from moelab.kernels.launch import Launcher, checked  # noqa: E402
@@ -24,43 +25,58 @@ from moelab.kernels.tiles import add_bias, grouped_tile, load_rows, row_block, s
 FAMILIES = ("int4_w4a16_group", "int8_w8a16_group", "mxfp4_w4a16")
 
 
+_INTEGER: tl.constexpr = tl.constexpr(0x4B000000)
+"""2^23 in float32's bits: with an integer below 2^23 in its fraction it is 2^23 more than that, exactly. An or and an addition,
+where a conversion runs at a quarter of their rate."""
+
+
 @triton.jit
 def fp4_value(code):
-    """The e2m1 number of 4 bits, float32: its fields moved to float32's places; 1 is 0.5, which e2m1 has as a denormal."""
-    magnitude = code & 7
-    bits = ((magnitude >> 1) + 126) << 23 | (magnitude & 1) << 22
-    bits = tl.where(magnitude == 1, 126 << 23, bits)
-    bits = tl.where(magnitude == 0, 0, bits) | (code & 8) << 28
-    return bits.to(tl.float32, bitcast=True)
+    """The e2m1 number of 4 bits, float32: its fields moved to float32's places and scaled; its denormal, 0.5, is one there."""
+    bits = (code & 7) << 22 | (code & 8) << 28
+    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126: e2m1's bias is 1, float32's 127
 
 
 @triton.jit
-def _weights_of_step(
-    w_ptr, scale_ptr, zero_ptr, offs_n, k, K, groups, GROUP: tl.constexpr, BITS: tl.constexpr, FP4: tl.constexpr,
-    BLOCK_SIZE_K: tl.constexpr,
-):  # fmt: skip
-    """(BK, BN) float32 weights of one expert from column k on; zeros past K. offs_n is within N."""
-    offs_k = k + tl.arange(0, BLOCK_SIZE_K)
-    inside = (offs_k < K)[:, None]
+def small_integer(code):
+    """A code below 2^23 as float32."""
+    return (code | _INTEGER).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def _codes_of_step(w_ptrs, left, BITS: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, EVEN_K: tl.constexpr):
+    """(BN, BK) int32 codes of one step of K; a byte that two share is loaded once."""
     PER_BYTE: tl.constexpr = 8 // BITS
-    code = tl.load(w_ptr + offs_n[None, :] * (K // PER_BYTE) + (offs_k // PER_BYTE)[:, None], mask=inside, other=0)
-    code = code.to(tl.int32)
-    if BITS == 4:
-        code = (code >> ((offs_k % 2) * 4)[:, None]) & 15
-    group = (offs_k // GROUP)[:, None]
-    scale = tl.load(scale_ptr + offs_n[None, :] * groups + group, mask=inside, other=0)
-    if FP4:
-        wide = (scale.to(tl.int32) << 23).to(tl.float32, bitcast=True)
-        return tl.where(inside, fp4_value(code) * wide, 0.0)
-    if zero_ptr is not None:
-        if BITS == 4:
-            zero = tl.load(zero_ptr + (offs_n // 2)[None, :] * groups + group, mask=inside, other=0).to(tl.int32)
-            zero = (zero >> ((offs_n % 2) * 4).to(tl.int32)[None, :]) & 15
-        else:
-            zero = tl.load(zero_ptr + offs_n[None, :] * groups + group, mask=inside, other=0).to(tl.int32)
+    if EVEN_K:
+        stored = tl.load(w_ptrs)
     else:
-        zero = 1 << (BITS - 1)
-    return tl.where(inside, (code - zero).to(tl.float32) * scale.to(tl.float32), 0.0)
+        offs = tl.arange(0, BLOCK_SIZE_K // PER_BYTE)
+        stored = tl.load(w_ptrs, mask=(offs * PER_BYTE < left)[None, :], other=0)
+    stored = stored.to(tl.int32)
+    if BITS == 4:
+        stored = tl.interleave(stored & 15, stored >> 4)
+    return stored
+
+
+@triton.jit
+def _per_weight(
+    ptrs, k, left, GROUP: tl.constexpr, BLOCK_SIZE_N: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, EVEN_K: tl.constexpr
+):
+    """What lies at ptrs (BN, 1) for each group, for the columns of a step: (BN, 1) where it lies in one group, else (BN, BK)."""
+    if GROUP % BLOCK_SIZE_K == 0:
+        found = tl.load(ptrs + k // GROUP)
+    else:
+        tl.static_assert(BLOCK_SIZE_K % GROUP == 0, "a step of K and a group divide one another")
+        GROUPS: tl.constexpr = BLOCK_SIZE_K // GROUP
+        offs = tl.arange(0, GROUPS)
+        if EVEN_K:
+            few = tl.load(ptrs + k // GROUP + offs[None, :])
+        else:
+            few = tl.load(ptrs + k // GROUP + offs[None, :], mask=(offs * GROUP < left)[None, :], other=0)
+        found = tl.reshape(
+            tl.broadcast_to(few[:, :, None], (BLOCK_SIZE_N, GROUPS, GROUP)), (BLOCK_SIZE_N, BLOCK_SIZE_K)
+        )
+    return found
 
 
 # num_pairs and num_rows follow the batch size: specialising them would mean another compile per batch size.
@@ -103,19 +119,32 @@ def _packed_gemm_kernel(
         zeros = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), dtype=c_ptr.dtype.element_ty)
         store_rows(c_ptr, pair, row_mask, offs_n, N, zeros)
         return
-    groups = tl.cdiv(K, GROUP)
-    columns = (offs_n % N).to(tl.int64)
-    w_ptr += expert * N * (K * BITS // 8)
-    w_scale_ptr += expert * N * groups
+    groups = K // GROUP
+    row = expert * N + offs_n % N  # int64: E * N * K passes 2^31 at 256 experts of 4096 x 7168, of 4 bits too
+    BYTES_OF_STEP: tl.constexpr = BLOCK_SIZE_K * BITS // 8
+    w_ptrs = w_ptr + row[:, None] * (K * BITS // 8) + tl.arange(0, BYTES_OF_STEP)[None, :]
+    scale_ptrs = w_scale_ptr + row[:, None] * groups
     if zero_ptr is not None:
-        zero_ptr += expert * (N * BITS // 8) * groups
+        zero_ptrs = zero_ptr + (row * BITS // 8)[:, None] * groups
+        shift = ((row % 2) * 4).to(tl.int32)[:, None] if BITS == 4 else 0
     a_ptrs = a_ptr + (pair // TOP_K)[:, None] * K + tl.arange(0, BLOCK_SIZE_K)[None, :]
     acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_SIZE_K):
         a = load_rows(a_ptrs, row_mask, K - k, BLOCK_SIZE_K, EVEN_K)
-        w = _weights_of_step(w_ptr, w_scale_ptr, zero_ptr, columns, k, K, groups, GROUP, BITS, FP4, BLOCK_SIZE_K)
-        acc = tl.dot(a, w.to(a.dtype), acc, input_precision="ieee")
+        code = _codes_of_step(w_ptrs, K - k, BITS, BLOCK_SIZE_K, EVEN_K)
+        scale = _per_weight(scale_ptrs, k, K - k, GROUP, BLOCK_SIZE_N, BLOCK_SIZE_K, EVEN_K)
+        if FP4:
+            w = fp4_value(code) * (scale.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+        else:
+            middle = float(1 << (BITS - 1))
+            if zero_ptr is not None:
+                zero = _per_weight(zero_ptrs, k, K - k, GROUP, BLOCK_SIZE_N, BLOCK_SIZE_K, EVEN_K).to(tl.int32)
+                middle = small_integer((zero >> shift) & (2**BITS - 1))
+            w = (small_integer(code) - middle) * scale.to(tl.float32)
+        # Past K the rows of a are zeros, and codes and scales are zeros, so that nothing is added.
+        acc = tl.dot(a, tl.trans(w.to(a.dtype)), acc, input_precision="ieee")
         a_ptrs += BLOCK_SIZE_K
+        w_ptrs += BYTES_OF_STEP
     acc = add_bias(acc, bias_ptr, expert, offs_n, offs_n < N, N)
     acc = times_weight(acc, topk_weights_ptr, pair, row_mask)
     store_rows(c_ptr, pair, row_mask, offs_n, N, acc)
@@ -131,7 +160,7 @@ def packed_gemm(call: GemmCall, out: Tensor) -> Tensor:
     or (E, N, K) uint8 of 8 bits; scale (E, N, K / g), 16-bit, or float8_e8m0fnu for mxfp4; zero_point of 4 bits (E, N / 2, K / g)
     uint8 along N, or None.
     out: (num_pairs, N) in a's dtype, every row written; pairs of expert -1 get zeros. Deterministic.
-    Raises what grouped_gemm does, and FormatError for other formats.
+    Raises what grouped_gemm does, FormatError for other formats, and ConfigError for a BLOCK_SIZE_K that no group divides.
     """
     checked(("packed_gemm", call.seen(out)), lambda: check_packed_gemm(call, out))
     if call.num_pairs:
@@ -157,3 +186,8 @@ def check_packed_gemm(call: GemmCall, out: Tensor) -> None:
     """Raise what `packed_gemm` names."""
     check_quantised_gemm(call, out, FAMILIES)
     checks.check_one_split("packed_gemm", call.config)
+    step, group = call.config.BLOCK_SIZE_K, call.weights.format.sizes[0]
+    if step % group and group % step:
+        raise ConfigError(
+            f"BLOCK_SIZE_K = {step} and groups of {group} along K. Expected one to divide the other. Choose another BLOCK_SIZE_K."
+        )

@@ -21,14 +21,14 @@ import torch
 from moelab.errors import KernelTimeoutError, RuntimeModeError
 
 WAITS = {
-    1: "consumers to empty a stage of weights and tokens",
-    2: "consumers to empty a buffer of slots",
-    3: "the rows that a tile multiplies",
-    4: "all tiles of GEMM2, to add up",
+    1: ("STAGE_EMPTY", "consumers to empty a stage of weights and tokens"),
+    2: ("SLOTS_EMPTY", "consumers to empty a buffer of slots"),
+    3: ("ROWS_READY", "the rows that a tile multiplies"),
+    4: ("ALL_READY", "all tiles of GEMM2, to add up"),
 }
-"""`Wait` of hopper.cuh, in words."""
+"""What a wait is for, as one that is given up reports it: its name in C++, and in words."""
 
-COUNTS = (3, 4)
+COUNTS = ("ROWS_READY", "ALL_READY")
 """Those of them that wait for a count in device memory; their value is how much of it was missing, of others the parity."""
 
 _reports: dict[int, torch.Tensor] = {}
@@ -55,10 +55,11 @@ def lost_wait() -> str | None:
 def in_words(report: Sequence[int]) -> str:
     """What a report says: kind of wait and thread, CTA, tile descriptor or -1, value."""
     kind, cta, tile, value = report
-    what, thread = kind & 0xFF, kind >> 8 & 0xFFFFFF
+    name, words = WAITS[kind & 0xFF]
+    thread = kind >> 8 & 0xFFFFFF
     of_tile = f" of tile descriptor {tile}" if tile >= 0 else ""
-    counts = f"{value} counts missing" if what in COUNTS else f"parity {value & 1}"
-    return f"CTA {cta}, thread {thread}, waited for {WAITS.get(what, what)}{of_tile} ({counts})"
+    counts = f"{value} counts missing" if name in COUNTS else f"parity {value & 1}"
+    return f"CTA {cta}, thread {thread}, waited for {words}{of_tile} ({counts})"
 
 
 def raise_if_lost() -> None:

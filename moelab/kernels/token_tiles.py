@@ -26,7 +26,7 @@ from moelab.kernels.launch import Launcher  # noqa: E402
 class TokenTiles(NamedTuple):
     """Tiles of expert-sorted slots: those of an expert are of equal size but for the last, and the largest come first.
 
-    In pairs, tiles 2 i and 2 i + 1 are for two blocks that share what they read: first all pairs of one expert, then the tile
+    In pairs, tiles 2 i and 2 i + 1 are for two CTAs that share what they read: first all pairs of one expert, then the tile
     that an expert may have left, two experts a pair, and where their number is odd a tile without rows.
     sorted_slots: (S,) int32, flat slots token * top_k + j; those of ids outside the experts are left out at the end.
     tiles: (most, 4) int32: first row, rows, expert, slot of the first row; num_tiles: (1,) int32 of them in use.
@@ -45,15 +45,15 @@ class TokenTiles(NamedTuple):
         return self.tiles.shape[0]
 
 
-def most_tiles(num_slots: int, num_experts: int, tile_rows: int, in_pairs: bool = False) -> int:
-    """The most tiles that any routing of so many slots can need; in_pairs: with one more where their number is odd."""
+def most_tiles(num_slots: int, num_experts: int, tile_rows: int, for_clusters: bool = False) -> int:
+    """The most tiles that any routing of so many slots can need; for_clusters: with one more where their number is odd."""
     most = min(num_experts, num_slots) + num_slots // tile_rows
-    return most + most % 2 if in_pairs else most
+    return most + most % 2 if for_clusters else most
 
 
-def new_token_tiles(sorted_slots: Tensor, num_experts: int, tile_rows: int, in_pairs: bool = False) -> TokenTiles:
+def new_token_tiles(sorted_slots: Tensor, num_experts: int, tile_rows: int, for_clusters: bool = False) -> TokenTiles:
     """Tiles to write to, with room for any routing. One allocation, records and counters on 16 bytes."""
-    most = max(most_tiles(sorted_slots.shape[0], num_experts, tile_rows, in_pairs), 2 if in_pairs else 1)
+    most = max(most_tiles(sorted_slots.shape[0], num_experts, tile_rows, for_clusters), 2 if for_clusters else 1)
     buffer = sorted_slots.new_empty(5 * most + 6)
     tiles, num_tiles, ready = buffer[: 4 * most].view(most, 4), buffer[4 * most : 4 * most + 1], buffer[4 * most + 4 :]
     return TokenTiles(sorted_slots, tiles, num_tiles, ready)
@@ -69,7 +69,7 @@ def _rows_of_a_tile(rows, ROWS: tl.constexpr, GRAIN: tl.constexpr):
 @triton.jit(do_not_specialize=["num_experts", "room"])
 def _token_tiles_kernel(
     slots_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, ready_ptr, num_experts, room,
-    ROWS: tl.constexpr, GRAIN: tl.constexpr, IN_PAIRS: tl.constexpr, EXPERTS: tl.constexpr, ROOM: tl.constexpr,
+    ROWS: tl.constexpr, GRAIN: tl.constexpr, FOR_CLUSTERS: tl.constexpr, EXPERTS: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     """One program."""
     expert = tl.arange(0, EXPERTS)
@@ -77,7 +77,7 @@ def _token_tiles_kernel(
     first = tl.load(offsets_ptr + expert, mask=real, other=0)
     rows = tl.load(offsets_ptr + expert + 1, mask=real, other=0) - first
     each = _rows_of_a_tile(rows, ROWS, GRAIN)
-    # Largest tiles first, lower experts before higher: blocks that take every 132nd then have nearly the same to do.
+    # Longest tiles first (LPT), lower experts before higher: CTAs that take every 132nd then have nearly the same to do.
     order = tl.sort(each.to(tl.int64) * EXPERTS + (EXPERTS - 1 - expert), descending=True)
     expert = (EXPERTS - 1 - order % EXPERTS).to(tl.int32)
     real = expert < num_experts
@@ -86,7 +86,7 @@ def _token_tiles_kernel(
     each = _rows_of_a_tile(rows, ROWS, GRAIN)
     tiles = (rows + ROWS - 1) // ROWS
     # Whole pairs, or of single tiles all, lie one expert after another; what is left of an expert lies behind them.
-    whole = tiles // 2 * 2 if IN_PAIRS else tiles
+    whole = tiles // 2 * 2 if FOR_CLUSTERS else tiles
     begin = tl.cumsum(whole, axis=0) - whole
     count = tl.sum(tiles, axis=0)
     left = tl.sum(whole, axis=0) + tl.cumsum(tiles - whole, axis=0) - 1
@@ -97,7 +97,7 @@ def _token_tiles_kernel(
         tl.store(record + 1, tl.minimum(each, rows - i * each), mask=used)
         tl.store(record + 2, expert, mask=used)
         tl.store(record + 3, tl.load(slots_ptr + first + i * each, mask=used, other=0), mask=used)
-    if IN_PAIRS:
+    if FOR_CLUSTERS:
         last = (tiles > whole) & (left == count - 1) & (count % 2 == 1)
         record = tiles_ptr + 4 * count + 0 * left
         tl.store(record, first + rows, mask=last)
@@ -112,11 +112,11 @@ def _token_tiles_kernel(
 
 
 def token_tiles(
-    sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int = 1, in_pairs: bool = False
+    sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int = 1, for_clusters: bool = False
 ) -> TokenTiles:
     """Cut expert-sorted slots into tiles of at most `tile_rows` rows. No host synchronisation.
 
-    grain: divides tile_rows; all tiles of an expert but its last are a multiple of it, where there are several. in_pairs: see
+    grain: divides tile_rows; all tiles of an expert but its last are a multiple of it, where there are several. for_clusters: see
     `TokenTiles`.
 
     sorted_slots: (S,) int32; expert_offsets: (E + 1,) int32, first row of each expert, then the end of the last.
@@ -135,22 +135,22 @@ def token_tiles(
             f"grain {grain}. "
             "Expected (S,), (E + 1,), at least one row, and a grain that divides them. Pass what expert_order returns."
         )
-    return token_tiles_unchecked(sorted_slots, expert_offsets, tile_rows, grain, in_pairs)
+    return token_tiles_unchecked(sorted_slots, expert_offsets, tile_rows, grain, for_clusters)
 
 
 _launcher = Launcher(_token_tiles_kernel)
 
 
 def token_tiles_unchecked(
-    sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int, in_pairs: bool = False
+    sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int, for_clusters: bool = False
 ) -> TokenTiles:
     """`token_tiles`, for callers that have checked the call as a whole."""
     num_experts = expert_offsets.shape[0] - 1
-    found = new_token_tiles(sorted_slots, num_experts, tile_rows, in_pairs)
+    found = new_token_tiles(sorted_slots, num_experts, tile_rows, for_clusters)
     experts = max(16, triton.next_power_of_2(num_experts))
-    constants = {"ROWS": tile_rows, "GRAIN": grain, "IN_PAIRS": in_pairs, "EXPERTS": experts, "ROOM": 1024}
+    constants = {"ROWS": tile_rows, "GRAIN": grain, "FOR_CLUSTERS": for_clusters, "EXPERTS": experts, "ROOM": 1024}
     _launcher(
-        (tile_rows, grain, in_pairs, experts),
+        (tile_rows, grain, for_clusters, experts),
         (1, 1),
         (sorted_slots, expert_offsets, found.tiles, found.num_tiles, found.ready),
         (num_experts, found.ready.shape[0]),
@@ -160,7 +160,7 @@ def token_tiles_unchecked(
 
 
 def token_tiles_ref(
-    sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int = 1, in_pairs: bool = False
+    sorted_slots: Tensor, expert_offsets: Tensor, tile_rows: int, grain: int = 1, for_clusters: bool = False
 ) -> TokenTiles:
     """The same in plain Python, as the oracle."""
     ends = expert_offsets.tolist()
@@ -174,11 +174,11 @@ def token_tiles_ref(
         )
     of_experts.sort(key=lambda pair: -pair[0])
     records = [record for _, of_expert in of_experts for record in of_expert]
-    if in_pairs and records:
+    if for_clusters and records:
         left = [of_expert[-1] for _, of_expert in of_experts if len(of_expert) % 2]
         records = [record for record in records if record not in left] + left
         records += [(sum(records[-1][:2]), 0, records[-1][2], 0)] * (len(records) % 2)
-    room = max(most_tiles(sorted_slots.shape[0], len(ends) - 1, tile_rows, in_pairs), 2 if in_pairs else 1)
+    room = max(most_tiles(sorted_slots.shape[0], len(ends) - 1, tile_rows, for_clusters), 2 if for_clusters else 1)
     tiles = torch.zeros((room, 4), dtype=torch.int32)
     if records:
         tiles[: len(records)] = torch.tensor(records, dtype=torch.int32)

@@ -10,10 +10,10 @@ def functions(columns: Iterable[int], storage: str, kind: str) -> str:
 
     columns: multiples of 8 up to 256. storage: the C++ type of an element; kind: PTX's name for it, "bf16" or "f16".
     Operands and shapes: PTX ISA 9.0, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions". To be put
-    after hopper.cuh.
+    after sm90.cuh.
     """
     head = "template <typename T, int N> DEVICE void wgmma(float (&sums)[N / 2], uint64_t a, uint64_t b);"
-    return "\n".join(["namespace hopper {", head, *(_function(n, storage, kind) for n in columns), "}"])
+    return "\n".join(["namespace sm90 {", head, *(_function(n, storage, kind) for n in columns), "}"])
 
 
 def _function(n: int, storage: str, kind: str) -> str:

@@ -41,10 +41,10 @@ def call_configs(call: MoECall, kernel: str | None = None) -> tuple[KernelConfig
 def _resolved(config: Config, call: MoECall) -> KernelConfig:
     if isinstance(config, KernelConfig):
         return config
-    return _default(call.num_experts, call.moe_intermediate_size, call.num_tokens, call.weights.format)
+    return default_of(call.num_experts, call.moe_intermediate_size, call.num_tokens, call.weights.format)
 
 
-def _default(num_experts: int, size: int, num_tokens: int, format: Format) -> KernelConfig:
+def default_of(num_experts: int, size: int, num_tokens: int, format: Format) -> KernelConfig:
     """sglang's rule where it finds no file; for formats that it has no file names for, that of 16-bit weights."""
     if format.is_plain or format.dtype_selector("bfloat16") is None:
         return default_config(num_tokens, num_experts)
@@ -77,7 +77,7 @@ def _tuned(
     num_experts: int, size: int, device: str, dtype: str, num_tokens: int, kernel: str | None, format: Format,
     config_dir: str | None,
 ) -> tuple[KernelConfig, KernelConfig]:  # fmt: skip
-    default = _default(num_experts, size, num_tokens, format)
+    default = default_of(num_experts, size, num_tokens, format)
     if not format.file:
         return default, default
     version, block = runtime.triton_version() or "unknown", format.block_shape

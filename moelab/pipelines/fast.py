@@ -16,7 +16,7 @@ from moelab.chips import TARGETS, Target
 from moelab.config import KernelConfig
 from moelab.config_files import lookup
 from moelab.dtypes import dtype_name, torch_dtype
-from moelab.errors import ConfigError
+from moelab.errors import ConfigError, counted
 from moelab.formats import PLAIN
 from moelab.kernels import checks
 from moelab.kernels.expert_order import expert_order_unchecked, new_expert_order
@@ -32,7 +32,7 @@ from moelab.routing import ExpertOrder, Routed
 from moelab.shapes import MoEShape
 
 FEW_TILES = 40
-"""GEMM1 tiles of 128 weight rows, over all experts that a batch can touch, under which most multiprocessors would have
+"""GEMM1 tiles of 128 weight rows, over all experts that a batch can touch, under which most SMs would have
 nothing to read: the classic layer, with narrower tiles, was recorded faster at 32 (fast_layer.json of commit 66551de,
 Llama-4-Scout tp4 and DeepSeek-V3 tp8 at one token), and not at 48 (Qwen3-235B-A22B tp4)."""
 
@@ -50,7 +50,7 @@ where the inner size is short. In data/recordings/fast_choice.json, uniform rout
 other form at 4, 8 and 16 rows; at 32, 0.99 for DeepSeek-V3 tp8 (1.03 if skewed) and 1.02 for LFM2-8B (1.08); at 64, 1.06 to
 1.12."""
 
-FEW_EXPERTS, MOST_TOKENS_OF_FEW_EXPERTS = 16, 128
+UNEVEN_EXPERTS, UNEVEN_TOKENS = 16, 128
 """Of so few experts one may get a large part of a skewed batch, whose weights small tiles then read again and again: with more
 tokens than that the one-launch layer serves (as recorded there: Llama-4-Scout tp4 at 256 tokens)."""
 
@@ -94,7 +94,7 @@ def choose(
         )  # fmt: skip
     rows = num_tokens * top_k / num_experts
     even = f"{rows:.3g} rows an expert if tokens spread evenly"
-    uneven = num_experts <= FEW_EXPERTS and num_tokens > MOST_TOKENS_OF_FEW_EXPERTS
+    uneven = num_experts <= UNEVEN_EXPERTS and num_tokens > UNEVEN_TOKENS
     short = moe_intermediate_size <= SHORT_INNER
     fewer, limit = rows <= MOST_ROWS_OF_GATED, f"at most {MOST_ROWS_OF_GATED}"
     if short:
@@ -105,17 +105,17 @@ def choose(
     if tiles < FEW_TILES:
         return Choice(
             None,
-            f"classic: GEMM1 has at most {tiles} tiles of 128 weight rows, too few for all multiprocessors",
+            f"classic: GEMM1 has at most {tiles} tiles of 128 weight rows, too few for all SMs",
         )
     if short and rows < ENOUGH_ROWS:
         return Choice(None, f"classic: an inner size of {moe_intermediate_size} is short for one launch, with {even}")
     instance = instance_for(num_tokens, top_k, num_experts, moe_intermediate_size)
-    blocks = f"{instance.per_processor} block{'s' * (instance.per_processor > 1)} a multiprocessor"
-    permuted = ", tokens first written out by expert" if instance.permutes else ""
+    ctas = f"{counted(instance.ctas_per_sm, 'CTA')} an SM"
+    permuted = ", activations permuted first" if instance.permutes else ""
     launches = "one launch, and one for the sums" if instance.apart and top_k > 1 else "one launch"
-    paired = ", in pairs that share an expert's weights" if instance.cluster > 1 else ""
+    clustered = ", in clusters of two that share an expert's weights" if instance.cluster > 1 else ""
     tile = f"tiles of at most {instance.tokens} tokens by {instance.rows} weight rows"
-    return Choice(instance, f"{launches}: {even}: {tile}, {blocks}{paired}{permuted}")
+    return Choice(instance, f"{launches}: {even}: {tile}, {ctas}{clustered}{permuted}")
 
 
 def tiles_for(order: ExpertOrder, instance: Instance) -> TokenTiles:
@@ -156,7 +156,7 @@ def route_for(router_logits: Tensor, top_k: int, instance: Instance, **rule: Any
     """
     num_tokens, num_experts = router_logits.shape
     few = num_tokens <= instance.tokens and tiles_in_one_launch(num_tokens, num_experts, rule.get("num_groups", 1))
-    if not few or instance.cluster > 1:  # one launch makes a tile an expert, and no pairs
+    if not few or instance.cluster > 1:  # one launch makes a tile an expert, and none for clusters
         routed = route(router_logits, top_k, **rule)
         return routed, tiles_for(routed.order, instance)
     out = new_routed(num_tokens, num_experts, top_k, router_logits.device)

@@ -4,8 +4,6 @@ again, GEMM2, sum-reduce. Rounding points are those of sglang and vLLM: GEMM1 an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import torch
 from torch import Tensor
 
@@ -13,26 +11,13 @@ from moelab.call import MoECall
 from moelab.config import KernelConfig
 from moelab.kernels.activation import activation_unchecked
 from moelab.kernels.align import align_unchecked
-from moelab.kernels.block_scaled_gemm import block_scaled_gemm_unchecked, check_block_scaled_gemm
-from moelab.kernels.channel_scaled_gemm import FAMILIES as BY_CHANNEL
-from moelab.kernels.channel_scaled_gemm import channel_scaled_gemm_unchecked, check_channel_scaled_gemm
 from moelab.kernels.gemm_call import GemmCall
 from moelab.kernels.launch import checked
-from moelab.kernels.packed_gemm import FAMILIES as PACKED
-from moelab.kernels.packed_gemm import check_packed_gemm, packed_gemm_unchecked
 from moelab.kernels.quantise_activations import quantise_activations_unchecked
+from moelab.kernels.quantised import GEMMS
 from moelab.kernels.sum_reduce import sum_reduce_unchecked
 from moelab.pipelines.call_configs import call_configs
 from moelab.weights import GemmWeights
-
-Gemm = tuple[Callable[[GemmCall, Tensor], None], Callable[[GemmCall, Tensor], None]]
-
-GEMMS: Mapping[str, Gemm] = {
-    **dict.fromkeys(("fp8_w8a8_block", "int8_w8a8_block"), (check_block_scaled_gemm, block_scaled_gemm_unchecked)),
-    **dict.fromkeys(BY_CHANNEL, (check_channel_scaled_gemm, channel_scaled_gemm_unchecked)),
-    **dict.fromkeys(PACKED, (check_packed_gemm, packed_gemm_unchecked)),
-}
-"""Family of formats -> how its grouped product is checked and launched."""
 
 
 def quantised_pipeline(call: MoECall) -> Tensor:

@@ -23,15 +23,15 @@ UNITS: Mapping[str, tuple[str, str]] = {
 
 L2_PARTS: Mapping[str, str] = {
     "lts__ltcfabric2ltc_cycles_active": "the link between its two halves",
-    "lts__lts2xbar_cycles_active": "its way to the multiprocessors",
-    "lts__lts2xbar_cycles_active_realtime": "its way to the multiprocessors",
+    "lts__lts2xbar_cycles_active": "its way to the SMs",
+    "lts__lts2xbar_cycles_active_realtime": "its way to the SMs",
     "lts__xbar2lts_cycles_active": "its way from them",
     "lts__t_sectors": "its lookups of sectors",
     "lts__t_tag_requests": "its tags",
     "lts__d_sectors": "its data",
     "lts__d_sectors_fill_device": "what memory fills it with",
 }
-"""A part of L2, as ncu names it -> in words. Each half serves the multiprocessors next to it, and what lies in the memory of the
+"""A part of L2, as ncu names it -> in words. Each half serves the SMs next to it, and what lies in the memory of the
 other half crosses the link (NVIDIA A100 Tensor Core GPU Architecture, 2020, on its L2 cache; ncu has the link on Hopper too)."""
 
 WHOLE = "whole"
@@ -42,7 +42,7 @@ def units(
 ) -> Panel:
     """Bars of per cent of peak for each launch and unit, a small plot for each shape and batch.
 
-    at: what memory was measured to reach on that GPU; device: its `moelab.roofline.device_data`, of which the multiprocessors
+    at: what memory was measured to reach on that GPU; device: its `moelab.roofline.device_data`, of which the SMs
     and their FLOPs a clock are read. rule: the form that the kernel has now for a shape and a batch, as kernels name it; cells
     that were counted of another are then said.
     """
@@ -112,7 +112,7 @@ def _rate(row: Row) -> float | None:
 
 
 def clock_ghz(row: Row) -> float | None:
-    """Clocks by nanoseconds: how fast the multiprocessors ran during a launch, None where that was not counted."""
+    """Clocks by nanoseconds: how fast the SMs ran during a launch, None where that was not counted."""
     return row["clocks"] / row["duration_ns"] if {"clocks", "duration_ns"} <= set(row) else None
 
 
@@ -159,7 +159,7 @@ def _name(row: Row) -> str:
 
 def product_ceiling(row: Row, device: Mapping[str, Any]) -> float:
     """FLOP per second that the tensor units could do in bfloat16 at the clock of a launch."""
-    per_clock: float = device["multiprocessors"] * device["multiprocessor_flops_per_clock"]["bfloat16"]
+    per_clock: float = device["SMs"] * device["SM_flops_per_clock"]["bfloat16"]
     return per_clock * 1e9 * row["clocks"] / row["duration_ns"]
 
 

@@ -19,7 +19,7 @@ from moelab.shapes import MoEShape
 
 def short(instance: str) -> str:
     """An instance's repr as "16×128 w1 s6 b2": tokens by weight rows of a tile, multiplying warpgroups, stages, blocks on a
-    multiprocessor; "c2" with clusters of two, "p" where tokens are first permuted. Of a form for a few tokens
+    SM; "c2" with clusters of two, "p" where tokens are first permuted. Of a form for a few tokens
     "few 1×1024 2×512": rows by columns of weights in a tile of GEMM1 and of GEMM2; and "gated", under its tuned configs."""
     if not instance.startswith(("Instance", "FewTokens")):
         return "gated"
@@ -95,7 +95,7 @@ def instances(recording: Recording, shapes: Mapping[str, MoEShape], rule: Rule |
         f"Which form of the kernel serves best: {_short_of_rule(judged)}",
         f"{recording.source()}, short passes; time over the best form’s, geometric mean over shapes, uniform routing<br>"
         "bold: the best; boxed: what the rule chooses; 16×128 w1 s6 b2: tiles of 16 tokens by 128 weight rows, 1 warpgroup, "
-        f"6 stages, 2 blocks a multiprocessor{'<br>' * bool(notes)}{'; '.join(notes)}",
+        f"6 stages, 2 CTAs an SM{'<br>' * bool(notes)}{'; '.join(notes)}",
         drawn, [short(name) for name in names], [_as_text(at) for at in columns], y="form", low=None, high=ORANGE,
         span=math.log(_WORST), bar="over best", size=11,
     )  # fmt: skip
@@ -112,7 +112,7 @@ def instances(recording: Recording, shapes: Mapping[str, MoEShape], rule: Rule |
 
 
 _NOTES = {
-    "cluster": "c2: two blocks share weights",
+    "cluster": "c2: two CTAs share weights",
     "permutes": "p: tokens permuted first",
     "FewTokens": "few 1×1024 2×512: tiles of 1 row by 1024 columns of weights in GEMM1, 2 by 512 in GEMM2",
 }

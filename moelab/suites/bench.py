@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from moelab import precision, recordings, roofline, runtime
-from moelab.config_files import Lookup, question
+from moelab.config_files import Lookup, Step, question
 from moelab.errors import MoelabError, PrecisionError, RuntimeModeError, UnknownNameError
 from moelab.implementations import IMPLEMENTATIONS, LayerKind, named, taking
 from moelab.kernels.checks import current_target
 from moelab.measure import EagerProtocol, Measurement, measure, measure_eager, tie
+from moelab.pipelines.call_configs import default_of
 from moelab.routing import make_routing
 from moelab.shapes import MoEShape
 from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
@@ -82,7 +83,7 @@ def bench(
         captured = {name: call for name, call in run.items() if not IMPLEMENTATIONS[name].no_graph}
         in_graphs = measure(captured, graphs) if captured else {}
         eagerly = measure_eager(run, timing) if timing else {}
-        floor, source = floor_of(cost_of(layer), shape.dtype)
+        floor, source = floor_of(cost_of(layer), shape.format.product_dtype(shape.dtype))
         results.append(Result(
             num_tokens, routing, layer.experts_touched(), padding_of(layer, up), floor, source, up, down,
             tuple(row | _own_configs(own.get(row["impl"])) for row in rows_of(judged, in_graphs, eagerly, floor)),
@@ -133,6 +134,10 @@ def _own_configs(own: tuple[Lookup, Lookup] | None) -> dict[str, Any]:
 
 
 def _lookup(shape: MoEShape, num_tokens: int, *, down: bool, kernel: str | None = None) -> Lookup:
+    if not shape.format.file:
+        config = default_of(shape.num_experts, shape.moe_intermediate_size, num_tokens, shape.format)
+        step = Step("default rule", "used", f"no server has files of weights in the format {shape.format.name}")
+        return Lookup(config, None, None, True, (step,))
     return question(shape).lookup(
         runtime.current().device_name, num_tokens=num_tokens, triton_version=runtime.versions()["triton"] or "unknown",
         down=down, kernel=kernel,

@@ -27,13 +27,13 @@ from moelab.suites.screening import quick, short_pass
 
 CANDIDATES = (
     *ALL,
-    Instance(2, 1, 10, 48, 16, 16),  # one block a multiprocessor, with a longer ring
-    Instance(1, 2, 3, 96, 16, 16, 2, apart=1),  # two blocks: one multiplies while the other stores
+    Instance(2, 1, 10, 48, 16, 16),  # one CTA an SM, with a deeper pipeline
+    Instance(1, 2, 3, 96, 16, 16, 2, apart=1),  # two CTAs: one multiplies while the other stores
     Instance(1, 2, 3, 160, 16, 16, 2, apart=1),
     Instance(2, 1, 6, 96, 16, 16, apart=1),
     Instance(2, 1, 5, 176, 16, 16, apart=1),
-    Instance(2, 2, 5, 96, 16, 16, permutes=1, apart=1),  # tokens written out by expert, for TMA
-    Instance(2, 2, 5, 96, 16, 16, apart=1),  # single blocks
+    Instance(2, 2, 5, 96, 16, 16, permutes=1, apart=1),  # permuted activations, for TMA
+    Instance(2, 2, 5, 96, 16, 16, apart=1),  # single CTAs
     Instance(2, 2, 4, 176, 16, 16, cluster=2, permutes=1, apart=1),  # both
 )
 """Those in use, and what might be better, by the reason beside each."""

@@ -48,11 +48,11 @@ METRICS: Mapping[str, tuple[str, ...]] = {
 }
 """Field of a row -> ncu's metrics for it; the first that the chip has is read. Nanoseconds, clocks and bytes of a launch; per
 cent of the peak that the unit could sustain over the same clocks (of L2 and of memory: of their busiest part), of resident warps
-per cent of those that a multiprocessor holds. ncu may read them in different replays, so clocks by duration is near the chip's
+per cent of those that an SM holds. ncu may read them in different replays, so clocks by duration is near the chip's
 clock, not equal to it."""
 
 PARTS_OF = "l2_percent"
-"""The field whose parts are recorded beside it, in `PARTS`: which part of the second-level cache it is that is busy."""
+"""The field whose parts are recorded beside it, in `PARTS`: which part of the L2 it is that is busy."""
 PARTS = "l2_parts"
 """ncu's name of each such part, without its last word -> per cent of what that part could sustain."""
 

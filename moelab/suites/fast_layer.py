@@ -109,11 +109,11 @@ def fast(
     *,
     parts: Sequence[int] = (GEMM1 | GEMM2 | SUM,),
     overlap: bool = True,
-    largest_first: bool = True,
+    lpt_order: bool = True,
 ) -> Contender:
     """The layer by one instance, a launch for each of `parts`."""
     tiles = tiles_of(layer, instance)
-    if not largest_first:
+    if not lpt_order:
         tiles = [by_expert(each, instance.cluster) for each in tiles]
     slots, shape = layer.num_tokens * layer.shape.top_k, layer.shape
 
@@ -195,21 +195,21 @@ def without(layer: Layer, instance: Instance) -> dict[str, Contender]:
     launches = "both GEMMs in one launch" if instance.apart else "one launch"
     off = {
         launches: fast(layer, instance, parts=(GEMM1, GEMM2, SUM)),
-        "start during the launch before": fast(layer, instance, overlap=False),
-        "largest tiles first": fast(layer, instance, largest_first=False),
-        "a ring of more than two stages": fast(layer, replace(instance, stages=2)),
-        "tiles as narrow as their tokens": fast(layer, replace(instance, grain=instance.tokens)),
+        "programmatic dependent launch (PDL)": fast(layer, instance, overlap=False),
+        "longest tiles first (LPT)": fast(layer, instance, lpt_order=False),
+        "a pipeline of more than two stages": fast(layer, replace(instance, stages=2)),
+        "tile N fitted to the tokens": fast(layer, replace(instance, grain=instance.tokens)),
     }
     if instance.row_blocks > 1:
         off[f"{instance.rows} weight rows a tile"] = fast(layer, replace(instance, row_blocks=1))
     if instance.apart and layer.shape.top_k > 1:
         off["sums in a launch of their own"] = fast(layer, replace(instance, apart=0))
     if instance.permutes:
-        off["tokens written out by expert"] = fast(layer, replace(instance, permutes=0))
+        off["permuted activations"] = fast(layer, replace(instance, permutes=0))
     if instance.cluster > 1:
-        off["blocks in pairs"] = fast(layer, replace(instance, cluster=1))
-    if instance.per_processor > 1:
-        off["two blocks a multiprocessor"] = fast(layer, replace(instance, per_processor=1))
+        off["clusters of two CTAs, weights by multicast"] = fast(layer, replace(instance, cluster=1))
+    if instance.ctas_per_sm > 1:
+        off["two CTAs an SM"] = fast(layer, replace(instance, ctas_per_sm=1))
     return off
 
 
@@ -264,9 +264,9 @@ def ablated(layer: Layer, form: Form | None) -> tuple[dict[str, Contender], dict
     """What is served without each of its ideas, and its parts alone; of the classic layer neither."""
     if isinstance(form, FewTokens):
         return {
-            "start during the launch before": of_few_tokens(layer, form, overlap=False),
-            "weights asked for ahead": of_few_tokens(layer, replace(form, early=0)),
-            "the same rows side by side": of_few_tokens(layer, form, side_by_side=False),
+            "programmatic dependent launch (PDL)": of_few_tokens(layer, form, overlap=False),
+            "prefetch of weights before griddepcontrol.wait": of_few_tokens(layer, replace(form, early=0)),
+            "grid order for L2 reuse": of_few_tokens(layer, form, side_by_side=False),
         }, {}
     if isinstance(form, Gated):
         return {"weights by TMA": of_gated(layer, form, tma=False)}, {}

@@ -125,11 +125,13 @@ class Layer:
     def references(self, rotation: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens from head, middle and tail of a rotation, and what torch gives for them: in its dtype, in float64."""
         w, routing = self.weights[rotation], self.routings[rotation]
-        rows = sample_rows(self.num_tokens).to(w.w13.device)
+        every = w.format.activations == "tensor"  # the batch's largest value makes the scale
+        rows = torch.arange(self.num_tokens) if every else sample_rows(self.num_tokens)
+        rows = rows.to(w.w13.device)
         x, ids, weights = self.states[rotation][rows], routing.topk_ids[rows], routing.topk_weights[rows]
         options: dict[str, Any] = {"activation": self.shape.activation, "gated": self.shape.gated}
         wide = w.to(torch.float64)  # quantised weights are judged dequantised
-        return rows, *precision.layer_references(x, wide.w13, wide.w2, weights, ids, **options)
+        return rows, *precision.layer_references(x, wide.w13, wide.w2, weights, ids, format=w.format, **options)
 
     def check(self, out: torch.Tensor, name: str = "classic layer") -> dict[str, float]:
         """Hold tokens from the head, middle and tail of rotation 0 against float64.

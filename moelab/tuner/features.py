@@ -36,7 +36,7 @@ def _device(device: str, dtype: str) -> tuple[float, float, int]:
         for kind in ("measured", "datasheet"):
             try:
                 found = roofline.load_ceilings(name, kind, dtype)  # type: ignore[arg-type]
-                count = roofline.device_data(name).get("multiprocessors")
+                count = roofline.device_data(name).get("SMs")
             except UnknownNameError:
                 continue
             if count:

@@ -11,8 +11,7 @@ from typing import Any, Literal
 from moelab.chips import get_target
 from moelab.config import KernelConfig, default_config
 from moelab.errors import ShapeError
-from moelab.implementations import require_taken
-from moelab.shapes import MoEShape
+from moelab.shapes import MoEShape, require_plain
 
 Gemm = Literal["up", "down"]
 GEMMS: tuple[Gemm, ...] = ("up", "down")
@@ -58,7 +57,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         get_target(self.target)
-        require_taken(self.shape, "The tuner")
+        require_plain(self.shape, "The tuner")
         wrong = [b for b in self.batch_sizes if type(b) is not int or b < 1]
         if wrong or not self.batch_sizes:
             raise ShapeError(

@@ -163,7 +163,7 @@ class Survey:
     def _processors(self) -> float:
         known = self.problem.device.replace(" ", "_") in roofline.device_names()
         device: Mapping[str, Any] = roofline.device_data(self.problem.device) if known else {}
-        return float(device.get("multiprocessors", math.nan))
+        return float(device.get("SMs", math.nan))
 
     def _waves(self, gemm: Gemm, num_tokens: int, config: KernelConfig, shared: int) -> float:
         """Tiles of the expected padded rows, over what all SMs hold at once."""

@@ -89,12 +89,11 @@ def kernel_name(asked: str) -> str:
 def require_tunable(problem: Problem) -> Tuning:
     """How the problem's kernel is tuned.
 
-    Raises UnknownNameError for a kernel that is not in TUNED, FormatError for weights that it does not take, DeviceError where
+    Raises UnknownNameError for a kernel that is not in TUNED, FormatError for quantised weights, DeviceError where
     its target has no TMA and the kernel needs it, LayoutError where rows of the layer's inner sizes cannot go through TMA.
     """
     kernel = kernel_name(problem.kernel)
-    if problem.shape.format.family not in implementation_of(kernel).formats:
-        require_plain(problem.shape, f"The kernel {kernel!r}")
+    require_plain(problem.shape, "The tuner")
     if implementation_of(kernel).needs_tma:
         _require_tma(problem)
     return tuning_of(kernel)

@@ -1,4 +1,4 @@
-// The chip that emulated_hopper.h's instructions work on: barriers, blocks with their shared memory, clusters of blocks.
+// The chip that emulated_sm90.h's instructions work on: barriers, CTAs with their shared memory, clusters of CTAs.
 
 #pragma once
 #include <atomic>
@@ -23,7 +23,7 @@ namespace emulated {
 
 inline int patience_s = 120;  // of a wait; that launches may differ in it
 
-// As hopper.cuh reports a wait that it gives up.
+// As sm90.cuh reports a wait that it gives up.
 [[noreturn]] inline void hangs(const char* where, void* report = nullptr, int what = 0, int tile = 0, uint32_t value = 0) {
     const uint32_t said[4] = {what | static_cast<uint32_t>(threadIdx.x) << 8, static_cast<uint32_t>(blockIdx.x),
                               static_cast<uint32_t>(tile), value};
@@ -58,7 +58,7 @@ struct Block {
     uint8_t* shared;
     std::unique_ptr<Mbarrier[]> mbarriers;  // one for every eight bytes of shared memory
     std::atomic<int> running;               // threads
-    std::vector<Block*> cluster;            // by rank, this block among them
+    std::vector<Block*> cluster;            // by rank, this CTA among them
     int rank;
     bool late;  // its products are waited for long
     std::barrier<>* of_cluster;
@@ -79,7 +79,7 @@ inline uint32_t offset_of(const void* address) {
     return static_cast<uint32_t>(static_cast<const uint8_t*>(address) - block->shared);
 }
 
-// The barrier at this place in this block, or in another of the cluster, which must be there to be reached.
+// The barrier at this place in this CTA, or in another of the cluster, which must be there to be reached.
 inline Mbarrier& mbarrier(const void* address, Block* of = block) {
     if (!of->running) hangs("an access to a block that has ended");
     return of->mbarriers[offset_of(address) / 8];
@@ -87,13 +87,13 @@ inline Mbarrier& mbarrier(const void* address, Block* of = block) {
 
 inline uint8_t* swizzled(uint32_t address, Block* of = block) { return of->shared + (address ^ (address >> 3 & 0x70)); }
 
-// What this thread sent to other blocks arrives when it next waits for a barrier in memory, or after it has ended.
+// What this thread sent to other CTAs arrives when it next waits for a barrier in memory, or after it has ended.
 inline void deliver() {
     for (auto& arrival : sent) arrival();
     sent.clear();
 }
 
-// `cluster` blocks each in clusters, where those of rank `late` are late; all blocks run at once.
+// `cluster` CTAs each in clusters, where those of rank `late` are late; all CTAs run at once.
 inline void launch(int blocks, int threads, size_t shared_bytes, int cluster, int late, int patience,
                    const std::function<void()>& kernel) {
     patience_s = patience;

@@ -1,25 +1,21 @@
-// What fast_layer.cu works on: the layer's arguments, a block's shared memory, and the tiles that a block takes in turn.
+// What sm90_fast_layer.cu works on: the layer's arguments, a CTA's shared memory, and the tiles that a CTA takes in turn.
 
 #pragma once
-#include "hopper.cuh"
+#include "sm90.cuh"
 
-using namespace hopper;
+using namespace sm90;
 
-constexpr int K_STEP = 64;                   // elements of K in a stage: 128 bytes, the width of the swizzle
+// K_STEP, STAGED_BYTES, MOST_SHARED, the parts GEMM1, GEMM2 and SUM, and the kinds of waits come from fast_instances.py.
+
 constexpr int ROW_BYTES = 128;
-constexpr int STAGED_BYTES = 512;            // of a warp's outputs: 8 tokens of GEMM2 or 16 of GEMM1
-constexpr int MOST_SHARED = 228 * 1024;      // bytes of a multiprocessor, 1024 kept of them for each block
 constexpr int TOKEN_THREADS = 96;            // of the producers' 128; the first warp streams weights
-constexpr int PERMUTED = 1 << 16;            // what a permuted piece adds to a record's count, above GEMM1's tiles
+constexpr int PERMUTED = 1 << 16;            // what a permuted piece adds to a descriptor's count, above GEMM1's tiles
 constexpr int LOADER = 64;                   // of those, the thread that loads GEMM2's tokens by TMA
 enum Barrier { CONSUMERS = 1 };              // named barriers: that, and a warpgroup's number
-// What a wait is for, as one that is given up reports it; residency.py says it in words.
-enum Wait { STAGE_EMPTY = 1, SLOTS_EMPTY, ROWS_READY, ALL_READY };
-enum Part { GEMM1 = 1, GEMM2 = 2, SUM = 4 };
 
 // Tokens of one expert that are multiplied together: the expert-sorted rows first .. first + rows. The slot of the first is
-// here too: where experts have one token each, it saves a trip to memory. A record without rows only makes a pair whole.
-struct alignas(16) TokenTile {
+// here too: where experts have one token each, it saves a trip to memory. A descriptor without rows only makes a pair whole.
+struct alignas(16) TileDescriptor {
     int first, rows, expert, first_slot;
 };
 
@@ -34,10 +30,10 @@ struct Layer {
     const float* topk_weights;   // (S)
     const void* topk_ids;        // (S) int, or long long with wide_ids; slots of ids outside of the experts count as zeros
     const int* sorted_slots;     // (S), flat slots token * top_k + j by expert
-    const TokenTile* tiles;      // (most_tiles), *num_tiles in use
+    const TileDescriptor* tiles;      // (most_tiles), *num_tiles in use
     const int* num_tiles;
     int* ready;                  // (counters) zeros, left as zeros: GEMM1 done of each tile of tokens, GEMM2's tiles done,
-                                 // roles ended
+                                 // participants that have ended
     uint4* report;               // in host memory: of a wait that was given up
     int most_tiles, counters;
     int num_experts, num_tokens, top_k, hidden, inner_size;
@@ -49,34 +45,34 @@ struct Layer {
     DEVICE bool direct() const { return y == out; }
 };
 
-// WARPGROUPS multiply, each ROW_BLOCKS times 64 weight rows by at most TOKENS tokens, out of a ring of STAGES. The blocks of a
-// CLUSTER take two records at a time, and share the weights where both are of one expert. PERMUTES: tokens are first written out
-// in order of expert, as TMA can load them. APART: the sums are fast_sum.cu's.
-template <int WARPGROUPS_, int ROW_BLOCKS_, int STAGES_, int TOKENS_, int GRAIN_, int BOX_, int PER_PROCESSOR_,
+// WARPGROUPS multiply, each ROW_BLOCKS times 64 weight rows by at most TOKENS tokens, out of a pipeline of STAGES stages. The
+// CTAs of a CLUSTER take two descriptors at a time, and share the weights where both are of one expert. PERMUTES: tokens are
+// first written out in order of expert, as TMA can load them. APART: the sums are sm90_fast_sum.cu's.
+template <int WARPGROUPS_, int ROW_BLOCKS_, int STAGES_, int TOKENS_, int GRAIN_, int BOX_, int CTAS_PER_SM_,
           int CLUSTER_ = 1, int PERMUTES_ = 0, int APART_ = 0>
 struct Shape {
     static constexpr int WARPGROUPS = WARPGROUPS_, ROW_BLOCKS = ROW_BLOCKS_, STAGES = STAGES_, TOKENS = TOKENS_,
-                         GRAIN = GRAIN_, BOX = BOX_, PER_PROCESSOR = PER_PROCESSOR_, CLUSTER = CLUSTER_;
+                         GRAIN = GRAIN_, BOX = BOX_, CTAS_PER_SM = CTAS_PER_SM_, CLUSTER = CLUSTER_;
     static constexpr bool PERMUTES = PERMUTES_, APART = APART_;
     static constexpr int ROWS = WARPGROUPS * ROW_BLOCKS * 64;  // of weights in a tile
     static constexpr int THREADS = (WARPGROUPS + 1) * 128;
     // Whether outputs are turned round in shared memory, and buffers that each warp has for it: two, if they fit.
     static constexpr bool STAGES_ROWS = TOKENS >= 96 && ROW_BLOCKS == 2;
-    static constexpr int BUFFERS = STAGES * ((ROWS + TOKENS) * ROW_BYTES + 16) + 16 * TOKENS + 64 + WARPGROUPS * 8 * STAGED_BYTES >
-                                           MOST_SHARED / PER_PROCESSOR - 1024
-                                       ? 1
-                                       : 2;
+    static constexpr int WITH_TWO =
+        STAGES * ((ROWS + TOKENS) * ROW_BYTES + 16) + 16 * TOKENS + 64 + WARPGROUPS * 8 * STAGED_BYTES;
+    static constexpr int BUFFERS = WITH_TWO > MOST_SHARED / CTAS_PER_SM - 1024 ? 1 : 2;
 
-    // Registers of a thread: as launched; and where the sums need more than that, as shared out between the roles, whose
-    // sum may not pass what the block was given (PTX ISA, setmaxnreg: it waits for ever).
-    static constexpr int LAUNCHED = 65536 / (THREADS * PER_PROCESSOR) / 8 * 8;
-    static constexpr bool SHARED_OUT = ROW_BLOCKS * TOKENS / 2 + 64 > LAUNCHED;
-    static constexpr int PRODUCER = WARPGROUPS == 2 ? 72 : WARPGROUPS == 3 ? 32 : 40;
-    static constexpr int CONSUMER = ((WARPGROUPS + 1) * LAUNCHED - PRODUCER) / WARPGROUPS / 8 * 8;
-    static_assert(!SHARED_OUT || (CONSUMER <= 240 && PRODUCER + WARPGROUPS * CONSUMER <= (WARPGROUPS + 1) * LAUNCHED),
+    // Registers of a thread: as launched; and where the sums need more than that, as shared out between producers and
+    // consumers, whose sum may not pass what the CTA was given (PTX ISA, setmaxnreg: it waits for ever).
+    static constexpr int LAUNCHED_REGISTERS = 65536 / (THREADS * CTAS_PER_SM) / 8 * 8;
+    static constexpr bool REALLOCATES = ROW_BLOCKS * TOKENS / 2 + 64 > LAUNCHED_REGISTERS;
+    static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 72 : WARPGROUPS == 3 ? 32 : 40;
+    static constexpr int CONSUMER_REGISTERS = ((WARPGROUPS + 1) * LAUNCHED_REGISTERS - PRODUCER_REGISTERS) / WARPGROUPS / 8 * 8;
+    static constexpr int GIVEN_REGISTERS = PRODUCER_REGISTERS + WARPGROUPS * CONSUMER_REGISTERS;
+    static_assert(!REALLOCATES || (CONSUMER_REGISTERS <= 240 && GIVEN_REGISTERS <= (WARPGROUPS + 1) * LAUNCHED_REGISTERS),
                   "setmaxnreg would wait for ever");
     static_assert(TOKENS % BOX == 0 && BOX % 8 == 0 && GRAIN % 8 == 0, "the swizzle repeats after eight rows");
-    static_assert(CLUSTER == 1 || CLUSTER == 2, "records come in pairs");
+    static_assert(CLUSTER == 1 || CLUSTER == 2, "descriptors come two by two");
     static_assert((TOKENS % 16 == 0 && GRAIN % 16 == 0) || TOKENS <= 16, "a thread stores two groups of eight tokens");
 };
 
@@ -92,17 +88,17 @@ template <typename S>
 struct Shared : Staging<S> {
     uint8_t weights[S::STAGES][S::ROWS * ROW_BYTES];
     uint8_t tokens[S::STAGES][S::TOKENS * ROW_BYTES];
-    uint64_t full[S::STAGES];
-    uint64_t empty[S::STAGES];
-    uint64_t known[2];                       // slots and weights are there; and are no longer needed
-    uint64_t forgotten[2];
+    uint64_t operands_full[S::STAGES];
+    uint64_t operands_empty[S::STAGES];
+    uint64_t slots_full[2];                       // slots and weights are there; and are no longer needed
+    uint64_t slots_empty[2];
     int slots[2][S::TOKENS];
     float routed[2][S::TOKENS];
 };
 
-// A place in the ring of stages.
+// A place in the pipeline of stages.
 template <int STAGES>
-struct Ring {
+struct PipelineState {
     int stage = 0;
     uint32_t phase = 0;
     DEVICE void advance() {
@@ -113,33 +109,33 @@ struct Ring {
     }
 };
 
-// A record, or of it what consumers need: to load the rest and never look at it keeps the register from its next use.
+// A descriptor, or of it what consumers need: to load the rest and never look at it keeps the register from its next use.
 template <bool WHOLE>
-DEVICE TokenTile record_at(const TokenTile* tile) {
+DEVICE TileDescriptor descriptor_at(const TileDescriptor* tile) {
     if (WHOLE) return *tile;
     const int2 rows = *reinterpret_cast<const int2*>(tile);
     return {rows.x, rows.y, 0, 0};
 }
 
-// The tiles that a block takes in turn: which GEMM, which tokens, which weight rows; the blocks of a cluster the same rows of
-// their own record's expert. The first record is asked for together with the number of tiles; later ones are read by the copying
-// warps far ahead of the consumers, who find them near by.
+// The tiles that a CTA takes in turn: which GEMM, which tokens, which weight rows; the CTAs of a cluster the same rows of their
+// own descriptor's expert. The first descriptor is asked for together with the number of tiles; later ones are read by the
+// copying warps far ahead of the consumers, who find them near by.
 template <typename S, typename T, bool WHOLE = true>
-struct Walk {
+struct TileScheduler {
     using Tile = S;
     const Layer<T>& layer;
     const int across1, across2;  // tiles of weight rows
     int tiles1, total, index;    // in tiles of a cluster
-    int gemm, tokens, weights;   // of the tile at hand: tokens is its record
-    bool shares;                 // whether both records of the cluster are of one expert
-    TokenTile tile;
+    int gemm, tokens, weights;   // of the tile at hand: tokens is its descriptor
+    bool shares;                 // whether both descriptors of the cluster are of one expert
+    TileDescriptor tile;
 
-    DEVICE explicit Walk(const Layer<T>& layer)
+    DEVICE explicit TileScheduler(const Layer<T>& layer)
         : layer(layer),
           across1((2 * layer.inner_size + S::ROWS - 1) / S::ROWS),
           across2((layer.hidden + S::ROWS - 1) / S::ROWS),
           index(blockIdx.x / S::CLUSTER) {
-        tokens = record_of(index / across1);
+        tokens = descriptor_of(index / across1);
         if (tokens >= layer.most_tiles) tokens = layer.most_tiles - 1;
         load(tokens);
         const int tiles = *layer.num_tiles / S::CLUSTER;
@@ -152,23 +148,23 @@ struct Walk {
     // Whether rows of the tile at hand are multiplied by their routed weights, or written to their slots.
     DEVICE bool by_slot() const { return gemm || layer.weighted == GEMM1; }
 
-    // This block's of a cluster's records.
-    DEVICE int record_of(int tokens) const {
+    // This CTA's of a cluster's descriptors.
+    DEVICE int descriptor_of(int tokens) const {
         if constexpr (S::CLUSTER > 1) return tokens * S::CLUSTER + cluster_rank();
         return tokens;
     }
     DEVICE void load(int tokens) {
-        tile = record_at<WHOLE>(layer.tiles + tokens);
+        tile = descriptor_at<WHOLE>(layer.tiles + tokens);
         if constexpr (S::CLUSTER > 1 && WHOLE) shares = layer.tiles[tokens ^ 1].expert == tile.expert;
     }
     // The flat slot of a row of the tile at hand.
     DEVICE int slot_of(int row) const { return row ? layer.sorted_slots[tile.first + row] : tile.first_slot; }
 
-    DEVICE bool step() {
+    DEVICE bool next() {
         if (index >= total) return false;
         gemm = index >= tiles1;
         const int local = gemm ? index - tiles1 : index, across = gemm ? across2 : across1, of_cluster = local / across;
-        const int coming = record_of(of_cluster);
+        const int coming = descriptor_of(of_cluster);
         weights = local - of_cluster * across;
         if (coming != tokens) load(coming);
         tokens = coming;

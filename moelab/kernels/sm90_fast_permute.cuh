@@ -1,15 +1,15 @@
-// The first step of fast_layer.cu's forms that permute: rows of x in order of expert, for TMA to load in boxes.
+// The first step of sm90_fast_layer.cu's forms that permute: rows of x in order of expert, for TMA to load in boxes.
 //
 // Written while GEMM1 already multiplies, once for all tiles of weight rows, by two of the copying warps; the rows that the
 // first tiles ask for by the consumers, who have nothing else to do yet.
 
 #pragma once
-#include "fast_tiles.cuh"
+#include "sm90_fast_tiles.cuh"
 
 // Rows, and of each so many units of 16 bytes, that a warp copies at a time.
 constexpr int PIECE_ROWS = 7, PIECE_UNITS = 64;
 
-// The pieces of every record, in the order of records: DOWN times `across` of each, of which those past its rows are empty.
+// The pieces of every descriptor, in their order: DOWN times `across` of each, of which those past its rows are empty.
 template <typename S>
 struct Pieces {
     static constexpr int DOWN = (S::TOKENS + PIECE_ROWS - 1) / PIECE_ROWS;
@@ -17,13 +17,13 @@ struct Pieces {
     template <typename T>
     DEVICE explicit Pieces(const Layer<T>& layer)
         : units(layer.hidden / 8), across((units + PIECE_UNITS - 1) / PIECE_UNITS), inner_size(layer.inner_size) {}
-    DEVICE int of_records(int records) const { return records * DOWN * across; }
+    DEVICE int of_descriptors(int descriptors) const { return descriptors * DOWN * across; }
     DEVICE int of_rows(int rows) const { return (rows + PIECE_ROWS - 1) / PIECE_ROWS * across; }
     // Those that a cluster's first tile of GEMM1 asks for, over all clusters.
-    DEVICE int first(int all_records) const {
+    DEVICE int first(int all_descriptors) const {
         const int across1 = (2 * inner_size + S::ROWS - 1) / S::ROWS;
-        const int records = ((static_cast<int>(gridDim.x) / S::CLUSTER - 1) / across1 + 1) * S::CLUSTER;
-        return of_records(records < all_records ? records : all_records);
+        const int descriptors = ((static_cast<int>(gridDim.x) / S::CLUSTER - 1) / across1 + 1) * S::CLUSTER;
+        return of_descriptors(descriptors < all_descriptors ? descriptors : all_descriptors);
     }
 };
 
@@ -34,15 +34,16 @@ DEVICE void permute(const Layer<T>& layer, int begin, int end, int warp, int war
     const int lane = threadIdx.x & 31;
     const uint4* x = reinterpret_cast<const uint4*>(layer.x);
     for (int piece = begin + warp; piece < end; piece += warps) {
-        const int record = piece / pieces.of_records(1), local = piece - pieces.of_records(record);
+        const int descriptor = piece / pieces.of_descriptors(1), local = piece - pieces.of_descriptors(descriptor);
         const int down = local / pieces.across, row = down * PIECE_ROWS, column = (local - down * pieces.across) * PIECE_UNITS;
-        const TokenTile tile = record_at<false>(layer.tiles + record);
+        const TileDescriptor tile = descriptor_at<false>(layer.tiles + descriptor);
         const int left = tile.rows - row;
         if (left <= 0) continue;
         const int* slots = layer.sorted_slots + tile.first + row;
         uint32_t from[PIECE_ROWS];
 #pragma unroll
-        for (int i = 0; i < PIECE_ROWS; ++i) from[i] = static_cast<uint32_t>(slots[i < left ? i : 0]) / layer.top_k * pieces.units;
+        for (int i = 0; i < PIECE_ROWS; ++i)
+            from[i] = static_cast<uint32_t>(slots[i < left ? i : 0]) / layer.top_k * pieces.units;
         uint4* to = reinterpret_cast<uint4*>(layer.rows) + static_cast<uint64_t>(tile.first + row) * pieces.units;
         const int end_unit = column + PIECE_UNITS < pieces.units ? column + PIECE_UNITS : pieces.units;
 #pragma unroll 1
@@ -55,7 +56,7 @@ DEVICE void permute(const Layer<T>& layer, int begin, int end, int warp, int war
                 if (i < left) to[static_cast<uint32_t>(i * pieces.units) + unit] = loaded[i];
         }
         fence_async_global();
-        warp_together();
-        if (lane == 0) add_release(&layer.ready[record], PERMUTED);
+        sync_warp();
+        if (lane == 0) add_release(&layer.ready[descriptor], PERMUTED);
     }
 }

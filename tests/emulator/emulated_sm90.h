@@ -1,6 +1,6 @@
-// hopper.cuh for a CPU: every thread of a block is a thread of the system, and each function does what its PTX
+// sm90.cuh for a CPU: every thread of a CTA is a thread of the system, and each function does what its PTX
 // instruction is documented to do, as late as that allows: a wgmma reads its operands when it is waited for, a copy lands
-// when its arrival is made, an arrival at another block when its sender next waits for a barrier in memory. A wait that lasts
+// when its arrival is made, an arrival at another CTA when its sender next waits for a barrier in memory. A wait that lasts
 // two minutes, or as long as the launch allows, ends the process with a message: the kernel hangs.
 //
 // What it cannot show: races that need the proxies' own order (fences do nothing here), registers, timing.
@@ -18,7 +18,7 @@
 #define __global__
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define BLOCK_SHARED(name) uint8_t* name = emulated::block->shared
+#define CTA_SHARED(name) uint8_t* name = emulated::block->shared
 
 struct uint2 { uint32_t x, y; };
 struct uint4 { uint32_t x, y, z, w; };
@@ -63,7 +63,7 @@ struct TensorMap {
 inline void __syncthreads() { emulated::block->all->arrive_and_wait(); }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
-namespace hopper {
+namespace sm90 {
 using namespace emulated;
 
 inline uint32_t shared_address(const void* pointer) { return offset_of(pointer); }
@@ -91,21 +91,21 @@ inline void barrier_arrive_at(uint64_t* barrier, int rank) {
         sent.push_back([barrier, rank] { arrive(mbarrier(barrier, block->cluster[rank]), 0); });
 }
 inline int cluster_rank() { return block->rank; }
-inline void cluster_together() {
+inline void sync_cluster() {
     deliver();
     block->of_cluster->arrive_and_wait();
 }
 
 // Who waits for a count gives up first, then who waits for a barrier, as on the chip; last a consumer, which there never does.
-inline void barrier_wait(uint64_t* barrier, uint32_t parity, uint4* report, int what, int tile, int halves = 3) {
+inline void barrier_wait(uint64_t* barrier, uint32_t parity, uint4* report, int what, int tile, int times = 5) {
     deliver();
     Mbarrier& b = mbarrier(barrier);
     std::unique_lock guard(b.lock);
-    const auto limit = std::chrono::milliseconds(500 * halves * patience_s);
+    const auto limit = std::chrono::seconds(times * patience_s);
     if (!b.changed.wait_for(guard, limit, [&] { return b.phase != parity; }))
         hangs("barrier_wait", report, what, tile, parity);
 }
-inline void barrier_wait(uint64_t* barrier, uint32_t parity) { barrier_wait(barrier, parity, nullptr, 0, 0, 4); }
+inline void barrier_wait(uint64_t* barrier, uint32_t parity) { barrier_wait(barrier, parity, nullptr, 0, 0, 6); }
 
 inline void copy_async(uint32_t to, const void* from, int bytes) { copies.push_back({block->shared + to, from, bytes}); }
 inline void barrier_arrive_after_copies(uint64_t* barrier) {
@@ -119,7 +119,7 @@ inline void barrier_arrive_after_copies(uint64_t* barrier) {
 
 inline void prefetch(const TensorMap*) {}
 
-// A box, to this place in that block's shared memory and counted at its barrier.
+// A box, to this place in that CTA's shared memory and counted at its barrier.
 inline void land(Block* of, void* to, const TensorMap* map, uint64_t* barrier, const int (&at)[5]) {
     const uint32_t base = shared_address(to);
     if (base % 1024) hangs("tma_load to an unaligned tile");
@@ -196,11 +196,11 @@ inline void wgmma_wait() {
 template <int COUNT>
 inline void pin(float (&)[COUNT]) {}
 template <typename V>
-inline void from_here(V&) {}
+inline void opaque(V&) {}
 template <int COUNT>
-inline void more_registers() {}
+inline void reg_alloc() {}
 template <int COUNT>
-inline void fewer_registers() {}
+inline void reg_dealloc() {}
 
 inline void named_barrier(int id, int threads) {
     std::barrier<>* found;
@@ -266,7 +266,7 @@ inline void wait_for_count(const int* address, int count, uint4* report, int wha
         hangs("wait_for_count", report, what, tile, count - load_acquire(address));
 #endif
 }
-inline void warp_together() { block->warps[threadIdx.x / 32]->arrive_and_wait(); }
+inline void sync_warp() { block->warps[threadIdx.x / 32]->arrive_and_wait(); }
 inline int add_acquire_release(int* address, int value) {
     const int before = __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
 #ifndef __SANITIZE_THREAD__
@@ -276,8 +276,8 @@ inline int add_acquire_release(int* address, int value) {
     return before;
 }
 inline void add_release(int* address, int value) { add_acquire_release(address, value); }
-inline void wait_for_predecessor() {}
-inline void let_successor_start() {}
+inline void griddepcontrol_wait() {}
+inline void griddepcontrol_launch_dependents() {}
 
 template <typename T>
 inline uint32_t packed(float low, float high, T as) {
@@ -291,4 +291,4 @@ inline void add_pair(float& low, float& high, uint32_t pair, T) {
 inline uint4 load_written(const void* address) { return *static_cast<const uint4*>(address); }
 inline float silu(float x) { return x / (1.0f + std::exp(-x)); }
 
-}  // namespace hopper
+}  // namespace sm90

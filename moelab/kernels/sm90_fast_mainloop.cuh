@@ -1,7 +1,7 @@
-// The products of fast_layer.cu: weights and tokens out of the ring of stages, by wgmma, into a warpgroup's registers.
+// The products of sm90_fast_layer.cu: weights and tokens out of the pipeline of stages, by wgmma, into a warpgroup's registers.
 
 #pragma once
-#include "fast_tiles.cuh"
+#include "sm90_fast_tiles.cuh"
 
 constexpr uint64_t UNIT = 16;  // bytes, of a descriptor's addresses
 
@@ -12,7 +12,7 @@ DEVICE uint64_t swizzled_tile(const void* tile) {
            1ull << 62;
 }
 
-// One warp no longer reads a stage. Every block of the cluster fills part of it, so each of them is told.
+// One warp no longer reads a stage. Every CTA of the cluster fills part of it, so it arrives at the barriers of all.
 template <typename S>
 DEVICE void release(uint64_t* empty) {
     const int lane = threadIdx.x & 31;
@@ -26,7 +26,7 @@ DEVICE void release(uint64_t* empty) {
 // A warpgroup's weight rows, 64 in a block of sums, times N tokens, over all of K. Of forms that stage rows, the blocks of sums
 // take groups of eight rows in turn, so that a warp has 32 neighbours.
 template <typename S, typename T, int N>
-DEVICE void multiply(float (&sums)[S::ROW_BLOCKS][N / 2], Shared<S>& shared, Ring<S::STAGES>& ring, int k_steps,
+DEVICE void multiply(float (&sums)[S::ROW_BLOCKS][N / 2], Shared<S>& shared, PipelineState<S::STAGES>& pipeline, int k_steps,
                      bool gathered) {
     constexpr int EVERY = S::STAGES_ROWS ? S::ROW_BLOCKS : 1, APART = S::STAGES_ROWS ? 8 : 64;
     const int first = (threadIdx.x / 128 - 1) * S::ROW_BLOCKS * 64;
@@ -38,11 +38,11 @@ DEVICE void multiply(float (&sums)[S::ROW_BLOCKS][N / 2], Shared<S>& shared, Rin
         pin(sums[block]);
     }
 #pragma unroll 1
-    for (int step = 0; step < k_steps; ++step, ring.advance()) {
-        barrier_wait(&shared.full[ring.stage], ring.phase);
+    for (int step = 0; step < k_steps; ++step, pipeline.advance()) {
+        barrier_wait(&shared.operands_full[pipeline.stage], pipeline.phase);
         if (gathered) fence_async_shared();
-        const uint64_t weights = swizzled_tile<EVERY>(shared.weights[ring.stage] + first * ROW_BYTES);
-        const uint64_t tokens = swizzled_tile(shared.tokens[ring.stage]);
+        const uint64_t weights = swizzled_tile<EVERY>(shared.weights[pipeline.stage] + first * ROW_BYTES);
+        const uint64_t tokens = swizzled_tile(shared.tokens[pipeline.stage]);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < ROW_BYTES / UNIT; k += 2)  // 16 elements of K are 32 bytes
@@ -52,7 +52,7 @@ DEVICE void multiply(float (&sums)[S::ROW_BLOCKS][N / 2], Shared<S>& shared, Rin
         wgmma_commit();
         wgmma_wait<1>();
         if (done) release<S>(done);
-        done = &shared.empty[ring.stage];
+        done = &shared.operands_empty[pipeline.stage];
     }
     wgmma_wait<0>();
 #pragma unroll

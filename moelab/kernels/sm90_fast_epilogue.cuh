@@ -1,15 +1,16 @@
-// What fast_layer.cu makes of a tile's sums: activated rows of `inner` after GEMM1, weighted rows of `y` after GEMM2.
+// What sm90_fast_layer.cu makes of a tile's sums: activated rows of `inner` after GEMM1, weighted rows of `y` after GEMM2.
 //
 // Forms that stage rows turn them round by way of a little shared memory of each warp (stmatrix), whose 32 weight rows lie side
-// by side (fast_products.cuh), and store 16 bytes a thread. The others exchange values between threads and store 8.
+// by side (sm90_fast_mainloop.cuh), and store 16 bytes a thread. The others exchange values between threads and store 8.
 
 #pragma once
-#include "fast_tiles.cuh"
+#include "sm90_fast_tiles.cuh"
 
 // sums[4 * j ..]: of tokens 8 * j + 2 * (lane % 4) and the next, gate (0, 1) and up (2, 3) of element lane / 4 of this
 // warp's eight. Stored 8 bytes a thread where two groups of tokens can be exchanged between neighbours.
 template <typename T, int N>
-DEVICE void store_activated(float (&sums)[N / 2], const Layer<T>& layer, const TokenTile& tile, int column, const float* routed) {
+DEVICE void store_activated(float (&sums)[N / 2], const Layer<T>& layer, const TileDescriptor& tile, int column,
+                            const float* routed) {
     const int lane = threadIdx.x & 31, row = lane >> 2, odd = lane & 1;
     if (column >= layer.inner_size) return;
     if (layer.weighted == GEMM1) {
@@ -44,7 +45,7 @@ DEVICE void store_activated(float (&sums)[N / 2], const Layer<T>& layer, const T
 // sums[4 * j ..]: of tokens 8 * j + 2 * (lane % 4) and the next, rows lane / 4 (0, 1) and 8 further (2, 3) of w2.
 // Blocks of 64 rows side by side, since they have slots and weights in common.
 template <typename T, int N, int BLOCKS>
-DEVICE void store_weighted(const float (&sums)[BLOCKS][N / 2], const Layer<T>& layer, const TokenTile& tile, int column,
+DEVICE void store_weighted(const float (&sums)[BLOCKS][N / 2], const Layer<T>& layer, const TileDescriptor& tile, int column,
                            const int* slots, const float* routed) {
     const int lane = threadIdx.x & 31, row = lane >> 2, odd = lane & 1;
     const int mine = column + (odd ? 8 : 0) + 4 * ((lane & 3) >> 1);
@@ -87,13 +88,13 @@ struct Taken {
 // After a warp has taken back what it staged: where there is one buffer, lanes may not write to it before all have read.
 template <int BUFFERS>
 DEVICE void taken() {
-    if constexpr (BUFFERS == 1) warp_together();
+    if constexpr (BUFFERS == 1) sync_warp();
 }
 
-// sums[0][4 * j ..]: of tokens 8 * j + 2 * (lane % 4) and the next, the gates of elements lane / 4 (0, 1) and 8 further (2, 3) of
-// this warp's sixteen; sums[1]: the ups.
+// sums[0][4 * j ..]: of tokens 8 * j + 2 * (lane % 4) and the next, the gates of elements lane / 4 (0, 1) and 8 further (2, 3)
+// of this warp's sixteen; sums[1]: the ups.
 template <int BUFFERS, typename T, int N>
-DEVICE void stage_activated(float (&sums)[2][N / 2], const Layer<T>& layer, const TokenTile& tile, int column,
+DEVICE void stage_activated(float (&sums)[2][N / 2], const Layer<T>& layer, const TileDescriptor& tile, int column,
                             const float* routed, uint32_t staged) {
     const int lane = threadIdx.x & 31, row = lane >> 1, chunk = lane & 1;
     if (layer.weighted == GEMM1) {
@@ -118,20 +119,20 @@ DEVICE void stage_activated(float (&sums)[2][N / 2], const Layer<T>& layer, cons
     for (int j = 0; j < N / 8; j += 2, to += 16 * row_bytes) {
         const int buffer = j / 2 % BUFFERS * STAGED_BYTES;
         store_transposed(mine + buffer, activated(4 * j), activated(4 * j + 2), activated(4 * j + 4), activated(4 * j + 6));
-        warp_together();
+        sync_warp();
         const uint4 eight = load_shared(read + buffer);
         taken<BUFFERS>();
         before.store();
         before = {eight, to, is_column && 8 * j + row < tile.rows};
     }
     before.store();
-    warp_together();
+    sync_warp();
 }
 
 // sums[b][4 * j ..]: of tokens 8 * j + 2 * (lane % 4) and the next, rows 8 * b + lane / 4 (0, 1) and 16 further (2, 3) of this
 // warp's 32 of w2.
 template <int BUFFERS, typename T, int N>
-DEVICE void stage_weighted(const float (&sums)[2][N / 2], const Layer<T>& layer, const TokenTile& tile, int column,
+DEVICE void stage_weighted(const float (&sums)[2][N / 2], const Layer<T>& layer, const TileDescriptor& tile, int column,
                            const int* slots, const float* routed, uint32_t staged) {
     const int lane = threadIdx.x & 31, row = lane >> 2, chunk = lane & 3;
     const uint32_t row_bytes = layer.hidden * sizeof(T);
@@ -150,7 +151,7 @@ DEVICE void stage_weighted(const float (&sums)[2][N / 2], const Layer<T>& layer,
         const float *even = sums[0] + 4 * j, *odd = sums[1] + 4 * j;
         store_transposed(mine + buffer, packed(even[0] * by.x, even[1] * by.y, T()), packed(odd[0] * by.x, odd[1] * by.y, T()),
                          packed(even[2] * by.x, even[3] * by.y, T()), packed(odd[2] * by.x, odd[3] * by.y, T()));
-        warp_together();
+        sync_warp();
         const uint4 eight = load_shared(read + buffer);
         taken<BUFFERS>();
         before.store();
@@ -158,5 +159,5 @@ DEVICE void stage_weighted(const float (&sums)[2][N / 2], const Layer<T>& layer,
         by = next_by, slot = next_slot;
     }
     before.store();
-    warp_together();
+    sync_warp();
 }

@@ -1,13 +1,13 @@
 // What a Hopper kernel here asks of the chip, one function each: mbarriers, asynchronous copies, TMA, wgmma, fences.
 //
 // Instructions and their operands: PTX ISA 9.0, sections "Parallel Synchronization and Communication", "Data Movement",
-// "Asynchronous Warpgroup Level Matrix Instructions". Needs sm_90a. With MOELAB_EMULATED, tests/emulator/emulated_hopper.h
+// "Asynchronous Warpgroup Level Matrix Instructions". Needs sm_90a. With MOELAB_EMULATED, tests/emulator/emulated_sm90.h
 // stands in, so that a kernel written with these names runs on a CPU, one thread of the system for each of the GPU's.
 
 #pragma once
 
 #ifdef MOELAB_EMULATED
-#include "emulated_hopper.h"
+#include "emulated_sm90.h"
 #else
 
 #include <cuda_bf16.h>
@@ -23,9 +23,9 @@ struct alignas(64) TensorMap {
 };
 
 #define DEVICE __device__ __forceinline__
-#define BLOCK_SHARED(name) extern __shared__ __align__(1024) uint8_t name[]
+#define CTA_SHARED(name) extern __shared__ __align__(1024) uint8_t name[]
 
-namespace hopper {
+namespace sm90 {
 
 DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
 
@@ -33,7 +33,7 @@ DEVICE void barrier_init(uint64_t* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
 }
 
-// Makes initialised barriers visible to the copy engine.
+// Makes initialised barriers visible to the TMA unit.
 DEVICE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 DEVICE void barrier_arrive(uint64_t* barrier) {
@@ -50,7 +50,7 @@ DEVICE void barrier_arrive_expect(uint64_t* barrier, int bytes) {
                  : "memory");
 }
 
-// For the blocks of a cluster, which see each other's shared memory.
+// For the CTAs of a cluster, which see each other's shared memory.
 
 DEVICE int cluster_rank() {
     int rank;
@@ -60,11 +60,11 @@ DEVICE int cluster_rank() {
 
 // Waits for every thread of the cluster; threads of a warp may come one by one. What was written before is seen after only if a
 // fence stands between.
-DEVICE void cluster_together() {
+DEVICE void sync_cluster() {
     asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// An arrival at the barrier that lies at the same place in the block of that rank. For what was read: to let the other block
+// An arrival at the barrier that lies at the same place in the CTA of that rank. For what was read: to let the other CTA
 // see what was written would take .release.cluster, which compiles to a fence for all of memory.
 DEVICE void barrier_arrive_at(uint64_t* barrier, int rank) {
     asm volatile(
@@ -75,8 +75,8 @@ DEVICE void barrier_arrive_at(uint64_t* barrier, int rank) {
         : "memory");
 }
 
-// Ticks of 2^32 ns (4.3 s), of which the first may be short: counts are given up after 4 to 9 seconds, and mbarriers, which wait
-// for those who wait for counts, after 9 to 13.
+// Ticks of 2^32 ns (4.3 s), of which the first may be short: counts are given up after 4 to 9 seconds, and mbarriers, which
+// wait for those who wait for counts, after 9 to 13.
 constexpr uint32_t COUNT_TICKS = 2, BARRIER_TICKS = 3;
 DEVICE uint32_t ticks() {
     uint32_t value;
@@ -87,13 +87,14 @@ DEVICE uint32_t ticks() {
 // Ends the launch, and the process's CUDA context with it, after a report in host memory: device memory cannot be read then.
 // Not by printf: one call in a kernel, and ptxas serialises each of its wgmmas (C7510; at tiles of 176 tokens 1,120 bytes of
 // spills come on top).
-DEVICE void give_up(uint4* report, int what, int tile, uint32_t value) {
+DEVICE void trap_with_report(uint4* report, int what, int tile, uint32_t value) {
     asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};\nfence.acq_rel.sys;"
                  ::"l"(report), "r"(what | threadIdx.x << 8), "r"(blockIdx.x), "r"(tile), "r"(value) : "memory");
     __trap();
 }
 
-// For consumers, whose accumulators leave no register for a clock: that they are fed, and let go of it, their CTA's producers watch.
+// For consumers, whose accumulators leave no register for a clock: that they are fed, and let go of it, their CTA's producers
+// watch.
 DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
     asm volatile(
         "{\n.reg .pred done;\n"
@@ -110,8 +111,8 @@ DEVICE bool barrier_try(uint64_t* barrier, uint32_t parity) {
     return done;
 }
 
-// report, what, tile: where a wait that is given up says what it was for, and the tile descriptor of it. The clock is looked at only once a first try has lasted as long as the hardware lets
-// one last.
+// report, what, tile: where a wait that is given up says what it was for, and the tile descriptor of it. The clock is looked at
+// only once a first try has lasted as long as the hardware lets one last.
 DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity, uint4* report, int what, int tile) {
 #ifdef MOELAB_UNWATCHED
     barrier_wait(barrier, parity);
@@ -119,7 +120,7 @@ DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity, uint4* report, int 
     if (barrier_try(barrier, parity)) return;
     const uint32_t begin = ticks();
     while (!barrier_try(barrier, parity))
-        if (ticks() - begin >= BARRIER_TICKS) give_up(report, what, tile, parity);
+        if (ticks() - begin >= BARRIER_TICKS) trap_with_report(report, what, tile, parity);
 #endif
 }
 
@@ -161,7 +162,7 @@ DEVICE void tma_load(void* to, const TensorMap* map, uint64_t* barrier, int c0, 
         : "memory");
 }
 
-// The same to every block of the cluster whose bit is in `ranks`: each gets the box at `to` of its own shared memory, and the
+// The same to every CTA of the cluster whose bit is in `ranks`: each gets the box at `to` of its own shared memory, and the
 // bytes counted at its own `barrier`.
 DEVICE void tma_multicast(void* to, const TensorMap* map, uint64_t* barrier, uint16_t ranks, int c0, int c1, int c2) {
     asm volatile(
@@ -202,15 +203,15 @@ DEVICE void pin(float (&accumulators)[COUNT]) {
 }
 
 // Keeps the compiler from working out ahead what depends on a value: it would keep all of it in registers.
-DEVICE void from_here(int& value) { asm volatile("" : "+r"(value)); }
-DEVICE void from_here(const uint8_t*& value) { asm volatile("" : "+l"(value)); }
+DEVICE void opaque(int& value) { asm volatile("" : "+r"(value)); }
+DEVICE void opaque(const uint8_t*& value) { asm volatile("" : "+l"(value)); }
 
 template <int COUNT>
-DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+DEVICE void reg_alloc() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 template <int COUNT>
-DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+DEVICE void reg_dealloc() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 
-// A barrier of `threads` threads of the block; ids 1 to 15, since __syncthreads is 0.
+// A barrier of `threads` threads of the CTA; ids 1 to 15, since __syncthreads is 0.
 DEVICE void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -261,7 +262,7 @@ DEVICE int add_acquire_release(int* address, int value) {
     return before;
 }
 
-// Waits until a count in device memory is that high. Acquired once at the end: each acquire empties the first-level cache. The
+// Waits until a count in device memory is that high. Acquired once at the end: each acquire empties L1. The
 // clock is looked at every 256 polls.
 DEVICE void wait_for_count(const int* address, int count, uint4* report, int what, int tile) {
 #ifdef MOELAB_UNWATCHED
@@ -271,16 +272,16 @@ DEVICE void wait_for_count(const int* address, int count, uint4* report, int wha
     for (int found; (found = load_relaxed(address)) < count; back_off()) {
         if (++polls % 256) continue;
         if (polls == 256) begin = ticks();
-        if (ticks() - begin >= COUNT_TICKS) give_up(report, what, tile, count - found);
+        if (ticks() - begin >= COUNT_TICKS) trap_with_report(report, what, tile, count - found);
     }
 #endif
     load_acquire(address);
 }
 
-DEVICE void warp_together() { __syncwarp(); }
+DEVICE void sync_warp() { __syncwarp(); }
 
-DEVICE void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-DEVICE void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+DEVICE void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DEVICE void griddepcontrol_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 
 // Rounds to nearest even; `low` goes to the lower half.
@@ -303,11 +304,11 @@ DEVICE void add_pair(float& low, float& high, uint32_t pair, __half) {
     high += both.y;
 }
 
-// 16 bytes that another block wrote in this launch: past the first-level cache.
+// 16 bytes that another CTA wrote in this launch: past L1.
 DEVICE uint4 load_written(const void* address) { return __ldcg(static_cast<const uint4*>(address)); }
 
-// By the chip's own powers of two and reciprocals, without the steps that denormals would need: a power that flushes to zero leaves
-// x, a reciprocal that does leaves zero, as both ends of silu should.
+// By the chip's own powers of two and reciprocals, without the steps that denormals would need: a power that flushes to zero
+// leaves x, a reciprocal that does leaves zero, as both ends of silu should.
 DEVICE float silu(float x) {
     float power, part;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-1.44269504f * x));
@@ -315,5 +316,5 @@ DEVICE float silu(float x) {
     return x * part;
 }
 
-}  // namespace hopper
+}  // namespace sm90
 #endif

@@ -1,7 +1,7 @@
-// The last step of fast_layer.cu: each token's sum over its slots, once the tiles of GEMM2 that it needs are done.
+// The last step of sm90_fast_layer.cu: each token's sum over its slots, once the tiles of GEMM2 that it needs are done.
 
 #pragma once
-#include "fast_tiles.cuh"
+#include "sm90_fast_tiles.cuh"
 
 // Whether a slot's id is of an expert here. Compared as wide as it is: an id of 2^32 + 1 is not expert 1.
 template <typename Id, typename T>
@@ -22,8 +22,8 @@ DEVICE void zero_unrouted(const Layer<T>& layer) {
     }
 }
 
-// Adds to a count that other blocks wait for, once all of this warpgroup's stores are done, for TMA's eyes too.
-DEVICE void report(int* count, int done) {
+// Adds to a count that other CTAs wait for, once all of this warpgroup's stores are done, for TMA's eyes too.
+DEVICE void count_done(int* count, int done) {
     fence_async_global();
     named_barrier(CONSUMERS + threadIdx.x / 128 - 1, 128);
     if (threadIdx.x % 128 == 0) add_release(count, done);
@@ -34,8 +34,8 @@ struct Place {
     int token, column;
 };
 
-// out[token][column ..] = scale * sum over slots of y, at so many places, and of SLOTS slots each at a time: all of these rows are
-// on their way together.
+// out[token][column ..] = scale * sum over slots of y, at so many places, and of SLOTS slots each at a time: all of these rows
+// are on their way together.
 template <typename Id, int SLOTS, int PLACES, typename T>
 DEVICE void sum_places(const Layer<T>& layer, const Place (&places)[PLACES]) {
     float sums[PLACES][8] = {};
@@ -74,20 +74,22 @@ DEVICE void sum_places(const Layer<T>& layer, const Place (&places)[PLACES]) {
         result.y = packed(layer.scale * sums[p][2], layer.scale * sums[p][3], T());
         result.z = packed(layer.scale * sums[p][4], layer.scale * sums[p][5], T());
         result.w = packed(layer.scale * sums[p][6], layer.scale * sums[p][7], T());
-        *reinterpret_cast<uint4*>(layer.out + static_cast<uint64_t>(places[p].token) * layer.hidden + places[p].column) = result;
+        T* to = layer.out + static_cast<uint64_t>(places[p].token) * layer.hidden + places[p].column;
+        *reinterpret_cast<uint4*>(to) = result;
     }
 }
 
 // Waits until all of GEMM2 is done, of which this warpgroup did so many tiles.
 template <typename W, typename T>
-DEVICE void wait_for_all(const Layer<T>& layer, const W& walk, int done) {
+DEVICE void wait_for_all(const Layer<T>& layer, const W& scheduler, int done) {
     int* all = &layer.ready[layer.most_tiles];
-    report(all, done);
-    if (threadIdx.x % 128 == 0) wait_for_count(all, (walk.total - walk.tiles1) * W::Tile::CLUSTER * W::Tile::WARPGROUPS, layer.report, ALL_READY, -1);
+    count_done(all, done);
+    const int tiles = (scheduler.total - scheduler.tiles1) * W::Tile::CLUSTER;
+    if (threadIdx.x % 128 == 0) wait_for_count(all, tiles * W::Tile::WARPGROUPS, layer.report, ALL_READY, -1);
     named_barrier(CONSUMERS + threadIdx.x / 128 - 1, 128);
 }
 
-// All sums, shared out among the consumers of all blocks.
+// All sums, shared out among the consumers of all CTAs.
 template <typename S, typename Id, int SLOTS, int PLACES, typename T>
 DEVICE void sum_share(const Layer<T>& layer) {
     const int consumers = S::WARPGROUPS * 128, columns = layer.hidden / 8, end = layer.num_tokens * columns;
@@ -119,9 +121,10 @@ DEVICE void sum_all(const Layer<T>& layer) {
     layer.wide_ids ? sum_all_by<S, long long>(layer) : sum_all_by<S, int>(layer);
 }
 
-// The last role to end in the whole launch leaves ready[] as it was: zeros. Called when nothing there is waited for any more.
+// The last participant to end in the whole launch leaves ready[] as it was: zeros. Called when nothing there is waited for any
+// more.
 template <typename T>
-DEVICE void leave(const Layer<T>& layer, int roles) {
-    if (add_acquire_release(&layer.ready[layer.most_tiles + 1], 1) + 1 < roles) return;
+DEVICE void reset_if_last(const Layer<T>& layer, int participants) {
+    if (add_acquire_release(&layer.ready[layer.most_tiles + 1], 1) + 1 < participants) return;
     for (int i = 0; i < layer.counters; ++i) layer.ready[i] = 0;
 }

@@ -1,0 +1,93 @@
+"""The layer over quantised weights through the public op: in every format, against float64 with codes at the same points."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moelab import precision
+from moelab.config import KernelConfig, default_config
+from moelab.errors import ConfigError, FormatError, MoelabError, ShapeError
+from moelab.formats import FORMATS, get_format
+from moelab.fused_moe import fused_moe
+from moelab.implementations import IMPLEMENTATIONS
+from moelab.inputs import MoEInputs, make_inputs
+from moelab.pipelines.call_configs import tuned_configs
+from moelab.shapes import MoEShape
+
+NAMES = [name for name, format in FORMATS.items() if not format.is_plain and format.activations != "static"]
+HERE = [name for name in NAMES if not name.startswith("fp8")]
+SMALL = MoEShape("tiny", num_experts=5, top_k=2, hidden_size=256, moe_intermediate_size=128, dtype="float16")
+
+
+def run(i: MoEInputs, **more: object) -> torch.Tensor:
+    given = {"topk_weights": i.topk_weights, "topk_ids": i.topk_ids, **more}
+    return fused_moe(i.hidden_states, i.weights, impl="triton", **given)
+
+
+def judge(i: MoEInputs, out: torch.Tensor) -> None:
+    wide = i.to(torch.float64)
+    plain, exact = precision.layer_references(
+        i.hidden_states, wide.w13, wide.w2, i.topk_weights, i.topk_ids, format=i.format
+    )
+    precision.check(out, plain, exact, name=i.format.name)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_against_float64(name: str) -> None:
+    i = make_inputs(replace(SMALL, format=name), 7, device="cpu")
+    judge(i, run(i))
+
+
+@pytest.mark.parametrize("name", HERE[:1] + HERE[-1:])
+def test_foreign_experts_and_torch_compile(name: str) -> None:
+    i = make_inputs(replace(SMALL, format=name), 7, device="cpu")
+    i.topk_ids[2, 1] = -1
+    i.topk_weights[2, 1] = float("nan")
+    out = run(i)
+    judge(replace(i, topk_weights=i.topk_weights.nan_to_num(0.0)), out)
+    compiled = torch.compile(lambda x: run(replace(i, hidden_states=x)), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(i.hidden_states), out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 9, 64, 300])
+@pytest.mark.parametrize("name", NAMES)
+def test_on_the_gpu(name: str, num_tokens: int) -> None:
+    """Sizes of a fine shard of Qwen3-30B-A3B, whose 192 inner columns only blocks of 64 divide."""
+    inner = 192 if get_format(name).granularity in ("channel", "tensor") else 256
+    shape = MoEShape("shard", 32, 8, 2048, inner, format=name)
+    i = make_inputs(shape, num_tokens, device="cuda")
+    first, second = run(i), run(i)
+    assert torch.equal(first, second)
+    judge(i, first)
+
+
+def test_configs_are_those_of_the_format() -> None:
+    """Without a file, sglang's rule for fp8 in blocks, not that of 16 bits; mxfp4, which it has no file for, takes the latter."""
+    block = get_format("fp8_w8a8_block_128x128")
+    up, down = tuned_configs(256, 256, "bfloat16", 16, None, block)
+    assert up == down == KernelConfig(64, 128, 128, 32, 4, 3)
+    assert tuned_configs(256, 256, "bfloat16", 16, None, get_format("mxfp4_w4a16"))[0] == default_config(16, 256)
+
+
+def test_who_does_not_take_a_format_says_who_does() -> None:
+    i = make_inputs(replace(SMALL, format="int8_w8a16_channel"), 3, device="cpu")
+    for name in set(IMPLEMENTATIONS) - {"triton"}:
+        with pytest.raises(MoelabError, match=r"int8_w8a16_channel.*triton|float16"):
+            fused_moe(i.hidden_states, i.weights, topk_weights=i.topk_weights, topk_ids=i.topk_ids, impl=name)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    i = make_inputs(replace(SMALL, format="int4_w4a16_group_128"), 3, device="cpu")
+    with pytest.raises(FormatError, match="There is no w13's scale"):
+        run(replace(i, w13_scale=None))
+    with pytest.raises(ShapeError, match="w2's scale has shape"):
+        run(replace(i, w2_scale=i.w2_scale[:, :-1].contiguous()))
+    with pytest.raises(ShapeError, match="w2 has shape"):
+        run(replace(i, w2=i.w2[:, :-1].contiguous()))
+    block = make_inputs(replace(SMALL, format="int8_w8a8_block_128x128"), 3, device="cpu")
+    with pytest.raises(ConfigError, match="BLOCK_SIZE_K = 256"):
+        run(block, config=KernelConfig(16, 64, 256, 1))
