@@ -203,14 +203,14 @@ def _ends(row: Mapping[str, Any]) -> str:
     return f"   host {row['host, µs']:.1f}" + (f", wall {row[WALL]:.1f} µs" if row[WALL] is not None else " µs")
 
 
-def by_batch(recording: Recording, baseline: Recording, impl: str = "triton") -> Panel:
+def by_batch(recording: Recording, baseline: Recording) -> Panel:
     """GPU time in a graph and wall time in eager mode by batch, a plot per shape, beside the host's time of a layer."""
-    host = times(recording, "layer")[impl].median_us
-    found = [row for row in timed(baseline) if row["impl"] == impl]
+    host = times(recording, "layer")["triton"].median_us
+    found = [row for row in timed(baseline) if row["impl"] == "triton"]
     looks = {"GPU, in a CUDA graph": Look(BLUE, "diamond", "solid"), "wall, eagerly": Look(ORANGE, "square", "dash")}
     rows = [{**row, "what": what, "samples_us": row[samples]} for row in found
             for what, samples in zip(looks, ("samples_us", "eager_samples_us"), strict=True)]  # fmt: skip
-    figure = plots(f"From which batch on the host does not matter: {impl}", f"{baseline.source()}, 95 % intervals; dotted: host "
+    figure = plots("From which batch on the host does not matter: triton", f"{baseline.source()}, 95 % intervals; dotted: host "
                    f"time of a layer of {recording.protocol['num_tokens']} token, {host:.0f} µs", rows, span, "µs a layer",
                    [10, 20, 50, 100, 200, 500, 1000, 2000, 5000], by="what", looks=looks.__getitem__, base=host)  # fmt: skip
     table: list[dict[str, Any]] = []
