@@ -49,8 +49,9 @@ def whole(panel: object, *sources: str) -> None:
         layout = panel.figure.layout
         assert layout.title.text and layout.title.subtitle.text and layout.width is None
         assert not sources or any(source in layout.title.subtitle.text for source in sources)
-        assert any(axis.title.text for axis in (*panel.figure.select_xaxes(), *panel.figure.select_yaxes()))
-    assert panel.sentence.startswith("**") and panel.sentence.endswith((".", ".**")) and panel.table
+        axes = (*panel.figure.select_xaxes(), *panel.figure.select_yaxes())
+        assert any(axis.title.text or axis.ticktext for axis in axes)
+    assert panel.sentence.startswith("**") and panel.sentence.endswith((".", ".**", ".)")) and panel.table
     assert "NaN" not in json.dumps(panel.bundles(), allow_nan=False) and "nan " not in panel.sentence
 
 

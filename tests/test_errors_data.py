@@ -171,7 +171,7 @@ TUNER = [
     Row(LandscapeError, "not a measurement", lambda f: landscape.freeze(a_journal(f / "a"))),
     *rows(
         RuntimeModeError,
-        ("no cluster of 2 blocks", lambda _: fast_layer.grid_of(Instance(2, 2, 4, 176, 16, 16, cluster=2), 132, 0)),
+        ("no cluster of 2 CTAs", lambda _: fast_layer.grid_of(Instance(2, 2, 4, 176, 16, 16, cluster=2), 132, 0)),
     ),
 ]
 

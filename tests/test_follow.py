@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from broken_cells import assert_each_fails
+from test_widgets import title
 
 from moelab import widgets
 from moelab.config import KernelConfig
@@ -103,14 +104,11 @@ def test_controls_change_step_and_token(trace: follow.Trace) -> None:
     assert (step.description, token.description) == ("Step", "Token")
     assert list(token.options) == ["all", "0", "1", "2"]
 
-    def title() -> str:
-        return box.children[1].outputs[0]["data"]["application/vnd.plotly.v1+json"]["layout"]["title"]["text"]
-
     for number, name in enumerate(follow.STEPS, start=1):
         step.value = name
-        assert title() == f"Step {number} of 7, {name}: all tokens"
+        assert title(box) == f"Step {number} of 7, {name}: all tokens"
     token.value = "2"
-    assert title() == "Step 7 of 7, sum: token 2"
+    assert title(box) == "Step 7 of 7, sum: token 2"
 
 
 # --- in a notebook ------------------------------------------------------------------------------------------------

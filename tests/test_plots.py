@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 
 import pytest
+from made_recordings import whole
 
 from moelab import recordings, roofline, runtime
 from moelab.plots import Panel, accuracy, explorer, layer, pipeline, sum_reduce
@@ -105,15 +106,9 @@ PICTURES = {
 
 @pytest.mark.parametrize("draw", [*PANELS.values(), *PICTURES.values()], ids=[*PANELS, *PICTURES])
 def test_every_panel_is_whole(draw: Callable[[], Panel]) -> None:
-    """A title, a source, a conclusion, a table, JSON without NaN, and a width that follows the cell."""
     panel = draw()
-    layout = panel.figure.layout
-    assert layout.title.text and layout.title.subtitle.text
-    assert layout.width is None and layout.paper_bgcolor == "rgba(0, 0, 0, 0)"
-    assert panel.sentence.startswith("**") and panel.sentence.endswith((".", ")", ".**"))
-    assert panel.table and len(panel.frame()) == len(panel.table)
-    text = json.dumps(panel.bundles(), allow_nan=False)
-    assert "NaN" not in text and "nan" not in panel.sentence
+    whole(panel)
+    assert panel.figure.layout.paper_bgcolor == "rgba(0, 0, 0, 0)" and len(panel.frame()) == len(panel.table)
     assert [next(iter(b)).split("/")[1] for b in panel.bundles()] == ["vnd.plotly.v1+json", "markdown", "html"]
 
 
@@ -261,18 +256,18 @@ def test_tp_choices_divide() -> None:
     assert len(floors.tp_choices("qwen1.5-moe-a2.7b", (1, 2, 3, 5))) < 4
 
 
-@pytest.mark.parametrize("name", ["layer_classic", "ceilings", "sum_reduce", "sum_reduce_precision"])
+SHIPPED = {
+    "layer_classic": lambda found: layer.roof(found, AT, DATASHEET),
+    "ceilings": lambda found: floors.ceilings(found, DATASHEET, AT),
+    "sum_reduce": lambda found: sum_reduce.speed(found, 4.2e12, "bfloat16", SUMS["rows"], SUMS["source"]),
+    "sum_reduce_precision": lambda found: accuracy.checks(found.rows, [], REPORTED, found.source(), ""),
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recordings_draw(name: str) -> None:
     found = recordings.load(name)
-    draw = {
-        "layer_classic": lambda: layer.roof(found, AT, DATASHEET),
-        "ceilings": lambda: floors.ceilings(found, DATASHEET, AT),
-        "sum_reduce": lambda: sum_reduce.speed(found, 4.2e12, "bfloat16", SUMS["rows"], SUMS["source"]),
-        "sum_reduce_precision": lambda: accuracy.checks(found.rows, [], REPORTED, found.source(), ""),
-    }[name]
-    panel = draw()
-    assert found.source() in panel.figure.layout.title.subtitle.text
-    json.dumps(panel.bundles(), allow_nan=False)
+    whole(SHIPPED[name](found), found.source())
 
 
 def test_where_speaks_of_a_broken_recording() -> None:

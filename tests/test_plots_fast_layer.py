@@ -237,6 +237,7 @@ def test_an_idea_is_worth_the_mean_over_shapes_where_most_agree() -> None:
     assert "one launch 1.58 at batch 1.**" in panel.sentence
     assert "a trick at batch 1, 0.80 at 1." in panel.sentence and "one launch, 2.00 (a, batch 1)." in panel.sentence
     assert panel.figure.layout.title.text.endswith("one launch most, 1 of 2 nothing")
+    assert list(panel.table[0]) == ["without", "shape", "1", "64"]
     assert panel.table[0] == {"without": "one launch", "shape": "a", "1": pytest.approx(2.0), "64": pytest.approx(1.0)}
 
 

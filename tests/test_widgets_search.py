@@ -12,9 +12,10 @@ import pytest
 from broken_cells import assert_each_fails
 from synthetic import small_problem, synthetic_landscape
 
-from moelab import widgets
+from moelab import runtime, widgets
 from moelab.plots import tuning as plots_tuning
 from moelab.plots.strategy_race import run_all
+from moelab.roofline import load_ceilings
 from moelab.tuner.finals import Finals
 from moelab.tuner.replay import ReplayEvaluator
 from moelab.tuner.session import TuneSession
@@ -379,7 +380,8 @@ def test_every_control_has_a_name(tmp_path: Path, survey: Survey, finals: Finals
     choice = widgets.Choice(finals)
     boxes = [
         widgets.layer_picker(), widgets.landscape_browser(survey), widgets.LiveTuner(LANDSCAPE, tmp_path, choice),
-        widgets.WinnerCard(choice), widgets.ExportPanel(choice, tmp_path),
+        widgets.WinnerCard(choice), widgets.ExportPanel(choice, tmp_path), widgets.config_doctor({"ours": tmp_path.parent}),
+        widgets.config_path({"ours": runtime.config_dir().parent}), widgets.explorer(load_ceilings()),
     ]  # fmt: skip
     for box in boxes:
         for row in box.children:

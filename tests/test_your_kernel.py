@@ -14,6 +14,7 @@ import pytest
 import torch
 from made_recordings import numbers
 from notebook_kernel import write_kernel
+from test_widgets import title
 
 from moelab import precision, runtime, widgets
 from moelab.config import KernelConfig
@@ -217,10 +218,6 @@ def test_roof_follows_shape_and_live_rows() -> None:
 
 
 # --- controls -----------------------------------------------------------------------------------------------------
-
-
-def title(box: object) -> str:
-    return box.children[1].outputs[0]["data"]["application/vnd.plotly.v1+json"]["layout"]["title"]["text"]
 
 
 def test_check_follows_every_control(plugged: None) -> None:

@@ -108,10 +108,7 @@ def checks(
     return Panel(figure, check_table(recorded, live, reported), _check_sentence(recorded, reported))
 
 
-_JUDGED = (
-    ("max_abs_from_torch", "upstream_tolerance", "upstream_passes"),
-    ("max_abs", "bound", "passes"),
-)
+_JUDGED = (("max_abs_from_torch", "upstream_tolerance", "upstream_passes"), ("max_abs", "bound", "passes"))
 
 
 def _judged(

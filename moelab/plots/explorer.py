@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from moelab import config_files, roofline, runtime
 from moelab.plots.cells import trace
 from moelab.plots.panel import Panel
@@ -13,13 +11,13 @@ from moelab.roofline import Ceilings
 from moelab.shapes import load_model
 
 
-def explore(model: str, tp_size: int, num_tokens: int, at: Ceilings, batches: Sequence[int] = BATCHES) -> Panel:
+def explore(model: str, tp_size: int, num_tokens: int, at: Ceilings) -> Panel:
     """Both sides of the floor by batch with the chosen batch marked, and each launch's floor at that batch.
 
     model: a preset's name. Raises UnknownModelError, and ShardError where tp_size does not divide the model.
     """
     shape = load_model(model, tp_size=tp_size)
-    found = [roofline.floor_us(roofline.layer_cost(shape, b), at) for b in batches]
+    found = [roofline.floor_us(roofline.layer_cost(shape, b), at) for b in BATCHES]
     cost = roofline.layer_cost(shape, num_tokens)
     chosen = roofline.floor_us(cost, at)
     figure = grid(
@@ -28,7 +26,7 @@ def explore(model: str, tp_size: int, num_tokens: int, at: Ceilings, batches: Se
         titles=["layer, both sides of the floor", f"launches at batch {num_tokens}"],
     )
     for side, style in series(["memory", "compute"]).items():
-        values = {b: getattr(f, f"{side}_us") for b, f in zip(batches, found, strict=True)}
+        values = {b: getattr(f, f"{side}_us") for b, f in zip(BATCHES, found, strict=True)}
         trace(figure, values, f"{side} side", style, mode="lines", row=1, col=1)
     figure.add_scatter(
         x=[num_tokens], y=[chosen.us], name="floor at this batch", mode="markers", row=1, col=1,
@@ -44,7 +42,7 @@ def explore(model: str, tp_size: int, num_tokens: int, at: Ceilings, batches: Se
         textfont={"color": GREY}, cliponaxis=False,
     )  # fmt: skip
     everything = [v for f in found for v in (f.memory_us, f.compute_us)]
-    figure.update_xaxes(title="batch, tokens", row=1, col=1, **log_axis(batches), tickangle=-60)
+    figure.update_xaxes(title="batch, tokens", row=1, col=1, **log_axis(BATCHES), tickangle=-60)
     figure.update_yaxes(title="µs", row=1, col=1, **powers(min(everything) / 1.5, max(everything) * 1.5))
     figure.update_yaxes(title="µs", row=1, col=2, range=[0, max(launches.values()) * 1.15])
     figure.update_layout(legend={"orientation": "h", "y": -0.3, "x": 0.0}, margin={"b": 110}, height=460)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from moelab.plots import ratio_map
-from moelab.plots.cells import IDEAS, cells_of, conclude, names_of, table_of, timed, verdict
+from moelab.plots.cells import IDEAS, cells_of, conclude, names_of, timed, verdict
 from moelab.plots.fast_layer import NOTHING, runs_of
 from moelab.plots.panel import Panel, Row, geometric_mean, timing
 from moelab.plots.style import VERMILLION, number
@@ -36,8 +36,10 @@ def ablation(recording: Recording) -> Panel:
         "in brackets: how many shapes use it, where not all do",
         means, ideas, batches, tall=36, low=VERMILLION, bar="without / with",
     )  # fmt: skip
-    ordered = sorted(({**row, "without": row["idea"]} for row in single), key=lambda row: ideas.index(row["idea"]))
-    return Panel(figure, table_of(ordered, "shape", lambda row: row["ratio"], "without"), _said(means, ideas, single))
+    lines = cells_of(sorted(single, key=lambda row: ideas.index(row["idea"])), "idea", "shape", by="num_tokens")
+    table = [{"without": idea, "shape": shape} | {str(b): line[b]["ratio"] if b in line else None for b in batches}
+             for (idea, shape), line in lines.items()]  # fmt: skip
+    return Panel(figure, table, _said(means, ideas, single))
 
 
 def _single(recording: Recording) -> list[dict[str, Any]]:

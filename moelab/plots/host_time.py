@@ -9,18 +9,7 @@ from typing import Any
 
 from moelab.plots.cells import names_of, plots, span, timed
 from moelab.plots.panel import Panel, timing
-from moelab.plots.style import (
-    BLUE,
-    BRONZE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    VERMILLION,
-    Look,
-    grid,
-    look,
-)
+from moelab.plots.style import BLUE, BRONZE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, Look, grid, look
 from moelab.plots.tma_overhead import PLAIN, times
 from moelab.recordings import Recording
 
@@ -176,10 +165,11 @@ def layers(recording: Recording, baseline: Recording, shape: str) -> Panel:
             (r for r in baseline.select(shape=shape, num_tokens=1, impl=row["name"]) if "samples_us" in r), None
         )
         wall = timing({"samples_us": other["eager_samples_us"]}).median_us if other else None
+        over = row["max_abs_error"] / row["bound"] if row["max_abs_error"] is not None else None
         table.append({
             "implementation": row["name"], "host, µs": host.median_us, "95 % low": low, "95 % high": high,
             "99th percentile": host.quantile_us(0.99), GRAPH: timing(other).median_us if other else None,
-            WALL: wall, "error / bound": _over(row), "within its bound": row["within_bound"],
+            WALL: wall, "error / bound": over, "within its bound": row["within_bound"],
         })  # fmt: skip
     names = [row["implementation"] + ("" if row["within its bound"] else " (past its bound)") for row in table]
     pale = {"color": "#f7f7f7", "line": {"width": 1.2, "color": GREY}}
@@ -213,18 +203,14 @@ def _ends(row: Mapping[str, Any]) -> str:
     return f"   host {row['host, µs']:.1f}" + (f", wall {row[WALL]:.1f} µs" if row[WALL] is not None else " µs")
 
 
-def _over(row: Mapping[str, Any]) -> float | None:
-    return row["max_abs_error"] / row["bound"] if row["max_abs_error"] is not None else None
-
-
-def by_batch(recording: Recording, baseline: Recording, impl: str = "triton") -> Panel:
+def by_batch(recording: Recording, baseline: Recording) -> Panel:
     """GPU time in a graph and wall time in eager mode by batch, a plot per shape, beside the host's time of a layer."""
-    host = times(recording, "layer")[impl].median_us
-    found = [row for row in timed(baseline) if row["impl"] == impl]
+    host = times(recording, "layer")["triton"].median_us
+    found = [row for row in timed(baseline) if row["impl"] == "triton"]
     looks = {"GPU, in a CUDA graph": Look(BLUE, "diamond", "solid"), "wall, eagerly": Look(ORANGE, "square", "dash")}
     rows = [{**row, "what": what, "samples_us": row[samples]} for row in found
             for what, samples in zip(looks, ("samples_us", "eager_samples_us"), strict=True)]  # fmt: skip
-    figure = plots(f"From which batch on the host does not matter: {impl}", f"{baseline.source()}, 95 % intervals; dotted: host "
+    figure = plots("From which batch on the host does not matter: triton", f"{baseline.source()}, 95 % intervals; dotted: host "
                    f"time of a layer of {recording.protocol['num_tokens']} token, {host:.0f} µs", rows, span, "µs a layer",
                    [10, 20, 50, 100, 200, 500, 1000, 2000, 5000], by="what", looks=looks.__getitem__, base=host)  # fmt: skip
     table: list[dict[str, Any]] = []

@@ -74,11 +74,11 @@ def _by(rows: Sequence[Row]) -> str:
     return "impl" if "impl" in rows[0] else "config_name"
 
 
-def where_time_goes(recording: Recording, shape: str, at: Ceilings, config_name: str = "tuned") -> Panel:
+def where_time_goes(recording: Recording, shape: str, at: Ceilings) -> Panel:
     """One shape's measured time against the memory side and the compute side of its floor, by batch."""
-    rows = sorted(recording.select(shape=shape, config_name=config_name), key=lambda r: r["num_tokens"])
+    rows = sorted(recording.select(shape=shape, config_name="tuned"), key=lambda r: r["num_tokens"])
     batches, spans = [row["num_tokens"] for row in rows], [span(row) for row in rows]
-    figure = grid(f"What the time goes into: {shape}", f"time: {recording.source()}, config “{config_name}”; floor: arithmetic "
+    figure = grid(f"What the time goes into: {shape}", f"time: {recording.source()}, config “tuned”; floor: arithmetic "
                   f"at {at.copy_bytes_per_s / 1e12:g} TB/s and {at.flops_per_s / 1e12:g} TFLOP/s")  # fmt: skip
     floors = [floor_of(row, at) for row in rows]
     sides = {

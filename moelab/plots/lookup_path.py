@@ -78,7 +78,8 @@ def explain(
     drawn = {node.kind for nodes in paths.values() for node in nodes}
     for kind, (symbol, color) in LOOKS.items():
         if kind in drawn:
-            figure.add_scatter(x=[None], y=[None], mode="markers", name=kind, marker=_marker(symbol, color))
+            marker = {"symbol": symbol, "color": color, "size": 11, "line": {"width": 2, "color": color}}
+            figure.add_scatter(x=[None], y=[None], mode="markers", name=kind, marker=marker)
     figure.update_xaxes(range=[0, 1], visible=False)
     figure.update_yaxes(range=[height, 0], visible=False)
     figure.update_layout(legend={"orientation": "h", "y": 0, "yanchor": "top"}, margin={"l": 12, "r": 12, "b": 70})
@@ -171,10 +172,6 @@ def _draw(figure: Any, column: int, nodes: Sequence[_Node], texts: Sequence[tupl
         x=[2.5 * x] * len(at), y=at, mode="text", text=[text for text, _ in texts], textposition="middle right",
         hoverinfo="skip", cliponaxis=False, textfont={"size": 11, "color": GREY}, **where,
     )  # fmt: skip
-
-
-def _marker(symbol: str, color: str) -> dict[str, Any]:
-    return {"symbol": symbol, "color": color, "size": 11, "line": {"width": 2, "color": color}}
 
 
 def _wrapped(text: str, width: int) -> list[str]:

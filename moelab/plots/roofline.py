@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import plotly.graph_objects as go
-
 from moelab import roofline
 from moelab.errors import ShardError
+from moelab.plots.cells import trace
 from moelab.plots.panel import Panel, Row, timing
 from moelab.plots.style import GREY, error_bars, grid, log_axis, look, number, series
 from moelab.recordings import Recording
@@ -33,20 +32,15 @@ def ceilings(recording: Recording, datasheet: Ceilings, floors: Ceilings) -> Pan
     table = []
     for row in recording.rows:
         product = row["what"] == "product"
-        unit, scale = ("TFLOP/s", 1e12) if product else ("TB/s", 1e12)
+        unit, fact = ("TFLOP/s", "flops_per_s") if product else ("TB/s", "copy_bytes_per_s")
         low, high = timing(row).interval_us
-        work = row["FLOP" if product else "bytes"] / scale * 1e6
-        rate, sheet = (
-            row["per_second"] / scale,
-            (datasheet.flops_per_s if product else datasheet.copy_bytes_per_s) / scale,
-        )
-        used = (floors.flops_per_s if product else floors.copy_bytes_per_s) / scale
-        bar = go.Bar(
+        work, rate = row["FLOP" if product else "bytes"] / 1e6, row["per_second"] / 1e12
+        sheet, used = getattr(datasheet, fact) / 1e12, getattr(floors, fact) / 1e12
+        figure.add_bar(
             x=[row["what"]], y=[rate], error_y=error_bars([rate], [work / high], [work / low]), width=0.3 if product else 0.5,
             marker={"color": look("triton").color}, showlegend=False, name=row["what"],
-            text=[f"{number(rate)} {unit}"], textposition="inside", insidetextanchor="middle",
+            text=[f"{number(rate)} {unit}"], textposition="inside", insidetextanchor="middle", row=1, col=2 if product else 1,
         )  # fmt: skip
-        figure.add_trace(bar, row=1, col=2 if product else 1)
         table.append({"what": row["what"], "unit": unit, "recorded": rate, "95 % low": work / high, "95 % high": work / low,
                       "used for floors": used, "datasheet": sheet, "recorded / datasheet": rate / sheet})  # fmt: skip
     for col, (fact, unit) in enumerate((("copy_bytes_per_s", "TB/s"), ("flops_per_s", "TFLOP/s")), start=1):
@@ -72,15 +66,14 @@ def floors(shapes: Mapping[str, MoEShape], at: Ceilings, batches: Sequence[int] 
     table: list[Row] = []
     turns = {}
     for name, style in series(list(shapes)).items():
-        found = [roofline.floor_us(roofline.layer_cost(shapes[name], b), at) for b in batches]
-        symbols = [style.symbol + ("-open" if f.side == "compute" else "") for f in found]
-        figure.add_scatter(
-            x=list(batches), y=[f.us for f in found], name=name, mode="lines+markers", line=style.line(),
-            marker={**style.marker(9), "symbol": symbols}, customdata=[f.side for f in found],
-            hovertemplate="batch %{x}: %{y:.3g} µs, %{customdata}-bound",
+        found = {b: roofline.floor_us(roofline.layer_cost(shapes[name], b), at) for b in batches}
+        symbols = [style.symbol + "-open" * (f.side == "compute") for f in found.values()]
+        trace(
+            figure, {b: f.us for b, f in found.items()}, name, style, marker={**style.marker(9), "symbol": symbols},
+            customdata=[f.side for f in found.values()], hovertemplate="batch %{x}: %{y:.3g} µs, %{customdata}-bound",
         )  # fmt: skip
-        table.append({"floor, µs": name} | {f"{b}": f.us for b, f in zip(batches, found, strict=True)})
-        turns[name] = next((b for b, f in zip(batches, found, strict=True) if f.side == "compute"), None)
+        table.append({"floor, µs": name} | {f"{b}": f.us for b, f in found.items()})
+        turns[name] = next((b for b, f in found.items() if f.side == "compute"), None)
     figure.update_xaxes(title="batch, tokens", **log_axis(batches))
     figure.update_yaxes(title="floor of the layer, µs", type="log", tickvals=[10, 20, 50, 100, 200, 500, 1000, 2000])
     figure.update_layout(legend={"title": {"text": "filled: memory-bound<br>hollow: compute-bound"}})
@@ -106,14 +99,12 @@ def touched(shapes: Mapping[str, MoEShape], drawn: Sequence[Row]) -> Panel:
     for col, name in enumerate(names, start=1):
         shape = shapes[name]
         expected = {b: roofline.experts_touched(shape.num_experts, shape.top_k, b) / shape.num_experts for b in batches}
-        figure.add_scatter(x=batches, y=list(expected.values()), mode="lines", name="expected", showlegend=col == 1,
-                           line=look("floor").line(), row=1, col=col)  # fmt: skip
+        trace(figure, expected, "expected", look("floor"), mode="lines", legend=col == 1, row=1, col=col)
         table.append({"share of experts": name, "routing": "expected"} | {str(b): expected[b] for b in batches})
         for routing, style in series(routings).items():
             found = {r["num_tokens"]: r["touched"] / shape.num_experts for r in drawn
                      if r["shape"] == name and r["routing"] == routing}  # fmt: skip
-            figure.add_scatter(x=list(found), y=list(found.values()), mode="markers", name=routing, row=1, col=col,
-                               marker=style.marker(8, hollow=True), showlegend=col == 1)  # fmt: skip
+            trace(figure, found, routing, style, hollow=True, mode="markers", legend=col == 1, row=1, col=col)
             table.append({"share of experts": name, "routing": routing} | {str(b): v for b, v in found.items()})
         figure.update_xaxes(title="batch, tokens", row=1, col=col, **log_axis(batches), tickangle=0)
     figure.update_yaxes(title="share of experts touched", range=[0, 1.04], tickformat=".0%", col=1)
@@ -133,10 +124,9 @@ def padding(name: str, shape: MoEShape, blocks: Sequence[int], batches: Sequence
                   "rounded up to BLOCK_SIZE_M")  # fmt: skip
     table: list[Row] = []
     for block, style in series(list(blocks)).items():
-        waste = [roofline.padding_waste(shape, b, block).waste for b in batches]
-        figure.add_scatter(x=list(batches), y=waste, mode="lines+markers", name=str(block), line=style.line(),
-                           marker=style.marker(), hovertemplate="batch %{x}: %{y:.3g} rows per useful row")  # fmt: skip
-        table.append({"BLOCK_SIZE_M": block} | {str(b): w for b, w in zip(batches, waste, strict=True)})
+        waste = {b: roofline.padding_waste(shape, b, block).waste for b in batches}
+        trace(figure, waste, str(block), style, hovertemplate="batch %{x}: %{y:.3g} rows per useful row")
+        table.append({"BLOCK_SIZE_M": block} | {str(b): w for b, w in waste.items()})
     figure.update_xaxes(title="batch, tokens", **log_axis(batches))
     figure.update_yaxes(title="rows computed / rows that exist", type="log", tickvals=[2**i for i in range(9)])
     figure.update_layout(legend={"title": {"text": "BLOCK_SIZE_M"}})
@@ -147,33 +137,27 @@ def padding(name: str, shape: MoEShape, blocks: Sequence[int], batches: Sequence
                  f"decode that is free, since memory is the limit; in prefill it is time. Under 1.5 rows: {said}.")  # fmt: skip
 
 
-def breakdown(name: str, shape: MoEShape, peers: Sequence[Row], at: Ceilings, source: str) -> Panel:
+def breakdown(title: str, shape: MoEShape, peers: Sequence[Row], at: Ceilings, source: str) -> Panel:
     """Each launch's floor beside what sglang's launch took (g1, act, g2, red), as shares of the fused layer's floor."""
-    figure = grid(f"Where the time of four launches goes: {name}", f"floors: arithmetic, each launch with its own traffic; "
+    figure = grid(f"Where the time of four launches goes: {title}", f"floors: arithmetic, each launch with its own traffic; "
                   f"measured: {source}", titles=["floor of each launch", "sglang, each launch timed alone"],
                   shared_y=True)  # fmt: skip
     keys = {"gemm1": "g1", "activation": "act", "gemm2": "g2", "sum_reduce": "red"}
-    rows = [row for row in peers if row["name"] == name]
+    rows = [row for row in peers if row["name"] == title]
     batches = [str(row["M"]) for row in rows]
     table: list[dict[str, Any]] = [{"batch": row["M"]} for row in rows]
     for launch, style in series(list(LAUNCHES)).items():
         ideal, measured = [], []
         for row, out in zip(rows, table, strict=True):
             whole = roofline.floor_us(roofline.layer_cost(shape, row["M"], row["uniq"]), at).us
-            cost = roofline.layer_breakdown(shape, row["M"], row["uniq"])[launch]
-            floor = roofline.floor_us(cost, at).us
+            floor = roofline.floor_us(roofline.layer_breakdown(shape, row["M"], row["uniq"])[launch], at).us
             ideal.append(floor / whole)
             measured.append(row[keys[launch]] / whole)
-            out |= {
-                "layer floor, µs": whole,
-                f"{LAUNCHES[launch]} floor, µs": floor,
-                f"{LAUNCHES[launch]}, µs": row[keys[launch]],
-            }
+            name = LAUNCHES[launch]
+            out |= {"layer floor, µs": whole, f"{name} floor, µs": floor, f"{name}, µs": row[keys[launch]]}
         for col, heights in ((1, ideal), (2, measured)):
-            bar = go.Bar(
-                x=batches, y=heights, name=LAUNCHES[launch], marker={"color": style.color}, showlegend=col == 1
-            )
-            figure.add_trace(bar, row=1, col=col)
+            figure.add_bar(x=batches, y=heights, name=LAUNCHES[launch], marker={"color": style.color}, showlegend=col == 1,
+                           row=1, col=col)  # fmt: skip
     figure.add_hline(1.0, line={"color": GREY, "dash": "dot"})
     figure.update_layout(barmode="stack", legend={"traceorder": "reversed"})
     figure.update_xaxes(title="batch, tokens", type="category")

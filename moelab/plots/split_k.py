@@ -176,11 +176,11 @@ def error_and_spread(recording: Recording) -> Panel:
     }))  # fmt: skip
 
 
-def versus_upstream(recording: Recording, reported: Mapping[str, Any], kind: str = "atomic_out") -> Panel:
+def versus_upstream(recording: Recording, reported: Mapping[str, Any]) -> Panel:
     """Time over the baseline of each one's own chip, by batch, at upstream's hidden sizes: ours as lines, theirs hollow."""
     hidden = sorted({row["hidden_size"] for row in reported["rows"]})
     splits = (2, 4, 8)
-    figure = grid("Beside upstream’s Split-K: each over its own baseline", f"lines: {recording.source()}, {kind}, GEMM1 and "
+    figure = grid("Beside upstream’s Split-K: each over its own baseline", f"lines: {recording.source()}, atomic_out, GEMM1 and "
                   f"GEMM2 steps added<br>hollow: reported on {reported['device']}, {reported['source']}; sizes other than hidden "
                   "are not named there", titles=[f"hidden {h}" for h in hidden], shared_y=True)  # fmt: skip
     cells, table = _cells(recording.rows), []
@@ -188,7 +188,7 @@ def versus_upstream(recording: Recording, reported: Mapping[str, Any], kind: str
         theirs = {row["num_tokens"]: row for row in reported["rows"] if row["hidden_size"] == size}
         both = {b: [cells[f"upstream/hidden{size}", stage, b] for stage in ("up", "down")] for b in theirs}
         for split, style in series(splits).items():
-            ours = {b: _sum(pair, (kind, split)) / _sum(pair, CLASSIC) for b, pair in both.items()}
+            ours = {b: _sum(pair, ("atomic_out", split)) / _sum(pair, CLASSIC) for b, pair in both.items()}
             peer = {b: row[f"split_k_{split}"] / row["baseline"] for b, row in theirs.items()}
             shared: dict[str, Any] = {"legendgroup": f"{split}", "legend": col == 1, "row": 1, "col": col}
             trace(figure, ours, f"SPLIT_K = {split}, here", style, **shared)

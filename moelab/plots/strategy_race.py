@@ -46,17 +46,14 @@ class Traces:
         return [float(s) for s in np.geomspace(first * 0.9, last, FRAMES)]
 
 
-def run_all(
-    survey: Survey, seeds: Sequence[int], strategies: Sequence[str] = tuple(STRATEGIES), batch_sizes: Sequence[int] = ()
-) -> Traces:
-    """Replay each strategy with each seed, at batch sizes where nearly the whole grid was measured (or those given).
+def run_all(survey: Survey, seeds: Sequence[int], strategies: Sequence[str] = tuple(STRATEGIES)) -> Traces:
+    """Replay each strategy with each seed, at batch sizes where nearly the whole grid was measured.
 
     What the landscape lacks counts as a failed measurement: a search sees it as "unrecorded" and goes on without it.
     """
-    sizes = tuple(batch_sizes) or survey.well_covered
-    truth = Truth(survey.table, replace(survey.problem, batch_sizes=sizes))
+    truth = Truth(survey.table, replace(survey.problem, batch_sizes=survey.well_covered))
     runs = {name: [trace(truth, name, seed, every=EVERY) for seed in seeds] for name in strategies}
-    return Traces(sizes, survey.landscape.source(), runs)
+    return Traces(survey.well_covered, survey.landscape.source(), runs)
 
 
 def at(run: Sequence[Point], seconds: float, which: str) -> float:

@@ -129,14 +129,14 @@ def _told(found: tuple[float, float, float]) -> str:
     return f"{'a tie with 0' if low <= 0 <= high else f'{middle:.2f} µs'} ({low:.2f} to {high:.2f})"
 
 
-def spread(recording: Recording, points: int = 200) -> Panel:
+def spread(recording: Recording) -> Panel:
     """Share of calls that took at most so long, a line per way of launching: every sample, up to the 99th percentile."""
     ours = times(recording, "launch")
     names = [name for name in LOOKS if name in ours]
     figure = grid("How much one launch differs from the next", f"{recording.source()}; every sample of "
                   f"{len(ours[PLAIN].samples_us):,} calls, up to the 99th percentile; dotted: the median")  # fmt: skip
     table: list[dict[str, Any]] = []
-    shares = [0.99 * i / points for i in range(points + 1)]
+    shares = [0.99 * i / 200 for i in range(201)]
     for name in names:
         time, style = ours[name], LOOKS[name]
         figure.add_scatter(x=[time.quantile_us(q) for q in shares], y=shares, name=name, mode="lines", line=style.line(2.5),
@@ -176,9 +176,7 @@ def goals(recording: Recording) -> Panel:
     )
     missed = sum(not row["kept"] for row in table)
     return Panel(
-        None,
-        table,
-        f"**{'All goals are kept' if not missed else f'{missed} of {len(table)} goals missed'}: {said}.**",
+        None, table, f"**{'All goals are kept' if not missed else f'{missed} of {len(table)} goals missed'}: {said}.**"
     )
 
 

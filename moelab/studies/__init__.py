@@ -11,10 +11,7 @@ from moelab import suites
 from moelab.recordings import Recording
 from moelab.studies import tuned_gain, tuner_regret
 
-STUDIES: Mapping[str, Callable[..., Recording]] = {
-    "tuned_gain": tuned_gain.record,
-    "tuner_regret": tuner_regret.record,
-}
+STUDIES: Mapping[str, Callable[..., Recording]] = {"tuned_gain": tuned_gain.record, "tuner_regret": tuner_regret.record}
 
 ANYWHERE = ("tuner_regret",)
 """Studies whose numbers come from recorded landscapes: they are the same with a GPU and without."""

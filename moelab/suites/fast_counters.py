@@ -24,12 +24,7 @@ from moelab.suites import fast_layer as suite
 from moelab.suites.layer_classic import Layer, weight_sets
 from moelab.suites.partial import OnRows, ignore
 
-CELLS = (
-    ("mixtral-8x7b/tp2", 8192),
-    ("qwen3-30b-a3b/tp1", 8192),
-    ("qwen3-30b-a3b/tp1", 64),
-    ("deepseek-v3/tp8", 8192),
-)
+CELLS = (("mixtral-8x7b/tp2", 8192), ("qwen3-30b-a3b/tp1", 8192), ("qwen3-30b-a3b/tp1", 64), ("deepseek-v3/tp8", 8192))
 """Shape and tokens: large batches of a few wide experts and of many narrow ones, a batch that is limited by memory, and a
 short inner size."""
 

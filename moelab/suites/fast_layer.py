@@ -287,10 +287,7 @@ def cell(name: str, layer: Layer, routing: str, *, ablation: bool) -> list[dict[
         "grouped_mm": grouped_mm(layer),
         "fast": run_classic if served is None else by_form(layer, served),
     }
-    notes: dict[str, dict[str, Any]] = {
-        "classic": tiles,
-        "fast": tiles if served is None else note_of(served),
-    }
+    notes: dict[str, dict[str, Any]] = {"classic": tiles, "fast": tiles if served is None else note_of(served)}
     if best != served:
         contenders["fast, best instance"], notes["fast, best instance"] = by_form(layer, best), note_of(best)
     ideas, parts = ablated(layer, served) if ablation else ({}, {})

@@ -110,13 +110,13 @@ def devices(first: str) -> list[str]:
     return list(dict.fromkeys([first, *own, *(name.replace("_", " ") for name in roofline.device_names())]))
 
 
-def landscape_browser(survey: Survey, gemm: str = "up", num_tokens: int = 64) -> widgets.VBox:
+def landscape_browser(survey: Survey, num_tokens: int = 64) -> widgets.VBox:
     """Scatter, parallel coordinates and heat map of the same brushed configs: GEMM, Batch, Within, X axis, and a range for
     each parameter."""
     within = [("all", w) if w == WITHIN[-1] else (f"{w:.0%}", w) for w in WITHIN]
     known = survey.problem.routing == "uniform"  # of another routing a survey has no waves to draw over
     controls: dict[str, widgets.Widget] = {
-        "gemm": choice("GEMM", [(name, key) for key, name in plots_landscape.GEMM_NAMES.items()], gemm),
+        "gemm": choice("GEMM", [(name, key) for key, name in plots_landscape.GEMM_NAMES.items()], "up"),
         "num_tokens": choice("Batch", survey.batch_sizes, num_tokens),
         "within": choice("Within", within, 0.2),
         "x": choice("X axis", tuple(plots_linked.AXES), "waves" if known else "shared memory"),

@@ -11,7 +11,7 @@ from moelab.widgets.panels import _dropdown, _slider, interactive_panel
 EVERYONE = "all"
 
 
-def follow_tokens(trace: plots_follow.Trace, step: str = plots_follow.STEPS[0]) -> widgets.VBox:
+def follow_tokens(trace: plots_follow.Trace) -> widgets.VBox:
     """`plots.follow.follow` with Step (how far) and Token (whom) to choose."""
 
     def draw(step: str, token: str) -> Panel:
@@ -19,5 +19,9 @@ def follow_tokens(trace: plots_follow.Trace, step: str = plots_follow.STEPS[0]) 
 
     tokens = [EVERYONE, *(str(t) for t in range(trace.num_tokens))]
     return interactive_panel(
-        draw, {"step": _slider("Step", plots_follow.STEPS, step), "token": _dropdown("Token", tokens, EVERYONE)}
+        draw,
+        {
+            "step": _slider("Step", plots_follow.STEPS, plots_follow.STEPS[0]),
+            "token": _dropdown("Token", tokens, EVERYONE),
+        },
     )
