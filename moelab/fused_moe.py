@@ -243,6 +243,7 @@ def _check_call(call: MoECall, impl: str) -> None:
                 f"{name} has shape {tuple(getattr(w, name, x).shape)}. Expected no size of 0 but the number of tokens. Give "
                 "the layer at least one expert, row and column."
             )
+    _require_taken(call, impl)
     checks.check_shape("topk_ids", ids, (x.shape[0], "top_k"))
     checks.check_shape("topk_weights", call.topk_weights, tuple(ids.shape))
     checks.check_dtype("hidden_states", x, checks.FLOATS)
@@ -261,7 +262,6 @@ def _check_call(call: MoECall, impl: str) -> None:
             checks.check_shape(name, bias, (w.num_experts, size))
             checks.check_dtype(name, bias, (x.dtype,))
     checks.check_together(hidden_states=x, topk_ids=ids, topk_weights=call.topk_weights, **w.tensors())
-    _require_taken(call, impl)
 
 
 def kind_of(call: MoECall) -> LayerKind:

@@ -174,8 +174,8 @@ def test_weights_come_as_one_or_apart_and_not_both() -> None:
     assert torch.equal(one, fused_moe(i.hidden_states, i.w13, i.w2, impl="torch", **routing))
     with pytest.raises(ShapeError, match="ExpertWeights came with w2"):
         fused_moe(i.hidden_states, i.weights, i.w2, impl="torch", **routing)
-    with pytest.raises(ConfigError, match=r"weights in the format mx.*Expected one of those that do.*none"):
-        fused_moe(i.hidden_states, i.weights._replace(format=get_format("mxfp4_w4a16")), impl="torch", **routing)
+    with pytest.raises(ConfigError, match=r"weights in the format int8_w8a16_channel.*Expected one of those that do"):
+        fused_moe(i.hidden_states, i.weights._replace(format=get_format("int8_w8a16_channel")), impl="torch", **routing)
 
 
 @pytest.mark.parametrize("impl", HERE)

@@ -209,7 +209,7 @@ def _quantised_products() -> Iterator[Case]:
         eight = format.weight_dtype == "float8_e4m3fn"
         static = empty(of="float32") if format.activations == "tensor" else None
         launch = by(quantise_activations, empty(64, 2048, of="bfloat16"), format, static)
-        yield Case(f"quantise_activations {'fp8' if eight else 'int8'}", f"by {format.activations}", launch, eight)
+        yield Case(f"{format.weight_dtype} codes by {format.activations}", format.name, launch, eight)
 
 
 def _element_by_element() -> Iterator[Case]:
