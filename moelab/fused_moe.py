@@ -243,10 +243,10 @@ def _check_call(call: MoECall, impl: str) -> None:
                 f"{name} has shape {tuple(getattr(w, name, x).shape)}. Expected no size of 0 but the number of tokens. Give "
                 "the layer at least one expert, row and column."
             )
+    checks.check_dtype("hidden_states", x, checks.FLOATS)
     _require_taken(call, impl)
     checks.check_shape("topk_ids", ids, (x.shape[0], "top_k"))
     checks.check_shape("topk_weights", call.topk_weights, tuple(ids.shape))
-    checks.check_dtype("hidden_states", x, checks.FLOATS)
     if w.format.is_plain:
         checks.check_dtype("w13", w.w13, (x.dtype,))
         checks.check_dtype("w2", w.w2, (x.dtype,))
