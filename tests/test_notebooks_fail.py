@@ -179,7 +179,11 @@ def test_every_drawing_function_is_broken_somewhere() -> None:
     assert set(BESIDE_ONE.values()) <= by_widgets <= set(drawing_functions())
     for file, names in BY_WIDGETS.items():
         text = (ROOT / "tests" / file).read_text()
-        assert [name for name in names if name.partition(".")[2] not in text or BROKEN not in text] == []
+        assert [
+            name
+            for name in names
+            if name.partition(".")[2] not in text or not (BROKEN in text or "broken_cells" in text)
+        ] == []
 
 
 def test_a_panel_that_cannot_be_shown_fails_the_cell_too() -> None:

@@ -101,11 +101,6 @@ def lookup(
     an error, or when the file that should be used is broken: a broken file is never skipped in silence.
     """
     loader = get_rules(rules)
-    if kernel is not None and not loader.names_kernel:
-        raise ConfigFileError(
-            f"{loader.name} has no files of the kernel {kernel!r}. Expected moelab's rules for a kernel beside the "
-            "compatible kernel. Pass rules='moelab', or leave the kernel out."
-        )
     name = checked_name(
         num_experts, moe_intermediate_size, device, dtype_selector, block_shape, per_channel_quant, down, kernel,
         rules=loader,
@@ -117,6 +112,11 @@ def find(
     name: FileName, rules: Rules, num_tokens: int, triton_version: str, config_dir: str | Path | None = None
 ) -> Lookup:
     """`lookup` for a FileName whose parts have been checked."""
+    if name.kernel is not None and not rules.names_kernel:
+        raise ConfigFileError(
+            f"{rules.name} has no files of the kernel {name.kernel!r}. Expected moelab's rules for a kernel beside the "
+            "compatible kernel. Pass rules='moelab', or leave the kernel out."
+        )
     if num_tokens < 1:
         raise ConfigFileError(
             f"num_tokens is {num_tokens}. Expected 1 or more: an empty batch needs no config. Skip the call."

@@ -11,7 +11,7 @@ from moelab import runtime
 runtime.prepare_triton()
 
 from collections.abc import Callable, Iterator  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
+from dataclasses import dataclass, replace  # noqa: E402
 from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
@@ -29,6 +29,7 @@ from moelab.kernels.gated_gemm import gated_gemm  # noqa: E402
 from moelab.kernels.gemm_call import GemmCall  # noqa: E402
 from moelab.kernels.grouped_gemm import grouped_gemm  # noqa: E402
 from moelab.kernels.grouped_gemm_tma import grouped_gemm_tma  # noqa: E402
+from moelab.kernels.quantise_activations import quantise_activations  # noqa: E402
 from moelab.kernels.quantised import GEMMS  # noqa: E402
 from moelab.kernels.route import new_routed, route  # noqa: E402
 from moelab.kernels.sorted_gemm import sorted_gemm  # noqa: E402
@@ -202,6 +203,13 @@ def _quantised_products() -> Iterator[Case]:
             "int8_w8a16_group_128", "int4_w4a16_group_128", "int4_w4a16_group_32_zp", "mxfp4_w4a16",
         ):  # fmt: skip
             yield quantised(name, config)
+    by_one = replace(get_format("int8_w8a8_channel"), granularity="tensor", activations="tensor")
+    formats = [get_format(f"{of}_w8a8_{how}") for of in ("fp8", "int8") for how in ("block_128x128", "channel")]
+    for format in (*formats, get_format("fp8_w8a8_tensor"), by_one):
+        eight = format.weight_dtype == "float8_e4m3fn"
+        static = empty(of="float32") if format.activations == "tensor" else None
+        launch = by(quantise_activations, empty(64, 2048, of="bfloat16"), format, static)
+        yield Case(f"quantise_activations {'fp8' if eight else 'int8'}", f"by {format.activations}", launch, eight)
 
 
 def _element_by_element() -> Iterator[Case]:
