@@ -92,6 +92,11 @@ def test_lines_are_times_over_the_floor_and_the_mean_leaves_out_the_untuned() ->
     ] == pytest.approx(3.0)
 
 
+def test_the_mean_is_over_shapes_that_have_every_contender() -> None:
+    panel = PANELS["over_floor"](made(*WHOLE.rows[:6], classic("c", 1, 200.0), row("c", 1, "fast", 10.0)))
+    assert next(list(t.y) for t in panel.figure.data if t.name == "classic") == pytest.approx([2.0, 3.0])
+
+
 def test_a_shape_without_tuned_configs_alone_is_the_mean() -> None:
     panel = PANELS["over_floor"](made(*(each for each in WHOLE.rows if each["shape"] == "b")))
     assert "not counted" not in panel.sentence and panel.figure.layout.title.text.endswith("fast is ahead at batch 1")
