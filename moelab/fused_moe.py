@@ -55,7 +55,7 @@ def fused_moe(
 
     hidden_states: (M, H), bfloat16, float16, float32 or float64, contiguous. w13: (E, 2N, H), gate rows and then up
     rows, or (E, N, H) with gated=False; w2: (E, H, N); b13 (E, 2N) and b2 (E, H) optional; all in one dtype. Or, in place of
-    the four, one `ExpertWeights`.
+    the four, one `ExpertWeights`, also of a quantised format, which "triton" takes (`moelab.quantised_weights` makes them).
     Routing: either topk_weights (M, k) float32 and topk_ids (M, k) int32 or int64, or router_logits (M, E) with top_k
     (softmax, then top-k, weights renormalised unless told otherwise).
     An id of -1 is another rank's expert and adds nothing, whatever its weight, NaN and infinity too; NaN and infinity go
@@ -63,8 +63,10 @@ def fused_moe(
     weights that this token did not choose.
     impl: a name in moelab.implementations.IMPLEMENTATIONS, where each says what it is and what it takes; "triton" is the
     layer of sglang and vLLM, "fast" what is recorded fastest on Hopper for the batch, "torch" a loop over experts.
-    "fast" runs batches of some tokens in one persistent launch whose CTAs wait for one another, so all of them must be
-    resident: see `moelab.kernels.fast_layer` for what that asks of streams, graphs and partitioned GPUs.
+    "fast" runs large batches in one persistent launch whose CTAs wait for each other, so all of them must be resident on the GPU
+    at once: launches of one process on several streams, or in branches of one captured graph, are ordered by moelab; do not
+    replay two such graphs (or a graph and eager calls) at the same time, and do not share the GPU through MPS or green contexts.
+    A wait that lasts seconds ends the launch with KernelTimeoutError, and the process's CUDA context with it.
     config, down_config: for GEMM1 and GEMM2 of those made of Triton kernels; the first for both where only it is given. None
     looks up the tuned file for this device, these sizes and this batch size, as the servers do, once each; sglang's default
     rule serves where there is none, or where "default" asks for it. The Split-K ones take SPLIT_K from each. "gated" and its
