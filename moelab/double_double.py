@@ -150,7 +150,7 @@ def matmul(a: Wide, b: Wide) -> Wide:
 # --- the layer ------------------------------------------------------------------------------------------------------
 
 
-def _activated(x: Wide, activation: str, gated: bool) -> Wide:
+def wide_activation(x: Wide, activation: str, gated: bool) -> Wide:
     """The activations of moelab.reference, (rows, 2N) -> (rows, N) with a gate."""
     check_activation(activation, gated)
     if not gated:
@@ -203,7 +203,7 @@ def grouped_gemm_double_double(
         pairs = torch.where(flat == expert)[0]
         rows = matmul(wide(a[pairs // top_k]), wide(w[expert]))
         rows = _affine(rows, bias, expert, None if topk_weights is None else topk_weights.flatten()[pairs])
-        out[pairs] = (_activated(rows, *activated) if activated else rows).rounded()
+        out[pairs] = (wide_activation(rows, *activated) if activated else rows).rounded()
     return out
 
 
@@ -239,7 +239,7 @@ def fused_moe_double_double(
             weights = topk_weights[token, slot]
             first, second = (weights, None) if apply_router_weight_on_input else (None, weights)
             rows = _affine(matmul(wide(hidden_states[token]), wide(w13[expert])), b13, expert, first)
-            rows = matmul(_activated(rows, activation, gated), wide(w2[expert]))
+            rows = matmul(wide_activation(rows, activation, gated), wide(w2[expert]))
             more = add(Wide(total.high[token], total.low[token]), _affine(rows, b2, expert, second))
             total.high[token], total.low[token] = more
     return mul(total, _constant((float(routed_scaling_factor), 0.0), total.high)).rounded()
