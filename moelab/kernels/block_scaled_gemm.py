@@ -20,7 +20,16 @@ from moelab.errors import ConfigError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.gemm_call import GemmCall, check_quantised_gemm, gemm_constants, swaps_operands  # noqa: E402
 from moelab.kernels.launch import Launcher, checked  # noqa: E402
-from moelab.kernels.tiles import add_bias, grouped_tile, row_block, store_rows, times_weight  # noqa: E402
+from moelab.kernels.tiles import (  # noqa: E402
+    add_bias,
+    grouped_tile,
+    load_rows,
+    load_weights,
+    operand_ptrs,
+    row_block,
+    store_rows,
+    times_weight,
+)
 
 
 @triton.jit
@@ -29,13 +38,8 @@ def _scaled_step(
     SWAP: tl.constexpr, ONE_SCALE: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """acc + scaled product of one step of K; a (BM, BK), w (BK, BN) or, swapped, acc (BN, BM)."""
-    offs_k = tl.arange(0, BLOCK_SIZE_K)
-    if EVEN_K:
-        a = tl.load(a_ptrs, mask=row_mask[:, None], other=0.0)
-        w = tl.load(w_ptrs)
-    else:
-        a = tl.load(a_ptrs, mask=row_mask[:, None] & (offs_k < left)[None, :], other=0.0)
-        w = tl.load(w_ptrs, mask=(offs_k < left)[:, None], other=0.0)
+    a = load_rows(a_ptrs, row_mask, left, BLOCK_SIZE_K, EVEN_K)
+    w = load_weights(w_ptrs, left, BLOCK_SIZE_K, EVEN_K)
     a_scale = tl.load(a_scale_ptrs, mask=row_mask, other=0.0)
     w_scale = tl.load(w_scale_ptrs)
     if SWAP:
@@ -96,8 +100,7 @@ def _block_scaled_gemm_kernel(
     offs_k = tl.arange(0, BLOCK_SIZE_K)
     ONE_SCALE: tl.constexpr = GROUP_N % BLOCK_SIZE_N == 0
     groups_n, groups_k = tl.cdiv(N, GROUP_N), tl.cdiv(K, GROUP_K)
-    a_ptrs = a_ptr + (pair // TOP_K)[:, None] * K + offs_k[None, :]
-    w_ptrs = w_ptr + expert * N * K + (offs_n % N).to(tl.int64)[None, :] * K + offs_k[:, None]
+    a_ptrs, w_ptrs = operand_ptrs(a_ptr, w_ptr, pair // TOP_K, expert, offs_n, offs_k, N, K)
     a_scale_ptrs = a_scale_ptr + (pair // TOP_K) * groups_k
     if ONE_SCALE:
         w_scale_ptrs = w_scale_ptr + (expert * groups_n + pid_n * BLOCK_SIZE_N // GROUP_N) * groups_k

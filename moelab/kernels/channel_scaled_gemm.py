@@ -19,7 +19,16 @@ from torch import Tensor  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.gemm_call import GemmCall, check_quantised_gemm, gemm_constants, swaps_operands  # noqa: E402
 from moelab.kernels.launch import Launcher, checked  # noqa: E402
-from moelab.kernels.tiles import add_bias, grouped_tile, row_block, store_rows, times_weight  # noqa: E402
+from moelab.kernels.tiles import (  # noqa: E402
+    add_bias,
+    grouped_tile,
+    load_rows,
+    load_weights,
+    operand_ptrs,
+    row_block,
+    store_rows,
+    times_weight,
+)
 
 FAMILIES = (
     "fp8_w8a8_tensor", "fp8_w8a8_tensor_static", "fp8_w8a8_channel", "int8_w8a8_channel", "int8_w8a16_channel"
@@ -32,13 +41,8 @@ def _code_step(
     SWAP: tl.constexpr, PROMOTE: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """acc + product of one step of K; a (BM, BK), w (BK, BN) or, swapped, acc (BN, BM)."""
-    offs_k = tl.arange(0, BLOCK_SIZE_K)
-    if EVEN_K:
-        a = tl.load(a_ptrs, mask=row_mask[:, None], other=0.0)
-        w = tl.load(w_ptrs)
-    else:
-        a = tl.load(a_ptrs, mask=row_mask[:, None] & (offs_k < left)[None, :], other=0.0)
-        w = tl.load(w_ptrs, mask=(offs_k < left)[:, None], other=0.0)
+    a = load_rows(a_ptrs, row_mask, left, BLOCK_SIZE_K, EVEN_K)
+    w = load_weights(w_ptrs, left, BLOCK_SIZE_K, EVEN_K)
     if a.dtype != w.dtype:
         w = w.to(a.dtype)
     if SWAP:
@@ -92,8 +96,7 @@ def _channel_scaled_gemm_kernel(
         store_rows(c_ptr, pair, row_mask, offs_n, N, zeros)
         return
     offs_k = tl.arange(0, BLOCK_SIZE_K)
-    a_ptrs = a_ptr + (pair // TOP_K)[:, None] * K + offs_k[None, :]
-    w_ptrs = w_ptr + expert * N * K + (offs_n % N).to(tl.int64)[None, :] * K + offs_k[:, None]
+    a_ptrs, w_ptrs = operand_ptrs(a_ptr, w_ptr, pair // TOP_K, expert, offs_n, offs_k, N, K)
     if SWAP:
         acc = tl.zeros((BLOCK_SIZE_N, BLOCK_SIZE_M), dtype=tl.float32)
     else:
