@@ -1,7 +1,7 @@
 """Weights and activation of a Hugging Face experts block: what `FusedMoE.from_hf` reads, and what it refuses.
 
 The activation is judged by its values: the block's own gate is computed on points in float64, beside the oracle's. A name, a
-class or a config's key says less: transformers 5.23 has eight classes with a gate of their own, and one whose act_fn is a
+class or a config's key says less: transformers 5.23 has several classes with a gate of their own, and one whose act_fn is a
 bare function.
 """
 
@@ -65,7 +65,7 @@ _ONE_SIDE = (1e-3, 0.1, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 6.9, 7.1, 8.0, 9.9, 12.0, 
 _GATES = (*(-value for value in reversed(_ONE_SIDE)), 0.0, *_ONE_SIDE)
 _UPS = (0.0, *(sign * value for value in (0.25, 1.5, 6.9, 7.1, 12.0, 100.0, 1e8) for sign in (1, -1)))
 _NEAR = 1e-6
-"""A gate that computes in float32 inside passes; the closest two activations of the table, gelu and gelu_tanh, are 4e-4 off."""
+"""A gate that computes in float32 inside passes; the closest two activations of the table, gelu and gelu_tanh, are 1e-4 off."""
 
 
 def _points(gated: bool) -> tuple[Tensor, Tensor]:

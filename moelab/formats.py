@@ -112,6 +112,12 @@ class Format:
             return rows * -(-columns // self.sizes[0])
         return rows if self.granularity == "channel" else 1
 
+    def require_static_scale(self, given: bool) -> None:
+        """Raise FormatError unless a checkpoint's scale of the activations is given just where the format has one."""
+        if given != (self.activations == "static"):
+            has, wanted = ("a", "none: its scales come from the activations") if given else ("no", "the checkpoint's")
+            raise FormatError(f"{self.name} was given {has} static_scale. Expected {wanted}. Pass what the format has.")
+
     def misfits(self, hidden_size: int, moe_intermediate_size: int) -> tuple[str, ...]:
         """What no block or group divides, in sentences; empty if the sizes of a rank's layer fit.
 
@@ -175,6 +181,16 @@ FORMATS: Mapping[str, Format] = {
 """The table: name -> format, int4 at each usual group, symmetric and with zero points. `get_format` takes other sizes."""
 
 
+def _is_made(format: Format) -> bool:
+    """Whether some checkpoint stores it: zero points are of integers in groups, scales as powers of two of fp8 in blocks, where
+    mxfp4's are by definition, over 32 values (OCP microscaling specification v1.0, section 5.2)."""
+    if format.family == "mxfp4_w4a16":
+        return format == FAMILIES["mxfp4_w4a16"]
+    return (not format.zero_points or format.granularity == "group") and (
+        not format.power_of_two_scales or format.family == "fp8_w8a8_block"
+    )
+
+
 def get_format(name: str | Format) -> Format:
     """The format of that name, with whatever sizes stand in it ("fp8_w8a8_block_64x64", "int4_w4a16_group_32_zp").
 
@@ -187,7 +203,7 @@ def get_format(name: str | Format) -> Format:
     if found is None and match and (family := FAMILIES.get(match["family"])) is not None:
         sizes = tuple(int(size) for size in match["sizes"].split("x")) if match["sizes"] else family.sizes
         found = replace(family, sizes=sizes, zero_points=bool(match["zp"]), power_of_two_scales=bool(match["ue8m0"]))
-    if found is None or (found.zero_points and found.granularity != "group"):
+    if found is None or not _is_made(found):
         raise FormatError(
             f"Unknown format {name!r} of weights.{nearest_names(str(name), FORMATS)} Expected one of {', '.join(FORMATS)}, or "
             "one of those with other sizes. Name one."

@@ -29,7 +29,8 @@ def quantise(w: Tensor, format: Format) -> GemmWeights:
     Scales: (E,) by tensor, (E, N) by channel, (E, N / n, K / k) rounded up by block, (E, N, K / g) by group. Codes have w's
     shape, but for 4 bits, two to a byte along K, the even column in the low half: (E, N, K / 2) uint8. Zero points of 4 bits
     are packed along N: (E, N / 2, K / g) uint8. Without zero points 4-bit codes are 8 over their value and uint8 ones 128 over.
-    Raises ShapeError where a group does not divide K, FormatError for a format that nothing here makes.
+    Raises ShapeError for what is no (E, N, K), a group that does not divide K, and 4 bits of an odd K, or of an odd N with zero
+    points.
     """
     if w.ndim != 3 or not w.is_floating_point():
         raise ShapeError(f"w is {w.dtype} of shape {tuple(w.shape)}. Expected (E, N, K), floating. Pass the weights.")
@@ -38,6 +39,14 @@ def quantise(w: Tensor, format: Format) -> GemmWeights:
     if format.granularity == "group" and w.shape[2] % format.sizes[0]:
         raise ShapeError(
             f"K = {w.shape[2]} is no whole number of groups of {format.sizes[0]}. Expected one. Choose another group size."
+        )
+    odd = [
+        n for n, size, packed in (("K", w.shape[2], True), ("N", w.shape[1], format.zero_points)) if packed and size % 2
+    ]
+    if format.bits == 4 and odd:
+        raise ShapeError(
+            f"w has shape {tuple(w.shape)}, and {format.name} stores two values of {' and of '.join(odd)} to a byte. Expected an "
+            "even size. Pad it, or choose a format of 8 bits."
         )
     parts = [_one_expert(w[e].float(), format) for e in range(w.shape[0])]
     codes, scales = torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts])
@@ -182,7 +191,8 @@ def quantise_activations(x: Tensor, format: Format, static_scale: Tensor | None 
 
     fp8: largest / 448, never under 1e-10 / 448, codes clamped to +-448; int8: largest / 127, rounded to nearest, but truncated by
     groups, as sglang 0.5.23 and vLLM 0.33.0 do. static_scale: a checkpoint's, for a format that has one.
-    Raises FormatError for a format whose activations stay as they are, DtypeError for x that is not floating.
+    Raises FormatError for a format whose activations stay as they are, for a static format without static_scale or another with
+    it, DtypeError for x that is not floating.
     """
     if format.activations == "none":
         raise FormatError(
@@ -190,6 +200,7 @@ def quantise_activations(x: Tensor, format: Format, static_scale: Tensor | None 
         )
     if not x.is_floating_point():
         raise DtypeError(f"x is {x.dtype}. Expected a floating dtype. Quantise once.")
+    format.require_static_scale(static_scale is not None)
     wide = x.float()
     limit = _LARGEST[str(format.weight_dtype)]
     scale = _activation_scale(wide, format, limit) if static_scale is None else static_scale.float()

@@ -45,8 +45,11 @@ def read_quantisation(config: Mapping[str, Any], section: Mapping[str, Any]) -> 
     nvfp4), experts of which some are quantised and some not, weights in another order than their columns (actorder).
     """
     found = _section_of(config, section)
-    if section.get("expert_dtype") not in (None, "fp8", "bfloat16", "float16"):
-        _refuse("expert_dtype", f"it is {section['expert_dtype']!r}: the experts have a format of their own")
+    own = section.get("expert_dtype") or config.get("expert_dtype")
+    if own not in (None, "fp8") and (found or own not in ("bfloat16", "float16")):
+        _refuse("expert_dtype", f"it is {own!r}: the experts have a format of their own")
+    if own == "fp8" and not found:
+        _refuse("expert_dtype", "it is 'fp8', and no quantization_config says how it is scaled")
     if not found:
         return Quantisation()
     method = _method(found)

@@ -35,9 +35,11 @@ FORMATS = ("plain", "fp8_w8a8_block_128x128", "int4_w4a16_group_128", "mxfp4_w4a
 
 
 def cell(shape, batch: int, weights) -> dict:
+    from triton.runtime.errors import OutOfResources
 
     from moelab import precision, roofline
     from moelab.config import KernelConfig
+    from moelab.errors import MoelabError
     from moelab.measure import measure
     from moelab.suites.layer_classic import Layer, protocol_for
 
@@ -54,7 +56,9 @@ def cell(shape, batch: int, weights) -> dict:
         try:
             run(0)
             contenders[name] = run
-        except Exception as error:  # a tile that this format or chip does not take
+        except (MoelabError, OutOfResources) as error:  # a tile that this format or chip does not take
+            if name == "default":
+                raise
             refused[name] = f"{type(error).__name__}: {str(error)[:90]}"
     found = {name: one.median_us for name, one in measure(contenders, protocol).items()}
     best = min(found, key=lambda name: found[name])
@@ -62,10 +66,10 @@ def cell(shape, batch: int, weights) -> dict:
     eight = shape.format.weight_dtype == "float8_e4m3fn" or shape.format.family.startswith("int8_w8a8")
     floor = max(cost.bytes / 4.3e6, cost.flops / (1300e6 if eight else 790e6))
     tokens, plain, exact = layer.references(0)
-    out = contenders[best](0)[tokens]
-    error = precision.error(out, exact).max_abs / precision.tolerance(plain, exact)
+    bound = precision.tolerance(plain, exact)
+    error = max(precision.error(run(0)[tokens], exact).max_abs for run in contenders.values()) / bound
     return {
-        "us": found, "best": best, "default_over_floor": found.get("default", 0.0) / floor, "over_floor": found[best] / floor,
+        "us": found, "best": best, "default_over_floor": found["default"] / floor, "over_floor": found[best] / floor,
         "floor_us": floor, "error_over_bound": error, "refused": refused,
     }  # fmt: skip
 
@@ -73,9 +77,7 @@ def cell(shape, batch: int, weights) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["qwen3-30b-a3b/1"], help="preset/tp_size")
-    parser.add_argument(
-        "--formats", nargs="+", default=["plain", "fp8_w8a8_block_128x128", "int4_w4a16_group_128", "mxfp4_w4a16"]
-    )
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64, 1024])
     asked = parser.parse_args()
     import torch
@@ -106,7 +108,9 @@ def main() -> int:
         torch.cuda.empty_cache()
     if "OUT" in os.environ:
         (Path(os.environ["OUT"]) / "quantised_layers.json").write_text(json.dumps(rows))
-    return 0
+    wrong = [row for row in rows if not row["error_over_bound"] <= 1.0]
+    print(f"{len(wrong)} of {len(rows)} over their bound")
+    return bool(wrong)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from moe_cases import CASES, TILE, Case
 
+from moelab.formats import PLAIN
 from moelab.fused_moe import fused_moe
 from moelab.implementations import IMPLEMENTATIONS, LayerKind, taking
 from moelab.kernels import checks, fast_instances, few_tokens
@@ -31,7 +32,7 @@ def layers() -> None:
             blocks = min(-(-size // TILE.BLOCK_SIZE_K) for size in (case.hidden, case.inner))
             kind = LayerKind(
                 str(dtype).removeprefix("torch."),
-                "plain",
+                PLAIN,
                 case.activation,
                 case.gated,
                 case.bias,

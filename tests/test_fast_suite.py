@@ -217,7 +217,10 @@ def test_candidates_are_near_the_rows_of_an_expert(num_tokens: int, top_k: int, 
     shape = MoEShape.from_sizes(num_experts=num_experts, top_k=top_k, hidden_size=64, moe_intermediate_size=768)
     found = fast_choice.candidates_for(num_tokens, shape)
     assert found[0] == instance_for(num_tokens, top_k, num_experts, 768) and 1 < len(found) == len(set(found))
-    assert num_tokens > 1 or max(each.tokens for each in found) <= 48
+    smallest = sorted({each.tokens for each in ALL})
+    assert (
+        num_tokens > 1 or max(each.tokens for each in found) <= smallest[1]
+    )  # the smallest fits, and its neighbour is tried
     assert num_tokens < 4096 or min(each.tokens for each in found) >= 32
 
 

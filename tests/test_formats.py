@@ -22,8 +22,8 @@ def formats(draw: st.DrawFn) -> Format:
 
     family = draw(st.sampled_from(list(FAMILIES.values())))
     zero_points = family.granularity == "group" and family.file and draw(st.booleans())
-    ue8m0 = family.granularity == "block" and draw(st.booleans())
-    sizes = draw(SIZES[family.granularity])
+    ue8m0 = family.family == "fp8_w8a8_block" and draw(st.booleans())
+    sizes = family.sizes if family.family == "mxfp4_w4a16" else draw(SIZES[family.granularity])
     return replace(family, sizes=sizes, zero_points=zero_points, power_of_two_scales=ue8m0)
 
 
@@ -43,7 +43,22 @@ def test_the_table_has_what_the_peers_serve() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["fp9", "", "plain_128", "fp8_w8a8_block_128", "fp8_w8a8_channel_128", "int8_w8a8_channel_zp", None, 8]
+    "name",
+    [
+        "fp9",
+        "",
+        "plain_128",
+        "fp8_w8a8_block_128",
+        "fp8_w8a8_channel_128",
+        "int8_w8a8_channel_zp",
+        None,
+        8,
+        "plain_ue8m0",
+        "mxfp4_w4a16_64",
+        "mxfp4_w4a16_32_zp",
+        "int4_w4a16_group_32_ue8m0",
+        "int8_w8a8_block_128x128_ue8m0",
+    ],  # fmt: skip
 )
 def test_an_unknown_format_is_refused(name: object) -> None:
     with pytest.raises(FormatError, match=r"Expected"):

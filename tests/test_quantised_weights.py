@@ -7,6 +7,7 @@ import torch
 
 from moelab.errors import FormatError, ShapeError
 from moelab.formats import FORMATS, PLAIN, Format, get_format
+from moelab.kernels.quantise_activations import quantise_activations as by_kernel
 from moelab.quantised_weights import (
     FP4_VALUES,
     as_multiplied,
@@ -131,15 +132,31 @@ def test_groups_are_rounded_before_the_product_and_sums_are_scaled_after_it() ->
 @pytest.mark.parametrize("name", [name for name in QUANTISED if get_format(name).activations not in ("none", "static")])
 def test_activations(name: str) -> None:
     format = get_format(name)
-    x = torch.randn(7, 200) * torch.logspace(-4, 2, 7)[:, None]  # 200 is no whole number of groups of 128
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 200, generator=g) * torch.logspace(-4, 2, 7)[:, None]  # 200 is no whole number of groups of 128
     x[3] = 0.0
     codes, scale = quantise_activations(x, format)
     back = dequantise_activations(codes, scale, format)
     limit = 448.0 if format.weight_dtype == "float8_e4m3fn" else 127.0
     spread = scale.double().repeat_interleave(format.sizes[-1], -1)[:, :200] if format.activations == "group" else scale
     gap = 32.0 if limit == 448.0 else (2.0 if format.activations == "group" else 1.0)  # truncation errs by a whole step
-    assert ((back - x.double()).abs() <= gap / 2 * spread * (1 + 1e-6)).all()
+    assert ((back - x.double()).abs() <= gap / 2 * spread * (1 + limit * 2.0**-23)).all()
     assert (codes[3].float() == 0).all() and codes.float().abs().max() <= limit
+
+
+@pytest.mark.parametrize("name", ["fp8_w8a8_tensor_static", "fp8_w8a8_tensor", "int8_w8a8_block_128x128"])
+def test_a_static_scale_goes_with_a_static_format(name: str) -> None:
+    scale = None if name.endswith("static") else torch.tensor(0.5)
+    with pytest.raises(FormatError, match=f"{name}.*static_scale"):
+        quantise_activations(torch.ones(2, 256), get_format(name), scale)
+    with pytest.raises(FormatError, match=f"{name}.*static_scale"):
+        by_kernel(torch.ones(2, 256), get_format(name), scale)
+
+
+@pytest.mark.parametrize(("name", "N", "K"), [("int4_w4a16_group_32_zp", 3, 32), ("int4_w4a16_group_33", 4, 33)])
+def test_four_bits_of_an_odd_size_are_refused(name: str, N: int, K: int) -> None:
+    with pytest.raises(ShapeError, match="two values"):
+        quantise(torch.ones(1, N, K), get_format(name))
 
 
 def test_static_scales_are_the_checkpoints() -> None:

@@ -166,6 +166,9 @@ def test_what_cannot_be_read_is_refused_by_name(label: str) -> None:
 
 def test_experts_of_a_format_of_their_own() -> None:
     """DeepSeek-V4: fp8 but for its experts, which are fp4."""
+    for dtype, quantised in (("fp8", {}), ("bfloat16", {"quantization_config": BLOCK})):
+        with pytest.raises(FormatError, match=rf"expert_dtype.*{dtype}"):
+            MoEShape.from_config({**MODEL, **quantised, "expert_dtype": dtype})
     with pytest.raises(FormatError, match=r"expert_dtype.*fp4"):
         MoEShape.from_config({**MODEL, "quantization_config": BLOCK, "expert_dtype": "fp4"})
 

@@ -132,6 +132,7 @@ def _check(x: Tensor, format: Format, static_scale: Tensor | None) -> None:
         raise FormatError(
             f"{format.name} leaves activations as they are. Expected one that quantises them. Pass x itself."
         )
+    format.require_static_scale(static_scale is not None)
     checks.check_kernel_device("x", x)
     checks.check_dtype("x", x, checks.FLOATS)
     checks.check_shape("x", x, ("rows", "K"))

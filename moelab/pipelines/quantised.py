@@ -1,5 +1,6 @@
 """The classic layer over quantised weights: align, codes of the activations where the format has them, GEMM1, activation, codes
-again, GEMM2, sum-reduce. Rounding points are those of sglang and vLLM: GEMM1 and the activation round to the layer's dtype.
+again, GEMM2, sum-reduce. Rounding points are those of sglang 0.5.23 and vLLM 0.33.0: GEMM1 and the activation round to the
+layer's dtype.
 """
 
 from __future__ import annotations
