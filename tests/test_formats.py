@@ -58,7 +58,7 @@ def test_the_table_has_what_the_peers_serve() -> None:
         "mxfp4_w4a16_32_zp",
         "int4_w4a16_group_32_ue8m0",
         "int8_w8a8_block_128x128_ue8m0",
-    ],  # fmt: skip
+    ],
 )
 def test_an_unknown_format_is_refused(name: object) -> None:
     with pytest.raises(FormatError, match=r"Expected"):
