@@ -203,11 +203,11 @@ def _quantised_products() -> Iterator[Case]:
             "int8_w8a16_group_128", "int4_w4a16_group_128", "int4_w4a16_group_32_zp", "mxfp4_w4a16",
         ):  # fmt: skip
             yield quantised(name, config)
-    by_one = replace(get_format("int8_w8a8_channel"), granularity="tensor", activations="tensor")
+    by_one = replace(get_format("int8_w8a8_channel"), granularity="tensor", activations="static")
     formats = [get_format(f"{of}_w8a8_{how}") for of in ("fp8", "int8") for how in ("block_128x128", "channel")]
-    for format in (*formats, get_format("fp8_w8a8_tensor"), by_one):
+    for format in (*formats, get_format("fp8_w8a8_tensor_static"), by_one):
         eight = format.weight_dtype == "float8_e4m3fn"
-        static = empty(of="float32") if format.activations == "tensor" else None
+        static = empty(of="float32") if format.activations == "static" else None
         launch = by(quantise_activations, empty(64, 2048, of="bfloat16"), format, static)
         yield Case(f"{format.weight_dtype} codes by {format.activations}", format.name, launch, eight)
 
