@@ -12,12 +12,12 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moelab import writing
 from moelab.errors import RecordingError, nearest_names
 
 SCHEMA = 1
@@ -135,27 +135,7 @@ def write(recording: Recording, path: str | Path | None = None) -> Path:
     }
     _require_content(content, f"The recording {recording.suite!r}", "Nothing was written. Measure those rows again.")
     target = Path(path) if path is not None else recordings_dir() / f"{recording.suite}.json"
-    write_atomically(target, _encode(content))
-    return target
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) to `path` so that a reader, or a crash, sees the old file or the new one, never half.
-
-    Makes the folder if need be. OSError passes through; the temporary file is then removed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's 0600 would hide the file from the other users of a shared checkout
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    return writing.write(target, _encode(content))
 
 
 def _encode(content: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from moelab.config_files.content import read_config_file, write_config_file
 from moelab.config_files.devices import device_doubt
 from moelab.config_files.diagnosis import doctor
-from moelab.config_files.exporting import Exported, Source, export, export_path, left_out, sources
+from moelab.config_files.exporting import Exported, Source, export, export_path, export_together, left_out, sources
 from moelab.config_files.findings import Finding, Report
 from moelab.config_files.names import FileName, file_name, parse_file_name
 from moelab.config_files.places import kernels_with_files, version_folders
@@ -41,6 +41,7 @@ __all__ = [
     "doctor",
     "export",
     "export_path",
+    "export_together",
     "file_name",
     "get_rules",
     "kernels_with_files",
