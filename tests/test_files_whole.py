@@ -176,7 +176,8 @@ def test_a_killed_pair_is_the_old_one_or_the_new_one(how: str, tmp_path: Path) -
 def test_a_lookup_reads_what_was_there_before_a_killed_write(tmp_path: Path) -> None:
     exported(tmp_path, 16)
     for act in count():
-        if not killed_at(act, tmp_path, lambda: exported(tmp_path, 64)) and block_m(tmp_path) == ({64}, set()):
+        assert not killed_at(act, tmp_path, lambda: exported(tmp_path, 64)), "it was never killed between the two"
+        if block_m(tmp_path) == ({64}, set()):
             break
     found = cf.lookup(8, 512, PROBLEM.device, num_tokens=1, triton_version="3.6.0", down=True, config_dir=tmp_path)
     assert found.config is not None and (found.config.BLOCK_SIZE_M, found.config.num_stages) == (16, 2)
