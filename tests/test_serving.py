@@ -38,7 +38,9 @@ def test_recipe_goes_from_tuner_to_server(rules: str, tmp_path: Path) -> None:
     ).stdout
     assert value == str(tmp_path / "it's here")
     assert all(step.do and step.how and step.why.endswith(".") for step in steps)
-    assert config_files.as_text(steps).count("\n") == 3 * len(steps) - 1
+    assert [line for line in config_files.as_text(steps).splitlines() if line.strip() in how] == [
+        "     " + h for h in how
+    ]
     assert config_files.as_markdown(steps).startswith("1. ") and how[-1] in config_files.as_markdown(steps)
 
 
@@ -89,8 +91,23 @@ def test_completing_with_nothing_is_refused(shipped: Path, tmp_path: Path) -> No
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigFileError, match=r"no config file of sglang's.*Expected a copy of its package"):
         config_files.complete(tmp_path / "out", tmp_path / "empty")
-    with pytest.raises(ConfigFileError, match="no config file of sglang's to add"):
+    with pytest.raises(ConfigFileError, match="is the tree itself"):
         config_files.complete(shipped, shipped)
     for rules in ("vllm", "moelab"):
         with pytest.raises(ConfigFileError, match="needs no completing"):
             config_files.complete(tmp_path / "out", shipped, rules)
+
+
+def test_export_prints_the_recipe_and_completes_the_tree(run, shipped: Path, tmp_path: Path) -> None:
+    source, out = runtime.config_dir() / "triton_3_6_0" / FILE, tmp_path / "out"
+    status, printed, err = run("export", source, "--rules", "sglang", "--out", out, "--complete", shipped)
+    assert status == 0 and f"export SGLANG_MOE_CONFIG_DIR={out.resolve()}" in printed
+    assert f"Using MoE kernel config from {out.resolve()}/configs/triton_3_6_0/{FILE}." in printed
+    assert "added 8 files that sglang ships; left out 2 files" in err
+    assert "To serve" not in run("export", source, "--rules", "sglang", "--out", out, "--overwrite", "--json")[1]
+
+
+def test_export_refuses_to_complete_before_it_writes(run, shipped: Path, tmp_path: Path) -> None:
+    source = runtime.config_dir() / "triton_3_6_0" / FILE
+    status, printed, err = run("export", source, "--rules", "vllm", "--out", tmp_path / "out", "--complete", shipped)
+    assert (status, printed) == (2, "") and "needs no completing" in err and not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ loader reaches, or no kernel takes; shipped.py has what sglang ships for three m
 
 from __future__ import annotations
 
-from moelab.config_files.completing import Completed, complete
+from moelab.config_files.completing import Completed, complete, own_tree
 from moelab.config_files.content import read_config_file, write_config_file
 from moelab.config_files.devices import device_doubt
 from moelab.config_files.diagnosis import doctor
@@ -55,6 +55,7 @@ __all__ = [
     "lookup",
     "nearest_key",
     "not_asked_for",
+    "own_tree",
     "parse_file_name",
     "platform_of",
     "question",

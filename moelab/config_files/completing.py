@@ -30,19 +30,11 @@ def complete(out: str | Path, shipped: str | Path, rules: str = "sglang") -> Com
     GEMM2's and other Triton versions' neither. A copy that was cut short is taken up.
     Raises ConfigFileError where the loader needs no completing, or there is nothing to copy.
     """
-    loader = get_rules(rules)
-    if loader.environment_adds or loader.package is None:
-        why = loader.reasons["environment"]
+    source, target = own_tree(shipped, rules), Path(out).resolve() / get_rules(rules).below
+    files = {path.relative_to(source): name for path, name in _files(source)}
+    if source == target:
         raise ConfigFileError(
-            f"{loader.name}'s tree needs no completing: {why}. Expected sglang's rules, whose variable replaces its own tree. "
-            "Leave --complete out."
-        )
-    source, target = tree_of(Path(shipped).resolve(), loader.name).root, Path(out).resolve() / loader.below
-    files = {path.relative_to(source): name for path, name in _files(source)} if source.is_dir() else {}
-    if not files or source == target:
-        raise ConfigFileError(
-            f"{source} holds no config file of {loader.name}'s to add. Expected a copy of its package, or of the folder "
-            f"{loader.package_folder} in it: triton_X_Y_Z folders with files. Name that one."
+            f"{source} is the tree itself. Expected a copy of sglang's. Name that one for --complete."
         )
     texts = {place: (source / place).read_text(encoding="utf-8") for place in files}
     own = {
@@ -56,6 +48,24 @@ def complete(out: str | Path, shipped: str | Path, rules: str = "sglang") -> Com
     return Completed(
         tuple(target / place for place in wanted), tuple(source / place for place in files if place not in wanted)
     )
+
+
+def own_tree(shipped: str | Path, rules: str = "sglang") -> Path:
+    """The folder of triton_X_Y_Z folders in a copy of a loader's package or configs. Raises what `complete` does."""
+    loader = get_rules(rules)
+    if loader.environment_adds or loader.package is None:
+        why = loader.reasons["environment"]
+        raise ConfigFileError(
+            f"{loader.name}'s tree needs no completing: {why}. Expected sglang's rules, whose variable replaces its own tree. "
+            "Leave --complete out."
+        )
+    source = tree_of(Path(shipped).resolve(), loader.name).root
+    if not any(_files(source)):
+        raise ConfigFileError(
+            f"{source} holds no config file of {loader.name}'s to add. Expected a copy of its package, or of the folder "
+            f"{loader.package_folder} in it: triton_X_Y_Z folders with files. Name that one."
+        )
+    return source
 
 
 def _files(root: Path) -> Iterator[tuple[Path, FileName]]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moelab.config_files.rules import Rules, get_rules
+
+WIDTH, INDENT = 110, "     "
+"""Of a step's reason in a shell: characters a line, and what stands before it. Commands and log lines are not broken."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ def tune_to_serve(
 
 def as_text(actions: Sequence[Action]) -> str:
     """The steps as a shell shows them."""
-    return "\n".join(f"{n}. {a.do}\n     {a.how}\n     {a.why}" for n, a in enumerate(actions, 1))
+    why = {a: textwrap.fill(a.why, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT) for a in actions}
+    return "\n".join(f"{n}. {a.do}\n{INDENT}{a.how}\n{why[a]}" for n, a in enumerate(actions, 1))
 
 
 def as_markdown(actions: Sequence[Action]) -> str:
