@@ -49,7 +49,7 @@ def said(error: ValidationError) -> str:
         return f"has no {where}"
     if kind == "extra_forbidden":
         return f"has the field {where}, which nothing here knows"
-    why = re.sub(r"^Input should", "where it should", why.removeprefix("Value error, "))
+    why = re.sub(r"^\w+ should", "where it should", why.removeprefix("Value error, "))
     return f"holds {shown(first['input'])}{f' at {where}' if where else ''}, {why}"
 
 

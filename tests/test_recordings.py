@@ -70,7 +70,7 @@ BAD_ROWS = [
     ({"x": math.nan}, "nan in row 0"),
     ({"x": [1.0, {"y": math.inf}]}, "inf in row 0"),
     ({"x": object()}, "holds a object"),
-    ({"samples_us": []}, "rows.0.samples_us, List should have at least 1 item"),
+    ({"samples_us": []}, "rows.0.samples_us, where it should have at least 1 item"),
     ({"samples_us": 3.0}, "holds 3.0 at rows.0.samples_us"),
     ({"samples_us": [1.0, 0.0]}, "holds 0.0 at rows.0.samples_us.1, where it should be greater than 0"),
     ({"samples_us": [-1.0]}, "greater than 0"),
@@ -101,7 +101,7 @@ def test_provenance_must_be_whole(key: str, tmp_path: Path) -> None:
 
 
 def test_no_rows_and_odd_suite_names(tmp_path: Path) -> None:
-    with pytest.raises(RecordingError, match="at rows, List should have at least 1 item"):
+    with pytest.raises(RecordingError, match="at rows, where it should have at least 1 item"):
         recordings.write(replace(GOOD, rows=()), tmp_path / "x.json")
     with pytest.raises(RecordingError, match=r"'\.\./up' at suite"):
         recordings.write(replace(GOOD, suite="../up"), tmp_path / "x.json")
