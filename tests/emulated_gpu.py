@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 import subprocess
 import tempfile
@@ -21,6 +22,7 @@ from moelab.kernels.tensor_map import TensorMap
 from moelab.kernels.token_tiles import TokenTiles
 
 HERE = Path(__file__).parent / "emulator"
+BUILT = HERE.parent.parent / "build" / "emulated"
 MAIN = """
 {constants}
 #include "{source}"
@@ -87,24 +89,30 @@ def altered(folder: Path, *changes: tuple[str, str, str]) -> Path:
 
 
 @functools.cache
-def _scratch() -> tempfile.TemporaryDirectory[str]:
-    """For this process's libraries; gone when it ends."""
-    return tempfile.TemporaryDirectory(prefix="moelab-emulated-")
+def _compiler() -> str:
+    return subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
 
 
 def compiled(instance: Instance, dtype: torch.dtype, source: Path = SOURCE, *, races: bool = False) -> Path:
-    """Its file; with `races` it loads_slots ThreadSanitizer of all that it reads and writes."""
-    folder = Path(tempfile.mkdtemp(dir=_scratch().name))
+    """Its file; with `races` it tells ThreadSanitizer of all that it reads and writes. Kept in build/ by all that went into it."""
     text = MAIN.format(
-        constants=constants(), source=source, sums=source.with_name(fast_layer.SUM_SOURCE.name),
+        constants=constants(), source=source.name, sums=fast_layer.SUM_SOURCE.name,
         storage=STORAGE[dtype][0], shape=instance.shape,
         threads=instance.threads, expression=instance.expression(dtype), cluster=instance.cluster,
     )  # fmt: skip
-    (folder / "main.cpp").write_text(text)
-    command = ["g++", "-std=c++20", "-O1", "-DMOELAB_EMULATED", f"-I{HERE}", f"-I{SOURCE.parent}", "-shared"]
+    command = ["g++", "-std=c++20", "-O1", "-DMOELAB_EMULATED", "-shared", "-fPIC"]
     command += ["-g", "-fsanitize=thread"] if races else []
-    subprocess.run([*command, "-fPIC", "-o", str(folder / "main.so"), str(folder / "main.cpp")], check=True)
-    return folder / "main.so"
+    given = sorted([*source.parent.glob("*.cu"), *source.parent.glob("*.cuh"), *HERE.iterdir()], key=lambda each: each.name)
+    parts = [_compiler(), text, *command, *(word for each in given for word in (each.name, each.read_text()))]
+    made = BUILT / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.so"
+    if not made.exists():
+        BUILT.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILT) as folder:
+            main, fresh = Path(folder, "main.cpp"), Path(folder, "main.so")
+            main.write_text(text)
+            subprocess.run([*command, f"-I{HERE}", f"-I{source.parent}", "-o", str(fresh), str(main)], check=True)
+            fresh.replace(made)  # whole or not at all: another process may be building the same
+    return made
 
 
 def shared(tensor: Tensor) -> Tensor:
