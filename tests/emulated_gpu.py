@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import subprocess
-import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from kept import kept, texts
 from torch import Tensor
 
 from moelab.kernels import fast_layer
@@ -22,7 +22,6 @@ from moelab.kernels.tensor_map import TensorMap
 from moelab.kernels.token_tiles import TokenTiles
 
 HERE = Path(__file__).parent / "emulator"
-BUILT = HERE.parent.parent / "build" / "emulated"
 MAIN = """
 {constants}
 #include "{source}"
@@ -46,8 +45,6 @@ extern "C" void add_up(const void* layer, int blocks) {{
             given.wide_ids ? sums<T, long long>(given) : sums<T, int>(given);
         }}
 }}
-extern "C" int shared_bytes() {{ return sizeof(Shared<{shape}>); }}
-extern "C" int argument_bytes() {{ return sizeof(Layer<{storage}>); }}
 """
 
 
@@ -102,17 +99,30 @@ def compiled(instance: Instance, dtype: torch.dtype, source: Path = SOURCE, *, r
     )  # fmt: skip
     command = ["g++", "-std=c++20", "-O1", "-DMOELAB_EMULATED", "-shared", "-fPIC"]
     command += ["-g", "-fsanitize=thread"] if races else []
-    given = sorted([*source.parent.glob("*.cu"), *source.parent.glob("*.cuh"), *HERE.iterdir()], key=lambda each: each.name)
-    parts = [_compiler(), text, *command, *(word for each in given for word in (each.name, each.read_text()))]
-    made = BUILT / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.so"
-    if not made.exists():
-        BUILT.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=BUILT) as folder:
-            main, fresh = Path(folder, "main.cpp"), Path(folder, "main.so")
-            main.write_text(text)
-            subprocess.run([*command, f"-I{HERE}", f"-I{source.parent}", "-o", str(fresh), str(main)], check=True)
-            fresh.replace(made)  # whole or not at all: another process may be building the same
-    return made
+    made_of = [_compiler(), text, *command, *texts(source.parent, HERE)]
+
+    def make(path: Path) -> None:
+        path.with_name("main.cpp").write_text(text)
+        folders = [f"-I{HERE}", f"-I{source.parent}"]
+        subprocess.run([*command, *folders, "-o", str(path), str(path.with_name("main.cpp"))], check=True)
+
+    return kept("emulated", made_of, make)
+
+
+def refused(lines: Iterable[str]) -> str:
+    """What the compiler says against those lines after the kernel's source; nothing where they hold."""
+    text = "\n".join([constants(), f'#include "{SOURCE.name}"', *lines])
+    command = [
+        "g++",
+        "-std=c++20",
+        "-DMOELAB_EMULATED",
+        "-fsyntax-only",
+        f"-I{HERE}",
+        f"-I{SOURCE.parent}",
+        "-xc++",
+        "-",
+    ]
+    return subprocess.run(command, input=text, capture_output=True, text=True).stderr
 
 
 def shared(tensor: Tensor) -> Tensor:

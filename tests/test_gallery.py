@@ -125,7 +125,10 @@ def test_the_gallery_works_without_a_network(built: Path, chromium: Browser) -> 
         asked: list[str] = []
         page.on("console", lambda m, errors=errors: errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error, errors=errors: errors.append(str(error)))
-        page.on("request", lambda r, asked=asked: None if r.url.startswith(("file:", "data:", "blob:")) else asked.append(r.url))
+        page.on(
+            "request",
+            lambda r, asked=asked: None if r.url.startswith(("file:", "data:", "blob:")) else asked.append(r.url),
+        )
         page.goto((built / "index.html").as_uri())
         assert page.locator(".cards img").evaluate("image => image.naturalWidth") == gallery.COVER_WIDTH
         page.locator(".cards a").click()
