@@ -274,8 +274,29 @@ def load_served(
 
     Raises UnknownModelError, UnknownArchitectureError, ConfigFileError, DtypeError, FormatError, ShardError.
     """
+    return serve(
+        read_model(model, dtype), tp_size=tp_size, ep_size=ep_size, loader=loader, platform=platform,
+        disable_shared_experts_fusion=disable_shared_experts_fusion,
+    )  # fmt: skip
+
+
+def read_model(model: str | Path, dtype: object = None) -> ModelRead:
+    """A model's config.json, looked up and read once, for `serve` to ask for many shards of it. Arguments and errors of
+    `load_served`."""
     source, name = source_of(model)
-    found = _read(source, name, dtype)
+    return _read(source, name, dtype)
+
+
+def serve(
+    found: ModelRead,
+    *,
+    tp_size: int = 1,
+    ep_size: int = 1,
+    disable_shared_experts_fusion: bool = False,
+    loader: str = "moelab",
+    platform: str = "sm_90",
+) -> Served:
+    """`load_served` for a model that has been read."""
     whole, format = found.shape, found.shape.format
     decision = decide(
         loader, found.content, found.reading.section, num_experts=whole.num_experts,
@@ -291,7 +312,7 @@ def load_served(
 
 
 @dataclass(frozen=True)
-class _Found:
+class ModelRead:
     """A config.json, read: the whole model's layer without shared experts, and what it was read from."""
 
     shape: MoEShape
@@ -300,7 +321,7 @@ class _Found:
     content: Mapping[str, Any]
 
 
-def _read(config: Mapping[str, Any] | str | Path, name: str | None, dtype: object) -> _Found:
+def _read(config: Mapping[str, Any] | str | Path, name: str | None, dtype: object) -> ModelRead:
     content = config if isinstance(config, Mapping) else load_config_file(config)
     reading = read_model_config(content)
     named = asked_quantisation(dtype, content, reading.section) if isinstance(dtype, str | Format) and dtype else None
@@ -318,7 +339,7 @@ def _read(config: Mapping[str, Any] | str | Path, name: str | None, dtype: objec
         keys_used=reading.keys_used,
         format=quantisation.format,
     )
-    return _Found(shape, reading, quantisation, content)
+    return ModelRead(shape, reading, quantisation, content)
 
 
 def _name_of(config: object, content: Mapping[str, Any]) -> str | None:

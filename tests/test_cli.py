@@ -34,8 +34,20 @@ def test_python_m_moelab() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"moelab {__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", [["--help"], ["models"], ["bench", "--help"], ["doctor", "configs"]])
-def test_light_commands_load_nothing_heavy(command: list[str]) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--help"],
+        ["models"],
+        ["bench", "--help"],
+        ["doctor", "configs"],
+        ["shape", "--model", "mixtral-8x7b"],
+        ["explain", "--model", "mixtral-8x7b", "--batch-size", "1", *H200],
+        ["export", "configs", "--rules", "sglang", "--out", "OUT"],
+    ],
+)
+def test_light_commands_load_nothing_heavy(command: list[str], tmp_path: Path) -> None:
+    command = [str(tmp_path) if word == "OUT" else word for word in command]
     script = f"import sys; from moelab.cli import main; main({command!r}); print(*sys.modules, file=sys.stderr)"
     done = python("-c", script)
     assert done.stdout and done.returncode == 0

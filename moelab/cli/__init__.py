@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moelab.cli import asking, config_commands, printing, record_command, tune_command
+from moelab.cli import asking, config_commands, csv_file, printing, record_command, tune_command
 from moelab.errors import DeviceError, MoelabError, RuntimeModeError
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option("--model", help="A preset, a Hugging Face id, or the path of a config.json.")]
-TpSize = Annotated[int, typer.Option("--tp-size", min=1, help="Ranks that share the layer.")]
-EpSize = Annotated[int, typer.Option("--ep-size", min=1, help="Of them, how many divide the experts.")]
+TpSize = Annotated[int, typer.Option("--tp-size", "--tp", min=1, help="Ranks that share the layer.")]
+EpSize = Annotated[int, typer.Option("--ep-size", "--ep", min=1, help="Of them, how many divide the experts.")]
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="bfloat16, float16, float32, float64; default: the model's, quantised or not."),
@@ -118,9 +118,10 @@ def shape(
     as_json: AsJson = False,
 ) -> None:
     """Sizes of the layer on one rank, where they were read, and the names of the config files that a server asks for."""
+    from moelab import runtime
     from moelab.config_files import ask
 
-    known = device or _this_gpu()
+    known = device or runtime.gpu_name()
     asked = ask(model, rules, disable_shared_experts_fusion=disable_shared_experts_fusion, device=known,
                 tp_size=tp_size, ep_size=ep_size, dtype=dtype)  # fmt: skip
     found, warnings = asked.shape, _doubts(device, asked)
@@ -174,10 +175,11 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Which config file and batch size a kernel gets, and why. Exit status 1 if the device cannot run that config."""
+    from moelab import runtime
     from moelab.config_files import ask
 
     kernel = None if kernel in ("triton", "grouped_gemm") else kernel
-    named, device = device, device or _this_gpu()
+    named, device = device, device or runtime.gpu_name()
     asked = ask(model, rules, disable_shared_experts_fusion=disable_shared_experts_fusion, device=device,
                 tp_size=tp_size, ep_size=ep_size, dtype=dtype)  # fmt: skip
     if device is None:
@@ -229,6 +231,10 @@ def bench(
         str, typer.Option("--routing", help="How popular experts are: uniform, zipf or dirichlet.")
     ] = "uniform",
     eager: Annotated[bool, typer.Option(help="Also time calls without a CUDA graph.")] = True,
+    csv: Annotated[
+        Path | None,
+        typer.Option("--csv", help="Also write a row for each implementation and batch size to this new file."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """On a GPU: check implementations of the layer against float64, then time them against each other.
@@ -237,6 +243,8 @@ def bench(
     """
     from moelab.implementations import require_taken
 
+    if csv is not None:
+        csv_file.require_new(csv)
     found = _load(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
     require_taken(found, "moelab bench")
     from moelab.suites import bench as suite
@@ -250,6 +258,9 @@ def bench(
         print(f"floors: {results[0].ceilings}\n")
         for result in results:
             printing.print_bench(found, result)
+    if csv is not None:
+        csv_file.write(csv, found, results)
+        print(f"moelab: wrote {csv}", file=sys.stderr)
     if not all(row["within_bound"] for result in results for row in result.rows):
         raise typer.Exit(1)
 
@@ -274,13 +285,6 @@ def _doubts(device: str | None, asked: Question) -> list[str]:
 
     doubt = device_doubt(device) if device else None
     return [*([doubt] if doubt else []), *asking.published_otherwise(asked.shape)]
-
-
-def _this_gpu() -> str | None:
-    from moelab import runtime
-
-    mode = runtime.current()
-    return mode.device_name if mode.mode == "gpu" else None
 
 
 def _installed_triton() -> str:

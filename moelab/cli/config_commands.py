@@ -84,11 +84,23 @@ def export(
         str | None, typer.Option("--triton-version", help="As 3.6.0; default: what the folder's name or the file says.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    shipped: Annotated[
+        Path | None,
+        typer.Option(
+            "--complete",
+            exists=True,
+            file_okay=False,
+            help="A copy of sglang's package or tree: add its files for layers without files of ours, since the variable "
+            "replaces that tree.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write configs in a loader's naming and format, then find each again through that loader's rules."""
+    """Write configs in a loader's naming and format, find each again through that loader's rules, and say how to serve them."""
     from moelab import config_files
 
+    if shipped is not None:
+        config_files.own_tree(shipped, rules)  # refused before anything is written
     done: list[Exported] = []
     try:
         for item in config_files.sources(source):
@@ -112,6 +124,16 @@ def export(
         )
     rows = [{"wrote": str(d.path), "batch sizes": len(d.lookups), "found by": d.rules} for d in done]
     printing.show_rows(rows, as_json)
+    if shipped is not None:
+        added = config_files.complete(out, shipped, rules)
+        said = f"added {counted(len(added.written), 'file')} that {rules} ships"
+        own = f"; left out {counted(len(added.left_out), 'file')} of layers that have their own here" * bool(
+            added.left_out
+        )
+        print(f"moelab: {said}{own}", file=sys.stderr)
+    if not as_json:
+        steps = config_files.to_serve(rules, out, [d.path for d in done])
+        print(f"\nTo serve {'them' if len(done) > 1 else 'it'}:\n{config_files.as_text(steps)}")
 
 
 def _doubt(item: Source, rules: str) -> None:

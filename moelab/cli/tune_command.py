@@ -160,6 +160,7 @@ def tune(
         session, run = _new(asked, replay, ray, strategy, budget_s, out, shown)
     try:
         result = session.run()
+        shown.end()
     except KeyboardInterrupt:
         shown.line(f"stopped; {_how_to_resume(run)}")
         raise
@@ -285,19 +286,26 @@ def _resumed(run: Path, ray: str | None, gpus: tuple[int, ...], budget_s: float 
 
 
 class _Bar:
-    """Progress on stderr: one line that is rewritten on a terminal, a line for each phase elsewhere."""
+    """Progress on stderr: one line that is rewritten on a terminal; elsewhere a line where a phase begins, and one where it is
+    through."""
 
     def __init__(self) -> None:
         self._live, self._phase, self._shown = sys.stderr.isatty(), "", 0.0
 
     def progress(self, now: Progress) -> None:
-        """Show where a run stands, at most ten times a second."""
-        if not self._live and now.phase != self._phase:
+        """Show where a run stands: on a terminal at most ten times a second, but where a phase begins and ends always."""
+        edge = now.phase != self._phase or now.done >= now.total
+        if not self._live and edge:
             self.line(_status(now))
-        elif self._live and (now.phase != self._phase or time.monotonic() - self._shown > 0.1):
+        elif edge or (self._live and time.monotonic() - self._shown > 0.1):
             print(f"\r\x1b[2K{_status(now)}", end="", file=sys.stderr, flush=True)
             self._shown = time.monotonic()
         self._phase = now.phase
+
+    def end(self) -> None:
+        """Leave the last bar where it stands: what follows begins a line."""
+        if self._live and self._phase:
+            print(file=sys.stderr, flush=True)
 
     def line(self, text: str) -> None:
         """A line of its own."""

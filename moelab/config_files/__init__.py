@@ -12,6 +12,7 @@ loader reaches, or no kernel takes; shipped.py has what sglang ships for three m
 
 from __future__ import annotations
 
+from moelab.config_files.completing import Completed, complete, own_tree
 from moelab.config_files.content import read_config_file, write_config_file
 from moelab.config_files.devices import device_doubt
 from moelab.config_files.diagnosis import doctor
@@ -22,11 +23,14 @@ from moelab.config_files.places import kernels_with_files, version_folders
 from moelab.config_files.questions import Question, ask, not_asked_for, platform_of, question
 from moelab.config_files.rules import DTYPE_SELECTORS, RULES, Rules, get_rules, rules_table
 from moelab.config_files.search import Lookup, Step, lookup, nearest_key
+from moelab.config_files.serving import Action, as_markdown, as_text, to_serve, tune_to_serve
 from moelab.config_files.shipped import shipped_files, write_shipped
 
 __all__ = [
     "DTYPE_SELECTORS",
     "RULES",
+    "Action",
+    "Completed",
     "Exported",
     "FileName",
     "Finding",
@@ -36,7 +40,10 @@ __all__ = [
     "Rules",
     "Source",
     "Step",
+    "as_markdown",
+    "as_text",
     "ask",
+    "complete",
     "device_doubt",
     "doctor",
     "export",
@@ -48,6 +55,7 @@ __all__ = [
     "lookup",
     "nearest_key",
     "not_asked_for",
+    "own_tree",
     "parse_file_name",
     "platform_of",
     "question",
@@ -55,6 +63,8 @@ __all__ = [
     "rules_table",
     "shipped_files",
     "sources",
+    "to_serve",
+    "tune_to_serve",
     "version_folders",
     "write_config_file",
     "write_shipped",
