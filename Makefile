@@ -16,13 +16,14 @@ NBMAKE := --nbmake --nbmake-timeout=120
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test whole notebooks test-triton36 live lint html app pictures gpu sanitize record tuned configs clean
+.PHONY: help setup lab test whole notebooks test-triton36 live fuzz lint html app pictures gpu sanitize record tuned configs clean
 
 help:
 	@echo 'make lab        JupyterLab on the notebooks (LAB_ARGS="--no-browser --port=8888")'
 	@echo 'make test       tests and notebooks, all that needs no GPU: $(LASTS) (ARGS="-k roofline" narrows them)'
 	@echo 'make whole      all of what those tests sample, as CI runs it: 5 minutes more'
 	@echo 'make test-triton36  the kernels under Triton 3.6.0, which configs and recordings are from: 90 s on two cores'
+	@echo 'make fuzz       every kind of input spoiled in some hundred ways, and what became of each: minutes'
 	@echo 'make lint       ruff (lint, format) and mypy'
 	@echo 'make notebooks  runs every notebook, top to bottom'
 	@echo 'make live       every notebook on the machine at hand, and a tune through 05; what each cell showed: build/live/outputs.json'
@@ -87,6 +88,10 @@ test-triton36: $(TRITON36)/.ready
 live: $(READY)
 	$(PY) tests/live_notebooks.py run build/live $(NOTEBOOKS)
 	$(PY) tests/live_notebooks.py tune build/live/tune $(BATCH)
+
+# Every kind of input, spoiled by a seed; a few of each are in tests/test_fuzz.py (ARGS="--kind journals --count 1000 --seed 3").
+fuzz: $(READY)
+	cd tests && PYTHONPATH=.. $(if $(findstring /,$(PY)),$(abspath $(PY)),$(PY)) -m fuzz $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

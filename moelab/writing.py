@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moelab.errors import MoelabError, WriteError
+from moelab.reading import read_json
 
 LOCK = ".moelab.lock"
 """The file in a folder that its writer holds."""
@@ -214,11 +215,8 @@ def _undo(folder: Path) -> None:
     if not os.path.lexists(record):
         return
     try:
-        with open(
-            record, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
-        ) as file:
-            made = [_Entry(**entry) for entry in json.loads(file.read(1 << 20))]
-    except (ValueError, TypeError, RecursionError) as error:
+        made = [_Entry(**entry) for entry in read_json(record)]
+    except (ValueError, TypeError) as error:
         raise _cut_short(folder, f"{record} is none of moelab's: {error}") from error
     names = [(entry.name, "") for entry in made] + [(entry.new, _NEW) for entry in made]
     names += [(entry.old, _OLD) for entry in made if entry.old is not None]

@@ -48,7 +48,7 @@ def recording(rows: int) -> recordings.Recording:
 
 
 def exported(folder: Path, rows: int) -> None:
-    handover.write(result(rows), "moelab", folder)
+    handover.write(result(rows), "moelab", folder, overwrite=True)
 
 
 WRITERS: dict[str, Callable[[Path, int], object]] = {

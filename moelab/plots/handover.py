@@ -14,8 +14,8 @@ from moelab.tuner.problem import GEMMS
 from moelab.tuner.results import TuneResult
 
 
-def write(result: TuneResult, rules: str, out: str | Path) -> list[Exported]:
-    """Write the winners as the loader `rules` reads them, over older files; GEMM2's of its own where it can ask for them.
+def write(result: TuneResult, rules: str, out: str | Path, *, overwrite: bool = False) -> list[Exported]:
+    """Write the winners as the loader `rules` reads them; GEMM2's of its own where it can ask for them.
 
     Raises LandscapeError without a winner, and what config_files.export raises: ConfigFileError for the winners of a kernel
     beside the compatible kernel under a peer's rules, among it.
@@ -32,7 +32,7 @@ def write(result: TuneResult, rules: str, out: str | Path) -> list[Exported]:
         name = asked.name(result.problem.device, down=down, kernel=result.problem.file_kernel)
         items.append((name, configs))
     version = result.problem.triton_version
-    return list(export_together(items, rules=rules, out=out, triton_version=version, overwrite=True))
+    return list(export_together(items, rules=rules, out=out, triton_version=version, overwrite=overwrite))
 
 
 def preview(result: TuneResult, rules: str) -> Panel:
