@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moelab.cli import asking, printing
+from moelab.cli import asking, options, printing, terminal
 
 if TYPE_CHECKING:
     from moelab.tuner.evaluate import Evaluator
@@ -19,17 +18,6 @@ if TYPE_CHECKING:
     from moelab.tuner.progress import Progress
     from moelab.tuner.results import TuneResult
     from moelab.tuner.session import TuneSession
-
-_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-def _seconds(text: str | None) -> float | None:
-    """ "5m", "90s", "1.5h" or seconds."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip()) if text else None
-    if text and (match is None or float(match[1]) == 0):
-        raise typer.BadParameter(f"{text!r} is no time. Expected a number with s, m or h, such as 5m.")
-    return float(match[1]) * _UNITS[match[2]] if match else None
-
 
 _OF_THE_MODEL = (
     "tp_size", "ep_size", "dtype", "per_channel_quant", "block_shape", "disable_shared_experts_fusion", "rules"
@@ -80,6 +68,18 @@ _BlockShape = Annotated[
 ]
 
 
+_BatchSizes = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--batch-size",
+        "--batch-sizes",
+        min=1,
+        max=options.MOST_TOKENS,
+        help="Tokens; repeat. Default: sglang's 18; in replay, the landscape's.",
+    ),
+]
+
+
 def tune(
     context: typer.Context,
     model: Annotated[str | None, typer.Option("--model", help="A preset, a Hugging Face id, or a config.json.")] = None,
@@ -88,15 +88,7 @@ def tune(
     dtype: _Dtype = "auto",
     per_channel_quant: _PerChannel = False,
     block_shape: _BlockShape = None,
-    batch_size: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--batch-size",
-            "--batch-sizes",
-            min=1,
-            help="Tokens; repeat. Default: sglang's 18; in replay, the landscape's.",
-        ),
-    ] = None,
+    batch_size: _BatchSizes = None,
     disable_shared_experts_fusion: Annotated[
         bool, typer.Option("--disable-shared-experts-fusion", help="Leave shared experts out, as sglang's switch does.")
     ] = False,
@@ -116,7 +108,9 @@ def tune(
         str | None, typer.Option("--budget", help="As 5m: of it 0.6 at most compile, after 0.8 only the finals run.")
     ] = None,
     routing: Annotated[str, typer.Option("--routing", help="uniform, zipf, dirichlet, or a file of ids.")] = "uniform",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of inputs, routings and the search.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=options.MOST_SEED, help="Of inputs, routings and the search.")
+    ] = 0,
     replay: Annotated[
         str | None, typer.Option("--replay", help="Tune against a recorded landscape: its name or path. No GPU.")
     ] = None,
@@ -138,7 +132,7 @@ def tune(
     _tune: Annotated[bool, typer.Option("--tune", hidden=True, help="Taken for sglang's sake; does nothing.")] = False,
 ) -> None:
     """Find a layer's fastest kernel configs, on a GPU or by replay; write the files of sglang and vLLM, or a --kernel's own."""
-    budget_s = _seconds(budget)
+    budget_s = options.seconds(budget)
     _require_meaning(context)
     if resume is None and replay is None and model is None:
         raise typer.BadParameter("pass --model M; or --replay LANDSCAPE, or --resume RUN, which name their own.")
@@ -147,13 +141,13 @@ def tune(
     shown = _Bar()
     run: Path | None
     if resume is not None:
-        session, run = _resumed(resume, ray, _numbers(gpus), budget_s, shown), resume
+        session, run = _resumed(resume, ray, options.gpus(gpus), budget_s, shown), resume
         out = out or (resume.parent.parent if resume.parent.name == "runs" else resume.parent)
     else:
         asked = {
             "model": model, "tp_size": tp_size, "ep_size": ep_size, "rules": rules, "batch_sizes": batch_size, "routing": routing,
             "dtype": asking.asked_dtype(dtype, per_channel_quant, block_shape), "seed": seed, "separate_down": down,
-            "disable_shared_experts_fusion": disable_shared_experts_fusion, "kernel": kernel, "gpus": _numbers(gpus),
+            "disable_shared_experts_fusion": disable_shared_experts_fusion, "kernel": kernel, "gpus": options.gpus(gpus),
         }  # fmt: skip
         out = out or (None if replay else Path("tuned"))
         session, run = _new(asked, replay, ray, strategy, budget_s, out, shown)
@@ -170,17 +164,6 @@ def tune(
     _report(result, run, result.write(out) if out and result.to_configs()["up"] else [], as_json)
     if result.errors:
         raise typer.Exit(1)
-
-
-def _numbers(gpus: str) -> tuple[int, ...]:
-    """ "0,2" or "all"."""
-    if gpus == "all":
-        import torch
-
-        return tuple(range(torch.cuda.device_count()))
-    if not re.fullmatch(r"\d+(,\d+)*", gpus):
-        raise typer.BadParameter(f"{gpus!r} names no GPUs. Expected numbers with commas, such as 0,1, or all.")
-    return tuple(int(number) for number in gpus.split(","))
 
 
 def _how_to_resume(run: Path | None) -> str:
@@ -284,7 +267,8 @@ class _Bar:
         if not self._live and edge:
             self.line(_status(now))
         elif edge or (self._live and time.monotonic() - self._shown > 0.1):
-            print(f"\r\x1b[2K{_status(now)}", end="", file=sys.stderr, flush=True)
+            terminal.erase_line(sys.stderr)
+            print(_status(now), end="", file=sys.stderr, flush=True)
             self._shown = time.monotonic()
         self._phase = now.phase
 
@@ -295,7 +279,9 @@ class _Bar:
 
     def line(self, text: str) -> None:
         """A line of its own."""
-        print("\r\x1b[2K" * self._live + text, file=sys.stderr, flush=True)
+        if self._live:
+            terminal.erase_line(sys.stderr)
+        print(text, file=sys.stderr, flush=True)
 
 
 def _status(now: Progress) -> str:
