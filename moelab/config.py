@@ -34,6 +34,9 @@ MAX_ACCUMULATORS_PER_THREAD = 128
 """float32 accumulators a thread can hold before a tile spills. With the shared-memory limit of sm_90 the rule cuts
 the peers' grid of 1920 to 1256."""
 
+LARGEST_VALUE = 2**31 - 1
+"""Of any field: kernels take them as int32."""
+
 
 _OPTIONAL = ("SPLIT_K", "waves_per_eu", "matrix_instr_nonkdim", "kpack")
 _COMPILER_CHOSEN = ("num_warps", "num_stages")
@@ -118,7 +121,11 @@ def _json_problems(entry: Mapping[str, Any]) -> list[str]:
         if key not in _KEYS:
             problems.append(f"unknown key {key!r}{nearest_names(str(key), _KEYS)}")
         elif type(value) is not int:  # bool is a subclass of int and would pass isinstance
-            problems.append(f"{key} is {value!r} ({type(value).__name__}), not an integer")
+            problems.append(f"{key} is {value!r:.60} ({type(value).__name__}), not an integer")
+        elif abs(value) > LARGEST_VALUE:
+            problems.append(f"{key} is beyond {LARGEST_VALUE}, which no launch takes")
+        if len(problems) > 8:
+            return [*problems, "and more"]
     return problems
 
 

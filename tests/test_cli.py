@@ -237,7 +237,7 @@ def test_explain_finds_a_config_that_the_device_cannot_run(run, tmp_path: Path) 
     assert status == 1 and "problem: needs 393216 bytes of shared memory" in out
     path.write_text(path.read_text()[:-20])
     status, out, err = run(*arguments)
-    assert (status, out) == (2, "") and "not JSON" in err and str(path) in err
+    assert (status, out) == (2, "") and "not strict JSON" in err and str(path) in err
 
 
 # --- record ---------------------------------------------------------------------------------------------------

@@ -217,31 +217,18 @@ def _new(
 
 def _replayed(asked: Mapping[str, Any], replay: str, ray: str | None) -> tuple[Problem, Evaluator]:
     """The landscape's own problem, at the batch sizes asked for; a model or kernel that is named has to be the one recorded."""
-    from dataclasses import replace
-
     from moelab.tuner.evaluators import load_evaluator
     from moelab.tuner.landscape import load
-    from moelab.tuner.tuned_kernels import kernel_name
+    from moelab.tuner.starting import replay_of, replay_problem
 
     landscape = load(replay)
-    recorded = landscape.problem
-    incumbents = recorded.incumbents
-    if not asked["separate_down"]:  # one config then serves both GEMMs, of what is to be beaten too
-        incumbents = {
-            label: {b: (up, up) for b, (up, _) in pairs.items()} for label, pairs in recorded.incumbents.items()
-        }
-    problem = replace(
-        recorded,
-        shape=recorded.shape if asked["model"] is None else asking.tuned_shape(asked),
-        batch_sizes=tuple(asked["batch_sizes"] or recorded.batch_sizes),
-        seed=asked["seed"],
-        separate_down=asked["separate_down"],
-        incumbents=incumbents,
-        kernel=kernel_name(asked["kernel"]) if asked["kernel"] else recorded.kernel,
-    )
+    problem = replay_problem(
+        landscape, asked["batch_sizes"], shape=None if asked["model"] is None else asking.tuned_shape(asked),
+        seed=asked["seed"], separate_down=asked["separate_down"], kernel=asked["kernel"],
+    )  # fmt: skip
     if ray is not None:
         return problem, load_evaluator("ray")(problem, address=ray, landscape=landscape)
-    return problem, load_evaluator("replay")(landscape, problem, seed=problem.seed)
+    return problem, replay_of(landscape, problem, seed=problem.seed)
 
 
 def _on_gpu(asked: Mapping[str, Any], ray: str | None, quarantine: Path | None) -> tuple[Problem, Evaluator]:
