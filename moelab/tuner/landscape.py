@@ -12,7 +12,6 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moelab import recordings
+from moelab import recordings, writing
 from moelab.config import KernelConfig
 from moelab.errors import LandscapeError, MoelabError, RuntimeModeError, nearest_names
 from moelab.tuner import journal
@@ -178,16 +177,8 @@ def write(landscape: Landscape, path: str | Path) -> Path:
     about = {"schema": SCHEMA, "problem": landscape.problem.to_json()}
     about |= {name: dict(getattr(landscape, name)) for name in ("provenance", "evaluator", "space")}
     table = pa.table(columns).replace_schema_metadata({"moelab": json.dumps(about, allow_nan=False)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        parquet.write_table(table, name, compression="zstd", compression_level=19)  # 12 % smaller than 1
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with writing.replacing(path) as temporary:
+        parquet.write_table(table, temporary, compression="zstd", compression_level=19)  # 12 % smaller than 1
     return path
 
 
