@@ -25,7 +25,7 @@ from moelab.plots.style import number
 WIDTH = 900
 """Pixels: GitHub's column; files have twice as many for sharp text."""
 
-CHARACTERS, LINE_PIXELS = 124, 16
+CHARACTERS, LINE_PIXELS = 144, 16
 """Of a subtitle in 12 px type: what fits into WIDTH, and the height of a line."""
 
 START, END = "<!-- figures: made by `make pictures`, do not edit -->", "<!-- end of figures -->"

@@ -115,6 +115,6 @@ def _said(rows: Sequence[Row], compared: Sequence[Row], shapes: Sequence[str], f
     models, batches = counted(len(shapes), "model"), counted(len(names_of(rows, "num_tokens")), "batch size")
     return (
         f"**Times the floor on an {flashinfer['device']} in bf16, mean of {models} at {batches}: {each}.** In the run with "
-        f"FlashInfer, over all its {counted(len(run), 'cell')}: moelab fast {ours:.2f}, FlashInfer {theirs:.2f}; FlashInfer is ahead "
-        f"in {len(behind)}{by}."
+        f"FlashInfer, over all its {counted(len(run), 'cell')}: moelab fast {ours:.2f}, FlashInfer {theirs:.2f}, ahead "
+        f"in {len(behind)} of them{by}."
     )
