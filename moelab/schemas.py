@@ -185,3 +185,19 @@ class _Model(TypedDict, total=False):
 
 
 MODEL: TypeAdapter[Any] = TypeAdapter(_Model)
+
+
+# --- routing files -------------------------------------------------------------------------------------------------
+
+Offset = Annotated[int, Field(ge=0, le=2**40)]
+
+
+class _Tensor(TypedDict):
+    __pydantic_config__ = CLOSED  # type: ignore[misc]
+    dtype: str
+    shape: Annotated[list[Index], Field(max_length=8)]
+    data_offsets: Annotated[list[Offset], Field(min_length=2, max_length=2)]
+
+
+SAFETENSORS: TypeAdapter[Any] = TypeAdapter(dict[str, _Tensor | dict[str, str]])
+"""The header of a safetensors file: name -> tensor, and texts under __metadata__."""

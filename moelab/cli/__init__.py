@@ -102,8 +102,11 @@ def _root(
 @app.command()
 def models(as_json: AsJson = False) -> None:
     """The presets: experts E, top-k, hidden size H and intermediate size N of the whole model."""
+    from moelab.presets import broken_presets
     from moelab.shapes import preset, preset_names
 
+    for name, error in broken_presets().items():
+        print(f"moelab: left out {name}: {error}", file=sys.stderr)
     # As the model's config.json has them: what sglang fuses is a matter of serving, and `moelab shape` shows it.
     shapes = [preset(name) for name in preset_names(quantised=True)]
     rows = [

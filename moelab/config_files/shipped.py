@@ -10,6 +10,7 @@ from typing import Any
 from moelab import runtime
 from moelab.config_files.names import file_name
 from moelab.errors import RecordingError
+from moelab.reading import read_json
 
 
 def shipped_files() -> list[dict[str, Any]]:
@@ -20,8 +21,8 @@ def shipped_files() -> list[dict[str, Any]]:
     """
     path = runtime.data_dir() / "upstream" / "sglang_shipped_configs.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
+        return read_json(path)["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordingError(
             f"Cannot read {path}: {error}. Expected sglang's config files. Restore the file from git."
         ) from error

@@ -11,10 +11,10 @@ from pathlib import Path
 from moelab.config_files.findings import SEVERITIES, Report
 from moelab.plots.literal import literal
 from moelab.plots.panel import Panel
-from moelab.plots.style import GREEN, ORANGE, SKY, VERMILLION, grid
+from moelab.plots.style import BETTER, BLUE, WORSE, WRONG, grid
 
 SOUND = "nothing to repair"
-COLORS: Mapping[str, str] = {"error": VERMILLION, "warning": ORANGE, "note": SKY, SOUND: GREEN}
+COLORS: Mapping[str, str] = {"error": WRONG, "warning": WORSE, "note": BLUE, SOUND: BETTER}
 """One colour for each severity, and for files without an error or a warning; the legend says the same in words."""
 
 

@@ -14,7 +14,7 @@ from moelab.config_files.rules import RULES
 from moelab.errors import ConfigFileError
 from moelab.plots.literal import literal
 from moelab.plots.panel import Panel
-from moelab.plots.style import BLUE, BRONZE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, grid
+from moelab.plots.style import BETTER, BLUE, BRONZE, GREY, ORANGE, PURPLE, SKY, WRONG, grid
 
 ALL = "all three"
 DTYPE = "bfloat16"
@@ -25,7 +25,7 @@ ALONE, BESIDE = 104, 36
 LOOKS = {
     "variable": ("triangle-down", SKY), "absent": ("x-thin-open", GREY), "found": ("circle", BLUE),
     "passed over": ("circle-open", ORANGE), "left out": ("diamond-open", PURPLE), "changed": ("diamond", BRONZE),
-    "used": ("square", GREEN), "error": ("x", VERMILLION), "config": ("star", GREEN),
+    "used": ("square", BETTER), "error": ("x", WRONG), "config": ("star", BETTER),
 }  # fmt: skip
 """Kind of node -> marker and colour. The kinds of `Step.result`, and: variable (where the search starts), error (the loader
 ends with one), config (what it answers)."""
