@@ -196,19 +196,23 @@ def explain(
                 "--kernel fast takes no --rules, --config-dir or --down: it says what runs, not by which file."
             )
         return config_commands.explain_fast(asked.shape, batch_size, device, triton_version, as_json)
+    version = triton_version or _installed_triton()
+    config_commands.require_tree(asked, device, version, down, config_dir)
     answer = asked.lookup(
-        device, num_tokens=batch_size, triton_version=triton_version or _installed_triton(), down=down,
-        config_dir=config_dir, kernel=kernel,
-    )  # fmt: skip
+        device, num_tokens=batch_size, triton_version=version, down=down, config_dir=config_dir, kernel=kernel
+    )
+    options = config_commands.tune_options(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
+    missed = {} if kernel else config_commands.missed(asked, answer, device, version, options, down, config_dir)
     problems = [*asked.misfits, *_problems(answer, asked, device, kernel)]
     warnings = _doubts(named, asked) + config_commands.kernel_warnings(kernel, config_dir)
     for warning in warnings:
         print(f"moelab: {warning}", file=sys.stderr)
     if as_json:
-        printing.print_json(printing.lookup_json(answer, problems, warnings) | printing.question_json(asked))
+        printing.print_json(printing.lookup_json(answer, problems, warnings) | printing.question_json(asked) | missed)
     else:
         printing.print_question(asked)
         printing.print_lookup(answer, problems)
+        config_commands.print_missed(missed)
     if problems:
         raise typer.Exit(1)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +16,7 @@ from moelab.cli import printing
 from moelab.errors import ConfigFileError, MoelabError, counted, nearest_names
 
 if TYPE_CHECKING:
-    from moelab.config_files import Exported, Finding, Report, Source
+    from moelab.config_files import Exported, Finding, Lookup, Question, Report, Source
     from moelab.shapes import MoEShape
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -64,6 +66,46 @@ def kernel_warnings(kernel: str | None, config_dir: Path | None) -> list[str]:
         f"{nearest_names(kernel, known)} Expected one of {', '.join(known)}, or a kernel of your own. What follows is "
         "what the launcher does without a file; correct --kernel if that is not meant."
     ]
+
+
+def missed(
+    asked: Question, answer: Lookup, device: str, version: str, options: str, down: bool, folder: Path | None
+) -> dict[str, list[str]]:
+    """What a lookup just missed and what to do, as JSON has it. options: of the command that tunes the layer."""
+    from moelab.config_files import near
+
+    found = near(asked, answer, device, triton_version=version, options=options, down=down, config_dir=folder)
+    return {"near": list(found.misses), "to_do": list(found.todo)}
+
+
+def tune_options(model: str, tp_size: int, ep_size: int, dtype: str | None, disable_fusion: bool) -> str:
+    """The options of `moelab tune` for a layer, as a shell takes them."""
+    said = f"--model {shlex.quote(model)} --tp {tp_size}" + (f" --ep {ep_size}" if ep_size > 1 else "")
+    return (
+        said + (f" --dtype {shlex.quote(dtype)}" if dtype else "") + " --disable-shared-experts-fusion" * disable_fusion
+    )
+
+
+def require_tree(asked: Question, device: str, version: str, down: bool, folder: Path | None) -> None:
+    """Raise ConfigFileError where a peer's loader has no folder to search here, with what its package would have."""
+    from moelab.config_files import get_rules, ships
+    from moelab.config_files.places import folders
+
+    try:
+        folders(get_rules(asked.rules), folder)
+    except ConfigFileError as error:
+        known = ships(asked, device, triton_version=version, down=down) if asked.rules == "sglang" else ""
+        raise ConfigFileError(f"{error}{known}") from None
+
+
+def print_missed(found: Mapping[str, Sequence[str]]) -> None:
+    """Below a lookup: near misses, and what to do."""
+    for heading, sentences in (("near", found.get("near", ())), ("to do", found.get("to_do", ()))):
+        for number, sentence in enumerate(sentences):
+            print(textwrap.fill(
+                sentence, 118, initial_indent=f"{'' if number else heading:<7}- ", subsequent_indent=" " * 9,
+                break_long_words=False, break_on_hyphens=False,
+            ))  # fmt: skip
 
 
 def export(

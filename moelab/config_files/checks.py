@@ -15,6 +15,7 @@ from moelab.config_files.content import BATCH_KEY, LARGEST, split_entry
 from moelab.config_files.defaults import device_target
 from moelab.config_files.findings import Finding, Severity
 from moelab.config_files.names import FileName
+from moelab.config_files.quantised_names import cut_steps, unpacked_columns
 from moelab.config_files.questions import users_of
 from moelab.config_files.rules import RULES, USE_TMA, Rules
 from moelab.config_files.running import run_violations
@@ -53,6 +54,8 @@ def check_content(path: Path, name: FileName, rules: Rules) -> list[Finding]:
         return [Finding(path, "error", "not_json", f"it {error}", "Restore it, or tune the shape again.")]
     target = device_target(name.device_name)
     found = [Finding(path, *problem) for problem in _problems(content, name, rules, target)]
+    if why := unpacked_columns(name, rules):
+        found.append(Finding(path, "warning", "unpacked_columns", why, "Rename it so, if it was tuned for that layer."))
     if not raw.endswith(b"\n"):
         found.append(Finding(path, "warning", "no_newline", "its last line has no newline", "Add one at its end."))
     if target is None:
@@ -120,6 +123,13 @@ def _entry_problems(entry: Any, name: FileName, rules: Rules, target: Target | N
         for sentence in run_violations(KernelConfig(**ours), name, rules, target):
             kind = next((kind for word, kind in _KINDS if word in sentence), "invalid_value")
             yield "error", kind, sentence, _CORRECT
+        if cut := cut_steps(KernelConfig(**ours), name, rules):
+            yield (
+                "note",
+                "cut_step",
+                cut,
+                "Tune it again with steps that divide the block: moelab tune tries no others.",
+            )
 
 
 def _key_problems(entry: Mapping[str, Any], rules: Rules, target: Target | None) -> Iterator[_Problem]:

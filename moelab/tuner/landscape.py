@@ -132,6 +132,7 @@ def default_name(problem: Problem) -> str:
     parts = [shape.name.replace("/", "_"), f"tp{shape.tp_size}"]
     parts += [f"ep{shape.ep_size}"] if shape.ep_size > 1 else []
     parts += [shape.dtype] if shape.dtype != "bfloat16" else []
+    parts += [shape.format.name] if not shape.format.is_plain else []
     parts += [problem.file_kernel] if problem.file_kernel else []
     return "-".join([*parts, problem.device.replace(" ", "_")])
 
