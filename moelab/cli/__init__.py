@@ -32,6 +32,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+HEAVY = ("torch", "triton", "numpy", "pandas", "plotly", "pyarrow")
+"""What `make cli` leaves out."""
+
 Model = Annotated[str, typer.Option("--model", help="A preset, a Hugging Face id, or the path of a config.json.")]
 TpSize = Annotated[int, typer.Option("--tp-size", "--tp", min=1, help="Ranks that share the layer.")]
 EpSize = Annotated[int, typer.Option("--ep-size", "--ep", min=1, help="Of them, how many divide the experts.")]
@@ -66,6 +69,14 @@ def _main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("moelab: interrupted", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        if error.name not in HEAVY:
+            raise
+        print(
+            f"moelab: this command needs the package {error.name}, which is not installed here. Expected the whole environment. "
+            "Set it up: `make setup`, then .venv/bin/moelab.", file=sys.stderr,
+        )  # fmt: skip
+        return 2
     except (MoelabError, OSError) as error:
         print(f"moelab: {error if isinstance(error, MoelabError) else printing.refused(error)}", file=sys.stderr)
         return 2

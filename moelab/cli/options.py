@@ -15,11 +15,6 @@ MOST_TOKENS = 2**31 - 1
 MOST_SEED = 2**63 - 1
 """What torch takes."""
 
-MOST_HOURS = 1000
-"""Of a budget; any sum of such stays a time that can be told."""
-
-_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
-
 
 def refuse_empty(argv: Sequence[str]) -> None:
     """An empty argument is most often a variable that is not set: as a folder it would be the one that one is in."""
@@ -40,19 +35,6 @@ def whole_version(version: str | None) -> str | None:
     if version is not None and not runtime.is_version(version):
         raise typer.BadParameter(f"{version!r} is not a whole version. Expected three numbers, such as 3.6.0.")
     return version
-
-
-def seconds(text: str | None) -> float | None:
-    """ "5m", "90s", "1.5h" or seconds."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smh]?)", text.strip())
-    found = float(match[1]) * _UNITS[match[2]] if match else 0.0
-    if not 0 < found <= 3600 * MOST_HOURS:
-        raise typer.BadParameter(
-            f"{text!r} is no time. Expected a number with s, m or h, such as 5m, and {MOST_HOURS} h at most."
-        )
-    return found
 
 
 def gpus(text: str) -> tuple[int, ...]:
