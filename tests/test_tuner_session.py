@@ -262,7 +262,7 @@ def killed_at(share: float, delay_s: float, path: Path, size: int) -> bool:
     return ended(child) == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("moments", [6, pytest.param(100, marks=pytest.mark.whole)])
+@pytest.mark.parametrize("moments", [4, pytest.param(100, marks=pytest.mark.whole)])
 def test_kill_9_at_random_moments(tmp_path: Path, moments: int) -> None:
     """Each moment: killed, taken up, killed again perhaps, and finished: the winners and rows of an undisturbed run."""
     winners, requests = undisturbed(tmp_path)

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from moelab.tuner.results import TuneResult
     from moelab.tuner.session import TuneSession
 
-_OF_THE_MODEL = ("tp_size", "ep_size", "dtype", "disable_shared_experts_fusion", "rules")
+_OF_THE_MODEL = (
+    "tp_size", "ep_size", "dtype", "per_channel_quant", "block_shape", "disable_shared_experts_fusion", "rules"
+)  # fmt: skip
 _NOT_IN_REPLAY = ("routing", "gpus")
 _WITH_RESUME = ("resume", "ray", "gpus", "budget", "out", "freeze", "as_json")
 
@@ -57,12 +59,29 @@ def _require_meaning(context: typer.Context) -> None:
         )
 
 
+_Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", help="auto: the model's; fp8_w8a8, int8_w8a8, int8_w8a16, int4_w4a16; bfloat16, float16, float32."
+    ),
+]
+_PerChannel = Annotated[
+    bool, typer.Option("--per-channel-quant", help="Of --dtype: a scale for each channel of the weights.")
+]
+_BlockShape = Annotated[
+    tuple[int, int] | None,
+    typer.Option("--block-shape", metavar="N K", help="Of --dtype: a scale for each block, 0 G: for each G columns."),
+]
+
+
 def tune(
     context: typer.Context,
     model: Annotated[str | None, typer.Option("--model", help="A preset, a Hugging Face id, or a config.json.")] = None,
     tp_size: Annotated[int, typer.Option("--tp-size", "--tp", min=1, help="Ranks that share the layer.")] = 1,
     ep_size: Annotated[int, typer.Option("--ep-size", "--ep", min=1, help="Of them, how many divide the experts.")] = 1,
-    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16, float32; auto: the model's.")] = "auto",
+    dtype: _Dtype = "auto",
+    per_channel_quant: _PerChannel = False,
+    block_shape: _BlockShape = None,
     batch_size: Annotated[
         list[int] | None,
         typer.Option(
@@ -115,8 +134,7 @@ def tune(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     _tune: Annotated[bool, typer.Option("--tune", hidden=True, help="Taken for sglang's sake; does nothing.")] = False,
 ) -> None:
-    """Find the fastest kernel configs of a layer, on a GPU or by replay, and write the files that sglang and vLLM load;
-    those of another --kernel are moelab's own."""
+    """Find a layer's fastest kernel configs, on a GPU or by replay; write the files of sglang and vLLM, or a --kernel's own."""
     budget_s = resuming.seconds(budget)
     _require_meaning(context)
     if resume is None and replay is None and model is None:
@@ -130,9 +148,9 @@ def tune(
         out = out or resuming.folder_of(resume)
     else:
         asked = {
-            "model": model, "tp_size": tp_size, "ep_size": ep_size, "dtype": None if dtype == "auto" else dtype,
-            "disable_shared_experts_fusion": disable_shared_experts_fusion, "rules": rules, "batch_sizes": batch_size,
-            "routing": routing, "seed": seed, "separate_down": down, "kernel": kernel, "gpus": _numbers(gpus),
+            "model": model, "tp_size": tp_size, "ep_size": ep_size, "rules": rules, "batch_sizes": batch_size, "routing": routing,
+            "dtype": asking.asked_dtype(dtype, per_channel_quant, block_shape), "seed": seed, "separate_down": down,
+            "disable_shared_experts_fusion": disable_shared_experts_fusion, "kernel": kernel, "gpus": _numbers(gpus),
         }  # fmt: skip
         out = out or (None if replay else Path("tuned"))
         session, run = _new(asked, replay, ray, strategy, budget_s, out, shown)
@@ -192,31 +210,18 @@ def _new(
 
 def _replayed(asked: Mapping[str, Any], replay: str, ray: str | None) -> tuple[Problem, Evaluator]:
     """The landscape's own problem, at the batch sizes asked for; a model or kernel that is named has to be the one recorded."""
-    from dataclasses import replace
-
     from moelab.tuner.evaluators import load_evaluator
     from moelab.tuner.landscape import load
-    from moelab.tuner.tuned_kernels import kernel_name
+    from moelab.tuner.starting import replay_of, replay_problem
 
     landscape = load(replay)
-    recorded = landscape.problem
-    incumbents = recorded.incumbents
-    if not asked["separate_down"]:  # one config then serves both GEMMs, of what is to be beaten too
-        incumbents = {
-            label: {b: (up, up) for b, (up, _) in pairs.items()} for label, pairs in recorded.incumbents.items()
-        }
-    problem = replace(
-        recorded,
-        shape=recorded.shape if asked["model"] is None else asking.tuned_shape(asked),
-        batch_sizes=tuple(asked["batch_sizes"] or recorded.batch_sizes),
-        seed=asked["seed"],
-        separate_down=asked["separate_down"],
-        incumbents=incumbents,
-        kernel=kernel_name(asked["kernel"]) if asked["kernel"] else recorded.kernel,
-    )
+    problem = replay_problem(
+        landscape, asked["batch_sizes"], shape=None if asked["model"] is None else asking.tuned_shape(asked),
+        seed=asked["seed"], separate_down=asked["separate_down"], kernel=asked["kernel"],
+    )  # fmt: skip
     if ray is not None:
         return problem, load_evaluator("ray")(problem, address=ray, landscape=landscape)
-    return problem, load_evaluator("replay")(landscape, problem, seed=problem.seed)
+    return problem, replay_of(landscape, problem, seed=problem.seed)
 
 
 def _on_gpu(asked: Mapping[str, Any], ray: str | None, quarantine: Path | None) -> tuple[Problem, Evaluator]:
