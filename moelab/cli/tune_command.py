@@ -156,16 +156,23 @@ def tune(
         session, run = _new(asked, replay, ray, strategy, budget_s, out, shown)
     how = resuming.options(run, out, _given(context)) if run else None
     with resuming.told(shown.line, how and resuming.command(how, session.budget_s)):
-        result = session.run()
-        shown.end()
-        if freeze is not None and run is not None:
-            from moelab.tuner import landscape
-
-            shown.line(f"froze {landscape.freeze(run, freeze)}")
-        files = result.write(out) if out and result.to_configs()["up"] else []
+        result, files = _run(session, run, out, freeze, shown)
     _report(result, run, how, files, as_json)
     if result.errors:
         raise typer.Exit(1)
+
+
+def _run(
+    session: TuneSession, run: Path | None, out: Path | None, freeze: Path | None, shown: _Bar
+) -> tuple[TuneResult, list[Path]]:
+    """To the end: search, landscape, config files."""
+    result = session.run()
+    shown.end()
+    if freeze is not None and run is not None:
+        from moelab.tuner import landscape
+
+        shown.line(f"froze {landscape.freeze(run, freeze)}")
+    return result, result.write(out) if out and result.to_configs()["up"] else []
 
 
 def _numbers(gpus: str) -> tuple[int, ...]:
