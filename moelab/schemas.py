@@ -103,7 +103,7 @@ RECORDING: TypeAdapter[Any] = TypeAdapter(_Recording)
 # --- devices -------------------------------------------------------------------------------------------------------
 
 
-def _known_target(name: str) -> str:
+def known_target(name: str) -> str:
     if name not in TARGETS:
         raise ValueError(f"which is no chip here; expected one of {', '.join(TARGETS)}")
     return name
@@ -124,7 +124,7 @@ class _Ceiling(TypedDict):
 class _Device(TypedDict):
     __pydantic_config__ = CLOSED  # type: ignore[misc]
     device: Name
-    target: Annotated[str, AfterValidator(_known_target)]
+    target: Annotated[str, AfterValidator(known_target)]
     SMs: Size
     SM_flops_per_clock: NotRequired[dict[str, Positive | str]]
     memory_bytes: Positive | None
@@ -185,3 +185,19 @@ class _Model(TypedDict, total=False):
 
 
 MODEL: TypeAdapter[Any] = TypeAdapter(_Model)
+
+
+# --- routing files -------------------------------------------------------------------------------------------------
+
+Offset = Annotated[int, Field(ge=0, le=2**40)]
+
+
+class _Tensor(TypedDict):
+    __pydantic_config__ = CLOSED  # type: ignore[misc]
+    dtype: str
+    shape: Annotated[list[Index], Field(max_length=8)]
+    data_offsets: Annotated[list[Offset], Field(min_length=2, max_length=2)]
+
+
+SAFETENSORS: TypeAdapter[Any] = TypeAdapter(dict[str, _Tensor | dict[str, str]])
+"""The header of a safetensors file: name -> tensor, and texts under __metadata__."""

@@ -109,7 +109,7 @@ FILES = [
         "no finals for up, batch 1|--resume",
         lambda _: Transfer(landscape.Landscape(Problem(SHAPE, "NVIDIA H200", "sm_90", "3.6.0"), {}, {}, {}, ())),
     ),
-    Row(ConfigFileError, "not valid JSON", lambda p: sizes_of(p, lambda c: json.dumps(c)[:-9])),
+    Row(ConfigFileError, "not strict JSON", lambda p: sizes_of(p, lambda c: json.dumps(c)[:-9])),
     Row(ConfigFileError, "list", lambda p: sizes_of(p, lambda c: [c])),
     *rows(
         UnknownModelError,

@@ -33,6 +33,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+HEAVY = ("torch", "triton", "numpy", "pandas", "plotly", "pyarrow")
+"""What `make cli` leaves out."""
+
 Model = Annotated[str, typer.Option("--model", help="A preset, a Hugging Face id, or the path of a config.json.")]
 TpSize = Annotated[int, typer.Option("--tp-size", "--tp", min=1, help="Ranks that share the layer.")]
 EpSize = Annotated[int, typer.Option("--ep-size", "--ep", min=1, help="Of them, how many divide the experts.")]
@@ -58,6 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("moelab: interrupted", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        if error.name not in HEAVY:
+            raise
+        print(
+            f"moelab: this command needs the package {error.name}, which is not installed here. Expected the whole environment. "
+            "Set it up: `make setup`, then .venv/bin/moelab.", file=sys.stderr,
+        )  # fmt: skip
+        return 2
     except (MoelabError, OSError) as error:
         print(f"moelab: {error if isinstance(error, MoelabError) else printing.refused(error)}", file=sys.stderr)
         return 2
@@ -91,8 +102,11 @@ def _root(
 @app.command()
 def models(as_json: AsJson = False) -> None:
     """The presets: experts E, top-k, hidden size H and intermediate size N of the whole model."""
+    from moelab.presets import broken_presets
     from moelab.shapes import preset, preset_names
 
+    for name, error in broken_presets().items():
+        print(f"moelab: left out {name}: {error}", file=sys.stderr)
     # As the model's config.json has them: what sglang fuses is a matter of serving, and `moelab shape` shows it.
     shapes = [preset(name) for name in preset_names(quantised=True)]
     rows = [
@@ -193,19 +207,23 @@ def explain(
                 "--kernel fast takes no --rules, --config-dir or --down: it says what runs, not by which file."
             )
         return config_commands.explain_fast(asked.shape, batch_size, device, triton_version, as_json)
+    version = triton_version or _installed_triton()
+    config_commands.require_tree(asked, device, version, down, config_dir)
     answer = asked.lookup(
-        device, num_tokens=batch_size, triton_version=triton_version or _installed_triton(), down=down,
-        config_dir=config_dir, kernel=kernel,
-    )  # fmt: skip
+        device, num_tokens=batch_size, triton_version=version, down=down, config_dir=config_dir, kernel=kernel
+    )
+    options = config_commands.tune_options(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
+    missed = {} if kernel else config_commands.missed(asked, answer, device, version, options, down, config_dir)
     problems = [*asked.misfits, *_problems(answer, asked, device, kernel)]
     warnings = _doubts(named, asked) + config_commands.kernel_warnings(kernel, config_dir)
     for warning in warnings:
         print(f"moelab: {warning}", file=sys.stderr)
     if as_json:
-        printing.print_json(printing.lookup_json(answer, problems, warnings) | printing.question_json(asked))
+        printing.print_json(printing.lookup_json(answer, problems, warnings) | printing.question_json(asked) | missed)
     else:
         printing.print_question(asked)
         printing.print_lookup(answer, problems)
+        config_commands.print_missed(missed)
     if problems:
         raise typer.Exit(1)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moelab import config_files, runtime
 from moelab.errors import MoelabError
+from moelab.plots.literal import literal
 from moelab.plots.panel import Panel, Row
 from moelab.roofline import padding_waste
 from moelab.shapes import MoEShape
@@ -94,7 +95,7 @@ def lookup(
                 config_dir=_ours(rules, triton_version),
             )  # fmt: skip
         except MoelabError as error:
-            said.append(f"{launch}: {error}")
+            said.append(f"{launch}: {literal(error)}")
             continue
         rows += [{"GEMM": launch, "what": s.what, "result": s.result, "why": s.reason} for s in found.steps]
         said.append(f"{launch} runs {_origin(found, shape, num_tokens)}")

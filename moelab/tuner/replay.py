@@ -341,4 +341,4 @@ def _require_same(problem: Problem, landscape: Landscape) -> None:
 def _sizes(problem: Problem) -> dict[str, Any]:
     """What a kernel sees of a shape: names and sources of sizes left out."""
     names = ("num_experts", "top_k", "hidden_size", "moe_intermediate_size", "dtype", "gated")
-    return {name: getattr(problem.shape, name) for name in names}
+    return {name: getattr(problem.shape, name) for name in names} | {"format": problem.shape.format.name}

@@ -14,6 +14,7 @@ from moelab.config_files.rules import RULES
 from moelab.errors import MoelabError
 from moelab.plots import config_health, lookup_path
 from moelab.plots import transfer as plots_transfer
+from moelab.plots.literal import literal
 from moelab.plots.panel import Panel
 from moelab.roofline import device_names
 from moelab.tuner.transfer import PARTS, Transfer
@@ -53,7 +54,7 @@ def config_doctor(
         try:
             report = doctor(place, rules)
         except MoelabError as error:
-            return Panel(None, [], f"**{error}**")
+            return Panel(None, [], f"**{literal(error)}**")
         made = (planted or {}).get(tree)
         return config_health.findings(report, SHOWN[show], made(report.rules) if made else None)
 

@@ -36,13 +36,19 @@ def kernel_check(
 
 
 def kernel_roof(
-    recording: Recording, at: Ceilings, mine: str, ours: Sequence[str], live: Sequence[Row] = (), here: str = ""
+    recording: Recording,
+    at: Ceilings,
+    mine: str,
+    ours: Sequence[str],
+    live: Sequence[Row] = (),
+    here: str = "",
+    one: Recording | None = None,
 ) -> widgets.VBox:
     """`plots.your_kernel.on_the_roof` with the recording's Shape to choose."""
     from moelab.suites.layer_classic import shape_of
 
     def draw(shape: str) -> Panel:
-        return plots_your_kernel.on_the_roof(shape, shape_of(shape), recording, at, mine, ours, live, here)
+        return plots_your_kernel.on_the_roof(shape, shape_of(shape), recording, at, mine, ours, live, here, one)
 
     shapes = list(dict.fromkeys(row["shape"] for row in recording.rows))
     return interactive_panel(draw, {"shape": dropdown("Shape", shapes, shapes[0])})
