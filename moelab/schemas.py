@@ -103,7 +103,7 @@ RECORDING: TypeAdapter[Any] = TypeAdapter(_Recording)
 # --- devices -------------------------------------------------------------------------------------------------------
 
 
-def _known_target(name: str) -> str:
+def known_target(name: str) -> str:
     if name not in TARGETS:
         raise ValueError(f"which is no chip here; expected one of {', '.join(TARGETS)}")
     return name
@@ -124,7 +124,7 @@ class _Ceiling(TypedDict):
 class _Device(TypedDict):
     __pydantic_config__ = CLOSED  # type: ignore[misc]
     device: Name
-    target: Annotated[str, AfterValidator(_known_target)]
+    target: Annotated[str, AfterValidator(known_target)]
     SMs: Size
     SM_flops_per_clock: NotRequired[dict[str, Positive | str]]
     memory_bytes: Positive | None

@@ -6,6 +6,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -137,13 +138,15 @@ def export(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write configs in a loader's naming and format, find each again through that loader's rules, and say how to serve them."""
+    """Write configs in a loader's naming and format, find each again through that loader's rules, and say how to serve them. The
+    up and the down file of a pair are written both or not at all."""
     from moelab import config_files
 
     if shipped is not None:
         config_files.own_tree(shipped, rules)  # refused before anything is written
     done: list[Exported] = []
     skipped: dict[str, list[str]] = {}
+    pairs: dict[object, list[Source]] = {}
     try:
         for item in config_files.sources(source):
             reason = config_files.left_out(item.name, rules)
@@ -155,8 +158,11 @@ def export(
                 count = f"{len(item.lost)} of {counted(len(item.configs), 'batch size')}"
                 print(f"moelab: left out {keys} at {count} of {item.origin}: it is not written again", file=sys.stderr)
             _doubt(item, rules)
-            done.append(_export_one(item, rules, out, triton_version, overwrite))
-    except MoelabError:
+            pair = replace(item.name, down=False), item.triton_version, item.origin.parent
+            pairs.setdefault(pair, []).append(item)
+        for items in pairs.values():
+            done += _export_pair(items, rules, out, triton_version, overwrite)
+    except (MoelabError, OSError):
         for written in done:
             print(f"moelab: wrote {written.path} before the error below", file=sys.stderr)
         raise
@@ -190,18 +196,19 @@ def _doubt(item: Source, rules: str) -> None:
             print(f"moelab: {item.origin.name}: {doubt}", file=sys.stderr)
 
 
-def _export_one(item: Source, rules: str, out: Path, triton_version: str | None, overwrite: bool) -> Exported:
+def _export_pair(
+    pair: list[Source], rules: str, out: Path, triton_version: str | None, overwrite: bool
+) -> tuple[Exported, ...]:
     from moelab import config_files
 
-    version = triton_version or item.triton_version
+    version = triton_version or pair[0].triton_version
     if version is None:
         raise ConfigFileError(
-            f"Nothing says under which Triton version {item.origin} was tuned. Expected it in a folder triton_X_Y_Z, or "
+            f"Nothing says under which Triton version {pair[0].origin} was tuned. Expected it in a folder triton_X_Y_Z, or "
             "with a triton_version in it. Pass --triton-version, as in 3.6.0."
         )
-    return config_files.export(
-        item.configs, item.name, rules=rules, out=out, triton_version=version, overwrite=overwrite
-    )
+    items = [(item.name, item.configs) for item in pair]
+    return config_files.export_together(items, rules=rules, out=out, triton_version=version, overwrite=overwrite)
 
 
 def doctor(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moelab import runtime
+from moelab import runtime, writing
 from moelab.errors import MoelabError, RuntimeModeError
 
 PLOTLY, WIDGET, STATE = (
@@ -196,7 +196,8 @@ def draw_covers(pages: Sequence[Page], folder: Path) -> dict[str, str]:
     if drawn:
         heights = [figure.layout.height or 440 for figure in drawn.values()]
         paths = [folder / f"{stem}.png" for stem in drawn]
-        plotly.io.write_images(list(drawn.values()), paths, width=COVER_WIDTH, height=heights)
+        with writing.replacing_all(paths) as files:
+            plotly.io.write_images(list(drawn.values()), files, format="png", width=COVER_WIDTH, height=heights)
     return {stem: f"{stem}.png" for stem in drawn}
 
 
@@ -224,17 +225,14 @@ def write_gallery(notebooks: Sequence[Path], folder: Path) -> Path:
     if not notebooks:
         problem = "There is no notebook to show. Expected some in notebooks/. Name them, or run in a checkout."
         raise RuntimeModeError(problem)
-    folder.mkdir(parents=True, exist_ok=True)
     pages = []
     for path in notebooks:
         page = rendered(executed(path), path.stem)
-        (folder / f"{path.stem}.html").write_text(page_html(page), encoding="utf-8")
+        writing.write(folder / f"{path.stem}.html", page_html(page))
         print(f"wrote {path.stem}.html")
         pages.append(page)
-    (folder / "plotly.min.js").write_text(plotly.offline.get_plotlyjs(), encoding="utf-8")
-    index = folder / "index.html"
-    index.write_text(index_html(pages, draw_covers(pages, folder)), encoding="utf-8")
-    return index
+    writing.write(folder / "plotly.min.js", plotly.offline.get_plotlyjs())
+    return writing.write(folder / "index.html", index_html(pages, draw_covers(pages, folder)))
 
 
 def main() -> int:

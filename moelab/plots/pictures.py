@@ -15,7 +15,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
-from moelab import recordings, roofline, runtime
+from moelab import recordings, roofline, runtime, writing
 from moelab.errors import MoelabError, RecordingError, RuntimeModeError
 from moelab.plots import accuracy, fast_ideas, host_time, layer, rivals, sum_reduce, tuned_gain
 from moelab.plots.panel import Panel, Row, columns_of
@@ -172,12 +172,12 @@ def draw(made: Mapping[str, Panel], folder: Path) -> list[Path]:
         )
     import plotly.io
 
-    folder.mkdir(exist_ok=True)
     drawn = {name: on_white(panel.figure) for name, panel in made.items() if panel.figure is not None}
     paths = [folder / f"{name}.png" for name in drawn]
     figures = list(drawn.values())
     heights = [figure.layout.height for figure in figures]
-    plotly.io.write_images(figures, paths, width=WIDTH, height=heights, scale=2)  # one browser for all
+    with writing.replacing_all(paths) as files:  # one browser for all
+        plotly.io.write_images(figures, files, format="png", width=WIDTH, height=heights, scale=2)
     return paths
 
 
@@ -190,8 +190,8 @@ def main() -> int:
     if not made:
         raise RecordingError("No recording to draw. Expected some in data/recordings. Record them: `make record`.")
     readme = root / "README.md"
-    recordings.write_atomically(readme, replaced(readme.read_text(encoding="utf-8"), short(made)))
-    recordings.write_atomically(root / "docs" / "figures.md", text(made))
+    writing.write(readme, replaced(readme.read_text(encoding="utf-8"), short(made)))
+    writing.write(root / "docs" / "figures.md", text(made))
     for path in draw(made, root / "docs"):
         print(f"wrote {path.relative_to(root)}")
     return 0

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from moelab.chips import get_target
 from moelab.config import KernelConfig, default_config
-from moelab.errors import ShapeError
+from moelab.errors import JournalError, ShapeError
 from moelab.shapes import MoEShape
 
 Gemm = Literal["up", "down"]
@@ -89,7 +89,14 @@ class Problem:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Problem:
-        """Read what `to_json` wrote. KeyError, TypeError and MoelabError mean that it was not that."""
+        """Read what `to_json` wrote. Raises JournalError for anything else, another MoelabError for a layer that cannot be."""
+        from moelab.schemas import first_problem
+        from moelab.tuner.schemas import PROBLEM
+
+        if problem := first_problem(PROBLEM, dict(content) if isinstance(content, Mapping) else content):
+            raise JournalError(
+                f"The problem that was tuned {problem}. Expected what this moelab writes. Read it with the moelab that wrote it."
+            )
         values = dict(content)
         values["shape"] = MoEShape.from_json(values["shape"])
         for name in ("batch_sizes", "split_k"):
