@@ -155,9 +155,7 @@ def errors_by_k(found: Mapping[str, Mapping[int, Mapping[str, float]]]) -> Panel
             f"{number(kept[sizes[-1]])}, which is what scales by blocks get for nothing."
         )
     level = [line[sizes[-1]] / line[sizes[0]] for label, line in lines.items() if label.endswith("quantising")]
-    sentence = (
-        f"**Quantising's error does not grow with K ({number(min(level))} to {number(max(level))} times over these sizes).**{grows}"
-    )
+    sentence = f"**Quantising's error does not grow with K ({number(min(level))} to {number(max(level))} times over these sizes).**{grows}"
     return Panel(figure, table, sentence)
 
 
