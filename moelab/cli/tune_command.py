@@ -159,13 +159,17 @@ def tune(
         result = session.run()
         shown.end()
         if freeze is not None and run is not None:
-            from moelab.tuner import landscape
-
-            shown.line(f"froze {landscape.freeze(run, freeze)}")
+            shown.line(f"froze {_frozen(run, freeze)}")
         files = result.write(out) if out and result.to_configs()["up"] else []
     _report(result, run, how, files, as_json)
     if result.errors:
         raise typer.Exit(1)
+
+
+def _frozen(run: Path, freeze: Path) -> Path:
+    from moelab.tuner import landscape
+
+    return landscape.freeze(run, freeze)
 
 
 def _numbers(gpus: str) -> tuple[int, ...]:
