@@ -64,6 +64,9 @@ _Dtype = Annotated[
         "--dtype", help="auto: the model's; fp8_w8a8, int8_w8a8, int8_w8a16, int4_w4a16; bfloat16, float16, float32."
     ),
 ]
+_Freeze = Annotated[
+    Path | None, typer.Option("--freeze", help="Freeze every measurement into this Parquet file, for replay.")
+]
 _PerChannel = Annotated[
     bool, typer.Option("--per-channel-quant", help="Of --dtype: a scale for each channel of the weights.")
 ]
@@ -133,9 +136,7 @@ def tune(
             help="Folder of journal and config files; default: tuned, none in replay, the run's own with --resume.",
         ),
     ] = None,
-    freeze: Annotated[
-        Path | None, typer.Option("--freeze", help="Freeze every measurement into this Parquet file, for replay.")
-    ] = None,
+    freeze: _Freeze = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     _tune: Annotated[bool, typer.Option("--tune", hidden=True, help="Taken for sglang's sake; does nothing.")] = False,
 ) -> None:
