@@ -111,7 +111,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         "moelab.pipelines.layers:split_k_atomic_pipeline",
         "K split over programs, their partial sums added by float32 atomics",
         triton=True, split_k=_SPLITS, deterministic=False,
-        look=("#C58A00", "cross", "dash"),
+        look=("#B08A5E", "cross", "dash"),
     ),
     "split_k_workspace": Implementation(
         "moelab.pipelines.layers:split_k_workspace_pipeline",
@@ -138,13 +138,13 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
             "gated", "gated_gemm:gated_gemm_unchecked", "sorted_gemm:sorted_gemm_unchecked",
             activates=True, sorted_rows=True, halves=True,
         ),
-        look=("#00916A", "pentagon", "solid"),
+        look=("#6E7F1A", "pentagon", "solid"),
     ),
     "gated_atomic_out": Implementation(
         "moelab.pipelines.layers:sorted_atomic_pipeline",
         "gated, GEMM2's products added to their token's row by atomics in the layer's dtype",
         triton=True, deterministic=False, rounds_every_sum=True,
-        look=("#A3A82D", "bowtie", "dashdot"),
+        look=("#A8B52C", "bowtie", "dashdot"),
     ),
     "gated_tma": Implementation(
         "moelab.pipelines.layers:sorted_pipeline",
@@ -154,7 +154,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
             "gated_tma", "gated_gemm:gated_gemm_tma_unchecked", "sorted_gemm:sorted_gemm_tma_unchecked",
             activates=True, sorted_rows=True, halves=True,
         ),
-        look=("#C8402A", "hourglass", "solid"),
+        look=("#8A9A5B", "hourglass", "solid"),
     ),
     "fast": Implementation(
         "moelab.pipelines.fast:fast_pipeline",
@@ -177,8 +177,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 """Name -> implementation. Under its name it is asked for in `fused_moe`, in the shell, and in recordings."""
 
 RETIRED_LOOKS: Mapping[str, tuple[str, str, str]] = {
-    "gated_atomic": ("#5CC9B4", "hexagon", "dash"),
-    "gated_tma_atomic": ("#F08C6A", "star-diamond", "dash"),
+    "gated_atomic": ("#C3CC72", "hexagon", "dash"),
+    "gated_tma_atomic": ("#93A34B", "star-diamond", "dash"),
 }
 """Looks of implementations that recordings hold and the table no longer does: in none of 32 cells of the recording
 layer_baseline was either the fastest."""

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from error_rows import SHAPE, Row, cut, every, judge, rows, with_environment
 
-from moelab import config_files, recordings, runtime, shapes
+from moelab import config_files, recordings, roofline, runtime, shapes, writing
 from moelab.config import KernelConfig
 from moelab.errors import (
     ConfigError,
     ConfigFileError,
     DeviceError,
+    DeviceFileError,
     FolderError,
     FormatError,
     JournalError,
@@ -27,6 +28,7 @@ from moelab.errors import (
     UnknownArchitectureError,
     UnknownModelError,
     UnknownNameError,
+    WriteError,
 )
 from moelab.formats import get_format
 from moelab.kernels import fast_layer
@@ -74,6 +76,17 @@ def sizes_of(folder: Path, change: Callable[[dict], object]) -> shapes.MoEShape:
     return shapes.MoEShape.from_config(a_model(folder, change))
 
 
+def a_device(folder: Path, text: str) -> object:
+    (folder / "devices").mkdir()
+    (folder / "devices" / "NVIDIA_H200.json").write_text(text)
+    return from_data(folder, lambda: roofline.load_ceilings("NVIDIA_H200"))
+
+
+def unfinished(folder: Path) -> None:
+    (folder / writing.RECORD).write_text("[5]")
+    writing.settle(folder)
+
+
 def from_data(folder: Path, call: Callable[[], object]) -> object:
     """With a folder of data that lacks what is asked for."""
     return with_environment("MOELAB_DATA_DIR", str(folder), call)
@@ -85,15 +98,15 @@ FILES = [
         ("NaN|Fetch the file", lambda p: read(p, lambda t: t.replace("2.0", "NaN"))),
         ("inf|row 0", lambda p: write(p, error=float("inf"))),
         ("nan|row 0", lambda p: write(p, samples_us=[float("nan")])),
-        ("no samples|row 0", lambda p: write(p, samples_us=[])),
-        ("0.0|positive", lambda p: write(p, samples_us=[0.0])),
+        ("rows.0.samples_us|at least 1", lambda p: write(p, samples_us=[])),
+        ("0.0|greater than 0", lambda p: write(p, samples_us=[0.0])),
         ("cut short|Fetch the file", lambda p: read(p, cut)),
         ("ERR_NVGPUCTRPERM|column ID|ncu --version", lambda _: fast_counters.rows_of("==ERROR== ERR_NVGPUCTRPERM", {})),
         (
             "0 launches of scout/tp4 with 8 tokens|Expected 4|the sum|fast_counters scout/tp4 8",
             lambda p: with_ncu(p, lambda: fast_counters.profiled("scout/tp4", 8, {})),
         ),
-        ("schema 2|schema 1", lambda p: read(p, lambda t: t.replace('"schema": 1', '"schema": 2'))),
+        ("2 at schema|schema 1", lambda p: read(p, lambda t: t.replace('"schema": 1', '"schema": 2'))),
         ("gpu|provenance", lambda p: read(p, lambda t: t.replace('"gpu"', '"cpu"'))),
         ("layer_clasic|Did you mean layer_classic", lambda _: recordings.load("layer_clasic")),
         ("sglang_shipped_configs.json|Restore", lambda p: from_data(p, config_files.shipped_files)),
@@ -109,7 +122,7 @@ FILES = [
         "no finals for up, batch 1|--resume",
         lambda _: Transfer(landscape.Landscape(Problem(SHAPE, "NVIDIA H200", "sm_90", "3.6.0"), {}, {}, {}, ())),
     ),
-    Row(ConfigFileError, "not valid JSON", lambda p: sizes_of(p, lambda c: json.dumps(c)[:-9])),
+    Row(ConfigFileError, "not strict JSON", lambda p: sizes_of(p, lambda c: json.dumps(c)[:-9])),
     Row(ConfigFileError, "list", lambda p: sizes_of(p, lambda c: [c])),
     *rows(
         UnknownModelError,
@@ -165,6 +178,8 @@ TUNER = [
     Row(JournalError, "is closed", lambda f: closed_journal(f / "a").note("phase")),
     Row(LandscapeError, "a.parquet|none yet", lambda f: landscape.load(f / "a.parquet")),
     Row(LandscapeError, "a.parquet", lambda f: landscape.load(a_file(f / "a.parquet", b"PAR1"))),
+    Row(DeviceFileError, "NVIDIA_H200.json|a JSON list|Correct it", lambda p: a_device(p, "[]")),
+    Row(WriteError, "cut short|moelab doctor", unfinished),
     Row(LandscapeError, "whole grid|make tuned", lambda f: from_data(f, tuner_regret.record)),
     Row(LandscapeError, "holds no finals", lambda _: Finals.of_landscape(no_rows())),
     Row(LandscapeError, "no winner to write", lambda f: handover.write(nothing_won(), "moelab", f)),

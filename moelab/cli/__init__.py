@@ -8,7 +8,6 @@ to stdout, everything else to stderr. Heavy packages (torch, triton) are importe
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moelab.cli import asking, config_commands, printing, record_command, tune_command
+from moelab.cli import asking, config_commands, csv_file, options, printing, record_command, terminal, tune_command
 from moelab.errors import DeviceError, MoelabError, RuntimeModeError
 
 if TYPE_CHECKING:
@@ -33,9 +32,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+HEAVY = ("torch", "triton", "numpy", "pandas", "plotly", "pyarrow")
+"""What `make cli` leaves out."""
+
 Model = Annotated[str, typer.Option("--model", help="A preset, a Hugging Face id, or the path of a config.json.")]
-TpSize = Annotated[int, typer.Option("--tp-size", min=1, help="Ranks that share the layer.")]
-EpSize = Annotated[int, typer.Option("--ep-size", min=1, help="Of them, how many divide the experts.")]
+TpSize = Annotated[int, typer.Option("--tp-size", "--tp", min=1, help="Ranks that share the layer.")]
+EpSize = Annotated[int, typer.Option("--ep-size", "--ep", min=1, help="Of them, how many divide the experts.")]
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="bfloat16, float16, float32, float64; default: the model's, quantised or not."),
@@ -51,13 +53,30 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; an error that moelab raises on purpose, or the system, is one
     paragraph."""
+    with terminal.plain_streams():
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> int:
     try:
-        app(args=argv, prog_name="moelab")
+        options.refuse_empty(argv)
+        try:
+            app(args=argv, prog_name="moelab")
+        finally:
+            sys.stdout.flush()  # a full disk is told by an exit status, as all else is
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         print("moelab: interrupted", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        if error.name not in HEAVY:
+            raise
+        print(
+            f"moelab: this command needs the package {error.name}, which is not installed here. Expected the whole environment. "
+            "Set it up: `make setup`, then .venv/bin/moelab.", file=sys.stderr,
+        )  # fmt: skip
+        return 2
     except (MoelabError, OSError) as error:
         print(f"moelab: {error if isinstance(error, MoelabError) else printing.refused(error)}", file=sys.stderr)
         return 2
@@ -72,13 +91,6 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-def _full_version(version: str | None) -> str | None:
-    """Folders are named by three numbers: "3.6" would silently match none of them."""
-    if version is not None and not re.match(r"\d+\.\d+\.\d+", version):
-        raise typer.BadParameter(f"{version!r} is not a whole version. Expected three numbers, such as 3.6.0.")
-    return version
-
-
 @app.callback()
 def _root(
     version: Annotated[
@@ -91,8 +103,11 @@ def _root(
 @app.command()
 def models(as_json: AsJson = False) -> None:
     """The presets: experts E, top-k, hidden size H and intermediate size N of the whole model."""
+    from moelab.presets import broken_presets
     from moelab.shapes import preset, preset_names
 
+    for name, error in broken_presets().items():
+        print(f"moelab: left out {name}: {error}", file=sys.stderr)
     # As the model's config.json has them: what sglang fuses is a matter of serving, and `moelab shape` shows it.
     shapes = [preset(name) for name in preset_names(quantised=True)]
     rows = [
@@ -118,9 +133,10 @@ def shape(
     as_json: AsJson = False,
 ) -> None:
     """Sizes of the layer on one rank, where they were read, and the names of the config files that a server asks for."""
+    from moelab import runtime
     from moelab.config_files import ask
 
-    known = device or _this_gpu()
+    known = device or runtime.gpu_name()
     asked = ask(model, rules, disable_shared_experts_fusion=disable_shared_experts_fusion, device=known,
                 tp_size=tp_size, ep_size=ep_size, dtype=dtype)  # fmt: skip
     found, warnings = asked.shape, _doubts(device, asked)
@@ -144,7 +160,9 @@ def shape(
 @app.command()
 def explain(
     model: Model,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Tokens in the batch.")],
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, max=options.MOST_TOKENS, help="Tokens in the batch.")
+    ],
     tp_size: TpSize = 1,
     ep_size: EpSize = 1,
     dtype: Dtype = None,
@@ -152,7 +170,7 @@ def explain(
     device: Device = None,
     triton_version: Annotated[
         str | None,
-        typer.Option("--triton-version", callback=_full_version, help="As 3.6.0; default: the installed one."),
+        typer.Option("--triton-version", callback=options.whole_version, help="As 3.6.0; default: the installed one."),
     ] = None,
     rules: Rules = "moelab",
     config_dir: Annotated[
@@ -174,10 +192,11 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Which config file and batch size a kernel gets, and why. Exit status 1 if the device cannot run that config."""
+    from moelab import runtime
     from moelab.config_files import ask
 
     kernel = None if kernel in ("triton", "grouped_gemm") else kernel
-    named, device = device, device or _this_gpu()
+    named, device = device, device or runtime.gpu_name()
     asked = ask(model, rules, disable_shared_experts_fusion=disable_shared_experts_fusion, device=device,
                 tp_size=tp_size, ep_size=ep_size, dtype=dtype)  # fmt: skip
     if device is None:
@@ -191,19 +210,23 @@ def explain(
                 "--kernel fast takes no --rules, --config-dir or --down: it says what runs, not by which file."
             )
         return config_commands.explain_fast(asked.shape, batch_size, device, triton_version, as_json)
+    version = triton_version or _installed_triton()
+    config_commands.require_tree(asked, device, version, down, config_dir)
     answer = asked.lookup(
-        device, num_tokens=batch_size, triton_version=triton_version or _installed_triton(), down=down,
-        config_dir=config_dir, kernel=kernel,
-    )  # fmt: skip
+        device, num_tokens=batch_size, triton_version=version, down=down, config_dir=config_dir, kernel=kernel
+    )
+    options = config_commands.tune_options(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
+    missed = {} if kernel else config_commands.missed(asked, answer, device, version, options, down, config_dir)
     problems = [*asked.misfits, *_problems(answer, asked, device, kernel)]
     warnings = _doubts(named, asked) + config_commands.kernel_warnings(kernel, config_dir)
     for warning in warnings:
         print(f"moelab: {warning}", file=sys.stderr)
     if as_json:
-        printing.print_json(printing.lookup_json(answer, problems, warnings) | printing.question_json(asked))
+        printing.print_json(printing.lookup_json(answer, problems, warnings) | printing.question_json(asked) | missed)
     else:
         printing.print_question(asked)
         printing.print_lookup(answer, problems)
+        config_commands.print_missed(missed)
     if problems:
         raise typer.Exit(1)
 
@@ -223,12 +246,17 @@ def bench(
         list[str] | None, typer.Option("--impl", help="An implementation of fused_moe; repeat. Default: all.")
     ] = None,
     batch_size: Annotated[
-        list[int] | None, typer.Option("--batch-size", min=1, help="Tokens; repeat. Default: 1, 16, 256.")
+        list[int] | None,
+        typer.Option("--batch-size", min=1, max=options.MOST_TOKENS, help="Tokens; repeat. Default: 1, 16, 256."),
     ] = None,
     routing: Annotated[
         str, typer.Option("--routing", help="How popular experts are: uniform, zipf or dirichlet.")
     ] = "uniform",
     eager: Annotated[bool, typer.Option(help="Also time calls without a CUDA graph.")] = True,
+    csv: Annotated[
+        Path | None,
+        typer.Option("--csv", help="Also write a row for each implementation and batch size to this new file."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """On a GPU: check implementations of the layer against float64, then time them against each other.
@@ -237,6 +265,8 @@ def bench(
     """
     from moelab.implementations import require_taken
 
+    if csv is not None:
+        csv_file.require_new(csv)
     found = _load(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
     require_taken(found, "moelab bench")
     from moelab.suites import bench as suite
@@ -250,6 +280,9 @@ def bench(
         print(f"floors: {results[0].ceilings}\n")
         for result in results:
             printing.print_bench(found, result)
+    if csv is not None:
+        csv_file.write(csv, found, results)
+        print(f"moelab: wrote {csv}", file=sys.stderr)
     if not all(row["within_bound"] for result in results for row in result.rows):
         raise typer.Exit(1)
 
@@ -276,13 +309,6 @@ def _doubts(device: str | None, asked: Question) -> list[str]:
     return [*([doubt] if doubt else []), *asking.published_otherwise(asked.shape)]
 
 
-def _this_gpu() -> str | None:
-    from moelab import runtime
-
-    mode = runtime.current()
-    return mode.device_name if mode.mode == "gpu" else None
-
-
 def _installed_triton() -> str:
     import importlib.metadata
 
@@ -290,7 +316,8 @@ def _installed_triton() -> str:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         raise RuntimeModeError(
-            "Triton is not installed here. Expected the version whose configs to look for. Pass --triton-version 3.6.0."
+            "Triton is not installed here. Expected the version whose configs to look for: the server's. Pass it, as in "
+            "--triton-version 3.6.0; in the server's environment: python -c 'import triton; print(triton.__version__)'."
         ) from None
 
 

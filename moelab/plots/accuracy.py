@@ -8,15 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moelab.dtypes import LAYER_DTYPES
+from moelab.plots import ratio_map
 from moelab.plots.panel import Panel, Row
-from moelab.plots.style import GREY, GRID, LOOKS, Look, grid, look, number, powers, series
+from moelab.plots.style import GREY, GRID, LOOKS, SERIES, WRONG, grid, look, number, powers, series
 from moelab.plots.sum_reduce import ORDER
 
 FRACTION_BITS = {name: dtype.fraction_bits for name, dtype in LAYER_DTYPES.items()}
 """Stored fraction bits of a dtype: the spacing in [2^e, 2^(e+1)) is 2^(e - bits)."""
-
-VERDICT_HEIGHT = 1e11
-"""Where the verdicts stand, above every error over its limit."""
 
 BIN = 0.2
 """Width of a histogram bin, in powers of ten."""
@@ -35,14 +33,14 @@ def ulp(dtypes: Sequence[str] = tuple(FRACTION_BITS)) -> Panel:
     figure = grid("One ULP: the gap between neighbouring numbers", "arithmetic; left: a toy format with 2 fraction bits, so "
                   "that single numbers can be seen", titles=["numbers of the toy format", "one ULP of real formats"])  # fmt: skip
     toy = [2.0**e * (1 + f / 4) for e in range(-2, 3) for f in range(4)] + [8.0]
-    figure.add_scatter(x=toy, y=[0.0] * len(toy), mode="markers", marker={**look("triton").marker(16), "symbol": "line-ns"},
+    figure.add_scatter(x=toy, y=[0.0] * len(toy), mode="markers", marker={**SERIES[0].marker(16), "symbol": "line-ns"},
                        showlegend=False, row=1, col=1, hovertemplate="%{x}")  # fmt: skip
     for e in range(-1, 3):
         start, gap = 2.0**e, 2.0 ** (e - 2)
         text = f"from {start:g}: gap {gap:g}"
         figure.add_annotation(x=start, y=0.12 + 0.2 * (e + 1), text=text, showarrow=False, xanchor="left", row=1, col=1)
         figure.add_scatter(x=[start, start + gap], y=[0.05 + 0.2 * (e + 1)] * 2, mode="lines", showlegend=False, row=1, col=1,
-                           line={"color": look("torch").color, "width": 4})  # fmt: skip
+                           line={"color": SERIES[1].color, "width": 4})  # fmt: skip
     figure.update_yaxes(visible=False, range=[-0.15, 0.95], row=1, col=1)
     figure.update_xaxes(title="value", tickvals=[0.25, 1, 2, 4, 8], range=[0, 8.4], row=1, col=1)
     table = []
@@ -78,57 +76,38 @@ def _upstream_rows(reported: Mapping[str, Any]) -> list[dict[str, Any]]:
 def checks(
     recorded: Sequence[Row], live: Sequence[Row], reported: Mapping[str, Any], source: str, live_source: str
 ) -> Panel:
-    """Both checks in every dtype: upstream's fixed tolerance (above), twice torch's own error (below); 1 is the limit.
+    """Maps of implementation by dtype: the error over upstream's fixed tolerance, and over twice torch's own error; at most 1 is
+    right, and past it red. The table has what was reported and what was computed live too.
 
     recorded, live: rows of suites.sum_reduce.precision_rows. reported: data/upstream/sum_reduce_precision.json.
     """
     dtypes = list(dict.fromkeys(row["dtype"] for row in recorded))
-    titles = [f"{d}<br>fixed tolerance {reported['tolerance'][d]:g}" for d in dtypes]
-    titles += [f"{d}<br>bound: twice torch’s own error" for d in dtypes]
-    figure = grid("Sum-reduce, two ways to judge it", f"filled: {source}<br>"
-                  f"{f'hollow: {live_source}; ' if live else ''}star: reported in "
-                  f"{reported['source']}; ✓ ✗ along the top: verdict on the recorded one<br>"
-                  "(upper row: its tolerance grows with |torch|, so a mark over the line may pass)",
-                  titles=titles, rows=2, shared_y=True, height=700)  # fmt: skip
-    sets = {"recorded": (recorded, False), "live here": (live, True), "reported": (_upstream_rows(reported), False)}
     impls = [impl for impl in ORDER if any(r["impl"] == impl for r in recorded)]
-    for name, (rows, hollow) in sets.items():
-        for index, dtype in enumerate(dtypes):
-            for line, (error, bound, verdict) in enumerate(_JUDGED, start=1):
-                chosen = [r for r in rows if r["dtype"] == dtype and r.get(bound) and r.get(error)]
-                _judged(figure, name, chosen, hollow, (error, bound, verdict), (line, index + 1))
-    for axis in range(1, 2 * len(dtypes) + 1):
-        figure.update_layout({f"xaxis{axis if axis > 1 else ''}": {"categoryorder": "array", "categoryarray": impls}})
-    figure.add_hline(1.0, line={"color": GREY, "dash": "dash"})
-    figure.update_xaxes(tickangle=-45, type="category", range=[-0.6, len(impls) - 0.4])
-    figure.update_xaxes(showticklabels=False, row=1)
-    figure.update_yaxes(**powers(1e-4, 10 * VERDICT_HEIGHT))
-    figure.update_yaxes(title="max |out − torch| / tolerance", row=1, col=1)
-    figure.update_yaxes(title="max |out − exact| / bound", row=2, col=1)
+    figure = grid("Sum-reduce, two ways to judge it", f"error over its limit, {source}; table: beside {reported['source']}"
+                  f"{f' and {live_source}' if live else ''}<br>the fixed tolerance grows with |torch|, "
+                  "so that an error over 1 may pass", titles=["upstream’s: a fixed tolerance", "ours: twice torch’s own error"],
+                  rows=2, height=200 + 60 * len(impls))  # fmt: skip
+    figure.update_xaxes(title="dtype", row=2)
+    for line, (error, bound, verdict) in enumerate(_JUDGED, start=1):
+        rows = {(r["impl"], r["dtype"]): r for r in recorded if r.get(bound)}
+        _error_map(figure, {at: (r[error] / r[bound], r[verdict]) for at, r in rows.items()}, impls, dtypes, line)
     return Panel(figure, check_table(recorded, live, reported), _check_sentence(recorded, reported))
 
 
 _JUDGED = (("max_abs_from_torch", "upstream_tolerance", "upstream_passes"), ("max_abs", "bound", "passes"))
 
 
-def _judged(
-    figure: Any, name: str, rows: list[Any], hollow: bool, keys: tuple[str, str, str], place: tuple[int, int]
+def _error_map(
+    figure: Any,
+    found: Mapping[tuple[str, str], tuple[float, bool]],
+    names: Sequence[str],
+    dtypes: Sequence[str],
+    row: int = 1,
 ) -> None:
-    error, bound, verdict = keys
-    for row in rows:
-        style: Look = look(row["impl"])
-        marker = style.marker(9 if not hollow else 14, hollow=hollow)
-        if name == "reported":
-            marker = {"symbol": "star-open", "size": 12, "color": GREY, "line": {"width": 1.5}}
-        figure.add_scatter(
-            x=[row["impl"]], y=[row[error] / row[bound]], mode="markers", marker=marker, showlegend=False, name=name,
-            row=place[0], col=place[1], hovertemplate=f"{row['impl']}, {name}: {row[error]:.3g}, limit {row[bound]:.3g}",
-        )  # fmt: skip
-    if name == "recorded":
-        figure.add_scatter(
-            x=[row["impl"] for row in rows], y=[VERDICT_HEIGHT] * len(rows), mode="text", showlegend=False, hoverinfo="skip",
-            text=[_symbols(row[verdict]) for row in rows], textfont={"size": 14}, row=place[0], col=place[1],
-        )  # fmt: skip
+    """Error over its limit by name and dtype: green where it passes, red where it fails."""
+    cells = {at: ratio_map.Cell(0.5 if passes else 2.0, f"{number(over, 2)} {_symbols(passes)}", False)
+             for at, (over, passes) in found.items()}  # fmt: skip
+    ratio_map.draw(figure, cells, names, dtypes, row=row, high=WRONG, span=1.0)
 
 
 def check_table(recorded: Sequence[Row], live: Sequence[Row], reported: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -185,7 +164,7 @@ def error_distribution(errors: Mapping[str, Sequence[float]], source: str) -> Pa
                       "largest": ordered[-1]})  # fmt: skip
     for value, text in ((2.0**-24, "float32: half a ULP at 1"), (2.0**-53, "float64: half a ULP at 1")):
         figure.add_vline(math.log10(value), line={"color": GREY, "dash": "dash"}, annotation_text=text,
-                         annotation_position="top right")  # fmt: skip
+                         annotation_position="top left")  # fmt: skip
     ticks = list(range(-18, -4, 2))
     names = ["0", *(f"10<sup>−{-t}</sup>" for t in ticks)]
     figure.update_xaxes(
@@ -229,21 +208,14 @@ def error_by_magnitude(
 
 
 def whole_op(rows: Sequence[Row], source: str) -> Panel:
-    """Error of the whole layer over its bound, per dtype and implementation; 1 is the limit."""
+    """Map of implementation by dtype: the whole layer's error over its bound; 1 is the limit."""
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    figure = grid("The whole layer against float64", source, titles=dtypes, shared_y=True, height=400)
-    for col, dtype in enumerate(dtypes, start=1):
-        for row in (r for r in rows if r["dtype"] == dtype):
-            figure.add_scatter(x=[row["name"]], y=[row["max_abs"] / row["bound"]], mode="markers+text", name=row["name"],
-                               text=[_symbols(row["passes"])], textposition="top center", showlegend=False,
-                               marker=look(row["name"]).marker(12), row=1, col=col)  # fmt: skip
-    figure.add_hline(1.0, line={"color": GREY, "dash": "dash"})
     order = list(LOOKS)
     names = sorted({r["name"] for r in rows}, key=lambda n: order.index(n) if n in order else len(order))
-    axis = {"type": "category", "categoryorder": "array", "categoryarray": names, "range": [-0.6, len(names) - 0.4]}
-    figure.update_xaxes(**axis)
-    figure.update_yaxes(range=[0, max(1.15, *(r["max_abs"] / r["bound"] * 1.1 for r in rows))])
-    figure.update_yaxes(title="max |out − exact| / bound", col=1)
+    figure = grid("The whole layer against float64", f"{source}; largest error over its bound, at most 1 is right",
+                  height=170 + 27 * len(names))  # fmt: skip
+    figure.update_xaxes(title="dtype")
+    _error_map(figure, {(r["name"], r["dtype"]): (r["max_abs"] / r["bound"], r["passes"]) for r in rows}, names, dtypes)
     table = [{"dtype": r["dtype"], "implementation": r["name"], "max |out − exact|": r["max_abs"], "bound": r["bound"],
               "relative (Frobenius)": r["rel_fro"], "mean ULP": r["mean_ulp"], "99 % ULP": r.get("p99_ulp"),
               "passes": r["passes"]} for r in rows]  # fmt: skip
@@ -251,7 +223,7 @@ def whole_op(rows: Sequence[Row], source: str) -> Panel:
     worst = max(rows, key=lambda r: r["max_abs"] / r["bound"])
     return Panel(figure, table, f"**{'All pass' if not failing else 'Failing: ' + ', '.join(failing)}.** The closest to "
                  f"its bound is {worst['name']} in {worst['dtype']}, at {worst['max_abs'] / worst['bound']:.2g} of it. An "
-                 "empty column: that implementation refuses the dtype here.")  # fmt: skip
+                 "empty cell: that implementation refuses the dtype here.")  # fmt: skip
 
 
 def verdicts(recorded: Sequence[Row]) -> Panel:

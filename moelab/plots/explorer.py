@@ -6,7 +6,7 @@ from moelab import config_files, roofline, runtime
 from moelab.plots.cells import trace
 from moelab.plots.panel import Panel
 from moelab.plots.roofline import BATCHES, LAUNCHES, tp_choices
-from moelab.plots.style import BRONZE, GREY, grid, log_axis, number, powers, series
+from moelab.plots.style import GREY, SIDES, STEPS, grid, log_axis, number, powers
 from moelab.roofline import Ceilings
 from moelab.shapes import load_model
 
@@ -25,7 +25,7 @@ def explore(model: str, tp_size: int, num_tokens: int, at: Ceilings) -> Panel:
         f"arithmetic at {at.copy_bytes_per_s / 1e12:g} TB/s and {at.flops_per_s / 1e12:g} TFLOP/s ({at.device}); uniform routing",
         titles=["layer, both sides of the floor", f"launches at batch {num_tokens}"],
     )
-    for side, style in series(["memory", "compute"]).items():
+    for side, style in SIDES.items():
         values = {b: getattr(f, f"{side}_us") for b, f in zip(BATCHES, found, strict=True)}
         trace(figure, values, f"{side} side", style, mode="lines", row=1, col=1)
     figure.add_scatter(
@@ -38,11 +38,11 @@ def explore(model: str, tp_size: int, num_tokens: int, at: Ceilings) -> Panel:
     }
     figure.add_bar(
         x=list(launches), y=list(launches.values()), name="floor of each launch", showlegend=False, row=1, col=2,
-        marker={"color": BRONZE}, text=[number(v) for v in launches.values()], textposition="outside",
+        marker={"color": [STEPS[name] for name in launches]}, text=[number(v) for v in launches.values()], textposition="outside",
         textfont={"color": GREY}, cliponaxis=False,
     )  # fmt: skip
     everything = [v for f in found for v in (f.memory_us, f.compute_us)]
-    figure.update_xaxes(title="batch, tokens", row=1, col=1, **log_axis(BATCHES), tickangle=-60)
+    figure.update_xaxes(title="batch, tokens", row=1, col=1, **log_axis(BATCHES))
     figure.update_yaxes(title="µs", row=1, col=1, **powers(min(everything) / 1.5, max(everything) * 1.5))
     figure.update_yaxes(title="µs", row=1, col=2, range=[0, max(launches.values()) * 1.15])
     figure.update_layout(legend={"orientation": "h", "y": -0.3, "x": 0.0}, margin={"b": 110}, height=460)

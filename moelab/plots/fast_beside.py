@@ -12,10 +12,10 @@ from moelab.plots import ratio_map
 from moelab.plots.cells import cells_of, conclude, extremes, names_of, sound, timed, verdict
 from moelab.plots.fast_layer import NOTHING, default_only
 from moelab.plots.panel import Panel, Row, geometric_mean, timing
-from moelab.plots.style import GREY, grid
+from moelab.plots.style import BETTER, GREY, WORSE, grid
 from moelab.recordings import Recording
 
-COLORS = "green: fast is faster; blue: classic is; grey: a tie, the 95 % intervals overlap"
+COLORS = "green: fast is faster; orange: classic is; grey: a tie, the 95 % intervals overlap"
 UNTUNED = "<br>default only: no tuned file there, so classic ran sglang’s default config"
 RATIO = "classic / fast"
 
@@ -143,7 +143,15 @@ def _maps(
     span, batches = max(map(ratio_map.span_of, drawn.values())), sorted(names_of(table, "batch"))
     for number, each in enumerate(drawn.values(), 1):
         ratio_map.draw(
-            figure, each, [*labels.values()], batches, row=number, span=span, bar=RATIO if number == 1 else ""
+            figure,
+            each,
+            [*labels.values()],
+            batches,
+            row=number,
+            span=span,
+            low=WORSE,
+            high=BETTER,
+            bar=RATIO if number == 1 else "",
         )
         if 0 < len(fallen) < len(shapes):
             figure.add_hline(len(fallen) - 0.5, line={"color": GREY, "width": 2}, row=number, col=1)

@@ -9,15 +9,15 @@ from typing import Any
 from moelab.errors import counted
 from moelab.plots.cells import names_of
 from moelab.plots.panel import Panel, Row
-from moelab.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, grid
+from moelab.plots.style import GREY, SERIES, SIDES, grid
 from moelab.recordings import Recording
 from moelab.roofline import Ceilings
 
 UNITS: Mapping[str, tuple[str, str]] = {
-    "tensor units": ("tensor_percent", BLUE),
-    "L2": ("l2_percent", ORANGE),
-    "memory": ("memory_percent", GREEN),
-    "issue slots": ("issue_percent", PURPLE),
+    "tensor units": ("tensor_percent", SIDES["compute"].color),
+    "L2": ("l2_percent", SERIES[2].color),
+    "memory": ("memory_percent", SIDES["memory"].color),
+    "issue slots": ("issue_percent", SERIES[3].color),
 }
 """Unit of the chip -> field of a row, in per cent of its peak, and colour. Of L2 and memory it is their busiest part."""
 

@@ -12,31 +12,38 @@ from moelab.plots import ratio_map
 from moelab.plots.cells import cells_of, conclude, fastest, names_of, timed
 from moelab.plots.fast_layer import LEVEL
 from moelab.plots.panel import Panel, Row, geometric_mean, timing
-from moelab.plots.style import GREY, ORANGE
+from moelab.plots.style import GREY
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape
 
 
-def short(instance: str) -> str:
-    """An instance's repr as "16×128 w1 s6 b2": tokens by weight rows of a tile, multiplying warpgroups, stages, blocks on a
-    SM; "c2" with clusters of two, "p" where tokens are first permuted. Of a form for a few tokens
-    "few 1×1024 2×512": rows by columns of weights in a tile of GEMM1 and of GEMM2; and "gated", under its tuned configs."""
+def words(instance: str) -> str:
+    """An instance's repr in words, in two lines: its tile; warpgroups that multiply it, pipeline stages, CTAs on an SM."""
     if not instance.startswith(("Instance", "FewTokens")):
-        return "gated"
+        return "gated kernels,<br>tuned configs"
     if instance.startswith("FewTokens"):
-        tiles = re.findall(r"rows=(\d+), columns=(\d+)", instance)
-        return f"few {' '.join(f'{rows}×{columns}' for rows, columns in tiles)}"
+        (rows, columns), (after, across) = re.findall(r"rows=(\d+), columns=(\d+)", instance)
+        return f"few tokens: GEMM1 {rows} × {columns} weights,<br>GEMM2 {after} × {across}"
     field = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", instance)}
-    rows = 64 * field["warpgroups"] * field["row_blocks"]
-    cluster = (f" c{field['cluster']}" if "cluster" in field else "") + (" p" if "permutes" in field else "")
-    return (
-        f"{field['tokens']}×{rows} w{field['warpgroups']} s{field['stages']} b{field.get('per_processor', 1)}{cluster}"
+    ctas = field.get("per_processor", field.get("ctas_per_sm", 1))
+    more = [f"{field['warpgroups']} warpgroup{'s' * (field['warpgroups'] > 1)}", f"{field['stages']} stages"]
+    more += (
+        [f"{ctas} CTAs an SM"] * (ctas > 1)
+        + ["cluster of 2"] * ("cluster" in field)
+        + ["permuted"] * ("permutes" in field)
     )
+    return (
+        f"{field['tokens']} tokens × {64 * field['warpgroups'] * field['row_blocks']} weight rows,<br>{', '.join(more)}"
+    )
+
+
+def _line(instance: str) -> str:
+    return words(instance).replace("<br>", " ")
 
 
 def _order(instance: str) -> tuple[int, ...]:
     """Forms for a few tokens first, then the gated pipeline."""
-    numbers = tuple(int(value) for value in re.findall(r"\d+", short(instance)))
+    numbers = tuple(int(value) for value in re.findall(r"\d+", words(instance)))
     kinds = ("FewTokens", "gated", "Instance")
     return (next(i for i, kind in enumerate(kinds) if instance.startswith(kind)), *numbers)
 
@@ -85,19 +92,17 @@ def instances(recording: Recording, shapes: Mapping[str, MoEShape], rule: Rule |
     over = _over_best(uniform, shapes)
     columns = sorted({at for _, at in over})
     names = sorted(names_of(rows, "instance"), key=_order)
-    notes = [note for start, note in _NOTES.items() if any(start in name for name in names)]
     best = {at: min(ratio for (_, column), ratio in over.items() if column == at) for at in columns}
     drawn = {}
     for (name, at), ratio in over.items():
         text = f"<b>{ratio:.2f}</b>" if ratio == best[at] else f"{ratio:.2f}"
-        drawn[short(name), _as_text(at)] = ratio_map.Cell(ratio, text, False)
+        drawn[words(name), _as_text(at)] = ratio_map.Cell(ratio, text, False)
     figure = ratio_map.chart(
         f"Which form of the kernel serves best: {_short_of_rule(judged)}",
         f"{recording.source()}, short passes; time over the best form’s, geometric mean over shapes, uniform routing<br>"
-        "bold: the best; boxed: what the rule chooses; 16×128 w1 s6 b2: tiles of 16 tokens by 128 weight rows, 1 warpgroup, "
-        f"6 stages, 2 CTAs an SM{'<br>' * bool(notes)}{'; '.join(notes)}",
-        drawn, [short(name) for name in names], [_as_text(at) for at in columns], y="form", low=None, high=ORANGE,
-        span=math.log(_WORST), bar="over best", size=11,
+        "bold: the best; boxed: what the rule chooses; permuted: activations gathered once, in order of expert",
+        drawn, [words(name) for name in names], [_as_text(at) for at in columns], low=None,
+        span=math.log(_WORST), bar="over best", size=10, tall=34,
     )  # fmt: skip
     figure.update_xaxes(title="rows an expert gets if tokens spread evenly", tickangle=0)
     timed_at = {(shapes[row["shape"]], row["num_tokens"]) for row in rows}
@@ -110,13 +115,6 @@ def instances(recording: Recording, shapes: Mapping[str, MoEShape], rule: Rule |
     changed_since = f"{other} of {counted(len(then), 'cell')}" if other else ""
     return Panel(figure, table, _said(judged, skewed, table, changed_since))
 
-
-_NOTES = {
-    "cluster": "c2: two CTAs share weights",
-    "permutes": "p: tokens permuted first",
-    "FewTokens": "few 1×1024 2×512: tiles of 1 row by 1024 columns of weights in GEMM1, 2 by 512 in GEMM2",
-}
-"""What a subtitle says of forms whose names hold a word."""
 
 _WORST = 1.5
 """Times the best from which on the colour is the same: what is so far off is not worth telling apart."""
@@ -139,8 +137,8 @@ def _chosen(key: tuple[str, int, str], cell: Mapping[str, Row], shape: MoEShape,
     chosen = rule(shape, key[1])
     known = chosen in times
     return {
-        "shape": key[0], "batch": key[1], "routing": key[2], ROWS: _rows_an_expert(shape, key[1]), "best": short(best),
-        "µs": times[best].median_us, "the rule’s": short(chosen) if known else None,
+        "shape": key[0], "batch": key[1], "routing": key[2], ROWS: _rows_an_expert(shape, key[1]), "best": _line(best),
+        "µs": times[best].median_us, "the rule’s": _line(chosen) if known else None,
         LOSS: 100 * (times[chosen].median_us / times[best].median_us - 1) if known else None,
         "tie": chosen in (best, *tied), "candidates": len(cell),
     }  # fmt: skip

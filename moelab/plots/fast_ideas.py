@@ -10,7 +10,7 @@ from moelab.plots import ratio_map
 from moelab.plots.cells import IDEAS, cells_of, conclude, names_of, timed, verdict
 from moelab.plots.fast_layer import NOTHING, runs_of
 from moelab.plots.panel import Panel, Row, geometric_mean, timing
-from moelab.plots.style import VERMILLION, number
+from moelab.plots.style import BETTER, WORSE, number
 from moelab.recordings import Recording
 
 WITHOUT = "fast without "
@@ -34,7 +34,7 @@ def ablation(recording: Recording) -> Panel:
         f"{recording.source()}; time without the idea over time with it, geometric mean over shapes, uniform routing<br>"
         f"green: it helps; orange: it costs; grey: under {100 * SMALL:g} %, or most shapes do not agree beyond 95 % intervals<br>"
         "in brackets: how many shapes use it, where not all do",
-        means, ideas, batches, tall=36, low=VERMILLION, bar="without / with",
+        means, ideas, batches, tall=36, low=WORSE, high=BETTER, bar="without / with",
     )  # fmt: skip
     lines = cells_of(sorted(single, key=lambda row: ideas.index(row["idea"])), "idea", "shape", by="num_tokens")
     table = [{"without": idea, "shape": shape} | {str(b): line[b]["ratio"] if b in line else None for b in batches}

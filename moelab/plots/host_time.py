@@ -9,16 +9,17 @@ from typing import Any
 
 from moelab.plots.cells import names_of, plots, span, timed
 from moelab.plots.panel import Panel, timing
-from moelab.plots.style import BLUE, BRONZE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, Look, grid, look
+from moelab.plots.style import GREY, SERIES, grid, look
+from moelab.plots.style import STEPS as STEP_COLORS
 from moelab.plots.tma_overhead import PLAIN, times
 from moelab.recordings import Recording
 
 STEPS = {
-    "align": ("step", "align", PURPLE),
-    "GEMM1": ("launch", PLAIN, BLUE),
-    "activation": ("step", "activation", ORANGE),
-    "GEMM2": ("launch", PLAIN, VERMILLION),
-    "sum-reduce": ("step", "sum_reduce", BRONZE),
+    "align": ("step", "align", STEP_COLORS["align"]),
+    "GEMM1": ("launch", PLAIN, STEP_COLORS["GEMM1"]),
+    "activation": ("step", "activation", STEP_COLORS["activation"]),
+    "GEMM2": ("launch", PLAIN, STEP_COLORS["GEMM2"]),
+    "sum-reduce": ("step", "sum_reduce", STEP_COLORS["sum-reduce"]),
 }
 """Steps of the classic layer in order: what was timed for each (GEMM2 is GEMM1's kernel), and its colour."""
 
@@ -102,7 +103,7 @@ def timeline(recording: Recording, baseline: Recording, shape: str, peers: Mappi
         for name, us, color in lane.parts:
             _blocks(figure, host, [s + at for s in starts], us, name, color, named)
             at += us
-        _blocks(figure, gpu, starts, lane.gpu_us, "GPU busy", GREEN, named)
+        _blocks(figure, gpu, starts, lane.gpu_us, "GPU busy", SERIES[5].color, named)
         _blocks(figure, gpu, [s + lane.gpu_us for s in starts], lane.waits_us, "GPU waits", "", named)
         end = starts[-1] + lane.period_us
         said = (f" {lane.host_us:.0f} µs a layer", f" busy {lane.gpu_us:.0f}, waits {lane.waits_us:.0f} µs")
@@ -153,8 +154,11 @@ def _waiting(lane: Lane) -> str:
     )
 
 
-def layers(recording: Recording, baseline: Recording, shape: str) -> Panel:
-    """Every pipeline's layer of one token: the host's time, the GPU's in a graph, and the wall's in eager mode."""
+def layers(recording: Recording, baseline: Recording, shape: str, one: Recording | None = None) -> Panel:
+    """Every pipeline's layer of one token: the host's time, the GPU's in a graph, and the wall's in eager mode.
+
+    one: the recording fast_layer, for the GPU's time of *fast*, whose host time is not recorded.
+    """
     found = sorted(recording.select(kind="layer"), key=lambda row: timing(row).median_us)
     figure = grid("A layer of one token, by implementation", f"host: {recording.source()}, medians, {recording.protocol['shape']}"
                   f"<br>GPU and eager wall time: {baseline.source()}, {shape}", height=190 + 34 * len(found))  # fmt: skip
@@ -171,6 +175,9 @@ def layers(recording: Recording, baseline: Recording, shape: str) -> Panel:
             "99th percentile": host.quantile_us(0.99), GRAPH: timing(other).median_us if other else None,
             WALL: wall, "error / bound": over, "within its bound": row["within_bound"],
         })  # fmt: skip
+    fast = gpu_us(one, shape, "fast", 1) if one else None
+    if fast:
+        table.insert(0, {"implementation": "fast", "host, µs": None, GRAPH: fast, WALL: None, "within its bound": True})
     names = [row["implementation"] + ("" if row["within its bound"] else " (past its bound)") for row in table]
     pale = {"color": "#f7f7f7", "line": {"width": 1.2, "color": GREY}}
     figure.add_bar(y=names, x=[row["host, µs"] for row in table], orientation="h", name="host", width=0.62, showlegend=False,
@@ -181,13 +188,14 @@ def layers(recording: Recording, baseline: Recording, shape: str) -> Panel:
     )
     figure.add_scatter(y=names, x=[row[WALL] for row in table], mode="markers", name="wall, eagerly",
                        marker={"symbol": "diamond", "size": 10, **pale})  # fmt: skip
-    ends = [max(row["host, µs"], row[WALL] or 0.0, row[GRAPH] or 0.0) for row in table]
+    ends = [max(row["host, µs"] or 0.0, row[WALL] or 0.0, row[GRAPH] or 0.0) for row in table]
     figure.add_scatter(y=names, x=ends, mode="text", text=[_ends(row) for row in table], showlegend=False,
                        textposition="middle right", hoverinfo="skip")  # fmt: skip
     figure.update_layout(barmode="overlay", legend={"orientation": "h", "y": -70 / (90 + 34 * len(found))})
     figure.update_xaxes(title="µs a layer; coloured bars: host", range=[0, 1.3 * max(ends)])
     figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
-    sound = [row for row in table if row["within its bound"]] or table
+    timed_here = [row for row in table if row["host, µs"]]
+    sound = [row for row in timed_here if row["within its bound"]] or timed_here
     waits = sum(row[GRAPH] is not None and row[GRAPH] < row["95 % low"] for row in sound)
     past = [row["implementation"] for row in table if not row["within its bound"]]
     first_last = " to ".join(f"{row['host, µs']:.1f} µs ({row['implementation']})" for row in (sound[0], sound[-1]))
@@ -195,11 +203,15 @@ def layers(recording: Recording, baseline: Recording, shape: str) -> Panel:
         f"**Host time of a layer: {first_last}.** In {waits} of {sum(row[GRAPH] is not None for row in sound)} implementations "
         f"with both times the GPU is done before the host is.{f' Past its error bound: {chr(44).join(past)}.' if past else ''}"
     )
+    if fast:
+        said += f" fast: the GPU’s {fast:.1f} µs in a CUDA graph, recording fast_layer; its host time is not recorded."
     return Panel(figure, table, said)
 
 
 def _ends(row: Mapping[str, Any]) -> str:
     """What stands behind a bar and its diamond: both numbers, each with its name."""
+    if row["host, µs"] is None:
+        return f"   GPU {row[GRAPH]:.1f}, host not recorded"
     return f"   host {row['host, µs']:.1f}" + (f", wall {row[WALL]:.1f} µs" if row[WALL] is not None else " µs")
 
 
@@ -207,7 +219,7 @@ def by_batch(recording: Recording, baseline: Recording) -> Panel:
     """GPU time in a graph and wall time in eager mode by batch, a plot per shape, beside the host's time of a layer."""
     host = times(recording, "layer")["triton"].median_us
     found = [row for row in timed(baseline) if row["impl"] == "triton"]
-    looks = {"GPU, in a CUDA graph": Look(BLUE, "diamond", "solid"), "wall, eagerly": Look(ORANGE, "square", "dash")}
+    looks = {"GPU, in a CUDA graph": look("classic"), "wall, eagerly": SERIES[1]}
     rows = [{**row, "what": what, "samples_us": row[samples]} for row in found
             for what, samples in zip(looks, ("samples_us", "eager_samples_us"), strict=True)]  # fmt: skip
     figure = plots("From which batch on the host does not matter: triton", f"{baseline.source()}, 95 % intervals; dotted: host "

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moelab.errors import counted
@@ -31,8 +32,10 @@ from moelab.plots.cells import (
 )
 from moelab.plots.cells import fastest as fastest_of
 from moelab.plots.cells import over_floor as times_over_floor
+from moelab.plots.fast_layer import fast_rows
 from moelab.plots.panel import Panel, Row, geometric_mean, timing
-from moelab.plots.style import GREY, SERIES, grid, log_axis, look, powers, series
+from moelab.plots.style import CONFIGS as CONFIG_LOOKS
+from moelab.plots.style import GREY, SIDES, grid, log_axis, look, powers
 from moelab.recordings import Recording
 from moelab.roofline import Ceilings
 
@@ -44,9 +47,6 @@ CONFIGS = ("default", "shipped", "tuned", ELSEWHERE)
 SEARCHED = {"tuned": "searched"}
 """What the recording layer_classic and sglang's rows call tuned: one config for both GEMMs, found by a short search of
 another harness. `moelab tune`'s pairs are tuned."""
-
-FAR = 1.5
-"""Times the best implementation's mean over the floor, from which on a line waits in the legend."""
 
 
 def classic_layers(classic: Recording, gain: Recording) -> Recording:
@@ -70,50 +70,53 @@ def classic_layers(classic: Recording, gain: Recording) -> Recording:
     return Recording(gain.suite, gain.provenance, gain.protocol, tuple(rows))
 
 
-def _by(rows: Sequence[Row]) -> str:
-    return "impl" if "impl" in rows[0] else "config_name"
+def where_time_goes(recording: Recording, shape: str, at: Ceilings, one: Recording | None = None) -> Panel:
+    """One shape's measured time against the memory side and the compute side of its floor, by batch.
 
-
-def where_time_goes(recording: Recording, shape: str, at: Ceilings) -> Panel:
-    """One shape's measured time against the memory side and the compute side of its floor, by batch."""
+    one: the recording fast_layer, whose *fast* is drawn beside the classic layer.
+    """
     rows = sorted(recording.select(shape=shape, config_name="tuned"), key=lambda r: r["num_tokens"])
-    batches, spans = [row["num_tokens"] for row in rows], [span(row) for row in rows]
-    figure = grid(f"What the time goes into: {shape}", f"time: {recording.source()}, config “tuned”; floor: arithmetic "
-                  f"at {at.copy_bytes_per_s / 1e12:g} TB/s and {at.flops_per_s / 1e12:g} TFLOP/s")  # fmt: skip
-    floors = [floor_of(row, at) for row in rows]
-    sides = {
-        "reading weights and activations": [f.memory_us for f in floors],
-        "arithmetic": [f.compute_us for f in floors],
-    }
-    for (name, values), style in zip(sides.items(), (SERIES[1], SERIES[3]), strict=True):
-        dotted = {"color": style.color, "dash": "dot", "width": 2}
-        figure.add_scatter(x=batches, y=values, name=f"at least: {name}", mode="lines", line=dotted)
-    line(figure, batches, spans, "measured layer", look(CLASSIC))
+    batches, floors = [row["num_tokens"] for row in rows], [floor_of(row, at) for row in rows]
+    fast = {row["num_tokens"]: row for row in fast_rows(one) if row["shape"] == shape} if one else {}
+    figure = grid(f"What the time goes into: {shape}", f"classic: {recording.source()}, config “tuned”"
+                  f"{f'; fast: {one.source()}' if one and fast else ''}<br>sides of the floor: arithmetic at "
+                  f"{at.copy_bytes_per_s / 1e12:g} TB/s and {at.flops_per_s / 1e12:g} TFLOP/s")  # fmt: skip
+    sides = {"memory": "reading weights and activations", "compute": "arithmetic"}
+    for side, name in sides.items():
+        values = [getattr(floor, f"{side}_us") for floor in floors]
+        figure.add_scatter(
+            x=batches, y=values, name=f"at least: {name}", mode="lines", line={**SIDES[side].line(), "dash": "dot"}
+        )
+    line(figure, batches, [span(row) for row in rows], "classic layer, measured", look(CLASSIC))
+    if fast:
+        line(figure, list(fast), [span(row) for row in fast.values()], "fast, measured", look("fast"))
     figure.update_xaxes(title="batch, tokens", **log_axis(batches))
     figure.update_yaxes(title="µs per layer", type="log", dtick=1)
-    table = [{"batch": b, "measured, µs": us, "95 % low": low, "95 % high": high, "floor, µs": f.us, "bound by": f.side,
-              "measured / floor": us / f.us} for b, (us, low, high), f in zip(batches, spans, floors, strict=True)]  # fmt: skip
+    figure.update_layout(legend={"orientation": "h", "y": -0.25})
+    table = [{"batch": b, "classic, µs": span(row)[0], "fast, µs": span(fast[b])[0] if b in fast else None, "floor, µs": f.us,
+              "bound by": f.side, "classic / floor": times_over_floor(row, at)[0],
+              "fast / floor": times_over_floor(fast[b], at)[0] if b in fast else None}
+             for b, row, f in zip(batches, rows, floors, strict=True)]  # fmt: skip
     memory = max((row["batch"] for row in table if row["bound by"] == "memory"), default=0)
     head = f"Up to batch {memory} memory is the limit: the experts’ weights."
-    return Panel(
-        figure, table, conclude(head, {"Time over floor": extremes(rows, lambda row: times_over_floor(row, at)[0])})
-    )
+    return Panel(figure, table, conclude(head, {
+        "The classic layer over its floor": extremes(rows, lambda row: times_over_floor(row, at)[0]),
+        "fast": extremes([*fast.values()], lambda row: times_over_floor(row, at)[0]) if fast else "",
+    }))  # fmt: skip
 
 
-def roof(recording: Recording, measured: Ceilings, datasheet: Ceilings) -> Panel:
-    """FLOP per byte against the FLOP/s reached, log-log: tuned layers in one plot, or implementations in a plot per shape."""
-    rows, every = timed(recording), "impl" in timed(recording)[0]
-    rows = rows if every else [row for row in rows if row["config_name"] == "tuned"]
-    points, batches = [row["flops"] / row["bytes"] for row in rows], sorted(names_of(rows, "num_tokens"))
-    what = "each with its own tiles; hollow: past its error bound" if every else "config “tuned”"
-    layout: dict[str, Any] = (
-        {} if every else {"by": "shape", "per": None, "looks": series(names_of(rows, "shape")).__getitem__}
-    )
+def roof(recording: Recording, measured: Ceilings, datasheet: Ceilings, one: Recording | None = None) -> Panel:
+    """FLOP per byte against the FLOP/s reached, log-log, a plot per shape: the classic layer under its tuned configs, and *fast*
+    of the recording fast_layer."""
+    rows: list[Row] = [{**row, "impl": "classic"} for row in timed(recording) if row["config_name"] == "tuned"]
+    shapes, batches = names_of(rows, "shape"), sorted(names_of(rows, "num_tokens"))
+    rows += [row for row in fast_rows(one) if row["shape"] in shapes] if one else []
+    points = [row["flops"] / row["bytes"] for row in rows]
     figure = plots(
-        "Every implementation on the roof" if every else "Measured layers on the roof",
-        f"{recording.source()}, {what}; each line runs from batch {batches[0]} (left) to {batches[-1]}<br>solid grey: the "
+        "Measured layers on the roof",
+        f"{recording.source()}; each line runs from batch {batches[0]} (left) to {batches[-1]}<br>solid grey: the "
         "recorded copy bandwidth and product; dotted: the datasheet’s; FLOP and bytes: what a layer needs at least",
-        rows, rate, "reached, TFLOP/s", None, across=lambda row: row["flops"] / row["bytes"], base=None, tall=310, **layout,
+        rows, rate, "reached, TFLOP/s", None, across=lambda row: row["flops"] / row["bytes"], base=None, tall=230, per_line=4,
     )  # fmt: skip
     low, high = min(points) / 2, max(points) * 3
     for ceiling, dash in ((datasheet, "dot"), (measured, "solid")):
@@ -126,46 +129,77 @@ def roof(recording: Recording, measured: Ceilings, datasheet: Ceilings) -> Panel
     def share(row: Row) -> float:
         return rate(row)[0] / reach(row["flops"] / row["bytes"], measured)
 
-    best = [max(sound(c).values(), key=share) for c in cells_of(rows).values() if sound(c)] if every else rows
-    near = sum(share(row) >= 0.9 for row in best)
-    over = " A share over 100 % says that a copy is no perfect ceiling for reads." if max(map(share, best)) > 1 else ""
-    whose = "The fastest implementation of each cell reaches" if every else "Tuned layers reach"
-    return Panel(figure, table_of(rows, "share of the roof", share, _by(rows)), f"**{whose} {extremes(best, share, '.0%')} of "
-                 f"the recorded roof.** {near} of {counted(len(best), 'cell')} are within a tenth of it.{over}")  # fmt: skip
+    every = {name: [row for row in rows if row["impl"] == name] for name in names_of(rows, "impl")}
+    head = "; ".join(f"{name} reaches {extremes(of, share, '.0%')}" for name, of in every.items())
+    near = [
+        f"{name} {sum(share(row) >= 0.9 for row in of)} of {counted(len(of), 'cell')}" for name, of in every.items()
+    ]
+    over = " A share over 100 % says that a copy is no perfect ceiling for reads." if max(map(share, rows)) > 1 else ""
+    said = conclude(f"Of the recorded roof {head}.", {"Within a tenth of it": near}) + over
+    return Panel(figure, table_of(rows, "share of the roof", share), said)
 
 
 def over_floor(recording: Recording, at: Ceilings, peers: Sequence[Row] = (), peer_source: str = "") -> Panel:
-    """Time over floor by batch, a plot per shape, a line per config or implementation; sglang's own rows as hollow markers."""
+    """The classic layer's time over its floor by batch, a plot per shape, a line per config; sglang's own rows hollow."""
     rows = timed(recording)
-    by = _by(rows)
-
-    def value(row: Row) -> Span:
-        return times_over_floor(row, at)
-
-    means = {name: _mean(rows, name, by, value) for name in names_of(rows, by)}
-    far = [name for name, mean in means.items() if by == "impl" and mean > FAR * min(means.values())]
-    note = "each with its own tiles, alignment included; hollow: past its error bound" if by == "impl" else (
-        "alignment made beforehand<br>shipped elsewhere: a file for another device, recording layer_classic")  # fmt: skip
-    note += f"<br>not drawn until its name is clicked, being far above: {', '.join(far)}" if far else ""
+    note = "alignment made beforehand<br>shipped elsewhere: a file for another device, recording layer_classic"
     note += f"<br>hollow: sglang’s, {peer_source}" if peers else ""
     source = f"{recording.source()}, 95 % intervals; {note}"
-    looks = look if by == "impl" else series(CONFIGS).__getitem__
-    figure = plots("Time over floor", source, rows, value, "time / floor", [1, 1.5, 2, 3, 5, 10, 20], by=by,
-                   looks=looks, hidden=far)  # fmt: skip
+    figure = plots("Time over floor", source, rows, lambda row: times_over_floor(row, at),
+                   "time / floor", [1, 1.5, 2, 3, 5, 10, 20], by="config_name", looks=CONFIG_LOOKS.__getitem__)  # fmt: skip
     for index, shape in enumerate(names_of(rows, "shape")):
         floors = {row["num_tokens"]: floor_of(row, at).us for row in rows if row["shape"] == shape}
         for name in ("default", "shipped", "tuned"):
             theirs = {r["M"]: r[name] / floors[r["M"]] for r in peers
                       if r["name"] == shape and r["M"] in floors and r.get(name)}  # fmt: skip
             if theirs:
-                trace(figure, theirs, f"sglang, {SEARCHED.get(name, name)}", series(CONFIGS)[name], hollow=True, mode="markers",
+                called = SEARCHED.get(name, name)
+                trace(figure, theirs, f"sglang, {called}", CONFIG_LOOKS[called], hollow=True, mode="markers",
                       legend=index == 0, row=index // 2 + 1, col=index % 2 + 1)  # fmt: skip
+    return Panel(figure, *_floor_numbers(recording, at, "config_name"))
+
+
+def implementations(recording: Recording, at: Ceilings) -> Panel:
+    """Map of implementation by batch: its time over the floor, geometric mean over shapes; the table has every shape."""
+    rows = timed(recording)
+    cells = ratio_map.mean_cells(rows, lambda row: times_over_floor(row, at)[0])
+    table, said = _floor_numbers(recording, at, "impl")
+    return Panel(_by_implementation(
+        "Every implementation over the floor", f"{recording.source()}; each with its own tiles, alignment included",
+        rows, cells, bar="time / floor"), table, said)  # fmt: skip
+
+
+def _by_implementation(
+    title: str, source: str, rows: Sequence[Row], cells: Mapping[Any, ratio_map.Cell], bar: str
+) -> Any:
+    """A map of geometric means, the implementations with the least at the largest batch first."""
+    batches = sorted(names_of(rows, "num_tokens"))
+    last = {name: [cells[name, b].ratio for b in batches if (name, b) in cells] for name in names_of(rows, "impl")}
+    names = sorted(last, key=lambda name: last[name][-1])
+    past = {(row["impl"], row["num_tokens"]) for row in rows if not row.get("within_bound", True)}
+    cells = {at: replace(cell, text=cell.text + "†" * (at in past)) for at, cell in cells.items()}
+    lacks = "; *: not every shape" * any(
+        "*" in cell.text for cell in cells.values()
+    ) + "; †: past its error bound" * bool(past)
+    return ratio_map.chart(title, f"{source}<br>geometric mean over shapes{lacks}", cells, names, batches, low=None,
+                           span=math.log(3), bar=bar)  # fmt: skip
+
+
+def _floor_numbers(recording: Recording, at: Ceilings, by: str) -> tuple[list[Row], str]:
+    """The table of times over the floor, and what the fastest of each cell and each one alone take."""
+    rows = timed(recording)
+
+    def value(row: Row) -> Span:
+        return times_over_floor(row, at)
+
+    means = {name: _mean(rows, name, by, value) for name in names_of(rows, by)}
     cells = [sound(cell) if by == "impl" else cell for cell in cells_of(rows, by=by).values()]
     best = [min(value(row)[0] for row in cell.values()) for cell in cells if cell]
     each = ", ".join(_noted(recording, name, by, means, value) for name in sorted(means, key=means.__getitem__))
-    table = table_of(rows, "time / floor", lambda row: value(row)[0], by)
-    return Panel(figure, table, f"**The fastest of each cell takes {geometric_mean(best):.2f} times the floor (geometric "
-                 f"mean).** One for all cells: {each}.")  # fmt: skip
+    return table_of(rows, "time / floor", lambda row: value(row)[0], by), (
+        f"**The fastest of each cell takes {geometric_mean(best):.2f} times the floor (geometric mean).** One for all cells: "
+        f"{each}."
+    )
 
 
 def _mean(rows: Sequence[Row], name: str, by: str, value: Callable[[Row], Span]) -> float:
@@ -187,56 +221,56 @@ def _noted(recording: Recording, name: str, by: str, means: Mapping[str, float],
 
 
 def versus_sglang(recording: Recording, peers: Sequence[Row], peer_source: str) -> Panel:
-    """Our classic layer's time over sglang's, row by row under the same config, and the geometric mean."""
+    """Map of shape and config by batch: our classic layer's time over sglang's under the same config."""
     theirs = {(r["name"], r["M"], name): r[name] for r in peers for name in CONFIGS if r.get(name)}
     key = ("shape", "num_tokens", "config_name")
     rows = [{**row, "theirs": theirs[found], "config_name": SEARCHED.get(row["config_name"], row["config_name"])}
             for row in recording.rows if (found := tuple(row[k] for k in key)) in theirs]  # fmt: skip
 
-    def value(row: Row) -> Span:
-        return span(row, row["theirs"])
+    def value(row: Row) -> float:
+        return span(row, row["theirs"])[0]
 
-    names = series(("default", "shipped", "searched"))
-    figure = plots(
+    cells = {
+        (f"{row['shape']}, {row['config_name']}", row["num_tokens"]): ratio_map.cell_of(value(row), False)
+        for row in rows
+    }
+    figure = ratio_map.chart(
         "The classic layer beside sglang’s, same configs",
         f"moelab: {recording.source()}<br>sglang: {peer_source}<br>another machine of the same kind, so a few per cent either "
         "way are the machines’; searched: a short search’s one config for both GEMMs",
-        rows, value, "moelab time / sglang time", [0.7, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.2, 1.3, 1.5], by="config_name",
-        looks=names.__getitem__, per_line=4,
+        cells, list(dict.fromkeys(name for name, _ in cells)), sorted(names_of(rows, "num_tokens")), bar="moelab / sglang",
     )  # fmt: skip
-    ratios = [value(row)[0] for row in rows]
-    reach = max(0.1, *(abs(math.log10(r)) for r in ratios)) * 1.15
-    figure.update_yaxes(range=[-reach, reach])
+    ratios = [value(row) for row in rows]
     close = sum(abs(r - 1) <= CLEARLY for r in ratios)
-    table = table_of(rows, "moelab / sglang", lambda row: value(row)[0], "config_name")
-    return Panel(figure, table, f"**Geometric mean over {len(rows)} rows: {geometric_mean(ratios):.3f} times sglang’s time.** "
-                 f"{close} are within 5 % either way; {extremes(rows, lambda row: value(row)[0])}.")  # fmt: skip
+    return Panel(figure, table_of(rows, "moelab / sglang", value, "config_name"), f"**Geometric mean over {len(rows)} rows: "
+                 f"{geometric_mean(ratios):.3f} times sglang’s time.** {close} are within 5 % either way; "
+                 f"{extremes(rows, value)}.")  # fmt: skip
 
 
 def eager_over_graph(recording: Recording) -> Panel:
-    """Wall time in eager mode over GPU time in a CUDA graph, by batch: what the host costs each implementation."""
+    """Map of implementation by batch: wall time in eager mode over GPU time in a CUDA graph, which is what the host costs."""
     rows = [row for row in timed(recording) if "eager_samples_us" in row]
 
-    def eager(row: Row) -> Span:
-        return span(row, samples="eager_samples_us")
+    def eager(row: Row) -> float:
+        return span(row, samples="eager_samples_us")[0]
 
-    def value(row: Row) -> Span:
-        (graph, below, above), (wall, low, high) = span(row), eager(row)
-        return wall / graph, low / above, high / below
+    def value(row: Row) -> float:
+        return eager(row) / span(row)[0]
 
-    figure = plots("What a CUDA graph saves", f"{recording.source()}; medians, calls back to back; 1: the host is hidden behind "
-                   "the GPU", rows, value, "eager time / graph time", [0.8, 1, 1.5, 2, 3, 5, 10, 20], tall=240)  # fmt: skip
     batches = sorted(names_of(rows, "num_tokens"))
+    figure = _by_implementation(
+        "What a CUDA graph saves", f"{recording.source()}; eager over graph time, medians, calls back to back; 1: the host is "
+        "hidden behind the GPU", rows, ratio_map.mean_cells(rows, value), bar="eager / graph")  # fmt: skip
     small = [row for row in rows if row["num_tokens"] == batches[0]]
-    means = {b: geometric_mean([value(row)[0] for row in rows if row["num_tokens"] == b]) for b in batches}
+    means = {b: geometric_mean([value(row) for row in rows if row["num_tokens"] == b]) for b in batches}
     hidden = [b for b in batches if all(mean <= 1 + CLEARLY for batch, mean in means.items() if batch >= b)]
     until = f"from batch {hidden[0]} on within 5 % on average" if hidden else (
         f"at batch {batches[-1]} still {means[batches[-1]]:.2f} times")  # fmt: skip
-    quickest = [min(sound(c).values(), key=lambda row: eager(row)[0]) for c in cells_of(small).values() if sound(c)]
+    quickest = [min(sound(c).values(), key=eager) for c in cells_of(small).values() if sound(c)]
     head = f"At batch {batches[0]} eager mode takes {means[batches[0]]:.1f} times a graph’s time (geometric mean), {until}."
-    return Panel(figure, table_of(rows, "eager / graph", lambda row: value(row)[0]), conclude(head, {
-        "There": extremes(small, lambda row: value(row)[0]),
-        "Shortest eager medians": [f"{row['shape']} {row['impl']} {eager(row)[0]:.0f} µs" for row in quickest],
+    return Panel(figure, table_of(rows, "eager / graph", value), conclude(head, {
+        "There": extremes(small, value),
+        "Shortest eager medians": [f"{row['shape']} {row['impl']} {eager(row):.0f} µs" for row in quickest],
     }))  # fmt: skip
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from moelab.config_files import Lookup, Question, Step, ask, get_rules, version_folders
 from moelab.config_files.rules import RULES
 from moelab.errors import ConfigFileError
+from moelab.plots.literal import literal
 from moelab.plots.panel import Panel
-from moelab.plots.style import BLUE, BRONZE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, grid
+from moelab.plots.style import BETTER, BLUE, BRONZE, GREY, ORANGE, PURPLE, SKY, WRONG, grid
 
 ALL = "all three"
 DTYPE = "bfloat16"
@@ -24,7 +25,7 @@ ALONE, BESIDE = 104, 36
 LOOKS = {
     "variable": ("triangle-down", SKY), "absent": ("x-thin-open", GREY), "found": ("circle", BLUE),
     "passed over": ("circle-open", ORANGE), "left out": ("diamond-open", PURPLE), "changed": ("diamond", BRONZE),
-    "used": ("square", GREEN), "error": ("x", VERMILLION), "config": ("star", GREEN),
+    "used": ("square", BETTER), "error": ("x", WRONG), "config": ("star", BETTER),
 }  # fmt: skip
 """Kind of node -> marker and colour. The kinds of `Step.result`, and: variable (where the search starts), error (the loader
 ends with one), config (what it answers)."""
@@ -218,4 +219,5 @@ def _takes(answer: Lookup | str, tree: Path) -> str:
         return "ends with an error"
     if answer.path is None:
         return f"no file, so the default, {_short(answer)}"
-    return f"{_short(answer)}, batch size {answer.key} of {answer.path.name} in {_shown(tree, str(answer.path.parent))}"
+    place = literal(f"{answer.path.name} in {_shown(tree, str(answer.path.parent))}")
+    return f"{_short(answer)}, batch size {answer.key} of {place}"

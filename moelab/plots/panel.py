@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from moelab.plots.style import number
+from moelab.plots.literal import plain
+from moelab.plots.style import INK, number
 
 Row = Mapping[str, Any]
 
@@ -43,7 +44,7 @@ class Panel:
             drawn = json.loads(_packed(self.figure).to_json())
             text = self.figure.layout.title.text or "figure"
             bundles.append({"application/vnd.plotly.v1+json": drawn, "text/plain": text})
-        bundles.append({"text/markdown": self.sentence, "text/plain": self.sentence})
+        bundles.append({"text/markdown": self.sentence, "text/plain": plain(self.sentence)})
         if self.table:
             bundles.append({"text/html": table_html(self.table), "text/plain": table_text(self.table)})
         return bundles
@@ -114,7 +115,7 @@ def table_html(rows: Sequence[Row]) -> str:
     head = "".join(cell("th", c, c) for c in columns)
     body = "".join("<tr>" + "".join(cell("td", c, number(row.get(c))) for c in columns) for row in rows)
     table = (
-        f'<div style="max-height: 520px; overflow: auto; margin: 4px 0 12px 0"><style>{CELLS}</style>'
+        f'<div style="max-height: 520px; overflow: auto; margin: 4px 0 12px 0"><style>{CELLS} {INK}</style>'
         f'<table class="moelab{" wide" * (len(columns) > WIDE)}" style="margin: 0"><thead><tr>{head}<tbody>{body}</table></div>'
     )
     if len(rows) <= LONG:

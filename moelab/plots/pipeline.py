@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moelab.plots.panel import Panel, Row
-from moelab.plots.style import BLUE, GREY, ORANGE, SERIES, VERMILLION, grid, number
+from moelab.plots.style import GREY, MUTED_SCALE, SERIES, grid, number
 
-TOKEN_COLORS = (*(each.color for each in SERIES), VERMILLION, GREY)
-DIVERGING = [[0.0, BLUE], [0.5, "#f4f4f4"], [1.0, ORANGE]]
+TOKEN_COLORS = (*(each.color for each in SERIES), "#6b8fb5", GREY)
+DIVERGING = MUTED_SCALE
 
 
 def routing(topk_ids: Sequence[Sequence[int]], topk_weights: Sequence[Sequence[float]], num_experts: int) -> Panel:

@@ -1,25 +1,22 @@
-"""A map of ratios: rows by batch size, coloured to either side of 1, ties grey, what each cell says written into it."""
+"""A map of ratios: rows by batch size, ties grey, what each cell says written into it; green is faster, orange slower."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
-from moelab.plots.style import BLUE, GREEN, grid
+from moelab.plots.style import BETTER, WORSE, contrast, grid
 
 TIED = "#bdbdbd"
 MIDDLE = "#f7f7f7"
-_TICKS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
+_TICKS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)
 LEAST_SPAN = math.log(1.25)
 """Half of the colours' range at least, so that a per cent is not drawn as a great gain."""
-
-_DARK = 0.21
-"""Luminance below which white text has more contrast than #222 (WCAG's formula)."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,18 @@ def cell_of(ratio: float, tie: bool) -> Cell:
     """A cell that says its ratio: to two digits after the point, to three where two would say 1.00 of what is no tie."""
     text = f"{ratio:.2f}"
     return Cell(ratio, f"{ratio:.3f}" if text == "1.00" and not tie else text, tie)
+
+
+def mean_cells(
+    rows: Sequence[Mapping[str, Any]], value: Callable[[Any], float], by: str = "impl"
+) -> dict[tuple[str, int], Cell]:
+    """(what `by` names, batch) -> geometric mean of `value` over its rows; "*" marks what lacks shapes that others have."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        found.setdefault((row[by], row["num_tokens"]), []).append(value(row))
+    most = max(map(len, found.values()), default=0)
+    means = {at: cell_of(math.exp(sum(map(math.log, each)) / len(each)), False) for at, each in found.items()}
+    return {at: replace(cell, text=cell.text + "*" * (len(found[at]) < most)) for at, cell in means.items()}
 
 
 def span_of(cells: Mapping[tuple[str, Any], Cell]) -> float:
@@ -69,14 +78,15 @@ def draw(
     *,
     row: int = 1,
     span: float | None = None,
-    low: str | None = BLUE,
-    high: str = GREEN,
+    low: str | None = BETTER,
+    high: str = WORSE,
     bar: str = "",
     size: int = 12,
 ) -> None:
     """Draw a map into a row of the figure: (name, batch) -> cell. Colours are logarithmic, `low` below 1 and `high` above.
 
-    low: None for ratios that are never below 1. span: of the colours, for maps that share them. bar: the colour bar's title;
+    As they stand they are of times over another's: green is faster. low: None for ratios that are never below 1.
+    span: of the colours, for maps that share them. bar: the colour bar's title;
     "" draws none. size: of the text.
     """
     span = span or span_of(cells)
@@ -85,8 +95,11 @@ def draw(
     shared = {"x": across, "y": list(names), "xgap": 2, "ygap": 2, "hoverinfo": "skip", **places}
     heights = [_heights(cells, names, batches, tie) for tie in (False, True)]
     ticks = [t for t in _TICKS if abs(math.log(t)) <= span + 1e-9 and (low or t >= 1)]
-    if span > math.log(2.5):  # labels so near to 1 would lie on each other
-        ticks = [t for t in ticks if t == 1 or abs(math.log(t)) > 0.4]
+    ticks = [
+        t
+        for t in ticks
+        if t == 1 or all(abs(math.log(t / o)) > span / 7 for o in ticks if abs(math.log(o)) < abs(math.log(t)))
+    ]
     figure.add_heatmap(
         z=heights[0], zmin=-span if low else 0.0, zmax=span, colorscale=_scale(low, high), showscale=bool(bar),
         colorbar={"title": {"text": bar}, "outlinewidth": 0, "thickness": 14, "tickvals": [math.log(t) for t in ticks],
@@ -97,9 +110,12 @@ def draw(
     shown = [(at, cells[at]) for at in ((name, b) for name in names for b in batches) if at in cells]
     figure.add_scatter(
         x=[str(b) for (_, b), _ in shown], y=[name for (name, _), _ in shown], mode="text", text=[c.text for _, c in shown],
-        textfont={"size": size, "color": [_text_color(c, span, low, high) for _, c in shown]},
+        textfont={"size": size, "color": [colors_of(c, span, low, high)[0] for _, c in shown]},
         hovertemplate="%{y}, batch %{x}: %{text}<extra></extra>", showlegend=False, **places,
     )  # fmt: skip
+    if len(across) > 12:  # all labels level and short, or plotly turns them
+        short = [f"{b / 1024:g}k" if isinstance(b, int) and b >= 1024 else str(b) for b in batches]
+        figure.update_xaxes(tickfont={"size": 10}, tickangle=0, tickvals=across, ticktext=short, **places)
     category = {"type": "category", "showgrid": False, "categoryorder": "array", **places}
     figure.update_xaxes(categoryarray=across, range=[-0.5, len(across) - 0.5], **category)
     figure.update_yaxes(categoryarray=list(names)[::-1], range=[-0.5, len(names) - 0.5], **category)
@@ -130,11 +146,8 @@ def _tint(color: str, share: float = 0.15) -> str:
     return "#" + "".join(f"{round(255 - (255 - part) * share):02x}" for part in _channels(color))
 
 
-def _text_color(cell: Cell, span: float, low: str | None, high: str) -> str:
-    """Dark or white, whichever has more contrast to the cell's colour."""
-    if cell.tie:
-        return "#222"
+def colors_of(cell: Cell, span: float, low: str | None, high: str) -> tuple[str, str]:
+    """The colours of a cell's text and of its ground: dark or white, whichever has more contrast to it."""
     share = 0.15 + 0.85 * min(1.0, abs(math.log(cell.ratio)) / span)
-    parts = [part / 255 for part in _channels(_tint(high if low is None or cell.ratio >= 1 else low, share))]
-    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
-    return "#222" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > _DARK else "#fff"
+    ground = TIED if cell.tie else _tint(high if low is None or cell.ratio >= 1 else low, share)
+    return max(("#222222", "#ffffff"), key=lambda text: contrast(text, ground)), ground

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moelab import roofline
 from moelab.errors import ShardError
+from moelab.plots import ratio_map
 from moelab.plots.cells import trace
 from moelab.plots.panel import Panel, Row, timing
-from moelab.plots.style import GREY, error_bars, grid, log_axis, look, number, series
+from moelab.plots.style import GREY, SIDES, STEPS, error_bars, grid, log_axis, look, number, series
 from moelab.recordings import Recording
 from moelab.roofline import Ceilings
 from moelab.shapes import MoEShape, load_model
@@ -38,7 +40,7 @@ def ceilings(recording: Recording, datasheet: Ceilings, floors: Ceilings) -> Pan
         sheet, used = getattr(datasheet, fact) / 1e12, getattr(floors, fact) / 1e12
         figure.add_bar(
             x=[row["what"]], y=[rate], error_y=error_bars([rate], [work / high], [work / low]), width=0.3 if product else 0.5,
-            marker={"color": look("triton").color}, showlegend=False, name=row["what"],
+            marker={"color": SIDES["compute" if product else "memory"].color}, showlegend=False, name=row["what"],
             text=[f"{number(rate)} {unit}"], textposition="inside", insidetextanchor="middle", row=1, col=2 if product else 1,
         )  # fmt: skip
         table.append({"what": row["what"], "unit": unit, "recorded": rate, "95 % low": work / high, "95 % high": work / low,
@@ -60,23 +62,24 @@ def ceilings(recording: Recording, datasheet: Ceilings, floors: Ceilings) -> Pan
 
 
 def floors(shapes: Mapping[str, MoEShape], at: Ceilings, batches: Sequence[int] = BATCHES) -> Panel:
-    """The layer's floor by batch, one line per shape; a hollow marker is on the compute side."""
-    figure = grid("No layer can be faster than this", f"arithmetic: bytes / {at.copy_bytes_per_s / 1e12:g} TB/s or FLOP / "
-                  f"{at.flops_per_s / 1e12:g} TFLOP/s, whichever takes longer; bfloat16, uniform routing")  # fmt: skip
+    """Map of shape by batch: the layer's floor in microseconds, coloured by the side that sets it; pale where both do."""
     table: list[Row] = []
+    cells: dict[tuple[str, int], ratio_map.Cell] = {}
     turns = {}
-    for name, style in series(list(shapes)).items():
-        found = {b: roofline.floor_us(roofline.layer_cost(shapes[name], b), at) for b in batches}
-        symbols = [style.symbol + "-open" * (f.side == "compute") for f in found.values()]
-        trace(
-            figure, {b: f.us for b, f in found.items()}, name, style, marker={**style.marker(9), "symbol": symbols},
-            customdata=[f.side for f in found.values()], hovertemplate="batch %{x}: %{y:.3g} µs, %{customdata}-bound",
-        )  # fmt: skip
+    for name, shape in shapes.items():
+        found = {b: roofline.floor_us(roofline.layer_cost(shape, b), at) for b in batches}
+        for b, f in found.items():
+            cells[name, b] = ratio_map.Cell(f.compute_us / f.memory_us, f"{f.us:.0f}", False)
         table.append({"floor, µs": name} | {f"{b}": f.us for b, f in found.items()})
         turns[name] = next((b for b, f in found.items() if f.side == "compute"), None)
-    figure.update_xaxes(title="batch, tokens", **log_axis(batches))
-    figure.update_yaxes(title="floor of the layer, µs", type="log", tickvals=[10, 20, 50, 100, 200, 500, 1000, 2000])
-    figure.update_layout(legend={"title": {"text": "filled: memory-bound<br>hollow: compute-bound"}})
+    first = min((turn for turn in turns.values() if turn), default=None)
+    until = f"memory until batch {batches[batches.index(first) - 1]}, then arithmetic" if first else "memory"
+    figure = ratio_map.chart(
+        f"What bounds a layer: {until}", f"the number: the floor, µs, arithmetic: bytes / {at.copy_bytes_per_s / 1e12:g} TB/s or "
+        f"FLOP / {at.flops_per_s / 1e12:g} TFLOP/s, whichever takes longer<br>bfloat16, uniform routing; blue: memory is the "
+        "limit; brown: arithmetic; pale: both nearly", cells, list(shapes), batches, tall=44, low=SIDES["memory"].color,
+        high=SIDES["compute"].color, span=math.log(8), bar="arithmetic / memory",
+    )  # fmt: skip
     said = "; ".join(
         f"{name} {f'from {turn} tokens' if turn else f'never, up to {batches[-1]}'}" for name, turn in turns.items()
     )
@@ -106,7 +109,8 @@ def touched(shapes: Mapping[str, MoEShape], drawn: Sequence[Row]) -> Panel:
                      if r["shape"] == name and r["routing"] == routing}  # fmt: skip
             trace(figure, found, routing, style, hollow=True, mode="markers", legend=col == 1, row=1, col=col)
             table.append({"share of experts": name, "routing": routing} | {str(b): v for b, v in found.items()})
-        figure.update_xaxes(title="batch, tokens", row=1, col=col, **log_axis(batches), tickangle=0)
+        figure.update_xaxes(title="batch, tokens", row=1, col=col, **log_axis(batches))
+        figure.update_xaxes(ticktext=[str(b) if at % 2 == 0 else "" for at, b in enumerate(batches)], row=1, col=col)
     figure.update_yaxes(title="share of experts touched", range=[0, 1.04], tickformat=".0%", col=1)
     uniform = [row for row in drawn if row["routing"] == "uniform"]
     gap = max(abs(r["touched"] / roofline.experts_touched(shapes[r["shape"]].num_experts, shapes[r["shape"]].top_k,
@@ -119,17 +123,14 @@ def touched(shapes: Mapping[str, MoEShape], drawn: Sequence[Row]) -> Panel:
 
 
 def padding(name: str, shape: MoEShape, blocks: Sequence[int], batches: Sequence[int] = BATCHES) -> Panel:
-    """Rows computed per row that exists, by batch, one line per BLOCK_SIZE_M (expected, uniform routing)."""
-    figure = grid(f"Rows computed for nothing: {name}", "arithmetic: expected under uniform routing; each expert’s rows are "
-                  "rounded up to BLOCK_SIZE_M")  # fmt: skip
-    table: list[Row] = []
-    for block, style in series(list(blocks)).items():
-        waste = {b: roofline.padding_waste(shape, b, block).waste for b in batches}
-        trace(figure, waste, str(block), style, hovertemplate="batch %{x}: %{y:.3g} rows per useful row")
-        table.append({"BLOCK_SIZE_M": block} | {str(b): w for b, w in waste.items()})
-    figure.update_xaxes(title="batch, tokens", **log_axis(batches))
-    figure.update_yaxes(title="rows computed / rows that exist", type="log", tickvals=[2**i for i in range(9)])
-    figure.update_layout(legend={"title": {"text": "BLOCK_SIZE_M"}})
+    """Map of BLOCK_SIZE_M by batch: rows computed per row that exists (expected, uniform routing)."""
+    waste = {(str(m), b): roofline.padding_waste(shape, b, m).waste for m in blocks for b in batches}
+    cells = {at: ratio_map.Cell(value, number(value, 2 if value < 100 else 3), False) for at, value in waste.items()}
+    figure = ratio_map.chart(
+        f"Rows computed for each row that exists: {name}", "arithmetic: expected under uniform routing; each expert’s rows are "
+        "rounded up to BLOCK_SIZE_M", cells, [str(m) for m in blocks], batches, y="BLOCK_SIZE_M", low=None, bar="computed / real",
+    )  # fmt: skip
+    table: list[Row] = [{"BLOCK_SIZE_M": m} | {str(b): waste[str(m), b] for b in batches} for m in blocks]
     half = {row["BLOCK_SIZE_M"]: next((b for b in batches if row[str(b)] < 1.5), None) for row in table}
     one = ", ".join(f"{row[str(batches[0])]:.0f} by {row['BLOCK_SIZE_M']}" for row in (table[0], table[-1]))
     said = ", ".join(f"{block} {f'from batch {b} on' if b else f'not by {batches[-1]}'}" for block, b in half.items())
@@ -146,17 +147,16 @@ def breakdown(title: str, shape: MoEShape, peers: Sequence[Row], at: Ceilings, s
     rows = [row for row in peers if row["name"] == title]
     batches = [str(row["M"]) for row in rows]
     table: list[dict[str, Any]] = [{"batch": row["M"]} for row in rows]
-    for launch, style in series(list(LAUNCHES)).items():
+    for launch, name in LAUNCHES.items():
         ideal, measured = [], []
         for row, out in zip(rows, table, strict=True):
             whole = roofline.floor_us(roofline.layer_cost(shape, row["M"], row["uniq"]), at).us
             floor = roofline.floor_us(roofline.layer_breakdown(shape, row["M"], row["uniq"])[launch], at).us
             ideal.append(floor / whole)
             measured.append(row[keys[launch]] / whole)
-            name = LAUNCHES[launch]
             out |= {"layer floor, µs": whole, f"{name} floor, µs": floor, f"{name}, µs": row[keys[launch]]}
         for col, heights in ((1, ideal), (2, measured)):
-            figure.add_bar(x=batches, y=heights, name=LAUNCHES[launch], marker={"color": style.color}, showlegend=col == 1,
+            figure.add_bar(x=batches, y=heights, name=name, marker={"color": STEPS[name]}, showlegend=col == 1,
                            row=1, col=col)  # fmt: skip
     figure.add_hline(1.0, line={"color": GREY, "dash": "dot"})
     figure.update_layout(barmode="stack", legend={"traceorder": "reversed"})

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pandas as pd
 
+from moelab import roofline
 from moelab.errors import counted
 from moelab.plots import ratio_map
 from moelab.plots.cells import CLEARLY, cells_of, conclude, extremes, left_out, line, names_of, span, trace, verdict
 from moelab.plots.panel import Panel, Row, geometric_mean, timing
-from moelab.plots.style import GREY, SERIES, VERMILLION, grid, log_axis, powers, series
+from moelab.plots.style import GREY, SERIES, Look, grid, log_axis, look, powers, series
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape
 
 CLASSIC = ("classic", 1)
 RATIO = "Split-K / classic"
 KINDS = ("atomic_f32", "atomic_out", "workspace")
+LOOKS: dict[str, Look] = {
+    "classic": look("classic"), "atomic_f32": look("split_k_atomic"), "atomic_out": SERIES[1],
+    "workspace": look("split_k_workspace"),
+}  # fmt: skip
 SHORT = {"atomic_f32": "f32", "atomic_out": "out", "workspace": "ws"}
 """Each kind's name in a cell of the map."""
 
@@ -71,11 +79,11 @@ def win_map(recording: Recording, shapes: Sequence[str], title: str = "Best Spli
         for row in table
     }
     source = (f"{recording.source()}, ratio of medians; ws: workspace, f32 and out: atomics in float32, in the output’s dtype; "
-              "×: SPLIT_K<br>blue: Split-K is faster; grey: a tie, the 95 % intervals overlap; "
+              "×: SPLIT_K<br>green: Split-K is faster; orange: the classic kernel is; grey: a tie, the 95 % intervals overlap; "
               "both with the fastest tile of their own, and within the error bound")  # fmt: skip
     figure = ratio_map.chart(
         title, source, cells, [f"{shape}, {stage}" for stage in ("up", "down") for shape in shapes],
-        sorted(names_of(table, "batch")), y="shape, GEMM", high=VERMILLION, bar="time ratio", size=11,
+        sorted(names_of(table, "batch")), y="shape, GEMM", bar="time ratio", size=11,
     )  # fmt: skip
     count = Counter(row["verdict"] for row in table)
     wins = [row for row in table if row["verdict"] == "faster"]
@@ -101,6 +109,57 @@ def _where(row: Row) -> str:
     return f"{row['shape']}, {row['stage']}, batch {row['batch']}, {row['kind']}, SPLIT_K = {row['SPLIT_K']}"
 
 
+BUSY = (0.125, 0.25, 0.5, 1, 2, 4)
+"""Tiles an SM of the classic kernel, BLOCK_SIZE_N columns each: the ends of the map's columns."""
+
+
+def tiles_an_sm(shape: MoEShape, stage: str, num_tokens: int, sms: int, columns: int = 128) -> float:
+    """How many tiles of so many columns each SM would get without a split, one tile of rows an expert touched."""
+    width = shape.hidden_size if stage == "down" else shape.moe_intermediate_size * (2 if shape.gated else 1)
+    return roofline.experts_touched(shape.num_experts, shape.top_k, num_tokens) * math.ceil(width / columns) / sms
+
+
+def tiled(recording: Recording, shapes: Mapping[str, MoEShape], sms: int) -> list[dict[str, Any]]:
+    """`outcomes` with the tiles an SM of each cell."""
+    return [row | {"tiles an SM": tiles_an_sm(shapes[row["shape"]], row["stage"], row["batch"], sms)}
+            for row in outcomes(recording, list(shapes))]  # fmt: skip
+
+
+def when(recording: Recording, shapes: Mapping[str, MoEShape], sms: int) -> Panel:
+    """When to use Split-K: map of GEMM by tiles an SM, the best Split-K's time over the classic kernel's, geometric mean."""
+    rows = tiled(recording, shapes, sms)
+    ends = [*BUSY, math.inf]
+    names = [f"under {ends[0]:g}", *(f"{a:g} to {b:g}" for a, b in pairwise(BUSY)), f"over {BUSY[-1]:g}"]
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["stage"], names[bisect.bisect_right(BUSY, row["tiles an SM"])]), []).append(row)
+    cells, table = {}, []
+    for (stage, busy), of in found.items():
+        mean, wins = geometric_mean([row[RATIO] for row in of]), sum(row["verdict"] == "faster" for row in of)
+        cells[stage, busy] = ratio_map.Cell(mean, f"{mean:.2f}<br>{wins} of {len(of)} win", False)
+        table.append({"GEMM": stage, "tiles an SM": busy, "cells": len(of), "Split-K is faster": wins,
+                      "slower": sum(row["verdict"] == "slower" for row in of), "geometric mean over classic": mean,
+                      "least": min(row[RATIO] for row in of), "most": max(row[RATIO] for row in of)})  # fmt: skip
+    table.sort(key=lambda row: (row["GEMM"] != "up", names.index(row["tiles an SM"])))
+    figure = ratio_map.chart(
+        "Split-K pays where tiles are fewer than SMs", f"{recording.source()}, the best Split-K’s time over the best classic "
+        f"kernel’s, geometric mean<br>tiles an SM: experts touched × columns / 128, over {sms} SMs; green: Split-K is faster",
+        cells, ["up", "down"], names, tall=52, y="GEMM", bar="time ratio",
+    )  # fmt: skip
+    figure.update_xaxes(title="tiles of 128 columns an SM, without a split")
+    use, leave = (of_all(rows, few) for few in (True, False))
+    return Panel(figure, table, f"**Use Split-K where a GEMM has fewer tiles than the GPU has SMs: {use}. Leave it where it has "
+                 f"more: {leave}.** Both are against the classic kernel with its own best tile.")  # fmt: skip
+
+
+def of_all(rows: Sequence[Row], few: bool) -> str:
+    """Wins, mean and extremes of the cells with fewer tiles than SMs, or of the others."""
+    of = [row for row in rows if (row["tiles an SM"] < 1) is few]
+    wins, mean = sum(row["verdict"] == "faster" for row in of), geometric_mean([row[RATIO] for row in of])
+    ends = extremes(of, lambda row: row[RATIO], at=_where)
+    return f"{wins} of {counted(len(of), 'cell')} win, {mean:.2f} of classic’s time on average, {ends}"
+
+
 def by_split(recording: Recording, shape: str, stage: str, num_tokens: int) -> Panel:
     """One cell's time against SPLIT_K, a line per kind, beside the classic kernel's."""
     cell = _cells(recording.select(shape=shape, stage=stage, num_tokens=num_tokens))[shape, stage, num_tokens]
@@ -118,9 +177,9 @@ def by_split(recording: Recording, shape: str, stage: str, num_tokens: int) -> P
     figure.add_hrect(low, high, fillcolor=GREY, opacity=0.25, line_width=0)
     figure.add_scatter(x=splits, y=[classic] * len(splits), mode="lines", line={"color": GREY, "dash": "dot"},
                        name="classic, best tile")  # fmt: skip
-    for kind, style in series(KINDS).items():
+    for kind in KINDS:
         mine = sorted(split for variant, split in cell if variant == kind)
-        line(figure, mine, [span(cell[kind, split]) for split in mine], kind, style)
+        line(figure, mine, [span(cell[kind, split]) for split in mine], kind, LOOKS[kind])
     figure.update_xaxes(title="SPLIT_K", **log_axis(splits))
     figure.update_xaxes(ticktext=[str(s) for s in splits])
     figure.update_yaxes(title="µs, the whole step", rangemode="tozero")
@@ -154,7 +213,7 @@ def error_and_spread(recording: Recording) -> Panel:
         "share": "share of cells",
         "largest spread / bound": "spread / bound",
     }
-    for kind, style in zip(("classic", *KINDS), (SERIES[3], *SERIES), strict=False):
+    for kind, style in LOOKS.items():
         mine = frame[frame.kind == kind]
         for col, column in enumerate(drawn, start=1):
             points = dict(zip(mine.SPLIT_K.tolist(), mine[column].tolist(), strict=True))

@@ -1,15 +1,17 @@
-"""How every figure looks: one colour, marker and dash per implementation, units on every axis, light and dark pages.
+"""How every figure looks: one colour, one meaning; units on every axis; light and dark pages.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart, and shades of them where a family of
-implementations shares one (blue: classic, brown: Split-K, green: gated, red: gated with TMA); marker and dash say the
-same a second time.
-Backgrounds are transparent and text is mid-grey (contrast over 4 on white and on JupyterLab's dark #111), so that one
-figure serves both themes.
+A saturated colour means the same in every notebook: an implementation or a rival (LOOKS; marker and dash say it a second time),
+or a verdict (BETTER, WORSE, WRONG). A muted one (SERIES) means nothing of its own: sizes, dtypes, configs, parts of a layer are
+named by their legend or by a plot of their own. A test holds that no colour is used twice.
+
+Backgrounds are transparent. No text colour has WCAG's contrast of 4.5 on white and on JupyterLab's dark #111 at once (4.34 is
+the most), so text is drawn in GREY and `INK` paints it for the page at hand.
 """
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,11 +25,37 @@ from moelab.implementations import IMPLEMENTATIONS, RETIRED_LOOKS
 GREY = "#7b7b7b"
 GRID = "rgba(128, 128, 128, 0.25)"
 CLEAR = "rgba(0, 0, 0, 0)"
-BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
-SKY, PURPLE, BRONZE = "#56B4E9", "#CC79A7", "#9A6A3A"
+BETTER, WORSE, WRONG = "#009E73", "#E69F00", "#C8402A"
+"""Verdicts: faster than what it is compared with, slower, and past its bound or refused."""
 HEIGHT = 440
+SUBTITLE = 138
+"""Characters of a line of a subtitle, which has to fit a page of 1000 pixels."""
+MUTED_SCALE = [[0.0, "#4f6d94"], [0.5, "#f4f4f4"], [1.0, "#8f7440"]]
+"""Values to either side of 0, or of a bound: no verdict."""
 SCALE = [[0.0, "#3f6fa8"], [0.5, "#a3a3a3"], [1.0, "#f2b71f"]]
 """From little to much, blue over grey to yellow: neither end vanishes on a white page or on a dark one."""
+
+TEXT_ON_LIGHT, TEXT_ON_DARK = "#424a53", "#c9d1d9"
+_PAINTED = 'text[style*="rgb(123, 123, 123)"]'
+_DARK_PAGES = ('body[data-jp-theme-light="false"]', "body.vscode-dark")
+INK = (
+    f".js-plotly-plot {_PAINTED} {{fill: {TEXT_ON_LIGHT} !important}} "
+    f"{', '.join(f'{page} .js-plotly-plot {_PAINTED}' for page in _DARK_PAGES)} {{fill: {TEXT_ON_DARK} !important}}"
+)
+"""Style rules for GREY text: dark on a light page, light on a dark one (JupyterLab, Voila, VS Code)."""
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG's contrast of two colours "#rrggbb": 1 for none to 21."""
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(color: str) -> float:
+    """WCAG's relative luminance of "#rrggbb"."""
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 @dataclass(frozen=True)
@@ -51,22 +79,41 @@ class Look:
 LOOKS: Mapping[str, Look] = {
     **{name: Look(*of) for name, of in RETIRED_LOOKS.items()},
     **{name: Look(*one.look) for name, one in IMPLEMENTATIONS.items() if one.look},
-    "triton_f32": Look(ORANGE, "x", "dashdot"),
-    "cuda": Look(GREEN, "triangle-up", "solid"),
-    "sglang": Look(SKY, "star-square", "dot"),
+    "classic": Look(*(IMPLEMENTATIONS["triton"].look or ())),
+    "grouped_mm": Look("#E98A4B", "circle-x", "dash"),
+    "sglang": Look("#56B4E9", "star-square", "dot"),
+    "triton_f32": Look("#2F8FC4", "x", "dashdot"),
+    "cuda": Look("#7B5BD6", "triangle-up", "solid"),
+    "FlashInfer": Look("#D6336C", "triangle-left", "dashdot"),
     "floor": Look(GREY, "line-ew", "dot"),
 }
-"""Implementations as their table has them, sum-reduces, the peer, and the floor."""
+"""Implementations as their table has them; torch's grouped product; sglang, and its Triton sum-reduce; our CUDA C++ sum-reduce
+(purple, as *fast*); FlashInfer; the floor."""
 
 SERIES = (
-    Look(BLUE, "circle", "solid"),
-    Look(ORANGE, "square", "dash"),
-    Look(GREEN, "diamond", "dashdot"),
-    Look(PURPLE, "triangle-up", "longdash"),
-    Look(BRONZE, "triangle-down", "dot"),
-    Look(SKY, "pentagon", "longdashdot"),
+    Look("#4f6d94", "circle", "solid"),
+    Look("#a18a4f", "square", "dash"),
+    Look("#5f8a78", "diamond", "dashdot"),
+    Look("#8d6a80", "triangle-up", "longdash"),
+    Look("#7d7466", "triangle-down", "dot"),
+    Look("#84a0b8", "pentagon", "longdashdot"),
 )
-"""For series that are no implementations: shapes, block sizes, dtypes."""
+"""Muted: for series that are no implementations, such as block sizes, dtypes, configs, parts."""
+
+BLUE, ORANGE, GREEN, PURPLE, BRONZE, SKY = (each.color for each in SERIES)
+
+CONFIGS: Mapping[str, Look] = {
+    **dict(zip(("default", "shipped", "shipped elsewhere", "searched"), SERIES, strict=False)), "tuned": LOOKS["classic"]
+}  # fmt: skip
+"""The classic layer by where its config comes from: tuned is the layer at its best, and has its colour."""
+
+SIDES: Mapping[str, Look] = {"memory": SERIES[0], "compute": SERIES[1]}
+"""The two sides of the roofline."""
+
+STEPS: Mapping[str, str] = dict(
+    zip(("GEMM1", "activation", "GEMM2", "sum-reduce", "align"), (each.color for each in SERIES), strict=False)
+)
+"""The launches of the classic layer."""
 
 
 def look(name: str) -> Look:
@@ -130,7 +177,10 @@ def grid(
         vertical_spacing=0.17 if rows > 1 else 0.0,
     )
     figure.layout.template = TEMPLATE
+    given = source.count("<br>")
+    source = "<br>".join(part for line in source.split("<br>") for part in textwrap.wrap(line, SUBTITLE) or [""])
     lines = 1 + source.count("<br>")
+    height += 16 * (lines - 1 - given)
     plot_titles = 24 if len(titles) > 1 else 0
     figure.update_layout(
         title={
@@ -161,13 +211,15 @@ def grid(
 
 
 def log_axis(values: Sequence[float]) -> dict[str, Any]:
-    """A log axis whose ticks are the values themselves (batch sizes, as a rule).
+    """A log axis whose ticks are the values themselves (batch sizes, as a rule), level, with as many labels as have room.
 
-    Steps of a factor under 3 beside wider ones lose the label of their lower end, which would overlap.
+    Steps of a factor under 3 beside wider ones lose the label of their lower end; of more than 9 every second one is shown.
     """
     wide = any(b >= 3 * a for a, b in pairwise(values))
     shown = ["" if wide and b < 3 * a else str(a) for a, b in pairwise(values)] + [str(v) for v in values[-1:]]
-    return {"type": "log", "tickvals": list(values), "ticktext": shown, "minor": {"showgrid": False}}
+    if sum(map(bool, shown)) > 9:
+        shown = [text if (len(shown) - 1 - at) % 2 == 0 else "" for at, text in enumerate(shown)]
+    return {"type": "log", "tickvals": list(values), "ticktext": shown, "minor": {"showgrid": False}, "tickangle": 0}
 
 
 def powers(low: float, high: float) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from moelab.plots.panel import Panel, timing
-from moelab.plots.style import BLUE, GREEN, GREY, ORANGE, VERMILLION, Look, grid
+from moelab.plots.style import BETTER, GREY, SERIES, WORSE, grid, look
 from moelab.recordings import Recording
 
 if TYPE_CHECKING:  # it loads torch
@@ -34,11 +34,11 @@ GOALS_US = {
 """Set for this package before anything was measured, on an H200's host, checks of the arguments included."""
 
 LOOKS = {
-    PLAIN: Look(BLUE, "circle", "solid"),
-    KEPT: Look(GREEN, "diamond", "dash"),
-    REBUILT: Look(ORANGE, "square", "dashdot"),
-    ALLOCATED: Look(VERMILLION, "triangle-up", "dot"),
-    THROUGH_TRITON: Look(GREY, "x", "longdash"),
+    PLAIN: look("classic"),
+    KEPT: look("tma"),
+    REBUILT: SERIES[1],
+    ALLOCATED: SERIES[3],
+    THROUGH_TRITON: SERIES[4],
 }
 
 
@@ -70,7 +70,7 @@ def launches(recording: Recording, peers: Mapping[str, Any]) -> Panel:
     here = {name: ours[name].median_us for name in (*WAYS, THROUGH_TRITON)}
     for line, found in enumerate((here, theirs), start=1):
         _stack(figure, found, line)
-    top = 1.42 * max(*here.values(), *(theirs[way] for way in WAYS))
+    top = 1.6 * max(*here.values(), *(theirs[way] for way in WAYS))
     figure.update_xaxes(range=[0, top])
     figure.update_xaxes(title="host time of one launch, µs", row=2)
     figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
@@ -197,7 +197,7 @@ def gains(reported: Mapping[str, Any], peers: Mapping[str, Any]) -> Panel:
     figure = grid("What the two savings gave end to end, as reported", f"reported in {reported['source']}, not measured here:"
                   f"<br>{reported['what'].partition(':')[0]}", height=400)  # fmt: skip
     figure.add_bar(y=[row["metric"] for row in table], x=[row["better by, %"] for row in table], orientation="h",
-                   marker={"color": [GREEN if row["better by, %"] > 0 else VERMILLION for row in table]}, showlegend=False,
+                   marker={"color": [BETTER if row["better by, %"] > 0 else WORSE for row in table]}, showlegend=False,
                    text=[f" {row['before']:,g} → {row['after']:,g} {row['unit']} ({row['change']})" for row in table],
                    textposition="outside", cliponaxis=False, hoverinfo="skip")  # fmt: skip
     figure.update_xaxes(title="better by, %", range=[0, 2.1 * max(row["better by, %"] for row in table)])

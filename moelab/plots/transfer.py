@@ -11,7 +11,6 @@ from moelab.config import KernelConfig
 from moelab.plots import ratio_map
 from moelab.plots.cells import cells_of, fastest
 from moelab.plots.panel import Panel, Row, timing
-from moelab.plots.style import VERMILLION
 from moelab.recordings import Recording
 from moelab.tuner.landscape import Landscape, default_name
 from moelab.tuner.problem import Problem
@@ -34,7 +33,7 @@ def _map(
         at: ratio_map.Cell(1 + max(0.0, loss.percent) / 100, _label(loss), at in ties) for at, loss in known.items()
     }
     figure = ratio_map.chart(
-        title, source, drawn, list(cells), batches, y=axes[0], low=None, high=VERMILLION, bar="time / best", size=11
+        title, source, drawn, list(cells), batches, y=axes[0], low=None, bar="time / best", size=11
     )
     figure.update_xaxes(title=axes[1])
     table = [{axes[0]: name} | {str(b): _label(loss) or "–" for b, loss in row.items()} for name, row in cells.items()]
@@ -77,7 +76,7 @@ def choices(transfer: Transfer, part: Part = "both", other: Transfer | None = No
 def _losses(cells: Mapping[str, Cells]) -> str:
     """Each row's geometric mean and worst cell, the largest mean first."""
     found = {name: {b: loss.percent for b, loss in row.items() if loss} for name, row in cells.items()}
-    means = {name: _mean(row.values()) for name, row in found.items() if row}
+    means = {name: mean_loss(row.values()) for name, row in found.items() if row}
     worst = {name: max(found[name], key=found[name].__getitem__) for name in means}
     said = [f"{name} {means[name]:.1f} % (at worst {found[name][worst[name]]:.0f} %, batch {worst[name]})"
             for name in sorted(means, key=lambda name: -means[name])]  # fmt: skip
@@ -166,7 +165,7 @@ def _source(transfer: Transfer) -> str:
     return f"{transfer.landscape.source()}: {transfer.landscape.name}, {layer}"
 
 
-def _mean(values: Iterable[float]) -> float:
+def mean_loss(values: Iterable[float]) -> float:
     """Per cents on average, geometric."""
     return 100 * (statistics.geometric_mean([1 + v / 100 for v in values]) - 1)
 
@@ -246,7 +245,7 @@ def _answers(home: Transfer, landscapes: Sequence[Landscape], field: str) -> lis
 def _loss(home: Transfer, other: Landscape) -> dict[str, float | int | None]:
     cells = Transfer(other).cells("both", home.winners["both"].get)
     lost = [max(0.0, loss.percent) for loss in cells.values() if loss]
-    mean = _mean(lost) if lost else None
+    mean = mean_loss(lost) if lost else None
     return {"lost on average, %": mean, "at worst, %": max(lost, default=None), "cells": len(lost)}
 
 

@@ -7,7 +7,7 @@ import itertools
 from moelab.errors import counted
 from moelab.plots import ratio_map
 from moelab.plots.panel import Panel, Row, geometric_mean
-from moelab.plots.style import GREY, VERMILLION, grid
+from moelab.plots.style import BETTER, GREY, WORSE, grid
 from moelab.recordings import Recording
 
 TITLES = {
@@ -42,7 +42,7 @@ def gains(recording: Recording) -> Panel:
         height=190 + 30 * len(names),
     )  # fmt: skip
     sizes = sorted({num_tokens for _, num_tokens in found})
-    ratio_map.draw(figure, found, names, sizes, low=VERMILLION, bar="time / tuned", size=11)
+    ratio_map.draw(figure, found, names, sizes, low=WORSE, high=BETTER, bar="time / tuned", size=11)
     for above, below in itertools.pairwise(names):
         if above.partition(",")[0] != below.partition(",")[0]:  # another rival begins
             figure.add_hline(len(names) - names.index(below) - 0.5, line={"color": GREY, "width": 2})

@@ -10,15 +10,16 @@ from typing import Any
 import plotly.graph_objects as go
 
 from moelab import roofline
-from moelab.plots.cells import fastest, line, rate, span
+from moelab.plots import fast_layer, ratio_map
+from moelab.plots.cells import fastest, over_floor, span
 from moelab.plots.panel import Panel, Row, timing
-from moelab.plots.style import GREEN, GREY, VERMILLION, error_bars, grid, log_axis, look, number
+from moelab.plots.style import BETTER, GREY, SERIES, WRONG, error_bars, grid, look, number
 from moelab.recordings import Recording
 from moelab.roofline import Ceilings, Cost
 from moelab.shapes import MoEShape
 
-WITHIN = ((0.0, "#3a6ea5"), (0.5, "#e8e8e8"), (1.0, VERMILLION))
-"""Blue: far within the bound. Grey: at it. Vermillion: past it."""
+WITHIN = ((0.0, SERIES[0].color), (0.5, "#e8e8e8"), (1.0, WRONG))
+"""Blue: far within the bound. Grey: at it. Red: past it."""
 
 DECADES = 3.0
 """Powers of ten of error over bound that the error map tells apart, each way."""
@@ -95,7 +96,7 @@ def tuning(impl: str, rows: Sequence[Row], where: str, floor_us: float | None = 
         figure.update_xaxes(title="µs per layer, 95 % interval", rangemode="tozero")
     else:
         figure.add_bar(x=[row["max_abs_error"] / row["bound"] for row in drawn], y=labels, orientation="h", name=impl,
-                       marker={"color": [GREEN if row["within_bound"] else VERMILLION for row in drawn]},
+                       marker={"color": [BETTER if row["within_bound"] else WRONG for row in drawn]},
                        showlegend=False)  # fmt: skip
         figure.add_vline(1.0, line={"color": GREY, "dash": "dash"})
         figure.update_xaxes(title="largest error / bound (over 1: refused)", rangemode="tozero")
@@ -140,52 +141,36 @@ def asked(shape: MoEShape, num_tokens: int) -> Cost:
 
 def on_the_roof(
     name: str, shape: MoEShape, recording: Recording, at: Ceilings, mine: str, ours: Sequence[str],
-    live: Sequence[Row] = (), here: str = "",
+    live: Sequence[Row] = (), here: str = "", one: Recording | None = None,
 ) -> Panel:  # fmt: skip
-    """Left, time by batch over the floor, and over what `mine` asks of memory; right, the same points on the roof.
+    """Time over the floor by batch: what `mine` asks of memory, if no cache helped, beside ours, *fast* and sglang's.
 
     name: a shape of the recording layer_baseline. ours: implementations drawn from it. live: rows of
-    suites.your_kernel.live_rows, `mine` among them; without any, only mine's arithmetic is drawn.
+    suites.your_kernel.live_rows, `mine` among them; without any, only mine's arithmetic is drawn. one: the recording fast_layer.
     """
-    rows = [row for row in recording.select(shape=name) if "samples_us" in row]
+    rows = [row for row in recording.select(shape=name) if "samples_us" in row and row["impl"] in ours]
     batches = sorted({row["num_tokens"] for row in rows})
-    title = f"{mine} under the roof: {name}"
-    said = f"ours: {recording.source()}; lines without marks: arithmetic at {at.copy_bytes_per_s / 1e12:g} TB/s, "
-    said += f"{at.flops_per_s / 1e12:g} TFLOP/s<br>" + (
-        f"hollow: live on {here}" if live else f"{mine}: not timed here"
+    fast = [row for row in fast_layer.fast_rows(one) if row["shape"] == name] if one else []
+    rivals = [row for row in fast_layer.load_rivals().rows() if row["shape"] == name] if one else []
+    floors, wants = (
+        {b: of(b) for b in batches} for of in (lambda b: roofline.layer_cost(shape, b), lambda b: asked(shape, b))
     )
-    figure = grid(title, said, titles=["time by batch", "the same on the roof"], height=500, gap=0.12)
-    floors = {b: roofline.layer_cost(shape, b) for b in batches}
-    wants = {b: asked(shape, b) for b in batches}
-    for costs, dotted, label in ((floors, look("floor").line(), "floor of any layer"),
-                               (wants, {**look(mine).line(), "dash": "dot"}, f"{mine}, if no cache helped")):  # fmt: skip
-        us = [round(roofline.floor_us(cost, at).us, 3) for cost in costs.values()]
-        figure.add_scatter(x=list(costs), y=us, mode="lines", line=dotted, name=label, row=1, col=1)
-    intensities = [c.intensity for c in (*floors.values(), *wants.values())]
-    ends = [min(intensities) / 2, at.ridge_flop_per_byte, 2 * max(*intensities, at.ridge_flop_per_byte)]
-    roof = [min(x * at.copy_bytes_per_s, at.flops_per_s) / 1e12 for x in ends]
-    figure.add_scatter(
-        x=ends, y=roof, mode="lines", line=look("floor").line(), showlegend=False, name="roof", row=1, col=2
-    )
-    own = [_short(cost.intensity) for cost in wants.values()]
-    reach = [_short(min(x * at.copy_bytes_per_s, at.flops_per_s) / 1e12) for x in own]
-    figure.add_scatter(
-        x=own, y=reach, mode="markers", marker=look(mine).marker(9, hollow=True), customdata=list(wants), row=1, col=2,
-        name=f"{mine}’s own ceiling", hovertemplate=f"{mine}, batch %{{customdata}}: at most %{{y:.3g}} TFLOP/s",
+    least = {b: roofline.floor_us(cost, at).us for b, cost in floors.items()}
+    over = {(f"{mine}, if no cache helped", b): roofline.floor_us(cost, at).us / least[b] for b, cost in wants.items()}
+    over |= {(f"{row['impl']}, live", row["num_tokens"]): span(row, least[row["num_tokens"]])[0]
+             for row in live if "samples_us" in row and row["shape"] == name}  # fmt: skip
+    over |= {(row["impl"], row["num_tokens"]): over_floor(row, at)[0] for row in (*fast, *rows)}
+    over |= {(row["impl"], row["num_tokens"]): row["over"][0] for row in rivals}
+    figure = ratio_map.chart(
+        f"{mine} over the floor: {name}",
+        f"ours: {recording.source()}, alignment included{f'; fast: {one.source()}, order beforehand' if one else ''}<br>"
+        f"floor, and {mine} if no cache helped: arithmetic at {at.copy_bytes_per_s / 1e12:g} TB/s, {at.flops_per_s / 1e12:g} "
+        f"TFLOP/s; {f'live: on {here}' if live else f'{mine}: not timed here'}",
+        {key: ratio_map.cell_of(value, False) for key, value in over.items()}, list(dict.fromkeys(who for who, _ in over)),
+        batches, low=None, span=math.log(10), bar="time / floor",
     )  # fmt: skip
-    for impl in ours:
-        chosen = [row for row in rows if row["impl"] == impl]
-        _points(figure, impl, chosen, hollow=False)
-    for impl in dict.fromkeys(row["impl"] for row in live):
-        chosen = [row for row in live if row["impl"] == impl and "samples_us" in row and row["shape"] == name]
-        _points(figure, impl, chosen, hollow=True)
-    figure.update_xaxes(title="batch, tokens", **log_axis(batches), row=1, col=1)
-    figure.update_yaxes(title="µs per layer", type="log", dtick=1, row=1, col=1)
-    figure.update_xaxes(title="FLOP / byte", type="log", dtick=1, row=1, col=2)
-    figure.update_yaxes(title="TFLOP/s", type="log", dtick=1, row=1, col=2)
-    figure.update_layout(legend={"orientation": "h", "y": -0.22}, margin={"b": 110})
-    table = [_row(b, rows, live, ours, mine, name, roofline.floor_us(floors[b], at).us, floors[b], wants[b])
-             for b in batches]  # fmt: skip
+    ours = [*ours, *["fast"] * bool(fast)]
+    table = [_row(b, [*rows, *fast], live, ours, mine, name, least[b], floors[b], wants[b]) for b in batches]
     near = max((row["batch"] for row in table if row["times the least"] <= NEAR), default=0)
     last, small = table[-1], table[0]
     times = {
@@ -199,22 +184,6 @@ def on_the_roof(
         f"batch {last['batch']} {number(last['times the least'])} times the least.** µs at batch {small['batch']}: {each}."
     )
     return Panel(figure, table, sentence)
-
-
-def _points(figure: go.Figure, impl: str, rows: Sequence[Row], *, hollow: bool) -> None:
-    rows = sorted(rows, key=lambda row: row["num_tokens"])
-    style, batches = look(impl), [row["num_tokens"] for row in rows]
-    common = {"marker": style.marker(8, hollow=hollow), "legendgroup": impl, "customdata": batches, "row": 1}
-    name = impl + (", live" if hollow else "")
-    if rows:
-        line(figure, batches, [span(row) for row in rows], name, style, col=1, **common)
-        figure.add_scatter(x=[_short(row["flops"] / row["bytes"]) for row in rows], y=[_short(rate(row)[0]) for row in rows],
-                           name=name, mode="markers", showlegend=False, col=2, **common)  # fmt: skip
-
-
-def _short(value: float) -> float:
-    """Four digits: what a figure can show, and a notebook file should hold."""
-    return float(f"{value:.4g}")
 
 
 def _row(batch: int, rows: Sequence[Row], live: Sequence[Row], ours: Sequence[str], mine: str, name: str, floor: float,
