@@ -316,7 +316,8 @@ def _installed_triton() -> str:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         raise RuntimeModeError(
-            "Triton is not installed here. Expected the version whose configs to look for. Pass --triton-version 3.6.0."
+            "Triton is not installed here. Expected the version whose configs to look for: the server's. Pass it, as in "
+            "--triton-version 3.6.0; in the server's environment: python -c 'import triton; print(triton.__version__)'."
         ) from None
 
 

@@ -64,6 +64,9 @@ _Dtype = Annotated[
         "--dtype", help="auto: the model's; fp8_w8a8, int8_w8a8, int8_w8a16, int4_w4a16; bfloat16, float16, float32."
     ),
 ]
+_Freeze = Annotated[
+    Path | None, typer.Option("--freeze", help="Freeze every measurement into this Parquet file, for replay.")
+]
 _PerChannel = Annotated[
     bool, typer.Option("--per-channel-quant", help="Of --dtype: a scale for each channel of the weights.")
 ]
@@ -133,9 +136,7 @@ def tune(
             help="Folder of journal and config files; default: tuned, none in replay, the run's own with --resume.",
         ),
     ] = None,
-    freeze: Annotated[
-        Path | None, typer.Option("--freeze", help="Freeze every measurement into this Parquet file, for replay.")
-    ] = None,
+    freeze: _Freeze = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     _tune: Annotated[bool, typer.Option("--tune", hidden=True, help="Taken for sglang's sake; does nothing.")] = False,
 ) -> None:
@@ -161,16 +162,23 @@ def tune(
         session, run = _new(asked, replay, ray, strategy, budget_s, out, shown)
     how = resuming.options(run, out, _given(context)) if run else None
     with resuming.told(shown.line, how and resuming.command(how, session.budget_s)):
-        result = session.run()
-        shown.end()
-        if freeze is not None and run is not None:
-            from moelab.tuner import landscape
-
-            shown.line(f"froze {landscape.freeze(run, freeze)}")
-        files = result.write(out) if out and result.to_configs()["up"] else []
+        result, files = _run(session, run, out, freeze, shown)
     _report(result, run, how, files, as_json)
     if result.errors:
         raise typer.Exit(1)
+
+
+def _run(
+    session: TuneSession, run: Path | None, out: Path | None, freeze: Path | None, shown: _Bar
+) -> tuple[TuneResult, list[Path]]:
+    """To the end: search, landscape, config files."""
+    result = session.run()
+    shown.end()
+    if freeze is not None and run is not None:
+        from moelab.tuner import landscape
+
+        shown.line(f"froze {landscape.freeze(run, freeze)}")
+    return result, result.write(out) if out and result.to_configs()["up"] else []
 
 
 def _new(
