@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moelab.cli import printing
+from moelab.cli import options, printing
 from moelab.errors import ConfigFileError, MoelabError, counted, nearest_names
 
 if TYPE_CHECKING:
@@ -123,7 +123,12 @@ def export(
         ),
     ],
     triton_version: Annotated[
-        str | None, typer.Option("--triton-version", help="As 3.6.0; default: what the folder's name or the file says.")
+        str | None,
+        typer.Option(
+            "--triton-version",
+            callback=options.whole_version,
+            help="As 3.6.0; default: what the folder's name or the file says.",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
     shipped: Annotated[
