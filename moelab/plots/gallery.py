@@ -20,6 +20,7 @@ from typing import Any
 
 from moelab import runtime, writing
 from moelab.errors import MoelabError, RuntimeModeError
+from moelab.plots.literal import literal
 
 PLOTLY, WIDGET, STATE = (
     "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json",
@@ -97,7 +98,7 @@ def flat_outputs(outputs: Sequence[Mapping[str, Any]], widgets: Mapping[str, Any
         settings, inner = _leaves(view["model_id"], widgets)
         if settings:
             said = f"Set here: {', '.join(settings)}. To change them: `make lab`."
-            yield {"output_type": "display_data", "data": {"text/markdown": f"*{said}*"}, "metadata": {}}
+            yield {"output_type": "display_data", "data": {"text/markdown": f"*{literal(said)}*"}, "metadata": {}}
         yield from flat_outputs(inner, widgets)
 
 
