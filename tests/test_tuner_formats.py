@@ -17,7 +17,7 @@ from test_tuner_compile import in_a_compiler
 
 from moelab import cli, runtime
 from moelab.config import KernelConfig
-from moelab.errors import FormatError, LandscapeError, ShardError
+from moelab.errors import ConfigError, FormatError, LandscapeError, ShardError
 from moelab.formats import get_format
 from moelab.kernels.gemm_call import GemmCall
 from moelab.quantised_weights import quantise_activations
@@ -326,3 +326,13 @@ def test_a_landscape_carries_its_format_and_is_replayed(
     for gemm in GEMMS:
         steps = {c["BLOCK_SIZE_K"] for c in said["configs"]["up" if gemm == "up" else "down"].values()}
         assert all(get_format(name).step_refused(step) is None for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("int4_w4a16_group_48", "neither divides"), ("fp8_w8a8_block_96x96", "one scale")]
+)
+def test_scales_that_no_step_of_the_grid_fits_are_named(name: str, said: str) -> None:
+    """sglang's tuner ends on an empty search space there (groups of 32, under its filter)."""
+    shape = MoEShape("odd", num_experts=4, top_k=2, hidden_size=960, moe_intermediate_size=480, format=get_format(name))
+    with pytest.raises(ConfigError, match=f"None of the 1920 configs .*{said}"):
+        build_space(Problem(shape, "NVIDIA H200", "sm_90", "3.6.0"))
