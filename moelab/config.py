@@ -21,6 +21,9 @@ from moelab.errors import ConfigError, SharedMemoryError, nearest_names
 MIN_DOT_BLOCK = 16
 """Smallest M, N and K of a `tl.dot` operand (Triton's language reference)."""
 
+MIN_8_BIT_STEP = 32
+"""Smallest K of a `tl.dot` of two 8-bit operands (min_dot_size of Triton 3.7.1's cuda backend; it compiles no smaller one)."""
+
 NUM_WARPS = (1, 2, 4, 8, 16)
 """Warps per program that Triton's launcher and the peers' files know."""
 
@@ -30,6 +33,9 @@ MAX_GROUP_SIZE_M = 65536
 MAX_ACCUMULATORS_PER_THREAD = 128
 """float32 accumulators a thread can hold before a tile spills. With the shared-memory limit of sm_90 the rule cuts
 the peers' grid of 1920 to 1256."""
+
+LARGEST_VALUE = 2**31 - 1
+"""Of any field: kernels take them as int32."""
 
 
 _OPTIONAL = ("SPLIT_K", "waves_per_eu", "matrix_instr_nonkdim", "kpack")
@@ -115,12 +121,22 @@ def _json_problems(entry: Mapping[str, Any]) -> list[str]:
         if key not in _KEYS:
             problems.append(f"unknown key {key!r}{nearest_names(str(key), _KEYS)}")
         elif type(value) is not int:  # bool is a subclass of int and would pass isinstance
-            problems.append(f"{key} is {value!r} ({type(value).__name__}), not an integer")
+            problems.append(f"{key} is {value!r:.60} ({type(value).__name__}), not an integer")
+        elif abs(value) > LARGEST_VALUE:
+            problems.append(f"{key} is beyond {LARGEST_VALUE}, which no launch takes")
+        if len(problems) > 8:
+            return [*problems, "and more"]
     return problems
 
 
 def shared_memory_bytes(
-    config: KernelConfig, dtype: str, target: str | Target, *, tf32: bool = False, dots: int = 1
+    config: KernelConfig,
+    dtype: str,
+    target: str | Target,
+    *,
+    tf32: bool = False,
+    dots: int = 1,
+    weight_bits: int | None = None,
 ) -> int:
     """Shared memory in bytes that one program of the compatible kernel takes for operands of `dtype`.
 
@@ -128,6 +144,8 @@ def shared_memory_bytes(
     the dot reads registers (mma.sync, AMD), num_stages where it reads shared memory itself: sm_90 and sm_100,
     from 64 rows and four warps (sm_100: not with sixteen), in 8- and 16-bit dtypes and in float32 under TF32
     (`tf32`). dots: products a step, each with barriers of its own where there are any; gated_gemm has two.
+    weight_bits: of weights that are stored narrower than `dtype` and widened in the loop: at least what those take. Of them
+    num_stages - 1 tiles are kept as stored; where the dot reads shared memory itself one more lies there, widened.
     Source: `metadata.shared` of Triton 3.7.1, compiled ahead of time for sm_80/90/100/120 and gfx942/950:
     exact for BLOCK_SIZE_K >= 32 and num_stages >= 2. Two bounds are loose: with BLOCK_SIZE_K = 16 the
     epilogue's scratch can be the larger one (up to the output tile, under every limit here), and AMD with one
@@ -136,12 +154,14 @@ def shared_memory_bytes(
     target, element = get_target(target), dtype_bytes(dtype)
     a_bytes = config.BLOCK_SIZE_M * config.BLOCK_SIZE_K * element
     b_bytes = config.BLOCK_SIZE_N * config.BLOCK_SIZE_K * element
+    stored = b_bytes if weight_bits is None else config.BLOCK_SIZE_N * config.BLOCK_SIZE_K * weight_bits // 8
     if target.is_amd and config.num_stages == 1:
-        return max(a_bytes, b_bytes)  # not pipelined: the operands pass through one buffer, one after the other
+        return max(a_bytes, stored)  # not pipelined: the operands pass through one buffer, one after the other
     takes_wide = element <= 2 or (element == 4 and tf32)
     if takes_wide and config.BLOCK_SIZE_M >= 64 and config.num_warps in target.wide_dot_warps:
-        return config.num_stages * (a_bytes + b_bytes) + dots * target.barrier_bytes
-    return max(1, config.num_stages - 1) * (a_bytes + b_bytes)
+        of_weights = stored * config.num_stages if weight_bits is None else stored * (config.num_stages - 1) + b_bytes
+        return config.num_stages * a_bytes + of_weights + dots * target.barrier_bytes
+    return max(1, config.num_stages - 1) * (a_bytes + stored)
 
 
 def tma_shared_memory_bytes(config: KernelConfig, dtype: str, target: str | Target) -> int:
@@ -244,12 +264,15 @@ def _split_violations(config: KernelConfig, K: int) -> list[str]:
     ]
 
 
-def _chip_violations(config: KernelConfig, dtype: str, target: Target, tf32: bool) -> list[str]:
+def _chip_violations(
+    config: KernelConfig, dtype: str, target: Target, tf32: bool, weight_bits: int | None
+) -> list[str]:
     broken = []
     threads, limit = config.num_warps * target.threads_per_warp, target.max_threads_per_block
     if threads > limit:
         broken.append(f"{config.num_warps} warps are {threads} threads, over {target.name}'s {limit}")
-    needs, limit = shared_memory_bytes(config, dtype, target, tf32=tf32), target.shared_memory_per_block
+    needs = shared_memory_bytes(config, dtype, target, tf32=tf32, weight_bits=weight_bits)
+    limit = target.shared_memory_per_block
     if needs > limit:
         broken.append(
             f"needs {needs} bytes of shared memory in {dtype}, {target.name} gives a block {limit}: "
@@ -267,13 +290,15 @@ def violations(
     uses_dot: bool = True,
     tf32: bool = False,
     K: int | None = None,
+    weight_bits: int | None = None,
 ) -> tuple[str, ...]:
     """Every rule of validity that `config` breaks, one sentence each; empty if it is valid.
 
     dtype: the operands', torch's spelling. target: the chip ("sm_90"); None leaves out what depends on it
     (shared memory, threads per block). block_shape: (n, k) of block-quantised weights. uses_dot: False for
     kernels that multiply and sum without `tl.dot`, whose blocks may be under 16. K: the inner size, which must
-    give every one of SPLIT_K programs a block; None leaves that out. Raises UnknownNameError for an unknown
+    give every one of SPLIT_K programs a block; None leaves that out. weight_bits: as
+    `shared_memory_bytes` takes it. Raises UnknownNameError for an unknown
     dtype or target.
     """
     dtype_bytes(dtype)
@@ -281,10 +306,14 @@ def violations(
     broken = _field_violations(config, uses_dot=uses_dot)
     if broken:
         return tuple(broken)  # sizes of a malformed config mean nothing
+    if uses_dot and weight_bits is None and dtype_bytes(dtype) == 1 and config.BLOCK_SIZE_K < MIN_8_BIT_STEP:
+        broken.append(
+            f"BLOCK_SIZE_K = {config.BLOCK_SIZE_K} is under {MIN_8_BIT_STEP} (the shortest dot of 8-bit operands)"
+        )
     broken += _block_shape_violations(config, block_shape)
     broken += [] if K is None else _split_violations(config, K)
     if chip is not None:
-        broken += _chip_violations(config, dtype, chip, tf32)
+        broken += _chip_violations(config, dtype, chip, tf32, weight_bits)
     return tuple(broken)
 
 
@@ -297,12 +326,16 @@ def check(
     uses_dot: bool = True,
     tf32: bool = False,
     K: int | None = None,
+    weight_bits: int | None = None,
 ) -> None:
     """Raise if `config` breaks a rule of `violations` (same arguments), naming every one it breaks.
 
     SharedMemoryError where shared memory is the only thing wrong, ConfigError otherwise.
     """
-    broken = violations(config, dtype=dtype, target=target, block_shape=block_shape, uses_dot=uses_dot, tf32=tf32, K=K)
+    broken = violations(
+        config, dtype=dtype, target=target, block_shape=block_shape, uses_dot=uses_dot, tf32=tf32, K=K,
+        weight_bits=weight_bits,
+    )  # fmt: skip
     if not broken:
         return
     only_memory = all("of shared memory" in b for b in broken)

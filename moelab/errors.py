@@ -35,6 +35,10 @@ class DeviceError(MoelabError, ValueError):
     """A tensor lies on the wrong device, or tensors lie on different ones."""
 
 
+class DeviceFileError(MoelabError, ValueError):
+    """A file of data/devices that does not describe a device."""
+
+
 class LayoutError(MoelabError, ValueError):
     """A tensor is not contiguous, or not aligned, where the kernel needs it to be."""
 
@@ -89,6 +93,10 @@ class FolderError(MoelabError, OSError):
     """An environment variable that names no folder."""
 
 
+class WriteError(MoelabError, OSError):
+    """A folder that another process is writing into, or that holds a write cut short which cannot be put back."""
+
+
 class RuntimeModeError(MoelabError, RuntimeError):
     """What was asked cannot run here: no GPU, bf16 under Triton's interpreter, a package that is missing."""
 
@@ -108,6 +116,8 @@ def counted(count: int, noun: str) -> str:
 
 def nearest_names(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return ` Did you mean a, b?` for the known names closest to `name`, or an empty string."""
+    if len(name) > 200:
+        return ""  # comparing takes the square of the length, and no name is like that
     lowered = {k.lower(): k for k in known}
-    close = difflib.get_close_matches(str(name).lower(), lowered, n=count, cutoff=0.45)
+    close = difflib.get_close_matches(name.lower(), lowered, n=count, cutoff=0.45)
     return f" Did you mean {', '.join(lowered[c] for c in close)}?" if close else ""

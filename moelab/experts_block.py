@@ -34,14 +34,19 @@ class Experts:
     gated: bool
 
 
-def read_experts(block: Block, activation: str | None, interleaved: bool | None, transposed: bool | None) -> Experts:
-    """What `FusedMoE.from_hf` says of these arguments, and raises."""
+def read_experts(
+    block: Block, activation: str | None, interleaved: bool | None, transposed: bool | None, *, one_rank: bool = False
+) -> Experts:
+    """What `FusedMoE.from_hf` says of these arguments, and raises.
+
+    one_rank: take one rank's share under expert parallelism too, for a caller who maps other ranks' ids to -1.
+    """
     state = dict(block.state_dict()) if isinstance(block, nn.Module) else dict(block)
     state = {key.removeprefix("experts."): tensor for key, tensor in state.items()}
     _refuse_unplain(state)
     owners = _owners(block)
     for owner in owners:
-        _refuse_other_layers(owner)
+        _refuse_other_layers(owner, one_rank)
     fused = _named(state, "down_proj") is not None
     tensors = _fused(state, _asked(owners, "is_transposed", transposed)) if fused else _per_expert(state)
     gated = tensors["w13"].shape[1] == 2 * tensors["w2"].shape[2]
@@ -197,13 +202,13 @@ def _asked(owners: list[nn.Module], flag: str, given: bool | None) -> bool | Non
     return given if given is not None else next((getattr(owner, flag, None) for owner in owners), None)
 
 
-def _refuse_other_layers(owner: nn.Module) -> None:
+def _refuse_other_layers(owner: nn.Module, one_rank: bool) -> None:
     if getattr(owner, "has_post_expert_norm", False):
         raise ShapeError(
             f"{type(owner).__name__} has a norm after its experts (has_post_expert_norm). Expected experts alone: FusedMoE "
             "would leave it out. Use the block itself."
         )
-    if getattr(owner, "_is_expert_parallel", False):
+    if getattr(owner, "_is_expert_parallel", False) and not one_rank:
         raise RoutingError(
             f"{type(owner).__name__} is one rank's share under expert parallelism, whose ids for other ranks' experts are "
             "num_experts. Expected a whole layer: FusedMoE takes -1 there. Map the ids, and pass block.state_dict()."

@@ -77,6 +77,44 @@ class Format:
         return dtype if self.activations == "none" or self.weight_dtype is None else self.weight_dtype
 
     @property
+    def widened_bits(self) -> int | None:
+        """Bits of a stored weight where a GEMM widens it to the activations' dtype; None where it multiplies what is stored."""
+        return None if self.is_plain or self.activations != "none" else self.bits
+
+    def stored_shapes(
+        self, num_experts: int, rows: int, columns: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Shapes of codes, scales and zero points of (E, rows, columns) weights; () for what the format has not."""
+        codes = (num_experts, rows, columns // self.values_per_byte)
+        if self.granularity in ("none", "tensor"):
+            return codes, () if self.is_plain else (num_experts,), ()
+        if self.granularity == "channel":
+            return codes, (num_experts, rows), ()
+        if self.granularity == "block":
+            return codes, (num_experts, -(-rows // self.sizes[0]), -(-columns // self.sizes[1])), ()
+        scales = (num_experts, rows, columns // self.sizes[0])
+        return codes, scales, (num_experts, rows * self.bits // 8, scales[2]) if self.zero_points else ()
+
+    def activation_scales(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Shape of the scales of (rows, columns) activations that are quantised: () where one serves them all."""
+        if self.activations == "token":
+            return rows, 1
+        return (rows, -(-columns // self.sizes[-1])) if self.activations == "group" else ()
+
+    def step_refused(self, step: int) -> str | None:
+        """Why no kernel takes `step` columns of K at a time, a clause; None where one does.
+
+        A step of codes with scales by blocks has one scale of each operand; weights in groups are widened before the product,
+        so that a step may also be several whole groups.
+        """
+        group = self.sizes[-1] if self.sizes else step
+        if not group % step or (self.activations == "none" and not step % group):
+            return None
+        if self.activations == "none":
+            return f"BLOCK_SIZE_K = {step} and groups of {group} along K, of which neither divides the other"
+        return f"BLOCK_SIZE_K = {step} and scales by groups of {group} along K: a step has one scale"
+
+    @property
     def block_shape(self) -> tuple[int, int] | None:
         """As the peers' launchers pass it: (n, k) of a block, (0, g) for groups, which file names leave out, else None."""
         if self.granularity == "block":
@@ -209,3 +247,48 @@ def get_format(name: str | Format) -> Format:
             "one of those with other sizes. Name one."
         )
     return found
+
+
+SELECTORS = tuple(dict.fromkeys(family.selector for family in FAMILIES.values() if family.selector))
+"""What servers' tuners call quantised weights: a family of formats or several, told apart by what shares a scale."""
+
+
+def format_of_selector(
+    selector: str, own: Format = PLAIN, *, per_channel_quant: bool = False, block_shape: tuple[int, int] | None = None
+) -> Format:
+    """The format that a server's tuner means by a selector, such as "fp8_w8a8", and its switches.
+
+    own: the checkpoint's; where it has that selector and no switch speaks, it is meant. block_shape: (n, k) of a block, (0, g)
+    for groups of g along K. Without either fp8_w8a8 has a scale for each matrix, int8_w8a16 one for each channel.
+    Raises FormatError for a selector that is none, and for switches that leave open, or contradict, what shares a scale.
+    """
+    if selector not in SELECTORS:
+        raise FormatError(
+            f"Unknown selector {selector!r} of weights.{nearest_names(selector, SELECTORS)} Expected one of "
+            f"{', '.join(SELECTORS)}. Name one."
+        )
+    if own.selector == selector and not per_channel_quant and block_shape is None:
+        return own
+    if block_shape is not None and (block_shape[1] < 1 or block_shape[0] < 0):
+        raise FormatError(
+            f"A block_shape of {list(block_shape)}. Expected n k of a block, or 0 g for groups. Correct it."
+        )
+    if per_channel_quant and block_shape is not None:
+        raise FormatError(
+            f"{selector} by channel and in blocks of {list(block_shape)} at once. Expected one of --per-channel-quant and "
+            "--block-shape. Leave one out."
+        )
+    shared = (
+        "channel" if per_channel_quant else "tensor" if block_shape is None else "block" if block_shape[0] else "group"
+    )
+    if shared == "tensor" and selector == "int8_w8a16":
+        shared = "channel"
+    family = FAMILIES.get(f"{selector}_{shared}")
+    if family is None:
+        ways = [name.removeprefix(f"{selector}_") for name in FAMILIES if name.startswith(selector)]
+        switch = {"channel": "--per-channel-quant", "group": "--block-shape 0 G", "block": "--block-shape N K"}
+        say = " or ".join(switch[way] for way in ways if way in switch)
+        raise FormatError(
+            f"No format is {selector} with a scale a {shared}. Expected one a {' or '.join(ways)}. Pass {say}."
+        )
+    return replace(family, sizes=block_shape[-_SIZES[shared] :]) if block_shape else family

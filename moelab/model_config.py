@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,13 @@ from typing import Any, NoReturn
 
 from moelab.architectures import ACTIVATIONS, BY_NAME, EFFECTS, GENERIC, TABLE, Architecture
 from moelab.errors import ConfigFileError, UnknownArchitectureError, UnknownModelError, nearest_names
+from moelab.reading import MIB, UnreadableError, read_json
+
+LARGEST = 16 * MIB
+"""Bytes of the largest config.json that is read; vocabularies and per-layer lists make the longest 1 MB."""
+
+LARGEST_SIZE = 2**31 - 1
+"""Of experts, of what a token goes to, of a hidden or an intermediate size: kernels index with int32."""
 
 _MAX_DEPTH = 3  # wrapper -> thinker -> text: the deepest nesting in transformers 5.23
 
@@ -41,17 +47,15 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
     Raises UnknownModelError if there is no such file, ConfigFileError if it is not a JSON object.
     """
     file = Path(os.path.expanduser(path))  # Path's own raises where there is no such user
-    file = file / "config.json" if file.is_dir() else file
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        file = file / "config.json" if file.is_dir() else file
+        config = read_json(file, LARGEST)
     except FileNotFoundError:
         raise UnknownModelError(
             f"{file} does not exist. Expected a file. Give the path of a config.json, or of its folder."
         ) from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise ConfigFileError(
-            f"{file} is not valid JSON ({error}). Expected a model's whole config.json: fetch it again."
-        ) from None
+    except UnreadableError as error:
+        raise ConfigFileError(f"{file} {error}. Expected a model's whole config.json: fetch it again.") from None
     except OSError as error:
         raise ConfigFileError(f"{file} cannot be read ({error.strerror}). Expected a file. Check its rights.") from None
     if not isinstance(config, dict):
@@ -67,8 +71,10 @@ def read_model_config(config: Mapping[str, Any]) -> Reading:
     An architecture in the table is read by its row. Any other is read only where its keys allow one reading.
     Raises UnknownArchitectureError if there is none, more than one, or the model has no MoE layers.
     """
+    _require_known_types(config, config, "")
     row, path = _find_row(config)
     section = _get(config, path) if path else config
+    _require_known_types(config, section, path)
     reader = _Reader(config, section, path, row)
     reader.require_moe_layers()
     reader.require_known_effects()
@@ -90,6 +96,14 @@ def read_model_config(config: Mapping[str, Any]) -> Reading:
         keys_used=tuple(reader.keys_used),
         section=section,
     )
+
+
+def _require_known_types(config: Mapping[str, Any], section: Mapping[str, Any], path: str) -> None:
+    """Raise UnknownArchitectureError if a key that is read by its name holds a value of another kind."""
+    from moelab.schemas import MODEL, first_problem
+
+    if problem := first_problem(MODEL, dict(section)):
+        raise _unreadable(config, f"{f'its {path}' if path else 'it'} {problem}")
 
 
 def _find_row(config: Mapping[str, Any]) -> tuple[Architecture, str]:
@@ -201,7 +215,9 @@ class _Reader:
         if value is None:
             self.fail(f"it has no {spec.replace('|', ' or ')}{self._hint(field)}")
         if not isinstance(value, int) or isinstance(value, bool) or value < (0 if field == "num_experts" else 1):
-            self.fail(f"{self.keys_used[-1]} is {value!r}, not a positive whole number")
+            self.fail(f"{self.keys_used[-1]} is {value!r:.60}, not a positive whole number")
+        if value > LARGEST_SIZE:
+            self.fail(f"{self.keys_used[-1]} is beyond {LARGEST_SIZE}, which no layer has")
         return value
 
     def _is_null(self, spec: str) -> bool:

@@ -182,15 +182,20 @@ def gemm_references(
     topk_ids: torch.Tensor,
     *,
     activated: tuple[str, bool] | None = None,
+    rounded: torch.dtype | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(torch's grouped product in a's dtype, what it should have been: float64), both (pairs, columns); w may be wider.
 
+    rounded: of operands that are codes times scales, in float64: torch's product is then in float32, rounded to this dtype.
     activated: (activation, gated) of what follows the product, if any. options: of `reference.grouped_gemm_ref`.
     """
-    plain = grouped_gemm_ref(a, w.to(a.dtype), topk_ids, **options)
+    if rounded is None:
+        plain = grouped_gemm_ref(a, w.to(a.dtype), topk_ids, **options)
+    else:
+        plain = grouped_gemm_ref(a.float(), w.float(), topk_ids, **options).to(rounded)
     plain = activation_ref(plain, activated[0], gated=activated[1]) if activated else plain
-    if a.dtype == torch.float64:
+    if a.dtype == torch.float64 and rounded is None:
         return plain, grouped_gemm_double_double(a, w, topk_ids, activated=activated, **options)
     wide = {name: _double(value) for name, value in options.items()}
     exact = grouped_gemm_ref(a.double(), w.double(), topk_ids, **wide)

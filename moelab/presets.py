@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
-from moelab.errors import UnknownModelError, nearest_names
+from moelab.errors import MoelabError, UnknownModelError, nearest_names
 from moelab.model_config import load_config_file
 from moelab.runtime import data_dir
 
@@ -22,17 +23,39 @@ def published_as(name: str) -> str | None:
     return alias if alias != name else None
 
 
+def broken_presets() -> dict[str, str]:
+    """Files of data/models that are no config.json, by name -> what is wrong. Such a one hides no other; asked for by its
+    name, it raises that."""
+    return {stem: found for stem, found in _files(models_dir()).items() if isinstance(found, str)}
+
+
+@functools.cache
+def _files(folder: Path) -> dict[str, dict[str, Any] | str]:
+    """Name -> the content of that file, or what is wrong with it; sorted."""
+    found: dict[str, dict[str, Any] | str] = {}
+    for file in sorted(folder.glob("*.json"), key=lambda file: file.stem):
+        try:
+            found[file.stem] = load_config_file(file)
+        except MoelabError as error:
+            found[file.stem] = str(error)
+    return found
+
+
 @functools.cache
 def _sources(folder: Path) -> dict[str, str]:
     """Preset -> the Hugging Face id that it was read from."""
-    return {file.stem: str(load_config_file(file).get("source", "")) for file in sorted(folder.glob("*.json"))}
+    sound = {stem: content for stem, content in _files(folder).items() if isinstance(content, dict)}
+    return {stem: source if isinstance(source := content.get("source"), str) else "" for stem, content in sound.items()}
 
 
 @functools.cache
 def _presets(folder: Path) -> dict[str, bool]:
     """Preset -> whether its weights are plain."""
-    files = sorted(folder.glob("*.json"), key=lambda file: file.stem)
-    return {file.stem: "quantization_config" not in load_config_file(file) for file in files}
+    return {
+        stem: "quantization_config" not in content
+        for stem, content in _files(folder).items()
+        if isinstance(content, dict)
+    }
 
 
 def source_of(model: str | Path) -> tuple[str | Path, str | None]:
@@ -70,7 +93,7 @@ def _aliases(folder: Path) -> dict[str, str]:
         for alias in (source, source.rpartition("/")[2]):
             found[alias.lower()] = stem
     found.pop("", None)
-    return found | {stem.lower(): stem for stem, _ in by_kind}
+    return found | {stem.lower(): stem for stem in _files(folder)}
 
 
 def _can_only_be_a_path(model: str | Path) -> bool:

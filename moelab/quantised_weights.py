@@ -23,6 +23,33 @@ _SMALLEST_SCALE = 2.0**-126
 _LARGEST = {"float8_e4m3fn": 448.0, "int8": 127.0}
 
 
+def empty_weights(
+    format: Format, num_experts: int, rows: int, columns: int, dtype: torch.dtype, device: str | torch.device
+) -> GemmWeights:
+    """Memory for (E, rows, columns) weights as the format stores them; dtype: of plain ones. "meta" gives shapes alone."""
+
+    def empty(size: tuple[int, ...], of: torch.dtype) -> Tensor:
+        return torch.empty(size, dtype=of, device=device)
+
+    codes, scales, zeros = format.stored_shapes(num_experts, rows, columns)
+    if format.is_plain:
+        return GemmWeights(empty(codes, dtype))
+    return GemmWeights(
+        empty(codes, getattr(torch, str(format.weight_dtype))), None, empty(scales, getattr(torch, format.scale_dtype)),
+        empty(zeros, torch.uint8) if format.zero_points else None, format,
+    )  # fmt: skip
+
+
+def empty_activations(
+    format: Format, rows: int, columns: int, dtype: torch.dtype, device: str | torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Memory for (rows, columns) activations as the format's GEMM reads them, and for their scales, where it quantises them."""
+    if format.activations == "none":
+        return torch.empty((rows, columns), dtype=dtype, device=device), None
+    codes = torch.empty((rows, columns), dtype=getattr(torch, str(format.weight_dtype)), device=device)
+    return codes, torch.empty(format.activation_scales(rows, columns), dtype=torch.float32, device=device)
+
+
 def quantise(w: Tensor, format: Format) -> GemmWeights:
     """w (E, N, K), floating, into `format`: each scale as small as its largest value allows.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from moelab.errors import FormatError, nearest_names
-from moelab.formats import FAMILIES, PLAIN, Format
+from moelab.formats import FAMILIES, PLAIN, SELECTORS, Format, format_of_selector, get_format
 
 _SECTIONS = ("quantization_config", "compression_config")
 _IGNORED = ("ignored_layers", "modules_to_not_convert", "ignore", "exclude_modules")
@@ -35,6 +35,34 @@ class Quantisation:
 
     format: Format = PLAIN
     method: str = ""
+
+
+def asked_quantisation(
+    name: str | Format, config: Mapping[str, Any], section: Mapping[str, Any]
+) -> Quantisation | None:
+    """The format that somebody names for a model's experts, in the place of its own; None for what names none.
+
+    name: a Format, its name ("fp8_w8a8_block_128x128"), or a server's selector ("fp8_w8a8"), which means the model's own format
+    where that has it. Raises FormatError as `formats.format_of_selector` does.
+    """
+    if isinstance(name, str) and name in SELECTORS:
+        try:
+            own = read_quantisation(config, section)
+        except FormatError:
+            own = Quantisation()  # what cannot be read is not meant
+        found = format_of_selector(name, own.format)
+        return own if found == own.format else Quantisation(found, _usual_method(found))
+    if not isinstance(name, Format) and not str(name).startswith(tuple(FAMILIES)):
+        return None
+    format = get_format(name)
+    return Quantisation(format, "" if format.is_plain else _usual_method(format))
+
+
+def _usual_method(format: Format) -> str:
+    """The quant_method that checkpoints of such experts have."""
+    if format.family in ("fp8_w8a8_tensor", "fp8_w8a8_tensor_static", "fp8_w8a8_block"):
+        return "fp8"
+    return {"int8_w8a8_block": "blockwise_int8", "mxfp4_w4a16": "mxfp4"}.get(format.family, "compressed-tensors")
 
 
 def read_quantisation(config: Mapping[str, Any], section: Mapping[str, Any]) -> Quantisation:

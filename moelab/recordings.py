@@ -1,24 +1,27 @@
 """Recordings: measurements on disk, with where they come from.
 
-One JSON file per suite in data/recordings: {"schema": 1, "suite", "provenance", "protocol", "rows"}. A row is
+One JSON file per suite in data/recordings: {"schema": 1, "suite", "provenance", "protocol", "digest", "rows"}. A row is
 a flat object; where it holds `samples_us`, those are all samples of the measurement, in microseconds. Files
 are strict JSON (no NaN, no Infinity), written atomically, one row per line so that a git diff shows which
-rows changed.
+rows changed. The digest is of all the rest: a bit that the disk flipped, or a number that a hand changed, is found.
+`python -m moelab.recordings FILE...` puts one into files of an older moelab, which have none.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-import re
-import tempfile
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moelab import writing
 from moelab.errors import RecordingError, nearest_names
+from moelab.reading import UnreadableError, parse_json, read_bytes
 
 SCHEMA = 1
 """Version of the file format that this code reads and writes."""
@@ -30,13 +33,12 @@ MADE_BY = {
     name: f"moelab record {name}"
     for name in (
         "ceilings", "sum_reduce_precision", "sum_reduce", "layer_classic", "split_k", "layer_baseline", "tma_overhead",
-        "fast_layer", "fast_choice", "fast_counters", "tuned_gain", "tuner_regret",
+        "fast_layer", "fast_choice", "fast_counters", "quantised", "tuned_gain", "tuner_regret",
     )
 } | {"tune_timeline": "make tuned"}  # fmt: skip
 """Recordings by name -> the command that makes each again: suites and studies, which are layers above this, and their own."""
 
 _SAID_BY_SOURCE = ("gpu", "date")  # a recording that cannot say these two names no source at all
-_SUITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -99,25 +101,39 @@ def load(suite: str | Path) -> Recording:
     NaN, an infinity, or samples that are empty or not positive.
     """
     path = _path_of(suite)
-    remedy = _remedy(path.stem)
+    content = _content(path, _remedy(path.stem))
+    return Recording(content["suite"], content["provenance"], content["protocol"], tuple(content["rows"]), path)
+
+
+def _content(path: Path, remedy: str) -> dict[str, Any]:
+    """What a sound file holds."""
     try:
-        text = path.read_text(encoding="utf-8")
+        data = read_bytes(path)
     except FileNotFoundError:
         known = sorted(p.stem for p in path.parent.glob("*.json"))
         raise RecordingError(
             f"There is no recording at {path}.{nearest_names(path.stem, known)} "
             f"Expected one of those there: {', '.join(known) or 'none yet'}. {_remedy(path.stem, known)}"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecordingError(f"Cannot read the recording {path}: {error}. Expected a JSON file. {remedy}") from error
-    try:
-        content = json.loads(text, parse_constant=_refuse_constant)
-    except ValueError as error:
+    except OSError as error:
         raise RecordingError(
-            f"The recording {path} is not strict JSON: {error}. Expected a whole file; it may be cut short. {remedy}"
+            f"Cannot read the recording {path}: {error.strerror}. Expected a JSON file. {remedy}"
         ) from error
-    _require_content(content, f"The recording {path}", remedy)
-    return Recording(content["suite"], content["provenance"], content["protocol"], tuple(content["rows"]), path)
+    except UnreadableError as error:
+        raise RecordingError(f"The recording {path} {error}. Expected a JSON file. {remedy}") from None
+    try:
+        content = parse_json(data)
+    except UnreadableError as error:
+        raise RecordingError(
+            f"The recording {path} {error}. Expected a whole file; it may be cut short. {remedy}"
+        ) from None
+    _require_sound(content, f"The recording {path}", remedy)
+    if (digest := _digest(content)) != content["digest"]:
+        raise RecordingError(
+            f"The recording {path} is not what was written: its digest is {content['digest'][:12]}…, and what it holds has "
+            f"{digest[:12]}…. Expected a file that neither a hand nor the disk has changed. {remedy}"
+        )
+    return content
 
 
 def write(recording: Recording, path: str | Path | None = None) -> Path:
@@ -126,45 +142,38 @@ def write(recording: Recording, path: str | Path | None = None) -> Path:
     The old file stays whole until the new one is on disk. Raises RecordingError, before touching the disk,
     for everything that `load` would refuse.
     """
-    content = {
+    content: dict[str, Any] = {
         "schema": SCHEMA,
         "suite": recording.suite,
         "provenance": dict(recording.provenance),
         "protocol": dict(recording.protocol),
         "rows": [dict(row) for row in recording.rows],
     }
-    _require_content(content, f"The recording {recording.suite!r}", "Nothing was written. Measure those rows again.")
+    what, remedy = f"The recording {recording.suite!r}", "Nothing was written. Measure those rows again."
+    if problem := _values_problem(content):
+        raise _unsound(what, problem, remedy)
+    content = parse_json(_text(content))  # as it will be read: tuples are lists
+    content["digest"] = _digest(content)
+    _require_sound(content, what, remedy)
     target = Path(path) if path is not None else recordings_dir() / f"{recording.suite}.json"
-    write_atomically(target, _encode(content))
-    return target
+    return writing.write(target, _text(content))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) to `path` so that a reader, or a crash, sees the old file or the new one, never half.
+def _text(content: Mapping[str, Any]) -> str:
+    """The file of some content, with its digest if it has one."""
 
-    Makes the folder if need be. OSError passes through; the temporary file is then removed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's 0600 would hide the file from the other users of a shared checkout
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _encode(content: Mapping[str, Any]) -> str:
     def compact(value: Any) -> str:
         return json.dumps(value, allow_nan=False, ensure_ascii=False)
 
-    head = [f' "{key}": {compact(content[key])},' for key in ("schema", "suite", "provenance", "protocol")]
+    keys = [key for key in ("schema", "suite", "provenance", "protocol", "digest") if key in content]
+    head = [f' "{key}": {compact(content[key])},' for key in keys]
     rows = ",\n".join(f"  {compact(row)}" for row in content["rows"])
     return "\n".join(["{", *head, ' "rows": [', rows, " ]", "}", ""])
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of the file as it would be without a digest: how it is indented, or its lines end, is no matter."""
+    return hashlib.sha256(_text({key: value for key, value in content.items() if key != "digest"}).encode()).hexdigest()
 
 
 def _path_of(suite: str | Path) -> Path:
@@ -182,53 +191,36 @@ def _remedy(name: str, known: Sequence[str] = ()) -> str:
     return f"{other} the file from where it was made: no suite is called {name!r}, so no command here records it."
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"it holds {name}, which is no number")
+def _require_sound(content: Any, what: str, remedy: str) -> None:
+    from moelab.schemas import RECORDING, first_problem
 
-
-def _require_content(content: Any, what: str, remedy: str) -> None:
-    problem = _problem(content)
-    if problem:
-        raise RecordingError(
-            f"{what} {problem}. Expected schema {SCHEMA}: provenance, protocol, and rows of finite values. {remedy}"
+    problem = first_problem(RECORDING, content) or _provenance_problem(content["provenance"])
+    if problem == "has no digest":
+        remedy = (
+            f"{remedy} If an older moelab wrote it, and you know that it is whole: python -m moelab.recordings FILE puts "
+            "one in; run that."
         )
+    if problem:
+        raise _unsound(what, problem, remedy)
 
 
-def _problem(content: Any) -> str | None:
-    """The first thing wrong with a decoded file, as the end of a sentence; None if it is sound."""
-    if not isinstance(content, dict):
-        return f"is a JSON {type(content).__name__}, expected an object"
-    if content.get("schema") != SCHEMA or isinstance(content.get("schema"), bool):
-        return f"has schema {content.get('schema')!r}, this moelab reads schema {SCHEMA}"
-    for key, kind in (("suite", str), ("provenance", dict), ("protocol", dict), ("rows", list)):
-        if not isinstance(content.get(key), kind):
-            return f"has no {key!r} that is a JSON {kind.__name__}"
-    if not _SUITE_NAME.fullmatch(content["suite"]):
-        return f"has the suite name {content['suite']!r}, expected letters, digits, '_', '-' and '.'"
-    return _provenance_problem(content["provenance"]) or _rows_problem(content)
+def _unsound(what: str, problem: str, remedy: str) -> RecordingError:
+    return RecordingError(
+        f"{what} {problem}. Expected schema {SCHEMA}: provenance, protocol, and rows of finite values, times over 0. {remedy}"
+    )
 
 
 def _provenance_problem(provenance: Mapping[str, Any]) -> str | None:
     missing = [k for k in PROVENANCE_KEYS if k not in provenance]
     missing += [k for k in _SAID_BY_SOURCE if k in provenance and not provenance[k]]
-    if missing:
-        return f"has no {', '.join(missing)} in its provenance (use moelab.runtime.provenance)"
-    return _value_problem(provenance, "provenance")
+    return f"has no {', '.join(missing)} in its provenance (use moelab.runtime.provenance)" if missing else None
 
 
-def _rows_problem(content: Mapping[str, Any]) -> str | None:
-    if not content["rows"]:
-        return "has no rows"
-    problem = _value_problem(content["protocol"], "protocol")
-    for index, row in enumerate(content["rows"]):
-        if problem:
-            break
-        if not isinstance(row, dict):
-            return f"has a row {index} that is no JSON object"
-        problem = _value_problem(row, f"row {index}")
-        if not problem and "samples_us" in row:
-            problem = _samples_problem(row["samples_us"], index)
-    return problem
+def _values_problem(content: Mapping[str, Any]) -> str | None:
+    """The first value that JSON cannot store."""
+    parts = {key: content[key] for key in ("provenance", "protocol")}
+    parts |= {f"row {index}": row for index, row in enumerate(content["rows"])}
+    return next((problem for where, part in parts.items() if (problem := _value_problem(part, where))), None)
 
 
 def _value_problem(value: Any, where: str) -> str | None:
@@ -249,12 +241,23 @@ def _value_problem(value: Any, where: str) -> str | None:
     return None
 
 
-def _samples_problem(samples: Any, index: int) -> str | None:
-    if not isinstance(samples, Sequence) or isinstance(samples, str) or not samples:
-        return f"has no samples in row {index} (samples_us must be a list of at least one time)"
-    for sample in samples:
-        if isinstance(sample, bool) or not isinstance(sample, int | float):
-            return f"holds {sample!r} in samples_us of row {index}, which is no time"
-        if not sample > 0:
-            return f"holds {sample!r} in samples_us of row {index}; a time is positive"
-    return None
+def seal(path: str | Path) -> Path:
+    """Put a digest into a sound file that has none, as an older moelab wrote them. Raises RecordingError for any other."""
+    path, remedy = Path(path), "Restore the file from git, or record it again."
+    try:
+        content = parse_json(read_bytes(path))
+    except (OSError, UnreadableError) as error:
+        raise RecordingError(f"Cannot read {path}: it {error}. Expected a recording. {remedy}") from None
+    if not isinstance(content, dict) or "digest" in content:
+        raise RecordingError(f"{path} is no recording without a digest. Expected one of an older moelab. {remedy}")
+    _require_sound(content | {"digest": "0" * 64}, f"The recording {path}", remedy)
+    writing.write(path, _text(content | {"digest": _digest(content)}))
+    return path
+
+
+if __name__ == "__main__":
+    try:
+        for name in sys.argv[1:]:
+            print(f"sealed {seal(name)}")
+    except RecordingError as error:
+        sys.exit(f"moelab: {error}")

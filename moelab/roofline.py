@@ -7,7 +7,6 @@ M tokens, E experts, k of them per token, H hidden_size, N moe_intermediate_size
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moelab.dtypes import dtype_bytes, dtype_name
-from moelab.errors import MoelabError, RoutingError, ShapeError, UnknownNameError, nearest_names
+from moelab.errors import DeviceFileError, RoutingError, ShapeError, UnknownNameError, nearest_names
 from moelab.implementations import require_taken
+from moelab.reading import MIB, UnreadableError, read_json
 from moelab.shapes import MoEShape
 
 Kind = Literal["measured", "floors", "datasheet"]
@@ -88,7 +88,12 @@ def device_names() -> tuple[str, ...]:
 
 
 def device_data(device: str = "NVIDIA_H200") -> Mapping[str, Any]:
-    """Everything data/devices holds on a device. Raises UnknownNameError, naming the nearest, if it has no file."""
+    """Everything data/devices holds on a device.
+
+    Raises UnknownNameError, naming the nearest, if it has no file, DeviceFileError for one that does not describe a device.
+    """
+    from moelab.schemas import DEVICE, first_problem
+
     key = device.replace(" ", "_")
     path = _devices_dir() / f"{key}.json"
     if key not in device_names():
@@ -97,11 +102,19 @@ def device_data(device: str = "NVIDIA_H200") -> Mapping[str, Any]:
             f"{', '.join(device_names())}. Add {path.name} to data/devices, or build a Ceilings by hand."
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MoelabError(
-            f"{path} is not JSON: {error}. Expected the ceilings of a device. Restore it from git."
-        ) from error
+        content = read_json(path, MIB)
+    except (OSError, UnreadableError) as error:
+        why = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else error
+        raise DeviceFileError(f"{path} {why}. Expected the ceilings of a device. Restore it from git.") from None
+    problem = first_problem(DEVICE, content)
+    if problem is None and content["device"].replace(" ", "_") != key:
+        problem = f"is of {content['device']!r}"
+    if problem:
+        raise DeviceFileError(
+            f"{path} {problem}. Expected a device's name, target, sizes and ceilings, as the other files of data/devices have "
+            "them. Correct it, or restore it from git."
+        )
+    return content
 
 
 def load_ceilings(device: str = "NVIDIA_H200", kind: Kind = "measured", dtype: str = "bfloat16") -> Ceilings:

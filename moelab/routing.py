@@ -7,8 +7,8 @@ they are checked with.
 
 from __future__ import annotations
 
-import json
-import pickle
+import io
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moelab.errors import RoutingError, UnknownNameError, nearest_names
+from moelab.reading import UnreadableError, parse_json, read_bytes
 from moelab.routers import check_local_experts, check_top_k, grouped_topk
 
 
@@ -176,48 +177,79 @@ def load_routing(path: str | Path, num_experts: int, *, device: str | torch.devi
     """
     path = Path(path)
     try:
-        ids = _READERS.get(path.suffix, _read_npy)(path)
-    except (OSError, ValueError, EOFError, RuntimeError, TypeError, LookupError, pickle.UnpicklingError) as error:
+        found = _READERS.get(path.suffix, _read_npy)(read_bytes(path, LARGEST_FILE))
+    except (OSError, UnreadableError) as error:
+        raise _unreadable(path, f"it {error}" if isinstance(error, UnreadableError) else str(error.strerror)) from None
+    except Exception as error:  # three parsers of other people's bytes, each with errors of its own
         # torch's own text would suggest weights_only=False, which runs whatever code the file holds.
-        why = error if isinstance(error, OSError) else type(error).__name__
+        raise _unreadable(path, type(error).__name__) from error
+    is_array = isinstance(found, np.ndarray)
+    if not is_array or found.ndim != 2 or found.dtype.kind not in "iu" or found.size > LARGEST_SIZE:
+        what = f"{found.dtype} {found.shape}" if is_array else type(found).__name__
         raise RoutingError(
-            f"Cannot read a routing from {path}: {why}. Expected .npy, .pt or .safetensors holding (num_tokens, top_k) "
-            "integer ids. "
-            "Record topk_ids again."
-        ) from error
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-        found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise RoutingError(
-            f"{path} holds {found}. Expected an integer array (num_tokens, top_k). Save topk_ids of one layer."
+            f"{path} holds {what}. Expected an integer array (num_tokens, top_k) of at most {LARGEST_SIZE:,} ids. Save "
+            "topk_ids of one layer."
         )
+    # What is beyond any number of experts stays beyond it; unsigned ids above 2^63 would come out negative.
+    ids = torch.from_numpy((np.minimum(found, 2**31 - 1) if found.itemsize == 8 else found).astype(np.int64))
     check_ids(ids, num_experts)
     check_top_k(num_experts, ids.shape[1])
     weights = torch.full(ids.shape, 1.0 / ids.shape[1])
     return Routing(ids.int().to(device), weights.to(device), num_experts, path.name)
 
 
-def _read_npy(path: Path) -> Tensor:
-    return torch.from_numpy(np.load(path))
+def _unreadable(path: Path, why: str) -> RoutingError:
+    return RoutingError(
+        f"Cannot read a routing from {path}: {why}. Expected .npy, .pt or .safetensors holding (num_tokens, top_k) integer "
+        "ids. Record topk_ids again."
+    )
 
 
-def _read_pt(path: Path) -> Any:
-    return torch.load(path, weights_only=True)
+def _read_npy(data: bytes) -> np.ndarray:
+    return np.load(io.BytesIO(data))
 
 
-def _read_safetensors(path: Path) -> Tensor:
+def _read_pt(data: bytes) -> Any:
+    found = torch.load(io.BytesIO(data), weights_only=True)
+    return found.detach().numpy() if isinstance(found, Tensor) else found
+
+
+def _read_safetensors(data: bytes) -> np.ndarray:
     """The only tensor of a safetensors file. Its format: the length of a JSON header (8 bytes, little-endian), the header
-    with each tensor's dtype, shape and data_offsets, then the data (the README of its project, section Format)."""
-    data = path.read_bytes()
+    with each tensor's dtype, shape and data_offsets, then the data without a hole (the README of its project, section
+    Format)."""
+    from moelab.schemas import SAFETENSORS, first_problem
+
     start = 8 + int.from_bytes(data[:8], "little")
-    tensors = {name: about for name, about in json.loads(data[8:start]).items() if name != "__metadata__"}
+    if start > len(data):
+        raise UnreadableError(f"has {len(data)} bytes, and its header alone would end at {start}")
+    header = parse_json(data[8:start])
+    if problem := first_problem(SAFETENSORS, header):
+        raise UnreadableError(problem)
+    tensors = {name: about for name, about in header.items() if name != "__metadata__"}
+    if len(tensors) != 1:
+        raise UnreadableError(f"holds {len(tensors)} tensors, and one layer has one")
     (about,) = tensors.values()
-    low, high = about["data_offsets"]
-    kind = np.dtype(_SAFETENSORS_INTEGERS[about["dtype"]])
-    return torch.from_numpy(np.frombuffer(data[start + low : start + high], kind).reshape(about["shape"]).copy())
+    if about["dtype"] not in _SAFETENSORS_INTEGERS:
+        raise UnreadableError(f"holds {about['dtype']}, which is no integer")
+    kind, shape = np.dtype(_SAFETENSORS_INTEGERS[about["dtype"]]), about["shape"]
+    if about["data_offsets"] != [0, kind.itemsize * math.prod(shape)] or len(data) - start != about["data_offsets"][1]:
+        raise UnreadableError(
+            f"has {len(data) - start} bytes of data, at data_offsets {about['data_offsets']}, for {about['dtype']} {shape}"
+        )
+    return np.frombuffer(data[start:], kind).reshape(shape)
 
 
-_SAFETENSORS_INTEGERS = {"I16": "<i2", "I32": "<i4", "I64": "<i8", "I8": "i1", "U8": "u1"}
-_READERS: Mapping[str, Callable[[Path], Any]] = {".pt": _read_pt, ".safetensors": _read_safetensors}
+_SAFETENSORS_INTEGERS = {
+    "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8",
+}  # fmt: skip
+_READERS: Mapping[str, Callable[[bytes], Any]] = {".pt": _read_pt, ".safetensors": _read_safetensors}
+
+LARGEST_FILE = 1 << 30
+"""Bytes of the largest routing file: 16 million tokens to 8 experts in int64."""
+
+LARGEST_SIZE = 1 << 27
+"""Ids of the largest routing; a tensor of strides 0 could claim any number of them in a small file."""
 
 
 def check_ids(topk_ids: Tensor, num_experts: int) -> None:

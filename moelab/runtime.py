@@ -7,6 +7,7 @@ for the life of the process.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import datetime
 import functools
@@ -25,6 +26,8 @@ from moelab.dtypes import dtype_name, interpreted
 from moelab.errors import FolderError, RuntimeModeError
 
 Mode = Literal["gpu", "interpreter", "none"]
+
+_TRUE = ("1", "true", "yes", "on")
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def prepare_triton() -> Runtime:
     if "triton" in sys.modules:
         return _already_imported()
     asked = os.environ.get("TRITON_INTERPRET")
-    if asked is not None and asked.strip().lower() in ("1", "true", "yes", "on"):
+    if asked is not None and asked.strip().lower() in _TRUE:
         return Runtime("interpreter", "cpu", "cpu", f"TRITON_INTERPRET={asked} is set")
     gpu = _gpu_name()
     if gpu:
@@ -101,6 +104,30 @@ def _named(index: int) -> Runtime:
     import torch
 
     return dataclasses.replace(prepare_triton(), device_name=torch.cuda.get_device_name(index))
+
+
+def gpu_name() -> str | None:
+    """The name of the GPU that kernels would run on, None without one. Asked of the driver where torch is not loaded yet, for
+    loading it takes seconds; torch is asked where the driver is no NVIDIA one."""
+    asked = os.environ.get("TRITON_INTERPRET", "").strip().lower() in _TRUE
+    if "torch" not in sys.modules and not asked and not Path("/dev/kfd").exists():
+        try:
+            return _name_by_driver(ctypes.CDLL("libcuda.so.1"))
+        except OSError:  # no driver, no GPU
+            return None
+    made = current()
+    return made.device_name if made.mode == "gpu" else None
+
+
+def _name_by_driver(driver: Any) -> str | None:
+    """The first device that CUDA_VISIBLE_DEVICES leaves, by the driver's own functions; None where it has none."""
+    device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
+    calls = (
+        lambda: driver.cuInit(0),
+        lambda: driver.cuDeviceGet(ctypes.byref(device), 0),
+        lambda: driver.cuDeviceGetName(name, len(name), device),
+    )
+    return name.value.decode() if all(call() == 0 for call in calls) else None
 
 
 def require_kernels(dtype: Any = None) -> Runtime:
@@ -145,6 +172,12 @@ def require_cuda(what: str, instead: str = "") -> None:
 def device_key(name: str | None = None) -> str:
     """The device name as config files spell it: "NVIDIA H200" -> "NVIDIA_H200"."""
     return (name if name is not None else current().device_name).replace(" ", "_")
+
+
+def is_version(text: str) -> bool:
+    """Whether it is a whole version, three numbers and what packages add: "3.6.0", "3.7.0rc1", "3.6.0.post1+git1234"."""
+    added = r"((a|b|rc)[0-9]{1,9})?(\.(post|dev)[0-9]{1,9})*([+-][a-zA-Z0-9.]{1,60})?"
+    return re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9}){2}" + added, text) is not None
 
 
 def triton_key(version: str | None = None) -> str:

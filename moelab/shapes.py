@@ -16,10 +16,10 @@ from typing import Any
 from moelab.dtypes import LAYER_DTYPES
 from moelab.dtypes import dtype_name as spelled
 from moelab.errors import DtypeError, FormatError, ShapeError, ShardError, UnknownModelError, nearest_names
-from moelab.formats import PLAIN, Format, get_format
+from moelab.formats import PLAIN, SELECTORS, Format, get_format
 from moelab.model_config import Reading, load_config_file, read_model_config
 from moelab.presets import listed, models_dir, preset_names, preset_stem, source_of
-from moelab.quantization import Quantisation, read_quantisation
+from moelab.quantization import Quantisation, asked_quantisation, read_quantisation
 from moelab.shared_experts import decide
 
 DTYPES: dict[str, str] = {
@@ -35,7 +35,10 @@ def dtype_name(dtype: object) -> str:
     name = spelled(dtype).lower()
     if name not in DTYPES:
         known = ", ".join(dict.fromkeys(DTYPES.values()))
-        raise DtypeError(f"dtype {dtype!s} is not one that moelab takes. Expected one of {known}: pass dtype=.")
+        raise DtypeError(
+            f"dtype {dtype!s} is not one that moelab takes. Expected one of {known}; or, for a model's weights, a format of "
+            f"theirs: {', '.join(SELECTORS)}, or one of moelab.formats by name. Pass dtype=."
+        )
     return DTYPES[name]
 
 
@@ -167,7 +170,8 @@ class MoEShape:
         """Read the whole model's layer from a config.json: its content, its path, or its folder's path.
 
         Routed experts alone, in the format that its `quantization_config` says: `load_served` adds what a server fuses.
-        dtype: plain weights of that dtype instead; by default the config's own format, and its dtype or bfloat16.
+        dtype: plain weights of that dtype instead, or a format by its name or a server's selector ("fp8_w8a8"); by default the
+        config's own format, and its dtype or bfloat16.
         Raises UnknownArchitectureError, UnknownModelError (no such file), ConfigFileError (not JSON), DtypeError,
         FormatError (a quantisation that cannot be read).
         """
@@ -263,14 +267,36 @@ def load_served(
 
     model is looked up, in this order, as a preset's name (or its Hugging Face id), the path of a config.json or of its
     folder, a Hugging Face id (needs the extra `hf`; a config.json in its local cache serves offline). What no id can be, such
-    as `./a`, `a/b/c` or `a.json`, is a path. dtype: plain weights of that dtype; None: the model's own format and dtype.
+    as `./a`, `a/b/c` or `a.json`, is a path. dtype: plain weights of that dtype, or a format as
+    `from_config` takes it; None: the model's own format and dtype.
     loader: "sglang", "vllm", or "moelab", which asks as sglang does. platform: the chip, "sm_90", "gfx942", ...
     disable_shared_experts_fusion: sglang's switch.
 
     Raises UnknownModelError, UnknownArchitectureError, ConfigFileError, DtypeError, FormatError, ShardError.
     """
+    return serve(
+        read_model(model, dtype), tp_size=tp_size, ep_size=ep_size, loader=loader, platform=platform,
+        disable_shared_experts_fusion=disable_shared_experts_fusion,
+    )  # fmt: skip
+
+
+def read_model(model: str | Path, dtype: object = None) -> ModelRead:
+    """A model's config.json, looked up and read once, for `serve` to ask for many shards of it. Arguments and errors of
+    `load_served`."""
     source, name = source_of(model)
-    found = _read(source, name, dtype)
+    return _read(source, name, dtype)
+
+
+def serve(
+    found: ModelRead,
+    *,
+    tp_size: int = 1,
+    ep_size: int = 1,
+    disable_shared_experts_fusion: bool = False,
+    loader: str = "moelab",
+    platform: str = "sm_90",
+) -> Served:
+    """`load_served` for a model that has been read."""
     whole, format = found.shape, found.shape.format
     decision = decide(
         loader, found.content, found.reading.section, num_experts=whole.num_experts,
@@ -286,7 +312,7 @@ def load_served(
 
 
 @dataclass(frozen=True)
-class _Found:
+class ModelRead:
     """A config.json, read: the whole model's layer without shared experts, and what it was read from."""
 
     shape: MoEShape
@@ -295,24 +321,25 @@ class _Found:
     content: Mapping[str, Any]
 
 
-def _read(config: Mapping[str, Any] | str | Path, name: str | None, dtype: object) -> _Found:
+def _read(config: Mapping[str, Any] | str | Path, name: str | None, dtype: object) -> ModelRead:
     content = config if isinstance(config, Mapping) else load_config_file(config)
     reading = read_model_config(content)
-    quantisation = Quantisation() if dtype else read_quantisation(content, reading.section)
+    named = asked_quantisation(dtype, content, reading.section) if isinstance(dtype, str | Format) and dtype else None
+    quantisation = named or (Quantisation() if dtype else read_quantisation(content, reading.section))
     shape = MoEShape(
         name=name or _name_of(config, content) or reading.architecture or "custom",
         num_experts=reading.num_experts,
         top_k=reading.top_k,
         hidden_size=reading.hidden_size,
         moe_intermediate_size=reading.moe_intermediate_size,
-        dtype=dtype_name(dtype or reading.dtype or "bfloat16"),
+        dtype=dtype_name((None if named else dtype) or reading.dtype or "bfloat16"),
         activation=reading.activation,
         gated=reading.gated,
         architecture=reading.architecture,
         keys_used=reading.keys_used,
         format=quantisation.format,
     )
-    return _Found(shape, reading, quantisation, content)
+    return ModelRead(shape, reading, quantisation, content)
 
 
 def _name_of(config: object, content: Mapping[str, Any]) -> str | None:

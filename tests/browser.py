@@ -30,7 +30,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 APP = ROOT / "app"
@@ -49,6 +49,21 @@ CELL_ERRORS = """() => [...window.jupyterapp.shell.currentWidget.content.model.c
     .flatMap(cell => cell.toJSON().outputs ?? [])
     .filter(output => output.output_type === 'error')
     .map(output => `${output.ename}: ${output.evalue}`)"""
+# A script that a notebook has put into the page goes too: the next one must bring its own.
+OPEN = """async path => {
+    const app = window.jupyterapp;
+    await app.restored;
+    const opened = await app.commands.execute('docmanager:open', { path });
+    await opened.context.ready;
+    app.shell.activateById(opened.id);
+}"""
+CLOSE = """async () => {
+    const opened = window.jupyterapp?.shell.currentWidget;
+    await opened?.sessionContext?.shutdown();
+    opened?.dispose();
+    window.moelabNames?.disconnect();
+    delete window.moelabNames;
+}"""
 # The accessible name of every control that takes the focus, and of every figure; "" where it has none.
 NAMES = """() => [...document.querySelectorAll('.jupyter-widgets :is(select, input, textarea, button, [tabindex="0"])'
     + ', .js-plotly-plot')]
@@ -202,17 +217,20 @@ class Tab:
             self.outside.append(url)
 
     def open(self, notebook: str) -> None:
-        """Open a notebook, given relative to this tab's folder, and wait for its cells and an idle kernel."""
-        place = f"workspaces/{self.folder.name}/tree/{self.folder.relative_to(self.server.root)}/{notebook}"
-        self.page.goto(f"{self.server.url}/lab/{place}?token={self.server.token}&reset")
+        """Open a notebook, given relative to this tab's folder, and wait for its cells and an idle kernel. JupyterLab is
+        loaded once for all tests of a page: that takes far longer than a notebook."""
+        if not self.page.url.startswith(self.server.url):
+            self.page.goto(f"{self.server.url}/lab/workspaces/{secrets.token_hex(4)}?token={self.server.token}&reset")
+            self.page.wait_for_function("window.jupyterapp?.restored")
+        self.page.evaluate(OPEN, f"{self.folder.relative_to(self.server.root)}/{notebook}")
         self.page.wait_for_selector(".jp-Notebook .jp-Cell")
         self.page.wait_for_function(
             "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
         )
 
     def close(self) -> None:
-        """Shut the open notebook's kernel down."""
-        self.page.evaluate("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.shutdown()")
+        """Shut the open notebook's kernel down, and leave the page as an empty JupyterLab."""
+        self.page.evaluate(CLOSE)
 
     def run_all(self) -> None:
         """Run every cell, wait until all are done; RuntimeError names the errors of the cells that failed."""
@@ -286,14 +304,23 @@ class Figure:
 
 
 @contextlib.contextmanager
-def page(server: Server, chromium: str, folder: Path = Path()) -> Iterator[Tab]:
-    """A page in a headless chromium, watched for errors and for requests that would leave the machine."""
+def started(path: str) -> Iterator[Browser]:
+    """A headless chromium. Playwright runs one at a time in a process."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", NO_OTHER_HOST])
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", NO_OTHER_HOST])
         try:
-            tab = Tab(browser.new_page(viewport={"width": 1400, "height": 1000}), server, folder)
-            tab.page.set_default_timeout(TIMEOUT_S * 1000)
-            tab.watch()
-            yield tab
+            yield browser
         finally:
             browser.close()
+
+
+@contextlib.contextmanager
+def page(chromium: Browser, server: Server) -> Iterator[Tab]:
+    """A page in that chromium, watched for errors and for requests that would leave the machine."""
+    tab = Tab(chromium.new_page(viewport={"width": 1400, "height": 1000}), server)
+    tab.page.set_default_timeout(TIMEOUT_S * 1000)
+    tab.watch()
+    try:
+        yield tab
+    finally:
+        tab.page.close()

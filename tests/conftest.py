@@ -24,6 +24,7 @@ import torch  # noqa: E402
 
 if TYPE_CHECKING:
     from browser import Server, Tab
+    from playwright.sync_api import Browser
 
 torch.set_num_threads(THREADS)
 
@@ -32,8 +33,14 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+@pytest.hookimpl(trylast=True)  # what is left out is gone by then
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip gpu tests, with the runtime's own reason, where kernels do not run on a GPU."""
+    """Skip gpu tests, with the runtime's own reason, where kernels do not run on a GPU. The browser's tests, the longest after
+    the notebooks, are the first of the second of two processes, which begins in the middle; so one page serves them all."""
+    browsing = [item for item in items if item.get_closest_marker("browser")]
+    others = [item for item in items if not item.get_closest_marker("browser")]
+    middle = len(items) // 2 + 1
+    items[:] = [*others[:middle], *browsing, *others[middle:]]
     if RUNTIME.mode == "gpu":
         return
     skip = pytest.mark.skip(reason=f"needs a GPU: {RUNTIME.reason}")
@@ -64,17 +71,34 @@ def jupyterlab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture
-def tab(request: pytest.FixtureRequest) -> Iterator[Tab]:
-    """A page on JupyterLab in a real chromium; its folder looks like the checkout."""
-    from browser import chromium_or_skip, copy_of_the_checkout, page
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """The real chromium of the browser tests of a process."""
+    from browser import chromium_or_skip, started
 
-    chromium = chromium_or_skip()
-    server = request.getfixturevalue("jupyterlab")
-    folder = copy_of_the_checkout(Path(server.root) / request.node.name)
-    with page(server, chromium, folder) as opened:
+    with started(chromium_or_skip()) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def one_page(chromium: Browser, jupyterlab: Server) -> Iterator[Tab]:
+    """One page on JupyterLab, for all of them."""
+    from browser import page
+
+    with page(chromium, jupyterlab) as opened:
         yield opened
-        opened.close()
+
+
+@pytest.fixture
+def tab(request: pytest.FixtureRequest, one_page: Tab) -> Iterator[Tab]:
+    """That page on JupyterLab, nothing seen yet, with a folder of its own that looks like the checkout."""
+    from browser import copy_of_the_checkout
+
+    one_page.folder = copy_of_the_checkout(Path(one_page.server.root) / request.node.name)
+    one_page.console_errors.clear()
+    one_page.outside.clear()
+    yield one_page
+    one_page.close()
 
 
 @pytest.fixture

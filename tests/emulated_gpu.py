@@ -6,12 +6,13 @@ import ctypes
 import functools
 import os
 import subprocess
-import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from kept import kept, texts
 from torch import Tensor
 
 from moelab.kernels import fast_layer
@@ -44,8 +45,6 @@ extern "C" void add_up(const void* layer, int blocks) {{
             given.wide_ids ? sums<T, long long>(given) : sums<T, int>(given);
         }}
 }}
-extern "C" int shared_bytes() {{ return sizeof(Shared<{shape}>); }}
-extern "C" int argument_bytes() {{ return sizeof(Layer<{storage}>); }}
 """
 
 
@@ -87,24 +86,43 @@ def altered(folder: Path, *changes: tuple[str, str, str]) -> Path:
 
 
 @functools.cache
-def _scratch() -> tempfile.TemporaryDirectory[str]:
-    """For this process's libraries; gone when it ends."""
-    return tempfile.TemporaryDirectory(prefix="moelab-emulated-")
+def _compiler() -> str:
+    return subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
 
 
 def compiled(instance: Instance, dtype: torch.dtype, source: Path = SOURCE, *, races: bool = False) -> Path:
-    """Its file; with `races` it loads_slots ThreadSanitizer of all that it reads and writes."""
-    folder = Path(tempfile.mkdtemp(dir=_scratch().name))
+    """Its file; with `races` it tells ThreadSanitizer of all that it reads and writes."""
     text = MAIN.format(
-        constants=constants(), source=source, sums=source.with_name(fast_layer.SUM_SOURCE.name),
+        constants=constants(), source=source.name, sums=fast_layer.SUM_SOURCE.name,
         storage=STORAGE[dtype][0], shape=instance.shape,
         threads=instance.threads, expression=instance.expression(dtype), cluster=instance.cluster,
     )  # fmt: skip
-    (folder / "main.cpp").write_text(text)
-    command = ["g++", "-std=c++20", "-O1", "-DMOELAB_EMULATED", f"-I{HERE}", f"-I{SOURCE.parent}", "-shared"]
+    command = ["g++", "-std=c++20", "-O1", "-DMOELAB_EMULATED", "-shared", "-fPIC"]
     command += ["-g", "-fsanitize=thread"] if races else []
-    subprocess.run([*command, "-fPIC", "-o", str(folder / "main.so"), str(folder / "main.cpp")], check=True)
-    return folder / "main.so"
+    made_of = [_compiler(), text, *command, *texts(source.parent, HERE)]
+
+    def make(path: Path) -> None:
+        path.with_name("main.cpp").write_text(text)
+        folders = [f"-I{HERE}", f"-I{source.parent}"]
+        subprocess.run([*command, *folders, "-o", str(path), str(path.with_name("main.cpp"))], check=True)
+
+    return kept("emulated", made_of, make)
+
+
+def refused(lines: Iterable[str]) -> str:
+    """What the compiler says against those lines after the kernel's source; nothing where they hold."""
+    text = "\n".join([constants(), f'#include "{SOURCE.name}"', *lines])
+    command = [
+        "g++",
+        "-std=c++20",
+        "-DMOELAB_EMULATED",
+        "-fsyntax-only",
+        f"-I{HERE}",
+        f"-I{SOURCE.parent}",
+        "-xc++",
+        "-",
+    ]
+    return subprocess.run(command, input=text, capture_output=True, text=True).stderr
 
 
 def shared(tensor: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ VIEWS = {"GEMM": 3, "Batch": 2, "Within": 2, "X axis": 1, "BLOCK M": 2, "BLOCK N
 def in_the_browser() -> list[dict[str, Any]]:
     """A row for each control: the median time to the first and to the last new figure, ms."""
     import nbformat
-    from browser import find_chromium, page, shared_lab
+    from browser import find_chromium, page, shared_lab, started
 
     chromium = find_chromium()
     if chromium is None:
@@ -107,7 +107,8 @@ def in_the_browser() -> list[dict[str, Any]]:
         root = Path(server.root) / "respond"
         root.mkdir()
         nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), root / "x.ipynb")
-        with page(server, chromium, root) as tab:
+        with started(chromium) as browser, page(browser, server) as tab:
+            tab.folder = root
             tab.open("x.ipynb")
             tab.run_all()
             for name, views in VIEWS.items():

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from browser import Server, chromium_or_skip, free_port, page
+from browser import Server, free_port, page
+from playwright.sync_api import Browser
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 180
@@ -56,8 +57,7 @@ def app(notebook: Path, state: Path) -> Iterator[Server]:
 
 
 @pytest.mark.browser
-def test_the_app_follows_its_controls(tmp_path: Path) -> None:
-    chromium = chromium_or_skip()
+def test_the_app_follows_its_controls(tmp_path: Path, chromium: Browser) -> None:
     pytest.importorskip("voila", reason="voila is not installed: `make setup` installs it")
     assert "--template=moelab" in recipe() and "JUPYTER_PATH=$(CURDIR)/app" in recipe()
     v4 = nbformat.v4
@@ -66,7 +66,7 @@ def test_the_app_follows_its_controls(tmp_path: Path) -> None:
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     cells = [v4.new_markdown_cell("# An app"), v4.new_code_cell(code)]
     nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "app.ipynb")
-    with app(tmp_path / "app.ipynb", tmp_path) as server, page(server, chromium) as tab:
+    with app(tmp_path / "app.ipynb", tmp_path) as server, page(chromium, server) as tab:
         tab.page.goto(server.url)
         figure = tab.figure("Model")
         title = figure.title()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -100,7 +101,9 @@ def test_bench_prints_figures_ties_and_what_is_wrong(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(("within", "expected"), [(True, 0), (False, 1), (None, 1)])
-def test_bench_status_and_json(run, monkeypatch: pytest.MonkeyPatch, within: bool | None, expected: int) -> None:
+def test_bench_status_json_and_csv(
+    run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, within: bool | None, expected: int
+) -> None:
     from moelab.suites import bench
 
     asked = {}
@@ -111,7 +114,7 @@ def test_bench_status_and_json(run, monkeypatch: pytest.MonkeyPatch, within: boo
         return [a_result(judged, {"triton": measured("triton", 10.0)}, {"torch": measured("torch", 80.0)})]
 
     monkeypatch.setattr(bench, "bench", fake)
-    sizes = ("--tp-size", "8", "--ep-size", "4", "--batch-size", "20")
+    sizes = ("--tp", "8", "--ep", "4", "--batch-size", "20")
     status, out, _ = run("bench", "--model", "qwen3-30b-a3b", *sizes, "--routing", "zipf", "--no-eager", "--json")
     assert status == expected
     assert (asked["shape"].num_experts, asked["shape"].moe_intermediate_size) == (32, 384)
@@ -122,7 +125,16 @@ def test_bench_status_and_json(run, monkeypatch: pytest.MonkeyPatch, within: boo
     assert answer["padding"] == {"useful_rows": 40.0, "padded_rows": 96.0, "waste": 2.4}
     assert answer["experts_touched"] == 31.5 and answer["protocols"]["eager"] and answer["provenance"]["gpu"]
     assert answer["config"]["key"] == 16 and answer["down_config"]["path"]
-    assert run("bench", "--model", "qwen3-30b-a3b")[0] == expected
+    table = tmp_path / "bench.csv"
+    assert run("bench", "--model", "qwen3-30b-a3b", "--csv", table)[0] == expected
+    first, second = csv.DictReader(table.read_text().splitlines())
+    assert {first["impl"], second["impl"]} == {"triton", "torch"} and first["num_tokens"] == "20"
+    by_impl = {row["impl"]: row for row in (first, second)}
+    assert float(by_impl["triton"]["median_us"]) == rows["triton"]["median_us"] and by_impl["torch"]["median_us"] == ""
+    assert "not timed" in by_impl["torch"]["problem"] and by_impl["torch"]["gpu"] == "a test"
+    status, _, err = run("bench", "--model", "qwen3-30b-a3b", "--csv", table)
+    assert status == 2 and "exists already" in err  # nothing measured is lost
+    assert run("bench", "--model", "qwen3-30b-a3b", "--csv", tmp_path / "no" / "bench.csv")[0] == 2
 
     import torch
 

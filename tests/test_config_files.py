@@ -126,14 +126,14 @@ def test_vllms_triton_version_is_skipped(tmp_path: Path) -> None:
 
 GOOD = json.dumps({"1": SMALL.to_json(), "64": LARGE.to_json()})
 BROKEN = [
-    ("", "not JSON"),
-    (GOOD[:-30], "not JSON"),
+    ("", "not strict JSON"),
+    (GOOD[:-30], "not strict JSON"),
     ("[1]", "holds a JSON list"),
     ("{}", "no batch size"),
     ('{"triton_version": "3.6.0"}', "no batch size"),
     (GOOD.replace('"64"', '"many"'), "batch size 'many'"),
     (GOOD.replace('"64"', '"-64"'), "batch size '-64'"),
-    (GOOD.replace('"64"', '"1"'), "'1' stands there twice"),
+    (GOOD.replace('"64"', '"1"'), "the key '1' twice"),
     (GOOD.replace('"num_warps": 8', '"num_warps": 8.0'), "batch size 64: .*num_warps is 8.0"),
     (GOOD.replace('"num_warps": 8', '"warps": 8'), "batch size 64: .*unknown key 'warps'"),
     (GOOD.replace('"BLOCK_SIZE_N": 256, ', ""), "batch size 64: .*missing key 'BLOCK_SIZE_N'"),
@@ -235,7 +235,7 @@ def test_a_broken_file_is_not_skipped(tmp_path: Path) -> None:
     root = _tree(tmp_path, "triton_3_5_1/" + UP)
     (root / "triton_3_6_0").mkdir()
     (root / "triton_3_6_0" / UP).write_text("{")
-    with pytest.raises(ConfigFileError, match="not JSON"):
+    with pytest.raises(ConfigFileError, match="not strict JSON"):
         cf.lookup(4, 8, "X", num_tokens=3, triton_version="3.6.0", config_dir=root)
 
 

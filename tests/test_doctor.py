@@ -146,7 +146,7 @@ def test_our_own_configs_serve_vllm_too(tmp_path: Path) -> None:
         ("vllm", "E=4,N=128,device_name=NVIDIA_H200_NVL.json", "device_name", UP),
         ("moelab", f"{V}/E=4,N=128,device_name=X,dtype=fp8_w8a9.json", "dtype_selector", "those"),
         ("moelab", f"{V}/E=4,N=128,device_name=X,dtype=bfloat16.json", "dtype_selector", "without dtype="),
-        ("vllm", "E=4,N=128,device_name=X,dtype=int8_w8a8.json", "dtype_selector", "those"),
+        ("vllm", "E=4,N=128,device_name=X,dtype=int8_w8a8.json", "dtype_selector", "remove it"),
         ("moelab", f"{V}/E=4,N=128,device_name=X,block_shape=[128,128].json", "block_shape", "[128, 128]"),
         ("vllm", "E=4,N=128,device_name=X,block_shape=[128, 128].json", "block_shape", "[128,128]"),
         (
@@ -228,8 +228,8 @@ FLAT_FP8 = FP8.replace("[128, 128]", "[128,128]")
         (UP, entries({"num_warps": 4.0}), "not_an_integer", "4.0"),
         (UP, entries({"num_warps": True}), "not_an_integer", "True"),
         (UP, entries({"num_warps": "4"}), "not_an_integer", "'4'"),
-        (UP, json.dumps(GOOD)[:-30], "not_json", "it is not JSON"),
-        (UP, json.dumps(GOOD).replace('"16"', '"4"'), "not_json", "'4' stands there twice"),
+        (UP, json.dumps(GOOD)[:-30], "not_json", "it is not strict JSON"),
+        (UP, json.dumps(GOOD).replace('"16"', '"4"'), "not_json", "the key '4' twice"),
         (UP, [GOOD], "not_batch_sizes", "list"),
         (UP, '{"triton_version": "3.6.0"}', "no_batch_size", "default"),
         (UP, GOOD | {"many": GOOD["1"]}, "batch_size", "'many'"),
@@ -286,7 +286,7 @@ def test_loaders_differ_in_what_they_take(content: dict, moelab: str, sglang: st
 
 def test_vllm_cuts_block_k(tmp_path: Path) -> None:
     put(tmp_path / FLAT_FP8, entries({"BLOCK_SIZE_K": 256}))
-    assert cf.doctor(tmp_path, "vllm").findings == ()
+    assert only(cf.doctor(tmp_path, "vllm")).problem == "cut_step"
 
 
 def test_the_device_decides(tmp_path: Path) -> None:

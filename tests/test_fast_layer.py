@@ -24,11 +24,12 @@ from fast_cases import (
 )  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kept import hopper_code
 
 from moelab.chips import TARGETS
 from moelab.errors import DtypeError, RuntimeModeError, ShapeError
-from moelab.kernels import cubin, fast_layer, nvrtc
-from moelab.kernels.fast_instances import ALL, INSTANCES, Instance, instance_for
+from moelab.kernels import cubin, fast_layer
+from moelab.kernels.fast_instances import ALL, INSTANCES, PERMUTED, STORAGE, Instance, instance_for
 from moelab.kernels.fast_layer import check_fast_layer
 
 
@@ -64,7 +65,7 @@ def test_the_layer_is_right_and_ends(instance: Instance, sizes: tuple[int, ...],
 
 
 @needs_compiler
-@pytest.mark.parametrize("instance", [MIDDLE, MIDDLE_PAIR])
+@pytest.mark.parametrize("instance", [pytest.param(MIDDLE, marks=pytest.mark.whole), MIDDLE_PAIR])
 def test_in_bfloat16(instance: Instance) -> None:
     compare(instance, 20, 3, 2, 128, 64, dtype=torch.bfloat16)
 
@@ -145,26 +146,33 @@ def test_consumers_that_never_empty_a_stage_are_seen_by_their_producer(tmp_path:
 
 
 @needs_compiler
-@pytest.mark.parametrize("instance", [SMALL, MIDDLE, MIDDLE_PAIR, WIDE, STAGED_IN_ONE, INSTANCES[96]])
-def test_sizes_are_those_of_the_source(instance: Instance) -> None:
-    library = emulated_gpu.built(instance, torch.float16)
-    assert library.shared_bytes() == instance.shared_bytes
-    assert library.argument_bytes() == ctypes.sizeof(fast_layer.LayerArguments)
+def test_sizes_are_those_of_the_source() -> None:
+    said = [(f"Shared<{each.shape}>", each.shared_bytes) for each in (SMALL, MIDDLE_PAIR, WIDE, STAGED_IN_ONE, *ALL)]
+    said += [(f"Layer<{STORAGE[torch.float16][0]}>", ctypes.sizeof(fast_layer.LayerArguments))]
+    assert emulated_gpu.refused(f"static_assert(sizeof({what}) == {size});" for what, size in said) == ""
+    assert "static assertion failed" in emulated_gpu.refused(
+        ["static_assert(sizeof(Shared<" + SMALL.shape + ">) == 1);"]
+    )
+
+
+def whole(instance: Instance, dtype: torch.dtype) -> object:
+    return pytest.param(instance, dtype, marks=pytest.mark.whole)
 
 
 @pytest.mark.parametrize(
     ("instance", "dtype"),
     [
-        *((each, torch.bfloat16) for each in ALL),
         (INSTANCES[16], torch.float16),
         (INSTANCES[96], torch.float16),
+        *((each, torch.bfloat16) for each in (INSTANCES[48], PERMUTED)),
+        *(whole(each, torch.bfloat16) for each in ALL if each not in (INSTANCES[48], PERMUTED)),
     ],
     ids=str,
 )
 def test_instances_compile_for_hopper(instance: Instance, dtype: torch.dtype) -> None:
     """No spill, no wgmma that the compiler had to serialise, and as many blocks an SM as it says."""
     assert (instance.shared_bytes + 1024) * instance.ctas_per_sm <= 228 * 1024
-    code = nvrtc.compiled("sm_90a", instance.source(dtype), instance.expression(dtype)).code
+    code = hopper_code(instance.source(dtype), instance.expression(dtype))
     registers, spilled = cubin.usage(code)
     assert not spilled and registers * instance.threads * instance.ctas_per_sm <= 64 * 1024
     sass = cubin.disassembly(code)
@@ -188,7 +196,7 @@ def test_sums_compile_for_hopper(dtype: torch.dtype, ids: torch.dtype, top_k: in
     """No spill, and four blocks an SM at the least: half of the threads that it holds."""
     expression = fast_layer.sum_expression(top_k, dtype, ids)
     assert expression.endswith(f", {slots}, {'long long' if ids == torch.int64 else 'int'}>")
-    registers, spilled = cubin.usage(nvrtc.compiled("sm_90a", fast_layer.sum_source(), expression).code)
+    registers, spilled = cubin.usage(hopper_code(fast_layer.sum_source(), expression))
     assert not spilled and registers * fast_layer.SUM_THREADS * 4 <= 64 * 1024
 
 
@@ -200,8 +208,7 @@ def test_every_wait_but_the_consumers_own_may_be_given_up() -> None:
     """A trap in each loop that could last for ever; none where the clock is compiled out, to be measured beside."""
     expression, source = INSTANCES[16].expression(torch.bfloat16), INSTANCES[16].source(torch.bfloat16)
     watched, unwatched = (
-        cubin.disassembly(nvrtc.compiled("sm_90a", before + source, expression).code)
-        for before in ("", "#define MOELAB_UNWATCHED\n")
+        cubin.disassembly(hopper_code(before + source, expression)) for before in ("", "#define MOELAB_UNWATCHED\n")
     )
     assert watched.count("BPT.TRAP") >= 5 and watched.count("SR_GLOBALTIMERHI") == 2 * watched.count("BPT.TRAP")
     assert "BPT.TRAP" not in unwatched and "GLOBALTIMER" not in unwatched

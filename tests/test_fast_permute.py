@@ -48,6 +48,11 @@ def test_the_layer_is_right_and_ends(instance: Instance, sizes: tuple[int, ...],
 @pytest.mark.parametrize("instance", [MIDDLE_PERMUTED, PAIR_PERMUTED])
 def test_weights_on_the_input(instance: Instance) -> None:
     compare(instance, 20, 3, 2, 128, 64, on_input=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("instance", [MIDDLE_PERMUTED, pytest.param(PAIR_PERMUTED, marks=pytest.mark.whole)])
+def test_in_bfloat16(instance: Instance) -> None:
     compare(instance, 20, 3, 2, 128, 64, dtype=torch.bfloat16)
 
 

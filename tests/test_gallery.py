@@ -7,8 +7,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from browser import chromium_or_skip, find_chromium
+from browser import find_chromium
 from nbclient.exceptions import CellExecutionError
+from playwright.sync_api import Browser
 
 from moelab.errors import MoelabError
 from moelab.plots import gallery
@@ -142,19 +143,18 @@ def test_every_question_leads_to_a_heading() -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_gallery_works_without_a_network(built: Path, scheme: str) -> None:
-    chromium = chromium_or_skip()
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_context(offline=True, color_scheme=scheme).new_page()
+def test_the_gallery_works_without_a_network(built: Path, chromium: Browser) -> None:
+    for scheme in ("light", "dark"):
+        context = chromium.new_context(offline=True, color_scheme=scheme)
+        page = context.new_page()
         errors: list[str] = []
         asked: list[str] = []
-        page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("request", lambda r: asked.append(r.url) if not r.url.startswith(("file:", "data:", "blob:")) else None)
+        page.on("console", lambda m, errors=errors: errors.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error, errors=errors: errors.append(str(error)))
+        page.on(
+            "request",
+            lambda r, asked=asked: None if r.url.startswith(("file:", "data:", "blob:")) else asked.append(r.url),
+        )
         page.goto((built / "index.html").as_uri())
         assert page.locator(".cards img").evaluate("image => image.naturalWidth") == gallery.COVER_WIDTH
         page.locator(".cards a").click()
@@ -172,4 +172,4 @@ def test_the_gallery_works_without_a_network(built: Path, scheme: str) -> None:
         assert len(said) > 20 and low == set(), "text under WCAG AA"
         assert page.locator(".js-plotly-plot .gtitle").first.text_content().startswith("dbrx, TP 1")
         assert (errors, asked) == ([], [])
-        browser.close()
+        context.close()

@@ -17,8 +17,7 @@ from typing import Any
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from broken_cells import in_a_kernel
 from test_notebooks_house import NOTEBOOKS, code_of
 
 import moelab.plots
@@ -188,10 +187,13 @@ def test_every_drawing_function_is_broken_somewhere() -> None:
 
 def test_a_panel_that_cannot_be_shown_fails_the_cell_too() -> None:
     """IPython prints an Exception that is raised while it displays, and goes on."""
-    v4 = nbformat.v4
     code = "from moelab.plots import Panel\nclass Odd:\n    def __str__(self):\n        raise ValueError('no words')\n"
-    cells = [v4.new_code_cell(code), v4.new_code_cell('Panel(None, [{"x": 1}], "**ok**")')]
-    NotebookClient(v4.new_notebook(cells=cells), timeout=60, kernel_name="python3").execute()
-    cells[1] = v4.new_code_cell('Panel(None, [{"x": Odd()}], "**ok**")')
-    with pytest.raises(CellExecutionError, match="no words"):
-        NotebookClient(v4.new_notebook(cells=cells), timeout=60, kernel_name="python3").execute()
+    cells = ['Panel(None, [{"x": 1}], "**ok**")', 'Panel(None, [{"x": Odd()}], "**ok**")']
+    fine, odd = in_a_kernel([code, *cells])[1:]
+    assert fine is None and odd is not None and "no words" in odd
+
+
+def test_what_a_kernel_hides_is_seen() -> None:
+    """`with out:` swallows there an exception that it lets out in plain Python."""
+    out = "import ipywidgets\nout = ipywidgets.Output()"
+    assert in_a_kernel([out, "with out:\n    1 / 0", "1 / 0"]) == [None, None, "division by zero"]

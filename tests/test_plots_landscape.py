@@ -129,7 +129,7 @@ def test_figures_are_small(survey: Survey) -> None:
 
 
 def test_sizes_and_lookup() -> None:
-    panel = loading.sizes("qwen3-30b-a3b", 4, 2, "bfloat16", 64)
+    panel = loading.sizes("qwen3-30b-a3b", 4, 2, "bfloat16")
     values = {row["size"]: row["value"] for row in panel.table}
     assert values["experts on this rank (E)"] == 64 and values["intermediate size on this rank (N)"] == 384
     shown = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,10 +56,8 @@ json_rows = st.dictionaries(st.text().filter(lambda key: key != "samples_us"), j
 
 @given(st.lists(json_rows, min_size=1, max_size=4))
 def test_any_row_of_json_values_comes_back(rows: list[dict]) -> None:
-    content = json.loads(
-        recordings._encode({"schema": 1, "suite": "s", "provenance": {}, "protocol": {}, "rows": rows})
-    )
-    assert content["rows"] == rows
+    text = recordings._text({"schema": 1, "suite": "s", "provenance": {}, "protocol": {}, "rows": rows})
+    assert json.loads(text)["rows"] == rows
 
 
 def test_select() -> None:
@@ -71,12 +70,16 @@ BAD_ROWS = [
     ({"x": math.nan}, "nan in row 0"),
     ({"x": [1.0, {"y": math.inf}]}, "inf in row 0"),
     ({"x": object()}, "holds a object"),
-    ({"samples_us": []}, "no samples in row 0"),
-    ({"samples_us": 3.0}, "no samples in row 0"),
-    ({"samples_us": [1.0, 0.0]}, "a time is positive"),
-    ({"samples_us": [-1.0]}, "a time is positive"),
-    ({"samples_us": [True]}, "which is no time"),
-    ({"samples_us": ["1"]}, "which is no time"),
+    ({"samples_us": []}, "rows.0.samples_us, where it should have at least 1 item"),
+    ({"samples_us": 3.0}, "holds 3.0 at rows.0.samples_us"),
+    ({"samples_us": [1.0, 0.0]}, "holds 0.0 at rows.0.samples_us.1, where it should be greater than 0"),
+    ({"samples_us": [-1.0]}, "greater than 0"),
+    ({"samples_us": [1e30]}, "less than"),
+    ({"samples_us": [10**400]}, "rows.0.samples_us.0"),
+    ({"samples_us": [True]}, "should be a valid number"),
+    ({"samples_us": ["1"]}, "should be a valid number"),
+    ({"num_tokens": -1}, "num_tokens"),
+    ({"compile_s": -1.0}, "compile_s"),
 ]
 
 
@@ -98,32 +101,47 @@ def test_provenance_must_be_whole(key: str, tmp_path: Path) -> None:
 
 
 def test_no_rows_and_odd_suite_names(tmp_path: Path) -> None:
-    with pytest.raises(RecordingError, match="has no rows"):
+    with pytest.raises(RecordingError, match="at rows, where it should have at least 1 item"):
         recordings.write(replace(GOOD, rows=()), tmp_path / "x.json")
-    with pytest.raises(RecordingError, match="suite name"):
+    with pytest.raises(RecordingError, match=r"'\.\./up' at suite"):
         recordings.write(replace(GOOD, suite="../up"), tmp_path / "x.json")
 
 
 def _edited(**changes: object) -> str:
-    text = recordings._encode(
-        {"schema": 1, **{k: getattr(GOOD, k) for k in ("suite", "provenance", "protocol")}, "rows": ROWS}
-    )
-    return json.dumps(json.loads(text) | changes)
+    content = {"schema": 1, **{k: getattr(GOOD, k) for k in ("suite", "provenance", "protocol")}, "rows": list(ROWS)}
+    return json.dumps(content | {"digest": recordings._digest(content)} | changes)
+
+
+def _sealed(**changes: object) -> str:
+    content = json.loads(_edited(**changes))
+    return json.dumps(content | {"digest": recordings._digest(content)})
 
 
 BROKEN_FILES = [
     ("", "not strict JSON"),
     (_edited()[:-40], "not strict JSON"),
-    (_edited().replace("1.25", "NaN"), "holds NaN"),
-    (_edited().replace("1.25", "-Infinity"), "holds -Infinity"),
-    (_edited().replace("1.25", "1e999"), "inf in row 0"),
-    ("[]", "expected an object"),
-    (_edited(schema=2), "has schema 2"),
-    (_edited(schema=True), "has schema True"),
-    (_edited(rows={}), "no 'rows'"),
-    (_edited(rows=[3]), "no JSON object"),
-    (_edited(provenance=None), "no 'provenance'"),
-    (_edited(provenance=PROVENANCE | {"gpu": None}), "has no gpu"),
+    (_edited().replace("1.25", "NaN"), "not strict JSON .*NaN"),
+    (_edited().replace("1.25", "-Infinity"), "not strict JSON .*Infinity"),
+    (_edited().replace("1.25", "1e999"), "holds 1e999, which is beyond a float"),
+    (_edited().replace("1.25", "9" * 5000), "number out of range"),
+    (_edited().replace("1.25", "[" * 300 + "]" * 300), "nested deeper than 200"),
+    (_edited().replace("triton", "\\ud800", 1), "not strict JSON"),
+    (_edited().replace('"rows": [', '"rows": [{"a": 1, "a": 2}, '), "the key 'a' twice"),
+    (_edited().replace("1.25", "1.26"), "neither a hand nor the disk"),
+    (_edited().replace("580.1", "580.2"), "neither a hand nor the disk"),
+    (_edited(digest="0" * 64), "neither a hand nor the disk"),
+    (_edited(digest="0"), "digest"),
+    (_edited().replace("digest", "Digest"), "Digest|has no digest"),
+    ("[]", "should be a valid dictionary"),
+    (_sealed(schema=2), "holds 2 at schema, where it should be less than or equal to 1"),
+    (_sealed(schema=True), "holds True at schema"),
+    (_edited(rows={}), "holds a JSON object at rows"),
+    (_edited(rows=[3]), "holds 3 at rows.0"),
+    (_edited(rows=[]), "at least 1 item"),
+    (_edited(more=1), "the field more, which nothing here knows"),
+    (_edited(provenance=None), "provenance"),
+    (_sealed(provenance=PROVENANCE | {"gpu": None}), "has no gpu"),
+    (_sealed(rows=[{"samples_us": [-1.0]}]), "greater than 0"),
 ]
 
 
@@ -134,6 +152,36 @@ def test_broken_files_are_refused_and_say_how_to_record_again(text: str, named: 
     with pytest.raises(RecordingError, match=named) as caught:
         recordings.load(path)
     assert "moelab record sum_reduce" in str(caught.value)
+
+
+SPECIAL_FILES = {
+    "a FIFO": os.mkfifo, "a device": lambda path: path.symlink_to("/dev/zero"), "Is a directory": Path.mkdir,
+    "over the": lambda path: (path.touch(), os.truncate(path, 1 << 40)), "no recording": lambda path: path.symlink_to("gone"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", SPECIAL_FILES)
+def test_what_is_no_file_is_not_read(words: str, tmp_path: Path) -> None:
+    SPECIAL_FILES[words](tmp_path / "sum_reduce.json")
+    with pytest.raises(RecordingError, match=words):
+        recordings.load(tmp_path / "sum_reduce.json")
+
+
+def test_a_file_of_an_older_moelab_is_sealed_and_no_other(tmp_path: Path) -> None:
+    path = recordings.write(GOOD, tmp_path / "sum_reduce.json")
+    whole = path.read_text()
+    with pytest.raises(RecordingError, match="without a digest"):
+        recordings.seal(path)
+    path.write_text("".join(line for line in whole.splitlines(keepends=True) if '"digest"' not in line))
+    with pytest.raises(RecordingError, match=r"has no digest.* python -m moelab\.recordings"):
+        recordings.load(path)
+    assert recordings.seal(path).read_text() == whole
+
+
+def test_how_a_file_is_laid_out_is_no_matter(tmp_path: Path) -> None:
+    path = recordings.write(GOOD, tmp_path / "sum_reduce.json")
+    path.write_bytes(json.dumps(json.loads(path.read_text()), indent=4).replace("\n", "\r\n").encode())
+    assert recordings.load(path) == replace(GOOD, path=path)
 
 
 def test_missing_files_offer_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +221,7 @@ def test_a_broken_file_is_listed_with_its_error(tmp_path: Path) -> None:
     sound, cut, binary = recordings.list_recordings(tmp_path)
     assert sound.recording is not None and sound.error is None
     assert cut.recording is None and "not strict JSON" in str(cut.error)
-    assert binary.recording is None and "Cannot read" in str(binary.error)
+    assert binary.recording is None and "not strict JSON" in str(binary.error)
     assert recordings.list_recordings(tmp_path / "nowhere") == []
 
 

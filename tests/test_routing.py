@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +139,7 @@ SAVERS = {
 
 
 @pytest.mark.parametrize("suffix", SAVERS)
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64])
 def test_recorded_ids_come_back(tmp_path: Path, suffix: str, dtype: torch.dtype) -> None:
     ids = make_routing("zipf", 10, 16, 4).topk_ids
     path = tmp_path / f"ids{suffix}"
@@ -153,6 +155,9 @@ def test_recorded_ids_come_back(tmp_path: Path, suffix: str, dtype: torch.dtype)
         (np.zeros((4, 2), np.float32), "float32"),
         (np.array([[0, 16]]), r"\[0, 16\]"),
         (np.array([[3, 3]]), "twice"),
+        (np.array([[2**64 - 1, 3]], np.uint64), "2147483647"),
+        (np.zeros((4, 2), bool), "bool"),
+        (np.zeros(4, [("a", "i4")]), "holds"),
     ],
 )
 def test_recorded_ids_that_nobody_can_use(tmp_path: Path, content: np.ndarray, words: str) -> None:
@@ -170,6 +175,51 @@ def test_a_truncated_routing_file(tmp_path: Path, suffix: str, share: float) -> 
     path.write_bytes(whole[: round(share * len(whole))])
     with pytest.raises(RoutingError, match="Record topk_ids again"):
         load_routing(path, 16)
+
+
+def safetensors_file(header: object, data: bytes = bytes(64)) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+TENSOR = {"dtype": "I32", "shape": [8, 2], "data_offsets": [0, 64]}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (safetensors_file({"a": TENSOR | {"data_offsets": [0, 80]}}), "64 bytes of data, at data_offsets .0, 80."),
+        (safetensors_file({"a": TENSOR | {"data_offsets": [0, 80]}}, bytes(60)), "60 bytes of data"),
+        (safetensors_file({"a": TENSOR | {"data_offsets": [16, 80], "shape": [6, 2]}}), "data_offsets .16, 80."),
+        (safetensors_file({"a": TENSOR | {"data_offsets": [-64, 64]}}), "holds -64 at a"),
+        (safetensors_file({"a": TENSOR | {"shape": [10**30, 2]}}), "shape"),
+        (safetensors_file({"a": TENSOR | {"dtype": "F32"}}), "F32, which is no integer"),
+        (safetensors_file(b"[" * 100_000), "nested deeper"),
+        (safetensors_file([TENSOR]), "should be a valid dictionary"),
+        (safetensors_file({}), "holds 0 tensors"),
+        (b"\xff" * 8, "header alone would end at"),
+    ],
+)
+def test_a_safetensors_header_is_checked(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "ids.safetensors").write_bytes(content)
+    with pytest.raises(RoutingError, match=words):
+        load_routing(tmp_path / "ids.safetensors", 16)
+
+
+def test_a_small_file_that_claims_endless_ids(tmp_path: Path) -> None:
+    torch.save(torch.zeros((1, 1), dtype=torch.int32).expand(10**12, 1), tmp_path / "ids.pt")
+    with pytest.raises(RoutingError, match="at most"):
+        load_routing(tmp_path / "ids.pt", 16)
+
+
+@pytest.mark.parametrize("suffix", SAVERS)
+def test_what_is_no_file_holds_no_routing(suffix: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / f"fifo{suffix}")
+    (tmp_path / f"zeros{suffix}").symlink_to("/dev/zero")
+    (tmp_path / f"folder{suffix}").mkdir()
+    for name, words in {"fifo": "a FIFO", "zeros": "a device", "folder": "Is a directory"}.items():
+        with pytest.raises(RoutingError, match=words):
+            load_routing(tmp_path / f"{name}{suffix}", 16)
 
 
 def test_a_file_of_several_tensors_is_refused(tmp_path: Path) -> None:

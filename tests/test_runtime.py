@@ -153,3 +153,24 @@ def test_the_current_device_is_the_one_that_is_asked(two_kinds, monkeypatch: pyt
         else:
             with pytest.raises(SharedMemoryError, match="sm_89"):
                 checks.checked_config(large, torch.float16)
+
+
+def test_the_gpu_is_named_by_the_driver_without_torch() -> None:
+    code = "import sys; from moelab import runtime; print(runtime.gpu_name(), 'torch' in sys.modules)"
+    assert run(code, TRITON_INTERPRET="1").split() == ["None", "False"]
+    if runtime.current().mode != "gpu":
+        assert run(code).split() == ["None", "False"]
+
+
+@pytest.mark.parametrize(
+    ("failing", "expected"), [(None, "NVIDIA H200"), ("cuInit", None), ("cuDeviceGet", None), ("cuDeviceGetName", None)]
+)
+def test_what_the_driver_answers(failing: str | None, expected: str | None) -> None:
+    def named(buffer: object, length: int, device: object) -> int:
+        buffer.value = b"NVIDIA H200"[:length]  # type: ignore[attr-defined]
+        return 0
+
+    driver = {"cuInit": lambda flags: flags, "cuDeviceGet": lambda device, ordinal: ordinal, "cuDeviceGetName": named}
+    if failing:
+        driver[failing] = lambda *_: 100  # CUDA_ERROR_NO_DEVICE
+    assert runtime._name_by_driver(SimpleNamespace(**driver)) == expected

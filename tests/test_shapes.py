@@ -310,7 +310,7 @@ def test_a_path_that_is_not_there_is_no_name(model: str | Path, monkeypatch: pyt
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(DEEPSEEK)[:100])
-    with pytest.raises(ConfigFileError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(ConfigFileError, match=r"config\.json is not strict JSON"):
         load_model(file)
 
 

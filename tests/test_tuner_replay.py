@@ -14,7 +14,8 @@ from synthetic import small_problem, synthetic_landscape
 from moelab import runtime
 from moelab.config import KernelConfig
 from moelab.errors import LandscapeError
-from moelab.tuner import landscape
+from moelab.reading import UnreadableError
+from moelab.tuner import landscape, landscape_file
 from moelab.tuner.evaluate import Outcome, Request, Result
 from moelab.tuner.journal import Journal
 from moelab.tuner.landscape import Landscape, Row
@@ -98,7 +99,12 @@ UP = (CONFIGS["up"][0],)
     [
         ((row("up", UP, (1.0, math.nan)),), "nan"),
         ((row("up", UP, (1.0, 0.0)),), "0.0"),
-        ((row("up", UP, (1.0,)), row("up", UP, (math.inf,))), "row 1"),
+        ((row("up", UP, (1.0,)), row("up", UP, (math.inf,))), "samples_us.1"),
+        ((row("up", UP, (1.0, -1.0)),), "-1.0 at samples_us.0.1"),
+        ((row("up", UP, (1.0, 1e30)),), "samples_us.0.1"),
+        ((row("up", UP, (1.0,), compile_s=-1.0),), "compile_s.0"),
+        ((row("up", UP, (1.0,), measure_s=math.nan),), "measure_s.0"),
+        ((row("up", (KernelConfig(17, 32, 64, 1),), (1.0,)),), "17 is not a power of two"),
         ((row("up", UP, (1.0,)), row("up", UP, failure="tired")), "tired"),
         ((row("up", UP, (1.0,), failure="nan"),), "beside samples"),
         ((row("up", UP, ()),), "no measurement"),
@@ -111,6 +117,49 @@ def test_an_unsound_landscape_is_not_written(tmp_path: Path, bad: tuple[Row, ...
     with pytest.raises(LandscapeError, match=words):
         landscape.write(with_rows(*bad), tmp_path / "a.parquet")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_kernel_that_nobody_tunes_is_not_written(tmp_path: Path) -> None:
+    unknown = dataclasses.replace(RECORDED, problem=dataclasses.replace(PROBLEM, kernel="nope"))
+    with pytest.raises(LandscapeError, match=r"'nope' at problem.kernel.*Expected one of"):
+        landscape.write(unknown, tmp_path / "a.parquet")
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :]
+
+
+def test_one_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
+    few = dataclasses.replace(RECORDED, rows=tuple(r for r in RECORDED.rows if r.outcome.samples_us)[:20])
+    path = landscape.write(few, tmp_path / "a.parquet")
+    data = path.read_bytes()
+    import pyarrow.parquet
+
+    pages = pyarrow.parquet.ParquetFile(path).metadata.row_group(0)
+    samples = next(pages.column(i) for i in range(pages.num_columns) if "samples" in pages.column(i).path_in_schema)
+    first = samples.dictionary_page_offset or samples.data_page_offset
+    path.write_bytes(flipped(data, first + samples.total_compressed_size - 9))
+    with pytest.raises(OSError, match=r"CRC|checksum"):  # another reader finds it by Parquet's own
+        pyarrow.parquet.read_table(path, page_checksum_verification=True)
+    for at in range(0, len(data), 131):
+        path.write_bytes(flipped(data, at))
+        with pytest.raises(LandscapeError, match=r"is not what was frozen|has no digest"):
+            landscape.load(path)
+
+
+def test_a_landscape_of_an_older_moelab_is_sealed_and_no_other(tmp_path: Path) -> None:
+    path = landscape.write(RECORDED, tmp_path / "a.parquet")
+    with pytest.raises(UnreadableError, match="without a digest"):
+        landscape_file.seal(path)
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path)
+    about = json.loads(pyarrow.parquet.read_metadata(path).metadata[b"moelab"])
+    del about["digest"]
+    pyarrow.parquet.write_table(table.replace_schema_metadata({"moelab": json.dumps(about)}), path)
+    with pytest.raises(LandscapeError, match=r"has no digest.*landscape_file FILE"):
+        landscape.load(path)
+    assert landscape.load(landscape_file.seal(path)).problem == PROBLEM
 
 
 def test_provenance_is_required(tmp_path: Path) -> None:
@@ -184,6 +233,42 @@ def test_a_layer_is_its_parts_and_the_recorded_rest() -> None:
     (result,) = ReplayEvaluator(table).run([Request("layer", 64, ((up, down), (up, other)), 2)])
     assert [o.samples_us for o in result.outcomes] == [(18.0, 18.0), (20.0, 20.0)]  # 3 us are no GEMM's
     assert (table.median_us("layer", 64, (up, other)), table.rest_us(64), table.rest_us(1)) == (20.0, 3.0, 0.0)
+
+
+def layers(table: Table, *pairs: tuple) -> list[tuple[float, ...] | str | None]:
+    (result,) = ReplayEvaluator(table).run([Request("layer", 64, pairs, 2, True)])
+    return [outcome.samples_us or outcome.failure for outcome in result.outcomes]
+
+
+def test_a_sum_never_races_a_measured_layer() -> None:
+    """The layer that was timed reads 30 us, its parts and the rest 18: beside it, the sum of the other's, 19, would win by how it
+    came about. Where one of a request was not timed, all are sums; where all were, or no sum can be formed, none is."""
+    up, down, other, unknown = CONFIGS["up"][0], CONFIGS["down"][0], CONFIGS["down"][1], CONFIGS["down"][2]
+    rows = [row("up", (up,), (10.0,)), row("down", (down,), (5.0,)), row("down", (other,), (6.0,))]
+    timed = [row("layer", (up, down), (30.0,)), row("layer", (up, down), failure="timeout")]
+    quick = [row("up", (CONFIGS["up"][1],), (1.0,)), row("down", (CONFIGS["down"][1],), (6.0,))]
+    table = Table(with_rows(*rows, *quick, timed[0], row("layer", (CONFIGS["up"][1], other), (7.0,))))
+    assert table.rest_us(64) == 7.5  # between 15 and 0
+    assert layers(table, (up, down), (up, other)) == [(22.5, 22.5), (23.5, 23.5)]
+    assert layers(table, (up, down)) == [(30.0, 30.0)]
+    assert layers(table, (up, down), (up, unknown)) == [(30.0, 30.0), "unrecorded"]
+    failed = Table(with_rows(*rows, timed[1]))
+    assert layers(failed, (up, down), (up, other)) == ["timeout", (16.0, 16.0)], "a layer that failed is no sum"
+
+
+def test_the_parts_of_sums_are_of_one_protocol() -> None:
+    """Finals read 0.8 times as much. DOWN alone has one of GEMM2: the short looks of both stand in, by the same ratio."""
+    down, other = CONFIGS["down"][:2]
+    rows = [
+        row("up", UP, (10.0,)),
+        row("down", (down,), (5.0,)),
+        final("down", (down,), (4.0,)),
+        row("down", (other,), (6.0,)),
+    ]
+    more = [row("down", (CONFIGS["down"][2],), (10.0,)), final("down", (CONFIGS["down"][2],), (9.0,))]
+    table = Table(with_rows(*rows, *more))  # ratio: between 0.8 and 0.9
+    assert layers(table, (*UP, down), (*UP, other)) == [pytest.approx((14.25,) * 2), pytest.approx((15.1,) * 2)]
+    assert layers(table, (*UP, down)) == [(14.0, 14.0)]
 
 
 def test_what_was_not_recorded_is_a_failure_not_a_guess() -> None:

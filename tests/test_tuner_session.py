@@ -234,11 +234,12 @@ def killed_after(seconds: float, path: Path) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-def test_kill_9_at_20_random_moments(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trials", [4, pytest.param(20, marks=pytest.mark.whole)])
+def test_kill_9_at_random_moments(tmp_path: Path, trials: int) -> None:
     """Each moment: killed, taken up, killed again perhaps, and finished: the winners and rows of an undisturbed run."""
     winners, requests = undisturbed(tmp_path)
     draws, interrupted = random.Random(0), 0
-    for trial in range(20):
+    for trial in range(trials):
         path = tmp_path / f"run-{trial}.jsonl"
         kills = 0
         while kills < 1 + trial % 2 and killed_after(draws.uniform(0.005, 0.12), path):
@@ -250,7 +251,7 @@ def test_kill_9_at_20_random_moments(tmp_path: Path) -> None:
             result = session(path, settings=CHUNKS).run()
         assert result.rows() == winners, f"after {kills} kills of {path}"
         assert set(rows(path)) == requests and max(rows(path).values()) == 1
-    assert interrupted >= 20
+    assert interrupted >= trials
 
 
 @hypothesis.given(st.sampled_from(["race", "grid", "random"]), st.floats(0, 1))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import math
+import re
 import time
 from pathlib import Path
 
 import pytest
 from broken_cells import assert_each_fails
+from ipywidgets import HTML, Box, Output
 from synthetic import small_problem, synthetic_landscape
 
 from moelab import runtime, widgets
+from moelab.errors import LandscapeError
 from moelab.plots import tuning as plots_tuning
 from moelab.plots.strategy_race import run_all
 from moelab.roofline import load_ceilings
@@ -44,10 +48,25 @@ def all_shown(box: object) -> list[dict]:
     return [each["data"] for child in box.children for each in getattr(child, "outputs", ())]
 
 
+def below(box: object) -> list[object]:
+    """Every widget in a widget."""
+    return [each for child in getattr(box, "children", ()) for each in (child, *below(child))]
+
+
+def said(box: object) -> str:
+    """What stands beside the controls."""
+    own = (
+        [re.sub("<[^>]*>", "", html.unescape(box.value))]
+        if isinstance(box, HTML) and "<style>" not in box.value
+        else []
+    )
+    return "\n".join(filter(None, own + [said(child) for child in getattr(box, "children", ())]))
+
+
 def text(box: object) -> str:
     """Sentences and titles that a widget shows."""
     bundles = all_shown(box)
-    return "\n".join(bundle.get("text/markdown") or bundle["text/plain"] for bundle in bundles)
+    return "\n".join([said(box), *(bundle.get("text/markdown") or bundle["text/plain"] for bundle in bundles)])
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +84,29 @@ def finals() -> Finals:
 def test_layer_picker_follows_every_control() -> None:
     box = widgets.layer_picker("qwen3-30b-a3b", 1, "NVIDIA H200", 64, "3.6.0")
     choose = controls(box)
-    assert list(choose) == ["Model", "TP", "EP", "Dtype", "Device", "Batch", "Triton", "Loader"]
-    changes = {"TP": 4, "EP": 4, "Dtype": "float32", "Device": "NVIDIA B200", "Batch": 512, "Loader": "vllm"}
+    names = ["Model", "TP", "EP", "Format", "Shared experts", "Device", "Batch", "Triton", "Loader"]
+    assert list(choose) == names
+    changes = {"TP": 4, "EP": 4, "Format": "float32", "Device": "NVIDIA B200", "Batch": 512, "Loader": "vllm"}
     for name, value in ({"Model": "mixtral-8x7b"} | changes).items():
         before = text(box)
         choose[name].value = value
         assert text(box) != before, name
     assert "mixtral-8x7b, TP 4, EP 4, float32: a rank holds 2 experts" in text(box)
+
+
+def test_layer_picker_has_every_switch_of_a_server() -> None:
+    """The checkpoint's own format, sglang's fusion of shared experts, and who fuses none: each another file."""
+    box = widgets.layer_picker("deepseek-v3-fp8", 8)
+    choose = controls(box)
+    assert "257 experts" in text(box) and "dtype=fp8_w8a8,block_shape=[128, 128].json" in json.dumps(all_shown(box))
+    choose["Shared experts"].value = False
+    assert "256 experts" in text(box) and "--disable-shared-experts-fusion" in text(box)
+    choose["Shared experts"].value, choose["Loader"].value = True, "vllm"
+    assert "256 experts" in text(box) and "block_shape=[128,128].json" in json.dumps(all_shown(box))
+    choose["Format"].value = "bfloat16"
+    assert "EP 1, bfloat16" in text(box) and "fp8" not in text(box).replace("deepseek-v3-fp8", "")
+    choose["Model"].value, choose["Format"].value = "gpt-oss-120b-mxfp4", None
+    assert "No config file is asked for" in text(box)
 
 
 def test_layer_picker_never_meets_a_split_that_does_not_fit() -> None:
@@ -93,10 +128,10 @@ def test_landscape_browser_links_its_views(survey: Survey) -> None:
         before = all_shown(box)
         choose[name].value = value
         assert all_shown(box) != before, name
-    scatter, lines, heat = (line for line in text(box).splitlines() if line.startswith("GEMM2"))
+    answer, scatter, lines, heat = (line for line in text(box).splitlines() if line.startswith("GEMM2"))
     assert "BLOCK M 64–128, warps 4" in scatter and "BLOCK M 64–128, warps 4" in heat
     count = scatter.split(": ")[1].split()[0]
-    assert f"the same {count} configs" in lines
+    assert f"the same {count} configs" in lines and f"BLOCK M 64–128, warps 4: {count} configs" in answer
 
 
 def test_the_browser_opens_on_an_axis_that_is_known() -> None:
@@ -166,12 +201,31 @@ def test_before_a_run_there_is_no_empty_figure_and_nothing_to_stop(tmp_path: Pat
     assert not any(plotly in each["data"] for each in output(tuner).outputs)
     assert "synthetic-small; no GPU here" in text(tuner)
     buttons = {name: controls(tuner)[name] for name in ("Pause", "Go on", "Stop")}
-    assert all(button.disabled for button in buttons.values())
+    begin = {name: controls(tuner)[name] for name in ("Start", "Take up")}
+    assert all(button.disabled for button in buttons.values()) and not any(b.disabled for b in begin.values())
     tuner.start()
-    assert not any(button.disabled for button in buttons.values())
+    assert not any(button.disabled for button in buttons.values()) and all(b.disabled for b in begin.values())
     tuner.stop()
     tuner.wait(60)
-    assert all(button.disabled for button in buttons.values())
+    assert all(button.disabled for button in buttons.values()) and not any(b.disabled for b in begin.values())
+
+
+def test_the_first_sign_of_life_comes_before_the_work(
+    tmp_path: Path, finals: Finals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Listing the candidates takes a second: until then Start is off and says so; a run that cannot begin gives it back."""
+    tuner = a_tuner(tmp_path, finals)
+    seen = []
+
+    def refused() -> None:
+        seen.append((said(tuner), controls(tuner)["Start"].disabled, controls(tuner)["Stop"].disabled))
+        raise LandscapeError("There is nothing to tune. Expected a landscape. Choose one.")
+
+    monkeypatch.setattr(tuner, "_new", refused)
+    controls(tuner)["Start"].click()
+    ((sign, *disabled),) = seen
+    assert sign.startswith("Starting") and disabled == [True, True]
+    assert "nothing to tune" in said(tuner) and not controls(tuner)["Start"].disabled
 
 
 def until(condition: object) -> None:
@@ -290,7 +344,7 @@ def test_each_loader_has_a_folder_until_one_is_typed(tmp_path: Path, finals: Fin
     panel.rules.value = "vllm"
     assert panel.folder.value == str(tmp_path / "out" / "vllm")
     panel.write()
-    assert f"start vllm with `VLLM_TUNED_CONFIG_FOLDER={tmp_path / 'out' / 'vllm'}`" in text(panel)
+    assert f"start vllm with VLLM_TUNED_CONFIG_FOLDER={tmp_path / 'out' / 'vllm'}" in text(panel)
     panel.folder.value = str(tmp_path / "mine")
     panel.rules.value = "sglang"
     assert panel.folder.value == str(tmp_path / "mine")
@@ -311,8 +365,42 @@ def test_export_panel_reads_back_what_it_writes(tmp_path: Path, finals: Finals, 
     assert content["64"] == choice.result().batches[64].up.to_json()
     for contest in finals.contests(64):
         choice.exclude(64, contest.pair)
+    before = [path.read_bytes() for path in files]
     choose["Write files"].click()
-    assert "2 batch sizes" in text(panel), "a batch size without a winner is left out"
+    assert "Nothing was written" in said(panel) and "exists already" in said(panel) and "tick Overwrite" in said(panel)
+    assert [path.read_bytes() for path in files] == before, "refused, as `moelab export` refuses"
+    files[0].unlink()
+    choose["Write files"].click()
+    assert rules == "vllm" or "exists already" in said(panel)
+    assert rules == "vllm" or not files[0].exists(), "neither of a pair, where one is there"
+    choose["Overwrite"].value = True
+    choose["Write files"].click()
+    assert "Wrote " in said(panel) and "2 batch sizes" in text(panel), "a batch size without a winner is left out"
+
+
+BAD_FOLDERS = {
+    "empty": ("", "No folder is named"), "spaces": ("   ", "No folder is named"), "a file": ("{}/file", "is a file"),
+    "below a file": ("{}/file/below", "is a file"), "a zero byte": ("a\x00b", "can be no path"),
+    "too long": ("x" * 5000, "can be no path"), "no such user": ("~nobody-of-that-name/x", "can be no path"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD_FOLDERS)
+def test_a_folder_that_is_none_is_said_beside_the_field(
+    tmp_path: Path, finals: Finals, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed, sentence = BAD_FOLDERS[kind]
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    panel = widgets.ExportPanel(widgets.Choice(finals), tmp_path / "out")
+    panel.folder.value = typed.format(tmp_path)
+    assert sentence in said(panel.place)
+    controls(panel)["Write files"].click()
+    assert "Nothing was written" in said(panel) and [path.name for path in tmp_path.iterdir()] == ["file"]
+    panel.folder.value = str(tmp_path / "new")
+    assert said(panel.place) == "Not there yet; Write files makes it."
+    controls(panel)["Write files"].click()
+    assert "Wrote " in said(panel) and said(panel.place) == ""
 
 
 def test_nothing_to_export_is_said(tmp_path: Path, finals: Finals) -> None:
@@ -356,12 +444,12 @@ CASES = {
     "picker is made": "widgets.layer_picker()",
     "model changes": 'picker.children[0].children[0].value = "dbrx"',
     "browser is made": "widgets.landscape_browser(survey)",
-    "within changes": "browser.children[0].children[2].value = 0.02",
-    "range changes": "browser.children[0].children[4].index = (1, 1)",
+    "within changes": "browser.children[0].children[0].children[2].value = 0.02",
+    "range changes": "browser.children[0].children[0].children[4].index = (1, 1)",
     "plateaus": "landscape.plateaus(survey)",
     "importances": "landscape.importances(survey)",
     "race is made": "widgets.strategy_race(traces)",
-    "budget changes": "race.children[0].children[2].index = 1",
+    "budget changes": "race.children[0].children[0].children[2].index = 1",
     "tuner is made": "widgets.LiveTuner(made, tempfile.mkdtemp(), choice)",
     "another batch is shown": "tuner.shown.value = 1",
     "card is made": "widgets.WinnerCard(choice)",
@@ -384,6 +472,5 @@ def test_every_control_has_a_name(tmp_path: Path, survey: Survey, finals: Finals
         widgets.config_path({"ours": runtime.config_dir().parent}), widgets.explorer(load_ceilings()),
     ]  # fmt: skip
     for box in boxes:
-        for row in box.children:
-            nameless = [each for each in getattr(row, "children", ()) if not each.description]
-            assert nameless == []
+        takes_focus = [each for each in below(box) if not isinstance(each, Box | HTML | Output)]
+        assert len(takes_focus) >= 2 and [each for each in takes_focus if not each.description] == []

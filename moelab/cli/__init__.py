@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moelab.cli import asking, config_commands, printing, record_command, tune_command
+from moelab.cli import asking, config_commands, csv_file, printing, record_command, tune_command
 from moelab.errors import DeviceError, MoelabError, RuntimeModeError
 
 if TYPE_CHECKING:
@@ -33,9 +33,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+HEAVY = ("torch", "triton", "numpy", "pandas", "plotly", "pyarrow")
+"""What `make cli` leaves out."""
+
 Model = Annotated[str, typer.Option("--model", help="A preset, a Hugging Face id, or the path of a config.json.")]
-TpSize = Annotated[int, typer.Option("--tp-size", min=1, help="Ranks that share the layer.")]
-EpSize = Annotated[int, typer.Option("--ep-size", min=1, help="Of them, how many divide the experts.")]
+TpSize = Annotated[int, typer.Option("--tp-size", "--tp", min=1, help="Ranks that share the layer.")]
+EpSize = Annotated[int, typer.Option("--ep-size", "--ep", min=1, help="Of them, how many divide the experts.")]
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="bfloat16, float16, float32, float64; default: the model's, quantised or not."),
@@ -58,6 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("moelab: interrupted", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        if error.name not in HEAVY:
+            raise
+        print(
+            f"moelab: this command needs the package {error.name}, which is not installed here. Expected the whole environment. "
+            "Set it up: `make setup`, then .venv/bin/moelab.", file=sys.stderr,
+        )  # fmt: skip
+        return 2
     except (MoelabError, OSError) as error:
         print(f"moelab: {error if isinstance(error, MoelabError) else printing.refused(error)}", file=sys.stderr)
         return 2
@@ -91,8 +102,11 @@ def _root(
 @app.command()
 def models(as_json: AsJson = False) -> None:
     """The presets: experts E, top-k, hidden size H and intermediate size N of the whole model."""
+    from moelab.presets import broken_presets
     from moelab.shapes import preset, preset_names
 
+    for name, error in broken_presets().items():
+        print(f"moelab: left out {name}: {error}", file=sys.stderr)
     # As the model's config.json has them: what sglang fuses is a matter of serving, and `moelab shape` shows it.
     shapes = [preset(name) for name in preset_names(quantised=True)]
     rows = [
@@ -118,9 +132,10 @@ def shape(
     as_json: AsJson = False,
 ) -> None:
     """Sizes of the layer on one rank, where they were read, and the names of the config files that a server asks for."""
+    from moelab import runtime
     from moelab.config_files import ask
 
-    known = device or _this_gpu()
+    known = device or runtime.gpu_name()
     asked = ask(model, rules, disable_shared_experts_fusion=disable_shared_experts_fusion, device=known,
                 tp_size=tp_size, ep_size=ep_size, dtype=dtype)  # fmt: skip
     found, warnings = asked.shape, _doubts(device, asked)
@@ -174,10 +189,11 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Which config file and batch size a kernel gets, and why. Exit status 1 if the device cannot run that config."""
+    from moelab import runtime
     from moelab.config_files import ask
 
     kernel = None if kernel in ("triton", "grouped_gemm") else kernel
-    named, device = device, device or _this_gpu()
+    named, device = device, device or runtime.gpu_name()
     asked = ask(model, rules, disable_shared_experts_fusion=disable_shared_experts_fusion, device=device,
                 tp_size=tp_size, ep_size=ep_size, dtype=dtype)  # fmt: skip
     if device is None:
@@ -191,19 +207,23 @@ def explain(
                 "--kernel fast takes no --rules, --config-dir or --down: it says what runs, not by which file."
             )
         return config_commands.explain_fast(asked.shape, batch_size, device, triton_version, as_json)
+    version = triton_version or _installed_triton()
+    config_commands.require_tree(asked, device, version, down, config_dir)
     answer = asked.lookup(
-        device, num_tokens=batch_size, triton_version=triton_version or _installed_triton(), down=down,
-        config_dir=config_dir, kernel=kernel,
-    )  # fmt: skip
+        device, num_tokens=batch_size, triton_version=version, down=down, config_dir=config_dir, kernel=kernel
+    )
+    options = config_commands.tune_options(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
+    missed = {} if kernel else config_commands.missed(asked, answer, device, version, options, down, config_dir)
     problems = [*asked.misfits, *_problems(answer, asked, device, kernel)]
     warnings = _doubts(named, asked) + config_commands.kernel_warnings(kernel, config_dir)
     for warning in warnings:
         print(f"moelab: {warning}", file=sys.stderr)
     if as_json:
-        printing.print_json(printing.lookup_json(answer, problems, warnings) | printing.question_json(asked))
+        printing.print_json(printing.lookup_json(answer, problems, warnings) | printing.question_json(asked) | missed)
     else:
         printing.print_question(asked)
         printing.print_lookup(answer, problems)
+        config_commands.print_missed(missed)
     if problems:
         raise typer.Exit(1)
 
@@ -229,6 +249,10 @@ def bench(
         str, typer.Option("--routing", help="How popular experts are: uniform, zipf or dirichlet.")
     ] = "uniform",
     eager: Annotated[bool, typer.Option(help="Also time calls without a CUDA graph.")] = True,
+    csv: Annotated[
+        Path | None,
+        typer.Option("--csv", help="Also write a row for each implementation and batch size to this new file."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """On a GPU: check implementations of the layer against float64, then time them against each other.
@@ -237,6 +261,8 @@ def bench(
     """
     from moelab.implementations import require_taken
 
+    if csv is not None:
+        csv_file.require_new(csv)
     found = _load(model, tp_size, ep_size, dtype, disable_shared_experts_fusion)
     require_taken(found, "moelab bench")
     from moelab.suites import bench as suite
@@ -250,6 +276,9 @@ def bench(
         print(f"floors: {results[0].ceilings}\n")
         for result in results:
             printing.print_bench(found, result)
+    if csv is not None:
+        csv_file.write(csv, found, results)
+        print(f"moelab: wrote {csv}", file=sys.stderr)
     if not all(row["within_bound"] for result in results for row in result.rows):
         raise typer.Exit(1)
 
@@ -274,13 +303,6 @@ def _doubts(device: str | None, asked: Question) -> list[str]:
 
     doubt = device_doubt(device) if device else None
     return [*([doubt] if doubt else []), *asking.published_otherwise(asked.shape)]
-
-
-def _this_gpu() -> str | None:
-    from moelab import runtime
-
-    mode = runtime.current()
-    return mode.device_name if mode.mode == "gpu" else None
 
 
 def _installed_triton() -> str:

@@ -18,16 +18,34 @@ def _question(asked: Mapping[str, Any], rules: str, device: str | None = None) -
     return ask(**{name: asked[name] for name in names}, rules=rules, device=device)
 
 
+def asked_dtype(dtype: str, per_channel_quant: bool, block_shape: tuple[int, int] | None) -> str | None:
+    """What --dtype and its switches mean for `load_served`: None for the model's own, a dtype, or a format's name.
+
+    Raises FormatError for switches beside a dtype that they say nothing of.
+    """
+    from moelab.errors import FormatError
+    from moelab.formats import SELECTORS, format_of_selector
+
+    if not per_channel_quant and block_shape is None:
+        return None if dtype == "auto" else dtype
+    if dtype not in SELECTORS:
+        switch = "--per-channel-quant" if per_channel_quant else "--block-shape"
+        raise FormatError(
+            f"{switch} beside --dtype {dtype}. Expected one of {', '.join(SELECTORS)} with it. Name one as --dtype, or leave "
+            f"{switch} out: auto is what the model's config.json says."
+        )
+    return format_of_selector(dtype, per_channel_quant=per_channel_quant, block_shape=block_shape).name
+
+
 def tuned_shape(asked: Mapping[str, Any]) -> MoEShape:
     """The layer that the server named by `rules` runs. Raises ShardError for a shard that it would not load, FormatError for
-    quantised weights."""
+    weights in a format that has no config files."""
     from moelab.errors import ShardError
-    from moelab.shapes import require_plain
 
     found = _question(asked, asked["rules"])
+    found.name("any")
     if found.misfits:
         raise ShardError(f"{found.shape.name} at tp_size {asked['tp_size']}: {'. '.join(found.misfits)}.")
-    require_plain(found.shape, "moelab tune")
     return found.shape
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +17,7 @@ from moelab.cli import printing
 from moelab.errors import ConfigFileError, MoelabError, counted, nearest_names
 
 if TYPE_CHECKING:
-    from moelab.config_files import Exported, Finding, Report, Source
+    from moelab.config_files import Exported, Finding, Lookup, Question, Report, Source
     from moelab.shapes import MoEShape
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -66,6 +69,46 @@ def kernel_warnings(kernel: str | None, config_dir: Path | None) -> list[str]:
     ]
 
 
+def missed(
+    asked: Question, answer: Lookup, device: str, version: str, options: str, down: bool, folder: Path | None
+) -> dict[str, list[str]]:
+    """What a lookup just missed and what to do, as JSON has it. options: of the command that tunes the layer."""
+    from moelab.config_files import near
+
+    found = near(asked, answer, device, triton_version=version, options=options, down=down, config_dir=folder)
+    return {"near": list(found.misses), "to_do": list(found.todo)}
+
+
+def tune_options(model: str, tp_size: int, ep_size: int, dtype: str | None, disable_fusion: bool) -> str:
+    """The options of `moelab tune` for a layer, as a shell takes them."""
+    said = f"--model {shlex.quote(model)} --tp {tp_size}" + (f" --ep {ep_size}" if ep_size > 1 else "")
+    return (
+        said + (f" --dtype {shlex.quote(dtype)}" if dtype else "") + " --disable-shared-experts-fusion" * disable_fusion
+    )
+
+
+def require_tree(asked: Question, device: str, version: str, down: bool, folder: Path | None) -> None:
+    """Raise ConfigFileError where a peer's loader has no folder to search here, with what its package would have."""
+    from moelab.config_files import get_rules, ships
+    from moelab.config_files.places import folders
+
+    try:
+        folders(get_rules(asked.rules), folder)
+    except ConfigFileError as error:
+        known = ships(asked, device, triton_version=version, down=down) if asked.rules == "sglang" else ""
+        raise ConfigFileError(f"{error}{known}") from None
+
+
+def print_missed(found: Mapping[str, Sequence[str]]) -> None:
+    """Below a lookup: near misses, and what to do."""
+    for heading, sentences in (("near", found.get("near", ())), ("to do", found.get("to_do", ()))):
+        for number, sentence in enumerate(sentences):
+            print(textwrap.fill(
+                sentence, 118, initial_indent=f"{'' if number else heading:<7}- ", subsequent_indent=" " * 9,
+                break_long_words=False, break_on_hyphens=False,
+            ))  # fmt: skip
+
+
 def export(
     source: Annotated[
         Path,
@@ -84,12 +127,26 @@ def export(
         str | None, typer.Option("--triton-version", help="As 3.6.0; default: what the folder's name or the file says.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    shipped: Annotated[
+        Path | None,
+        typer.Option(
+            "--complete",
+            exists=True,
+            file_okay=False,
+            help="A copy of sglang's package or tree: add its files for layers without files of ours, since the variable "
+            "replaces that tree.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write configs in a loader's naming and format, then find each again through that loader's rules."""
+    """Write configs in a loader's naming and format, find each again through that loader's rules, and say how to serve them. The
+    up and the down file of a pair are written both or not at all."""
     from moelab import config_files
 
+    if shipped is not None:
+        config_files.own_tree(shipped, rules)  # refused before anything is written
     done: list[Exported] = []
+    pairs: dict[object, list[Source]] = {}
     try:
         for item in config_files.sources(source):
             reason = config_files.left_out(item.name, rules)
@@ -101,8 +158,11 @@ def export(
                 count = f"{len(item.lost)} of {counted(len(item.configs), 'batch size')}"
                 print(f"moelab: left out {keys} at {count} of {item.origin}: it is not written again", file=sys.stderr)
             _doubt(item, rules)
-            done.append(_export_one(item, rules, out, triton_version, overwrite))
-    except MoelabError:
+            pair = replace(item.name, down=False), item.triton_version, item.origin.parent
+            pairs.setdefault(pair, []).append(item)
+        for items in pairs.values():
+            done += _export_pair(items, rules, out, triton_version, overwrite)
+    except (MoelabError, OSError):
         for written in done:
             print(f"moelab: wrote {written.path} before the error below", file=sys.stderr)
         raise
@@ -112,6 +172,16 @@ def export(
         )
     rows = [{"wrote": str(d.path), "batch sizes": len(d.lookups), "found by": d.rules} for d in done]
     printing.show_rows(rows, as_json)
+    if shipped is not None:
+        added = config_files.complete(out, shipped, rules)
+        said = f"added {counted(len(added.written), 'file')} that {rules} ships"
+        own = f"; left out {counted(len(added.left_out), 'file')} of layers that have their own here" * bool(
+            added.left_out
+        )
+        print(f"moelab: {said}{own}", file=sys.stderr)
+    if not as_json:
+        steps = config_files.to_serve(rules, out, [d.path for d in done])
+        print(f"\nTo serve {'them' if len(done) > 1 else 'it'}:\n{config_files.as_text(steps)}")
 
 
 def _doubt(item: Source, rules: str) -> None:
@@ -123,18 +193,19 @@ def _doubt(item: Source, rules: str) -> None:
             print(f"moelab: {item.origin.name}: {doubt}", file=sys.stderr)
 
 
-def _export_one(item: Source, rules: str, out: Path, triton_version: str | None, overwrite: bool) -> Exported:
+def _export_pair(
+    pair: list[Source], rules: str, out: Path, triton_version: str | None, overwrite: bool
+) -> tuple[Exported, ...]:
     from moelab import config_files
 
-    version = triton_version or item.triton_version
+    version = triton_version or pair[0].triton_version
     if version is None:
         raise ConfigFileError(
-            f"Nothing says under which Triton version {item.origin} was tuned. Expected it in a folder triton_X_Y_Z, or "
+            f"Nothing says under which Triton version {pair[0].origin} was tuned. Expected it in a folder triton_X_Y_Z, or "
             "with a triton_version in it. Pass --triton-version, as in 3.6.0."
         )
-    return config_files.export(
-        item.configs, item.name, rules=rules, out=out, triton_version=version, overwrite=overwrite
-    )
+    items = [(item.name, item.configs) for item in pair]
+    return config_files.export_together(items, rules=rules, out=out, triton_version=version, overwrite=overwrite)
 
 
 def doctor(

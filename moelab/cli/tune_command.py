@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moelab.cli import asking, printing
+from moelab.cli import asking, printing, resuming
 
 if TYPE_CHECKING:
     from moelab.tuner.evaluate import Evaluator
@@ -20,31 +20,27 @@ if TYPE_CHECKING:
     from moelab.tuner.results import TuneResult
     from moelab.tuner.session import TuneSession
 
-_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-def _seconds(text: str | None) -> float | None:
-    """ "5m", "90s", "1.5h" or seconds."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip()) if text else None
-    if text and (match is None or float(match[1]) == 0):
-        raise typer.BadParameter(f"{text!r} is no time. Expected a number with s, m or h, such as 5m.")
-    return float(match[1]) * _UNITS[match[2]] if match else None
-
-
-_OF_THE_MODEL = ("tp_size", "ep_size", "dtype", "disable_shared_experts_fusion", "rules")
+_OF_THE_MODEL = (
+    "tp_size", "ep_size", "dtype", "per_channel_quant", "block_shape", "disable_shared_experts_fusion", "rules"
+)  # fmt: skip
 _NOT_IN_REPLAY = ("routing", "gpus")
 _WITH_RESUME = ("resume", "ray", "gpus", "budget", "out", "freeze", "as_json")
 
 
-def _require_meaning(context: typer.Context) -> None:
-    """Refuse options that a replay or a journal would pass over: what they ask for is not what would be run."""
-    given = {
-        name: option.opts[0]
+def _given(context: typer.Context) -> dict[str, Any]:
+    """Options of the command line that say something else than by default: name -> value."""
+    return {
+        name: context.params[name]
         for option in context.command.params
         if (name := option.name or "")
         and str(getattr(context.get_parameter_source(name), "name", None)) == "COMMANDLINE"
         and context.params[name] != option.default
     }
+
+
+def _require_meaning(context: typer.Context) -> None:
+    """Refuse options that a replay or a journal would pass over: what they ask for is not what would be run."""
+    given = {option.name or "": option.opts[0] for option in context.command.params if option.name in _given(context)}
     if "resume" in given:
         passed_over = [name for name in given if name not in (*_WITH_RESUME, "_tune")]
         source = "the run's journal"
@@ -63,12 +59,29 @@ def _require_meaning(context: typer.Context) -> None:
         )
 
 
+_Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", help="auto: the model's; fp8_w8a8, int8_w8a8, int8_w8a16, int4_w4a16; bfloat16, float16, float32."
+    ),
+]
+_PerChannel = Annotated[
+    bool, typer.Option("--per-channel-quant", help="Of --dtype: a scale for each channel of the weights.")
+]
+_BlockShape = Annotated[
+    tuple[int, int] | None,
+    typer.Option("--block-shape", metavar="N K", help="Of --dtype: a scale for each block, 0 G: for each G columns."),
+]
+
+
 def tune(
     context: typer.Context,
     model: Annotated[str | None, typer.Option("--model", help="A preset, a Hugging Face id, or a config.json.")] = None,
     tp_size: Annotated[int, typer.Option("--tp-size", "--tp", min=1, help="Ranks that share the layer.")] = 1,
     ep_size: Annotated[int, typer.Option("--ep-size", "--ep", min=1, help="Of them, how many divide the experts.")] = 1,
-    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16, float32; auto: the model's.")] = "auto",
+    dtype: _Dtype = "auto",
+    per_channel_quant: _PerChannel = False,
+    block_shape: _BlockShape = None,
     batch_size: Annotated[
         list[int] | None,
         typer.Option(
@@ -94,7 +107,10 @@ def tune(
     down: Annotated[bool, typer.Option("--down/--no-down", help="A config file of its own for GEMM2.")] = True,
     strategy: Annotated[str, typer.Option("--strategy", help="race, forest, grid or random.")] = "race",
     budget: Annotated[
-        str | None, typer.Option("--budget", help="As 5m: of it 0.6 at most compile, after 0.8 only the finals run.")
+        str | None,
+        typer.Option(
+            "--budget", help="As 5m: of it 0.6 at most compile, after 0.8 only the finals run; none: no limit."
+        ),
     ] = None,
     routing: Annotated[str, typer.Option("--routing", help="uniform, zipf, dirichlet, or a file of ids.")] = "uniform",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of inputs, routings and the search.")] = 0,
@@ -118,9 +134,8 @@ def tune(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     _tune: Annotated[bool, typer.Option("--tune", hidden=True, help="Taken for sglang's sake; does nothing.")] = False,
 ) -> None:
-    """Find the fastest kernel configs of a layer, on a GPU or by replay, and write the files that sglang and vLLM load;
-    those of another --kernel are moelab's own."""
-    budget_s = _seconds(budget)
+    """Find a layer's fastest kernel configs, on a GPU or by replay; write the files of sglang and vLLM, or a --kernel's own."""
+    budget_s = resuming.seconds(budget)
     _require_meaning(context)
     if resume is None and replay is None and model is None:
         raise typer.BadParameter("pass --model M; or --replay LANDSCAPE, or --resume RUN, which name their own.")
@@ -130,25 +145,25 @@ def tune(
     run: Path | None
     if resume is not None:
         session, run = _resumed(resume, ray, _numbers(gpus), budget_s, shown), resume
-        out = out or (resume.parent.parent if resume.parent.name == "runs" else resume.parent)
+        out = out or resuming.folder_of(resume)
     else:
         asked = {
-            "model": model, "tp_size": tp_size, "ep_size": ep_size, "dtype": None if dtype == "auto" else dtype,
-            "disable_shared_experts_fusion": disable_shared_experts_fusion, "rules": rules, "batch_sizes": batch_size,
-            "routing": routing, "seed": seed, "separate_down": down, "kernel": kernel, "gpus": _numbers(gpus),
+            "model": model, "tp_size": tp_size, "ep_size": ep_size, "rules": rules, "batch_sizes": batch_size, "routing": routing,
+            "dtype": asking.asked_dtype(dtype, per_channel_quant, block_shape), "seed": seed, "separate_down": down,
+            "disable_shared_experts_fusion": disable_shared_experts_fusion, "kernel": kernel, "gpus": _numbers(gpus),
         }  # fmt: skip
         out = out or (None if replay else Path("tuned"))
         session, run = _new(asked, replay, ray, strategy, budget_s, out, shown)
-    try:
+    how = resuming.options(run, out, _given(context)) if run else None
+    with resuming.told(shown.line, how and resuming.command(how, session.budget_s)):
         result = session.run()
-    except KeyboardInterrupt:
-        shown.line(f"stopped; {_how_to_resume(run)}")
-        raise
-    if freeze is not None and run is not None:
-        from moelab.tuner import landscape
+        shown.end()
+        if freeze is not None and run is not None:
+            from moelab.tuner import landscape
 
-        shown.line(f"froze {landscape.freeze(run, freeze)}")
-    _report(result, run, result.write(out) if out and result.to_configs()["up"] else [], as_json)
+            shown.line(f"froze {landscape.freeze(run, freeze)}")
+        files = result.write(out) if out and result.to_configs()["up"] else []
+    _report(result, run, how, files, as_json)
     if result.errors:
         raise typer.Exit(1)
 
@@ -164,10 +179,6 @@ def _numbers(gpus: str) -> tuple[int, ...]:
     return tuple(int(number) for number in gpus.split(","))
 
 
-def _how_to_resume(run: Path | None) -> str:
-    return f"go on with: moelab tune --resume {run}" if run else "it had no journal, because it had no --out"
-
-
 def _new(
     asked: Mapping[str, Any],
     replay: str | None,
@@ -179,9 +190,10 @@ def _new(
 ) -> tuple[TuneSession, Path | None]:
     from moelab.tuner.landscape import default_name
     from moelab.tuner.results import standing
+    from moelab.tuner.runs import new_label
     from moelab.tuner.session import TuneSession
 
-    label = f"{strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
+    label = new_label(strategy)
     if replay:
         problem, evaluator = _replayed(asked, replay, ray)
     else:
@@ -198,31 +210,18 @@ def _new(
 
 def _replayed(asked: Mapping[str, Any], replay: str, ray: str | None) -> tuple[Problem, Evaluator]:
     """The landscape's own problem, at the batch sizes asked for; a model or kernel that is named has to be the one recorded."""
-    from dataclasses import replace
-
     from moelab.tuner.evaluators import load_evaluator
     from moelab.tuner.landscape import load
-    from moelab.tuner.tuned_kernels import kernel_name
+    from moelab.tuner.starting import replay_of, replay_problem
 
     landscape = load(replay)
-    recorded = landscape.problem
-    incumbents = recorded.incumbents
-    if not asked["separate_down"]:  # one config then serves both GEMMs, of what is to be beaten too
-        incumbents = {
-            label: {b: (up, up) for b, (up, _) in pairs.items()} for label, pairs in recorded.incumbents.items()
-        }
-    problem = replace(
-        recorded,
-        shape=recorded.shape if asked["model"] is None else asking.tuned_shape(asked),
-        batch_sizes=tuple(asked["batch_sizes"] or recorded.batch_sizes),
-        seed=asked["seed"],
-        separate_down=asked["separate_down"],
-        incumbents=incumbents,
-        kernel=kernel_name(asked["kernel"]) if asked["kernel"] else recorded.kernel,
-    )
+    problem = replay_problem(
+        landscape, asked["batch_sizes"], shape=None if asked["model"] is None else asking.tuned_shape(asked),
+        seed=asked["seed"], separate_down=asked["separate_down"], kernel=asked["kernel"],
+    )  # fmt: skip
     if ray is not None:
         return problem, load_evaluator("ray")(problem, address=ray, landscape=landscape)
-    return problem, load_evaluator("replay")(landscape, problem, seed=problem.seed)
+    return problem, replay_of(landscape, problem, seed=problem.seed)
 
 
 def _on_gpu(asked: Mapping[str, Any], ray: str | None, quarantine: Path | None) -> tuple[Problem, Evaluator]:
@@ -266,19 +265,26 @@ def _resumed(run: Path, ray: str | None, gpus: tuple[int, ...], budget_s: float 
 
 
 class _Bar:
-    """Progress on stderr: one line that is rewritten on a terminal, a line for each phase elsewhere."""
+    """Progress on stderr: one line that is rewritten on a terminal; elsewhere a line where a phase begins, and one where it is
+    through."""
 
     def __init__(self) -> None:
         self._live, self._phase, self._shown = sys.stderr.isatty(), "", 0.0
 
     def progress(self, now: Progress) -> None:
-        """Show where a run stands, at most ten times a second."""
-        if not self._live and now.phase != self._phase:
+        """Show where a run stands: on a terminal at most ten times a second, but where a phase begins and ends always."""
+        edge = now.phase != self._phase or now.done >= now.total
+        if not self._live and edge:
             self.line(_status(now))
-        elif self._live and (now.phase != self._phase or time.monotonic() - self._shown > 0.1):
+        elif edge or (self._live and time.monotonic() - self._shown > 0.1):
             print(f"\r\x1b[2K{_status(now)}", end="", file=sys.stderr, flush=True)
             self._shown = time.monotonic()
         self._phase = now.phase
+
+    def end(self) -> None:
+        """Leave the last bar where it stands: what follows begins a line."""
+        if self._live and self._phase:
+            print(file=sys.stderr, flush=True)
 
     def line(self, text: str) -> None:
         """A line of its own."""
@@ -303,7 +309,7 @@ def _minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def _report(result: TuneResult, run: Path | None, files: list[Path], as_json: bool) -> None:
+def _report(result: TuneResult, run: Path | None, how: str | None, files: list[Path], as_json: bool) -> None:
     if as_json:
         configs = {side: {str(b): c.to_json() for b, c in found.items()} for side, found in result.to_configs().items()}
         printing.print_json(
@@ -321,7 +327,7 @@ def _report(result: TuneResult, run: Path | None, files: list[Path], as_json: bo
     print(printing.table([_shown_row(row) for row in result.rows()]))
     phases = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in result.timeline)
     print(f"\n{_minutes(result.spent_s)} in all: {phases}")
-    for sentence in result.coverage.sentences(str(run) if run else None) if result.coverage else []:
+    for sentence in result.coverage.sentences(how) if result.coverage else []:
         print(sentence)
     for path in files:
         print(f"wrote {path}")

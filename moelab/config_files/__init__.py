@@ -12,49 +12,65 @@ loader reaches, or no kernel takes; shipped.py has what sglang ships for three m
 
 from __future__ import annotations
 
+from moelab.config_files.completing import Completed, complete, own_tree
 from moelab.config_files.content import read_config_file, write_config_file
 from moelab.config_files.devices import device_doubt
 from moelab.config_files.diagnosis import doctor
-from moelab.config_files.exporting import Exported, Source, export, export_path, left_out, sources
+from moelab.config_files.exporting import Exported, Source, export, export_path, export_together, left_out, sources
 from moelab.config_files.findings import Finding, Report
 from moelab.config_files.names import FileName, file_name, parse_file_name
+from moelab.config_files.near import Near, near, shipped_names, ships
 from moelab.config_files.places import kernels_with_files, version_folders
 from moelab.config_files.questions import Question, ask, not_asked_for, platform_of, question
 from moelab.config_files.rules import DTYPE_SELECTORS, RULES, Rules, get_rules, rules_table
 from moelab.config_files.search import Lookup, Step, lookup, nearest_key
+from moelab.config_files.serving import Action, as_markdown, as_text, to_serve, tune_to_serve
 from moelab.config_files.shipped import shipped_files, write_shipped
 
 __all__ = [
     "DTYPE_SELECTORS",
     "RULES",
+    "Action",
+    "Completed",
     "Exported",
     "FileName",
     "Finding",
     "Lookup",
+    "Near",
     "Question",
     "Report",
     "Rules",
     "Source",
     "Step",
+    "as_markdown",
+    "as_text",
     "ask",
+    "complete",
     "device_doubt",
     "doctor",
     "export",
     "export_path",
+    "export_together",
     "file_name",
     "get_rules",
     "kernels_with_files",
     "left_out",
     "lookup",
+    "near",
     "nearest_key",
     "not_asked_for",
+    "own_tree",
     "parse_file_name",
     "platform_of",
     "question",
     "read_config_file",
     "rules_table",
     "shipped_files",
+    "shipped_names",
+    "ships",
     "sources",
+    "to_serve",
+    "tune_to_serve",
     "version_folders",
     "write_config_file",
     "write_shipped",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -12,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from moelab.chips import Target
-from moelab.config import KernelConfig
-from moelab.config_files.content import no_duplicates, split_entry
+from moelab.config import LARGEST_VALUE, KernelConfig
+from moelab.config_files.content import BATCH_KEY, LARGEST, split_entry
 from moelab.config_files.defaults import device_target
 from moelab.config_files.findings import Finding, Severity
 from moelab.config_files.names import FileName
+from moelab.config_files.quantised_names import cut_steps, unpacked_columns
 from moelab.config_files.questions import users_of
 from moelab.config_files.rules import RULES, USE_TMA, Rules
 from moelab.config_files.running import run_violations
 from moelab.errors import nearest_names
+from moelab.reading import UnreadableError, parse_json, read_bytes
 
 MAX_STEP = 4
 """Batch sizes a file may skip between two keys, as a factor. The peers' tuners step by 2 at most; at 4 a batch
@@ -46,14 +46,16 @@ def check_content(path: Path, name: FileName, rules: Rules) -> list[Finding]:
     """What a lookup under `rules` would find wrong in the file, and what it finds that cannot run."""
     rules = RULES["moelab"] if name.kernel else rules
     try:
-        raw = path.read_bytes()
-        content = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+        raw = read_bytes(path, LARGEST)
+        content = parse_json(raw)
     except OSError as error:
         return [Finding(path, "error", "unreadable", f"it cannot be read: {error.strerror}", "Check its permissions.")]
-    except (ValueError, RecursionError) as error:
-        return [Finding(path, "error", "not_json", f"it is not JSON: {error}", "Restore it, or tune the shape again.")]
+    except UnreadableError as error:
+        return [Finding(path, "error", "not_json", f"it {error}", "Restore it, or tune the shape again.")]
     target = device_target(name.device_name)
     found = [Finding(path, *problem) for problem in _problems(content, name, rules, target)]
+    if why := unpacked_columns(name, rules):
+        found.append(Finding(path, "warning", "unpacked_columns", why, "Rename it so, if it was tuned for that layer."))
     if not raw.endswith(b"\n"):
         found.append(Finding(path, "warning", "no_newline", "its last line has no newline", "Add one at its end."))
     if target is None:
@@ -75,9 +77,9 @@ def _problems(content: Any, name: FileName, rules: Rules, target: Target | None)
         )
         yield "error", "triton_version", reason, "Remove the key; the version stands in the folder's name."
     entries = {key: entry for key, entry in content.items() if key != "triton_version"}
-    wrong = [key for key in entries if not re.fullmatch(r"[1-9][0-9]*", key)]
+    wrong = [key for key in entries if not BATCH_KEY.fullmatch(key)]
     if wrong:
-        listed = ", ".join(map(repr, wrong[:4]))
+        listed = ", ".join(repr(key[:60]) for key in wrong[:4])
         yield "error", "batch_size", f"not a positive integer in digits: {listed}", "Correct or remove the key."
     keys = sorted(int(key) for key in entries if key not in wrong)
     if not keys:
@@ -121,6 +123,13 @@ def _entry_problems(entry: Any, name: FileName, rules: Rules, target: Target | N
         for sentence in run_violations(KernelConfig(**ours), name, rules, target):
             kind = next((kind for word, kind in _KINDS if word in sentence), "invalid_value")
             yield "error", kind, sentence, _CORRECT
+        if cut := cut_steps(KernelConfig(**ours), name, rules):
+            yield (
+                "note",
+                "cut_step",
+                cut,
+                "Tune it again with steps that divide the block: moelab tune tries no others.",
+            )
 
 
 def _key_problems(entry: Mapping[str, Any], rules: Rules, target: Target | None) -> Iterator[_Problem]:
@@ -140,7 +149,9 @@ def _value_problems(entry: Mapping[str, Any], extra: Mapping[str, Any]) -> Itera
         wanted = _EXTRA_TYPES.get(key, object) if key in extra else int if key in _KEYS else object
         if wanted is not object and type(value) is not wanted:
             kind = "true or false" if wanted is bool else "an integer"
-            yield "error", "not_an_integer", f"{key} is {value!r} ({type(value).__name__}), not {kind}", _CORRECT
+            yield "error", "not_an_integer", f"{key} is {value!r:.60} ({type(value).__name__}), not {kind}", _CORRECT
+        elif type(value) is int and abs(value) > LARGEST_VALUE:
+            yield "error", "invalid_value", f"{key} is beyond {LARGEST_VALUE}, which no launch takes", _CORRECT
 
 
 def _sparse(keys: Sequence[int]) -> Iterator[_Problem]:

@@ -8,10 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moelab import writing
 from moelab.config import KernelConfig, check
 from moelab.config_files.rules import Rules, get_rules
 from moelab.errors import ConfigError, ConfigFileError
-from moelab.recordings import write_atomically
+from moelab.reading import MIB, UnreadableError, read_json
+
+LARGEST = 16 * MIB
+"""Bytes of the largest config file that is read: 100,000 batch sizes; the peers' have some 20."""
+
+BATCH_KEY = re.compile(r"[1-9][0-9]{0,9}")
+"""A batch size as a key: a positive integer in digits, of a size that a batch may have."""
+
+TRITON_VERSION = re.compile(r"\d+\.\d+\.\d+([.+a-z0-9]*)")
+"""What a triton_version says: three numbers, and what a development version puts behind them."""
 
 
 def read_config_file(path: str | Path, rules: str | Rules = "moelab") -> dict[int, KernelConfig]:
@@ -31,6 +41,10 @@ def read_with_rest(path: str | Path, rules: str | Rules) -> tuple[dict[int, Kern
     path, rules = Path(path), get_rules(rules)
     content = parse(path)
     version = content.pop("triton_version", None)
+    if version is not None and not (isinstance(version, str) and TRITON_VERSION.fullmatch(version)):
+        raise ConfigFileError(
+            f"{path} has the triton_version {str(version)[:60]!r}. Expected three numbers in a string, such as 3.6.0. Correct it."
+        )
     if version is not None and not rules.reads_triton_version:
         raise ConfigFileError(
             f"{path} has the key 'triton_version', which ends {rules.name}'s load with a ValueError: it reads every key as "
@@ -48,16 +62,15 @@ def read_with_rest(path: str | Path, rules: str | Rules) -> tuple[dict[int, Kern
 def parse(path: Path) -> dict[str, Any]:
     """The file's JSON object. Raises ConfigFileError when it is missing, not JSON, or another kind of JSON."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
+        content = read_json(path, LARGEST)
     except OSError as error:
         raise ConfigFileError(
             f"Cannot read {path}: {error.strerror}. Expected a config file. Check the folder and the name."
         ) from error
-    except (ValueError, RecursionError) as error:
+    except UnreadableError as error:
         raise ConfigFileError(
-            f"{path} is not JSON: {error}. Expected a whole file; it may be cut short. Restore it from git or tune the "
-            "shape again."
-        ) from error
+            f"{path} {error}. Expected a whole config file; it may be cut short. Restore it from git or tune the shape again."
+        ) from None
     if not isinstance(content, dict):
         raise ConfigFileError(
             f"{path} holds a JSON {type(content).__name__}. Expected batch size -> config. Restore it from git."
@@ -65,20 +78,11 @@ def parse(path: Path) -> dict[str, Any]:
     return content
 
 
-def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """json's object_pairs_hook that raises ValueError for a key that stands there twice: the first would be lost."""
-    keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise ValueError(f"the key {twice[0]!r} stands there twice")
-    return dict(pairs)
-
-
 def batch_key(key: str, path: Path) -> int:
     """A batch size as a key of the file. Raises ConfigFileError for anything but a positive integer in digits."""
-    if not re.fullmatch(r"[1-9][0-9]*", key):
+    if not BATCH_KEY.fullmatch(key):
         raise ConfigFileError(
-            f"{path} has the batch size {key!r}. Expected a positive integer in digits. Correct the key."
+            f"{path} has the batch size {key[:60]!r}. Expected a positive integer of at most ten digits. Correct the key."
         )
     return int(key)
 
@@ -110,9 +114,17 @@ def write_config_file(
 ) -> Path:
     """Write batch size -> config as sglang writes it, or with triton_version as vLLM does, atomically.
 
+    Raises what `file_text` raises, OSError from the disk.
+    """
+    return writing.write(path, file_text(path, configs, triton_version=triton_version))
+
+
+def file_text(path: str | Path, configs: Mapping[int, KernelConfig], *, triton_version: str | None = None) -> str:
+    """The text of a config file that is to lie at `path`: what `write_config_file` writes.
+
     Every config is first held against the chip-independent rules (in a `kernel=` file, blocks may be under 16:
     such a kernel need not use `tl.dot`). Raises ConfigFileError for an empty mapping or a batch size under 1,
-    ConfigError for a config that breaks a rule, OSError from the disk.
+    ConfigError for a config that breaks a rule.
     """
     path = Path(path)
     if not configs:
@@ -124,5 +136,4 @@ def write_config_file(
         )
     for config in configs.values():
         check(config, uses_dot=",kernel=" not in path.name)
-    write_atomically(path, config_text(configs, triton_version=triton_version))
-    return path
+    return config_text(configs, triton_version=triton_version)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from moelab.config_files.reach import Tree, folder_findings, looks_like_a_name, 
 from moelab.config_files.rules import RULES
 from moelab.config_files.search import find, nearest_key
 from moelab.errors import ConfigFileError, MoelabError
+from moelab.reading import UnreadableError, read_json
 
 LARGEST_SNIFFED = 1 << 20
 """Bytes up to which a .json file of another name is opened to see whether it holds configs; 18 of them take 4 KiB."""
@@ -63,10 +63,8 @@ def _holds_configs(path: Path) -> bool:
     if path.suffix.lower() != ".json" or path.name.startswith("N="):  # N=..,K=..: the peers' block-scaled GEMM
         return False
     try:
-        if path.stat().st_size > LARGEST_SNIFFED:
-            return False
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = read_json(path, LARGEST_SNIFFED)
+    except (OSError, UnreadableError):
         return False
     return isinstance(content, dict) and any(
         key.isdigit() and isinstance(entry, dict) and "BLOCK_SIZE_M" in entry for key, entry in content.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from moelab.config_files.names import FileName, checked_name
 from moelab.config_files.rules import RULES, Rules, get_rules
 from moelab.config_files.search import Lookup, find
 from moelab.errors import FormatError, MoelabError
-from moelab.shapes import MoEShape, load_served, preset_names
+from moelab.shapes import ModelRead, MoEShape, Served, load_served, preset_names, read_model, serve
 
 DEGREES = (1, 2, 4, 8, 16)
 """Ranks over which presets are sharded, by tensor and by expert, where files are matched with models."""
@@ -100,6 +101,10 @@ def ask(
         model, tp_size=tp_size, ep_size=ep_size, dtype=dtype, loader=loader.name, platform=platform_of(device),
         disable_shared_experts_fusion=disable_shared_experts_fusion,
     )  # fmt: skip
+    return _asked(served, loader)
+
+
+def _asked(served: Served, loader: Rules) -> Question:
     return question(served.shape, loader, method=served.method, because=(served.because,))
 
 
@@ -168,16 +173,26 @@ def _asked_by(rules: str) -> dict[tuple[Any, ...], list[tuple[str, MoEShape]]]:
     """What a loader asks for over all presets and their usual shards."""
     found: dict[tuple[Any, ...], list[tuple[str, MoEShape]]] = {}
     shards = dict.fromkeys((size, ep) for size in DEGREES for ep in (1, size))
-    for model in preset_names(quantised=True):
+    for model, read in _presets_read().items():
         for tp, ep in shards:
             try:
-                asked = ask(model, rules, tp_size=tp, ep_size=ep)
+                asked = _asked(serve(read, tp_size=tp, ep_size=ep, loader=rules), get_rules(rules))
                 name = asked.name("any")
             except MoelabError:
                 continue  # a degree that does not divide, or a format without files
             if not asked.misfits:
                 label = f"{model} tp {tp}" + (f" ep {ep}" if ep > 1 else "")
                 found.setdefault(_key(name, rules), []).append((label, asked.shape))
+    return found
+
+
+@functools.cache
+def _presets_read() -> dict[str, ModelRead]:
+    """Every preset that can be read: most of a question's time, and the same for each shard and loader."""
+    found = {}
+    for model in preset_names(quantised=True):
+        with contextlib.suppress(MoelabError):  # an architecture or a format that no server here runs
+            found[model] = read_model(model)
     return found
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from moelab.config_files.findings import Finding
 from moelab.config_files.names import FileName, parse_file_name
 from moelab.config_files.places import VERSION_FOLDER, stopping_folders, version_folders
+from moelab.config_files.quantised_names import meant_selector, never_asked
 from moelab.config_files.rules import RULES, Rules, get_rules
 from moelab.errors import ConfigFileError, nearest_names
 
@@ -116,7 +117,7 @@ def looks_like_a_name(name: str) -> bool:
 
 def unreached(path: Path, tree: Tree) -> Finding | None:
     """Why no lookup of the tree's loader reaches the file, or None if one does."""
-    return _wrong_place(path, tree) or _wrong_name(path, tree.rules)
+    return _wrong_place(path, tree) or wrong_name(path, tree.rules)
 
 
 def folder_findings(tree: Tree) -> list[Finding]:
@@ -164,7 +165,8 @@ def _move(path: Path, tree: Tree) -> str:
     return f"Move it to {tree.root / version}{known}."
 
 
-def _wrong_name(path: Path, rules: Rules) -> Finding | None:
+def wrong_name(path: Path, rules: Rules) -> Finding | None:
+    """Why the loader asks for no file of this name, wherever it lies; None if it may."""
     try:
         name = parse_file_name(path.name, rules)
     except ConfigFileError as error:
@@ -181,7 +183,8 @@ def _wrong_name(path: Path, rules: Rules) -> Finding | None:
         )
     wanted = name.text(rules)
     if wanted == path.name:
-        return None
+        together = never_asked(name, rules)
+        return _error(path, "no_layer_asks", *together) if together else None
     problem, reason = _difference(path.name, name, rules)
     return _error(path, problem, f"{reason}, so {rules.name} asks for {wanted}", f"Rename it to {wanted}.")
 
@@ -201,6 +204,8 @@ def _unknown_selector(path: Path, name: FileName, rules: Rules) -> Finding:
     reason = f"{rules.name} asks for no dtype={selector}"
     if selector in _SIXTEEN_BIT:
         return _error(path, "dtype_selector", reason, "Rename it without dtype=: 16-bit weights have no selector.")
+    if meant := meant_selector(selector, rules):
+        return _error(path, "dtype_selector", f"{reason}: {meant[0]}", meant[1])
     hint = nearest_names(selector, rules.dtype_selectors)
     reason = f"{reason}, but for one of {', '.join(rules.dtype_selectors)}{'.' + hint if hint else ''}"
     return _error(path, "dtype_selector", reason, "Rename it with one of those, or without dtype= for 16-bit weights.")

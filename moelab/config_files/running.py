@@ -40,6 +40,12 @@ def run_violations(config: KernelConfig, name: FileName, rules: Rules, target: T
         return violations(config, uses_dot=False)
     block = name.block_shape
     config = _as_launched(config, name, rules)
-    found = violations(config, dtype=operand_dtype(name.dtype_selector), target=target, block_shape=block)
+    selector = name.dtype_selector or ""
+    stored = (
+        int(selector[3]) if selector.startswith("int") and selector.endswith("a16") else None
+    )  # widened in the loop
+    found = violations(
+        config, dtype=operand_dtype(name.dtype_selector), target=target, block_shape=block, weight_bits=stored
+    )
     split = split_k_violation(config, rules)
     return (*found, split) if split else found

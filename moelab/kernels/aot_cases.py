@@ -19,7 +19,7 @@ from torch import Tensor  # noqa: E402
 
 from moelab.chips import Target  # noqa: E402
 from moelab.config import KernelConfig  # noqa: E402
-from moelab.dtypes import LAYER_DTYPES  # noqa: E402
+from moelab.dtypes import LAYER_DTYPES, torch_dtype  # noqa: E402
 from moelab.formats import get_format  # noqa: E402
 from moelab.kernels.activation import activation  # noqa: E402
 from moelab.kernels.align import align_pairs, moe_align_block_size  # noqa: E402
@@ -37,8 +37,8 @@ from moelab.kernels.split_k_atomic import split_k_atomic_f32, split_k_atomic_out
 from moelab.kernels.split_k_workspace import split_k_workspace  # noqa: E402
 from moelab.kernels.sum_reduce import sum_reduce  # noqa: E402
 from moelab.kernels.token_tiles import new_token_tiles, token_tiles  # noqa: E402
+from moelab.quantised_weights import empty_activations, empty_weights  # noqa: E402
 from moelab.routing import Alignment  # noqa: E402
-from moelab.weights import GemmWeights  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -166,20 +166,11 @@ def _split_products() -> Iterator[Case]:
 def quantised(name: str, config: KernelConfig, dtype: str = "bfloat16") -> Case:
     """A grouped product over weights in that format. Nothing before sm_90 that is compiled for here has fp8 of this kind."""
     format, (N, K), rows = get_format(name), (512, 1024), config.BLOCK_SIZE_M
-    codes = format.activations != "none"
-    of = str(format.weight_dtype)
-    scales = {"tensor": (), "channel": (N,), "group": (N, K // format.sizes[-1] if format.sizes else 1)}
-    blocks = (N // format.sizes[0], K // format.sizes[-1]) if format.granularity == "block" else ()
-    zeros = empty(NUM_EXPERTS, N // 2, K // format.sizes[0], of="uint8") if format.zero_points else None
-    weights = GemmWeights(
-        empty(NUM_EXPERTS, N, K // format.values_per_byte, of=of), None,
-        empty(NUM_EXPERTS, *scales.get(format.granularity, blocks), of=format.scale_dtype), zeros, format,
-    )  # fmt: skip
-    by_row = {"token": (PAIRS, 1), "group": (PAIRS, K // format.sizes[-1] if format.sizes else 1)}
-    a_scale = empty(*by_row.get(format.activations, ()), of="float32") if codes else None
+    weights = empty_weights(format, NUM_EXPERTS, N, K, torch_dtype(dtype), "meta")
+    a, a_scale = empty_activations(format, PAIRS, K, torch_dtype(dtype), "meta")
     alignment = Alignment(empty(PAIRS * rows), empty(PAIRS), empty(1), rows, PAIRS, NUM_EXPERTS)
     call = GemmCall(
-        empty(PAIRS, K, of=of if codes else dtype), weights, alignment, config, PAIRS, 1, empty(PAIRS, of="float32"),
+        a, weights, alignment, config, PAIRS, 1, empty(PAIRS, of="float32"),
         a_scale=a_scale,
     )  # fmt: skip
     check, launch = GEMMS[format.family]
@@ -189,7 +180,7 @@ def quantised(name: str, config: KernelConfig, dtype: str = "bfloat16") -> Case:
         check(call, out)
         launch(call, out)
 
-    eight = of == "float8_e4m3fn"
+    eight = format.weight_dtype == "float8_e4m3fn"
     return Case(
         f"{check.__name__.removeprefix('check_')} {'fp8' if eight else ''}", f"{name} {config.short()}", run, eight
     )

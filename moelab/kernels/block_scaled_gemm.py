@@ -161,14 +161,5 @@ def check_block_scaled_gemm(call: GemmCall, out: Tensor) -> None:
     """Raise what `block_scaled_gemm` names."""
     check_quantised_gemm(call, out, ("fp8_w8a8_block", "int8_w8a8_block"))
     checks.check_one_split("block_scaled_gemm", call.config)
-    require_steps_in_groups(call)
-
-
-def require_steps_in_groups(call: GemmCall) -> None:
-    """Raise ConfigError unless a step of K lies in one group."""
-    step, group = call.config.BLOCK_SIZE_K, call.weights.format.sizes[-1]
-    if group % step:
-        raise ConfigError(
-            f"BLOCK_SIZE_K = {step} and scales by groups of {group} along K. Expected a step that divides the group: a step has "
-            "one scale. Lower BLOCK_SIZE_K."
-        )
+    if why := call.weights.format.step_refused(call.config.BLOCK_SIZE_K):
+        raise ConfigError(f"{why}. Expected a step that divides the group. Lower BLOCK_SIZE_K.")

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from moelab import config as config_room
 from moelab import runtime
-from moelab.chips import Target, gpu_target
+from moelab.chips import TARGETS, Target, gpu_target
 from moelab.config import KernelConfig
 from moelab.dtypes import LAYER_DTYPES, dtype_name, torch_dtype
 from moelab.errors import ConfigError, DeviceError, DtypeError, FormatError, LayoutError, ShapeError
+from moelab.formats import PLAIN, Format
 from moelab.weights import GemmWeights
 
 FLOATS = tuple(torch_dtype(name) for name in LAYER_DTYPES)
@@ -55,21 +56,17 @@ def check_stored(name: str, weights: GemmWeights, experts: int, N: int, K: int) 
     """Raise FormatError, ShapeError or DtypeError unless codes, scales and zero points are those of (E, N, K) weights in their
     format, as `moelab.quantised_weights.quantise` makes them."""
     w, _, scale, zero_point, format, _ = weights
-    per_byte, sizes = format.values_per_byte, format.sizes
+    codes, scales, zeros = format.stored_shapes(experts, N, K)
     check_dtype(name, w, (getattr(torch, str(format.weight_dtype)),))
-    check_shape(name, w, (experts, N, K // per_byte))
-    scales = {
-        "tensor": (experts,), "channel": (experts, N), "group": (experts, N, K // sizes[0] if sizes else 0),
-        "block": (experts, -(-N // sizes[0]), -(-K // sizes[-1])) if len(sizes) == 2 else (),
-    }[format.granularity]  # fmt: skip
-    if format.granularity == "group" and K % sizes[0]:
-        raise ShapeError(f"{name} has K = {K}. Expected whole groups of {sizes[0]}. Shard the layer otherwise.")
+    check_shape(name, w, codes)
+    if format.granularity == "group" and K % format.sizes[0]:
+        raise ShapeError(f"{name} has K = {K}. Expected whole groups of {format.sizes[0]}. Shard the layer otherwise.")
     wide = (
         (torch.bfloat16, torch.float16) if format.scale_dtype == "bfloat16" else (getattr(torch, format.scale_dtype),)
     )
     check_given(f"{name}'s scale", scale, scales, scale.dtype if scale is not None and scale.dtype in wide else wide[0])
     if format.zero_points:
-        check_given(f"{name}'s zero_point", zero_point, (experts, N * format.bits // 8, scales[2]), torch.uint8)
+        check_given(f"{name}'s zero_point", zero_point, zeros, torch.uint8)
     elif zero_point is not None:
         raise FormatError(f"{name} came with zero points, and {format.name} has none. Expected none. Leave them out.")
 
@@ -116,20 +113,38 @@ def check_kernel_device(name: str, tensor: Tensor) -> None:
         )
 
 
-def checked_config(config: KernelConfig, dtype: torch.dtype, K: int | None = None) -> KernelConfig:
-    """The config itself, once it has passed the rules for this dtype, device and inner size (ConfigError otherwise)."""
-    return _checked_config(config, dtype, K, current_target())
+def checked_config(
+    config: KernelConfig, dtype: torch.dtype, K: int | None = None, format: Format = PLAIN
+) -> KernelConfig:
+    """The config itself, once it has passed the rules for this dtype, device and inner size (ConfigError otherwise).
+
+    dtype: of the activations. format: of the weights, which decides what is multiplied and how it is stored.
+    """
+    return _checked_config(config, dtype, K, format, current_target())
 
 
 @functools.lru_cache(maxsize=4096)
-def _checked_config(config: KernelConfig, dtype: torch.dtype, K: int | None, target: Target | None) -> KernelConfig:
-    config_room.check(config, dtype=dtype_name(dtype), target=target, K=K)
+def _checked_config(
+    config: KernelConfig, dtype: torch.dtype, K: int | None, format: Format, target: Target | None
+) -> KernelConfig:
+    multiplied = format.product_dtype(dtype_name(dtype))
+    config_room.check(config, dtype=multiplied, target=target, K=K, weight_bits=format.widened_bits)
     return config
 
 
 def current_target() -> Target | None:
     """The current device's chip, or with the limits its driver reports; None without a GPU."""
     return gpu_target(torch.cuda.current_device()) if runtime.current().mode == "gpu" else None
+
+
+def launch_target() -> Target | None:
+    """The chip that a launch is for: the current device's, and inside `launch.compiling` the one that is compiled for."""
+    if COMPILED_ONLY.get() is None:
+        return current_target()
+    from triton.runtime.driver import driver
+
+    target = driver.active.get_current_target()
+    return TARGETS.get(f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch))
 
 
 def launch_options(config: KernelConfig) -> dict[str, int]:

@@ -19,8 +19,8 @@ from moelab.kernels.checks import (
     check_stored,
     check_together,
     checked_config,
-    current_target,
     launch_options,
+    launch_target,
 )
 from moelab.kernels.launch import signature
 from moelab.routing import Alignment
@@ -158,8 +158,7 @@ def check_quantised_gemm(call: GemmCall, out: Tensor, families: tuple[str, ...])
     check_dtype("a", a, (w.w.dtype,) if codes else (torch.bfloat16, torch.float16, torch.float32))
     check_stored("w", w, w.w.shape[0], N, K)
     if codes:
-        rows = {"token": (a.shape[0], 1), "group": (a.shape[0], -(-K // format.sizes[-1]) if format.sizes else 0)}
-        check_given("a_scale", call.a_scale, rows.get(format.activations, ()), torch.float32)
+        check_given("a_scale", call.a_scale, format.activation_scales(a.shape[0], K), torch.float32)
     check_dtype("out", out, (torch.bfloat16, torch.float16, torch.float32) if codes else (a.dtype,))
     check_shape("out", out, (call.num_pairs, N))
     check_together(a=a, out=out, a_scale=call.a_scale, topk_weights=call.topk_weights, **w.tensors())
@@ -170,14 +169,14 @@ def check_quantised_gemm(call: GemmCall, out: Tensor, families: tuple[str, ...])
             f"topk_weights holds {call.topk_weights.numel()} values for {call.num_pairs} pairs. Expected one per pair. "
             "Pass the (num_tokens, top_k) weights of this batch."
         )
-    checked_config(call.config, a.dtype, K)
+    checked_config(call.config, a.dtype, K, format)
     _check_alignment(call, w.w.shape[0])
 
 
 def swaps_operands(call: GemmCall) -> bool:
     """Whether weights are the tensor core's M, as sglang 0.5.23 and vLLM 0.33.0 do on Hopper for fp8 and few rows: an 8-bit wgmma
     takes 64 of M, and fewer rows would be widened to 16 bits."""
-    config, target = call.config, current_target()
+    config, target = call.config, launch_target()
     narrow = config.BLOCK_SIZE_M < 64 <= config.BLOCK_SIZE_N
     return narrow and call.a.dtype == torch.float8_e4m3fn and target is not None and target.name == "sm_90"
 

@@ -186,8 +186,5 @@ def check_packed_gemm(call: GemmCall, out: Tensor) -> None:
     """Raise what `packed_gemm` names."""
     check_quantised_gemm(call, out, FAMILIES)
     checks.check_one_split("packed_gemm", call.config)
-    step, group = call.config.BLOCK_SIZE_K, call.weights.format.sizes[0]
-    if step % group and group % step:
-        raise ConfigError(
-            f"BLOCK_SIZE_K = {step} and groups of {group} along K. Expected one to divide the other. Choose another BLOCK_SIZE_K."
-        )
+    if why := call.weights.format.step_refused(call.config.BLOCK_SIZE_K):
+        raise ConfigError(f"{why}. Expected one to divide the other. Choose another BLOCK_SIZE_K.")

@@ -18,6 +18,7 @@ from moelab.errors import FormatError  # noqa: E402
 from moelab.formats import Format  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.launch import Launcher, checked, signature  # noqa: E402
+from moelab.quantised_weights import empty_activations  # noqa: E402
 
 _LIMIT = {"float8_e4m3fn": 448.0, "int8": 127.0}
 _TO_NEAREST = 12582912.0  # 1.5 * 2^23: adding and subtracting it leaves a float32 rounded to an integer, ties to even
@@ -83,13 +84,18 @@ def quantise_activations(x: Tensor, format: Format, static_scale: Tensor | None 
 
 
 def quantise_activations_unchecked(
-    x: Tensor, format: Format, static_scale: Tensor | None = None
+    x: Tensor, format: Format, static_scale: Tensor | None = None, out: tuple[Tensor, Tensor | None] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`quantise_activations`, for pipelines whose call was checked as a whole."""
+    """`quantise_activations`, for pipelines whose call was checked as a whole.
+
+    out: where codes, and scales that are made by token or by group, go, as `empty_activations` makes them; None allocates.
+    """
     limit = _LIMIT[str(format.weight_dtype)]
-    codes = torch.empty_like(x, dtype=getattr(torch, str(format.weight_dtype)))
+    codes, scale = out or empty_activations(format, x.shape[0], x.shape[1], x.dtype, x.device)
     if format.activations in ("token", "group"):
-        return codes, _by_groups(x, codes, format, limit)
+        assert scale is not None  # such a format has them
+        _by_groups(x, codes, scale, format, limit)
+        return codes, scale
     if static_scale is None:
         largest = x.abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
         static_scale = largest.clamp(min=1e-10) / limit
@@ -104,10 +110,9 @@ def quantise_activations_unchecked(
     return codes, static_scale
 
 
-def _by_groups(x: Tensor, codes: Tensor, format: Format, limit: float) -> Tensor:
+def _by_groups(x: Tensor, codes: Tensor, scale: Tensor, format: Format, limit: float) -> None:
     rows, K = x.shape
     group = K if format.activations == "token" else format.sizes[-1]
-    scale = x.new_empty((rows, -(-K // group)), dtype=torch.float32)
     width = triton.next_power_of_2(group)
     if group != width and format.activations == "group":
         raise FormatError(f"Groups of {group} activations. Expected a power of two. Choose another block.")
@@ -124,7 +129,6 @@ def _by_groups(x: Tensor, codes: Tensor, format: Format, limit: float) -> Tensor
             (rows, K),
             lambda: (constants, {"num_warps": 8 if width > 4096 else 4}),
         )
-    return scale
 
 
 def _check(x: Tensor, format: Format, static_scale: Tensor | None) -> None:

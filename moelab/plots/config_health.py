@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moelab.config_files.findings import SEVERITIES, Report
+from moelab.plots.literal import literal
 from moelab.plots.panel import Panel
 from moelab.plots.style import BETTER, BLUE, WORSE, WRONG, grid
 
@@ -35,7 +37,8 @@ def findings(
     names = list(dict.fromkeys(kinds))
     figure = grid(
         f"{report.rules}: {len(report.files)} config files, {sound} with nothing to repair",
-        f"read now from {_short(report.folder)}, by {report.rules}’s rules; a file counts once for each of its findings",
+        f"read now from {html.escape(_short(report.folder), quote=False)}, by {report.rules}’s rules; a file counts once for "
+        "each of its findings",
         height=max(270, 170 + 22 * len(names)),
     )
     bars = {SOUND: {SOUND: sound}} | {
@@ -74,14 +77,14 @@ def _below(report: Report, text: str) -> str:
 def _said(report: Report, sound: int, planted: Mapping[str, tuple[str, str]] | None) -> str:
     numbers = {severity: len(report.of(severity)) for severity in SEVERITIES}
     each = ", ".join(f"{n} {severity}{'' if n == 1 else 's'}" for severity, n in numbers.items())
-    place = "this folder" if report.root == report.folder else f"{_below(report, str(report.root))} below it"
+    place = "this folder" if report.root == report.folder else f"{literal(_below(report, str(report.root)))} below it"
     said = f"**{each}; {sound} of {len(report.files)} files have nothing to repair.** {report.rules} reads {place}."
     if not planted:
         return said + (" The table has the remedies." if numbers["error"] + numbers["warning"] else " Nothing to do.")
     found = {(report.shown(finding.path), finding.problem) for finding in report.findings}
     missed = [path for path, (problem, _) in planted.items() if (path, problem) not in found]
     if missed:
-        return f"{said} Of {len(planted)} planted mistakes {len(missed)} were missed: {', '.join(missed)}."
+        return f"{said} Of {len(planted)} planted mistakes {len(missed)} were missed: {literal(', '.join(missed))}."
     folders = len({path for path in planted if (report.folder / path).is_dir()})
     where = (
         f"{len(planted) - folders} each in its own file, {folders} in folders" if folders else "each in its own file"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moelab import runtime
+from moelab import runtime, writing
 from moelab.errors import MoelabError, RuntimeModeError
 
 PLOTLY, WIDGET, STATE = (
@@ -183,11 +183,11 @@ def write_sources(pages: Sequence[Page], folder: Path) -> None:
     for path in sorted({found for page in pages for found in re.findall(r'href="source/(.+?)\.html"', page.body)}):
         lexer = CudaLexer() if path.endswith((".cu", ".cuh")) else get_lexer_for_filename(path)
         code = highlight((_root() / path).read_text(encoding="utf-8"), lexer, HtmlFormatter())
-        target = folder / "source" / f"{path}.html"
-        target.parent.mkdir(parents=True, exist_ok=True)
         up = "../" * (path.count("/") + 1)
         back = f'<nav><a href="{up}index.html">Contents</a></nav>'
-        target.write_text(_document(path, "", f"{back}<main><h1>{path}</h1>{code}</main>"), encoding="utf-8")
+        writing.write(
+            folder / "source" / f"{path}.html", _document(path, "", f"{back}<main><h1>{path}</h1>{code}</main>")
+        )
 
 
 # --- pages --------------------------------------------------------------------------------------------------------
@@ -290,7 +290,8 @@ def draw_covers(pages: Sequence[Page], folder: Path) -> dict[str, str]:
     if drawn:
         heights = [figure.layout.height or 440 for figure in drawn.values()]
         paths = [folder / f"{stem}.png" for stem in drawn]
-        plotly.io.write_images(list(drawn.values()), paths, width=COVER_WIDTH, height=heights)
+        with writing.replacing_all(paths) as files:
+            plotly.io.write_images(list(drawn.values()), files, format="png", width=COVER_WIDTH, height=heights)
     return {stem: f"{stem}.png" for stem in drawn}
 
 
@@ -318,18 +319,15 @@ def write_gallery(notebooks: Sequence[Path], folder: Path) -> Path:
     if not notebooks:
         problem = "There is no notebook to show. Expected some in notebooks/. Name them, or run in a checkout."
         raise RuntimeModeError(problem)
-    folder.mkdir(parents=True, exist_ok=True)
     pages = []
     for path in notebooks:
         pages.append(rendered(executed(path), path.stem))
         print(f"ran {path.stem}")
     for before, page, after in zip([None, *pages], pages, [*pages[1:], None], strict=False):
-        (folder / f"{page.stem}.html").write_text(page_html(page, before, after), encoding="utf-8")
+        writing.write(folder / f"{page.stem}.html", page_html(page, before, after))
     write_sources(pages, folder)
-    (folder / "plotly.min.js").write_text(plotly.offline.get_plotlyjs(), encoding="utf-8")
-    index = folder / "index.html"
-    index.write_text(index_html(pages, draw_covers(pages, folder)), encoding="utf-8")
-    return index
+    writing.write(folder / "plotly.min.js", plotly.offline.get_plotlyjs())
+    return writing.write(folder / "index.html", index_html(pages, draw_covers(pages, folder)))
 
 
 def main() -> int:

@@ -6,7 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from moelab.config_files import Exported, export, get_rules, question
+from moelab.config_files import Exported, export_together, get_rules, question
 from moelab.errors import LandscapeError
 from moelab.plots.landscape import GEMM_NAMES
 from moelab.plots.panel import Panel
@@ -14,8 +14,8 @@ from moelab.tuner.problem import GEMMS
 from moelab.tuner.results import TuneResult
 
 
-def write(result: TuneResult, rules: str, out: str | Path) -> list[Exported]:
-    """Write the winners as the loader `rules` reads them, over older files; GEMM2's of its own where it can ask for them.
+def write(result: TuneResult, rules: str, out: str | Path, *, overwrite: bool = False) -> list[Exported]:
+    """Write the winners as the loader `rules` reads them; GEMM2's of its own where it can ask for them.
 
     Raises LandscapeError without a winner, and what config_files.export raises: ConfigFileError for the winners of a kernel
     beside the compatible kernel under a peer's rules, among it.
@@ -24,15 +24,15 @@ def write(result: TuneResult, rules: str, out: str | Path) -> list[Exported]:
         raise LandscapeError(
             "There is no winner to write. Expected one batch size at least that has one. Restore an excluded pair, or tune."
         )
-    asked, written = question(result.problem.shape, rules), []
+    asked, items = question(result.problem.shape, rules), []
     for gemm, configs in result.to_configs().items():
         down = gemm == "down"
         if down and not get_rules(rules).names_down:
             continue
         name = asked.name(result.problem.device, down=down, kernel=result.problem.file_kernel)
-        version = result.problem.triton_version
-        written.append(export(configs, name, rules=rules, out=out, triton_version=version, overwrite=True))
-    return written
+        items.append((name, configs))
+    version = result.problem.triton_version
+    return list(export_together(items, rules=rules, out=out, triton_version=version, overwrite=overwrite))
 
 
 def preview(result: TuneResult, rules: str) -> Panel:

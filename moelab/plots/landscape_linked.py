@@ -51,6 +51,16 @@ def brushed(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, withi
     return [int(i) for i in np.argsort(np.where(keep, times, np.inf), kind="stable")[: int(keep.sum())]]
 
 
+def in_a_line(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, within: float) -> str:
+    """How many configs are brushed, and the fastest of them: quick enough to follow a slider while it is dragged."""
+    indices = brushed(survey, gemm, num_tokens, allowed, within)
+    start = f"{GEMM_NAMES[gemm]}, batch {num_tokens}, {describe(allowed, survey)}: {len(indices)} configs within {within:.0%}"
+    if not indices:
+        return f"{start}; widen a range"
+    first = float(survey.times[gemm][survey.row(num_tokens)][indices[0]])
+    return f"{start}; fastest {survey.configs[gemm][indices[0]].short()}, {number(first, 4)} µs"
+
+
 def _counted(indices: Sequence[int]) -> str:
     return f"{len(indices)}" if len(indices) <= SHOWN else f"fastest {SHOWN} of {len(indices)}"
 

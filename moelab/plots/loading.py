@@ -6,14 +6,26 @@ from pathlib import Path
 
 from moelab import config_files, runtime
 from moelab.errors import MoelabError
+from moelab.plots.literal import literal
 from moelab.plots.panel import Panel, Row
 from moelab.roofline import padding_waste
-from moelab.shapes import MoEShape, load_model
+from moelab.shapes import MoEShape
 
 
-def sizes(model: str, tp_size: int, ep_size: int, dtype: str, num_tokens: int) -> Panel:
-    """A layer's sizes on one rank. Raises ShardError for degrees that do not divide the model."""
-    shape = load_model(model, tp_size=tp_size, ep_size=ep_size, dtype=dtype)
+def sizes(
+    model: str,
+    tp_size: int,
+    ep_size: int,
+    dtype: str | None,
+    *,
+    device: str | None = None,
+    rules: str = "moelab",
+    fused: bool = True,
+) -> Panel:
+    """A layer's sizes on one rank of the server that the loader `rules` belongs to. dtype: None for the checkpoint's own format.
+    fused: False for sglang's --disable-shared-experts-fusion. Raises ShardError for degrees that do not divide the model."""
+    asked = _ask(model, tp_size, ep_size, dtype, device, rules, fused)
+    shape = asked.shape
     values = {
         "experts on this rank (E)": shape.num_experts,
         "experts a token (k)": shape.top_k,
@@ -21,13 +33,33 @@ def sizes(model: str, tp_size: int, ep_size: int, dtype: str, num_tokens: int) -
         "intermediate size on this rank (N)": shape.moe_intermediate_size,
         "w13": " × ".join(map(str, shape.w13_shape)),
         "w2": " × ".join(map(str, shape.w2_shape)),
+        "format": _format(shape),
         "weights, GB": _weight_gb(shape),
     }
     sentence = (
-        f"**{model}, TP {tp_size}, EP {ep_size}, {dtype}: a rank holds {shape.num_experts} experts with N = "
+        f"**{model}, TP {tp_size}, EP {ep_size}, {_format(shape)}: a rank holds {shape.num_experts} experts with N = "
         f"{shape.moe_intermediate_size}, {_weight_gb(shape):.2f} GB of weights in this layer.**"
     )
-    return Panel(None, [{"size": name, "value": value} for name, value in values.items()], sentence)
+    misfit = f" {rules} would not load such a shard: {'. '.join(asked.misfits)}." if asked.misfits else ""
+    return Panel(None, [{"size": name, "value": value} for name, value in values.items()], sentence + misfit)
+
+
+def _ask(
+    model: str, tp_size: int, ep_size: int, dtype: str | None, device: str | None, rules: str, fused: bool
+) -> config_files.Question:
+    return config_files.ask(
+        model,
+        rules,
+        tp_size=tp_size,
+        ep_size=ep_size,
+        dtype=dtype,
+        device=device,
+        disable_shared_experts_fusion=not fused,
+    )
+
+
+def _format(shape: MoEShape) -> str:
+    return shape.dtype if shape.format.is_plain else shape.format.name
 
 
 def _weight_gb(shape: MoEShape) -> float:
@@ -35,14 +67,23 @@ def _weight_gb(shape: MoEShape) -> float:
 
 
 def lookup(
-    model: str, tp_size: int, ep_size: int, dtype: str, device: str, num_tokens: int, triton_version: str, rules: str
+    model: str,
+    tp_size: int,
+    ep_size: int,
+    dtype: str | None,
+    device: str,
+    num_tokens: int,
+    triton_version: str,
+    rules: str,
+    fused: bool = True,
 ) -> Panel:
-    """The file that the loader `rules` would use for GEMM1 and for GEMM2, and each decision on the way.
+    """The file that the loader `rules` would use for GEMM1 and for GEMM2, and each decision on the way. dtype, fused: as in
+    `sizes`.
 
     A peer's loader looks into moelab's own configs here, as if its variable pointed there. One that would end with an
     error is answered with that error's sentence.
     """
-    asked = config_files.ask(model, rules, tp_size=tp_size, ep_size=ep_size, dtype=dtype, device=device)
+    asked = _ask(model, tp_size, ep_size, dtype, device, rules, fused)
     shape = asked.shape
     rows: list[Row] = []
     said = []
@@ -54,7 +95,7 @@ def lookup(
                 config_dir=_ours(rules, triton_version),
             )  # fmt: skip
         except MoelabError as error:
-            said.append(f"{launch}: {error}")
+            said.append(f"{launch}: {literal(error)}")
             continue
         rows += [{"GEMM": launch, "what": s.what, "result": s.result, "why": s.reason} for s in found.steps]
         said.append(f"{launch} runs {_origin(found, shape, num_tokens)}")

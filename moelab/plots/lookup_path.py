@@ -12,6 +12,7 @@ from typing import Any
 from moelab.config_files import Lookup, Question, Step, ask, get_rules, version_folders
 from moelab.config_files.rules import RULES
 from moelab.errors import ConfigFileError
+from moelab.plots.literal import literal
 from moelab.plots.panel import Panel
 from moelab.plots.style import BETTER, BLUE, BRONZE, GREY, ORANGE, PURPLE, SKY, WRONG, grid
 
@@ -218,4 +219,5 @@ def _takes(answer: Lookup | str, tree: Path) -> str:
         return "ends with an error"
     if answer.path is None:
         return f"no file, so the default, {_short(answer)}"
-    return f"{_short(answer)}, batch size {answer.key} of {answer.path.name} in {_shown(tree, str(answer.path.parent))}"
+    place = literal(f"{answer.path.name} in {_shown(tree, str(answer.path.parent))}")
+    return f"{_short(answer)}, batch size {answer.key} of {place}"

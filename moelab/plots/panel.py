@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from moelab.plots.literal import plain
 from moelab.plots.style import INK, number
 
 Row = Mapping[str, Any]
@@ -43,7 +44,7 @@ class Panel:
             drawn = json.loads(_packed(self.figure).to_json())
             text = self.figure.layout.title.text or "figure"
             bundles.append({"application/vnd.plotly.v1+json": drawn, "text/plain": text})
-        bundles.append({"text/markdown": self.sentence, "text/plain": self.sentence})
+        bundles.append({"text/markdown": self.sentence, "text/plain": plain(self.sentence)})
         if self.table:
             bundles.append({"text/html": table_html(self.table), "text/plain": table_text(self.table)})
         return bundles

@@ -70,7 +70,7 @@ def standing(traces: Traces, budget_s: float, which: str = "median") -> Panel:
     times = np.array(traces.frames())
     seeds = len(next(iter(traces.runs.values())))
     figure = grid(
-        f"Stopped after {number(budget_s)} simulated seconds: {_leaders(traces, budget_s, which)}",
+        f"Stopped after {number(budget_s)} simulated seconds: {leaders(traces, budget_s, which)}",
         f"replayed; {traces.source}; line: median of {seeds} seeds, shaded: their range; faint: the rest of the clock",
         height=460,
     )
@@ -97,7 +97,7 @@ def standing(traces: Traces, budget_s: float, which: str = "median") -> Panel:
     table = _table(traces, budget_s)
     finished = ", ".join(row["strategy"] for row in table if row["finished after, s"] <= budget_s) or "none"
     said = (
-        f"**After {number(budget_s)} s: {_leaders(traces, budget_s, 'median')} in the median batch size; finished: {finished}.** "
+        f"**After {number(budget_s)} s: {leaders(traces, budget_s, 'median')} in the median batch size; finished: {finished}.** "
         "Regret is of the sum of both GEMMs, against the best recorded pair of configs; the finals decide by whole layers, so a "
         "curve can rise a little at its end. Differences well under 1 %, to which two recorded runs agree, are no ranking."
     )
@@ -117,7 +117,8 @@ def _band(figure, times: np.ndarray, values: np.ndarray, part: np.ndarray, style
     )  # fmt: skip
 
 
-def _leaders(traces: Traces, budget_s: float, which: str) -> str:
+def leaders(traces: Traces, budget_s: float, which: str) -> str:
+    """Whose choice is best at that moment, in the median of the seeds."""
     now = {name: float(np.median([at(run, budget_s, which) for run in runs])) for name, runs in traces.runs.items()}
     best = min(now.values())
     if not math.isfinite(best):

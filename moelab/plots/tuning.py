@@ -52,6 +52,17 @@ def status(history: Sequence[Snapshot], num_tokens: int, source: str) -> list[Pa
     return [Panel(drawn, batches, _sentence(now, source)), _leaders(now, num_tokens)]
 
 
+def in_a_line(now: Snapshot, num_tokens: int) -> str:
+    """Where the run stands, short enough to stay in sight; empty before there is one."""
+    p = now.progress
+    if p.state == "new" and not p.phase:
+        return ""
+    best = now.standings[num_tokens].best_us
+    known = f"; batch {num_tokens}: best so far {number(best, 4)} µs" if math.isfinite(best) else ""
+    left = f", about {clock(p.eta_s)} to go" if p.eta_s is not None else ""
+    return f"{p.state}: {p.phase or 'begins'}, {p.done} of {p.total} samples, {clock(p.spent_s)} spent{left}{known}"
+
+
 def _sentence(now: Snapshot, source: str) -> str:
     p = now.progress
     if p.state == "new":

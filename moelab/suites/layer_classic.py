@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from moelab.kernels.expert_order import expert_order
 from moelab.kernels.grouped_gemm import grouped_gemm
 from moelab.kernels.sum_reduce import sum_reduce
 from moelab.measure import Measurement, Protocol, measure, rotations_for
+from moelab.reading import read_json
 from moelab.recordings import Recording
 from moelab.routing import ExpertOrder
 from moelab.shapes import MoEShape, load_model
@@ -40,8 +40,8 @@ def peer_rows() -> list[dict[str, Any]]:
     """sglang's rows: name, M, floor, and per config its microseconds, as data/upstream/h200_sglang.json has them."""
     path = runtime.data_dir() / "upstream" / "h200_sglang.json"
     try:
-        return json.loads(path.read_text())["rows"]
-    except (OSError, ValueError, KeyError) as error:
+        return read_json(path)["rows"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordingError(
             f"Cannot read {path}: {error}. Expected sglang's rows. Restore the file from git."
         ) from error

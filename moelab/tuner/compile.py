@@ -69,8 +69,16 @@ def first_words(error: BaseException, length: int = 300) -> str:
 
 
 def launches_of(problem: Problem) -> dict[Gemm, GemmLaunch]:
-    """How the problem's kernel launches either GEMM: the same for who measures and for who compiles."""
-    tuning = require_tunable(problem)
+    """How the problem's kernel launches either GEMM: the same for who measures and for who compiles.
+
+    Of quantised weights, the compatible kernel is their format's.
+    """
+    tuning, format = require_tunable(problem), problem.shape.format
+    if not format.is_plain:
+        from moelab.kernels.quantised import GEMMS as OF_FORMATS
+
+        launch: GemmLaunch = OF_FORMATS[format.family][1]
+        return {"up": launch, "down": launch}
     return {"up": load(f"moelab.kernels.{tuning.up}"), "down": load(f"moelab.kernels.{tuning.down}")}
 
 
@@ -110,9 +118,9 @@ class TritonCompiler:
         from moelab.dtypes import accumulator_dtype, torch_dtype
         from moelab.kernels.gemm_call import GemmCall
         from moelab.kernels.launch import compiling
+        from moelab.quantised_weights import empty_activations, empty_weights
         from moelab.routing import Alignment, max_padded_pairs
         from moelab.tuner.tuned_kernels import activation_of
-        from moelab.weights import GemmWeights
 
         gemm, config = kernel
         problem, shape = self.problem, self.problem.shape
@@ -128,12 +136,14 @@ class TritonCompiler:
         alignment = Alignment(ids, experts, used, rows, top_k, shape.num_experts)
         K, columns = problem.inner_size(gemm), problem.columns(gemm)
         inner = alignment.rows_in_use if self.kernel.sorted_rows else top_k
-        a, weights = (tensor(1, K), None) if gemm == "up" else (tensor(inner, K), tensor(top_k, of=torch.float32))
+        factors = None if gemm == "up" else tensor(top_k, of=torch.float32)
+        a, a_scale = empty_activations(shape.format, 1 if gemm == "up" else inner, K, dtype, "meta")
         out = tensor(inner if gemm == "up" else top_k, result_columns(problem, gemm))
         with compiling() as made:  # one token: what follows the batch size is not specialised
-            w, activated = GemmWeights(tensor(shape.num_experts, columns, K)), activation_of(problem, gemm)
-            slots, workspace = top_k if gemm == "up" else 1, tensor(0, of=wide)
-            self._launch[gemm](GemmCall(a, w, alignment, config, top_k, slots, weights, *activated, workspace), out)
+            w = empty_weights(shape.format, shape.num_experts, columns, K, dtype, "meta")
+            slots, activated, workspace = top_k if gemm == "up" else 1, activation_of(problem, gemm), tensor(0, of=wide)
+            call = GemmCall(a, w, alignment, config, top_k, slots, factors, *activated, workspace, a_scale)
+            self._launch[gemm](call, out)
         return made
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moelab.tuner.board import Board
-from moelab.tuner.evaluate import Result
+from moelab.tuner.known import Known
 from moelab.tuner.problem import GEMMS
 from moelab.tuner.search import COMPILE_SHARE, SEARCH_SHARE, Step, samples_of
 
@@ -44,7 +44,8 @@ class Coverage:
         return None if self.needed_s is None else f"{math.ceil(self.needed_s / ROUND_TO_S) * ROUND_TO_S}s"
 
     def sentences(self, run: str | None = "RUN") -> list[str]:
-        """What a reader has to know of a search that was cut; empty for one that was not. run: its journal, None for none."""
+        """What a reader has to know of a search that was cut; empty for one that was not. run: its journal, and what else goes on
+        with it, as a shell takes them; None for none."""
         if not self.cut:
             return []
         said = [f"The budget of {self.budget_s:g} s cut the search short, in: {', '.join(self.cut)}."]
@@ -79,16 +80,16 @@ def covered(board: Board, num_tokens: int) -> BatchCoverage:
     return BatchCoverage(*counts.tolist())
 
 
-def needed_s(steps: Sequence[Step], known: Mapping[str, Result], clock_s: float, about: Mapping[str, Any]) -> float:
+def needed_s(steps: Sequence[Step], known: Known, clock_s: float, about: Mapping[str, Any]) -> float:
     """About the budget, in seconds, in which all of these steps could have been done.
 
-    steps: of the search, in order, whole or not. known: every result by its request's key. clock_s: what they cost in all;
+    steps: of the search, in order, whole or not. known: what came back. clock_s: what they cost in all;
     about: what the evaluator says of itself, for how many compile and measure at once. The compiler's and the device's
     seconds are counted by kernel and by sample, and stretched to the clock, which also holds starts and waits.
     """
-    outcomes = [outcome for result in known.values() for outcome in result.outcomes]
+    outcomes = [outcome for result in known.results for outcome in result.outcomes]
     compiles = [outcome.compile_s for outcome in outcomes if outcome.compile_s > 0]
-    timed = [result for result in known.values() if result.request.rounds]
+    timed = [result for result in known.results if result.request.rounds]
     measures = sum(outcome.measure_s for result in timed for outcome in result.outcomes)
     processes = about.get("compile_processes") or 1
     devices = about.get("devices") or about.get("ray_actors") or 1
@@ -102,7 +103,7 @@ def needed_s(steps: Sequence[Step], known: Mapping[str, Result], clock_s: float,
     return search_s * (clock_s / counted if counted else 1.0)
 
 
-def _whole(steps: Sequence[Step], known: Mapping[str, Result]) -> tuple[float, float]:
+def _whole(steps: Sequence[Step], known: Known) -> tuple[float, float]:
     """How many kernels and samples the whole search would have been: what it asked for, and foresaw. A strategy that compiles
     ahead asks for every kernel, and then for samples of those that it has; another meets new kernels as it goes on."""
     compiles = [request for step in steps for request in step.requests if request.rounds == 0]
@@ -113,5 +114,5 @@ def _whole(steps: Sequence[Step], known: Mapping[str, Result]) -> tuple[float, f
         foreseen = max(foreseen, asked + step.later)
     if not compiles:
         return kernels * foreseen / max(1, asked), foreseen
-    reached = samples_of(request for request in compiles if request.key() in known)
+    reached = samples_of(compiles) - samples_of(known.missing(compiles))
     return kernels, max(asked * samples_of(compiles) / max(1, reached), foreseen)

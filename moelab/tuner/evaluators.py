@@ -13,10 +13,11 @@ from moelab.tuner.problem import Problem
 
 EVALUATORS: Mapping[str, str] = {
     "replay": "moelab.tuner.replay:ReplayEvaluator",
+    "paced replay": "moelab.tuner.paced:PacedReplay",
     "gpu": "moelab.tuner.gpu:GpuEvaluator",
     "ray": "moelab.tuner.cluster:RayEvaluator",
 }
-"""name -> module:class. A class is called with the problem and what the command line knows: "replay" with the landscape
+"""name -> module:class. A class is called with the problem and what the command line knows: the replays with the landscape
 first, "gpu" with the problem, "ray" with the problem, `address=` and, for replayed devices, `landscape=`."""
 
 

@@ -46,12 +46,16 @@ def _device(device: str, dtype: str) -> tuple[float, float, int]:
 
 def features(problem: Problem, gemm: Gemm, num_tokens: int, configs: Sequence[KernelConfig]) -> Floats:
     """(configs, len(NAMES)) for one GEMM at one batch size."""
-    bandwidth, rate, processors = _device(problem.device, problem.shape.dtype)
-    target, element = get_target(problem.target), dtype_bytes(problem.shape.dtype)
+    format = problem.shape.format
+    multiplied = format.product_dtype(problem.shape.dtype)
+    bandwidth, rate, processors = _device(problem.device, multiplied)
+    target, element = get_target(problem.target), dtype_bytes(multiplied)
+    stored = format.bits / 8 if format.widened_bits else element
     knobs = np.array([[getattr(c, name) for name in _KNOBS] for c in configs], dtype=float)
     bm, bn, bk, _, warps, _, split_k = knobs.T
     waves_per_eu = np.array([c.waves_per_eu or 0 for c in configs], dtype=float)
-    shared = np.array([shared_memory_bytes(c, problem.shape.dtype, target) for c in configs], dtype=float)
+    of_program = [shared_memory_bytes(c, multiplied, target, weight_bits=format.widened_bits) for c in configs]
+    shared = np.array(of_program, dtype=float)
     held = np.array([accumulators_per_thread(c, target) for c in configs])
     rows = {m: roofline.padding_waste(problem.shape, num_tokens, int(m)).padded_rows for m in np.unique(bm)}
     padded = np.array([max(1.0, rows[m]) for m in bm])
@@ -62,7 +66,7 @@ def features(problem: Problem, gemm: Gemm, num_tokens: int, configs: Sequence[Ke
     resident = np.clip(fitting, 1, 32) * processors
     waves = programs / resident
     compute_us = 2 * padded * np.ceil(columns / bn) * bn * inner / rate * 1e6
-    memory_us = programs * (bm + bn) * bk * steps * element / bandwidth * 1e6
+    memory_us = programs * (bm * element + bn * stored) * bk * steps / bandwidth * 1e6
     log = [
         knobs,
         np.full((len(configs), 1), num_tokens),
@@ -78,6 +82,6 @@ def features(problem: Problem, gemm: Gemm, num_tokens: int, configs: Sequence[Ke
 
 def floor_us(problem: Problem, gemm: Gemm, num_tokens: int) -> float:
     """The roofline floor of that GEMM, microseconds: what a surrogate's times are divided by."""
-    bandwidth, rate, _ = _device(problem.device, problem.shape.dtype)
+    bandwidth, rate, _ = _device(problem.device, problem.shape.format.product_dtype(problem.shape.dtype))
     cost = roofline.gemm_cost(problem.shape, num_tokens, 1 if gemm == "up" else 2)
     return roofline.floor_us(cost, roofline.Ceilings(bandwidth, rate, problem.device, "")).us

@@ -9,7 +9,7 @@ from typing import Any
 from moelab import runtime
 from moelab.errors import JournalError, MoelabError
 from moelab.tuner.evaluate import Evaluator
-from moelab.tuner.journal import read
+from moelab.tuner.journal import Content, read
 from moelab.tuner.problem import Problem
 from moelab.tuner.search import Search, Settings, settings_json
 
@@ -34,6 +34,13 @@ def read_header(run: str | Path, header: Mapping[str, Any]) -> tuple[Problem, Se
             f"The header of {run} does not describe a problem ({type(error).__name__}: {error}). Expected what this "
             "moelab's `tune` wrote. Take the run up with the moelab that wrote it, or tune again."
         ) from error
+
+
+def last_budget(content: Content) -> float | None:
+    """The budget that a run had when it went on last, in seconds; None for none."""
+    resumed = [note["budget_s"] for note in content.notes if note["kind"] == "resumed" and "budget_s" in note]
+    budget_s: float | None = resumed[-1] if resumed else content.header["strategy"].get("budget_s")
+    return budget_s
 
 
 def header_of(run: str | Path) -> Mapping[str, Any]:

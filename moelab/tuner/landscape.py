@@ -3,28 +3,28 @@
 A row is one contender of one request: stage, num_tokens, the fields of its config (of GEMM2's too, under down_*, for
 "layer"), samples_us or a class of failure, and what compiling and measuring cost. Rows without samples and failure say
 only that the config compiled. The file's metadata holds, as JSON under "moelab", the schema, the provenance and the
-problem. `load` reads it back for replay and for plots.
+problem, and a digest of the whole file (`landscape_file`). `load` reads it back for replay and for plots.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import math
 import os
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from moelab import recordings
-from moelab.config import KernelConfig
-from moelab.errors import LandscapeError, MoelabError, RuntimeModeError, nearest_names
-from moelab.tuner import journal
-from moelab.tuner.evaluate import FAILURES, Contender, Outcome, Stage
+from moelab.config import KernelConfig, violations
+from moelab.errors import LandscapeError, MoelabError, nearest_names
+from moelab.reading import UnreadableError
+from moelab.tuner import journal, landscape_file
+from moelab.tuner.evaluate import Contender, Outcome, Stage
 from moelab.tuner.problem import Problem
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ SCHEMA = 1
 """Version of the file that this code reads and writes."""
 
 FIELDS = tuple(f.name for f in dataclasses.fields(KernelConfig))
-_STAGES: tuple[Stage, ...] = ("up", "down", "layer")
 _REMEDY = "Record it again with `moelab tune --strategy grid` and freeze that run, or restore the file from git."
 
 
@@ -133,6 +132,7 @@ def default_name(problem: Problem) -> str:
     parts = [shape.name.replace("/", "_"), f"tp{shape.tp_size}"]
     parts += [f"ep{shape.ep_size}"] if shape.ep_size > 1 else []
     parts += [shape.dtype] if shape.dtype != "bfloat16" else []
+    parts += [shape.format.name] if not shape.format.is_plain else []
     parts += [problem.file_kernel] if problem.file_kernel else []
     return "-".join([*parts, problem.device.replace(" ", "_")])
 
@@ -154,90 +154,71 @@ def landscape_names() -> tuple[str, ...]:
 
 def write(landscape: Landscape, path: str | Path) -> Path:
     """Write a landscape atomically. Raises LandscapeError for what `load` would refuse, RuntimeModeError without pyarrow."""
-    pa, parquet = _pyarrow()
-    _require_sound(landscape, f"The landscape {landscape.name!r}")
-    path, rows = Path(path), landscape.rows
-    up_down = [(row.contender[0], row.contender[1] if len(row.contender) > 1 else None) for row in rows]
-    columns: dict[str, Any] = {
-        "stage": pa.array([row.stage for row in rows]).dictionary_encode(),
-        "num_tokens": pa.array([row.num_tokens for row in rows], pa.int32()),
-        **{name: pa.array([getattr(up, name) for up, _ in up_down], pa.int32()) for name in FIELDS},
-        **{
-            f"down_{name}": pa.array([down and getattr(down, name) for _, down in up_down], pa.int32())
-            for name in FIELDS
-        },
-        "samples_us": pa.array([row.outcome.samples_us for row in rows], pa.list_(pa.float32())),
-        "failure": pa.array([row.outcome.failure for row in rows], pa.string()).dictionary_encode(),
-        "message": pa.array([row.outcome.message or None for row in rows], pa.string()).dictionary_encode(),
-        "compile_s": pa.array([row.outcome.compile_s for row in rows], pa.float32()),
-        "measure_s": pa.array([row.outcome.measure_s for row in rows], pa.float32()),
-        "interleaved": pa.array([row.interleaved for row in rows], pa.bool_()),
-        "at": pa.array([row.at for row in rows], pa.string()),
-    }
-    about = {"schema": SCHEMA, "problem": landscape.problem.to_json()}
-    about |= {name: dict(getattr(landscape, name)) for name in ("provenance", "evaluator", "space")}
-    table = pa.table(columns).replace_schema_metadata({"moelab": json.dumps(about, allow_nan=False)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
+    what = f"The landscape {landscape.name!r}"
     try:
-        parquet.write_table(table, name, compression="zstd", compression_level=19)  # 12 % smaller than 1
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return path
+        _require_sound(landscape, what)
+        return landscape_file.write(_columns(landscape.rows), _about(landscape), Path(path))
+    except UnreadableError as error:
+        raise LandscapeError(f"{what} {error}. Expected what `load` takes. {_REMEDY}") from None
 
 
 def load(name: str | Path) -> Landscape:
     """Read a landscape by name (of data/landscapes) or path.
 
-    Raises LandscapeError when the file is missing, no Parquet, of another schema, without provenance, or holds a value
-    no measurement can have; RuntimeModeError without pyarrow.
+    Raises LandscapeError when the file is missing, is not what was frozen (its digest says so), no Parquet, of another
+    schema, without provenance, or holds a value no measurement can have; RuntimeModeError without pyarrow.
     """
-    pa, parquet = _pyarrow()
     text = str(name)
     is_path = isinstance(name, Path) or text.endswith(".parquet") or os.sep in text
     path = Path(name) if is_path else landscapes_dir() / f"{text}.parquet"
-    if not path.is_file():
+    try:
+        columns, about = landscape_file.read(path)
+    except FileNotFoundError:
         known = sorted(p.stem for p in path.parent.glob("*.parquet"))
         raise LandscapeError(
             f"There is no landscape at {path}.{nearest_names(path.stem, known)} Expected one of those there: "
             f"{', '.join(known) or 'none yet'}. {_REMEDY}"
-        )
+        ) from None
+    except OSError as error:
+        raise LandscapeError(f"{path} cannot be read ({error.strerror}). Expected a Parquet file. {_REMEDY}") from None
+    except UnreadableError as error:
+        raise LandscapeError(f"{path} {error}. Expected a landscape that moelab froze, whole. {_REMEDY}") from error
     try:
-        table = parquet.read_table(path)
-        about = json.loads(table.schema.metadata[b"moelab"])
-        if about["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {about['schema']!r}, this moelab reads {SCHEMA}")
         found = Landscape(
             Problem.from_json(about["problem"]), about["provenance"], about["evaluator"], about["space"],
-            tuple(_rows(table)), path,
+            tuple(_rows(columns)), path,
         )  # fmt: skip
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError, MoelabError) as error:
-        raise LandscapeError(
-            f"{path} cannot be read as a landscape ({type(error).__name__}: {error}). Expected a Parquet file that moelab "
-            f"froze, whole. {_REMEDY}"
-        ) from error
+    except MoelabError as error:
+        raise LandscapeError(f"{path} describes no layer: {error} Expected what moelab froze. {_REMEDY}") from error
     _require_sound(found, str(path))
     return found
 
 
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise RuntimeModeError(
-            "Landscapes are Parquet files, and the package pyarrow is not here. Expected it beside moelab. Install it: pip "
-            "install pyarrow."
-        ) from None
-    return pyarrow, pyarrow.parquet
+def _about(landscape: Landscape) -> dict[str, Any]:
+    """What the metadata holds beside the digest."""
+    about = {"schema": SCHEMA, "problem": landscape.problem.to_json()}
+    return about | {name: dict(getattr(landscape, name)) for name in ("provenance", "evaluator", "space")}
 
 
-def _rows(table: Any) -> Iterable[Row]:
-    data = {name: table[name].to_pylist() for name in table.column_names}
+def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """Rows as columns, in the file's order."""
+    up_down = [(row.contender[0], row.contender[1] if len(row.contender) > 1 else None) for row in rows]
+    return {
+        "stage": [row.stage for row in rows],
+        "num_tokens": [row.num_tokens for row in rows],
+        **{name: [getattr(up, name) for up, _ in up_down] for name in FIELDS},
+        **{f"down_{name}": [down and getattr(down, name) for _, down in up_down] for name in FIELDS},
+        "samples_us": [list(row.outcome.samples_us) for row in rows],
+        "failure": [row.outcome.failure for row in rows],
+        "message": [row.outcome.message or None for row in rows],
+        "compile_s": [row.outcome.compile_s for row in rows],
+        "measure_s": [row.outcome.measure_s for row in rows],
+        "interleaved": [row.interleaved for row in rows],
+        "at": [row.at for row in rows],
+    }
+
+
+def _rows(data: Mapping[str, list[Any]]) -> Iterable[Row]:
     ups = _configs([data[name] for name in FIELDS])
     downs = _configs([data[f"down_{name}"] for name in FIELDS])
     for i, (up, down) in enumerate(zip(ups, downs, strict=True)):
@@ -245,9 +226,7 @@ def _rows(table: Any) -> Iterable[Row]:
             tuple(data["samples_us"][i]), data["failure"][i], data["message"][i] or "",
             data["compile_s"][i], data["measure_s"][i],
         )  # fmt: skip
-        if up is None:
-            raise ValueError(f"row {i} has no config")
-        contender = (up,) if down is None else (up, down)
+        contender = (cast(KernelConfig, up),) if down is None else (cast(KernelConfig, up), down)
         yield Row(data["stage"][i], data["num_tokens"][i], contender, outcome, data["interleaved"][i], data["at"][i])
 
 
@@ -255,7 +234,8 @@ def _configs(columns: list[list[int | None]]) -> Iterable[KernelConfig | None]:
     made: dict[tuple[int | None, ...], KernelConfig | None] = {}
     for values in zip(*columns, strict=True):
         if values not in made:
-            made[values] = None if values[0] is None else KernelConfig(*values)  # type: ignore[arg-type]
+            is_none = all(value is None for value in values)
+            made[values] = None if is_none else KernelConfig(*values)  # type: ignore[arg-type]
         yield made[values]
 
 
@@ -271,7 +251,7 @@ def _require_sound(landscape: Landscape, what: str) -> None:
 
 
 def _problem(landscape: Landscape) -> str | None:
-    """The first thing wrong, as the end of a sentence; None if it is sound."""
+    """The first thing wrong that no schema sees, as the end of a sentence; None if it is sound."""
     missing = [key for key in recordings.PROVENANCE_KEYS if key not in landscape.provenance]
     missing += [key for key in ("gpu", "date") if key not in missing and not landscape.provenance[key]]
     if missing:
@@ -285,14 +265,16 @@ def _problem(landscape: Landscape) -> str | None:
 
 
 def _row_problem(row: Row, problem: Problem) -> str | None:
-    if row.stage not in _STAGES:
-        return f"holds the stage {row.stage!r}"
     if row.num_tokens not in problem.batch_sizes:
         return f"holds {row.num_tokens} tokens, which are no batch size of its problem,"
     if len(row.contender) != (2 if row.stage == "layer" else 1):
         return f"holds {len(row.contender)} configs for {row.stage!r}"
-    if row.outcome.failure is not None:
-        known = row.outcome.failure in FAILURES and not row.outcome.samples_us
-        return None if known else f"holds the failure {row.outcome.failure!r}, unknown or beside samples,"
-    wrong = [s for s in row.outcome.samples_us if not (0 < s < math.inf)]
-    return f"holds the sample {wrong[0]!r}" if wrong else None
+    if row.outcome.failure is not None and row.outcome.samples_us:
+        return f"holds the failure {row.outcome.failure!r} beside samples"
+    broken = _violations(row.contender)
+    return f"holds a config that no kernel takes ({broken})" if broken else None
+
+
+@functools.lru_cache(maxsize=65536)
+def _violations(contender: Contender) -> str:
+    return "; ".join(broken for config in contender for broken in violations(config, uses_dot=False))

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from moelab.chips import get_target
 from moelab.config import KernelConfig, default_config
-from moelab.errors import ShapeError
-from moelab.shapes import MoEShape, require_plain
+from moelab.errors import JournalError, ShapeError
+from moelab.shapes import MoEShape
 
 Gemm = Literal["up", "down"]
 GEMMS: tuple[Gemm, ...] = ("up", "down")
@@ -57,7 +57,6 @@ class Problem:
 
     def __post_init__(self) -> None:
         get_target(self.target)
-        require_plain(self.shape, "The tuner")
         wrong = [b for b in self.batch_sizes if type(b) is not int or b < 1]
         if wrong or not self.batch_sizes:
             raise ShapeError(
@@ -90,7 +89,14 @@ class Problem:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Problem:
-        """Read what `to_json` wrote. KeyError, TypeError and MoelabError mean that it was not that."""
+        """Read what `to_json` wrote. Raises JournalError for anything else, another MoelabError for a layer that cannot be."""
+        from moelab.schemas import first_problem
+        from moelab.tuner.schemas import PROBLEM
+
+        if problem := first_problem(PROBLEM, dict(content) if isinstance(content, Mapping) else content):
+            raise JournalError(
+                f"The problem that was tuned {problem}. Expected what this moelab writes. Read it with the moelab that wrote it."
+            )
         values = dict(content)
         values["shape"] = MoEShape.from_json(values["shape"])
         for name in ("batch_sizes", "split_k"):
@@ -123,8 +129,18 @@ def find_incumbents(
     Raises ConfigFileError for a broken file: what it would have said is not known.
     """
     from moelab.config_files import Lookup, question
+    from moelab.config_files.defaults import default_rule
+    from moelab.config_files.rules import get_rules
 
     asked = question(shape)
+
+    def default_of(num_tokens: int) -> KernelConfig:
+        """sglang's rule for the format; that of 16-bit weights where it says nothing."""
+        plain = default_config(num_tokens, shape.num_experts, shape.dtype)
+        if shape.format.is_plain:
+            return plain
+        found, _ = default_rule(get_rules("sglang"), asked.name(device), num_tokens)
+        return found or plain
 
     def look_up(num_tokens: int, is_down: bool, whose: str | None) -> Lookup:
         return asked.lookup(
@@ -139,7 +155,7 @@ def find_incumbents(
     own = None if kernel == COMPATIBLE else kernel
     found: dict[str, dict[int, Pair]] = {"default": {}, "current": {}}
     for num_tokens in batch_sizes:
-        default = default_config(num_tokens, shape.num_experts, shape.dtype)
+        default = default_of(num_tokens)
         found["default"][num_tokens] = (default, default)
         whose = None if own and look_up(num_tokens, False, own).is_default else own
         up, down = (look_up(num_tokens, is_down, whose) for is_down in (False, separate_down))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -27,7 +28,8 @@ class Progress:
 
 @dataclass
 class Pace:
-    """How far a phase is."""
+    """How far a phase is. timeline: phases and when they were entered, on the clock; one that was taken up again is there
+    twice."""
 
     phase: str = ""
     done: int = 0
@@ -36,4 +38,11 @@ class Pace:
     began_s: float = 0.0
     fresh: int = 0
     reported_s: float | None = None
-    timeline: dict[str, float] = field(default_factory=dict)
+    timeline: list[tuple[str, float]] = field(default_factory=list)
+
+    def seconds(self, clock_s: float) -> tuple[tuple[str, float], ...]:
+        """How long each phase took until now."""
+        found: dict[str, float] = {}
+        for (name, began), (_, ended) in itertools.pairwise([*self.timeline, ("", clock_s)]):
+            found[name] = found.get(name, 0.0) + ended - began
+        return tuple(found.items())

@@ -10,8 +10,10 @@ request is answered with short samples, an interleaved one with those of the fin
 alone stands in for the other, times the median ratio of the configs that have both at that GEMM and batch size. The true
 median of a config is the finals', the protocol in which winners are decided.
 
-"layer" pairs that were recorded are drawn from; for others the layer is the sum of a drawn GEMM1, a drawn GEMM2, and what
-the recorded pairs took beyond theirs (activation and sum-reduce, which no config changes): the median of that, or 0.
+"layer" pairs that were all recorded are drawn from. Where one of a request was not, every layer of it is a sum: a drawn
+GEMM1, a drawn GEMM2, and what the recorded pairs took beyond theirs (activation and sum-reduce, which no config changes), the
+median of that, or 0. Likewise the parts: finals if every config of a GEMM has them, else short looks for all. So an
+estimate never races a measurement: it would win by the protocol, not by the config.
 """
 
 from __future__ import annotations
@@ -92,12 +94,15 @@ class Table:
     """A landscape by stage and batch size, ready to draw from and to look true medians up in.
 
     cells: short looks, and whole layers. finals: of single GEMMs; where none was recorded, the short looks themselves.
+    scaled: the short looks alone, read as finals. final_ones: whom the finals were recorded of.
     """
 
     def __init__(self, landscape: Landscape) -> None:
         self.landscape = landscape
         self.cells: dict[tuple[Stage, int], _Cell] = {}
         self.finals: dict[tuple[Stage, int], _Cell] = {}
+        self.scaled: dict[tuple[Stage, int], _Cell] = {}
+        self.final_ones: dict[tuple[Stage, int], frozenset[Contender]] = {}
         self.compile_s: dict[tuple[Stage, str], float] = {}
         self.uncompiled: dict[tuple[Stage, str], tuple[str, str]] = {}
         for row in landscape.rows:
@@ -121,10 +126,18 @@ class Table:
         short, final = self.cells.get(key, _Cell()), self.finals.get(key)
         if final is None:
             short.seal()
-            self.finals[key] = short
+            self.finals[key] = self.scaled[key] = short
             return
         ratio = final.ratio(short)
+        self.final_ones[key], self.scaled[key] = frozenset(final.index), _Cell().filled(short, ratio)
         self.cells[key], self.finals[key] = short.filled(final, 1 / ratio), final.filled(short, ratio)
+
+    def on_one_footing(self, stage: Stage, num_tokens: int, contenders: Sequence[Contender]) -> _Cell | None:
+        """Samples in the finals' protocol, of one origin for all of the contenders that have any; None where nobody has."""
+        key = stage, num_tokens
+        known, final = self.finals.get(key, _Cell()).index, self.final_ones.get(key, frozenset())
+        everyone = all(contender in final for contender in contenders if contender in known)
+        return (self.finals if everyone else self.scaled).get(key)
 
     def median_us(self, stage: Stage, num_tokens: int, contender: Contender) -> float:
         """The median by the finals' protocol, microseconds ("layer": composed where it was not recorded); NaN if there is
@@ -228,21 +241,33 @@ class ReplayEvaluator:
         draws = np.random.default_rng([self.seed, int(request.key(), 16)])
         stop = None if request.interleaved else request.stop_above_us
         if request.stage != "layer":
-            return self._draw_cell(request.stage, request, request.contenders, draws, stop)
-        outcomes = self._draw_cell("layer", request, request.contenders, draws, stop)
-        missing = [i for i, o in enumerate(outcomes) if o.failure == "unrecorded"]
-        parts = [
-            self._draw_cell(gemm, request, [(request.contenders[i][side],) for i in missing], draws, None)
-            for side, gemm in enumerate(GEMMS)
-        ]
+            cells = self.table.finals if request.interleaved else self.table.cells
+            cell = cells.get((request.stage, request.num_tokens))
+            return self._draw_cell(cell, request, request.contenders, draws, stop)
+        layers = self.table.cells.get(("layer", request.num_tokens))
+        timed = self._draw_cell(layers, request, request.contenders, draws, stop)
+        if all(outcome.failure != "unrecorded" for outcome in timed):
+            return timed
+        sums = self._sums(request, draws)
+        pairs = list(zip(timed, sums, strict=True))
+        none_gained = all(of.failure for was, of in pairs if was.failure == "unrecorded")
+        if none_gained or any(of.failure for was, of in pairs if was.failure is None):
+            return timed  # what was measured, before a sum that lacks one of its parts
+        return [was if was.failure not in (None, "unrecorded") else of for was, of in pairs]
+
+    def _sums(self, request: Request, draws: np.random.Generator) -> list[Outcome]:
+        """Every layer as the sum of its parts."""
+        parts = []
+        for side, gemm in enumerate(GEMMS):
+            configs: list[Contender] = [(contender[side],) for contender in request.contenders]
+            cell = self.table.on_one_footing(gemm, request.num_tokens, configs)
+            parts.append(self._draw_cell(cell, request, configs, draws, None))
         rest = self.table.rest_us(request.num_tokens)
-        for i, up, down in zip(missing, *parts, strict=True):
-            outcomes[i] = _sum(up, down, rest)
-        return outcomes
+        return [_sum(up, down, rest) for up, down in zip(*parts, strict=True)]
 
     def _draw_cell(
         self,
-        stage: Stage,
+        cell: _Cell | None,
         request: Request,
         contenders: Sequence[Contender],
         draws: np.random.Generator,
@@ -251,8 +276,6 @@ class ReplayEvaluator:
         uniform = draws.random(
             (len(contenders), request.rounds)
         )  # drawn whole: the rest must not hang on what is known
-        cells = self.table.finals if request.interleaved else self.table.cells
-        cell = cells.get((stage, request.num_tokens))
         if cell is None:
             return [_UNRECORDED] * len(contenders)
         at = np.array([cell.index.get(contender, -1) for contender in contenders], dtype=np.int64)
@@ -318,4 +341,4 @@ def _require_same(problem: Problem, landscape: Landscape) -> None:
 def _sizes(problem: Problem) -> dict[str, Any]:
     """What a kernel sees of a shape: names and sources of sizes left out."""
     names = ("num_experts", "top_k", "hidden_size", "moe_intermediate_size", "dtype", "gated")
-    return {name: getattr(problem.shape, name) for name in names}
+    return {name: getattr(problem.shape, name) for name in names} | {"format": problem.shape.format.name}

@@ -31,9 +31,11 @@ from moelab.roofline import gemm_cost, layer_cost
 from moelab.routing import ROUTINGS, Alignment, Routing, load_routing
 from moelab.suites.layer_classic import protocol_for
 from moelab.suites.stages import weight_sets
+from moelab.tuner.coded_gate import CodedLayerGate, coded_gemm_gate
+from moelab.tuner.coded_inputs import Coder, Codes, as_tuned
 from moelab.tuner.compile import kernels_of, launches_of
 from moelab.tuner.evaluate import Contender, Stage
-from moelab.tuner.gate import Gate, gemm_gate, layer_gate
+from moelab.tuner.gate import Gate, Written, gemm_gate, layer_gate
 from moelab.tuner.problem import GEMMS, Gemm, Problem
 from moelab.tuner.sorted_rows import gathered, laid, places
 from moelab.tuner.space import grid, row_blocks
@@ -62,7 +64,7 @@ class Cell:
     states: Sequence[Tensor]
     inner: Sequence[Tensor]
     aligned: dict[int, list[Alignment]] = field(default_factory=dict)
-    gates: dict[Stage, Gate] = field(default_factory=dict)
+    gates: dict[Stage, Gate | CodedLayerGate] = field(default_factory=dict)
     placed: dict[int, Tensor] = field(default_factory=dict)
     sorted_inner: dict[int, Sequence[Tensor]] = field(default_factory=dict)
 
@@ -97,16 +99,22 @@ class Cell:
 class Launch:
     """A contender ready to run: `run(rotation)` writes all of `written`, of which the last is the result.
 
-    place: where the result is of sorted rows, the row of each pair of rotation 0.
+    place: where the result is of sorted rows, the row of each pair of rotation 0. codes: what the last call made of GEMM2's
+    activations, of a whole layer that quantises them.
     """
 
     run: Callable[[int], None]
     written: tuple[Tensor, ...]
     place: Tensor | None = None
+    codes: Callable[[], Codes | None] = lambda: None
 
     def result(self) -> Tensor:
         """What rotation 0 wrote, in the order of pairs, or of tokens."""
         return self.written[-1] if self.place is None else gathered(self.written[-1], self.place)
+
+    def judged(self) -> Written:
+        """What a gate looks at."""
+        return Written(self.result(), self.written, self.codes())
 
 
 class Rig:
@@ -117,7 +125,7 @@ class Rig:
         self.gemms: dict[Gemm, GemmLaunch] = launches_of(problem)
         self.problem, self.shape, self.device = problem, shape, runtime.current().device
         self.dtype = torch_dtype(shape.dtype)
-        self.w13, self.w2 = weight_sets("up", shape), weight_sets("down", shape)
+        self.w13, self.w2 = ([as_tuned(w, gemm, i) for i, w in enumerate(weight_sets(gemm, shape))] for gemm in GEMMS)
         self._cells: dict[int, Cell] = {}
         incumbents = (pair[0] for pairs in problem.incumbents.values() for pair in pairs.values())
         configs = (*grid(problem.target, problem.split_k, problem.axes), *incumbents)
@@ -125,6 +133,8 @@ class Rig:
         pairs, N, H = self._most_pairs, shape.moe_intermediate_size, shape.hidden_size
         up_size = max(map(self._inner_rows, problem.batch_sizes)) * result_columns(problem, "up")
         sizes = (up_size, 0 if self.kernel.activates else pairs * N, pairs * H, pairs // shape.top_k * H)
+        of_gemms = {"up": (pairs // shape.top_k, H), "down": (pairs, N)}
+        self.coders = {gemm: Coder(shape.format, *of_gemms[gemm], self.dtype, self.device) for gemm in GEMMS}
         self._buffers = [torch.empty(size, dtype=self.dtype, device=self.device) for size in sizes]
         self.workspace = self._new_workspace(max(config.SPLIT_K for config in configs))
 
@@ -193,8 +203,10 @@ class Rig:
             [draw(rows, shape.moe_intermediate_size, 0.5, i) for i in range(count)],
         )
 
-    def _gate(self, stage: Stage, cell: Cell) -> Gate:
+    def _gate(self, stage: Stage, cell: Cell) -> Gate | CodedLayerGate:
         routing, w13, w2 = cell.routings[0], self.w13[0], self.w2[0]
+        if self.shape.format.activations != "none":
+            return self._coded_gate(stage, cell)
         if stage == "up":
             activated = (self.shape.activation, self.shape.gated) if self.kernel.activates else None
             return gemm_gate(cell.states[0], w13, routing, top_k=self.shape.top_k, weighted=False, activated=activated)
@@ -203,14 +215,27 @@ class Rig:
             return gemm_gate(cell.inner[0][:pairs], w2, routing, top_k=1, weighted=True)
         return layer_gate(cell.states[0], ExpertWeights.of(w13, w2), routing, self.shape)
 
+    def _coded_gate(self, stage: Stage, cell: Cell) -> Gate | CodedLayerGate:
+        routing, top_k = cell.routings[0], self.shape.top_k
+        if stage == "down":
+            inner = cell.inner[0][: cell.num_tokens * top_k]
+            return coded_gemm_gate(
+                inner, self.coders["down"](inner, self.w2[0]), self.w2[0], routing, top_k=1, weighted=True
+            )
+        x = cell.states[0]
+        up = coded_gemm_gate(x, self.coders["up"](x, self.w13[0]), self.w13[0], routing, top_k=top_k, weighted=False)
+        return up if stage == "up" else CodedLayerGate(up, self.w2[0], routing, self.shape)
+
     def check(self, stage: Stage, num_tokens: int, contender: Contender) -> tuple[str, str] | None:
         """Rotation 0 into outputs full of NaN, held against the gate: (failure, sentence), or None."""
         self.prepare(stage, num_tokens)
         launch = self.launch(stage, num_tokens, contender)
         for tensor in launch.written:
             tensor.fill_(float("nan"))
+        for coder in self.coders.values():
+            coder.clear()
         launch.run(0)
-        return self.cell(num_tokens).gates[stage].verdict(launch.result())
+        return self.cell(num_tokens).gates[stage].judge(launch.judged())
 
     def launch(self, stage: Stage, num_tokens: int, contender: Contender) -> Launch:
         """A contender over that batch size's inputs.
@@ -220,7 +245,7 @@ class Rig:
         """
         cell, shape = self.cell(num_tokens), self.shape
         for gemm, config in kernels_of(stage, contender):
-            checks.checked_config(config, self.dtype, self.problem.inner_size(gemm))
+            checks.checked_config(config, self.dtype, self.problem.inner_size(gemm), shape.format)
             require_rules(config, gemm, self.problem)
             self._require_room(config)
         up, down = contender[0], contender[-1]
@@ -233,16 +258,18 @@ class Rig:
             buffer[: height * width].view(height, width)
             for buffer, height, width in zip(self._buffers, heights, widths, strict=True)
         )
-        w13, w2, gemm1, gemm2 = self.w13, self.w2, self.gemms["up"], self.gemms["down"]
+        w13, w2, gemm1, gemm2, coders = self.w13, self.w2, self.gemms["up"], self.gemms["down"], self.coders
         activated = activation_of(self.problem, "up")
 
         def first(i: int) -> None:
             w, k = w13[i % len(w13)], shape.top_k
-            gemm1(GemmCall(cell.states[i], w, aligned[i], up, pairs, k, None, *activated, self.workspace), h)
+            a, a_scale = coders["up"](cell.states[i], w)
+            gemm1(GemmCall(a, w, aligned[i], up, pairs, k, None, *activated, self.workspace, a_scale), h)
 
         def second(i: int, inner: Tensor) -> None:
             w, weights = w2[i % len(w2)], cell.routings[i].topk_weights
-            gemm2(GemmCall(inner, w, aligned[i], down, pairs, 1, weights, workspace=self.workspace), y)
+            a, a_scale = coders["down"](inner, w)
+            gemm2(GemmCall(a, w, aligned[i], down, pairs, 1, weights, workspace=self.workspace, a_scale=a_scale), y)
 
         if stage == "up":
             return Launch(first, (h,), cell.places(up.BLOCK_SIZE_M) if is_sorted else None)
@@ -264,7 +291,7 @@ class Rig:
 
         if self.kernel.activates:
             return Launch(activated_layer, (h, y, out))
-        return Launch(layer, (h, act, y, out))
+        return Launch(layer, (h, act, y, out), codes=lambda: coders["down"].last)
 
     @property
     def _most_pairs(self) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,11 @@ from typing import Any
 
 _TAIL = 1 << 16
 """Bytes at a journal's end that are looked at: its last note is far shorter."""
+
+
+def new_label(strategy: str) -> str:
+    """What a run that begins now is called: strategy, local time, and what no other has that begins in the same second."""
+    return f"{strategy}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from moelab import runtime
@@ -14,8 +14,9 @@ from moelab.errors import RuntimeModeError
 from moelab.tuner.board import Board
 from moelab.tuner.coverage import Coverage, covered, needed_s
 from moelab.tuner.evaluate import Evaluator, Request, Result, tidy
-from moelab.tuner.header import make_header, read_header
+from moelab.tuner.header import last_budget, make_header, read_header
 from moelab.tuner.journal import Content, Journal
+from moelab.tuner.known import Known
 from moelab.tuner.problem import Problem
 from moelab.tuner.progress import Pace, Progress
 from moelab.tuner.results import BatchResult, TuneResult, decide, provisional
@@ -57,7 +58,9 @@ class TuneSession:
     ) -> None:
         self._set_up(problem, evaluator, strategy, settings or Settings(), budget_s, on_progress)
         self._journal = (
-            Journal.create(run, make_header(self.search, strategy, budget_s, evaluator)) if run is not None else None
+            Journal.create(run, make_header(self.search, strategy, self.budget_s, evaluator))
+            if run is not None
+            else None
         )
 
     def _set_up(
@@ -70,15 +73,17 @@ class TuneSession:
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
         space = build_space(problem)
-        self.problem, self.evaluator, self.strategy, self.budget_s = problem, evaluator, strategy, budget_s
+        self.problem, self.evaluator, self.strategy = problem, evaluator, strategy
+        self.budget_s = None if budget_s == math.inf else budget_s
         self.board = Board(problem, space)
         self.search = Search(problem, space, self.board, settings)
         self._plan = plan(strategy, self.search)
         self._on_progress = on_progress
-        self._known: dict[str, Result] = {}
+        self._known = Known(self.board)
         self._decided: dict[int, BatchResult] = {}
         self._searched: list[Step] = []
         self._cut: dict[str, None] = {}
+        self._ended: set[str] = set()
         self._pace, self._state = Pace(), "new"
         self._go, self._stopping = threading.Event(), False
         self._go.set()
@@ -95,30 +100,38 @@ class TuneSession:
         on_progress: Callable[[Progress], None] | None = None,
     ) -> TuneSession:
         """Take up the run whose journal that is: the same problem, strategy and settings; what is in it is not measured
-        again. budget_s: a new budget, None for the run's own. Raises JournalError as `Journal.resume` does."""
+        again. budget_s: a new budget, infinite for none; None for the one that the run had last. Raises JournalError as
+        `Journal.resume` does."""
         origin = runtime.provenance()  # first: it starts other programs, which must not share the lock
         journal = Journal.resume(run)
         try:
             header = journal.content.header
             problem, settings = read_header(run, header)
             self = cls.__new__(cls)
-            budget_s = budget_s if budget_s is not None else header["strategy"].get("budget_s")
+            budget_s = last_budget(journal.content) if budget_s is None else budget_s
             evaluator = make_evaluator(problem)
             self._set_up(problem, evaluator, header["strategy"]["name"], settings, budget_s, on_progress)
             self._take_in(journal.content)
             self._journal = journal
-            journal.note("resumed", provenance=origin | {"seed": problem.seed}, evaluator=evaluator.describe())
+            journal.note(
+                "resumed",
+                provenance=origin | {"seed": problem.seed},
+                evaluator=evaluator.describe(),
+                budget_s=self.budget_s,
+            )
         except BaseException:
             journal.close()
             raise
         return self
 
     def _take_in(self, content: Content) -> None:
-        self._known = dict(content.results)
+        self._known = Known(self.board, content.results.values())
         self.evaluator.recall(list(content.results.values()))
         for note in content.notes:
             if note["kind"] == "phase":
-                self._pace.timeline.setdefault(note["name"], note["clock_s"])
+                self._pace.timeline.append((note["name"], note["clock_s"]))
+            elif note["kind"] == "cut" and self.budget_s is not None and note["budget_s"] >= self.budget_s:
+                self._ended.add(note["phase"])
 
     # --- running --------------------------------------------------------------------------------------------------
 
@@ -189,30 +202,37 @@ class TuneSession:
                 return
 
     def _answer(self, step: Step) -> list[Result | None]:
-        keys = [request.key() for request in step.requests]
-        missing = {key: r for key, r in zip(keys, step.requests, strict=True) if key not in self._known}
-        self.board.add(self._known[key] for key in keys if key in self._known)
+        missing = self._known.missing(step.requests)
+        self.board.add(self._known.untold(step.requests))
         self._enter(step, missing)
         if missing and not self._spent(step):
-            with contextlib.closing(self.evaluator.run(list(missing.values()))) as results:
+            with contextlib.closing(self.evaluator.run(missing)) as results:
                 for result in results:
                     self._record(result)
                     if self._spent(step):
                         break
-        answers = [self._known.get(key) for key in keys]
+        answers = [self._known.answer(request) for request in step.requests]
         if not step.needed:
             self._searched.append(step)
             if None in answers:
-                self._cut[step.phase] = None
+                self._cut_short(step.phase)
         return answers
 
-    def _enter(self, step: Step, missing: Mapping[str, Request]) -> None:
+    def _cut_short(self, phase: str) -> None:
+        """The budget ended that phase. So it is for whoever takes the run up with no more: a clock read a little earlier
+        would search on, and compare other finalists."""
+        self._cut[phase] = None
+        if self._journal is not None and phase not in self._ended:
+            self._journal.note("cut", phase=phase, budget_s=self.budget_s)
+
+    def _enter(self, step: Step, missing: Sequence[Request]) -> None:
         pace, total = self._pace, samples_of(step.requests)
         pace.phase, pace.total, pace.later = step.phase, total, step.later
-        pace.done, pace.fresh, pace.began_s = total - samples_of(missing.values()), 0, self.evaluator.clock_s()
+        pace.done, pace.fresh, pace.began_s = total - samples_of(missing), 0, self.evaluator.clock_s()
         pace.reported_s = None
-        if missing and step.phase not in pace.timeline:
-            pace.timeline[step.phase] = pace.began_s
+        entered = [name for name, _ in pace.timeline]
+        if missing and (step.phase not in entered or (step.phase != entered[-1] and not self._spent(step))):
+            pace.timeline.append((step.phase, pace.began_s))
             if self._journal is not None:
                 self._journal.note("phase", name=step.phase, clock_s=pace.began_s)
         self._hold()
@@ -220,13 +240,13 @@ class TuneSession:
     def _spent(self, step: Step) -> bool:
         if step.needed or self.budget_s is None:
             return False
-        return self.evaluator.clock_s() >= step.share * self.budget_s
+        return step.phase in self._ended or self.evaluator.clock_s() >= step.share * self.budget_s
 
     def _record(self, result: Result) -> None:
         result = tidy(result)
         if self._journal is not None:
             self._journal.append(result)
-        self._known[result.request.key()] = result
+        self._known.add(result)
         self.board.add([result])
         count = samples_of([result.request])
         self._pace.done += count
@@ -274,17 +294,17 @@ class TuneSession:
 
     def results(self) -> tuple[Result, ...]:
         """Every result so far, those taken over from the journal included."""
-        return tuple(self._known.values())
+        return tuple(self._known.results)
 
     def result(self) -> TuneResult:
         """What is known now: decided batch sizes, and the best so far of the others."""
         batches = {b: self._decided.get(b) or provisional(self.board, b) for b in self.problem.batch_sizes}
         spent = self.evaluator.clock_s()
-        starts = [*self._pace.timeline.items(), ("", spent)]
-        timeline = tuple((name, starts[i + 1][1] - at) for i, (name, at) in enumerate(starts[:-1]))
         described = self.evaluator.describe()
         source = described.get("source") or f"measured on {self.problem.device}, triton {self.problem.triton_version}"
-        return TuneResult(self.problem, batches, source, spent, timeline, dict(self.board.failures), self.coverage())
+        return TuneResult(
+            self.problem, batches, source, spent, self._pace.seconds(spent), dict(self.board.failures), self.coverage()
+        )
 
     def coverage(self) -> Coverage:
         """How much of the candidates was compiled and measured so far, and what the budget cut."""

@@ -49,6 +49,7 @@ _REASONS = (
     ("of shared memory", "shared memory"),
     ("empty slices", "empty SPLIT_K slices"),
     ("threads, over", "threads"),
+    ("of 8-bit operands", "steps of 8-bit operands"),
 )
 ACCUMULATORS = "accumulators"
 EQUAL = "equal programs"
@@ -110,7 +111,11 @@ def build_space(problem: Problem) -> Space:
 
 def _excluded(config: KernelConfig, problem: Problem, gemm: Gemm) -> tuple[str, str] | None:
     """(reason, sentence) for a config that is not worth compiling at any batch size."""
-    broken = violations(config, dtype=problem.shape.dtype, target=problem.target, K=problem.inner_size(gemm))
+    format = problem.shape.format
+    broken = violations(
+        config, dtype=format.product_dtype(problem.shape.dtype), target=problem.target, K=problem.inner_size(gemm),
+        weight_bits=format.widened_bits,
+    )  # fmt: skip
     for sentence in broken:
         reason = next((name for words, name in _REASONS if words in sentence), "other rules")
         return reason, sentence

@@ -136,7 +136,9 @@ class Survey:
         same = self.configs[gemm][self.representative[gemm][row][index]]
         samples = cell.samples[cell.index[(same,)]]
         low, high = median_interval(samples)
-        shared = shared_memory_bytes(config, self.problem.shape.dtype, self.problem.target)
+        format = self.problem.shape.format
+        multiplied = format.product_dtype(self.problem.shape.dtype)
+        shared = shared_memory_bytes(config, multiplied, self.problem.target, weight_bits=format.widened_bits)
         time = float(self.times[gemm][row, index])
         return Detail(
             config, time, low, high, len(samples), shared,
@@ -156,7 +158,8 @@ class Survey:
         if not known or self.problem.routing != "uniform":
             return math.nan
         cost = roofline.gemm_cost(self.problem.shape, num_tokens, 1 if gemm == "up" else 2)
-        at = roofline.load_ceilings(self.problem.device, "floors", self.problem.shape.dtype)
+        multiplied = self.problem.shape.format.product_dtype(self.problem.shape.dtype)
+        at = roofline.load_ceilings(self.problem.device, "floors", multiplied)
         return roofline.floor_us(cost, at).us
 
     @functools.cached_property

@@ -13,9 +13,17 @@ from collections.abc import Mapping
 from moelab.chips import get_target
 from moelab.config import MIN_DOT_BLOCK, KernelConfig, tma_shared_memory_bytes
 from moelab.dtypes import dtype_bytes
-from moelab.errors import ConfigError, DeviceError, LayoutError, UnknownNameError, nearest_names
+from moelab.errors import (
+    ConfigError,
+    DeviceError,
+    FormatError,
+    LayoutError,
+    ShardError,
+    UnknownNameError,
+    nearest_names,
+)
 from moelab.implementations import IMPLEMENTATIONS, Implementation, Tuning
-from moelab.shapes import require_plain
+from moelab.shapes import MoEShape
 from moelab.tuner.problem import COMPATIBLE, GEMMS, Gemm, Problem
 
 TUNED: Mapping[str, str] = {one.tuning.kernel: name for name, one in IMPLEMENTATIONS.items() if one.tuning}
@@ -44,6 +52,12 @@ def _one_split(config: KernelConfig, gemm: Gemm, problem: Problem) -> Broken:
     if config.SPLIT_K == 1 or implementation_of(problem.kernel).splits:
         return None
     return "SPLIT_K", f"SPLIT_K = {config.SPLIT_K}, and the kernel {problem.kernel} sums K in one program"
+
+
+def _whole_steps(config: KernelConfig, gemm: Gemm, problem: Problem) -> Broken:
+    """A step of K lies in one group of scales, or holds whole ones where weights are widened."""
+    refused = problem.shape.format.step_refused(config.BLOCK_SIZE_K)
+    return ("steps of K over scales", refused) if refused else None
 
 
 def _halves(config: KernelConfig, gemm: Gemm, problem: Problem) -> Broken:
@@ -89,14 +103,33 @@ def kernel_name(asked: str) -> str:
 def require_tunable(problem: Problem) -> Tuning:
     """How the problem's kernel is tuned.
 
-    Raises UnknownNameError for a kernel that is not in TUNED, FormatError for quantised weights, DeviceError where
-    its target has no TMA and the kernel needs it, LayoutError where rows of the layer's inner sizes cannot go through TMA.
+    Raises UnknownNameError for a kernel that is not in TUNED, FormatError for weights in a format that it does not take, or
+    that has no config files, DeviceError where its target has no TMA and the kernel needs it, LayoutError where rows of the
+    layer's inner sizes cannot go through TMA.
     """
     kernel = kernel_name(problem.kernel)
-    require_plain(problem.shape, "The tuner")
+    _require_format(kernel, problem.shape)
     if implementation_of(kernel).needs_tma:
         _require_tma(problem)
     return tuning_of(kernel)
+
+
+def _require_format(kernel: str, shape: MoEShape) -> None:
+    """A server's question, and an answer that a kernel can run."""
+    format = shape.format
+    if not format.file:
+        raise FormatError(
+            f"The experts of {shape.name} are stored as {format.name}, which has no config files: {format.served_by} run it. "
+            "Expected a format of the Triton kernel that reads them. Pass --dtype bfloat16 for the same sizes in plain weights."
+        )
+    if format.family not in implementation_of(kernel).formats:
+        takers = [name for name in TUNED if format.family in implementation_of(name).formats]
+        raise FormatError(
+            f"The kernel {kernel!r} takes no weights in the format {format.name}. Expected one of {', '.join(takers)}. Pass it "
+            "as --kernel, or leave --kernel out."
+        )
+    if misfits := format.misfits(shape.hidden_size, shape.moe_intermediate_size):
+        raise ShardError(f"{shape.name} in the format {format.name}: {'. '.join(misfits)}. Shard the layer otherwise.")
 
 
 def _require_tma(problem: Problem) -> None:
@@ -131,7 +164,7 @@ def activation_of(problem: Problem, gemm: Gemm) -> tuple[str | None, bool]:
 
 def broken_rule(config: KernelConfig, gemm: Gemm, problem: Problem) -> Broken:
     """(reason, sentence) of the first rule of the problem's kernel that the config breaks; None for a kernel without."""
-    rules = (_one_split, _halves, _fits_tma) if problem.kernel in TUNED else ()
+    rules = (_one_split, _whole_steps, _halves, _fits_tma) if problem.kernel in TUNED else ()
     return next((found for rule in rules if (found := rule(config, gemm, problem))), None)
 
 

@@ -7,6 +7,7 @@ from moelab.widgets.health import config_doctor, config_path, config_transfer
 from moelab.widgets.kernels import kernel_check, kernel_roof
 from moelab.widgets.live_tuner import LiveTuner
 from moelab.widgets.panels import explorer, interactive_panel, interactive_panels, padding_picture
+from moelab.widgets.quantised import weights_way
 from moelab.widgets.strategy_race import strategy_race
 from moelab.widgets.winner import ExportPanel, WinnerCard
 
@@ -28,4 +29,5 @@ __all__ = [
     "layer_picker",
     "padding_picture",
     "strategy_race",
+    "weights_way",
 ]

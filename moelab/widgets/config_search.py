@@ -15,21 +15,18 @@ from moelab.plots import loading as plots_loading
 from moelab.plots.panel import Panel
 from moelab.plots.roofline import tp_choices
 from moelab.shapes import load_model, preset_names
-from moelab.tuner.problem import BATCH_SIZES
+from moelab.tuner.problem import BATCH_SIZES, Gemm
 from moelab.tuner.survey import PARAMETERS, Survey, short_names
+from moelab.widgets.fields import dropdown
 from moelab.widgets.panels import interactive_panel, interactive_panels
 
-DTYPES = ("bfloat16", "float16", "float32")
+FORMATS = (("the checkpoint’s own", None), *((f"plain {name}", name) for name in ("bfloat16", "float16", "float32")))
+"""What the weights are taken as: a preset of a quantised checkpoint names its own format."""
+
+FUSION = (("as the server does", True), ("left apart", False))
+"""sglang's --disable-shared-experts-fusion is the second."""
 WITHIN = (0.02, 0.05, 0.1, 0.2, 0.5, 10.0)
 """Distances from the best that can be brushed; the last is everything measured in practice."""
-
-
-def choice(description: str, options: Sequence[Any], value: Any) -> widgets.Dropdown:
-    """A dropdown whose name is wholly shown."""
-    return widgets.Dropdown(
-        options=list(options), value=value, description=description, style={"description_width": "initial"},
-        layout=widgets.Layout(width="auto"),
-    )  # fmt: skip
 
 
 def layer_picker(
@@ -39,21 +36,21 @@ def layer_picker(
     num_tokens: int = 64,
     triton_version: str | None = None,
 ) -> widgets.VBox:
-    """Sizes per rank, and the file that a loader would use, with Model, TP, EP, Dtype, Device, Batch, Triton and Loader to
-    choose; degrees that do not divide a model are not offered."""
+    """Sizes per rank, and the file that a loader would use, with Model, TP, EP, Format, Shared experts, Device, Batch, Triton and
+    Loader to choose; degrees that do not divide a model are not offered."""
     folders = config_files.version_folders(runtime.config_dir())
     found = [folder.name.removeprefix("triton_").replace("_", ".") for folder in folders]
     triton_versions = list(dict.fromkeys([*found, runtime.triton_version() or "unknown"]))
-    versions = triton_versions
     controls = {
-        "model": choice("Model", preset_names(), model),
-        "tp_size": choice("TP", tp_choices(model), tp_size),
-        "ep_size": choice("EP", ep_choices(model, tp_size), 1),
-        "dtype": choice("Dtype", DTYPES, DTYPES[0]),
-        "device": choice("Device", devices(device), device),
-        "num_tokens": choice("Batch", (*BATCH_SIZES, 8192), num_tokens),
-        "triton_version": choice("Triton", versions, triton_version or versions[0]),
-        "rules": choice("Loader", tuple(config_files.RULES), "moelab"),
+        "model": dropdown("Model", preset_names(quantised=True), model),
+        "tp_size": dropdown("TP", tp_choices(model), tp_size),
+        "ep_size": dropdown("EP", ep_choices(model, tp_size), 1),
+        "dtype": dropdown("Format", FORMATS, None),
+        "fused": dropdown("Shared experts", FUSION, True),
+        "device": dropdown("Device", devices(device), device),
+        "num_tokens": dropdown("Batch", (*BATCH_SIZES, 8192), num_tokens),
+        "triton_version": dropdown("Triton", triton_versions, triton_version or triton_versions[0]),
+        "rules": dropdown("Loader", tuple(config_files.RULES), "moelab"),
     }
     return interactive_panel(_Degrees(controls).draw, controls)
 
@@ -79,7 +76,9 @@ class _Degrees:
 
     def draw(self, **chosen: Any) -> list[Panel]:
         if not self.changing:
-            layer = {name: chosen[name] for name in ("model", "tp_size", "ep_size", "dtype", "num_tokens")}
+            layer = {
+                name: chosen[name] for name in ("model", "tp_size", "ep_size", "dtype", "device", "rules", "fused")
+            }
             self.last = [plots_loading.sizes(**layer), plots_loading.lookup(**chosen)]
         return self.last
 
@@ -116,10 +115,10 @@ def landscape_browser(survey: Survey, num_tokens: int = 64) -> widgets.VBox:
     within = [("all", w) if w == WITHIN[-1] else (f"{w:.0%}", w) for w in WITHIN]
     known = survey.problem.routing == "uniform"  # of another routing a survey has no waves to draw over
     controls: dict[str, widgets.Widget] = {
-        "gemm": choice("GEMM", [(name, key) for key, name in plots_landscape.GEMM_NAMES.items()], "up"),
-        "num_tokens": choice("Batch", survey.batch_sizes, num_tokens),
-        "within": choice("Within", within, 0.2),
-        "x": choice("X axis", tuple(plots_linked.AXES), "waves" if known else "shared memory"),
+        "gemm": dropdown("GEMM", [(name, key) for key, name in plots_landscape.GEMM_NAMES.items()], "up"),
+        "num_tokens": dropdown("Batch", survey.batch_sizes, num_tokens),
+        "within": dropdown("Within", within, 0.2),
+        "x": dropdown("X axis", tuple(plots_linked.AXES), "waves" if known else "shared memory"),
     }
     names = short_names()
     controls |= {name: _range(names[name], survey.axis(name)) for name in PARAMETERS}
@@ -132,11 +131,15 @@ def landscape_browser(survey: Survey, num_tokens: int = 64) -> widgets.VBox:
         lambda gemm, num_tokens, within, x, **r: plots_linked.parallel(survey, gemm, num_tokens, allowed(r), within),
         lambda gemm, num_tokens, within, x, **r: plots_landscape.heat_map(survey, gemm, allowed(r)),
     ]
-    return interactive_panels(views, controls)
+
+    def answer(gemm: Gemm, num_tokens: int, within: float, x: str, **ranges: Any) -> str:
+        return plots_linked.in_a_line(survey, gemm, num_tokens, allowed(ranges), within)
+
+    return interactive_panels(views, controls, answer)
 
 
 def _range(description: str, values: Sequence[int]) -> widgets.SelectionRangeSlider:
     return widgets.SelectionRangeSlider(
         options=[(str(v), v) for v in values], index=(0, len(values) - 1), description=description,
-        continuous_update=False, style={"description_width": "70px"}, layout=widgets.Layout(width="300px"),
+        continuous_update=True, style={"description_width": "70px"}, layout=widgets.Layout(width="300px"),
     )  # fmt: skip

@@ -6,7 +6,8 @@ import ipywidgets as widgets
 
 from moelab.plots import follow as plots_follow
 from moelab.plots.panel import Panel
-from moelab.widgets.panels import _dropdown, _slider, interactive_panel
+from moelab.widgets.fields import dropdown, slider
+from moelab.widgets.panels import interactive_panel
 
 EVERYONE = "all"
 
@@ -21,7 +22,7 @@ def follow_tokens(trace: plots_follow.Trace) -> widgets.VBox:
     return interactive_panel(
         draw,
         {
-            "step": _slider("Step", plots_follow.STEPS, plots_follow.STEPS[0]),
-            "token": _dropdown("Token", tokens, EVERYONE),
+            "step": slider("Step", plots_follow.STEPS, plots_follow.STEPS[0]),
+            "token": dropdown("Token", tokens, EVERYONE),
         },
     )

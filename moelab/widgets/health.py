@@ -14,10 +14,12 @@ from moelab.config_files.rules import RULES
 from moelab.errors import MoelabError
 from moelab.plots import config_health, lookup_path
 from moelab.plots import transfer as plots_transfer
+from moelab.plots.literal import literal
 from moelab.plots.panel import Panel
 from moelab.roofline import device_names
 from moelab.tuner.transfer import PARTS, Transfer
-from moelab.widgets.panels import _dropdown, interactive_panel, model_controls
+from moelab.widgets.fields import Checked, dropdown, number_between, place_to_read, text
+from moelab.widgets.panels import interactive_panel, model_controls
 
 OTHER = "another folder"
 SHOWN: Mapping[str, Sequence[str]] = {
@@ -26,6 +28,7 @@ SHOWN: Mapping[str, Sequence[str]] = {
     "errors": SEVERITIES[:1],
 }
 TRITONS = ("3.2.0", "3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.7.1")
+MOST_TOKENS = 1 << 20
 MATRICES = ("batch by batch", "shortcuts", "other devices’ files")
 
 
@@ -38,9 +41,11 @@ def config_doctor(
     that cannot be examined shows the error's sentence in place of the figure.
     """
     names = [*trees, OTHER]
-    tree, rules = _dropdown("Tree", names, names[0]), _dropdown("Rules", ["auto", *RULES], "auto")
-    folder = widgets.Text(description="Folder", placeholder="a path, then Enter", continuous_update=False)
-    folder.observe(lambda _: setattr(tree, "value", OTHER), "value")
+    tree, rules = dropdown("Tree", names, names[0]), dropdown("Rules", ["auto", *RULES], "auto")
+    typed = text("Folder", placeholder="a path, then Enter", width="320px")
+    folder = Checked(typed, lambda value: place_to_read(value) if value.strip() or tree.value == OTHER else None)
+    typed.observe(lambda _: setattr(tree, "value", OTHER), "value")
+    tree.observe(folder.examine, "value")
 
     def draw(tree: str, folder: str, rules: str, show: str) -> Panel:
         place = Path(folder).expanduser() if tree == OTHER else trees[tree]
@@ -49,11 +54,11 @@ def config_doctor(
         try:
             report = doctor(place, rules)
         except MoelabError as error:
-            return Panel(None, [], f"**{error}**")
+            return Panel(None, [], f"**{literal(error)}**")
         made = (planted or {}).get(tree)
         return config_health.findings(report, SHOWN[show], made(report.rules) if made else None)
 
-    controls = {"tree": tree, "folder": folder, "rules": rules, "show": _dropdown("Show", list(SHOWN), "everything")}
+    controls = {"tree": tree, "folder": folder, "rules": rules, "show": dropdown("Show", list(SHOWN), "everything")}
     return interactive_panel(draw, controls)
 
 
@@ -65,16 +70,23 @@ def config_path(trees: Mapping[str, Path], model: str = "qwen3-30b-a3b", num_tok
     models, degrees = model_controls(model, 1)
     devices = [name.replace("_", " ") for name in device_names()]
     controls: dict[str, Any] = {
-        "tree": _dropdown("Tree", list(trees), next(iter(trees))),
+        "tree": dropdown("Tree", list(trees), next(iter(trees))),
         "model": models,
         "tp_size": degrees,
-        "num_tokens": widgets.BoundedIntText(
-            num_tokens, min=1, max=1 << 20, description="Batch", continuous_update=False
+        "num_tokens": Checked(
+            widgets.IntText(
+                num_tokens,
+                description="Batch",
+                continuous_update=False,
+                style={"description_width": "initial"},
+                layout=widgets.Layout(width="160px"),
+            ),
+            number_between(1, MOST_TOKENS),
         ),
-        "device": _dropdown("Device", devices, "NVIDIA H200"),
-        "triton_version": _dropdown("Triton", TRITONS, "3.6.0"),
-        "down": _dropdown("GEMM", [("GEMM1", False), ("GEMM2", True)], False),
-        "rules": _dropdown("Rules", [lookup_path.ALL, *RULES], lookup_path.ALL),
+        "device": dropdown("Device", devices, "NVIDIA H200"),
+        "triton_version": dropdown("Triton", TRITONS, "3.6.0"),
+        "down": dropdown("GEMM", [("GEMM1", False), ("GEMM2", True)], False),
+        "rules": dropdown("Rules", [lookup_path.ALL, *RULES], lookup_path.ALL),
     }
     return interactive_panel(lambda tree, **given: lookup_path.explain(trees[tree], **given), controls)
 
@@ -96,8 +108,8 @@ def config_transfer(runs: Mapping[str, Transfer], shipped: Sequence[Mapping[str,
 
     parts = [(plots_transfer.PARTS[part], part) for part in PARTS]
     controls = {
-        "matrix": _dropdown("Matrix", MATRICES, MATRICES[0]),
-        "run": _dropdown("Run", names, names[0]),
-        "part": _dropdown("GEMM", parts, PARTS[0]),
+        "matrix": dropdown("Matrix", MATRICES, MATRICES[0]),
+        "run": dropdown("Run", names, names[0]),
+        "part": dropdown("GEMM", parts, PARTS[0]),
     }
     return interactive_panel(draw, controls)

@@ -10,7 +10,8 @@ from moelab.plots import your_kernel as plots_your_kernel
 from moelab.plots.panel import Panel, Row
 from moelab.recordings import Recording
 from moelab.roofline import Ceilings
-from moelab.widgets.panels import _dropdown, _slider, interactive_panel
+from moelab.widgets.fields import dropdown, slider
+from moelab.widgets.panels import interactive_panel
 
 
 def kernel_check(
@@ -29,8 +30,8 @@ def kernel_check(
         return plots_your_kernel.error_map(impl, chosen, dtype, found, source)
 
     return interactive_panel(draw, {
-        "impl": _dropdown("Kernel", impls, impls[0]), "hidden_size": _slider("Hidden size", hidden_sizes, hidden_sizes[0]),
-        "dtype": _dropdown("Dtype", dtypes, dtypes[0]),
+        "impl": dropdown("Kernel", impls, impls[0]), "hidden_size": slider("Hidden size", hidden_sizes, hidden_sizes[0]),
+        "dtype": dropdown("Dtype", dtypes, dtypes[0]),
     })  # fmt: skip
 
 
@@ -50,4 +51,4 @@ def kernel_roof(
         return plots_your_kernel.on_the_roof(shape, shape_of(shape), recording, at, mine, ours, live, here, one)
 
     shapes = list(dict.fromkeys(row["shape"] for row in recording.rows))
-    return interactive_panel(draw, {"shape": _dropdown("Shape", shapes, shapes[0])})
+    return interactive_panel(draw, {"shape": dropdown("Shape", shapes, shapes[0])})

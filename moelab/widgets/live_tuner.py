@@ -6,11 +6,12 @@ finds it among `Runs`. An exception of a drawing function does not end a run, bu
 
 from __future__ import annotations
 
+import functools
+import html
 import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -20,18 +21,19 @@ from moelab.errors import MoelabError
 from moelab.plots import tuning as plots
 from moelab.shapes import MoEShape
 from moelab.tuner import runs as run_files
+from moelab.tuner.evaluate import Evaluator
 from moelab.tuner.finals import Finals
 from moelab.tuner.landscape import Landscape, default_name
-from moelab.tuner.paced import PacedReplay
 from moelab.tuner.problem import Problem
 from moelab.tuner.progress import Progress
+from moelab.tuner.replay import Table
 from moelab.tuner.session import TuneSession
 from moelab.tuner.snapshot import Snapshot, snapshot
-from moelab.tuner.starting import evaluator_of, gpu_problem
+from moelab.tuner.starting import evaluator_of, gpu_problem, replay_of, replay_problem
 from moelab.tuner.strategies import STRATEGIES
-from moelab.tuner.survey import one_protocol
+from moelab.widgets import page
 from moelab.widgets.choice import Choice
-from moelab.widgets.config_search import choice as dropdown
+from moelab.widgets.fields import dropdown
 from moelab.widgets.panels import show
 
 DRAW_EVERY_S = 0.4
@@ -59,7 +61,8 @@ class LiveTuner(widgets.VBox):
         shape: MoEShape | None = None,
         speed: float = 10.0,
     ) -> None:
-        self.landscape, self.runs, self.choice = one_protocol(landscape), Path(runs), choice
+        super().__init__()
+        self.landscape, self.runs, self.choice = landscape, Path(runs), choice
         self.shape = shape or landscape.problem.shape
         self.live = runtime.current().mode == "gpu"
         self.session: TuneSession | None = None
@@ -68,7 +71,7 @@ class LiveTuner(widgets.VBox):
         self._error: BaseException | None = None
         self._drawn, self._said = 0.0, ""
         self._make_controls(speed)
-        super().__init__([self._settings, self._buttons, self.output])
+        page.furnish(self, [self._settings, self._buttons, self.sign], [self.output])
         self.find_runs()
         self.draw()
 
@@ -93,14 +96,14 @@ class LiveTuner(widgets.VBox):
             self._button("Go on", "Go on after Pause", self.go_on),
             self._button("Stop", "End; the run can be taken up again", self.stop),
         ]
-        self._buttons = _row(
+        self._to_begin = [
             self._button("Start", "A new run with these settings", self.start),
-            *self._while_running,
-            self.found,
             self._button("Take up", "Go on with the chosen run from its journal", self.take_up),
-            self._button("Look again", "Look for runs in the folder once more", self.find_runs),
-        )
-        self.output = widgets.Output()
+        ]
+        begin, take_up = self._to_begin
+        again = self._button("Look again", "Look for runs in the folder once more", self.find_runs)
+        self._buttons = _row(begin, *self._while_running, self.found, take_up, again)
+        self.output, self.sign = widgets.Output(), widgets.HTML()
 
     def _button(self, name: str, tooltip: str, call: Callable[[], None]) -> widgets.Button:
         def pressed(_: object) -> None:
@@ -132,27 +135,7 @@ class LiveTuner(widgets.VBox):
         if self.running:
             self._say("A run is under way. Stop it first.")
             return
-        problem = self._problem()
-        self.runs.mkdir(parents=True, exist_ok=True)
-        kind = "live" if self.live else "replay"
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        path = self.runs / f"{default_name(problem)}-{self.strategy.value}-{kind}-{stamp}.jsonl"
-        from moelab.tuner.evaluators import make_gpu_evaluator
-
-        evaluator = make_gpu_evaluator(problem) if self.live else self._replay(problem, problem.seed)
-        session = TuneSession(
-            problem, evaluator, strategy=self.strategy.value, run=_free(path), on_progress=self._look,
-            budget_s=None if math.isinf(self.budget.value) else self.budget.value,
-        )  # fmt: skip
-        self._go(session)
-
-    def _problem(self) -> Problem:
-        if self.live:
-            return gpu_problem(self.shape, self.sizes.value)
-        return replace(self.landscape.problem, batch_sizes=self.sizes.value)
-
-    def _replay(self, problem: Problem, seed: int) -> PacedReplay:
-        return PacedReplay(self.landscape, problem, seed=seed, speed=self.speed.value)
+        self._begin(self._new)
 
     def take_up(self) -> None:
         """Go on with the run that is chosen under Runs. Raises JournalError where it cannot be taken up."""
@@ -162,16 +145,50 @@ class LiveTuner(widgets.VBox):
                 "A run is under way. Stop it first." if self.running else "There is no run to take up in the folder."
             )
             return
-        self._go(TuneSession.resume(path, lambda problem: self._evaluator(path, problem), on_progress=self._look))
+        self._begin(
+            lambda: TuneSession.resume(path, lambda problem: self._evaluator(path, problem), on_progress=self._look)
+        )
 
-    def _evaluator(self, path: Path, problem: Problem):  # type: ignore[no-untyped-def]  # an Evaluator of either kind
-        from moelab.tuner.header import header_of
+    def _begin(self, make: Callable[[], TuneSession]) -> None:
+        """Say at once that something happens: what there is to search takes a second to build."""
+        self._said = ""
+        self._enable(under_way=None)
+        self._show_sign("Starting: the candidates are being listed.")
+        try:
+            session = make()
+        except BaseException:
+            self._enable(under_way=False)
+            self._show_sign("")
+            raise
+        self._go(session)
 
-        about = header_of(path)["evaluator"]
-        own = self.landscape.path and str(self.landscape.path.resolve())
-        if about.get("kind") == "replay" and about["landscape"] in (own, self.landscape.name):
-            return self._replay(problem, about["seed"])
-        return evaluator_of(path, problem)
+    def _new(self) -> TuneSession:
+        from moelab.tuner.evaluators import make_gpu_evaluator
+
+        problem = self._problem()
+        self.runs.mkdir(parents=True, exist_ok=True)
+        kind, stamp = "live" if self.live else "replay", time.strftime("%Y%m%d-%H%M%S")
+        path = self.runs / f"{default_name(problem)}-{self.strategy.value}-{kind}-{stamp}.jsonl"
+        evaluator = make_gpu_evaluator(problem) if self.live else replay_of(
+            self.table, problem, seed=problem.seed, speed=self.speed.value
+        )  # fmt: skip
+        return TuneSession(
+            problem, evaluator, strategy=self.strategy.value, run=_free(path), on_progress=self._look,
+            budget_s=None if math.isinf(self.budget.value) else self.budget.value,
+        )  # fmt: skip
+
+    def _problem(self) -> Problem:
+        if self.live:
+            return gpu_problem(self.shape, self.sizes.value)
+        return replay_problem(self.landscape, self.sizes.value)
+
+    @functools.cached_property
+    def table(self) -> Table:
+        """The landscape, whole, as replays draw from it."""
+        return Table(self.landscape)
+
+    def _evaluator(self, path: Path, problem: Problem) -> Evaluator:
+        return evaluator_of(path, problem, speed=self.speed.value, known=[self.table])
 
     def _go(self, session: TuneSession) -> None:
         self.session, self._history, self._error, self._said = session, [], None, ""
@@ -251,16 +268,24 @@ class LiveTuner(widgets.VBox):
 
     def draw(self, _: object = None) -> None:
         """Show where the run stands; Pause, Go on and Stop can be pressed while there is a run."""
-        under_way = self.session is not None and self.session.progress().state in ("new", "running", "paused")
-        for button in self._while_running:
-            button.disabled = not under_way
+        self._enable(
+            under_way=self.session is not None and self.session.progress().state in ("new", "running", "paused")
+        )
         history = self._history or [self._blank()]
         shown = self.shown.value if self.shown.value in history[-1].standings else next(iter(history[-1].standings))
         panels = plots.status(history, shown, _source(self.session) if self.session else self._intent())
-        if self._said:
-            first = panels[0]
-            panels[0] = replace(first, sentence=f"**{self._said}** {first.sentence}")
+        self._show_sign(self._said or plots.in_a_line(history[-1], shown))
         show(self.output, panels)
+
+    def _enable(self, *, under_way: bool | None) -> None:
+        """What can be pressed now; None: nothing that begins, holds or ends a run."""
+        for button in self._while_running:
+            button.disabled = not under_way
+        for button in self._to_begin:
+            button.disabled = under_way is not False
+
+    def _show_sign(self, sentence: str) -> None:
+        self.sign.value = f'<b role="status">{html.escape(sentence)}</b>' if sentence else ""
 
     def _blank(self) -> Snapshot:
         from moelab.tuner.snapshot import Standing

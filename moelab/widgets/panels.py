@@ -7,6 +7,7 @@ broken figure. Here an exception leaves through the assignment that caused it.
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,38 +19,55 @@ from moelab.plots.panel import Panel
 from moelab.plots.roofline import BATCHES, tp_choices
 from moelab.roofline import Ceilings
 from moelab.shapes import preset_names
-from moelab.widgets.spoken import spoken_names
+from moelab.widgets import page
+from moelab.widgets.fields import dropdown, slider
+from moelab.widgets.resting import Resting
 
 Draw = Callable[..., Panel | Sequence[Panel]]
 
 
-def interactive_panel(draw: Draw, controls: Mapping[str, widgets.Widget]) -> widgets.VBox:
-    """The controls in a row, and draw(**values) below, one panel or several, drawn now and whenever a value changes.
+def interactive_panel(
+    draw: Draw, controls: Mapping[str, widgets.Widget], answer: Callable[..., str] | None = None
+) -> widgets.VBox:
+    """The controls in a row that stays in sight, and draw(**values) below, one panel or several, drawn now and whenever a value
+    changes.
 
-    controls: argument name of `draw` -> widget, each with a description. What `draw` raises passes through.
+    controls: argument name of `draw` -> widget, each with a description. What `draw` raises passes through. answer: as below.
     """
-    return interactive_panels([draw], controls)
+    return interactive_panels([draw], controls, answer)
 
 
-def interactive_panels(draws: Sequence[Draw], controls: Mapping[str, widgets.Widget]) -> widgets.VBox:
+def interactive_panels(
+    draws: Sequence[Draw], controls: Mapping[str, widgets.Widget], answer: Callable[..., str] | None = None
+) -> widgets.VBox:
     """`interactive_panel` of several drawing functions, each with an Output of its own.
 
     The page shows the first while the next is still being computed, and leaves alone what a change did not touch.
+    answer(**values): a line that is shown beside the controls at once, while a slider is still dragged; the panels follow once it
+    rests. Without one they are drawn at each change.
     """
     outputs = [widgets.Output() for _ in draws]
+    line, resting = widgets.HTML(), Resting()
 
-    def redraw(_: object = None) -> None:
+    def redraw() -> None:
         values = {name: control.value for name, control in controls.items()}
         for output, draw in zip(outputs, draws, strict=True):
             show(output, draw(**values))
 
-    redraw()
+    def changed(_: object = None) -> None:
+        if answer is None:
+            redraw()
+            return
+        line.value = html.escape(answer(**{name: control.value for name, control in controls.items()}))
+        resting.then(
+            redraw, failed=lambda error: setattr(line, "value", html.escape(f"{type(error).__name__}: {error}"))
+        )
+
+    changed()
     for control in controls.values():
-        control.observe(redraw, "value")
-    row = widgets.HBox(list(controls.values()), layout=widgets.Layout(flex_flow="row wrap"))
-    box = widgets.VBox([row, *outputs, spoken_names()])
-    box.add_class("moelab-panel")
-    return box
+        control.observe(changed, "value")
+    row = widgets.HBox(list(controls.values()), layout=widgets.Layout(flex_flow="row wrap", overflow="visible"))
+    return page.panel([row] if answer is None else [row, line], list(outputs))
 
 
 def show(output: widgets.Output, panels: Panel | Sequence[Panel]) -> None:
@@ -62,19 +80,10 @@ def _display_data(bundle: Mapping[str, Any]) -> dict[str, Any]:
     return {"output_type": "display_data", "data": dict(bundle), "metadata": {}}
 
 
-def _dropdown(description: str, options: Sequence[Any], value: Any) -> widgets.Dropdown:
-    return widgets.Dropdown(options=list(options), value=value, description=description)
-
-
-def _slider(description: str, options: Sequence[Any], value: Any) -> widgets.SelectionSlider:
-    shown = [(str(option), option) for option in options]
-    return widgets.SelectionSlider(options=shown, value=value, description=description, continuous_update=False)
-
-
 def model_controls(model: str, tp_size: int) -> tuple[widgets.Dropdown, widgets.Dropdown]:
     """Model and TP; degrees that do not divide the model are not offered."""
-    models = _dropdown("Model", preset_names(), model)
-    degrees = _dropdown("TP", tp_choices(model), tp_size)
+    models = dropdown("Model", preset_names(), model)
+    degrees = dropdown("TP", tp_choices(model), tp_size)
 
     def offer(change: Mapping[str, Any]) -> None:
         fitting = tp_choices(change["new"])
@@ -92,7 +101,7 @@ def model_controls(model: str, tp_size: int) -> tuple[widgets.Dropdown, widgets.
 def explorer(at: Ceilings, model: str = "qwen3-30b-a3b", tp_size: int = 1, num_tokens: int = 64) -> widgets.VBox:
     """`plots.explorer.explore` with Model, TP and Batch to choose; degrees that do not divide a model are not offered."""
     models, degrees = model_controls(model, tp_size)
-    batch = _slider("Batch", BATCHES, num_tokens)
+    batch = slider("Batch", BATCHES, num_tokens)
     return interactive_panel(
         lambda model, tp_size, num_tokens: plots_explorer.explore(model, tp_size, num_tokens, at),
         {"model": models, "tp_size": degrees, "num_tokens": batch},
@@ -111,4 +120,4 @@ def padding_picture(
         sorted_token_ids, expert_ids = aligned(block_size)
         return plots_pipeline.alignment(sorted_token_ids, expert_ids, block_size, top_k, num_pairs)
 
-    return interactive_panel(draw, {"block_size": _slider("Block rows", blocks, blocks[-1])})
+    return interactive_panel(draw, {"block_size": slider("Block rows", blocks, blocks[-1])})

@@ -7,7 +7,7 @@ import ipywidgets as widgets
 from moelab.plots import strategy_race as plots
 from moelab.plots.panel import Panel
 from moelab.plots.style import number
-from moelab.widgets.config_search import choice
+from moelab.widgets.fields import dropdown
 from moelab.widgets.panels import interactive_panel
 
 FRAME_MS = 400
@@ -19,7 +19,7 @@ def strategy_race(traces: plots.Traces) -> widgets.VBox:
     frames = traces.frames()
     start = len(frames) // 2
     budget = widgets.SelectionSlider(
-        options=[(f"{number(s)} s", s) for s in frames], index=start, description="Budget", continuous_update=False,
+        options=[(f"{number(s)} s", s) for s in frames], index=start, description="Budget", continuous_update=True,
         layout=widgets.Layout(width="420px"),
     )  # fmt: skip
     play = widgets.Play(min=0, max=len(frames) - 1, value=start, interval=FRAME_MS, description="Play")
@@ -29,6 +29,11 @@ def strategy_race(traces: plots.Traces) -> widgets.VBox:
     def draw(budget_s: float, which: str) -> Panel:
         return plots.standing(traces, budget_s, which)
 
-    box = interactive_panel(draw, {"budget_s": budget, "which": choice("Regret", ("median", "worst"), "median")})
-    box.children[0].children = (widgets.Label("Clock"), play, *box.children[0].children)
+    def answer(budget_s: float, which: str) -> str:
+        return f"After {number(budget_s)} s: {plots.leaders(traces, budget_s, which)}"
+
+    controls = {"budget_s": budget, "which": dropdown("Regret", ("median", "worst"), "median")}
+    box = interactive_panel(draw, controls, answer)
+    row = box.children[0].children[0]
+    row.children = (widgets.Label("Clock"), play, *row.children)
     return box

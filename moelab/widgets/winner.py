@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,13 +13,15 @@ import ipywidgets as widgets
 
 from moelab import runtime
 from moelab.config_files import RULES, get_rules
-from moelab.errors import MoelabError
+from moelab.errors import ConfigFileError, MoelabError
 from moelab.plots import handover as plots_handover
 from moelab.plots import winner as plots_winner
+from moelab.plots.panel import Panel
 from moelab.tuner.finals import Contest, Finals
 from moelab.tuner.problem import Pair
+from moelab.widgets import page
 from moelab.widgets.choice import Choice
-from moelab.widgets.config_search import choice as dropdown
+from moelab.widgets.fields import Checked, dropdown, place_is_new, place_to_write, text
 from moelab.widgets.panels import show
 
 RETIME_ROUNDS = 30
@@ -30,11 +33,12 @@ class WinnerCard(widgets.VBox):
     GPU) and to exclude it. Every button calls the method of its name."""
 
     def __init__(self, choice: Choice) -> None:
+        super().__init__()
         self.choice, self._said, self._finals = choice, "", choice.finals
         self.batch = dropdown("Batch", list(choice.finals.layers), next(iter(choice.finals.layers)))
         self.pair = dropdown("Pair", self._pairs(self.batch.value), None)
         self.pair.layout.max_width = "420px"
-        self.text = widgets.Textarea(description="JSON", rows=5, layout=widgets.Layout(width="640px"))
+        self.text = widgets.Textarea(description="JSON", rows=5, disabled=True, layout=widgets.Layout(width="640px"))
         self.output = widgets.Output()
         buttons = [
             _button("Exclude", "This pair may not win", self.exclude),
@@ -42,7 +46,7 @@ class WinnerCard(widgets.VBox):
             _button("Re-time now", "Measure this pair beside the winner; needs a GPU", self.retime),
         ]
         row = widgets.HBox([self.batch, self.pair, *buttons], layout=widgets.Layout(flex_flow="row wrap"))
-        super().__init__([row, self.text, self.output])
+        page.furnish(self, [row], [self.text, self.output])
         self._filling = False
         self._fill()
         self.batch.observe(self._fill, "value")
@@ -141,17 +145,23 @@ def _time(contest: Contest) -> str:
 
 class ExportPanel(widgets.VBox):
     """The winners as files of a loader, read back through its rules: Loader and Folder to choose, and a button to write.
-    Until it is pressed, files are written to a throwaway folder only. Folder starts as one below `folder` for each loader,
-    and stays what the reader makes it."""
+    Until it is pressed, files are written to a throwaway folder only; over files that are there only where Overwrite is ticked.
+    Folder starts as one below `folder` for each loader, and stays what the reader makes it."""
 
     def __init__(self, choice: Choice, folder: str | Path) -> None:
+        super().__init__()
         self.choice, self._said, self._below = choice, "", Path(folder)
         self.rules = dropdown("Loader", tuple(RULES), "moelab")
-        first = str(self._below / self.rules.value)
-        self.folder = widgets.Text(value=first, description="Folder", layout=widgets.Layout(width="420px"))
-        self.output = widgets.Output()
-        row = widgets.HBox([self.rules, self.folder, _button("Write files", "Write them into the folder", self.write)])
-        super().__init__([row, self.output])
+        self.folder = text("Folder", str(self._below / self.rules.value))
+        self.place = Checked(self.folder, place_to_write, place_is_new)
+        self.overwrite = widgets.Checkbox(
+            False, description="Overwrite", indent=False, layout=widgets.Layout(width="auto"),
+            tooltip="Write over files that are there: all batch sizes that are only in them are lost",
+        )  # fmt: skip
+        self.output, self.outcome = widgets.Output(), widgets.HTML()
+        write = _button("Write files", "Write them into the folder", self.write)
+        row = widgets.HBox([self.rules, self.place, self.overwrite, write], layout=widgets.Layout(flex_flow="row wrap"))
+        page.furnish(self, [row, self.outcome], [self.output])
         self.draw()
         self.rules.observe(self._offer, "value")
         self.rules.observe(self._changed, "value")
@@ -164,32 +174,42 @@ class ExportPanel(widgets.VBox):
             self.folder.value = str(self._below / change["new"])
 
     def _changed(self, _: object = None) -> None:
-        self._said = ""
+        self._say("")
         self.draw()
+
+    def _say(self, sentence: str) -> None:
+        self.outcome.value = f'<b role="status">{html.escape(sentence)}</b>' if sentence else ""
 
     def draw(self) -> None:
         """Show the files and what the loader finds in them."""
         try:
             panel = plots_handover.preview(self.choice.result(), self.rules.value)
         except MoelabError as error:
-            from moelab.plots.panel import Panel
-
             panel = Panel(None, [], f"**{error}**")
-        show(self.output, replace(panel, sentence=f"**{self._said}** {panel.sentence}") if self._said else panel)
+        show(self.output, panel)
 
     def write(self) -> None:
-        """Write the files into the folder, over older ones, and say where they lie."""
+        """Write the files into the folder, and say where they lie; refused as `moelab export` refuses, and where the folder is
+        none to write into."""
+        self.place.examine()
+        if self.place.doubt is not None:
+            self._say(f"Nothing was written: {self.place.doubt}")
+            return
+        rules, folder = self.rules.value, Path(self.folder.value).expanduser().resolve()
         try:
-            written = plots_handover.write(self.choice.result(), self.rules.value, self.folder.value)
-            folder = Path(self.folder.value).resolve()
-            names = ", ".join(str(each.path.resolve().relative_to(folder)) for each in written)
-            variable = get_rules(self.rules.value).environment
-            self._said = (
-                f"Wrote {names} into {folder}. To use them, start {self.rules.value} with `{variable}={folder}`."
-            )
+            written = plots_handover.write(self.choice.result(), rules, folder, overwrite=self.overwrite.value)
+        except ConfigFileError as error:
+            said = str(error).replace("pass overwrite=True (--overwrite)", "tick Overwrite")
+            self._say(f"Nothing was written: {said}")
+            return
         except (MoelabError, OSError) as error:
-            self._said = f"Nothing was written: {error}"
-        self.draw()
+            self._say(f"Nothing was written: {error}")
+            return
+        names = ", ".join(str(each.path.resolve().relative_to(folder)) for each in written)
+        self._say(
+            f"Wrote {names} into {folder}. To use them, start {rules} with {get_rules(rules).environment}={folder}."
+        )
+        self.place.examine()
 
 
 def _button(name: str, tooltip: str, call) -> widgets.Button:  # type: ignore[no-untyped-def]  # any callable without arguments

@@ -1,0 +1,185 @@
+"""The experts of a transformers model on moelab's kernels, and the routing of a model at work.
+
+    from moelab import hf
+    hf.register()
+    model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moelab")
+
+transformers (5.17 to 5.24) asks its ExpertsInterface at each forward which function computes a block of experts; `register`
+enters moelab's there. Nothing in the model changes, no weight is copied, and `set_experts_implementation` switches back.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moelab.dtypes import dtype_name
+from moelab.errors import LayoutError, RoutingError, RuntimeModeError, UnknownNameError
+from moelab.experts_block import read_experts
+from moelab.fused_moe import fused_moe
+from moelab.implementations import IMPLEMENTATIONS, LayerKind, taking
+
+PREFERRED = ("fast", "triton", "torch")
+"""What "moelab" means on a GPU: the first of these that takes the layer and runs there. On a CPU it is "torch"."""
+
+_Forward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+
+def register() -> tuple[str, ...]:
+    """Enter "moelab" and one "moelab_<implementation>" for each of the table into transformers' ExpertsInterface.
+
+    Call it before `from_pretrained(experts_implementation=...)` or `set_experts_implementation(...)`, which know no other name;
+    again is no harm. Returns the names. A name says what was measured: "moelab_triton" is always that implementation, and
+    raises where it takes a layer not, "moelab" is the first of PREFERRED that takes it.
+
+    Each block is checked at its first forward, by its flags, its tensors and the values of its own activation; what moelab
+    would compute otherwise raises UnknownNameError, ShapeError, DtypeError or LayoutError, and no model computes wrongly.
+    Gradients: as `fused_moe`, so call under torch.no_grad() or `model.requires_grad_(False)`; `generate` does.
+    Raises RuntimeModeError where transformers is missing or has no ExpertsInterface.
+    """
+    try:
+        from transformers.integrations.moe import ExpertsInterface
+    except ImportError as error:
+        raise RuntimeModeError(
+            f"transformers' ExpertsInterface cannot be imported ({error}). Expected transformers >= 5.17. Install it beside "
+            "moelab: pip install 'transformers>=5.17'."
+        ) from error
+    functions = {"moelab": _forward(None)} | {f"moelab_{impl}": _forward(impl) for impl in IMPLEMENTATIONS}
+    for name, function in functions.items():
+        ExpertsInterface.register(name, function)
+    return tuple(functions)
+
+
+@functools.cache
+def _forward(impl: str | None) -> _Forward:
+    """What the interface calls for a block of experts under that implementation's name."""
+
+    def experts_forward(block: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states (T, H), top_k_index (T, k) int64, top_k_weights (T, k), normalised and scaled -> (T, H)."""
+        activation, gated, has_bias = _layer(block)
+        w13 = block.gate_up_proj if gated else block.up_proj
+        b13, b2 = _biases(block, gated) if has_bias else (None, None)
+        # Before 5.23 no flag says that other ranks' experts come as ids of num_experts and above.
+        if getattr(block, "_is_expert_parallel", True):
+            top_k_index = top_k_index.masked_fill(top_k_index >= w13.shape[0], -1)
+        return fused_moe(
+            hidden_states, w13, block.down_proj, b13=b13, b2=b2, topk_weights=top_k_weights.float(), topk_ids=top_k_index,
+            impl=impl or _preferred(block, activation, gated, has_bias), activation=activation, gated=gated,
+        )  # fmt: skip
+
+    return experts_forward
+
+
+def _biases(block: nn.Module, gated: bool) -> tuple[Any, Any]:
+    return getattr(block, "gate_up_proj_bias" if gated else "up_proj_bias", None), getattr(
+        block, "down_proj_bias", None
+    )
+
+
+# Under torch.compile the answer is part of the graph: a block's activation and layout do not change under a model.
+@torch.compiler.assume_constant_result
+def _layer(block: nn.Module) -> tuple[str, bool, bool]:
+    """(activation, gated, biases) of a block that the kernels compute as its own forward does; found once, kept on the block."""
+    kept = block.__dict__.get("_moelab_layer")
+    if kept is None:
+        kept = block.__dict__["_moelab_layer"] = _read(block)
+    return kept
+
+
+def _read(block: nn.Module) -> tuple[str, bool, bool]:
+    stored = [
+        said
+        for flag, unlike, said in (
+            ("is_transposed", True, "rows and columns exchanged (is_transposed)"),
+            ("is_concatenated", False, "gate and up rows in turn (is_concatenated = False)"),
+        )
+        if getattr(block, flag, not unlike) is unlike
+    ]
+    if stored:
+        raise LayoutError(
+            f"{type(block).__name__} stores its weights with {' and '.join(stored)}. Expected (E, 2N, H), gate rows and then up "
+            "rows: anything else would be copied at each call. Copy once with moelab.FusedMoE.from_hf, or keep this "
+            "model's own implementation."
+        )
+    found = read_experts(block, None, None, None, one_rank=True)
+    return found.activation, found.gated, found.b13 is not None or found.b2 is not None
+
+
+@torch.compiler.assume_constant_result
+def _preferred(block: Any, activation: str, gated: bool, biases: bool) -> str:
+    down = block.down_proj
+    if down.device.type == "cpu":
+        return "torch"
+    from moelab.kernels.checks import current_target
+
+    hidden, inner = down.shape[1:]
+    kind = LayerKind(dtype_name(down.dtype), activation=activation, gated=gated, biases=biases,
+                     hidden_size=hidden, moe_intermediate_size=inner)  # fmt: skip
+    takes = taking(kind, current_target())
+    return next(impl for impl in PREFERRED if impl in takes)
+
+
+# --- routing of a model at work ---------------------------------------------------------------------------------------
+
+
+def experts_of(model: nn.Module) -> dict[str, nn.Module]:
+    """name -> block, of the blocks of experts that transformers dispatches, in the model's order.
+
+    Raises UnknownNameError for a model without any, named with what it has.
+    """
+    blocks = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "down_proj") and hasattr(module, "is_concatenated") and hasattr(module, "config")
+    }
+    if not blocks:
+        raise UnknownNameError(
+            f"{type(model).__name__} has no experts that transformers dispatches. Expected a model with a MoE layer through its "
+            "ExpertsInterface (Qwen3-MoE, Mixtral, DeepSeek-V3, ...). Llama-4 and dense models have none."
+        )
+    return blocks
+
+
+@contextmanager
+def captured_routing(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Within it, each forward of the model adds the (T, k) ids of each block of experts, int32 on the CPU, to the dictionary.
+
+    Whatever implementation runs. Ids are copied to the host, which waits for the GPU: not for timing, not under a CUDA graph.
+    """
+    captured: dict[str, list[Tensor]] = defaultdict(list)
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, args: captured[name].append(args[1].detach().to("cpu", torch.int32))
+
+    handles = [block.register_forward_pre_hook(hook(name)) for name, block in experts_of(model).items()]
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def save_routing(captured: dict[str, list[Tensor]], folder: str | Path) -> list[Path]:
+    """Write one .npy of (tokens, k) int32 ids a block, named after it: what `moelab tune --routing FILE` takes.
+
+    Raises RoutingError where nothing was captured.
+    """
+    if not any(captured.values()):
+        raise RoutingError(
+            "No routing was captured. Expected at least one forward within captured_routing(model). Run the model there."
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, ids in captured.items():
+        paths.append(folder / f"{name}.npy")
+        np.save(paths[-1], torch.cat(ids).numpy())
+    return paths
