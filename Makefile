@@ -118,7 +118,7 @@ html: $(READY)
 NOTEBOOK ?= $(firstword $(wildcard notebooks/05_config_search.ipynb) notebooks/01_roofline.ipynb)
 
 app: $(READY)
-	JUPYTER_PATH=$(CURDIR)/app$(if $(JUPYTER_PATH),:$(JUPYTER_PATH)) $(PY) -m voila $(NOTEBOOK) --template=moelab $(APP_ARGS)
+	JUPYTER_CONFIG_PATH=$(CURDIR)/app JUPYTER_PATH=$(CURDIR)/app$(if $(JUPYTER_PATH),:$(JUPYTER_PATH)) $(PY) -m voila $(NOTEBOOK) --template=moelab $(APP_ARGS)
 
 pictures: $(READY)
 	$(PY) -m moelab.plots.pictures
