@@ -13,10 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIGHT = re.findall(r"^LIGHT := (.+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[0].split()
-NEEDED = [
-    re.split(r"[^\w-]", each)[0]
-    for each in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NEEDED = [re.split(r"[^\w-]", each)[0] for each in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["hf"]]
 WITHOUT = """
 import sys
 class Absent:

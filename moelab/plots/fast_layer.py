@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from moelab import runtime
 from moelab.config import KernelConfig, default_config
 from moelab.errors import counted
 from moelab.plots import ratio_map
@@ -20,6 +24,10 @@ from moelab.roofline import Ceilings
 
 LOOKS: Mapping[str, Look] = {name: look(name) for name in ("classic", "grouped_mm", "fast")}
 """Contenders of the recording."""
+
+SGLANG = ("default", "shipped", "tuned", "tuned_sep", "fuse_sep")
+"""Columns of sglang's rows: its rule without a file, the file it ships, a short search's config for both GEMMs, one for each, and
+that with SwiGLU fused into GEMM1."""
 
 LEVEL = 0.02
 """Means of time that differ by less are called level."""
@@ -59,6 +67,38 @@ def fast_rows(one: Recording) -> list[Row]:
 
 
 # --- over the floor -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """What others' layers took, of data/upstream: each with its source and its rows, which name their own floor."""
+
+    sglang: Mapping[str, Any]
+    flashinfer: Mapping[str, Any]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """(shape, batch) -> time over floor, of sglang the best of its configs, of FlashInfer the best of its tactics."""
+        found = []
+        for name, peer in (("sglang", self.sglang), ("FlashInfer", self.flashinfer)):
+            for row in peer["rows"]:
+                us = min(row[key] for key in (*SGLANG, "rival") if row.get(key)) / row["floor"]
+                found.append({"impl": name, "shape": row["name"], "num_tokens": row["M"], "over": (us, us, us)})
+        return found
+
+    def said(self) -> str:
+        """fast beside FlashInfer in one run, each ordering the tokens itself."""
+        rows = [row for row in self.flashinfer["rows"] if row.get("moelab")]
+        ours, theirs = (geometric_mean([row[key] / row["floor"] for row in rows]) for key in ("moelab", "rival"))
+        behind = [row["moelab"] / row["rival"] - 1 for row in rows if row["rival"] < row["moelab"]]
+        return (f"fast {ours:.3f}, FlashInfer {theirs:.3f} over {counted(len(rows), 'cell')}, FlashInfer ahead in {len(behind)}"
+                + f" by at most {max(behind):.0%}" * bool(behind))  # fmt: skip
+
+
+def load_rivals() -> Rivals:
+    """From data/upstream."""
+    folder = runtime.data_dir() / "upstream"
+    names = ("h200_sglang", "h200_flashinfer_cutedsl")
+    return Rivals(*(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names))
 
 
 def over_floor(recording: Recording, at: Ceilings, routing: str = "uniform") -> Panel:

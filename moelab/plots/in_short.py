@@ -30,7 +30,7 @@ def _at(recording: recordings.Recording) -> Ceilings:
 def _contest() -> tuple[dict[str, dict[int, float]], str]:
     """Contender -> batch size -> times the floor, the nearest first; and what was compared."""
     one = recordings.load("fast_layer")
-    rows = rivals.rows_of(one, _at(one), rivals.peer("h200_sglang"), rivals.peer("h200_flashinfer_cutedsl"))
+    rows = rivals.rows_of(one, _at(one), fast_layer.load_rivals())
     shapes, compared = rivals.shared(rows)
     means = {who: rivals.means_of(compared, who) for who in rivals.LOOKS}
     fast = means[rivals.FAST]

@@ -160,7 +160,7 @@ def on_the_roof(
              for row in live if "samples_us" in row and row["shape"] == name}  # fmt: skip
     over |= {(row["impl"], row["num_tokens"]): over_floor(row, at)[0] for row in (*fast, *rows)}
     if one:
-        peers = rivals.rows_of(one, at, rivals.peer("h200_sglang"), rivals.peer("h200_flashinfer_cutedsl"))
+        peers = rivals.rows_of(one, at, fast_layer.load_rivals())
         over |= {(row["who"], row["num_tokens"]): row["over"] for row in peers
                  if row["shape"] == name and row["who"] not in (rivals.FAST, rivals.ORDERING)}  # fmt: skip
     figure = ratio_map.chart(
