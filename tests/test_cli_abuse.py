@@ -281,12 +281,3 @@ def test_an_apps_panel_writes_below_its_folder_alone(tmp_path: Path, monkeypatch
         assert place_to_write(str(tmp_path / inside)) is None
     for outside in ("", "elsewhere", "app/../x", "app/link", "app/link/x", "application"):
         assert "where alone an app may write" in str(place_to_write(str(tmp_path / outside))), outside
-
-
-def test_ray_that_is_started_here_listens_here_alone() -> None:
-    """Before: on all interfaces, and its warning that anyone may run code was not shown."""
-    from moelab.tuner.cluster import where
-
-    for address in (None, "local"):
-        assert where(address) == {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    assert where("10.0.0.1:6379") == {"address": "10.0.0.1:6379"}
