@@ -22,6 +22,7 @@ from playwright.sync_api import Browser
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 180
+KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 
 
 def recipe() -> str:
@@ -35,17 +36,24 @@ def test_the_app_has_a_token_and_a_folder_to_write_below() -> None:
     assert "JUPYTER_PATH=$(CURDIR)/app" in recipe()
 
 
-def test_without_its_token_there_is_no_page(tmp_path: Path) -> None:
+def test_without_its_token_there_is_no_page(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     pytest.importorskip("voila", reason="voila is not installed: `make setup` installs it")
-    nbformat.write(nbformat.v4.new_notebook(), tmp_path / "app.ipynb")
+    folder = ROOT / "build" / tmp_path.name  # in the checkout, below which alone the app looks
+    request.addfinalizer(lambda: shutil.rmtree(folder))
+    folder.mkdir(parents=True)
+    nbformat.write(nbformat.v4.new_notebook(metadata=KERNEL), folder / "app.ipynb")
 
-    def answer(path: str) -> str:
-        with urllib.request.urlopen(server.url + path, timeout=60) as found:
-            return urllib.parse.urlsplit(found.url).path
+    def answer(path: str) -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(server.url + path, timeout=60) as found:
+                return found.status, urllib.parse.urlsplit(found.url).path
+        except urllib.error.HTTPError as error:  # Voila has no page to log in with a password
+            return error.code, urllib.parse.urlsplit(str(error.url)).path
 
-    with app(tmp_path / "app.ipynb", tmp_path) as server:
-        assert [answer(path) for path in ("/", "/?token=0", "/api/kernels")] == ["/login"] * 3
-        assert answer(f"/?token={server.token}") == "/"
+    with app(folder / "app.ipynb", tmp_path) as server:
+        for path in ("/", "/?token=0", "/api/kernels"):
+            assert answer(path)[1] == "/login"
+        assert answer(f"/?token={server.token}") == (200, "/")
 
 
 @contextlib.contextmanager
@@ -87,12 +95,11 @@ def test_the_app_follows_its_controls(tmp_path: Path, chromium: Browser, request
     v4 = nbformat.v4
     code = "from moelab import widgets\nfrom moelab.roofline import load_ceilings\n"
     code += 'widgets.explorer(load_ceilings("NVIDIA_H200", "floors"))'
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     cells = [v4.new_markdown_cell("# An app\n\n[a source](../moelab/config.py)"), v4.new_code_cell(code)]
     folder = ROOT / "build" / tmp_path.name  # in the checkout, whose sources it links to
     request.addfinalizer(lambda: shutil.rmtree(folder))
     folder.mkdir(parents=True)
-    nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), folder / "app.ipynb")
+    nbformat.write(v4.new_notebook(cells=cells, metadata=KERNEL), folder / "app.ipynb")
     with app(folder / "app.ipynb", tmp_path) as server, page(chromium, server) as tab:
         tab.page.goto(f"{server.url}/?token={server.token}")
         figure = tab.figure("Model")
