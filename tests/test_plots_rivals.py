@@ -8,23 +8,24 @@ import json
 import pytest
 
 from moelab import recordings, roofline, runtime
-from moelab.plots import rivals
+from moelab.plots import fast_layer, rivals
 from moelab.plots.panel import geometric_mean
 
 FAST = recordings.load("fast_layer")
 AT = roofline.load_ceilings("NVIDIA_H200", "floors")
-SGLANG, FLASHINFER = rivals.peer("h200_sglang"), rivals.peer("h200_flashinfer_cutedsl")
+APART = fast_layer.load_rivals()
+SGLANG, FLASHINFER = APART.sglang, APART.flashinfer
 
 
 def test_each_contender_is_over_the_floor_of_its_own_rows() -> None:
-    rows = {(r["who"], r["shape"], r["num_tokens"]): r["over"] for r in rivals.rows_of(FAST, AT, SGLANG, FLASHINFER)}
+    rows = {(r["who"], r["shape"], r["num_tokens"]): r["over"] for r in rivals.rows_of(FAST, AT, APART)}
     theirs = next(r for r in FLASHINFER["rows"] if (r["name"], r["M"]) == ("mixtral-8x7b/tp2", 16))
     assert rows[rivals.FLASHINFER, "mixtral-8x7b/tp2", 16] == theirs["rival"] / theirs["floor"]
     assert rows[rivals.ORDERING, "mixtral-8x7b/tp2", 16] == theirs["moelab"] / theirs["floor"]
     best = next(r for r in SGLANG["rows"] if (r["name"], r["M"]) == ("scout/tp4", 1))
     assert (
         rows[rivals.SGLANG, "scout/tp4", 1]
-        == min(best[key] for key in rivals.OF_SGLANG if best.get(key)) / best["floor"]
+        == min(best[key] for key in fast_layer.SGLANG if best.get(key)) / best["floor"]
     )
     assert not any(
         shape == "qwen3-235b-a22b/tp4" and who in (rivals.SGLANG, rivals.FLASHINFER) for who, shape, _ in rows
@@ -32,7 +33,7 @@ def test_each_contender_is_over_the_floor_of_its_own_rows() -> None:
 
 
 def test_the_mean_is_over_the_shapes_that_all_have() -> None:
-    panel = rivals.over_floor(FAST, AT, SGLANG, FLASHINFER)
+    panel = rivals.over_floor(FAST, AT, APART)
     shapes = {"qwen3-30b-a3b/tp1", "lfm2-8b/tp1", "deepseek-v3/tp8"}
     for trace in panel.figure.data[: len(rivals.LOOKS)]:
         table = [row for row in panel.table if row["who"] == trace.name and row["time / floor"] in shapes]
@@ -45,10 +46,8 @@ def test_a_rival_that_wins_is_said_to() -> None:
     faster = copy.deepcopy(FLASHINFER)
     for row in faster["rows"]:
         row["rival"] = row["moelab"] / 1.5
-    said = rivals.over_floor(FAST, AT, SGLANG, faster).sentence
-    assert "ahead in 40 of them by at most 50%" in said and said.index("FlashInfer, order") < said.index(
-        "moelab fast 1"
-    )
+    said = rivals.over_floor(FAST, AT, fast_layer.Rivals(SGLANG, faster)).sentence
+    assert "ahead in 40 by at most 50%" in said and said.index("FlashInfer, order") < said.index("moelab fast 1")
 
 
 def test_flashinfers_rows_have_their_source_and_their_floor() -> None:

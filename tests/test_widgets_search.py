@@ -21,6 +21,7 @@ from moelab.plots import tuning as plots_tuning
 from moelab.plots.strategy_race import run_all
 from moelab.roofline import load_ceilings
 from moelab.tuner.finals import Finals
+from moelab.tuner.paced import PacedReplay
 from moelab.tuner.replay import ReplayEvaluator
 from moelab.tuner.session import TuneSession
 from moelab.tuner.survey import Survey
@@ -304,6 +305,55 @@ def test_a_drawing_function_that_breaks_under_way_is_raised_by_wait(
     assert tuner.session.progress().state == "finished", "the run itself went on"
 
 
+# --- watching -----------------------------------------------------------------------------------------------------
+
+
+def a_run(path: Path, problem=PROBLEM, strategy: str = "random", **given) -> None:
+    TuneSession(problem, ReplayEvaluator(LANDSCAPE, problem), strategy=strategy, run=path, **given).run()
+
+
+def test_runs_of_another_process_side_by_side(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    watcher = widgets.RunWatcher(folder)
+    assert "There is no folder" in said(watcher.place) and "no run here yet" in text(watcher)
+    a_run(folder / "one.jsonl")
+    controls(watcher)["Look again"].click()
+    assert said(watcher.place) == "" and "one is finished" in text(watcher) and watcher.batch.value == 1
+    few = dataclasses.replace(PROBLEM, batch_sizes=(16, 64))
+    a_run(folder / "two.jsonl", few, "grid")
+    watcher.look_again()
+    assert watcher.watched.value.stem == "one", "what is watched stays"
+    watcher.beside.value = folder / "two.jsonl"
+    assert list(watcher.batch.options) == [("16", 16), ("64", 64)] and "one is finished. two is finished." in text(
+        watcher
+    )
+    assert "Batch 16: best so far" in text(watcher) and " against " in text(watcher)
+    watcher.batch.value = 64
+    assert "Batch 64: best so far" in text(watcher)
+    (folder / "two.jsonl").write_text("{}\n")
+    watcher.draw()
+    assert "is not a run's header" in said(watcher)
+    watcher.folder.value = str(tmp_path / "nowhere")
+    assert "There is no folder" in said(watcher.place)
+
+
+def test_a_watcher_follows_a_run_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moelab.widgets.run_watcher.FOLLOW_EVERY_S", 0.02)
+    path = tmp_path / "run.jsonl"
+    session = TuneSession(
+        PROBLEM, PacedReplay(LANDSCAPE, PROBLEM, speed=1.0), strategy="random", run=path, on_progress=lambda p: None
+    )
+    session.start()
+    until(lambda: session.progress().done > 0)
+    watcher = widgets.RunWatcher(tmp_path)
+    assert "under way" in text(watcher)
+    watcher.follow.value = True
+    session.evaluator.speed = math.inf
+    session.wait(60)
+    until(lambda: "run is finished" in text(watcher))
+    until(lambda: watcher.follow.value is False)
+
+
 # --- winner and export --------------------------------------------------------------------------------------------
 
 
@@ -434,11 +484,14 @@ choice = widgets.Choice(Finals.of_results(problem, session.results(), "made up",
 traces = strategy_race.run_all(survey, (0,), ("random",))
 picker, browser = widgets.layer_picker(), widgets.landscape_browser(survey)
 race, card = widgets.strategy_race(traces), widgets.WinnerCard(choice)
+runs = tempfile.mkdtemp()
+TuneSession(problem, ReplayEvaluator(made, problem), strategy="random", run=f"{runs}/a.jsonl").run()
+watcher = widgets.RunWatcher(runs)
 tuner, export = widgets.LiveTuner(made, tempfile.mkdtemp(), choice), widgets.ExportPanel(choice, "out")
 """
 BREAK = """
 loading.sizes = landscape.heat_map = landscape.plateaus = landscape.importances = landscape_linked.scatter = broken
-strategy_race.standing = tuning.status = winner.card = handover.preview = broken
+strategy_race.standing = tuning.status = tuning.watched = winner.card = handover.preview = broken
 """
 CASES = {
     "picker is made": "widgets.layer_picker()",
@@ -452,6 +505,8 @@ CASES = {
     "budget changes": "race.children[0].children[0].children[2].index = 1",
     "tuner is made": "widgets.LiveTuner(made, tempfile.mkdtemp(), choice)",
     "another batch is shown": "tuner.shown.value = 1",
+    "watcher is made": "widgets.RunWatcher(runs)",
+    "another batch is watched": "watcher.batch.value = 64",
     "card is made": "widgets.WinnerCard(choice)",
     "card's batch changes": "card.batch.value = 64",
     "export is made": 'widgets.ExportPanel(choice, "out")',
@@ -468,6 +523,7 @@ def test_every_control_has_a_name(tmp_path: Path, survey: Survey, finals: Finals
     choice = widgets.Choice(finals)
     boxes = [
         widgets.layer_picker(), widgets.landscape_browser(survey), widgets.LiveTuner(LANDSCAPE, tmp_path, choice),
+        widgets.RunWatcher(tmp_path),
         widgets.WinnerCard(choice), widgets.ExportPanel(choice, tmp_path), widgets.config_doctor({"ours": tmp_path.parent}),
         widgets.config_path({"ours": runtime.config_dir().parent}), widgets.explorer(load_ceilings()),
     ]  # fmt: skip

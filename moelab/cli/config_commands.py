@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moelab.cli import printing
+from moelab.cli import options, printing
 from moelab.errors import ConfigFileError, MoelabError, counted, nearest_names
 
 if TYPE_CHECKING:
@@ -89,14 +89,13 @@ def tune_options(model: str, tp_size: int, ep_size: int, dtype: str | None, disa
 
 def require_tree(asked: Question, device: str, version: str, down: bool, folder: Path | None) -> None:
     """Raise ConfigFileError where a peer's loader has no folder to search here, with what its package would have."""
-    from moelab.config_files import get_rules, ships
+    from moelab.config_files import elsewhere, get_rules
     from moelab.config_files.places import folders
 
     try:
         folders(get_rules(asked.rules), folder)
     except ConfigFileError as error:
-        known = ships(asked, device, triton_version=version, down=down) if asked.rules == "sglang" else ""
-        raise ConfigFileError(f"{error}{known}") from None
+        raise ConfigFileError(f"{error}{elsewhere(asked, device, triton_version=version, down=down)}") from None
 
 
 def print_missed(found: Mapping[str, Sequence[str]]) -> None:
@@ -124,7 +123,12 @@ def export(
         ),
     ],
     triton_version: Annotated[
-        str | None, typer.Option("--triton-version", help="As 3.6.0; default: what the folder's name or the file says.")
+        str | None,
+        typer.Option(
+            "--triton-version",
+            callback=options.whole_version,
+            help="As 3.6.0; default: what the folder's name or the file says.",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
     shipped: Annotated[
@@ -146,12 +150,13 @@ def export(
     if shipped is not None:
         config_files.own_tree(shipped, rules)  # refused before anything is written
     done: list[Exported] = []
+    skipped: dict[str, list[str]] = {}
     pairs: dict[object, list[Source]] = {}
     try:
         for item in config_files.sources(source):
             reason = config_files.left_out(item.name, rules)
             if reason and source.is_dir():  # a single file is refused with an error
-                print(f"moelab: left out {item.origin}: {reason}", file=sys.stderr)
+                skipped.setdefault(reason, []).append(item.origin.name)
                 continue
             if item.lost:
                 keys = ", ".join(dict.fromkeys(key for left in item.lost.values() for key in left))
@@ -166,6 +171,9 @@ def export(
         for written in done:
             print(f"moelab: wrote {written.path} before the error below", file=sys.stderr)
         raise
+    for reason, files in skipped.items():
+        more = f" and {len(files) - 1} more" * (len(files) > 1)
+        print(f"moelab: left out {counted(len(files), 'file')}, {files[0]}{more}: {reason}", file=sys.stderr)
     if not done:
         raise ConfigFileError(
             f"Nothing of {source} could be written for {rules}. Expected a file it asks for. Name another."

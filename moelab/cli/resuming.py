@@ -16,6 +16,9 @@ from moelab.errors import JournalError, MoelabError
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
+MOST_S = 1000 * 3600.0
+"""The longest budget."""
+
 NO_BUDGET = "none"
 """What --budget says with --resume to lift the budget that the run had."""
 
@@ -26,9 +29,11 @@ def seconds(text: str | None) -> float | None:
         return None if text is None else math.inf
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip(), re.ASCII)
     found = float(match[1]) * _UNITS[match[2]] if match else 0.0
-    if not 0 < found < math.inf:
+    if not 0 < found <= MOST_S:
         shown = repr(text if len(text) < 40 else f"{text[:30]}...")
-        raise typer.BadParameter(f"{shown} is no time. Expected a number with s, m or h, such as 5m, or {NO_BUDGET}.")
+        raise typer.BadParameter(
+            f"{shown} is no time. Expected a number with s, m or h, such as 5m, 1000 h at most, or {NO_BUDGET}."
+        )
     return found
 
 

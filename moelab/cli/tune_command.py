@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moelab.cli import asking, printing, resuming
+from moelab.cli import asking, options, printing, resuming, terminal
 
 if TYPE_CHECKING:
     from moelab.tuner.evaluate import Evaluator
@@ -65,12 +64,27 @@ _Dtype = Annotated[
         "--dtype", help="auto: the model's; fp8_w8a8, int8_w8a8, int8_w8a16, int4_w4a16; bfloat16, float16, float32."
     ),
 ]
+_Freeze = Annotated[
+    Path | None, typer.Option("--freeze", help="Freeze every measurement into this Parquet file, for replay.")
+]
 _PerChannel = Annotated[
     bool, typer.Option("--per-channel-quant", help="Of --dtype: a scale for each channel of the weights.")
 ]
 _BlockShape = Annotated[
     tuple[int, int] | None,
     typer.Option("--block-shape", metavar="N K", help="Of --dtype: a scale for each block, 0 G: for each G columns."),
+]
+
+
+_BatchSizes = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--batch-size",
+        "--batch-sizes",
+        min=1,
+        max=options.MOST_TOKENS,
+        help="Tokens; repeat. Default: sglang's 18; in replay, the landscape's.",
+    ),
 ]
 
 
@@ -82,15 +96,7 @@ def tune(
     dtype: _Dtype = "auto",
     per_channel_quant: _PerChannel = False,
     block_shape: _BlockShape = None,
-    batch_size: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--batch-size",
-            "--batch-sizes",
-            min=1,
-            help="Tokens; repeat. Default: sglang's 18; in replay, the landscape's.",
-        ),
-    ] = None,
+    batch_size: _BatchSizes = None,
     disable_shared_experts_fusion: Annotated[
         bool, typer.Option("--disable-shared-experts-fusion", help="Leave shared experts out, as sglang's switch does.")
     ] = False,
@@ -113,7 +119,9 @@ def tune(
         ),
     ] = None,
     routing: Annotated[str, typer.Option("--routing", help="uniform, zipf, dirichlet, or a file of ids.")] = "uniform",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of inputs, routings and the search.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=options.MOST_SEED, help="Of inputs, routings and the search.")
+    ] = 0,
     replay: Annotated[
         str | None, typer.Option("--replay", help="Tune against a recorded landscape: its name or path. No GPU.")
     ] = None,
@@ -128,9 +136,7 @@ def tune(
             help="Folder of journal and config files; default: tuned, none in replay, the run's own with --resume.",
         ),
     ] = None,
-    freeze: Annotated[
-        Path | None, typer.Option("--freeze", help="Freeze every measurement into this Parquet file, for replay.")
-    ] = None,
+    freeze: _Freeze = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     _tune: Annotated[bool, typer.Option("--tune", hidden=True, help="Taken for sglang's sake; does nothing.")] = False,
 ) -> None:
@@ -144,13 +150,13 @@ def tune(
     shown = _Bar()
     run: Path | None
     if resume is not None:
-        session, run = _resumed(resume, ray, _numbers(gpus), budget_s, shown), resume
+        session, run = _resumed(resume, ray, options.gpus(gpus), budget_s, shown), resume
         out = out or resuming.folder_of(resume)
     else:
         asked = {
             "model": model, "tp_size": tp_size, "ep_size": ep_size, "rules": rules, "batch_sizes": batch_size, "routing": routing,
             "dtype": asking.asked_dtype(dtype, per_channel_quant, block_shape), "seed": seed, "separate_down": down,
-            "disable_shared_experts_fusion": disable_shared_experts_fusion, "kernel": kernel, "gpus": _numbers(gpus),
+            "disable_shared_experts_fusion": disable_shared_experts_fusion, "kernel": kernel, "gpus": options.gpus(gpus),
         }  # fmt: skip
         out = out or (None if replay else Path("tuned"))
         session, run = _new(asked, replay, ray, strategy, budget_s, out, shown)
@@ -173,17 +179,6 @@ def _run(
 
         shown.line(f"froze {landscape.freeze(run, freeze)}")
     return result, result.write(out) if out and result.to_configs()["up"] else []
-
-
-def _numbers(gpus: str) -> tuple[int, ...]:
-    """ "0,2" or "all"."""
-    if gpus == "all":
-        import torch
-
-        return tuple(range(torch.cuda.device_count()))
-    if not re.fullmatch(r"\d+(,\d+)*", gpus):
-        raise typer.BadParameter(f"{gpus!r} names no GPUs. Expected numbers with commas, such as 0,1, or all.")
-    return tuple(int(number) for number in gpus.split(","))
 
 
 def _new(
@@ -284,7 +279,8 @@ class _Bar:
         if not self._live and edge:
             self.line(_status(now))
         elif edge or (self._live and time.monotonic() - self._shown > 0.1):
-            print(f"\r\x1b[2K{_status(now)}", end="", file=sys.stderr, flush=True)
+            terminal.erase_line(sys.stderr)
+            print(_status(now), end="", file=sys.stderr, flush=True)
             self._shown = time.monotonic()
         self._phase = now.phase
 
@@ -295,7 +291,9 @@ class _Bar:
 
     def line(self, text: str) -> None:
         """A line of its own."""
-        print("\r\x1b[2K" * self._live + text, file=sys.stderr, flush=True)
+        if self._live:
+            terminal.erase_line(sys.stderr)
+        print(text, file=sys.stderr, flush=True)
 
 
 def _status(now: Progress) -> str:

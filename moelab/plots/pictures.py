@@ -7,17 +7,19 @@ holds them against the recordings.
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
 
 from moelab import recordings, roofline, runtime, writing
 from moelab.errors import MoelabError, RecordingError, RuntimeModeError
-from moelab.plots import accuracy, fast_ideas, host_time, layer, rivals, sum_reduce, tuned_gain
+from moelab.plots import accuracy, fast_ideas, fast_layer, host_time, layer, rivals, sum_reduce, tuned_gain
 from moelab.plots.panel import Panel, Row, columns_of
 from moelab.plots.roofline import recorded_ceilings
 from moelab.plots.style import number
@@ -48,11 +50,10 @@ def panels() -> dict[str, Panel]:
     ceilings = found.get("ceilings")
     if "fast_layer" in found and ceilings:
         at = roofline.load_ceilings(_device(ceilings), "floors")
-        apart = rivals.peer("h200_sglang"), rivals.peer("h200_flashinfer_cutedsl")
-        made["fast"] = rivals.over_floor(found["fast_layer"], at, *apart)
+        made["fast"] = rivals.over_floor(found["fast_layer"], at, fast_layer.load_rivals())
     if "layer_classic" in found and "tuned_gain" in found and ceilings:
         layers = layer.classic_layers(found["layer_classic"], found["tuned_gain"])
-        peers = rivals.peer("h200_sglang")
+        peers = _upstream("h200_sglang")
         at = roofline.load_ceilings(_device(ceilings), "floors")
         datasheet = roofline.load_ceilings(_device(ceilings), "datasheet")
         made["roofline"] = layer.roof(layers, recorded_ceilings(ceilings), datasheet)
@@ -61,15 +62,15 @@ def panels() -> dict[str, Panel]:
     if "fast_layer" in found:
         made["ideas"] = fast_ideas.ablation(found["fast_layer"])
     if "tma_overhead" in found and "layer_baseline" in found:
-        own, shape = rivals.peer("h200_sglang_host"), "qwen3-30b-a3b/tp1"
+        own, shape = _upstream("h200_sglang_host"), "qwen3-30b-a3b/tp1"
         made["host_time"] = host_time.timeline(found["tma_overhead"], found["layer_baseline"], shape, own)
     if "sum_reduce" in found and ceilings:
-        peers = rivals.peer("h200_sum_reduce")
+        peers = _upstream("h200_sum_reduce")
         copy = recorded_ceilings(ceilings).copy_bytes_per_s
         made["sum_reduce"] = sum_reduce.speed(found["sum_reduce"], copy, "bfloat16", peers["rows"], peers["source"])
     if "sum_reduce_precision" in found:
         recorded = found["sum_reduce_precision"]
-        reported = rivals.peer("sum_reduce_precision")
+        reported = _upstream("sum_reduce_precision")
         made["accuracy"] = accuracy.checks(recorded.rows, [], reported, recorded.source(), "")
     return made
 
@@ -199,6 +200,10 @@ def main() -> int:
 
 def _device(ceilings: recordings.Recording) -> str:
     return runtime.device_key(str(ceilings.provenance["gpu"]))
+
+
+def _upstream(name: str) -> dict[str, Any]:
+    return json.loads((runtime.data_dir() / "upstream" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

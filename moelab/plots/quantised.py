@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moelab import roofline
-from moelab.errors import UnknownNameError
+from moelab import recordings, roofline
+from moelab.errors import RecordingError, UnknownNameError
 from moelab.formats import Format, get_format
 from moelab.plots.cells import timed
 from moelab.plots.panel import Panel, Row, timing
@@ -155,7 +155,8 @@ def errors_by_k(found: Mapping[str, Mapping[int, Mapping[str, float]]]) -> Panel
             f"{number(kept[sizes[-1]])}, which is what scales by blocks get for nothing."
         )
     level = [line[sizes[-1]] / line[sizes[0]] for label, line in lines.items() if label.endswith("quantising")]
-    sentence = f"**Quantising's error does not grow with K ({number(min(level))} to {number(max(level))} times over these sizes).**{grows}"
+    ends = f"{number(min(level))} to {number(max(level))}"
+    sentence = f"**Quantising's error does not grow with K ({ends} times over these sizes).**{grows}"
     return Panel(figure, table, sentence)
 
 
@@ -167,11 +168,11 @@ def way(found: Way) -> Panel:
     format, places = found.format, list(range(len(found.values)))
     figure = grid(f"Weights into {format.name} and back", "computed here: normal bfloat16 weights, the fourth of them enlarged; "
                   "one row, first columns", height=400)  # fmt: skip
-    for level in found.levels:
-        figure.add_hline(level, line={"color": GREY, "width": 0.6, "dash": "dot"})
     before, after = series(["before", "after"]).values()
     figure.add_scatter(x=places, y=found.values, name="bfloat16", mode="markers", marker=before.marker(9, hollow=True))
     figure.add_scatter(x=places, y=found.back, name="codes × scales", mode="markers", marker=after.marker(7))
+    for level in found.levels:
+        figure.add_hline(level, line={"color": GREY, "width": 0.6, "dash": "dot"})
     figure.update_xaxes(title="column")
     figure.update_yaxes(title="weight")
     table = [
@@ -219,11 +220,13 @@ def shipped(found: Mapping[str, Iterable[Shipped]], source: str) -> Panel:
             one = next(s for s in each if s.problem == kind)
             about = {"one of them": one.name, "why": one.why}
             table.append({"loader": loader, "what": kind, "files": count, "of": len(each), **about})
-    said = "; ".join(f"{loader} {sum(counts[loader].values())} of {len(each)}" for loader, each in rows.items())
+    said = " and ".join(f"{sum(counts[loader].values())} of {loader}'s {len(each)}" for loader, each in rows.items())
     scales = [s for each in rows.values() for s in each if s.problem == "wrong scales"]
     worst = f" {len(scales)} would give wrong sums without a word: {scales[0].name}." if scales else ""
     return Panel(
-        figure, table, f"**Of the files for quantised experts {said} are not read, or do not run as written.**{worst}"
+        figure,
+        table,
+        f"**Of the files for quantised experts {said} are never asked for, or do not run as written.**{worst}",
     )
 
 
@@ -258,6 +261,17 @@ def over_the_floor(recording: Recording, config_name: str = "searched") -> Panel
     return Panel(figure, table, f"**Times over the floor, geometric means over batches: {said}.**{past}")
 
 
+def times() -> Panel:
+    """`over_the_floor` of the recording, or which command makes it."""
+    try:
+        return over_the_floor(recordings.load("quantised"))
+    except RecordingError:
+        command = recordings.MADE_BY["quantised"]
+        return Panel(
+            None, [], f"**No layer of quantised experts is recorded yet: `{command}` on a GPU records them all.**"
+        )
+
+
 def _recorded_floor(row: Row, device: str) -> float | None:
     try:
         at = roofline.load_ceilings(device, "floors", row["multiplies"])
@@ -271,8 +285,8 @@ def peer(data: Mapping[str, Any]) -> Panel:
     kinds = {"default": "default rule", "shipped": "shipped file", "tuned": "searched here"}
     by: dict[str, dict[int, list[float]]] = {kind: {} for kind in kinds}
     for row in data["rows"]:
-        for kind in kinds:
-            if kind in row:
+        if all(kind in row for kind in kinds):  # a mean over other shapes would not compare
+            for kind in kinds:
                 by[kind].setdefault(row["M"], []).append(row[kind] / row["floor"])
     means = {kind: {b: statistics.geometric_mean(r) for b, r in each.items()} for kind, each in by.items()}
     figure = grid("sglang's fp8 kernel over the floor", data["source"])
@@ -289,6 +303,42 @@ def peer(data: Mapping[str, Any]) -> Panel:
     sentence = (
         f"**What a user gets without searching takes {number(statistics.geometric_mean(got))} times the floor over {len(got)} "
         f"cells; the best of default, shipped and searched {number(statistics.geometric_mean(best))}.** Both quantisations of "
-        "activations are in the time, the order by expert is not."
+        "activations are in the time, the order by expert is not; the figure shows the shapes that have all three."
     )
     return Panel(figure, table, sentence)
+
+
+# --- in short ---------------------------------------------------------------------------------------------------------
+
+
+def in_short_floor(found: Panel) -> str:
+    """How far the floor falls, at the ends of its table."""
+    rows = [row for row in found.table if row["floor at 1, µs"] is not None]
+    plain, *others = rows
+    best = min(others, key=lambda row: row["floor at 1, µs"])
+    last = min(others, key=lambda row: row["floor at 4096, µs"])
+    few, many = (plain[key] / row[key] for row, key in ((best, "floor at 1, µs"), (last, "floor at 4096, µs")))
+    return (
+        f"A floor up to {number(few)} times lower at one token ({_named(get_format(best['format']))}), {number(many)} at 4096 "
+        f"({_named(get_format(last['format']))}): bytes first, then the product's rate."
+    )
+
+
+def in_short_error(found: Panel) -> str:
+    """Quantising's error by format, from the least to the most."""
+    rows = sorted((row for row in found.table if row["quantising"]), key=lambda row: row["quantising"])
+    ends = [f"{row['quantising']:.1%} ({_named(get_format(row['format']))})" for row in (rows[0], rows[-1])]
+    worst = max(row["rounding, torch bf16"] for row in rows)
+    return (
+        f"{ends[0]} to {ends[1]} of a layer's result, by the codes alone; rounding given the codes {worst:.1%} at most."
+    )
+
+
+def in_short_files(found: Panel) -> str:
+    """How many of the peers' files do not serve as written."""
+    total = {row["loader"]: row["of"] for row in found.table}
+    wrong = {loader: sum(row["files"] for row in found.table if row["loader"] == loader) for loader in total}
+    return (
+        "; ".join(f"{wrong[loader]} of {loader}'s {total[loader]} for quantised experts do not" for loader in total)
+        + "."
+    )

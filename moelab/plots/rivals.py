@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moelab import runtime
 from moelab.errors import counted
 from moelab.plots.cells import names_of, timed
 from moelab.plots.cells import over_floor as times_over_floor
+from moelab.plots.fast_layer import Rivals, load_rivals
 from moelab.plots.panel import Panel, Row, geometric_mean
 from moelab.plots.style import GREY, grid, log_axis, look
 from moelab.recordings import Recording
@@ -21,56 +20,54 @@ TORCH, SGLANG, FLASHINFER, FAST, ORDERING = (
 LOOKS = {TORCH: "grouped_mm", SGLANG: "sglang", FLASHINFER: "FlashInfer", FAST: "fast", ORDERING: "fast"}
 """What is drawn -> whose look it has, from the farthest over the floor to the nearest."""
 
-OF_SGLANG = ("default", "shipped", "tuned", "tuned_sep", "fuse_sep")
-"""Columns of sglang's rows: its rule without a file, the file it ships, a search's config for both GEMMs, one for each, and that
-with SwiGLU fused into GEMM1."""
+_NAMES = {"grouped_mm": TORCH, "fast": FAST, "sglang": SGLANG, "FlashInfer": FLASHINFER}
 
 
-def peer(name: str) -> dict[str, Any]:
-    """A file of data/upstream."""
-    return json.loads((runtime.data_dir() / "upstream" / f"{name}.json").read_text(encoding="utf-8"))
+def beside(recording: Recording, at: Ceilings) -> Panel:
+    """`over_floor` beside the rivals of data/upstream."""
+    return over_floor(recording, at, load_rivals())
 
 
-def rows_of(recording: Recording, at: Ceilings, sglang: Mapping[str, Any], flashinfer: Mapping[str, Any]) -> list[Row]:
+def shared(rows: Sequence[Row]) -> tuple[list[str], list[Row]]:
+    """The shapes that every contender has, and their rows."""
+    shapes = [s for s in names_of(rows, "shape") if {r["who"] for r in rows if r["shape"] == s} == {*LOOKS}]
+    return shapes, [row for row in rows if row["shape"] in shapes]
+
+
+def rows_of(recording: Recording, at: Ceilings, rivals: Rivals) -> list[Row]:
     """who, shape, num_tokens and "over", the time over the floor; uniform routing, within the error bound."""
-    rows: list[Row] = []
-    for impl, who in (("grouped_mm", TORCH), ("fast", FAST)):
-        rows += [
-            {"who": who, "shape": row["shape"], "num_tokens": row["num_tokens"], "over": times_over_floor(row, at)[0]}
-            for row in timed(recording)
-            if row["impl"] == impl and row["routing"] == "uniform" and row["within_bound"]
-        ]
-    for who, theirs, keys in (
-        (SGLANG, sglang, OF_SGLANG),
-        (FLASHINFER, flashinfer, ("rival",)),
-        (ORDERING, flashinfer, ("moelab",)),
-    ):
-        for row in theirs["rows"]:
-            times = [row[key] for key in keys if row.get(key)]
-            if times:
-                over = min(times) / row["floor"]
-                rows.append({"who": who, "shape": row["name"], "num_tokens": row["M"], "over": over})
-    return rows
+    rows: list[dict[str, Any]] = [
+        {**row, "over": times_over_floor(row, at)}
+        for row in timed(recording)
+        if row["impl"] in ("grouped_mm", "fast") and row["routing"] == "uniform" and row["within_bound"]
+    ]
+    found: list[Row] = [
+        {"who": _NAMES[row["impl"]], "shape": row["shape"], "num_tokens": row["num_tokens"], "over": row["over"][0]}
+        for row in [*rows, *rivals.rows()]
+    ]
+    run = [row for row in rivals.flashinfer["rows"] if row.get("moelab")]
+    return found + [
+        {"who": ORDERING, "shape": row["name"], "num_tokens": row["M"], "over": row["moelab"] / row["floor"]}
+        for row in run
+    ]
 
 
-def over_floor(recording: Recording, at: Ceilings, sglang: Mapping[str, Any], flashinfer: Mapping[str, Any]) -> Panel:
+def over_floor(recording: Recording, at: Ceilings, rivals: Rivals) -> Panel:
     """A line for each contender: at each batch size the geometric mean of its time over the floor, over the shapes that all have.
 
-    sglang, flashinfer: `peer("h200_sglang")`, `peer("h200_flashinfer_cutedsl")`, whose rows bring the floor of their routing.
+    The rivals' rows bring the floor of their routing.
     """
-    rows = rows_of(recording, at, sglang, flashinfer)
-    shapes = [s for s in names_of(rows, "shape") if {r["who"] for r in rows if r["shape"] == s} == {*LOOKS}]
+    rows = rows_of(recording, at, rivals)
+    shapes, compared = shared(rows)
     batches = sorted({row["num_tokens"] for row in rows})
-    compared = [row for row in rows if row["shape"] in shapes]
-    means = {who: _means(compared, who) for who in LOOKS}
     figure = grid(
         f"A layer over its floor: mean of {', '.join(shapes)}",
-        f"moelab and torch: {recording.source()}; sglang, the best of its configs: {_when(sglang)}<br>order inside: "
-        f"{_when(flashinfer)}, moelab in the same run; elsewhere the tokens’ order by expert was made beforehand",
+        f"moelab and torch: {recording.source()}; sglang, the best of its configs: {_when(rivals.sglang)}<br>order inside: "
+        f"{_when(rivals.flashinfer)}, moelab in the same run; elsewhere the tokens’ order by expert was made beforehand",
         height=400,
     )
-    for who, mean in means.items():
-        style, inside = look(LOOKS[who]), who == ORDERING
+    for who in LOOKS:
+        style, inside, mean = look(LOOKS[who]), who == ORDERING, means_of(compared, who)
         figure.add_scatter(
             x=list(mean), y=list(mean.values()), name=who, mode="lines+markers", marker=style.marker(8, hollow=inside),
             line={**style.line(), "dash": "dot" if inside else "solid"}, hovertemplate="batch %{x}: %{y:.3f}",
@@ -78,7 +75,14 @@ def over_floor(recording: Recording, at: Ceilings, sglang: Mapping[str, Any], fl
     figure.add_hline(y=1, line={"color": GREY, "width": 1})
     figure.update_xaxes(title="batch, tokens", **log_axis(batches))
     figure.update_yaxes(title="time / floor", type="log", tickvals=[1, 1.2, 1.5, 2, 3, 5])
-    return Panel(figure, _table(rows, batches), _said(rows, compared, shapes, flashinfer))
+    over = {who: geometric_mean([row["over"] for row in compared if row["who"] == who]) for who in LOOKS}
+    each = ", ".join(f"{who} {over[who]:.2f}" for who in sorted(over, key=over.__getitem__))
+    return Panel(
+        figure,
+        _table(rows, batches),
+        f"**Times the floor on an {rivals.flashinfer['device']} in bf16, mean of {counted(len(shapes), 'model')} at "
+        f"{counted(len(batches), 'batch size')}: {each}.** In one run, each ordering the tokens itself: {rivals.said()}.",
+    )
 
 
 def _when(theirs: Mapping[str, Any]) -> str:
@@ -86,7 +90,8 @@ def _when(theirs: Mapping[str, Any]) -> str:
     return f"{theirs['source'].partition(' measured')[0]}, {theirs['date']}"
 
 
-def _means(rows: Sequence[Row], who: str) -> dict[int, float]:
+def means_of(rows: Sequence[Row], who: str) -> dict[int, float]:
+    """Batch size -> the geometric mean of a contender's time over the floor."""
     mine = [row for row in rows if row["who"] == who]
     by_batch = {
         b: [row["over"] for row in mine if row["num_tokens"] == b] for b in sorted(names_of(mine, "num_tokens"))
@@ -103,18 +108,3 @@ def _table(rows: Sequence[Row], batches: Sequence[int]) -> list[Row]:
         for who in LOOKS
         if any((shape, who, b) in found for b in batches)
     ]
-
-
-def _said(rows: Sequence[Row], compared: Sequence[Row], shapes: Sequence[str], flashinfer: Mapping[str, Any]) -> str:
-    over = {who: geometric_mean([row["over"] for row in compared if row["who"] == who]) for who in LOOKS}
-    each = ", ".join(f"{who} {over[who]:.2f}" for who in sorted(over, key=over.__getitem__))
-    run = [row for row in flashinfer["rows"] if row.get("moelab") and row.get("rival")]
-    ours, theirs = (geometric_mean([row[key] / row["floor"] for row in run]) for key in ("moelab", "rival"))
-    behind = [row["moelab"] / row["rival"] - 1 for row in run if row["rival"] < row["moelab"]]
-    by = f" by at most {max(behind):.0%}" if behind else ""
-    models, batches = counted(len(shapes), "model"), counted(len(names_of(rows, "num_tokens")), "batch size")
-    return (
-        f"**Times the floor on an {flashinfer['device']} in bf16, mean of {models} at {batches}: {each}.** In the run with "
-        f"FlashInfer, over all its {counted(len(run), 'cell')}: moelab fast {ours:.2f}, FlashInfer {theirs:.2f}, ahead "
-        f"in {len(behind)} of them{by}."
-    )

@@ -107,7 +107,9 @@ def cell(name: str, layers: Mapping[str, Layer]) -> list[dict[str, Any]]:
 def _contenders(name: str, layer: Layer) -> list[tuple[str, dict[str, Any], Callable[[int], torch.Tensor] | None]]:
     shape, protocol = layer.shape, protocol_for(layer.num_tokens)
     searched, tried, failed = choose(layer, protocol.rotations)
-    configs: dict[str, Config] = {"default": "default"} | ({"searched": searched} if searched else {})
+    configs: dict[str, Config] = {"default": "default"}
+    if searched is not None:
+        configs["searched"] = searched
     contenders = {label: layer.whole(config) for label, config in configs.items()}
     cost = cost_of(layer)
     common = {

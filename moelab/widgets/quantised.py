@@ -8,7 +8,8 @@ import ipywidgets as widgets
 
 from moelab.plots import quantised as plots
 from moelab.plots.panel import Panel
-from moelab.widgets.panels import _dropdown, _slider, interactive_panel
+from moelab.widgets.fields import dropdown, slider
+from moelab.widgets.panels import interactive_panel
 
 OUTLIERS = (1, 2, 4, 8, 16, 32)
 """How many times as large the fourth weight is made."""
@@ -21,5 +22,5 @@ def weights_way(formats: Sequence[str], format: str, outlier: int = 8) -> widget
     def draw(name: str, times: int) -> Panel:
         return plots.way(quantised_error.way(name, float(times)))
 
-    controls = {"name": _dropdown("Format", formats, format), "times": _slider("Outlier", OUTLIERS, outlier)}
+    controls = {"name": dropdown("Format", formats, format), "times": slider("Outlier", OUTLIERS, outlier)}
     return interactive_panel(draw, controls)
