@@ -16,10 +16,11 @@ NBMAKE := --nbmake --nbmake-timeout=120
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test whole notebooks test-triton36 live fuzz lint html app pictures gpu sanitize record tuned configs clean
+.PHONY: help setup cli lab test whole notebooks test-triton36 live fuzz lint html app pictures gpu sanitize record tuned configs clean
 
 help:
 	@echo 'make lab        JupyterLab on the notebooks (LAB_ARGS="--no-browser --port=8888")'
+	@echo 'make cli        the shell alone, without torch or notebooks (30 MB): .cli/bin/moelab explain, shape, export, doctor'
 	@echo 'make test       tests and notebooks, all that needs no GPU: $(LASTS) (ARGS="-k roofline" narrows them)'
 	@echo 'make whole      all of what those tests sample, as CI runs it: 5 minutes more'
 	@echo 'make test-triton36  the kernels under Triton 3.6.0, which configs and recordings are from: 90 s on two cores'
@@ -29,7 +30,7 @@ help:
 	@echo 'make live       every notebook on the machine at hand, and a tune through 05; what each cell showed: build/live/outputs.json'
 	@echo 'make html       the notebooks, executed, as a gallery that needs no network: build/html/index.html'
 	@echo 'make app        one notebook as an app, without its code (NOTEBOOK=notebooks/01_roofline.ipynb)'
-	@echo 'make pictures   docs/*.png and the README figures, from data/recordings (needs chromium)'
+	@echo 'make pictures   docs/*.png, docs/figures.md and the README figure, from data/recordings (needs chromium)'
 	@echo 'make gpu        on a GPU: the gpu tests, then every recording made again'
 	@echo 'make sanitize   on an NVIDIA GPU: every kernel under compute-sanitizer (memcheck, racecheck)'
 	@echo 'make tuned      on NVIDIA GPUs: tunes the table of models on all of them and records what it took, into tuned/;'
@@ -47,6 +48,18 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	mkdir -p $(LAB_SETTINGS)
 	echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' > $(LAB_SETTINGS)/overrides.json
+	touch $@
+
+# What the commands that read config files and models import; the others say what they lack. tests/test_light_cli.py holds it.
+LIGHT := typer pydantic huggingface_hub
+cli: .cli/.ready
+	@echo '.cli/bin/moelab explain --help'
+
+.cli/.ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo 'moelab needs Python >= 3.11 and found none on PATH; give one: make PYTHON=/path/to/python3' >&2; exit 1; }
+	$(PYTHON) -m venv --clear .cli || { echo 'no virtual environment (on Debian and Ubuntu: install python3-venv)' >&2; exit 1; }
+	.cli/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(LIGHT)
+	.cli/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
 lab: $(READY)
@@ -132,4 +145,4 @@ configs: $(READY)
 		print(*write_configs(recordings.load('layer_classic')), sep='\n')"
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .cli build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

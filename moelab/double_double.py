@@ -197,13 +197,19 @@ def grouped_gemm_double_double(
 ) -> Tensor:
     """reference.grouped_gemm_ref, and with `activated` (name, gated) its activation, rounded once to float64."""
     flat = topk_ids.flatten()
-    columns = w.shape[1] // 2 if activated and activated[1] else w.shape[1]
-    out = torch.zeros(flat.numel(), columns, dtype=torch.float64, device=a.device)
-    for expert in flat[flat >= 0].unique().tolist():
-        pairs = torch.where(flat == expert)[0]
-        rows = matmul(wide(a[pairs // top_k]), wide(w[expert]))
-        rows = _affine(rows, bias, expert, None if topk_weights is None else topk_weights.flatten()[pairs])
-        out[pairs] = (wide_activation(rows, *activated) if activated else rows).rounded()
+    weights = None if topk_weights is None else topk_weights.flatten()
+    rows = _by_expert(wide(a[torch.arange(len(flat), device=a.device) // top_k]), w, flat, bias, weights)
+    out = (wide_activation(rows, *activated) if activated else rows).rounded()
+    return torch.where(flat[:, None] < 0, 0.0, out)
+
+
+def _by_expert(a: Wide, w: Tensor, ids: Tensor, bias: Tensor | None, weights: Tensor | None) -> Wide:
+    """A row for each pair: a's, times its expert's matrix, plus bias, times weight; zeros for an id of -1."""
+    out = wide(a.high.new_zeros(len(ids), w.shape[1]))
+    for expert in ids[ids >= 0].unique().tolist():
+        own = torch.where(ids == expert)[0]
+        rows = matmul(Wide(a.high[own], a.low[own]), wide(w[expert]))
+        out.high[own], out.low[own] = _affine(rows, bias, expert, None if weights is None else weights[own])
     return out
 
 
@@ -229,19 +235,17 @@ def fused_moe_double_double(
     apply_router_weight_on_input: bool = False,
 ) -> Tensor:
     """reference.fused_moe_ref, rounded once to float64: (num_tokens, hidden_size). Same arguments, any float dtypes."""
-    num_tokens, _ = topk_ids.shape
-    total = wide(torch.zeros(num_tokens, w2.shape[1], device=hidden_states.device))
-    for expert in topk_ids[topk_ids >= 0].unique().tolist():
-        for slot in range(topk_ids.shape[1]):  # a token may name an expert twice
-            token = torch.where(topk_ids[:, slot] == expert)[0]
-            if token.numel() == 0:
-                continue
-            weights = topk_weights[token, slot]
-            first, second = (weights, None) if apply_router_weight_on_input else (None, weights)
-            rows = _affine(matmul(wide(hidden_states[token]), wide(w13[expert])), b13, expert, first)
-            rows = matmul(wide_activation(rows, activation, gated), wide(w2[expert]))
-            more = add(Wide(total.high[token], total.low[token]), _affine(rows, b2, expert, second))
-            total.high[token], total.low[token] = more
+    top_k, flat, weights = topk_ids.shape[1], topk_ids.flatten(), topk_weights.flatten()
+    first, second = (weights, None) if apply_router_weight_on_input else (None, weights)
+    rows = _by_expert(wide(hidden_states.repeat_interleave(top_k, 0)), w13, flat, b13, first)
+    rows = _by_expert(
+        wide_activation(rows, activation, gated), w2, flat, b2, second
+    )  # at once: hundreds of small steps
+    total = wide(rows.high.new_zeros(topk_ids.shape[0], w2.shape[1]))
+    for high, low in zip(
+        rows.high.view(-1, top_k, w2.shape[1]).unbind(1), rows.low.view(-1, top_k, w2.shape[1]).unbind(1), strict=True
+    ):
+        total = add(total, Wide(high, low))
     return mul(total, _constant((float(routed_scaling_factor), 0.0), total.high)).rounded()
 
 

@@ -93,6 +93,14 @@ class FolderError(MoelabError, OSError):
     """An environment variable that names no folder."""
 
 
+class WriteError(MoelabError, OSError):
+    """A folder that another process is writing into, or that holds a write cut short which cannot be put back."""
+
+
+class OptionError(MoelabError, ValueError):
+    """An argument of the command line that says nothing."""
+
+
 class RuntimeModeError(MoelabError, RuntimeError):
     """What was asked cannot run here: no GPU, bf16 under Triton's interpreter, a package that is missing."""
 

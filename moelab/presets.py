@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import functools
+import queue
+import threading
 from pathlib import Path
 from typing import Any
 
 from moelab.errors import MoelabError, UnknownModelError, nearest_names
 from moelab.model_config import load_config_file
 from moelab.runtime import data_dir
+
+HUB_LIMIT_S = 3.0
+"""Until Hugging Face is taken to be out of reach."""
+
+_FILES = (".json", ".safetensors", ".gguf", ".bin", ".pt", ".yaml", ".yml", ".txt", ".md", ".py")
 
 
 def preset_names(*, quantised: bool = False) -> tuple[str, ...]:
@@ -111,6 +118,49 @@ def listed() -> str:
     return ", ".join(preset_names(quantised=True)) or "none: there is no preset here"
 
 
+def _refuse_a_path(model: str) -> None:
+    """Raise for what has the form of an id, and is a path that somebody mistyped: the hub is not asked for it."""
+    owner, name = model.split("/")
+    if Path(owner).is_dir():
+        why = f"{owner} is a folder here, and holds no {name}"
+    elif Path(name).suffix.lower() in _FILES:
+        why = "it is named as a file is"
+    else:
+        return
+    raise UnknownModelError(
+        f"There is nothing at {model}; Hugging Face was not asked for it, because {why}. Expected a preset, a path, or a Hugging "
+        f"Face id. Correct the path{', or ask from another folder' if Path(owner).is_dir() else ''}."
+        f"{nearest_names(model, preset_names(quantised=True))}"
+    )
+
+
+def _require_hub() -> None:
+    """Raise what keeps the hub from being asked, within HUB_LIMIT_S: its own client tries again for half a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    said: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=HUB_LIMIT_S)
+            said.put(None)
+        except Exception as error:  # the transport's own, of any kind: it is raised below
+            said.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()  # a name server may take longer than the limit given above
+    try:
+        error = said.get(timeout=HUB_LIMIT_S)
+    except queue.Empty:
+        raise TimeoutError(f"{constants.ENDPOINT} did not answer within {HUB_LIMIT_S:.0f} s") from None
+    if error is not None:
+        raise error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
 def _from_hugging_face(model: str) -> Path:
     """Path of the config.json of a Hugging Face id, from its local cache or else from the hub."""
     if model.count("/") != 1:
@@ -129,11 +179,17 @@ def _from_hugging_face(model: str) -> Path:
         ) from None
     try:
         cached = try_to_load_from_cache(model, "config.json")
-        return Path(cached if isinstance(cached, str) else hf_hub_download(model, "config.json"))
+        if isinstance(cached, str):
+            return Path(cached)
+        _refuse_a_path(model)
+        _require_hub()
+        return Path(hf_hub_download(model, "config.json"))
+    except MoelabError:
+        raise
     except Exception as error:  # the hub's own errors, its transport's, and invalid ids: all mean "not at hand"
         raise UnknownModelError(
             f"{model!r} is no preset and no path here, and its config.json could not be fetched from Hugging Face "
-            f"({type(error).__name__}). Expected an id that is there. "
+            f"({type(error).__name__}: {_first_line(error)}). Expected an id that is there. "
             "Check the id and the network, or give the path of a config.json."
             f"{nearest_names(model, preset_names(quantised=True))}"
         ) from error

@@ -14,12 +14,12 @@ import json
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moelab import writing
 from moelab.errors import RecordingError, nearest_names
 from moelab.reading import UnreadableError, parse_json, read_bytes
 
@@ -33,7 +33,7 @@ MADE_BY = {
     name: f"moelab record {name}"
     for name in (
         "ceilings", "sum_reduce_precision", "sum_reduce", "layer_classic", "split_k", "layer_baseline", "tma_overhead",
-        "fast_layer", "fast_choice", "fast_counters", "tuned_gain", "tuner_regret",
+        "fast_layer", "fast_choice", "fast_counters", "quantised", "tuned_gain", "tuner_regret",
     )
 } | {"tune_timeline": "make tuned"}  # fmt: skip
 """Recordings by name -> the command that makes each again: suites and studies, which are layers above this, and their own."""
@@ -156,27 +156,7 @@ def write(recording: Recording, path: str | Path | None = None) -> Path:
     content["digest"] = _digest(content)
     _require_sound(content, what, remedy)
     target = Path(path) if path is not None else recordings_dir() / f"{recording.suite}.json"
-    write_atomically(target, _text(content))
-    return target
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) to `path` so that a reader, or a crash, sees the old file or the new one, never half.
-
-    Makes the folder if need be. OSError passes through; the temporary file is then removed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's 0600 would hide the file from the other users of a shared checkout
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    return writing.write(target, _text(content))
 
 
 def _text(content: Mapping[str, Any]) -> str:
@@ -271,7 +251,7 @@ def seal(path: str | Path) -> Path:
     if not isinstance(content, dict) or "digest" in content:
         raise RecordingError(f"{path} is no recording without a digest. Expected one of an older moelab. {remedy}")
     _require_sound(content | {"digest": "0" * 64}, f"The recording {path}", remedy)
-    write_atomically(path, _text(content | {"digest": _digest(content)}))
+    writing.write(path, _text(content | {"digest": _digest(content)}))
     return path
 
 

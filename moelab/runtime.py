@@ -174,6 +174,12 @@ def device_key(name: str | None = None) -> str:
     return (name if name is not None else current().device_name).replace(" ", "_")
 
 
+def is_version(text: str) -> bool:
+    """Whether it is a whole version, three numbers and what packages add: "3.6.0", "3.7.0rc1", "3.6.0.post1+git1234"."""
+    added = r"((a|b|rc)[0-9]{1,9})?(\.(post|dev)[0-9]{1,9})*([+-][a-zA-Z0-9.]{1,60})?"
+    return re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9}){2}" + added, text) is not None
+
+
 def triton_key(version: str | None = None) -> str:
     """The folder of configs for a Triton version: "3.6.0+git1234" -> "triton_3_6_0"."""
     version = version or triton_version() or "unknown"

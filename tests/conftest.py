@@ -33,8 +33,14 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+@pytest.hookimpl(trylast=True)  # what is left out is gone by then
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip gpu tests, with the runtime's own reason, where kernels do not run on a GPU."""
+    """Skip gpu tests, with the runtime's own reason, where kernels do not run on a GPU. The browser's tests, the longest after
+    the notebooks, are the first of the second of two processes, which begins in the middle; so one page serves them all."""
+    browsing = [item for item in items if item.get_closest_marker("browser")]
+    others = [item for item in items if not item.get_closest_marker("browser")]
+    middle = len(items) // 2 + 1
+    items[:] = [*others[:middle], *browsing, *others[middle:]]
     if RUNTIME.mode == "gpu":
         return
     skip = pytest.mark.skip(reason=f"needs a GPU: {RUNTIME.reason}")

@@ -91,7 +91,7 @@ def _compiler() -> str:
 
 
 def compiled(instance: Instance, dtype: torch.dtype, source: Path = SOURCE, *, races: bool = False) -> Path:
-    """Its file, kept in build/ by all that went into it; with `races` ThreadSanitizer is told of what it reads and writes."""
+    """Its file; with `races` it tells ThreadSanitizer of all that it reads and writes."""
     text = MAIN.format(
         constants=constants(), source=source.name, sums=fast_layer.SUM_SOURCE.name,
         storage=STORAGE[dtype][0], shape=instance.shape,

@@ -25,6 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TMA_SLACK = 3 * 32  # bytes by which the bound of tma_shared_memory_bytes is loose, in 16 bits and three stages
 BY_TMA = {"_grouped_gemm_tma_kernel", "_gated_gemm_kernel", "_activated_gemm_kernel", "_sorted_gemm_kernel"}
 
+TOGETHER = (("sm_90",), ("sm_80", "sm_100"), ("gfx942", "gfx950"))
+"""Targets that share a process, which takes seconds to begin; few enough that a slow machine compiles them all in a minute."""
+
 # Bytes of stack that real launches take, on chips for which nothing is recorded. The first is launched by PDL, for which it asks
 # for weights ahead, and the second reads every table by an address on 16 bytes. On sm_90 neither spills.
 SPILLS = {
@@ -73,15 +76,21 @@ def judge(rows: list[dict]) -> None:
             assert row["shared_bytes"] == 0, row
 
 
-@pytest.mark.parametrize("target", aot.CHECKED_TARGETS)
-def test_every_kernel_compiles(target: str) -> None:
-    rows = rows_of(f"aot.table([{target!r}], sample=True)")
-    assert {row["target"] for row in rows} == {target}
-    needs_tma = set() if TARGETS[target].has_tma else {"moelab.kernels.grouped_gemm_tma:_grouped_gemm_tma_kernel"}
-    assert {row["kernel"] for row in rows} == written_kernels() - needs_tma
-    by_tma = {row["kernel"].partition(":")[2] for row in rows if row["tma"]}
-    assert by_tma == (BY_TMA if TARGETS[target].has_tma else set())
+@pytest.mark.parametrize("targets", TOGETHER, ids="-".join)
+def test_every_kernel_compiles(targets: tuple[str, ...]) -> None:
+    rows = rows_of(f"aot.table({list(targets)!r}, sample=True)")
+    for target in targets:
+        here = [row for row in rows if row["target"] == target]
+        needs_tma = set() if TARGETS[target].has_tma else {"moelab.kernels.grouped_gemm_tma:_grouped_gemm_tma_kernel"}
+        assert {row["kernel"] for row in here} == written_kernels() - needs_tma
+        by_tma = {row["kernel"].partition(":")[2] for row in here if row["tma"]}
+        assert by_tma == (BY_TMA if TARGETS[target].has_tma else set())
+    assert {row["target"] for row in rows} == set(targets)
     judge(rows)
+
+
+def test_no_target_is_left_out() -> None:
+    assert sorted(target for targets in TOGETHER for target in targets) == sorted(aot.CHECKED_TARGETS)
 
 
 def test_the_sample_has_every_case_and_every_target() -> None:

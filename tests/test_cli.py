@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,14 +41,17 @@ def test_python_m_moelab() -> None:
         ["--help"],
         ["models"],
         ["bench", "--help"],
-        ["doctor", "configs"],
+        ["doctor", "ONE FILE"],
         ["shape", "--model", "mixtral-8x7b"],
         ["explain", "--model", "mixtral-8x7b", "--batch-size", "1", *H200],
-        ["export", "configs", "--rules", "sglang", "--out", "OUT"],
+        ["export", "ONE FILE", "--rules", "sglang", "--out", "OUT"],
     ],
 )
 def test_light_commands_load_nothing_heavy(command: list[str], tmp_path: Path) -> None:
-    command = [str(tmp_path) if word == "OUT" else word for word in command]
+    source = tmp_path / "triton_3_6_0"
+    source.mkdir()
+    shutil.copy(min((ROOT / "configs").glob("triton_3_6_0/E=*H200.json")), source)
+    command = [{"ONE FILE": str(tmp_path), "OUT": str(tmp_path / "out")}.get(word, word) for word in command]
     script = f"import sys; from moelab.cli import main; main({command!r}); print(*sys.modules, file=sys.stderr)"
     done = python("-c", script)
     assert done.stdout and done.returncode == 0

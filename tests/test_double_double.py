@@ -71,9 +71,7 @@ def test_in_other_dtypes_the_reference_is_the_oracle_in_float64() -> None:
 SIZES = {"num_experts": 6, "top_k": 2, "hidden_size": 64, "moe_intermediate_size": 40}
 
 
-@pytest.mark.parametrize(
-    ("dtype", "seed"), [*(("float64", seed) for seed in range(6)), ("float32", 1), ("float32", 11)]
-)
+@pytest.mark.parametrize(("dtype", "seed"), [("float64", 0), ("float64", 2), ("float32", 1), ("float32", 11)])
 def test_the_notebooks_own_check_takes_a_right_kernel(dtype: str, seed: int, device: str) -> None:
     """In float64 the reference was the same arithmetic: torch's error was zero, the bound a rounding, `triton` refused for
     every seed. In float32 seeds 1 and 11 were, because torch's largest of 256 errors was small by luck."""

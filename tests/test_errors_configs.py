@@ -129,7 +129,7 @@ CONFIGS = [
         ("VLLM_TUNED_CONFIG_FOLDER", lambda _: no_folder("vllm")),
         ("exists already|--overwrite", lambda p: [exported(p) for _ in range(2)]),
         ("_down|vllm|one config serves both", lambda p: exported(p, rules="vllm", down=True)),
-        ("BLOCK_SIZE_M = 64|has 16|up file first", lambda p: exported(p, KernelConfig(64, 64, 64, 1), down=True)),
+        ("BLOCK_SIZE_M = 64|has 16|write both at once", lambda p: exported(p, KernelConfig(64, 64, 64, 1), down=True)),
         ("'3.6'|3.6.0", lambda p: exported(p, version="3.6")),
         (
             "vllm|Nothing of",

@@ -10,23 +10,27 @@ from pathlib import Path
 import pytest
 from error_rows import SHAPE, Row, cut, every, judge, rows, with_environment
 
-from moelab import config_files, recordings, runtime, shapes
+from moelab import config_files, recordings, roofline, runtime, shapes, writing
+from moelab.cli import options
 from moelab.config import KernelConfig
 from moelab.errors import (
     ConfigError,
     ConfigFileError,
     DeviceError,
+    DeviceFileError,
     FolderError,
     FormatError,
     JournalError,
     LandscapeError,
     LayoutError,
+    OptionError,
     RecordingError,
     RuntimeModeError,
     ShapeError,
     UnknownArchitectureError,
     UnknownModelError,
     UnknownNameError,
+    WriteError,
 )
 from moelab.formats import get_format
 from moelab.kernels import fast_layer
@@ -72,6 +76,17 @@ def write(folder: Path, **changes: object) -> Path:
 
 def sizes_of(folder: Path, change: Callable[[dict], object]) -> shapes.MoEShape:
     return shapes.MoEShape.from_config(a_model(folder, change))
+
+
+def a_device(folder: Path, text: str) -> object:
+    (folder / "devices").mkdir()
+    (folder / "devices" / "NVIDIA_H200.json").write_text(text)
+    return from_data(folder, lambda: roofline.load_ceilings("NVIDIA_H200"))
+
+
+def unfinished(folder: Path) -> None:
+    (folder / writing.RECORD).write_text("[5]")
+    writing.settle(folder)
 
 
 def from_data(folder: Path, call: Callable[[], object]) -> object:
@@ -165,6 +180,9 @@ TUNER = [
     Row(JournalError, "is closed", lambda f: closed_journal(f / "a").note("phase")),
     Row(LandscapeError, "a.parquet|none yet", lambda f: landscape.load(f / "a.parquet")),
     Row(LandscapeError, "a.parquet", lambda f: landscape.load(a_file(f / "a.parquet", b"PAR1"))),
+    Row(DeviceFileError, "NVIDIA_H200.json|a JSON list|Correct it", lambda p: a_device(p, "[]")),
+    Row(OptionError, "--model|leave the option out", lambda _: options.refuse_empty(["shape", "--model", ""])),
+    Row(WriteError, "cut short|moelab doctor", unfinished),
     Row(LandscapeError, "whole grid|make tuned", lambda f: from_data(f, tuner_regret.record)),
     Row(LandscapeError, "holds no finals", lambda _: Finals.of_landscape(no_rows())),
     Row(LandscapeError, "no winner to write", lambda f: handover.write(nothing_won(), "moelab", f)),

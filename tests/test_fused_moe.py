@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from moe_cases import CASES, LARGE_CASES, TILE, Case, judge
+from sampling import sampled
 
 from moelab.call import MoECall
 from moelab.config import KernelConfig
@@ -27,9 +28,7 @@ def call(case: Case, i: MoEInputs, impl: str, **more: object) -> torch.Tensor:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", HERE, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize(("impl", "case", "dtype"), sampled(["triton", "torch"], CASES, HERE), ids=str)
 def test_against_float64(impl: str, case: Case, dtype: torch.dtype, device: str) -> None:
     inputs = case.inputs(dtype, device)
     judge(case, inputs, call(case, inputs, impl, config=TILE if impl == "triton" else None))
@@ -45,9 +44,7 @@ def split_configs(case: Case, most: int = 2) -> dict[str, KernelConfig]:
     return {"config": replace(tile, SPLIT_K=up), "down_config": replace(tile, SPLIT_K=down)}
 
 
-@pytest.mark.parametrize("dtype", HERE, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("impl", SPLIT_IMPLS)
+@pytest.mark.parametrize(("impl", "case", "dtype"), sampled(SPLIT_IMPLS, CASES, HERE, together=1), ids=str)
 def test_split_k_against_float64(impl: str, case: Case, dtype: torch.dtype, device: str) -> None:
     inputs = case.inputs(dtype, device)
     judge(case, inputs, call(case, inputs, impl, **split_configs(case)))
@@ -76,8 +73,7 @@ def judge_sorted(case: Case, inputs: MoEInputs, impl: str, **more: object) -> No
     judge(case, inputs, out, roundings=case.top_k if IMPLEMENTATIONS[impl].rounds_every_sum else 0)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("impl", ["tma", *SORTED_IMPLS])
+@pytest.mark.parametrize(("impl", "case"), sampled(["tma", *SORTED_IMPLS], CASES, together=1), ids=str)
 def test_tma_and_sorted_rows_against_float64(impl: str, case: Case, device: str) -> None:
     inputs = case.inputs(torch.float16, device)
     if IMPLEMENTATIONS[impl].needs_tma and not takes_tma(case, torch.float16):
@@ -87,9 +83,11 @@ def test_tma_and_sorted_rows_against_float64(impl: str, case: Case, device: str)
     judge_sorted(case, inputs, impl, config=TILE)
 
 
-@pytest.mark.parametrize("dtype", HERE[1:], ids=str)
-@pytest.mark.parametrize("case", [CASES[1], CASES[6], CASES[7]], ids=str)
-@pytest.mark.parametrize("impl", ["tma", "gated", "gated_tma", "gated_atomic_out"])
+@pytest.mark.parametrize(
+    ("impl", "case", "dtype"),
+    sampled(["tma", "gated", "gated_tma", "gated_atomic_out"], [CASES[1], CASES[6], CASES[7]], HERE[1:]),
+    ids=str,
+)
 def test_tma_and_sorted_rows_in_wide_dtypes(impl: str, case: Case, dtype: torch.dtype, device: str) -> None:
     judge_sorted(case, case.inputs(dtype, device), impl, config=TILE, down_config=KernelConfig(16, 64, 32, 1))
 
@@ -113,8 +111,11 @@ def test_a_split_of_nothing_is_named(device: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("case", [CASES[0], CASES[6], CASES[7], CASES[8]], ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    sampled([CASES[0], CASES[6], CASES[7], CASES[8]], [torch.bfloat16, torch.float64], together=1),
+    ids=str,
+)
 def test_compiled_against_float64(case: Case, dtype: torch.dtype, device: str) -> None:
     inputs = case.inputs(dtype, device)
     judge(case, inputs, call(case, inputs, "compiled"))

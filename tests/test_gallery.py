@@ -13,6 +13,7 @@ from playwright.sync_api import Browser
 
 from moelab.errors import MoelabError
 from moelab.plots import gallery
+from moelab.plots.style import contrast
 
 OUTSIDE = re.compile(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//|url\(["']?(?:https?:)?//|@import|from ["']https?:""")
 """What makes a browser ask another host when a page is opened; links to click on are taken out before."""
@@ -40,7 +41,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         v4.new_code_cell(FIGURE),
         v4.new_code_cell('widgets.explorer(at, "mixtral-8x7b", 2, 16)', metadata={"tags": ["cover"]}),
-        v4.new_markdown_cell("On to [the next](02_next.ipynb), and [out there](https://example.org/a)."),
+        v4.new_markdown_cell(
+            "On to [the next](02_next.ipynb), and [out there](https://example.org/a), [the package](../moelab)."
+        ),
+        v4.new_code_cell('from moelab.plots import Panel\nPanel(None, [], "- **Why?** `so` & *thus*")'),
         v4.new_code_cell('import sys\nprint("</script> & <b>", file=sys.stdout)\n1 + 1'),
     )
     gallery.write_gallery([path], folder / "html")
@@ -63,14 +67,16 @@ def test_a_page_holds_figures_settings_and_links(built: Path) -> None:
     assert "Set here: Model mixtral-8x7b, TP 2, Batch 16." in text
     assert "mixtral-8x7b, TP 2, batch 16" in text  # the figure inside the widget
     assert 'href="02_next.html"' in text and 'href="https://example.org/a"' in text
-    assert '<span class="path" title="moelab/config.py">why</span>' in text
+    assert '<a class="path" href="source/moelab/config.py.html">why</a>' in text
+    assert "KernelConfig" in (built / "source/moelab/config.py.html").read_text()
+    assert '<span class="path" title="moelab">the package</span>' in text
     assert "<title>A &lt;made-up&gt; notebook</title>" in text and "&lt;/script&gt; &amp; &lt;b&gt;" in text
 
 
 def test_the_index_has_a_card_for_each_with_its_cover(built: Path) -> None:
     text = (built / "index.html").read_text()
     assert '<a href="01_made_up.html">A &lt;made-up&gt; notebook</a>' in text
-    assert "It asks why, and how." in text and "More." not in text
+    assert "<li><b>Why?</b> <code>so</code> &amp; <i>thus</i></li>" in text and "More." not in text
     assert ("01_made_up.png" in text) == (find_chromium() is not None)
 
 
@@ -116,6 +122,26 @@ def test_a_failing_cell_ends_it_and_no_notebook_is_named(tmp_path: Path) -> None
         gallery.write_gallery([], tmp_path / "html")
 
 
+def test_pages_lead_on_and_back_and_the_contents_asks() -> None:
+    pages = [gallery.Page(stem, f"{stem}: more", "", None, "") for stem in ("00_welcome", "01_roofline", "glossary")]
+    text = gallery.page_html(pages[1], pages[0], pages[2])
+    assert (
+        text.count('<a href="00_welcome.html">← 00_welcome</a>')
+        == text.count('<a href="glossary.html">→ glossary</a>')
+        == 2
+    )
+    assert "→" not in gallery.page_html(pages[2], pages[1])
+    index = gallery.index_html(pages, {})
+    assert '<a href="01_roofline.html#What-bounds-a-layer?">' in index and "06_config_health" not in index
+
+
+def test_every_question_leads_to_a_heading() -> None:
+    folder = gallery.runtime.repo_root() / "notebooks"
+    for question, stem, heading in gallery.QUESTIONS:
+        text = "\n".join(cell.source for cell in nbformat.read(folder / f"{stem}.ipynb", as_version=4).cells)
+        assert not heading or re.search(rf"^#+ {re.escape(heading)}$", text, re.M), question
+
+
 @pytest.mark.browser
 def test_the_gallery_works_without_a_network(built: Path, chromium: Browser) -> None:
     for scheme in ("light", "dark"):
@@ -134,6 +160,16 @@ def test_the_gallery_works_without_a_network(built: Path, chromium: Browser) -> 
         page.locator(".cards a").click()
         page.locator(".js-plotly-plot .main-svg").nth(1).wait_for()
         assert page.locator(".js-plotly-plot").count() == 2
+        said = page.locator(".js-plotly-plot text").evaluate_all(
+            "all => all.filter(t => t.textContent.trim()).map(t => getComputedStyle(t).fill)"
+        )
+        paper = {"light": "#ffffff", "dark": "#111111"}[scheme]
+        low = {
+            fill
+            for fill in said
+            if contrast("#" + "".join(f"{int(p):02x}" for p in re.findall(r"\d+", fill)[:3]), paper) < 4.5
+        }
+        assert len(said) > 20 and low == set(), "text under WCAG AA"
         assert page.locator(".js-plotly-plot .gtitle").first.text_content().startswith("dbrx, TP 1")
         assert (errors, asked) == ([], [])
         context.close()

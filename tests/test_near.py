@@ -52,7 +52,7 @@ def test_what_sglang_ships() -> None:
     assert (
         f"sglang 0.5.23 ships this file: {file}, the newest of 3, for another Triton version than 3.6.0" in found.misses
     )
-    assert "SGLANG_MOE_CONFIG_DIR" in found.todo[0] and "takes plain weights alone" in found.todo[-1]
+    assert "SGLANG_MOE_CONFIG_DIR" in found.todo[0] and "moelab tune --model MODEL --rules sglang" in found.todo[-1]
     assert f"sglang 0.5.23 ships this file: {file}" in missed("deepseek-v3-fp8", version="3.5.1", tp_size=8).misses
 
 
@@ -67,13 +67,16 @@ def test_another_triton_version_serves_and_is_said_so() -> None:
         ("nvidia-h200", H200, True),
         ("NVIDIA_H200_141GB", H200, True),
         ("NVIDIA_H20", H200, False),
-        (H200, "H200", False),
+        (H200, "H200", True),
+        (H200, "NVIDIA", False),
     ],
 )
 def test_a_device_spelled_otherwise(spelled: str, asked_for: str, said: bool, tmp_path: Path) -> None:
     file = f"E=8,N=7168,device_name={spelled.replace(' ', '_')}.json"
     found = missed("mixtral-8x7b", asked_for, config_dir=tree(tmp_path, file), tp_size=2)
     assert any("spelled" in s and file in s for s in found.misses) == said
+    shipped = any("ships this file" in sentence for sentence in found.misses)
+    assert (found.todo[0].startswith("correct --device: ") and len(found.todo) == 1) == (said and not shipped)
 
 
 def test_a_device_without_files_is_told_what_to_do() -> None:
@@ -99,9 +102,11 @@ def test_another_size_and_another_format(name: str, words: str, tmp_path: Path) 
     assert any(words in sentence for sentence in sentences) if words else sentences == ()
 
 
-def test_vllm_is_offered_no_file_of_sglangs(tmp_path: Path) -> None:
+def test_vllm_is_offered_its_own(tmp_path: Path) -> None:
     found = missed("deepseek-v3-fp8", rules="vllm", config_dir=tmp_path, tp_size=8)
-    assert found.misses == () and "vllm's own tuner" in found.todo[0]
+    file = "E=256,N=256,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[128,128].json"
+    assert f"vLLM 0.33.0 ships this file: {file}" in found.misses and found.todo[0].startswith("nothing: vLLM 0.33.0")
+    assert missed("qwen3-30b-a3b", rules="vllm", config_dir=tmp_path).misses == ()  # of plain ones no name is known
 
 
 def test_shipped_names_are_those_of_the_files_that_are_here() -> None:
@@ -130,3 +135,23 @@ def test_explain_without_sglangs_tree_names_what_it_ships(run, monkeypatch: pyte
     arguments = ("explain", "--model", "deepseek-v3-fp8", "--tp", 8, "--batch-size", 64, "--device", H200)
     status, _, err = run(*arguments, "--triton-version", "3.6.0", "--rules", "sglang")
     assert status == 2 and "--config-dir" in err and "sglang 0.5.23 ships this file: triton_3_5_1/E=257,N=256" in err
+    assert "moelab's own tree" not in err
+    for rules in ("sglang", "vllm"):
+        monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
+        plain = (
+            "explain",
+            "--model",
+            "qwen3-30b-a3b",
+            "--batch-size",
+            64,
+            "--device",
+            H200,
+            "--triton-version",
+            "3.6.0",
+        )
+        status, _, err = run(*plain, "--rules", rules)
+        assert (
+            status == 2
+            and f"moelab's own tree has triton_3_6_0/{QWEN}.json" in err
+            and "which says how to serve" in err
+        )

@@ -162,3 +162,26 @@ def test_the_list_names_what_cut_runs_left(run, tmp_path: Path, monkeypatch) -> 
         status == 0 and cut.pop("fast_layer") == str(folder / "fast_layer.json.partial") and set(cut.values()) == {None}
     )
     assert "fast_layer.json.partial" in run("record", "--list")[1]
+
+
+def test_two_runs_at_once_keep_their_own(tmp_path: Path) -> None:
+    """Before: both chose the free name before either had written, and the second run's rows replaced the first's."""
+    target = tmp_path / "slow.json"
+    first, second = keeper("slow", target), keeper("slow", target)
+    first([row("a")])
+    second([row("b")])
+    first([row("a"), row("c")])
+    assert sorted(map(shapes_in, partials(target))) == [["a", "c"], ["b"]]
+
+
+def test_a_finished_run_leaves_what_another_is_keeping(tmp_path: Path) -> None:
+    other = keeper("slow", tmp_path / "slow.json")
+
+    def record(on_rows: OnRows = ignore) -> Recording:
+        on_rows([row("a")])
+        other([row("b")])
+        return Recording("slow", runtime.provenance(seed=0), {"kind": "test"}, (row("a"),))
+
+    record_kept("slow", record, tmp_path / "slow.json")
+    (left,) = partials(tmp_path / "slow.json")
+    assert shapes_in(left) == ["b"]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from made_recordings import whole
 
 from moelab import recordings, roofline, runtime
-from moelab.plots import Panel, accuracy, explorer, layer, pipeline, sum_reduce
+from moelab.plots import Panel, accuracy, explorer, layer, pipeline, ratio_map, style, sum_reduce
 from moelab.plots import roofline as floors
 from moelab.plots.cells import fastest, over_floor
 from moelab.plots.panel import LONG, geometric_mean, table_html, table_text, timing
@@ -125,9 +127,41 @@ def test_every_axis_says_what_it_is(draw: Callable[[], Panel]) -> None:
 
 
 def test_looks_are_told_apart() -> None:
-    drawn = [(each.color, each.symbol) for name, each in LOOKS.items()]
-    assert len({color for color, _ in drawn}) == len({symbol for _, symbol in drawn}) == len(LOOKS)
-    assert look("my_kernel") == look("my_kernel")
+    drawn = [(each.color, each.symbol) for name, each in LOOKS.items() if name != "classic"]
+    assert len({color for color, _ in drawn}) == len({symbol for _, symbol in drawn}) == len(LOOKS) - 1
+    assert look("my_kernel") == look("my_kernel") and look("classic") == look("triton")
+
+
+def test_a_colour_has_one_meaning() -> None:
+    """Implementations and rivals, verdicts, muted series: no colour in two of them, and none spelt outside the table."""
+    named = [each.color for name, each in LOOKS.items() if name != "classic"]
+    colors = [*named, style.BETTER, style.WORSE, style.WRONG, *(each.color for each in style.SERIES)]
+    assert len({color.lower() for color in colors}) == len(colors)
+    for path in Path(style.__file__).parent.glob("*.py"):
+        spelt = set(re.findall(r'"(#[0-9a-fA-F]{6})"', path.read_text()))
+        neutral = {c for c in spelt if max(p := [int(c[i : i + 2], 16) for i in (1, 3, 5)]) - min(p) <= 12}
+        assert path.name in ("style.py", "gallery.py", "pictures.py") or spelt <= neutral | {"#6b8fb5"}, path.name
+
+
+@pytest.mark.parametrize(("text", "paper"), [(style.TEXT_ON_LIGHT, "#ffffff"), (style.TEXT_ON_DARK, "#111111")])
+def test_text_has_the_contrast_of_wcag_aa(text: str, paper: str) -> None:
+    assert style.contrast(text, paper) >= 4.5
+    assert style.contrast("#000000", "#ffffff") == pytest.approx(21) and style.contrast(paper, paper) == 1
+    assert f"rgb{tuple(int(style.GREY[i : i + 2], 16) for i in (1, 3, 5))}" in style.INK and text in style.INK
+
+
+def test_lines_and_marks_show_on_both_papers() -> None:
+    """WCAG asks 3 of what is no text; a pale line is helped by its marks, so 2.2 of all, on white and on #111."""
+    for name, each in LOOKS.items():
+        assert min(style.contrast(each.color, paper) for paper in ("#ffffff", "#111111")) >= 1.7, name
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.8, 0.99, 1.0, 1.01, 1.3, 5.0])
+@pytest.mark.parametrize(("low", "high"), [(style.BETTER, style.WORSE), (style.BETTER, style.WRONG), (None, style.WORSE),
+                                           (style.SIDES["memory"].color, style.SIDES["compute"].color)])  # fmt: skip
+def test_a_cell_can_be_read(low: str | None, high: str, ratio: float) -> None:
+    cell = ratio_map.Cell(ratio, "x", False)
+    assert style.contrast(*ratio_map.colors_of(cell, 1.0, low, high)) >= 4.5
 
 
 @pytest.mark.parametrize(
@@ -183,7 +217,7 @@ def _peer(row: dict) -> float:
 
 def test_error_bars_are_the_interval() -> None:
     panel = layer.where_time_goes(recording(layer_rows()), "qwen3-30b-a3b/tp1", AT)
-    measured = next(trace for trace in panel.figure.data if trace.name == "measured layer")
+    measured = next(trace for trace in panel.figure.data if trace.name == "classic layer, measured")
     row = next(r for r in layer_rows() if r["config_name"] == "tuned")
     low, high = timing(row).interval_us
     assert measured.y[0] - measured.error_y.arrayminus[0] == pytest.approx(low)

@@ -28,14 +28,15 @@ def ruled(shape: MoEShape, num_tokens: int) -> str:
 def test_forms_by_rows_an_expert_with_the_rule_boxed() -> None:
     panel = fast_forms.instances(CHOICE, SHAPES, ruled)
     drawn, _, texts = panel.figure.data
-    assert list(drawn.y) == ["8×64 w1 s12 b2", "48×128 w2 s10 b1"] and list(drawn.x) == ["1", "16"]
+    assert list(drawn.y) == [fast_forms.words(SMALL), fast_forms.words(WIDE)] and list(drawn.x) == ["1", "16"]
     assert list(texts.text) == ["<b>1.00</b>", "1.10", "1.25", "<b>1.00</b>"]
     boxes = [(round(box.x0), round(box.y0)) for box in panel.figure.layout.shapes]
     assert boxes == [(0, 1), (1, 1)], "in the upper row"
     assert [r["the rule’s loss, %"] for r in panel.table] == pytest.approx([0.0, 10.0])
     assert "fastest form in 1 of 2 cells, a tie with it in 0, and loses in 1; 4.9 % on average" in panel.sentence
     assert (
-        "10.0 % (mixtral, batch 64, 16 rows an expert: 48×128 w2 s10 b1 in place of 8×64 w1 s12 b2)" in panel.sentence
+        "10.0 % (mixtral, batch 64, 16 rows an expert: 48 tokens × 128 weight rows, 2 warpgroups, 10 stages in place of "
+        "8 tokens × 64 weight rows, 1 warpgroup, 12 stages, 2 CTAs an SM)" in panel.sentence
     )
     assert panel.figure.layout.title.text.endswith("within 2 % or a tie in 1 of 2 cells")
 
@@ -61,17 +62,15 @@ def test_odd_recordings_of_forms() -> None:
     assert fast_forms.instances(CHOICE, {}).sentence.startswith("**Nothing of it was timed.**")
 
 
-def test_short_names_and_fractions() -> None:
-    assert fast_forms.short("Instance(warpgroups=1, row_blocks=2, stages=6, tokens=16, grain=8, box=8)") == (
-        "16×128 w1 s6 b1"
+def test_forms_in_words_and_fractions() -> None:
+    assert fast_forms.words("Instance(warpgroups=1, row_blocks=2, stages=6, tokens=16, grain=8, box=8)") == (
+        "16 tokens × 128 weight rows,<br>1 warpgroup, 6 stages"
     )
-    assert fast_forms.short(repr(Instance(2, 2, 4, 176, 16, 16, cluster=2))) == "176×256 w2 s4 b1 c2"
-    assert [fast_forms.short(repr(each)) for each in FORMS[::2]] == [
-        "few 1×1024 2×512",
-        "few 1×2048 2×256",
-        "few 1×1024 4×256",
-    ]
-    assert fast_forms.short("gated_tma") == "gated"
+    assert fast_forms.words(repr(Instance(2, 2, 4, 176, 16, 16, cluster=2, permutes=1))) == (
+        "176 tokens × 256 weight rows,<br>2 warpgroups, 4 stages, cluster of 2, permuted"
+    )
+    assert fast_forms.words(repr(FORMS[0])) == "few tokens: GEMM1 1 × 1024 weights,<br>GEMM2 2 × 512"
+    assert fast_forms.words("gated_tma") == "gated kernels,<br>tuned configs"
     assert [fast_forms._as_text(rows) for rows in (1 / 32, 1.0, 2048.0)] == ["1/32", "1", "2048"]
 
 
@@ -79,11 +78,9 @@ def test_other_forms_stand_beside_the_instances() -> None:
     """The rule in use is judged by what serves a batch where the recording has such forms, else by the instances alone."""
     other = [row("mixtral", 1, "", us, instance=name) for us, name in ((10.0, repr(FORMS[2])), (12.0, "gated_tma"))]
     panel = fast_forms.instances(made(*CHOICE.rows, *other, suite="fast_choice"), SHAPES)
-    assert list(panel.figure.data[0].y)[:2] == ["few 1×2048 2×256", "gated"]
-    assert "1 row by 1024 columns" in panel.figure.layout.title.subtitle.text
-    assert panel.table[0]["the rule’s"] == "few 1×2048 2×256"
+    assert list(panel.figure.data[0].y)[:2] == [fast_forms.words(repr(FORMS[2])), fast_forms.words("gated_tma")]
+    assert panel.table[0]["the rule’s"] == "few tokens: GEMM1 1 × 2048 weights, GEMM2 2 × 256"
     assert fast_forms.rule_in_use(CHOICE)(SHAPES["mixtral"], 1) == repr(instance_for(1, 2, 8, 7168))
-    assert "1 row by 1024" not in fast_forms.instances(CHOICE, SHAPES).figure.layout.title.subtitle.text
 
 
 def test_the_shipped_choice_draws() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 import pytest
-from made_recordings import each_is_whole
+from made_recordings import each_is_whole, whole
 
 from moelab import recordings
 from moelab.config import KernelConfig, default_config
@@ -77,14 +77,17 @@ def test_nothing_timed_is_said(name: str) -> None:
 # --- over the floor -----------------------------------------------------------------------------------------------
 
 
-def test_lines_are_times_over_the_floor_and_the_mean_leaves_out_the_untuned() -> None:
+def cells_of(panel: Panel) -> dict[tuple[str, int], float]:
+    """(contender, batch) -> what its cell of the map says."""
+    text = panel.figure.data[-1]
+    return {(y, int(x)): float(said) for y, x, said in zip(text.y, text.x, text.text, strict=True)}
+
+
+def test_cells_are_times_over_the_floor_and_the_mean_leaves_out_the_untuned() -> None:
     panel = PANELS["over_floor"](WHOLE)
-    lines = {(t.name, t.xaxis or "x"): (list(t.x), list(t.y)) for t in panel.figure.data}
-    for plot in ("x", "x2"):
-        assert lines["classic", plot] == ([1, 64], pytest.approx([2.0, 3.0]))
-    assert lines["fast", "x3"] == ([1], [pytest.approx(1.0)])
-    titles = [a.text for a in panel.figure.layout.annotations]
-    assert titles == ["mean of 1 shape", "a", "b, classic*"]
+    cells = cells_of(panel)
+    assert (cells["classic", 1], cells["classic", 64], cells["fast", 64]) == (2.0, 3.0, 2.0)
+    assert "geometric mean of a<br>no tuned file" in panel.figure.layout.title.subtitle.text
     assert panel.figure.layout.title.text.endswith("fast is ahead at batch 64, behind at 1")
     assert "classic at 1.50 times fast’s time at batch 64, and at 0.80 times at batch 1" in panel.sentence
     assert "Drawn and not counted, without a tuned file: b." in panel.sentence and panel.table[0][
@@ -94,7 +97,27 @@ def test_lines_are_times_over_the_floor_and_the_mean_leaves_out_the_untuned() ->
 
 def test_the_mean_is_over_shapes_that_have_every_contender() -> None:
     panel = PANELS["over_floor"](made(*WHOLE.rows[:6], classic("c", 1, 200.0), row("c", 1, "fast", 10.0)))
-    assert next(list(t.y) for t in panel.figure.data if t.name == "classic") == pytest.approx([2.0, 3.0])
+    assert (cells_of(panel)["classic", 1], cells_of(panel)["classic", 64]) == (2.0, 3.0)
+
+
+def test_rivals_are_over_their_own_floor_and_beside_fast_in_one_run() -> None:
+    def peer(**us: float) -> dict:
+        return {"source": "elsewhere", "rows": [{"name": "a", "M": 1, "floor": 10.0, **us}]}
+
+    rivals = fast_layer.Rivals(peer(default=30.0, tuned=20.0, shipped=None), peer(rival=15.0, moelab=16.5))
+    panel = fast_layer.over_floor(WHOLE, AT, rivals=rivals)
+    assert (cells_of(panel)["sglang", 1], cells_of(panel)["FlashInfer", 1]) == (2.0, 1.5)
+    assert ("classic", 64) not in cells_of(panel), "sglang was not timed there"
+    assert "fast 1.650, FlashInfer 1.500 over 1 cell, FlashInfer ahead in 1 by at most 10%" in panel.sentence
+    assert panel.figure.layout.title.subtitle.text.count("elsewhere") == 2
+
+
+def test_the_shipped_rivals_draw() -> None:
+    found = recordings.load("fast_layer")
+    panel = fast_layer.over_floor(found, AT, rivals=fast_layer.load_rivals())
+    whole(panel, found.source())
+    assert {name for name, _ in cells_of(panel)} == {"fast", "FlashInfer", "sglang", "classic", "grouped_mm"}
+    assert len(fast_layer.load_rivals().flashinfer["rows"]) == 40
 
 
 def test_a_shape_without_tuned_configs_alone_is_the_mean() -> None:
@@ -111,7 +134,7 @@ def test_routings_are_drawn_apart_and_level_is_said() -> None:
 
 def test_what_is_past_its_bound_is_not_drawn_over_the_floor() -> None:
     wrong = made(*WHOLE.rows[:2], row("a", 1, "grouped_mm", 9.0, within_bound=False))
-    assert {trace.name for trace in fast_layer.over_floor(wrong, AT).figure.data} == {"classic", "fast"}
+    assert {name for name, _ in cells_of(fast_layer.over_floor(wrong, AT))} == {"classic", "fast"}
 
 
 def test_runs_of_batch_sizes() -> None:
@@ -199,8 +222,8 @@ def test_a_cell_says_more_digits_where_two_would_hide_a_difference() -> None:
 def test_text_is_dark_on_light_and_white_on_dark() -> None:
     cells = {("a", 1): ratio_map.Cell(0.5, "", False), ("a", 4): ratio_map.Cell(2.0, "", False),
              ("a", 16): ratio_map.Cell(0.5, "", True)}  # fmt: skip
-    colors = [ratio_map._text_color(cell, ratio_map.span_of(cells), "#0072B2", "#009E73") for cell in cells.values()]
-    assert colors == ["#fff", "#222", "#222"]
+    colors = [ratio_map.colors_of(cell, ratio_map.span_of(cells), "#0072B2", "#E69F00") for cell in cells.values()]
+    assert [text for text, _ in colors] == ["#ffffff", "#222222", "#222222"]
 
 
 def test_colours_span_a_quarter_at_least_and_the_largest_ratio() -> None:

@@ -15,7 +15,7 @@ from moelab.plots.style import LOOKS
 from moelab.recordings import Recording
 from moelab.roofline import load_ceilings
 
-AT, SHEET = load_ceilings("NVIDIA_H200", "floors"), load_ceilings("NVIDIA_H200", "datasheet")
+AT = load_ceilings("NVIDIA_H200", "floors")
 SHAPE = "scout/tp4"
 WHOLE = made.layer_baseline()
 
@@ -29,8 +29,7 @@ def cell(batch: int = 1, **us: float) -> list[dict]:
 
 
 PANELS: dict[str, Callable[[Recording], Panel]] = {
-    "roof": lambda found: plots.roof(found, AT, SHEET),
-    "over_floor": lambda found: plots.over_floor(found, AT),
+    "implementations": lambda found: plots.implementations(found, AT),
     "fastest": plots.fastest,
     "eager": plots.eager_over_graph,
 }
@@ -63,7 +62,7 @@ def test_what_is_past_its_bound_never_wins() -> None:
     panel = plots.fastest(made_of(*cell(triton=50.0, gated=40.0), wrong))
     assert panel.table[0]["fastest"] == "gated" and panel.table[0]["faster, past its bound"] == "gated_atomic_out"
     assert panel.sentence.endswith("In 1 cell something faster is left out, its error past the bound.")
-    means = plots.over_floor(made_of(*cell(triton=50.0), wrong), AT).sentence
+    means = plots.implementations(made_of(*cell(triton=50.0), wrong), AT).sentence
     assert "gated_atomic_out" in means and "(past its bound in 1 cell)" in means
     assert plots.winners(made_of(wrong)) == []
 
@@ -72,7 +71,7 @@ def test_what_was_refused_is_said_and_wins_nothing() -> None:
     refused = {"shape": SHAPE, "num_tokens": 1, "impl": "tma", "within_bound": None, "refused": "ConfigError: no"}
     found = made_of(*cell(1, triton=50.0, tma=60.0)[:1], refused, *cell(4, triton=60.0, tma=50.0))
     assert [row["fastest"] for row in plots.winners(found)] == ["triton", "tma"]
-    assert "tma" in (said := plots.over_floor(found, AT).sentence) and "(refused in 1 cell)" in said
+    assert "tma" in (said := plots.implementations(found, AT).sentence) and "(refused in 1 cell)" in said
 
 
 def test_nothing_gained_is_said() -> None:
@@ -100,12 +99,11 @@ def test_cells_are_coloured_once() -> None:
 # --- over the floor and eagerly -----------------------------------------------------------------------------------
 
 
-def test_floor_and_roof_agree() -> None:
-    """Where memory is the limit, a layer at twice the floor reaches half of the roof it was computed with."""
+def test_a_layer_at_twice_the_floor_says_two() -> None:
     row = made.baseline_row(SHAPE, 1, "triton", 1.0)
     slow = made_of(*cell(triton=2 * row["bytes"] / AT.copy_bytes_per_s * 1e6))
-    assert plots.over_floor(slow, AT).table[0]["1"] == pytest.approx(2.0)
-    assert plots.roof(slow, AT, SHEET).table[0]["1"] == pytest.approx(0.5)
+    panel = plots.implementations(slow, AT)
+    assert panel.table[0]["1"] == pytest.approx(2.0) and list(panel.figure.data[-1].text) == ["2.00"]
 
 
 def test_eager_is_over_the_graph() -> None:
@@ -117,14 +115,11 @@ def test_eager_is_over_the_graph() -> None:
     assert "at batch 1 still 2.45 times" in plots.eager_over_graph(made_of(*rows[:2])).sentence
 
 
-def test_what_is_far_above_waits_in_the_legend() -> None:
-    panel = plots.over_floor(made_of(*cell(triton=40.0, gated=38.0, compiled=100.0)), AT)
-    drawn = {trace.name: trace.visible for trace in panel.figure.data}
-    assert drawn == {"triton": True, "gated": True, "compiled": "legendonly"}
-    assert panel.figure.layout.title.subtitle.text.endswith("far above: compiled")
-
-
-def test_hollow_is_past_the_bound() -> None:
-    rows = [*cell(1, gated=40.0), made.baseline_row(SHAPE, 4, "gated", 50.0, within_bound=False)]
-    (line,) = (t for t in plots.over_floor(made_of(*rows), AT).figure.data if t.name == "gated")
-    assert list(line.marker.symbol) == [LOOKS["gated"].symbol, LOOKS["gated"].symbol + "-open"]
+def test_the_map_marks_what_is_past_its_bound_or_lacks_a_shape() -> None:
+    rows = [*cell(1, gated=40.0, triton=50.0), {**cell(1, triton=50.0)[0], "shape": "another"},
+            made.baseline_row(SHAPE, 4, "gated", 50.0, within_bound=False)]  # fmt: skip
+    panel = plots.implementations(made_of(*rows), AT)
+    text = panel.figure.data[-1]
+    said = dict(zip(zip(text.y, text.x, strict=True), text.text, strict=True))
+    assert said["gated", "1"].endswith("*") and said["gated", "4"].endswith("†") and said["triton", "1"][-1].isdigit()
+    assert "past its error bound" in panel.figure.layout.title.subtitle.text

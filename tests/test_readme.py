@@ -1,4 +1,4 @@
-"""The README keeps its word: its code runs, its output is real, its figures are the recordings'."""
+"""The README and docs/figures.md keep their word: code runs, output is real, figures are the recordings'."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from moelab.plots import pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIGURES = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
 
 
 def blocks(kind: str, text: str = README) -> list[str]:
@@ -45,11 +46,17 @@ def test_console_output_is_real(command: str, output: str, capsys: pytest.Captur
     assert capsys.readouterr().out == output, "the README quotes another output: paste what the command prints"
 
 
+def test_readme_is_short() -> None:
+    assert len(README.encode()) < 10_000
+
+
 def test_figures_are_those_of_the_recordings() -> None:
     made = pictures.panels()
-    assert made, "no recording to draw"
-    message = "the README's figures are behind data/recordings or moelab/plots: run `make pictures`"
-    assert pictures.replaced(README, pictures.text(made)) == README, message
+    assert [*made] == [*pictures.HEADINGS] == [*pictures.ALT]
+    message = "the README's figure or docs/figures.md is behind data/recordings or moelab/plots: run `make pictures`"
+    assert pictures.replaced(README, pictures.short(made)) == README, message
+    assert pictures.text(made) == FIGURES, message
+    assert made[pictures.FIRST].sentence in README and made[pictures.FIRST].sentence in FIGURES
 
 
 def test_stale_figures_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,11 +81,16 @@ def test_readme_without_markers_is_refused() -> None:
         pictures.replaced("# moelab", "block")
 
 
-def test_pictures_and_links_are_there() -> None:
-    names = re.findall(r'<img src="([^"]+)"', README)
-    assert names and all((ROOT / name).read_bytes().startswith(b"\x89PNG") for name in names)
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert links and [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize(("folder", "text"), [("", README), ("docs", FIGURES)], ids=["README", "figures"])
+def test_pictures_and_links_are_there(folder: str, text: str) -> None:
+    names = re.findall(r'<img src="([^"]+)"', text)
+    assert names and all((ROOT / folder / name).read_bytes().startswith(b"\x89PNG") for name in names)
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert links and [link for link in links if not (ROOT / folder / link).exists()] == []
+    headings = {
+        re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    }
+    assert {*re.findall(r"\]\(#([^)]+)\)", text)} <= headings
 
 
 def test_commands_of_the_table_exist(capsys: pytest.CaptureFixture[str]) -> None:

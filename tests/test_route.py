@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import sampled
 
 from moelab import precision, runtime
 from moelab.errors import RoutingError, ShapeError
@@ -70,8 +71,11 @@ def judge(logits: torch.Tensor, top_k: int, rule: dict[str, Any], name: str) -> 
     precision.check(found.topk_weights, in_torch.topk_weights, exact.topk_weights, name=name)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3, 8])
-@pytest.mark.parametrize("name", [*ROUTERS, "60 experts", "one expert", "three groups"])
+@pytest.mark.parametrize(
+    ("name", "num_tokens"),
+    sampled([*ROUTERS, "60 experts", "one expert", "three groups"], [1, 3, 8], together=1),
+    ids=str,
+)
 def test_tiles_along_with_the_order(name: str, num_tokens: int) -> None:
     logits, top_k, rule = drawn(name, num_tokens, torch.float32)
     num_experts = logits.shape[1]
@@ -100,9 +104,9 @@ def test_tiles_need_a_result_and_one_program() -> None:
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 
 
-@DTYPES
-@pytest.mark.parametrize("num_tokens", [1, 3, 17])
-@pytest.mark.parametrize("name", [*ROUTERS, *ODD])
+@pytest.mark.parametrize(
+    ("name", "num_tokens", "dtype"), sampled([*ROUTERS, *ODD], [1, 3, 17], [torch.float16, torch.float32]), ids=str
+)
 def test_equals_torch(name: str, num_tokens: int, dtype: torch.dtype) -> None:
     judge(*drawn(name, num_tokens, dtype), name)
 

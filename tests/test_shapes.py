@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moelab import presets
 from moelab.errors import ConfigFileError, DtypeError, ShapeError, ShardError, UnknownModelError
 from moelab.presets import published_as
 from moelab.runtime import data_dir
@@ -337,6 +338,7 @@ def test_a_hugging_face_id_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(hub, "hf_hub_download", offline)
+    monkeypatch.setattr(presets, "_require_hub", lambda: None)
     with pytest.raises(UnknownModelError, match=r"Qwen/Qwen3-30B-A3.*no path here.*OSError.*Did you mean"):
         load_model("Qwen/Qwen3-30B-A3")
 

@@ -251,7 +251,7 @@ def test_explain_finds_the_kernels_own_file(tmp_path: Path, capsys) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("kernel", ["split_k_workspace", "gated_tma"])
+@pytest.mark.parametrize("kernel", [pytest.param("split_k_workspace", marks=pytest.mark.whole), "gated_tma"])
 def test_a_whole_run_in_float16(tmp_path: Path, kernel: str) -> None:
     """Compiled by real processes, checked by Triton's interpreter, timed by nobody: every config runs, the best is written."""
     shape = MoEShape("tiny", num_experts=4, top_k=2, hidden_size=128, moe_intermediate_size=64, dtype="float16")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,9 @@ import pytest
 from synthetic import small_problem, synthetic_landscape
 
 from moelab import cli, config_files, runtime
+from moelab.errors import ConfigFileError
 from moelab.tuner import journal, landscape, replay
+from moelab.tuner.results import TuneResult
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBLEM = small_problem((1, 64))
@@ -107,6 +111,79 @@ def test_an_interrupted_run_says_how_to_go_on(run, recorded: Path, tmp_path: Pat
     assert (tmp_path / "triton_3_6_0").is_dir()
 
 
+def go_on(err: str) -> list[str]:
+    """The arguments of the command that stderr names."""
+    command = next(line for line in err.splitlines() if "go on with: moelab " in line).partition("go on with: ")[2]
+    return shlex.split(command)[1:]
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt, OSError(28, "No space left on device"), ConfigFileError("not so")]
+)
+def test_what_comes_between_search_and_files_says_how_to_go_on(
+    run, recorded: Path, tmp_path: Path, monkeypatch, error: BaseException
+) -> None:
+    """And what goes on measures nothing, under the budget that held."""
+
+    def refused(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(TuneResult, "write", refused)
+    out = tmp_path / "a folder"
+    status, said, err = run("tune", "--replay", recorded, "--out", out, "--budget", "1.5h")
+    assert (status, said) == (130 if error is KeyboardInterrupt else 2, "") and "Traceback" not in err
+    command = go_on(err)
+    assert command[-2:] == ["--budget", "5400s"]
+    monkeypatch.undo()
+    lines = len(journal.read(command[2]).results)
+    status, said, _ = run(*command, "--json")
+    assert status == 0 and len(journal.read(command[2]).results) == lines > 0
+    assert all(Path(path).is_relative_to(out) for path in json.loads(said)["files"])
+
+
+def test_how_to_go_on_names_what_the_run_was_resumed_with(run, recorded: Path, tmp_path: Path, monkeypatch) -> None:
+    first = json.loads(run("tune", "--replay", recorded, "--out", tmp_path, "--budget", "1s", "--json")[1])["run"]
+    other = tmp_path / "other"
+    status, out, _ = run("tune", "--resume", first, "--out", other, "--budget", "2s")
+    told = next(line for line in out.splitlines() if "would do: " in line).partition("would do: ")[2]
+    assert status == 0 and shlex.split(told)[:6] == ["moelab", "tune", "--resume", first, "--out", str(other)]
+    monkeypatch.setattr(TuneResult, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    _, _, err = run("tune", "--resume", first, "--out", other, "--budget", "2s", "--json")
+    assert go_on(err) == ["tune", "--resume", first, "--out", str(other), "--json", "--budget", "2s"]
+    _, _, err = run("tune", "--resume", first)
+    assert go_on(err) == ["tune", "--resume", first, "--budget", "2s"], "the last one holds, and is named"
+    _, _, err = run("tune", "--resume", first, "--budget", "none")
+    assert go_on(err) == ["tune", "--resume", first]
+    assert go_on(run("tune", "--resume", first)[2]) == ["tune", "--resume", first]
+
+
+def test_two_runs_in_one_second(run, recorded: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(time, "strftime", lambda *_: "20260101-000000")
+    answers = [run("tune", "--replay", recorded, "--out", tmp_path, "--budget", "1s", "--json") for _ in range(2)]
+    assert [status for status, *_ in answers] == [0, 0], answers[1][2]
+    assert len({json.loads(out)["run"] for _, out, _ in answers}) == 2 == len(list(tmp_path.glob("runs/*.jsonl")))
+
+
+@pytest.mark.parametrize("how", ["journal", "folder"])
+def test_what_is_removed_under_a_run_is_no_success(run, recorded: Path, tmp_path: Path, monkeypatch, how: str) -> None:
+    out, real, answered = tmp_path / "tuned", replay.ReplayEvaluator.run, []
+
+    def removing(self, requests):
+        for result in real(self, requests):
+            answered.append(result)
+            if len(answered) == 12:
+                shutil.rmtree(out) if how == "folder" else next(out.glob("runs/*.jsonl")).unlink()
+            yield result
+
+    monkeypatch.setattr(replay.ReplayEvaluator, "run", removing)
+    status, said, err = run("tune", "--replay", recorded, "--out", out)
+    assert (status, said) == (2, "") and "removed while the run went on" in err and "Traceback" not in err
+    kept = Path(err.rpartition("--resume ")[2].strip().removesuffix("."))
+    assert len(journal.read(kept).results) == 11
+    monkeypatch.undo()
+    assert run("tune", "--resume", kept)[0] == 0
+
+
 def test_ctrl_c_in_a_process_of_its_own(recorded: Path, tmp_path: Path) -> None:
     script = (
         "import sys, time; from moelab.tuner import replay; real = replay.ReplayEvaluator.run\n"
@@ -136,6 +213,8 @@ def test_ctrl_c_in_a_process_of_its_own(recorded: Path, tmp_path: Path) -> None:
         (["tune", "--replay", "{}", "--batch-size", "0"], ["--batch-size"]),
         (["tune", "--replay", "{}", "--budget", "soon"], ["'soon'", "5m"]),
         (["tune", "--replay", "{}", "--budget", "0"], ["'0'"]),
+        (["tune", "--replay", "{}", "--budget", "9" * 400], ["'999", "no time"]),
+        (["tune", "--replay", "{}", "--budget", "٣m"], ["no time"]),
         (["tune", "--replay", "{}", "--model", "mixtral-8x7b"], ["sizes", "landscape"]),
         (["tune", "--replay", "{}", "--freeze", "a.parquet"], ["--freeze", "replay"]),
         (["tune", "--replay", "{}", "--dtype", "fp8_w8a8", "--model", "mixtral-8x7b"], ["fp8_w8a8"]),
@@ -147,7 +226,7 @@ def test_ctrl_c_in_a_process_of_its_own(recorded: Path, tmp_path: Path) -> None:
         (["tune", "--resume", "a.jsonl", "--strategy", "grid", "--replay", "{}"], ["--strategy, --replay", "journal"]),
         (["tune", "--replay", "{}", "--out", __file__], ["--out", "is a file"]),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+    ids=lambda value: " ".join(value)[:80] if isinstance(value, list) else None,
 )
 def test_bad_use_is_status_2_and_says_why(run, recorded: Path, arguments: list[str], words: list[str]) -> None:
     status, out, err = run(*(argument.format(recorded) for argument in arguments))

@@ -56,22 +56,21 @@ def known(cache: Path) -> dict[Kernel, Compiled]:
 
 # In a process of its own: Triton compiles there, and does not interpret.
 COMPILES = """
-import json
+import json, sys
 from dataclasses import asdict, replace
 from test_tuner_compile import COMPATIBLE, PROBLEM, both
 from moelab.tuner.compile import TritonCompiler
-from moelab.tuner.tuned_kernels import TUNED
 
-made = {name: TritonCompiler(replace(PROBLEM, kernel=name)) for name in TUNED if name != COMPATIBLE}
+made = {name: TritonCompiler(replace(PROBLEM, kernel=name)) for name in sys.argv[1:] if name != COMPATIBLE}
 print(json.dumps({name: [asdict(compiler(kernel)) for kernel in both(name)] for name, compiler in made.items()}))
 """
 
 
-def in_a_compiler(code: str, cache: Path) -> dict:
+def in_a_compiler(code: str, cache: Path, *kernels: str) -> dict:
     """What a program prints, as JSON, in a process whose Triton compiles into that cache."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(cache)}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", code, *kernels], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
@@ -89,7 +88,7 @@ from moelab.kernels.launch import Launcher
 from moelab.routing import max_padded_pairs
 from moelab.tuner import rig
 from moelab.tuner.compile import TritonCompiler
-from moelab.tuner.tuned_kernels import TUNED, implementation_of
+from moelab.tuner.tuned_kernels import implementation_of
 
 TritonCompiler(PROBLEM)
 found = []
@@ -106,7 +105,7 @@ def unsorted(ids, block, experts):
     return align._allocate(max_padded_pairs(ids.numel(), block, experts), block, ids.numel(), experts, ids.device)
 rig.align = unsorted
 entries = {}
-for name in TUNED:
+for name in sys.argv[1:]:
     made = rig.Rig(replace(PROBLEM, kernel=name, split_k=implementation_of(name).split_k))
     for i, (_, config) in enumerate(both(name)[::2]):
         for b in PROBLEM.batch_sizes:
@@ -117,9 +116,14 @@ print(json.dumps(entries))
 """
 
 
-def test_a_launch_finds_what_was_compiled_ahead(known: dict[Kernel, Compiled], cache: Path) -> None:
+@pytest.mark.parametrize(
+    "kernels", [(COMPATIBLE, "split_k_workspace", "gated_tma"), pytest.param(tuple(TUNED), marks=pytest.mark.whole)]
+)
+def test_a_launch_finds_what_was_compiled_ahead(
+    known: dict[Kernel, Compiled], cache: Path, kernels: tuple[str, ...]
+) -> None:
     """The same cache entry, of every kernel, for both GEMMs, at every batch size: nothing is compiled where it is measured."""
-    others = in_a_compiler(COMPILES, cache)
+    others = in_a_compiler(COMPILES, cache, *kernels)
     made = {name: [Compiled(**one) for one in ones] for name, ones in others.items()}
     made[COMPATIBLE] = [known[kernel] for kernel in both(COMPATIBLE)]
     every = [one for ones in made.values() for one in ones]
@@ -127,8 +131,8 @@ def test_a_launch_finds_what_was_compiled_ahead(known: dict[Kernel, Compiled], c
     assert all(one.seconds > 0 and one.shared_bytes > 0 for one in every)
     assert len({one.entry for one in every}) == len(every) <= len(list(cache.iterdir()))
     before = sorted(cache.iterdir())
-    entries = in_a_compiler(LAUNCHES, cache)
-    for name, i, b in product(TUNED, range(len(GOOD)), PROBLEM.batch_sizes):
+    entries = in_a_compiler(LAUNCHES, cache, *kernels)
+    for name, i, b in product(kernels, range(len(GOOD)), PROBLEM.batch_sizes):
         found, up, down = entries[f"{name} {i} {b}"], *(one.entry for one in made[name][2 * i : 2 * i + 2])
         assert found[0] == up and down in found[1:], (name, i, b)
     assert sorted(cache.iterdir()) == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -241,3 +242,95 @@ def test_a_full_disk_leaves_a_readable_run(tmp_path: Path) -> None:
     journal.close()
     assert len(read(path).results) == len(kept.results) + 1
     json.loads(path.read_text().splitlines()[-1])
+
+
+def begun(path: Path) -> Journal:
+    journal = Journal.create(path, HEADER)
+    journal.append(result(1))
+    return journal
+
+
+@pytest.mark.parametrize("how", ["removed", "folder", "folders", "replaced", "moved"])
+def test_a_journal_that_is_gone_ends_the_run_and_is_kept_elsewhere(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "tuned" / "runs" / "run.jsonl"
+    journal = begun(path)
+    whole = path.read_bytes()
+    if how == "removed":
+        path.unlink()
+    elif how == "moved":
+        path.rename(path.with_name("other.jsonl"))
+    elif how == "replaced":
+        path.with_name("new").write_text("{}\n")
+        path.with_name("new").replace(path)
+    else:
+        shutil.rmtree(path.parent if how == "folder" else path.parent.parent)
+    with pytest.raises(JournalError, match="replaced by another" if how == "replaced" else "was removed") as caught:
+        journal.append(result(2))
+    journal.close()
+    kept = Path(str(caught.value).rpartition("--resume ")[2].removesuffix("."))
+    assert tmp_path in kept.parents and kept.read_bytes() == whole
+    again = Journal.resume(kept)
+    again.append(result(2))
+    again.close()
+    assert len(read(kept).results) == 2
+    assert how != "replaced" or path.read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("how", ["emptied", "shortened", "written to"])
+def test_a_journal_that_another_program_wrote_to_ends_the_run(tmp_path: Path, how: str) -> None:
+    """To write on where it ended would leave a hole, or a line amid another one."""
+    path = tmp_path / "run.jsonl"
+    journal = begun(path)
+    whole = path.read_bytes()
+    changed = {"emptied": b"", "shortened": whole[:-7], "written to": whole + b"# looked at\n"}[how]
+    with path.open("r+b") as file:
+        file.truncate(0)
+        file.write(changed)
+    for call in (lambda: journal.append(result(2)), lambda: journal.note("finished")):
+        with pytest.raises(JournalError, match="another program"):
+            call()
+    journal.close()
+    assert path.read_bytes() == changed
+
+
+def test_a_disk_that_refuses_at_the_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some disks say that they are full only when they are asked to hold what they took."""
+    journal = begun(tmp_path / "run.jsonl")
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(JournalError, match="full"):
+        journal.close()
+    journal.close()
+
+
+def test_a_disk_that_takes_a_part_and_then_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even that what it took be cut off again: the line stays torn, as after a kill."""
+    path = tmp_path / "run.jsonl"
+    journal, real = begun(path), os.pwrite
+    end = path.stat().st_size
+
+    def failing(handle: int, data: bytes, offset: int) -> int:
+        if offset > end:
+            raise OSError(5, "Input/output error")
+        return real(handle, data[:9], offset)
+
+    def refused(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pwrite", failing)
+    monkeypatch.setattr(os, "ftruncate", refused)
+    with pytest.raises(JournalError, match="Input/output"):
+        journal.append(result(2))
+    monkeypatch.undo()
+    journal.close()
+    assert path.stat().st_size == end + 9 and len(read(path).results) == 1
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "run.jsonl", tmp_path / "file" / "runs" / "run.jsonl", tmp_path):
+        with pytest.raises(JournalError, match="Cannot begin"):
+            Journal.create(path, HEADER)

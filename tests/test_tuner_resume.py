@@ -19,6 +19,7 @@ from moelab.tuner.board import Board
 from moelab.tuner.evaluate import Outcome, Request, Result
 from moelab.tuner.journal import read
 from moelab.tuner.known import Known
+from moelab.tuner.problem import Problem
 from moelab.tuner.replay import ReplayEvaluator, Table
 from moelab.tuner.results import TuneResult
 from moelab.tuner.search import Settings
@@ -140,26 +141,36 @@ def test_what_ctrl_c_cut_goes_on_without_repeats(tmp_path: Path, strategy: str, 
         assert ended is None and again(path)["new"] and not again(path)["joined"]
 
 
-@pytest.mark.whole
-@pytest.mark.parametrize("strategy", PHASES)
-@pytest.mark.parametrize("name", ["qwen3-30b-a3b-tp1-NVIDIA_H200", "llama-4-scout-tp4-NVIDIA_H200"])
-def test_nothing_is_repeated_on_a_shipped_landscape(tmp_path: Path, name: str, strategy: str) -> None:
+@functools.cache
+def recorded(name: str) -> tuple[Table, Problem]:
     found = shipped(name)
-    table, path = Table(found), tmp_path / "run.jsonl"
-    problem = dataclasses.replace(found.problem, batch_sizes=found.problem.batch_sizes[::6])
-    whole = TuneSession(problem, ReplayEvaluator(table, problem), strategy=strategy).run()
-    for step, phase in enumerate(PHASES[strategy]):
-        if phase not in FINALS:
-            budget = budget_for(whole, phase, 0.5)
-            for larger in (None, 2 * budget, math.inf):
-                assert cut_run(path, table, problem, strategy, budget_s=budget).coverage.cut
-                taken_up(path, table, larger)
-                assert not again(path)["again"], (phase, larger)
-        budget = budget_for(whole, PHASES[strategy][0], 0.7)
-        for first, second in ((None, None), (budget, None), (budget, 3 * budget)):
-            cut_run(path, table, problem, strategy, budget_s=first, interrupt=(step, 0.5))
-            taken_up(path, table, second)
-            assert not again(path)["again"], (phase, first, second)
+    return Table(found), dataclasses.replace(found.problem, batch_sizes=found.problem.batch_sizes[::6])
+
+
+@functools.cache
+def recorded_free(name: str, strategy: str) -> TuneResult:
+    table, problem = recorded(name)
+    return TuneSession(problem, ReplayEvaluator(table, problem), strategy=strategy).run()
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(("strategy", "phase"), [step.values for step in STEPS])
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b-tp1-NVIDIA_H200", "llama-4-scout-tp4-NVIDIA_H200"])
+def test_nothing_is_repeated_on_a_shipped_landscape(tmp_path: Path, name: str, strategy: str, phase: str) -> None:
+    (table, problem), whole, path = recorded(name), recorded_free(name, strategy), tmp_path / "run.jsonl"
+    if phase not in FINALS:
+        budget = budget_for(whole, phase, 0.5)
+        for larger in (None, 2 * budget, math.inf):
+            assert cut_run(path, table, problem, strategy, budget_s=budget).coverage.cut
+            taken_up(path, table, larger)
+            assert not again(path)["again"], larger
+            taken_up(path, table)
+            assert not again(path), larger
+    budget, step = budget_for(whole, PHASES[strategy][0], 0.7), PHASES[strategy].index(phase)
+    for first, second in ((None, None), (budget, None), (budget, 3 * budget)):
+        cut_run(path, table, problem, strategy, budget_s=first, interrupt=(step, 0.5))
+        taken_up(path, table, second)
+        assert not again(path)["again"], (first, second)
 
 
 def test_programs_that_are_equal_are_not_measured_twice(tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ import itertools
 import json
 import os
 import random
+import resource
 import signal
 import time
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import hypothesis
@@ -48,6 +49,8 @@ def rows(path: Path) -> Counter[str]:
 
 
 UNDISTURBED: dict[str, tuple[list[dict], set[str]]] = {}
+SIZES: dict[str, int] = {}
+"""Bytes of the journals of those runs."""
 
 
 def undisturbed(tmp: Path, strategy: str = "race") -> tuple[list[dict], set[str]]:
@@ -55,7 +58,7 @@ def undisturbed(tmp: Path, strategy: str = "race") -> tuple[list[dict], set[str]
     if strategy not in UNDISTURBED:
         path = tmp / f"undisturbed-{strategy}.jsonl"
         result = session(path, strategy, settings=CHUNKS).run()
-        UNDISTURBED[strategy] = result.rows(), set(rows(path))
+        UNDISTURBED[strategy], SIZES[strategy] = (result.rows(), set(rows(path))), path.stat().st_size
     return UNDISTURBED[strategy]
 
 
@@ -215,42 +218,96 @@ def test_a_budget_ends_the_search_but_not_the_finals(tmp_path: Path) -> None:
 # --- kill -9 -----------------------------------------------------------------------------------------------------------
 
 
-def killed_after(seconds: float, path: Path) -> bool:
-    """Start a run in a child, or take it up there, and kill -9 it after a while; whether it was still running."""
+def in_a_child(run: Callable[[], object]) -> int:
+    """Start that in a process of its own; its id."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            slow = Slow(0.002)
-            if path.exists() and b"\n" in path.read_bytes():
-                TuneSession.resume(path, lambda _: slow).run()
-            else:
-                session(path, evaluator=slow, settings=CHUNKS).run()
+            run()
             status = 0
+        except JournalError as error:
+            status = 3 if "the disk is full" in str(error) and "--resume" in str(error) else 4
         finally:
             os._exit(status)
-    time.sleep(seconds)
+    return child
+
+
+def ended(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def has_begun(path: Path) -> bool:
+    return path.exists() and b"\n" in path.read_bytes()
+
+
+def begun_or_taken_up(path: Path, by: ReplayEvaluator) -> TuneSession:
+    if has_begun(path):
+        return TuneSession.resume(path, lambda _: by)
+    return session(path, evaluator=by, settings=CHUNKS)
+
+
+def killed_at(share: float, delay_s: float, path: Path, size: int) -> bool:
+    """Start a run in a child, or take it up there, and kill -9 it a moment after its journal has that share of its whole
+    size; whether it was still running."""
+    child = in_a_child(lambda: begun_or_taken_up(path, Slow(0.002)).run())
+    status = None
+    while status is None and (not path.exists() or path.stat().st_size < share * size):
+        time.sleep(0.0005)
+        status = child if os.waitpid(child, os.WNOHANG)[0] else None
+    if status is not None:
+        return False
+    time.sleep(delay_s)
     os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    return ended(child) == -signal.SIGKILL
 
 
-def test_kill_9_at_20_random_moments(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moments", [4, pytest.param(100, marks=pytest.mark.whole)])
+def test_kill_9_at_random_moments(tmp_path: Path, moments: int) -> None:
     """Each moment: killed, taken up, killed again perhaps, and finished: the winners and rows of an undisturbed run."""
     winners, requests = undisturbed(tmp_path)
-    draws, interrupted = random.Random(0), 0
-    for trial in range(20):
+    draws, kills, trial = random.Random(0), 0, 0
+    while kills < moments:
         path = tmp_path / f"run-{trial}.jsonl"
-        kills = 0
-        while kills < 1 + trial % 2 and killed_after(draws.uniform(0.005, 0.12), path):
-            kills += 1
-        interrupted += kills
-        if path.exists() and b"\n" in path.read_bytes():
-            result = TuneSession.resume(path, evaluator).run()
-        else:
-            result = session(path, settings=CHUNKS).run()
-        assert result.rows() == winners, f"after {kills} kills of {path}"
+        for share in sorted(draws.uniform(0, 1) for _ in range(1 + trial % 2)):
+            before = path.read_bytes()[: path.read_bytes().rfind(b"\n") + 1] if path.exists() else b""
+            kills += killed_at(share, draws.uniform(0, 0.004), path, SIZES["race"])
+            assert path.read_bytes().startswith(before), "what was whole before stays"
+        result = begun_or_taken_up(path, evaluator()).run()
+        assert result.rows() == winners, f"trial {trial}"
         assert set(rows(path)) == requests and max(rows(path).values()) == 1
-    assert interrupted >= 20
+        trial += 1
+        assert trial < 3 * moments, "most moments have to hit a run under way"
+
+
+# --- a disk that is full -----------------------------------------------------------------------------------------------
+
+
+def under_a_limit(size: int, path: Path) -> int:
+    """Run, or go on, in a child whose files may have that size; its exit status."""
+
+    def run() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        begun_or_taken_up(path, evaluator()).run()
+
+    return ended(in_a_child(run))
+
+
+@pytest.mark.parametrize(
+    "share", [pytest.param(i / 12, marks=[] if i in (0, 5, 12) else pytest.mark.whole) for i in range(13)]
+)
+def test_a_full_disk_loses_nothing(tmp_path: Path, share: float) -> None:
+    """Wherever it fills up, twice: the journal is whole, it is said, and with room the winners are the same."""
+    winners, requests = undisturbed(tmp_path)
+    size = SIZES["race"]
+    path, limit = tmp_path / "run.jsonl", max(10, round(share * size) - 10)
+    for room in (limit, min(limit + 3000, size - 1)):
+        assert under_a_limit(room, path) == 3
+        assert path.stat().st_size <= room
+        if has_begun(path):
+            assert read(path).whole_bytes == path.stat().st_size
+    assert begun_or_taken_up(path, evaluator()).run().rows() == winners
+    assert set(rows(path)) == requests and max(rows(path).values()) == 1
 
 
 @hypothesis.given(st.sampled_from(["race", "grid", "random"]), st.floats(0, 1))
@@ -278,24 +335,6 @@ def test_two_tuners_on_one_file(tmp_path: Path) -> None:
     assert first.run().complete
     with pytest.raises(JournalError, match="already"):
         session(path)
-
-
-def test_a_full_disk_ends_the_run_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    winners, requests = undisturbed(tmp_path)
-    path, space, real = tmp_path / "run.jsonl", 40_000, os.pwrite
-
-    def little_room(handle: int, data: bytes, offset: int) -> int:
-        if offset >= space:
-            raise OSError(28, "No space left on device")
-        return real(handle, data[: space - offset], offset)
-
-    monkeypatch.setattr(os, "pwrite", little_room)
-    with pytest.raises(JournalError, match="full"):
-        session(path, settings=CHUNKS).run()
-    kept = read(path)
-    assert 0 < len(kept.results) < len(requests) and path.stat().st_size == kept.whole_bytes
-    monkeypatch.undo()
-    assert TuneSession.resume(path, evaluator).run().rows() == winners
 
 
 def test_a_journal_of_something_else_is_refused(tmp_path: Path) -> None:

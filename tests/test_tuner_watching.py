@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from moelab.tuner.progress import Progress
 from moelab.tuner.replay import ReplayEvaluator
 from moelab.tuner.runs import find_runs
 from moelab.tuner.session import TuneSession
-from moelab.tuner.snapshot import Snapshot, snapshot
+from moelab.tuner.snapshot import Snapshot, Standing, best_until, snapshot, standing
+from moelab.tuner.watching import common_sizes, watch
 
 PROBLEM = small_problem((1, 64))
 LANDSCAPE = synthetic_landscape(PROBLEM)
@@ -124,3 +126,61 @@ def test_a_paced_replay_answers_as_a_plain_one(finished: TuneSession, monkeypatc
         assert result.batches == finished.result().batches
         assert max(waited) <= 0.5
     assert sum(waited) == pytest.approx(paced.clock_s() / 20.0, rel=1e-6)
+
+
+# --- watching a run of another process --------------------------------------------------------------------------------
+
+
+def test_a_journal_is_watched_and_not_touched(tmp_path: Path) -> None:
+    """While it is written, torn, and once it has ended; who watches takes no lock and leaves every byte."""
+    path, seen = tmp_path / "run.jsonl", []
+
+    def look(progress: Progress) -> None:
+        if progress.phase not in [each.phase for each in seen]:
+            seen.append(watch(path, 64))
+
+    a_session(path, on_progress=look).run()
+    assert [each.state for each in seen] == ["under way"] * len(seen) and len(seen) >= 3
+    assert [each.samples for each in seen] == sorted(each.samples for each in seen)
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    ended = watch(path, 64)
+    assert (ended.state, ended.phase, ended.strategy, ended.kind) == ("finished", "layers", "random", "replay")
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+    path.write_bytes(before[0][: len(before[0]) // 2])
+    os.utime(path)
+    half = watch(path, 64)
+    assert half.state == "under way" and half.samples < ended.samples
+    assert watch(path, 7).num_tokens == 64, "a batch size that it does not have"
+
+
+def test_a_run_without_a_line_for_long_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.jsonl"
+    session = a_session(path, on_progress=lambda progress: session.stop())
+    session.run()
+    assert watch(path).state == "under way"
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 1000)
+    assert watch(path).state == "silent"
+
+
+def test_the_best_so_far_never_gets_worse(finished: TuneSession) -> None:
+    """A pair that a few lucky samples put first, and that more samples take back, was never the best."""
+    board = finished.board
+    now = standing(board, 64)
+    ups = board.ranked("up", 64, 20)
+    worse = next(
+        (board.configs["up"][i], now.pair[1])
+        for i in ups[1:]
+        if board.configs["up"][i].BLOCK_SIZE_M == now.pair[1].BLOCK_SIZE_M
+    )
+    lucky = Standing(0.5 * now.best_us, 0.4 * now.best_us, 0.6 * now.best_us, worse, ())
+    nothing = Standing(math.inf, math.inf, math.inf, None, ())
+    curve = best_until([(0.0, nothing), (1.0, lucky), (2.0, now), (3.0, lucky)], board, 64)
+    assert [seconds for seconds, _ in curve] == [1.0, 2.0, 3.0]
+    values = [each.best_us for _, each in curve]
+    assert values == sorted(values, reverse=True) and values[-1] == now.best_us and values[0] > now.best_us
+    assert curve[-1][1].pair == now.pair
+
+
+def test_what_two_runs_have_in_common() -> None:
+    assert common_sizes([small_problem((1, 16, 64)), small_problem((16, 64, 256))]) == (16, 64)

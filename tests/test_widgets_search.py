@@ -21,6 +21,7 @@ from moelab.plots import tuning as plots_tuning
 from moelab.plots.strategy_race import run_all
 from moelab.roofline import load_ceilings
 from moelab.tuner.finals import Finals
+from moelab.tuner.paced import PacedReplay
 from moelab.tuner.replay import ReplayEvaluator
 from moelab.tuner.session import TuneSession
 from moelab.tuner.survey import Survey
@@ -302,6 +303,55 @@ def test_a_drawing_function_that_breaks_under_way_is_raised_by_wait(
     with pytest.raises(RuntimeError, match="drawing function is broken"):
         tuner.wait(60)
     assert tuner.session.progress().state == "finished", "the run itself went on"
+
+
+# --- watching -----------------------------------------------------------------------------------------------------
+
+
+def a_run(path: Path, problem=PROBLEM, strategy: str = "random", **given) -> None:
+    TuneSession(problem, ReplayEvaluator(LANDSCAPE, problem), strategy=strategy, run=path, **given).run()
+
+
+def test_runs_of_another_process_side_by_side(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    watcher = widgets.RunWatcher(folder)
+    assert "There is no folder" in said(watcher.place) and "no run here yet" in text(watcher)
+    a_run(folder / "one.jsonl")
+    controls(watcher)["Look again"].click()
+    assert said(watcher.place) == "" and "one is finished" in text(watcher) and watcher.batch.value == 1
+    few = dataclasses.replace(PROBLEM, batch_sizes=(16, 64))
+    a_run(folder / "two.jsonl", few, "grid")
+    watcher.look_again()
+    assert watcher.watched.value.stem == "one", "what is watched stays"
+    watcher.beside.value = folder / "two.jsonl"
+    assert list(watcher.batch.options) == [("16", 16), ("64", 64)] and "one is finished. two is finished." in text(
+        watcher
+    )
+    assert "Batch 16: best so far" in text(watcher) and " against " in text(watcher)
+    watcher.batch.value = 64
+    assert "Batch 64: best so far" in text(watcher)
+    (folder / "two.jsonl").write_text("{}\n")
+    watcher.draw()
+    assert "is not a run's header" in said(watcher)
+    watcher.folder.value = str(tmp_path / "nowhere")
+    assert "There is no folder" in said(watcher.place)
+
+
+def test_a_watcher_follows_a_run_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moelab.widgets.run_watcher.FOLLOW_EVERY_S", 0.02)
+    path = tmp_path / "run.jsonl"
+    session = TuneSession(
+        PROBLEM, PacedReplay(LANDSCAPE, PROBLEM, speed=1.0), strategy="random", run=path, on_progress=lambda p: None
+    )
+    session.start()
+    until(lambda: session.progress().done > 0)
+    watcher = widgets.RunWatcher(tmp_path)
+    assert "under way" in text(watcher)
+    watcher.follow.value = True
+    session.evaluator.speed = math.inf
+    session.wait(60)
+    until(lambda: "run is finished" in text(watcher))
+    until(lambda: watcher.follow.value is False)
 
 
 # --- winner and export --------------------------------------------------------------------------------------------

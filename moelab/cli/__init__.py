@@ -8,7 +8,6 @@ to stdout, everything else to stderr. Heavy packages (torch, triton) are importe
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moelab.cli import asking, config_commands, csv_file, printing, record_command, tune_command
+from moelab.cli import asking, config_commands, csv_file, options, printing, record_command, terminal, tune_command
 from moelab.errors import DeviceError, MoelabError, RuntimeModeError
 
 if TYPE_CHECKING:
@@ -32,6 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+HEAVY = ("torch", "triton", "numpy", "pandas", "plotly", "pyarrow")
+"""What `make cli` leaves out."""
 
 Model = Annotated[str, typer.Option("--model", help="A preset, a Hugging Face id, or the path of a config.json.")]
 TpSize = Annotated[int, typer.Option("--tp-size", "--tp", min=1, help="Ranks that share the layer.")]
@@ -51,13 +53,30 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; an error that moelab raises on purpose, or the system, is one
     paragraph."""
+    with terminal.plain_streams():
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> int:
     try:
-        app(args=argv, prog_name="moelab")
+        options.refuse_empty(argv)
+        try:
+            app(args=argv, prog_name="moelab")
+        finally:
+            sys.stdout.flush()  # a full disk is told by an exit status, as all else is
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         print("moelab: interrupted", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        if error.name not in HEAVY:
+            raise
+        print(
+            f"moelab: this command needs the package {error.name}, which is not installed here. Expected the whole environment. "
+            "Set it up: `make setup`, then .venv/bin/moelab.", file=sys.stderr,
+        )  # fmt: skip
+        return 2
     except (MoelabError, OSError) as error:
         print(f"moelab: {error if isinstance(error, MoelabError) else printing.refused(error)}", file=sys.stderr)
         return 2
@@ -70,13 +89,6 @@ def _version(asked: bool) -> None:
 
         print(f"moelab {__version__}")
         raise typer.Exit
-
-
-def _full_version(version: str | None) -> str | None:
-    """Folders are named by three numbers: "3.6" would silently match none of them."""
-    if version is not None and not re.match(r"\d+\.\d+\.\d+", version):
-        raise typer.BadParameter(f"{version!r} is not a whole version. Expected three numbers, such as 3.6.0.")
-    return version
 
 
 @app.callback()
@@ -148,7 +160,9 @@ def shape(
 @app.command()
 def explain(
     model: Model,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Tokens in the batch.")],
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, max=options.MOST_TOKENS, help="Tokens in the batch.")
+    ],
     tp_size: TpSize = 1,
     ep_size: EpSize = 1,
     dtype: Dtype = None,
@@ -156,7 +170,7 @@ def explain(
     device: Device = None,
     triton_version: Annotated[
         str | None,
-        typer.Option("--triton-version", callback=_full_version, help="As 3.6.0; default: the installed one."),
+        typer.Option("--triton-version", callback=options.whole_version, help="As 3.6.0; default: the installed one."),
     ] = None,
     rules: Rules = "moelab",
     config_dir: Annotated[
@@ -232,7 +246,8 @@ def bench(
         list[str] | None, typer.Option("--impl", help="An implementation of fused_moe; repeat. Default: all.")
     ] = None,
     batch_size: Annotated[
-        list[int] | None, typer.Option("--batch-size", min=1, help="Tokens; repeat. Default: 1, 16, 256.")
+        list[int] | None,
+        typer.Option("--batch-size", min=1, max=options.MOST_TOKENS, help="Tokens; repeat. Default: 1, 16, 256."),
     ] = None,
     routing: Annotated[
         str, typer.Option("--routing", help="How popular experts are: uniform, zipf or dirichlet.")
@@ -301,7 +316,8 @@ def _installed_triton() -> str:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         raise RuntimeModeError(
-            "Triton is not installed here. Expected the version whose configs to look for. Pass --triton-version 3.6.0."
+            "Triton is not installed here. Expected the version whose configs to look for: the server's. Pass it, as in "
+            "--triton-version 3.6.0; in the server's environment: python -c 'import triton; print(triton.__version__)'."
         ) from None
 
 

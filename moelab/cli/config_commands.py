@@ -6,13 +6,14 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moelab.cli import printing
+from moelab.cli import options, printing
 from moelab.errors import ConfigFileError, MoelabError, counted, nearest_names
 
 if TYPE_CHECKING:
@@ -88,14 +89,13 @@ def tune_options(model: str, tp_size: int, ep_size: int, dtype: str | None, disa
 
 def require_tree(asked: Question, device: str, version: str, down: bool, folder: Path | None) -> None:
     """Raise ConfigFileError where a peer's loader has no folder to search here, with what its package would have."""
-    from moelab.config_files import get_rules, ships
+    from moelab.config_files import elsewhere, get_rules
     from moelab.config_files.places import folders
 
     try:
         folders(get_rules(asked.rules), folder)
     except ConfigFileError as error:
-        known = ships(asked, device, triton_version=version, down=down) if asked.rules == "sglang" else ""
-        raise ConfigFileError(f"{error}{known}") from None
+        raise ConfigFileError(f"{error}{elsewhere(asked, device, triton_version=version, down=down)}") from None
 
 
 def print_missed(found: Mapping[str, Sequence[str]]) -> None:
@@ -123,7 +123,12 @@ def export(
         ),
     ],
     triton_version: Annotated[
-        str | None, typer.Option("--triton-version", help="As 3.6.0; default: what the folder's name or the file says.")
+        str | None,
+        typer.Option(
+            "--triton-version",
+            callback=options.whole_version,
+            help="As 3.6.0; default: what the folder's name or the file says.",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
     shipped: Annotated[
@@ -138,28 +143,37 @@ def export(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write configs in a loader's naming and format, find each again through that loader's rules, and say how to serve them."""
+    """Write configs in a loader's naming and format, find each again through that loader's rules, and say how to serve them. The
+    up and the down file of a pair are written both or not at all."""
     from moelab import config_files
 
     if shipped is not None:
         config_files.own_tree(shipped, rules)  # refused before anything is written
     done: list[Exported] = []
+    skipped: dict[str, list[str]] = {}
+    pairs: dict[object, list[Source]] = {}
     try:
         for item in config_files.sources(source):
             reason = config_files.left_out(item.name, rules)
             if reason and source.is_dir():  # a single file is refused with an error
-                print(f"moelab: left out {item.origin}: {reason}", file=sys.stderr)
+                skipped.setdefault(reason, []).append(item.origin.name)
                 continue
             if item.lost:
                 keys = ", ".join(dict.fromkeys(key for left in item.lost.values() for key in left))
                 count = f"{len(item.lost)} of {counted(len(item.configs), 'batch size')}"
                 print(f"moelab: left out {keys} at {count} of {item.origin}: it is not written again", file=sys.stderr)
             _doubt(item, rules)
-            done.append(_export_one(item, rules, out, triton_version, overwrite))
-    except MoelabError:
+            pair = replace(item.name, down=False), item.triton_version, item.origin.parent
+            pairs.setdefault(pair, []).append(item)
+        for items in pairs.values():
+            done += _export_pair(items, rules, out, triton_version, overwrite)
+    except (MoelabError, OSError):
         for written in done:
             print(f"moelab: wrote {written.path} before the error below", file=sys.stderr)
         raise
+    for reason, files in skipped.items():
+        more = f" and {len(files) - 1} more" * (len(files) > 1)
+        print(f"moelab: left out {counted(len(files), 'file')}, {files[0]}{more}: {reason}", file=sys.stderr)
     if not done:
         raise ConfigFileError(
             f"Nothing of {source} could be written for {rules}. Expected a file it asks for. Name another."
@@ -187,18 +201,19 @@ def _doubt(item: Source, rules: str) -> None:
             print(f"moelab: {item.origin.name}: {doubt}", file=sys.stderr)
 
 
-def _export_one(item: Source, rules: str, out: Path, triton_version: str | None, overwrite: bool) -> Exported:
+def _export_pair(
+    pair: list[Source], rules: str, out: Path, triton_version: str | None, overwrite: bool
+) -> tuple[Exported, ...]:
     from moelab import config_files
 
-    version = triton_version or item.triton_version
+    version = triton_version or pair[0].triton_version
     if version is None:
         raise ConfigFileError(
-            f"Nothing says under which Triton version {item.origin} was tuned. Expected it in a folder triton_X_Y_Z, or "
+            f"Nothing says under which Triton version {pair[0].origin} was tuned. Expected it in a folder triton_X_Y_Z, or "
             "with a triton_version in it. Pass --triton-version, as in 3.6.0."
         )
-    return config_files.export(
-        item.configs, item.name, rules=rules, out=out, triton_version=version, overwrite=overwrite
-    )
+    items = [(item.name, item.configs) for item in pair]
+    return config_files.export_together(items, rules=rules, out=out, triton_version=version, overwrite=overwrite)
 
 
 def doctor(

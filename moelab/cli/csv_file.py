@@ -52,11 +52,11 @@ def rows(found: MoEShape, results: Sequence[Result]) -> list[dict[str, Any]]:
 
 def write(path: Path, found: MoEShape, results: Sequence[Result]) -> None:
     """Write the rows, whole or not at all; empty cells for what was not timed or not asked for."""
-    from moelab.recordings import write_atomically
+    from moelab import writing
 
     table = rows(found, results)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
-    write_atomically(path, text.getvalue())
+    writing.write(path, text.getvalue())

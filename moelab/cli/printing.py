@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -84,7 +85,9 @@ def refused(error: OSError) -> str:
 
 def print_json(value: Any) -> None:
     """Print strict JSON."""
-    print(json.dumps(value, indent=2, allow_nan=False))
+    print(
+        json.dumps(value, indent=2, allow_nan=False).replace("\x7f", "\\u007f")
+    )  # the one control that json lets through
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
@@ -113,13 +116,20 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else _one_line(value)
+
+
+def _one_line(value: Any) -> str:
+    """A value that ends no line, and moves no column: names are others' text."""
+    return re.sub(r"[\t\n]", lambda match: repr(match[0])[1:-1], str(value))
 
 
 def listing(values: Mapping[str, Any]) -> str:
     """One "name  value" line each."""
     width = max(map(len, values))
-    shown = {name: ", ".join(map(str, v)) if isinstance(v, list | tuple) else v for name, v in values.items()}
+    shown = {
+        name: _one_line(", ".join(map(str, v)) if isinstance(v, list | tuple) else v) for name, v in values.items()
+    }
     return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
 
 

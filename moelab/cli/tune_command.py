@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moelab.cli import asking, printing
+from moelab.cli import asking, options, printing, resuming, terminal
 
 if TYPE_CHECKING:
     from moelab.tuner.evaluate import Evaluator
@@ -20,17 +19,6 @@ if TYPE_CHECKING:
     from moelab.tuner.results import TuneResult
     from moelab.tuner.session import TuneSession
 
-_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-def _seconds(text: str | None) -> float | None:
-    """ "5m", "90s", "1.5h" or seconds."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip()) if text else None
-    if text and (match is None or float(match[1]) == 0):
-        raise typer.BadParameter(f"{text!r} is no time. Expected a number with s, m or h, such as 5m.")
-    return float(match[1]) * _UNITS[match[2]] if match else None
-
-
 _OF_THE_MODEL = (
     "tp_size", "ep_size", "dtype", "per_channel_quant", "block_shape", "disable_shared_experts_fusion", "rules"
 )  # fmt: skip
@@ -38,15 +26,20 @@ _NOT_IN_REPLAY = ("routing", "gpus")
 _WITH_RESUME = ("resume", "ray", "gpus", "budget", "out", "freeze", "as_json")
 
 
-def _require_meaning(context: typer.Context) -> None:
-    """Refuse options that a replay or a journal would pass over: what they ask for is not what would be run."""
-    given = {
-        name: option.opts[0]
+def _given(context: typer.Context) -> dict[str, Any]:
+    """Options of the command line that say something else than by default: name -> value."""
+    return {
+        name: context.params[name]
         for option in context.command.params
         if (name := option.name or "")
         and str(getattr(context.get_parameter_source(name), "name", None)) == "COMMANDLINE"
         and context.params[name] != option.default
     }
+
+
+def _require_meaning(context: typer.Context) -> None:
+    """Refuse options that a replay or a journal would pass over: what they ask for is not what would be run."""
+    given = {option.name or "": option.opts[0] for option in context.command.params if option.name in _given(context)}
     if "resume" in given:
         passed_over = [name for name in given if name not in (*_WITH_RESUME, "_tune")]
         source = "the run's journal"
@@ -71,12 +64,27 @@ _Dtype = Annotated[
         "--dtype", help="auto: the model's; fp8_w8a8, int8_w8a8, int8_w8a16, int4_w4a16; bfloat16, float16, float32."
     ),
 ]
+_Freeze = Annotated[
+    Path | None, typer.Option("--freeze", help="Freeze every measurement into this Parquet file, for replay.")
+]
 _PerChannel = Annotated[
     bool, typer.Option("--per-channel-quant", help="Of --dtype: a scale for each channel of the weights.")
 ]
 _BlockShape = Annotated[
     tuple[int, int] | None,
     typer.Option("--block-shape", metavar="N K", help="Of --dtype: a scale for each block, 0 G: for each G columns."),
+]
+
+
+_BatchSizes = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--batch-size",
+        "--batch-sizes",
+        min=1,
+        max=options.MOST_TOKENS,
+        help="Tokens; repeat. Default: sglang's 18; in replay, the landscape's.",
+    ),
 ]
 
 
@@ -88,15 +96,7 @@ def tune(
     dtype: _Dtype = "auto",
     per_channel_quant: _PerChannel = False,
     block_shape: _BlockShape = None,
-    batch_size: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--batch-size",
-            "--batch-sizes",
-            min=1,
-            help="Tokens; repeat. Default: sglang's 18; in replay, the landscape's.",
-        ),
-    ] = None,
+    batch_size: _BatchSizes = None,
     disable_shared_experts_fusion: Annotated[
         bool, typer.Option("--disable-shared-experts-fusion", help="Leave shared experts out, as sglang's switch does.")
     ] = False,
@@ -113,10 +113,15 @@ def tune(
     down: Annotated[bool, typer.Option("--down/--no-down", help="A config file of its own for GEMM2.")] = True,
     strategy: Annotated[str, typer.Option("--strategy", help="race, forest, grid or random.")] = "race",
     budget: Annotated[
-        str | None, typer.Option("--budget", help="As 5m: of it 0.6 at most compile, after 0.8 only the finals run.")
+        str | None,
+        typer.Option(
+            "--budget", help="As 5m: of it 0.6 at most compile, after 0.8 only the finals run; none: no limit."
+        ),
     ] = None,
     routing: Annotated[str, typer.Option("--routing", help="uniform, zipf, dirichlet, or a file of ids.")] = "uniform",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of inputs, routings and the search.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=options.MOST_SEED, help="Of inputs, routings and the search.")
+    ] = 0,
     replay: Annotated[
         str | None, typer.Option("--replay", help="Tune against a recorded landscape: its name or path. No GPU.")
     ] = None,
@@ -131,14 +136,12 @@ def tune(
             help="Folder of journal and config files; default: tuned, none in replay, the run's own with --resume.",
         ),
     ] = None,
-    freeze: Annotated[
-        Path | None, typer.Option("--freeze", help="Freeze every measurement into this Parquet file, for replay.")
-    ] = None,
+    freeze: _Freeze = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     _tune: Annotated[bool, typer.Option("--tune", hidden=True, help="Taken for sglang's sake; does nothing.")] = False,
 ) -> None:
     """Find a layer's fastest kernel configs, on a GPU or by replay; write the files of sglang and vLLM, or a --kernel's own."""
-    budget_s = _seconds(budget)
+    budget_s = resuming.seconds(budget)
     _require_meaning(context)
     if resume is None and replay is None and model is None:
         raise typer.BadParameter("pass --model M; or --replay LANDSCAPE, or --resume RUN, which name their own.")
@@ -147,44 +150,35 @@ def tune(
     shown = _Bar()
     run: Path | None
     if resume is not None:
-        session, run = _resumed(resume, ray, _numbers(gpus), budget_s, shown), resume
-        out = out or (resume.parent.parent if resume.parent.name == "runs" else resume.parent)
+        session, run = _resumed(resume, ray, options.gpus(gpus), budget_s, shown), resume
+        out = out or resuming.folder_of(resume)
     else:
         asked = {
             "model": model, "tp_size": tp_size, "ep_size": ep_size, "rules": rules, "batch_sizes": batch_size, "routing": routing,
             "dtype": asking.asked_dtype(dtype, per_channel_quant, block_shape), "seed": seed, "separate_down": down,
-            "disable_shared_experts_fusion": disable_shared_experts_fusion, "kernel": kernel, "gpus": _numbers(gpus),
+            "disable_shared_experts_fusion": disable_shared_experts_fusion, "kernel": kernel, "gpus": options.gpus(gpus),
         }  # fmt: skip
         out = out or (None if replay else Path("tuned"))
         session, run = _new(asked, replay, ray, strategy, budget_s, out, shown)
-    try:
-        result = session.run()
-        shown.end()
-    except KeyboardInterrupt:
-        shown.line(f"stopped; {_how_to_resume(run)}")
-        raise
-    if freeze is not None and run is not None:
-        from moelab.tuner import landscape
-
-        shown.line(f"froze {landscape.freeze(run, freeze)}")
-    _report(result, run, result.write(out) if out and result.to_configs()["up"] else [], as_json)
+    how = resuming.options(run, out, _given(context)) if run else None
+    with resuming.told(shown.line, how and resuming.command(how, session.budget_s)):
+        result, files = _run(session, run, out, freeze, shown)
+    _report(result, run, how, files, as_json)
     if result.errors:
         raise typer.Exit(1)
 
 
-def _numbers(gpus: str) -> tuple[int, ...]:
-    """ "0,2" or "all"."""
-    if gpus == "all":
-        import torch
+def _run(
+    session: TuneSession, run: Path | None, out: Path | None, freeze: Path | None, shown: _Bar
+) -> tuple[TuneResult, list[Path]]:
+    """To the end: search, landscape, config files."""
+    result = session.run()
+    shown.end()
+    if freeze is not None and run is not None:
+        from moelab.tuner import landscape
 
-        return tuple(range(torch.cuda.device_count()))
-    if not re.fullmatch(r"\d+(,\d+)*", gpus):
-        raise typer.BadParameter(f"{gpus!r} names no GPUs. Expected numbers with commas, such as 0,1, or all.")
-    return tuple(int(number) for number in gpus.split(","))
-
-
-def _how_to_resume(run: Path | None) -> str:
-    return f"go on with: moelab tune --resume {run}" if run else "it had no journal, because it had no --out"
+        shown.line(f"froze {landscape.freeze(run, freeze)}")
+    return result, result.write(out) if out and result.to_configs()["up"] else []
 
 
 def _new(
@@ -198,9 +192,10 @@ def _new(
 ) -> tuple[TuneSession, Path | None]:
     from moelab.tuner.landscape import default_name
     from moelab.tuner.results import standing
+    from moelab.tuner.runs import new_label
     from moelab.tuner.session import TuneSession
 
-    label = f"{strategy}-{time.strftime('%Y%m%d-%H%M%S')}"
+    label = new_label(strategy)
     if replay:
         problem, evaluator = _replayed(asked, replay, ray)
     else:
@@ -284,7 +279,8 @@ class _Bar:
         if not self._live and edge:
             self.line(_status(now))
         elif edge or (self._live and time.monotonic() - self._shown > 0.1):
-            print(f"\r\x1b[2K{_status(now)}", end="", file=sys.stderr, flush=True)
+            terminal.erase_line(sys.stderr)
+            print(_status(now), end="", file=sys.stderr, flush=True)
             self._shown = time.monotonic()
         self._phase = now.phase
 
@@ -295,7 +291,9 @@ class _Bar:
 
     def line(self, text: str) -> None:
         """A line of its own."""
-        print("\r\x1b[2K" * self._live + text, file=sys.stderr, flush=True)
+        if self._live:
+            terminal.erase_line(sys.stderr)
+        print(text, file=sys.stderr, flush=True)
 
 
 def _status(now: Progress) -> str:
@@ -316,7 +314,7 @@ def _minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def _report(result: TuneResult, run: Path | None, files: list[Path], as_json: bool) -> None:
+def _report(result: TuneResult, run: Path | None, how: str | None, files: list[Path], as_json: bool) -> None:
     if as_json:
         configs = {side: {str(b): c.to_json() for b, c in found.items()} for side, found in result.to_configs().items()}
         printing.print_json(
@@ -334,7 +332,7 @@ def _report(result: TuneResult, run: Path | None, files: list[Path], as_json: bo
     print(printing.table([_shown_row(row) for row in result.rows()]))
     phases = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in result.timeline)
     print(f"\n{_minutes(result.spent_s)} in all: {phases}")
-    for sentence in result.coverage.sentences(str(run) if run else None) if result.coverage else []:
+    for sentence in result.coverage.sentences(how) if result.coverage else []:
         print(sentence)
     for path in files:
         print(f"wrote {path}")

@@ -16,10 +16,10 @@ from moelab.config_files.completing import Completed, complete, own_tree
 from moelab.config_files.content import read_config_file, write_config_file
 from moelab.config_files.devices import device_doubt
 from moelab.config_files.diagnosis import doctor
-from moelab.config_files.exporting import Exported, Source, export, export_path, left_out, sources
+from moelab.config_files.exporting import Exported, Source, export, export_path, export_together, left_out, sources
 from moelab.config_files.findings import Finding, Report
 from moelab.config_files.names import FileName, file_name, parse_file_name
-from moelab.config_files.near import Near, near, shipped_names, ships
+from moelab.config_files.near import Near, elsewhere, near, shipped_names
 from moelab.config_files.places import kernels_with_files, version_folders
 from moelab.config_files.questions import Question, ask, not_asked_for, platform_of, question
 from moelab.config_files.rules import DTYPE_SELECTORS, RULES, Rules, get_rules, rules_table
@@ -48,8 +48,10 @@ __all__ = [
     "complete",
     "device_doubt",
     "doctor",
+    "elsewhere",
     "export",
     "export_path",
+    "export_together",
     "file_name",
     "get_rules",
     "kernels_with_files",
@@ -66,7 +68,6 @@ __all__ = [
     "rules_table",
     "shipped_files",
     "shipped_names",
-    "ships",
     "sources",
     "to_serve",
     "tune_to_serve",

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from moelab import writing
 from moelab.config_files.names import FileName, parse_file_name
 from moelab.config_files.places import version_folders
 from moelab.config_files.reach import tree_of
 from moelab.config_files.rules import get_rules
 from moelab.errors import ConfigFileError
-from moelab.recordings import write_atomically
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def complete(out: str | Path, shipped: str | Path, rules: str = "sglang") -> Com
     }
     wanted = [place for place, name in files.items() if _layer(name) not in own]
     for place in wanted:
-        write_atomically(target / place, texts[place])
+        writing.write(target / place, texts[place])
     return Completed(
         tuple(target / place for place in wanted), tuple(source / place for place in files if place not in wanted)
     )

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moelab import writing
 from moelab.config import KernelConfig, check
 from moelab.config_files.rules import Rules, get_rules
 from moelab.errors import ConfigError, ConfigFileError
 from moelab.reading import MIB, UnreadableError, read_json
-from moelab.recordings import write_atomically
 
 LARGEST = 16 * MIB
 """Bytes of the largest config file that is read: 100,000 batch sizes; the peers' have some 20."""
@@ -114,9 +114,17 @@ def write_config_file(
 ) -> Path:
     """Write batch size -> config as sglang writes it, or with triton_version as vLLM does, atomically.
 
+    Raises what `file_text` raises, OSError from the disk.
+    """
+    return writing.write(path, file_text(path, configs, triton_version=triton_version))
+
+
+def file_text(path: str | Path, configs: Mapping[int, KernelConfig], *, triton_version: str | None = None) -> str:
+    """The text of a config file that is to lie at `path`: what `write_config_file` writes.
+
     Every config is first held against the chip-independent rules (in a `kernel=` file, blocks may be under 16:
     such a kernel need not use `tl.dot`). Raises ConfigFileError for an empty mapping or a batch size under 1,
-    ConfigError for a config that breaks a rule, OSError from the disk.
+    ConfigError for a config that breaks a rule.
     """
     path = Path(path)
     if not configs:
@@ -128,5 +136,4 @@ def write_config_file(
         )
     for config in configs.values():
         check(config, uses_dot=",kernel=" not in path.name)
-    write_atomically(path, config_text(configs, triton_version=triton_version))
-    return path
+    return config_text(configs, triton_version=triton_version)

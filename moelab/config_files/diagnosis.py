@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from moelab import writing
 from moelab.config_files.checks import check_content, shared_by
 from moelab.config_files.content import read_config_file
 from moelab.config_files.findings import Finding, Report, in_order
@@ -36,35 +37,47 @@ def doctor(folder: str | Path, rules: str = "auto") -> Report:
         raise ConfigFileError(f"There is no folder {root}. Expected one that holds config files. Name one.")
     root = root.resolve()
     tree = tree_of(root, rules)
-    files = tuple(_config_files(root, tree))
-    if not files:
+    unread: list[OSError] = []
+    files = tuple(_config_files(root, tree, unread.append))
+    if not files and not unread:
         raise ConfigFileError(
             f"There is no config file below {root}. Expected files named E=<n>,N=<n>,device_name=<device>.json. Name the "
             "folder that holds them."
         )
     findings = [finding for finding in folder_findings(tree) if finding.path.is_relative_to(root)]
+    findings += [_unreadable(error) for error in unread]
     for path in files:
         findings += _examine(path, tree)
     return Report(root, tree.rules.name, tree.root, files, in_order(findings))
 
 
-def _config_files(root: Path, tree: Tree) -> Iterator[Path]:
-    for place, _, files in walk(root):
+def _unreadable(error: OSError) -> Finding:
+    reason = f"it cannot be read: {error.strerror}, so nobody knows which configs it holds"
+    return Finding(Path(error.filename), "error", "unreadable", reason, "Check its permissions.")
+
+
+def _config_files(root: Path, tree: Tree, tell: Callable[[OSError], object]) -> Iterator[Path]:
+    """tell: of what cannot be read."""
+    for place, _, files in walk(root, tell):
         inside = place.is_relative_to(tree.root)
+        writing.settle(place)
         for file in files:
             if any(mark in file for mark in tree.rules.other_names):
                 continue
-            if looks_like_a_name(file) or (inside and _holds_configs(place / file)):
+            if looks_like_a_name(file) or (inside and _holds_configs(place / file, tell)):
                 yield place / file
 
 
-def _holds_configs(path: Path) -> bool:
+def _holds_configs(path: Path, tell: Callable[[OSError], object]) -> bool:
     """Whether a .json file of another name maps batch sizes to configs."""
     if path.suffix.lower() != ".json" or path.name.startswith("N="):  # N=..,K=..: the peers' block-scaled GEMM
         return False
     try:
         content = read_json(path, LARGEST_SNIFFED)
-    except (OSError, UnreadableError):
+    except UnreadableError:
+        return False
+    except OSError as error:
+        tell(error)
         return False
     return isinstance(content, dict) and any(
         key.isdigit() and isinstance(entry, dict) and "BLOCK_SIZE_M" in entry for key, entry in content.items()

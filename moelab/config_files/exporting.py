@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from moelab import runtime, writing
 from moelab.config import KernelConfig
-from moelab.config_files.content import parse, read_with_rest, write_config_file
+from moelab.config_files.content import file_text, parse, read_config_file, read_with_rest
 from moelab.config_files.defaults import device_target
 from moelab.config_files.names import FileName, checked_name, parse_file_name
 from moelab.config_files.places import VERSION_FOLDER, version_folders
 from moelab.config_files.rules import Rules, get_rules
 from moelab.config_files.running import run_violations
-from moelab.config_files.search import Lookup, find
+from moelab.config_files.search import Lookup, find, nearest_key
 from moelab.errors import ConfigError, ConfigFileError
 
 
@@ -50,42 +50,60 @@ def export(
     triton_version: str,
     overwrite: bool = False,
 ) -> Exported:
-    """Write configs under `out` as the loader `rules` names and formats them, then find each through its lookup.
+    """Write one file: `export_together` of it alone."""
+    items = [(name, configs)]
+    return export_together(items, rules=rules, out=out, triton_version=triton_version, overwrite=overwrite)[0]
 
-    out: what the rules' environment variable would name. The file lies in out/triton_X_Y_Z (moelab),
+
+def export_together(
+    items: Sequence[tuple[FileName, Mapping[int, KernelConfig]]],
+    *,
+    rules: str,
+    out: str | Path,
+    triton_version: str,
+    overwrite: bool = False,
+) -> tuple[Exported, ...]:
+    """Write a file, or the up and the down file of a pair, under `out` as the loader `rules` names and formats them, then find
+    each config through its lookup. Both are there in the end, or what was there before.
+
+    out: what the rules' environment variable would name. The files lie in out/triton_X_Y_Z (moelab),
     out/configs/triton_X_Y_Z (sglang) or out itself (vLLM, with a top-level triton_version). Batch sizes are
-    written ascending. A file that is found as something else is taken back.
-    Raises ConfigFileError for a version that is not three numbers, where the file exists and overwrite is not set,
-    where the loader's names cannot say what `name` says, where a down config's BLOCK_SIZE_M is not its up
-    config's, or where the lookup does not find the file; ConfigError for a config that the loader's kernel, or
-    the device (if data/devices knows it), cannot run.
+    written ascending.
+    Raises ConfigFileError for a version that is not three numbers, where a file exists and overwrite is not set,
+    where the loader's names cannot say what a name says, where a down config's BLOCK_SIZE_M is not its up
+    config's, or where the lookup does not find a file; ConfigError for a config that the loader's kernel, or
+    the device (if data/devices knows it), cannot run; WriteError where another process does not leave the folder.
     """
     loader = get_rules(rules)
-    name = checked_name(**vars(name), rules=loader)
-    if not re.match(r"\d+\.\d+\.\d+", triton_version):
+    if not runtime.is_version(triton_version):
         raise ConfigFileError(
             f"{triton_version!r} is not a whole Triton version. Expected three numbers, such as 3.6.0, for they name the "
             "folder. Pass the one that the configs were tuned under (--triton-version)."
         )
-    _refuse_what_cannot_be_said(name, loader)
-    _refuse_what_cannot_run(configs, name, loader)
-    path = export_path(name, rules=rules, out=out, triton_version=triton_version)
-    if path.exists() and not overwrite:
-        raise ConfigFileError(
-            f"{path} exists already. Expected a new file. Name another folder, or pass overwrite=True (--overwrite)."
-        )
-    if name.down:
-        _refuse_two_block_m(configs, name, loader, out, triton_version)
-    with _taken_back_on_failure(path):
-        version = triton_version if loader.writes_triton_version else None
-        write_config_file(path, configs, triton_version=version)
-        return Exported(path, rules, _read_back(configs, name, path, loader, out, triton_version))
+    files, texts = dict[FileName, Mapping[int, KernelConfig]](), dict[Path, str]()
+    for given, configs in sorted(items, key=lambda item: item[0].down):
+        name = checked_name(**vars(given), rules=loader)
+        _refuse_what_cannot_be_said(name, loader)
+        _refuse_what_cannot_run(configs, name, loader)
+        path = export_path(name, rules=rules, out=out, triton_version=triton_version)
+        files[name] = configs
+        texts[path] = file_text(path, configs, triton_version=triton_version if loader.writes_triton_version else None)
+    with writing.locked(next(iter(texts)).parent):
+        there = [path for path in texts if os.path.lexists(path)]
+        if there and not overwrite:
+            raise ConfigFileError(
+                f"{there[0]} exists already. Expected a new file. Name another folder, or pass overwrite=True (--overwrite)."
+            )
+        _refuse_two_block_m(files, loader, out, triton_version)
+        with writing.together(texts):
+            return tuple(
+                Exported(path, rules, _read_back(configs, name, path, loader, out, triton_version))
+                for path, (name, configs) in zip(texts, files.items(), strict=True)
+            )
 
 
 def export_path(name: FileName, *, rules: str, out: str | Path, triton_version: str) -> Path:
     """Where `export` writes: the folder of this Triton version, or the flat folder, under `out`."""
-    from moelab import runtime
-
     loader = get_rules(rules)
     folder = Path(out) / loader.below
     if loader.version_folders:
@@ -100,9 +118,10 @@ def sources(path: str | Path) -> tuple[Source, ...]:
     here. Raises ConfigFileError where there is nothing to export, or a file that cannot be read.
     """
     path = Path(path)
+    writing.settle(path.parent)
     if path.is_file():
         return (_source(path),)
-    found = [file for folder in (path, path / "configs") for file in _config_files_in(folder)]
+    found = [file for folder in (path, path / "configs") for file in _config_files_in(folder)]  # a pair stands up, down
     if not found:
         raise ConfigFileError(
             f"There is no config file in {path}. Expected one, or a folder of them or of triton_X_Y_Z folders. Name one."
@@ -111,7 +130,10 @@ def sources(path: str | Path) -> tuple[Source, ...]:
 
 
 def _config_files_in(folder: Path) -> list[Path]:
-    return sorted(file for place in (folder, *version_folders(folder)) for file in place.glob("E=*.json"))
+    places = (folder, *version_folders(folder))
+    for place in places:
+        writing.settle(place)
+    return sorted(file for place in places for file in place.glob("E=*.json"))
 
 
 def _source(path: Path) -> Source:
@@ -155,18 +177,40 @@ def _refuse_what_cannot_run(configs: Mapping[int, KernelConfig], name: FileName,
 
 
 def _refuse_two_block_m(
-    configs: Mapping[int, KernelConfig], name: FileName, rules: Rules, out: str | Path, triton_version: str
+    files: Mapping[FileName, Mapping[int, KernelConfig]], rules: Rules, out: str | Path, triton_version: str
 ) -> None:
-    """A _down config is sorted for by the up config: raise where they differ in BLOCK_SIZE_M."""
-    for num_tokens, config in sorted(configs.items()):
-        up = find(replace(name, down=False), rules, num_tokens, triton_version, out)
-        if up.config is not None and up.config.BLOCK_SIZE_M != config.BLOCK_SIZE_M:
-            source = up.path or f"the default, for there is no up file in {out}"
+    """A _down config is sorted for by the up config: raise where they would differ in BLOCK_SIZE_M once `files` are written
+    among those that are there."""
+    up_name = replace(next(iter(files)), down=False)
+    down_name = replace(up_name, down=True)
+    if down_name.unsaid(rules):
+        return
+    there = export_path(down_name, rules=rules.name, out=out, triton_version=triton_version)
+    down = files.get(down_name) or (read_config_file(there, rules) if there.exists() else {})
+    for num_tokens, config in sorted(down.items()):
+        up, source = _up_for(num_tokens, files.get(up_name), up_name, rules, out, triton_version)
+        if up is not None and up.BLOCK_SIZE_M != config.BLOCK_SIZE_M:
+            whose = "" if down_name in files else f" of {there}, which stays,"
             raise ConfigFileError(
-                f"The down config for batch size {num_tokens} has BLOCK_SIZE_M = {config.BLOCK_SIZE_M}, and {source} has "
-                f"{up.config.BLOCK_SIZE_M}. Expected the same: one sort by expert serves both GEMMs. Tune the two under one "
-                "BLOCK_SIZE_M, and write the up file first."
+                f"The down config{whose} for batch size {num_tokens} has BLOCK_SIZE_M = {config.BLOCK_SIZE_M}, and {source} has "
+                f"{up.BLOCK_SIZE_M}. Expected the same: one sort by expert serves both GEMMs. Tune the two under one "
+                "BLOCK_SIZE_M, and write both at once: name the folder that holds them."
             )
+
+
+def _up_for(
+    num_tokens: int,
+    written: Mapping[int, KernelConfig] | None,
+    name: FileName,
+    rules: Rules,
+    out: str | Path,
+    version: str,
+) -> tuple[KernelConfig | None, object]:
+    """The up config for a batch size, and whence: of the file that is about to be written, or else by lookup."""
+    if written:
+        return written[nearest_key(sorted(written), num_tokens)], "the up file"
+    up = find(name, rules, num_tokens, version, out)
+    return up.config, up.path or f"the default, for there is no up file in {out}"
 
 
 def _read_back(
@@ -185,17 +229,3 @@ def _read_back(
             )
         found[num_tokens] = answer
     return found
-
-
-@contextlib.contextmanager
-def _taken_back_on_failure(path: Path) -> Iterator[None]:
-    """If the block fails, put back what lay at path before: its old bytes, or nothing."""
-    before = path.read_bytes() if path.exists() else None
-    try:
-        yield
-    except BaseException:
-        if before is None:
-            path.unlink(missing_ok=True)
-        else:
-            path.write_bytes(before)
-        raise

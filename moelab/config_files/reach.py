@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,9 +103,12 @@ def _has_versions(folder: Path) -> bool:
     return folder.is_dir() and any(path.is_dir() and path.name.startswith("triton_") for path in folder.iterdir())
 
 
-def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """os.walk in order, without hidden folders and caches: (folder, its folders, its files)."""
-    for place, below, files in os.walk(folder):
+def walk(
+    folder: Path, onerror: Callable[[OSError], object] | None = None
+) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """os.walk in order, without hidden folders and caches: (folder, its folders, its files). onerror: told of each folder that
+    cannot be listed."""
+    for place, below, files in os.walk(folder, onerror=onerror):
         below[:] = sorted(name for name in below if not name.startswith(".") and name != "__pycache__")
         yield Path(place), below, sorted(name for name in files if not name.startswith("."))
 

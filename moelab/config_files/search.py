@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moelab import writing
 from moelab.config import KernelConfig
 from moelab.config_files.content import read_with_rest
 from moelab.config_files.defaults import default_rule
@@ -124,6 +125,8 @@ def find(
     steps = [_unsaid(part, rules) for part in name.unsaid(rules)]
     searched = folders(rules, config_dir)
     places = _places(name, rules, searched, triton_version)
+    for folder in dict.fromkeys(place.path.parent for place in places):
+        writing.settle(folder)
     found = next((index for index, place in enumerate(places) if place.path.is_file()), None)
     if found != 0:  # the first look needs no list of the other folders
         _stop_where_the_loader_does(rules, searched[0][0])

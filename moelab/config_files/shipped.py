@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moelab import runtime
+from moelab import runtime, writing
 from moelab.config_files.names import file_name
 from moelab.errors import RecordingError
 from moelab.reading import read_json
@@ -35,6 +35,5 @@ def write_shipped(folder: str | Path, files: Sequence[Mapping[str, Any]] | None 
             file["num_experts"], file["moe_intermediate_size"], file["device"], down=file["down"], rules="sglang"
         )
         place = Path(folder) / "configs" / f"triton_{file['triton'].replace('.', '_')}" / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps(file["configs"], indent=4) + "\n", encoding="utf-8")
+        writing.write(place, json.dumps(file["configs"], indent=4) + "\n")
     return Path(folder)

@@ -72,8 +72,8 @@ def _judged(row: Mapping[str, Any], rules: Rules) -> Shipped:
     for step, batches in row.get("steps", {}).items():
         if problem := _step_problem(int(step), name, rules):
             refused.setdefault(problem, []).extend(batches)
-    for (problem, why), batches in refused.items():
-        return Shipped(rules.name, text, triton, problem, why, tuple(sorted(batches)))
+    for (said, why), batches in refused.items():
+        return Shipped(rules.name, text, triton, said, why, tuple(sorted(batches)))
     return Shipped(rules.name, text, triton)
 
 

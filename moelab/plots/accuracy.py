@@ -87,6 +87,7 @@ def checks(
                   f"{f' and {live_source}' if live else ''}<br>the fixed tolerance grows with |torch|, "
                   "so that an error over 1 may pass", titles=["upstream’s: a fixed tolerance", "ours: twice torch’s own error"],
                   rows=2, height=200 + 60 * len(impls))  # fmt: skip
+    figure.update_xaxes(title="dtype", row=2)
     for line, (error, bound, verdict) in enumerate(_JUDGED, start=1):
         rows = {(r["impl"], r["dtype"]): r for r in recorded if r.get(bound)}
         _error_map(figure, {at: (r[error] / r[bound], r[verdict]) for at, r in rows.items()}, impls, dtypes, line)
@@ -213,6 +214,7 @@ def whole_op(rows: Sequence[Row], source: str) -> Panel:
     names = sorted({r["name"] for r in rows}, key=lambda n: order.index(n) if n in order else len(order))
     figure = grid("The whole layer against float64", f"{source}; largest error over its bound, at most 1 is right",
                   height=170 + 27 * len(names))  # fmt: skip
+    figure.update_xaxes(title="dtype")
     _error_map(figure, {(r["name"], r["dtype"]): (r["max_abs"] / r["bound"], r["passes"]) for r in rows}, names, dtypes)
     table = [{"dtype": r["dtype"], "implementation": r["name"], "max |out − exact|": r["max_abs"], "bound": r["bound"],
               "relative (Frobenius)": r["rel_fro"], "mean ULP": r["mean_ulp"], "99 % ULP": r.get("p99_ulp"),

@@ -25,8 +25,9 @@ from moelab.roofline import Ceilings
 LOOKS: Mapping[str, Look] = {name: look(name) for name in ("classic", "grouped_mm", "sglang", "FlashInfer", "fast")}
 """Contenders of the recording, and the rivals that were measured apart."""
 
-SGLANG = ("default", "shipped", "tuned", "tuned_sep")
-"""Columns of sglang's rows: its rule without a file, the file it ships, a short search's config for both GEMMs, one for each."""
+SGLANG = ("default", "shipped", "tuned", "tuned_sep", "fuse_sep")
+"""Columns of sglang's rows: its rule without a file, the file it ships, a short search's config for both GEMMs, one for each, and
+that with SwiGLU fused into GEMM1."""
 
 LEVEL = 0.02
 """Means of time that differ by less are called level."""

@@ -1,7 +1,8 @@
 """The notebooks, executed, as a gallery of pages that need no network: `make html`, or `python -m moelab.plots.gallery`.
 
-Pages lie in one folder with one copy of plotly's script beside them. Nothing on them asks another host: no fonts, no
-MathJax, no widget manager. A control needs a kernel, so a page shows what it was set to and the figure it drew.
+Pages lie in one folder with one copy of plotly's script beside them, and the sources that they link to below source/. Nothing
+on them asks another host: no fonts, no MathJax, no widget manager. A control needs a kernel, so a page shows what it was set to
+and the figure it drew; the code of a cell that draws is folded away until "Show code" is checked.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moelab import runtime
+from moelab import runtime, writing
 from moelab.errors import MoelabError, RuntimeModeError
 
 PLOTLY, WIDGET, STATE = (
@@ -27,19 +28,47 @@ SCRIPT = "application/javascript"
 COVER = "cover"
 """Tag of the cell whose first figure stands for a notebook in the index; without one, the notebook's first figure."""
 
+DRAWN = "drawn"
+"""Tag given to a cell that shows something."""
+
+SOURCES = (".py", ".cu", ".cuh", ".md", ".toml")
+"""Suffixes of files of the checkout that become pages where a notebook links to them."""
+
+QUESTIONS = (
+    ("What is a fused MoE layer, and what does it do to a token?", "00_welcome", "What a fused MoE layer does"),
+    ("What does a layer’s time go into?", "00_welcome", "What does the time go into?"),
+    ("What bounds a layer, at which batch size?", "01_roofline", "What bounds a layer?"),
+    ("How near to the floor are fast, sglang, FlashInfer and torch?", "01_roofline", "How near to the floor?"),
+    ("Which implementation, which config is fastest where?", "01_roofline", "Which implementation?"),
+    ("Which idea of the fastest layer is worth what?", "01a_fast_layer", "What is each idea worth?"),
+    ("What is left to win for whoever writes kernels?", "01a_fast_layer", "What is left to win?"),
+    ("Is it right, and who says so?", "02_accuracy", "The upstream table, reproduced"),
+    ("When does splitting K pay, and when not?", "03_split_k", "When to use it, and when not"),
+    ("Does the GPU wait for the host?", "04_tma_host_overhead", "A layer of one token: who waits for whom"),
+    ("Which config is fastest for my model, and how is it found?", "05_config_search", ""),
+    ("Which config file does my server read?", "06_config_health", "Which file, which key, and why"),
+    ("Which config file is wrong?", "06_config_health", "The doctor"),
+    ("What does the wrong config cost?", "06_config_health", "What the wrong config costs"),
+    ("How do I add a kernel, and have it checked?", "07_your_kernel", "The idea"),
+    ("What does a word mean?", "glossary", ""),
+)
+"""Question, the notebook that answers it, the heading it is answered under."""
+
 CELL_TIMEOUT_S = 600
 COVER_WIDTH = 900
 
 
 @dataclass(frozen=True)
 class Page:
-    """One executed notebook: its file's stem, title, the paragraph after it, cover figure (or None), and body (HTML)."""
+    """One executed notebook: its file's stem, title, the paragraph after it, cover figure (or None), body (HTML), and what its
+    cell "In short" says, a line each (Markdown)."""
 
     stem: str
     title: str
     summary: str
     cover: Mapping[str, Any] | None
     body: str
+    short: tuple[str, ...] = ()
 
 
 # --- from outputs to HTML -----------------------------------------------------------------------------------------
@@ -97,12 +126,18 @@ def rendered(notebook: Any, stem: str) -> Page:
     notebook = nbformat.from_dict(json.loads(json.dumps(notebook)))
     widgets = notebook.metadata.pop("widgets", {}).get(STATE, {}).get("state", {})
     count, cover, tagged = 0, None, None
+    short: tuple[str, ...] = ()
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
         outputs = []
         for output in flat_outputs(cell.outputs, widgets):
-            figure = output.get("data", {}).get(PLOTLY)
+            figure, said = (output.get("data", {}).get(kind) for kind in (PLOTLY, "text/markdown"))
+            said = "".join(said or "")
+            if said.startswith("- **"):
+                short = short or tuple(line.removeprefix("- ") for line in said.splitlines())
+            if (figure or said) and DRAWN not in cell.metadata.setdefault("tags", []):
+                cell.metadata["tags"].append(DRAWN)
             if figure is not None:
                 count += 1
                 cover = cover or figure
@@ -115,17 +150,44 @@ def rendered(notebook: Any, stem: str) -> Page:
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
     lines = [part.strip() for part in notebook.cells[0].source.split("\n\n") if part.strip()]
     text = re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", lines[1] if len(lines) > 1 else "").replace("`", "")
-    heading = lines[0].removeprefix("# "), text
-    title, summary = heading
-    return Page(stem, title, summary, tagged or cover, local_links(body))
+    return Page(stem, lines[0].removeprefix("# "), text, tagged or cover, local_links(body), short)
 
 
 def local_links(body: str) -> str:
-    """Links to notebooks lead to their pages; links into the checkout, which is not here, become plain paths."""
-    body = re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', body)
-    return re.sub(
-        r'<a href="\.\./([^"]*)"[^>]*>(.*?)</a>', r'<span class="path" title="\1">\2</span>', body, flags=re.S
-    )
+    """Links to notebooks lead to their pages, links to sources to pages of them; others into the checkout, which is not here,
+    become plain paths."""
+    body = re.sub(r'href="([\w-]+)\.ipynb', r'href="\1.html', body)
+
+    def page(match: re.Match[str]) -> str:
+        path, shown = match.groups()
+        if (_root() / path).is_file() and path.endswith(SOURCES):
+            return f'<a class="path" href="source/{path}.html">{shown}</a>'
+        return f'<span class="path" title="{path}">{shown}</span>'
+
+    return re.sub(r'<a href="\.\./([^"]*)"[^>]*>(.*?)</a>', page, body, flags=re.S)
+
+
+def _root() -> Path:
+    root = runtime.repo_root()
+    if root is None:
+        raise RuntimeModeError("This is no checkout. Expected one, with its notebooks. Clone the repository: use git.")
+    return root
+
+
+def write_sources(pages: Sequence[Page], folder: Path) -> None:
+    """A page below source/ for each file that a page links to."""
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import CudaLexer, get_lexer_for_filename
+
+    for path in sorted({found for page in pages for found in re.findall(r'href="source/(.+?)\.html"', page.body)}):
+        lexer = CudaLexer() if path.endswith((".cu", ".cuh")) else get_lexer_for_filename(path)
+        code = highlight((_root() / path).read_text(encoding="utf-8"), lexer, HtmlFormatter())
+        target = folder / "source" / f"{path}.html"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        up = "../" * (path.count("/") + 1)
+        back = f'<nav><a href="{up}index.html">Contents</a></nav>'
+        writing.write(target, _document(path, "", f"{back}<main><h1>{path}</h1>{code}</main>"))
 
 
 # --- pages --------------------------------------------------------------------------------------------------------
@@ -146,7 +208,11 @@ table { border-collapse: collapse; font-size: 13px } th, td { padding: .2rem .6r
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 1.2rem; padding: 0 }
 .cards li { list-style: none; border: 1px solid var(--line); border-radius: 8px; padding: 1rem }
 .cards h2 { margin: .6rem 0; font-size: 1.05rem } .cards p { margin: 0; color: var(--soft); font-size: 14px }
-.cards img { width: 100%; border-radius: 4px }
+.cards img { width: 100%; border-radius: 4px; background: #fff }
+.cards ul { margin: 0; padding-left: 1.1rem; font-size: 14px } nav { display: flex; gap: 1.2rem; flex-wrap: wrap }
+nav.end { margin-top: 2rem } label { font-size: 14px; color: var(--soft) }
+#code:not(:checked) ~ main .celltag_drawn .input { display: none }
+@media (prefers-color-scheme: dark) { main .js-plotly-plot text[style*="rgb(123, 123, 123)"] { fill: #c9d1d9 !important } }
 """
 
 
@@ -163,24 +229,52 @@ def _document(title: str, head: str, body: str) -> str:
     )
 
 
-def page_html(page: Page) -> str:
-    """A page on its own: the way back, then the notebook."""
+def page_html(page: Page, before: Page | None = None, after: Page | None = None) -> str:
+    """A page on its own: the contents, the pages before and after it, the notebook, and those links again."""
+    ways = [("index", "Contents")] + [(other.stem, f"{arrow} {other.title.partition(':')[0]}")
+                                      for other, arrow in ((before, "←"), (after, "→")) if other]  # fmt: skip
+    links = "".join(f'<a href="{stem}.html">{html.escape(said)}</a>' for stem, said in ways)
     head = '<script src="plotly.min.js"></script>'
-    return _document(page.title, head, f'<nav><a href="index.html">All notebooks</a></nav><main>{page.body}</main>')
+    code = '<input type="checkbox" id="code"> <label for="code">Show code</label>'
+    return _document(
+        page.title, head, f'<nav>{links}</nav>{code}<main>{page.body}</main><nav class="end">{links}</nav>'
+    )
+
+
+def heading_id(heading: str) -> str:
+    """The id that nbconvert gives a heading."""
+    return heading.replace(" ", "-")
 
 
 def index_html(pages: Sequence[Page], covers: Mapping[str, str]) -> str:
-    """The index: a card for each page, with its cover where one was drawn. covers: stem -> image file."""
+    """The contents: each question with a link to its answer, then a card for each page, with what it says in short and its cover
+    where one was drawn. covers: stem -> image file."""
     cards = []
     for page in pages:
         alt = html.escape(f"a figure of {page.stem}")
         picture = f'<img src="{covers[page.stem]}" alt="{alt}">' if page.stem in covers else ""
-        said = f"<p>{html.escape(page.summary)}</p>"
+        said = "".join(f"<li>{_inline(line)}</li>" for line in page.short)
+        said = f"<ul>{said}</ul>" if said else f"<p>{html.escape(page.summary)}</p>"
         cards.append(f'<li>{picture}<h2><a href="{page.stem}.html">{html.escape(page.title)}</a></h2>{said}</li>')
-    where = runtime.current()
-    about = f"<h1>moelab</h1><p>The notebooks as they ran on {html.escape(where.device_name)} ({where.mode})."
-    about += " Pages work offline; controls need a running notebook: <code>make lab</code>.</p>"
+    where, there = runtime.current(), {page.stem for page in pages}
+    asked = "".join(
+        f'<li><a href="{stem}.html{f"#{heading_id(heading)}" if heading else ""}">{html.escape(question)}</a></li>'
+        for question, stem, heading in QUESTIONS if stem in there
+    )  # fmt: skip
+    about = f"<h1>moelab</h1><p>The notebooks as they ran on {html.escape(where.device_name)} ({where.mode}); measurements are "
+    about += "recorded from real GPUs, and each figure names its recording. Pages work offline; controls need a running one: "
+    about += (
+        f"<code>make lab</code>.</p>{f'<h2>By question</h2><ul>{asked}</ul>' if asked else ''}<h2>The notebooks</h2>"
+    )
     return _document("moelab: notebooks", "", f'<main>{about}<ul class="cards">{"".join(cards)}</ul></main>')
+
+
+def _inline(markdown: str) -> str:
+    """A line of Markdown with bold, emphasis and code; links are their text."""
+    text = html.escape(re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", markdown), quote=False)
+    for pattern, tag in ((r"\*\*(.+?)\*\*", "b"), (r"\*(.+?)\*", "i"), (r"`(.+?)`", "code")):
+        text = re.sub(pattern, rf"<{tag}>\1</{tag}>", text)
+    return text
 
 
 def draw_covers(pages: Sequence[Page], folder: Path) -> dict[str, str]:
@@ -196,7 +290,8 @@ def draw_covers(pages: Sequence[Page], folder: Path) -> dict[str, str]:
     if drawn:
         heights = [figure.layout.height or 440 for figure in drawn.values()]
         paths = [folder / f"{stem}.png" for stem in drawn]
-        plotly.io.write_images(list(drawn.values()), paths, width=COVER_WIDTH, height=heights)
+        with writing.replacing_all(paths) as files:
+            plotly.io.write_images(list(drawn.values()), files, format="png", width=COVER_WIDTH, height=heights)
     return {stem: f"{stem}.png" for stem in drawn}
 
 
@@ -224,24 +319,20 @@ def write_gallery(notebooks: Sequence[Path], folder: Path) -> Path:
     if not notebooks:
         problem = "There is no notebook to show. Expected some in notebooks/. Name them, or run in a checkout."
         raise RuntimeModeError(problem)
-    folder.mkdir(parents=True, exist_ok=True)
     pages = []
     for path in notebooks:
-        page = rendered(executed(path), path.stem)
-        (folder / f"{path.stem}.html").write_text(page_html(page), encoding="utf-8")
-        print(f"wrote {path.stem}.html")
-        pages.append(page)
-    (folder / "plotly.min.js").write_text(plotly.offline.get_plotlyjs(), encoding="utf-8")
-    index = folder / "index.html"
-    index.write_text(index_html(pages, draw_covers(pages, folder)), encoding="utf-8")
-    return index
+        pages.append(rendered(executed(path), path.stem))
+        print(f"ran {path.stem}")
+    for before, page, after in zip([None, *pages], pages, [*pages[1:], None], strict=False):
+        writing.write(folder / f"{page.stem}.html", page_html(page, before, after))
+    write_sources(pages, folder)
+    writing.write(folder / "plotly.min.js", plotly.offline.get_plotlyjs())
+    return writing.write(folder / "index.html", index_html(pages, draw_covers(pages, folder)))
 
 
 def main() -> int:
     """Write build/html from the notebooks named, or from all."""
-    root = runtime.repo_root()
-    if root is None:
-        raise RuntimeModeError("This is no checkout. Expected one, with its notebooks. Clone the repository: use git.")
+    root = _root()
     named = [Path(argument).resolve() for argument in sys.argv[1:]]
     print(f"open {write_gallery(named or sorted((root / 'notebooks').glob('*.ipynb')), root / 'build' / 'html')}")
     return 0

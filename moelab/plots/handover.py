@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from moelab.config_files import Exported, export, export_path, get_rules, question
+from moelab.config_files import Exported, export_together, get_rules, question
 from moelab.errors import LandscapeError
 from moelab.plots.landscape import GEMM_NAMES
 from moelab.plots.panel import Panel
@@ -33,11 +32,7 @@ def write(result: TuneResult, rules: str, out: str | Path, *, overwrite: bool = 
         name = asked.name(result.problem.device, down=down, kernel=result.problem.file_kernel)
         items.append((name, configs))
     version = result.problem.triton_version
-    place: dict[str, Any] = {"rules": rules, "out": out, "triton_version": version}
-    there = [] if overwrite else [item for item in items if export_path(item[0], **place).exists()]
-    return [
-        export(configs, name, **place, overwrite=overwrite) for name, configs in there or items
-    ]  # refused before any is written
+    return list(export_together(items, rules=rules, out=out, triton_version=version, overwrite=overwrite))
 
 
 def preview(result: TuneResult, rules: str) -> Panel:

@@ -7,6 +7,7 @@ from typing import Any
 
 from moelab import recordings, roofline
 from moelab.plots import fast_forms, fast_layer, host_time, layer, split_k, tma_overhead, transfer
+from moelab.plots import quantised as formats
 from moelab.plots import roofline as floors
 from moelab.plots.cells import names_of
 from moelab.plots.panel import Panel, Row, geometric_mean, timing
@@ -179,4 +180,13 @@ def own_kernel(name: str, table: Sequence[Row]) -> Panel:
         "a fixed tolerance lets through.",
         How_fast_can_it_be=f"`{name}` asks memory for no more than a tenth over the least up to batch {near}; to beat there: "
         f"{ours[1].removesuffix(', µs')}, {ours[0]:.1f} µs at batch {first['batch']} (floor {first['floor, µs']:.1f}).",
+    )
+
+
+def quantised(floors_of: Panel, errors_of: Panel, shipped_of: Panel) -> Panel:
+    """08, from its own figures."""
+    return _lines(
+        What_does_a_format_gain=formats.in_short_floor(floors_of),
+        What_does_it_cost=formats.in_short_error(errors_of),
+        Do_the_shipped_configs_serve=formats.in_short_files(shipped_of),
     )

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moelab.errors import counted
@@ -173,8 +174,13 @@ def _by_implementation(
 ) -> Any:
     """A map of geometric means, the implementations with the least at the largest batch first."""
     batches = sorted(names_of(rows, "num_tokens"))
-    names = sorted(names_of(rows, "impl"), key=lambda name: cells[name, batches[-1]].ratio)
-    lacks = "; *: not every shape" * any(cell.text.endswith("*") for cell in cells.values())
+    last = {name: [cells[name, b].ratio for b in batches if (name, b) in cells] for name in names_of(rows, "impl")}
+    names = sorted(last, key=lambda name: last[name][-1])
+    past = {(row["impl"], row["num_tokens"]) for row in rows if not row.get("within_bound", True)}
+    cells = {at: replace(cell, text=cell.text + "†" * (at in past)) for at, cell in cells.items()}
+    lacks = "; *: not every shape" * any(
+        "*" in cell.text for cell in cells.values()
+    ) + "; †: past its error bound" * bool(past)
     return ratio_map.chart(title, f"{source}<br>geometric mean over shapes{lacks}", cells, names, batches, low=None,
                            span=math.log(3), bar=bar)  # fmt: skip
 

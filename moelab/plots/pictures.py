@@ -1,7 +1,8 @@
-"""The README's pictures and figures, made from recordings: `make pictures`, or `python -m moelab.plots.pictures`.
+"""The pictures and figures outside notebooks, made from recordings: `make pictures`, or `python -m moelab.plots.pictures`.
 
-Pictures go to docs/*.png (plotly through kaleido and the system's chromium), their sentences and numbers into README.md
-between the markers `figures` and `end of figures`. The text needs no browser, so a test holds it against the recordings.
+Pictures go to docs/*.png (plotly through kaleido and the system's chromium), their sentences and numbers to docs/figures.md,
+the first one into README.md too, between the markers `figures` and `end of figures`. The texts need no browser, so a test
+holds them against the recordings.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from moelab import recordings, roofline, runtime
+from moelab import recordings, roofline, runtime, writing
 from moelab.errors import MoelabError, RecordingError, RuntimeModeError
-from moelab.plots import accuracy, fast_ideas, host_time, layer, sum_reduce, tuned_gain
+from moelab.plots import accuracy, fast_ideas, fast_layer, host_time, layer, rivals, sum_reduce, tuned_gain
 from moelab.plots.panel import Panel, Row, columns_of
 from moelab.plots.roofline import recorded_ceilings
 from moelab.plots.style import number
@@ -26,10 +27,20 @@ from moelab.plots.style import number
 WIDTH = 900
 """Pixels: GitHub's column; files have twice as many for sharp text."""
 
-CHARACTERS, LINE_PIXELS = 150, 16
+CHARACTERS, LINE_PIXELS = 144, 16
 """Of a subtitle in 12 px type: what fits into WIDTH, and the height of a line."""
 
 START, END = "<!-- figures: made by `make pictures`, do not edit -->", "<!-- end of figures -->"
+
+FIRST = "fast"
+"""The picture that the README shows."""
+
+HEAD = """# Figures
+
+Made from `data/recordings` and `data/upstream` by `make pictures`: do not edit. Each figure has its sentence, computed from its
+numbers, and the numbers. *fast* is the fastest layer here, *classic* the vLLM/sglang-compatible kernel in a layer of several
+launches. A floor is the time that bytes over bandwidth and FLOP over rate leave to no kernel to beat. The notebooks draw these
+figures with controls, and more of them."""
 
 
 def panels() -> dict[str, Panel]:
@@ -37,6 +48,9 @@ def panels() -> dict[str, Panel]:
     found = {item.suite: item.recording for item in recordings.list_recordings() if item.recording}
     made: dict[str, Panel] = {}
     ceilings = found.get("ceilings")
+    if "fast_layer" in found and ceilings:
+        at = roofline.load_ceilings(_device(ceilings), "floors")
+        made["fast"] = rivals.over_floor(found["fast_layer"], at, fast_layer.load_rivals())
     if "layer_classic" in found and "tuned_gain" in found and ceilings:
         layers = layer.classic_layers(found["layer_classic"], found["tuned_gain"])
         peers = _upstream("h200_sglang")
@@ -62,15 +76,17 @@ def panels() -> dict[str, Panel]:
 
 
 HEADINGS = {
+    "fast": "The fastest layer and the rivals that were measured",
     "roofline": "The classic layer on the roof",
-    "layer": "The classic layer over its floor, beside sglang’s",
+    "layer": "The classic layer over its floor, compared with sglang’s",
     "tuned": "What tuning gains",
-    "ideas": "What each idea of the fastest layer is worth",
+    "ideas": "Ablation: the fastest layer without each of its ideas",
     "host_time": "Who waits for whom without a CUDA graph",
     "sum_reduce": "Sum-reduce, five ways",
     "accuracy": "Which of them is right",
 }
 ALT = {
+    "fast": "time over floor by batch size, mean of three models: torch, sglang and FlashInfer above moelab's fast layer",
     "roofline": "FLOP per byte against TFLOP/s reached, four MoE layers under the roof of an H200",
     "layer": "time over floor by batch size, four MoE layers, three configs, beside sglang",
     "tuned": "times as long as the tuned configs take, by batch size: default, shipped file, an independent run",
@@ -82,17 +98,25 @@ ALT = {
 
 
 def text(made: Mapping[str, Panel]) -> str:
-    """The README's block: for each picture a heading, the picture, its sentence, and a folded table of its numbers."""
-    parts = [START]
+    """docs/figures.md: for each picture a heading, the picture, its sentence, and a folded table of its numbers."""
+    parts = [HEAD]
     for name, panel in made.items():
         parts += [
-            f"### {HEADINGS[name]}",
-            f'<img src="docs/{name}.png" width="{WIDTH}" alt="{ALT[name]}">',
+            f"## {HEADINGS[name]}",
+            _image(name, f"{name}.png"),
             panel.sentence,
             f"<details><summary>The numbers</summary>\n\n{markdown(panel.table)}\n\n</details>",
         ]
-    parts += ["### What was measured where", markdown(origins())]
-    return "\n\n".join([*parts, END])
+    return "\n\n".join([*parts, "## What was measured where", markdown(origins())]) + "\n"
+
+
+def short(made: Mapping[str, Panel]) -> str:
+    """The README's block: the first picture and its sentence."""
+    return "\n\n".join([START, _image(FIRST, f"docs/{FIRST}.png"), made[FIRST].sentence, END])
+
+
+def _image(name: str, path: str) -> str:
+    return f'<img src="{path}" width="{WIDTH}" alt="{ALT[name]}">'
 
 
 def origins() -> list[Row]:
@@ -100,7 +124,7 @@ def origins() -> list[Row]:
     listed = [item.recording for item in recordings.list_recordings() if item.recording]
     return [
         {
-            "recording": f"[{each.suite}](data/recordings/{each.suite}.json)",
+            "recording": f"[{each.suite}](../data/recordings/{each.suite}.json)",
             "rows": len(each.rows),
             **{key: each.provenance[key] for key in ("gpu", "torch", "triton", "cuda", "driver", "date")},
         }
@@ -149,17 +173,17 @@ def draw(made: Mapping[str, Panel], folder: Path) -> list[Path]:
         )
     import plotly.io
 
-    folder.mkdir(exist_ok=True)
     drawn = {name: on_white(panel.figure) for name, panel in made.items() if panel.figure is not None}
     paths = [folder / f"{name}.png" for name in drawn]
     figures = list(drawn.values())
     heights = [figure.layout.height for figure in figures]
-    plotly.io.write_images(figures, paths, width=WIDTH, height=heights, scale=2)  # one browser for all
+    with writing.replacing_all(paths) as files:  # one browser for all
+        plotly.io.write_images(figures, files, format="png", width=WIDTH, height=heights, scale=2)
     return paths
 
 
 def main() -> int:
-    """Write the README's block, then the pictures."""
+    """Write docs/figures.md and the README's block, then the pictures."""
     root = runtime.repo_root()
     if root is None:
         raise RuntimeModeError("This is no checkout. Expected one, with its README.md. Clone the repository: use git.")
@@ -167,7 +191,8 @@ def main() -> int:
     if not made:
         raise RecordingError("No recording to draw. Expected some in data/recordings. Record them: `make record`.")
     readme = root / "README.md"
-    recordings.write_atomically(readme, replaced(readme.read_text(encoding="utf-8"), text(made)))
+    writing.write(readme, replaced(readme.read_text(encoding="utf-8"), short(made)))
+    writing.write(root / "docs" / "figures.md", text(made))
     for path in draw(made, root / "docs"):
         print(f"wrote {path.relative_to(root)}")
     return 0

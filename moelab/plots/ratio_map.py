@@ -10,16 +10,13 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from moelab.plots.style import BETTER, WORSE, grid, luminance
+from moelab.plots.style import BETTER, WORSE, contrast, grid
 
 TIED = "#bdbdbd"
 MIDDLE = "#f7f7f7"
 _TICKS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)
 LEAST_SPAN = math.log(1.25)
 """Half of the colours' range at least, so that a per cent is not drawn as a great gain."""
-
-_DARK = 0.21
-"""Luminance below which white text has more contrast than #222222 (WCAG's formula)."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ def draw(
     shown = [(at, cells[at]) for at in ((name, b) for name in names for b in batches) if at in cells]
     figure.add_scatter(
         x=[str(b) for (_, b), _ in shown], y=[name for (name, _), _ in shown], mode="text", text=[c.text for _, c in shown],
-        textfont={"size": size, "color": [_text_color(c, span, low, high) for _, c in shown]},
+        textfont={"size": size, "color": [colors_of(c, span, low, high)[0] for _, c in shown]},
         hovertemplate="%{y}, batch %{x}: %{text}<extra></extra>", showlegend=False, **places,
     )  # fmt: skip
     if len(across) > 12:  # all labels level and short, or plotly turns them
@@ -149,10 +146,8 @@ def _tint(color: str, share: float = 0.15) -> str:
     return "#" + "".join(f"{round(255 - (255 - part) * share):02x}" for part in _channels(color))
 
 
-def _text_color(cell: Cell, span: float, low: str | None, high: str) -> str:
-    """Dark or white, whichever has more contrast to the cell's colour."""
-    if cell.tie:
-        return "#222222"
+def colors_of(cell: Cell, span: float, low: str | None, high: str) -> tuple[str, str]:
+    """The colours of a cell's text and of its ground: dark or white, whichever has more contrast to it."""
     share = 0.15 + 0.85 * min(1.0, abs(math.log(cell.ratio)) / span)
-    color = _tint(high if low is None or cell.ratio >= 1 else low, share)
-    return "#222222" if luminance(color) > _DARK else "#ffffff"
+    ground = TIED if cell.tie else _tint(high if low is None or cell.ratio >= 1 else low, share)
+    return max(("#222222", "#ffffff"), key=lambda text: contrast(text, ground)), ground

@@ -84,7 +84,7 @@ LOOKS: Mapping[str, Look] = {
     "sglang": Look("#56B4E9", "star-square", "dot"),
     "triton_f32": Look("#2F8FC4", "x", "dashdot"),
     "cuda": Look("#7B5BD6", "triangle-up", "solid"),
-    "FlashInfer": Look("#D6336C", "cross", "dashdot"),
+    "FlashInfer": Look("#D6336C", "triangle-left", "dashdot"),
     "floor": Look(GREY, "line-ew", "dot"),
 }
 """Implementations as their table has them; torch's grouped product; sglang, and its Triton sum-reduce; our CUDA C++ sum-reduce

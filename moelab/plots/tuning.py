@@ -9,19 +9,23 @@ import numpy as np
 
 from moelab.plots.landscape import GEMM_NAMES
 from moelab.plots.panel import Panel, Row
-from moelab.plots.style import BLUE, grid, number
+from moelab.plots.style import BLUE, ORANGE, Look, grid, number
 from moelab.tuner.evaluate import FAILURES
-from moelab.tuner.snapshot import Snapshot
+from moelab.tuner.snapshot import Snapshot, Standing
+from moelab.tuner.watching import Watched
 
 
-def status(history: Sequence[Snapshot], num_tokens: int, source: str) -> list[Panel]:
+def status(
+    history: Sequence[Snapshot], num_tokens: int, source: str, curve: Sequence[tuple[float, Standing]] | None = None
+) -> list[Panel]:
     """Two panels: the best so far of one batch size over the clock with all batch sizes in the table, and its leaders.
 
     history: snapshots in order, one at least. source: what is measured or replayed. num_tokens: whose curve is drawn.
+    curve: that one by what is known now (`snapshot.best_until`); None: as it was believed at each moment.
     """
     now = history[-1]
     standing = now.standings[num_tokens]
-    known = [(s.progress.spent_s, s.standings[num_tokens]) for s in history]
+    known = curve if curve is not None else [(s.progress.spent_s, s.standings[num_tokens]) for s in history]
     known = [(t, each) for t, each in known if math.isfinite(each.best_us)]
     best = f"best so far {number(standing.best_us, 4)} µs"
     figure = grid(f"Batch {num_tokens}: {best} ({now.progress.state})", source, height=360)
@@ -50,6 +54,65 @@ def status(history: Sequence[Snapshot], num_tokens: int, source: str) -> list[Pa
         for b, s in now.standings.items()
     ]  # fmt: skip
     return [Panel(drawn, batches, _sentence(now, source)), _leaders(now, num_tokens)]
+
+
+LOOKS = (Look(BLUE, "circle", "solid"), Look(ORANGE, "diamond", "dash"))
+"""Of a watched run, and of the one beside it."""
+
+
+def watched(runs: Sequence[Watched]) -> Panel:
+    """Runs that others write, one or two: the best so far of one batch size of each over the time since it began."""
+    b = runs[0].num_tokens
+    ends = [each.curve[-1][1].best_us if each.curve else math.inf for each in runs]
+    told = " against ".join(f"{number(us, 4)} µs" if math.isfinite(us) else "nothing yet" for us in ends)
+    figure = grid(
+        f"Batch {b}: best so far {told}", "; ".join(dict.fromkeys(_whose(each) for each in runs)), height=360,
+    )  # fmt: skip
+    for each, look in zip(runs, LOOKS, strict=False):
+        times = np.array([t for t, _ in each.curve], dtype=np.float32)
+        values = np.array([s.best_us for _, s in each.curve], dtype=np.float32)
+        figure.add_scatter(
+            x=times, y=values, mode="lines+markers", name=each.name, line=look.line(2.5) | {"shape": "hv"},
+            marker={"color": look.color, "size": 6, "symbol": look.symbol},
+            hovertemplate="%{y:.2f} µs after %{x:.1f} s<extra>" + each.strategy + "</extra>",
+        )  # fmt: skip
+    figure.update_xaxes(title="seconds since the run began, by its journal", rangemode="tozero")
+    figure.update_yaxes(title="GEMM1 + GEMM2, µs")
+    figure.update_layout(showlegend=True, legend={"orientation": "h", "y": -0.25})
+    rows: list[Row] = []
+    for each in runs:
+        pair = each.curve[-1][1].pair if each.curve else None
+        rows.append({
+            "run": each.name, "strategy": each.strategy, "state": each.state, "phase": each.phase or "–",
+            "samples": each.samples, "after": clock(each.seconds), "failures": each.failures,
+            "best so far, µs": each.curve[-1][1].best_us if each.curve else None,
+            "GEMM1": pair[0].short() if pair else "–", "GEMM2": pair[1].short() if pair else "–",
+        })  # fmt: skip
+    states = " ".join(f"{each.name} is {each.state}{_at(each)}." for each in runs)
+    drawn = figure if any(each.curve for each in runs) else None
+    return Panel(
+        drawn, rows, f"**{states}** {_compared(runs, ends)}A journal is only read here; who writes it decides."
+    )
+
+
+def _whose(each: Watched) -> str:
+    shape = each.problem.shape
+    return f"{shape.name}, {each.kind} on {each.problem.device}, triton {each.problem.triton_version}"
+
+
+def _at(each: Watched) -> str:
+    return f", in phase {each.phase}" if each.phase and each.state != "finished" else ""
+
+
+def _compared(runs: Sequence[Watched], ends: Sequence[float]) -> str:
+    if len(runs) < 2 or not all(map(math.isfinite, ends)):
+        return ""
+    first, second = (each.curve[-1][1] for each in runs)
+    if first.low_us <= second.high_us and second.low_us <= first.high_us:
+        apart = 100 * abs(ends[0] / ends[1] - 1)
+        return f"At batch {runs[0].num_tokens} their best differ by {apart:.1f} %, within their bands: a tie. "
+    ahead = runs[0] if ends[0] < ends[1] else runs[1]
+    return f"At batch {runs[0].num_tokens} {ahead.name} is ahead by {100 * (max(ends) / min(ends) - 1):.1f} %. "
 
 
 def in_a_line(now: Snapshot, num_tokens: int) -> str:

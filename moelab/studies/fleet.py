@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from moelab import recordings, runtime
+from moelab import recordings, runtime, writing
 from moelab.errors import MoelabError, RuntimeModeError
 from moelab.studies import fleet_gain, timeline
 from moelab.studies.fleet_job import (
@@ -146,8 +145,7 @@ class Fleet:
             for path in done.paths:
                 place = self._place(done.job, path)
                 if place is not None:
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    copies.append(Path(shutil.copyfile(path, place)))
+                    copies.append(writing.copy(path, place))
         gain, place = self.out / "recordings" / "tuned_gain.json", recordings.recordings_dir()
         if gain.is_file():
             copies.append(fleet_gain.merge(recordings.load(gain), place / gain.name))

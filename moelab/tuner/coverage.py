@@ -44,7 +44,8 @@ class Coverage:
         return None if self.needed_s is None else f"{math.ceil(self.needed_s / ROUND_TO_S) * ROUND_TO_S}s"
 
     def sentences(self, run: str | None = "RUN") -> list[str]:
-        """What a reader has to know of a search that was cut; empty for one that was not. run: its journal, None for none."""
+        """What a reader has to know of a search that was cut; empty for one that was not. run: its journal, and what else goes on
+        with it, as a shell takes them; None for none."""
         if not self.cut:
             return []
         said = [f"The budget of {self.budget_s:g} s cut the search short, in: {', '.join(self.cut)}."]

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moelab import writing
 from moelab.config import KernelConfig
 from moelab.errors import UnknownNameError, nearest_names
-from moelab.recordings import write_atomically
 from moelab.tuner.landscape import FIELDS, Landscape, Row
 from moelab.tuner.problem import GEMMS, Gemm, Problem
 from moelab.tuner.space import build_space, grid, representatives
@@ -57,8 +57,7 @@ def export(landscape: Landscape, out: str | Path, kind: str) -> list[Path]:
             if entries:
                 content = FORMATS[kind](landscape, gemm, num_tokens, entries)
                 path = Path(out) / f"{landscape.name}-{gemm}-{num_tokens}.{kind}.json"
-                write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-                written.append(path)
+                written.append(writing.write(path, json.dumps(content, indent=1, allow_nan=False) + "\n"))
     return written
 
 

@@ -100,8 +100,8 @@ def _wanted(search: Search, predicted: dict[tuple[Gemm, int], Floats]) -> list[R
             theirs = predicted[other, b]
             blocks = board.blocks_m[other][: len(theirs)]
             best = {m: float(np.min(theirs[blocks == m], initial=math.inf)) for m in np.unique(board.blocks_m[gemm])}
-            known = board.times(gemm, b)
-            open_ones = [i for i in board.candidates(gemm, b) if not math.isfinite(known[i])]
+            known, failed = board.times(gemm, b), board.looked_at[gemm][board.row[b]]
+            open_ones = [i for i in board.candidates(gemm, b) if not (math.isfinite(known[i]) or failed[i])]
             partner = [best[m] for m in board.blocks_m[gemm][open_ones]]
             scores = predicted[gemm, b][open_ones] + np.array(partner)
             count = max(1, round(share * len(board.candidates(gemm, b))))

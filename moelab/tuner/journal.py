@@ -8,10 +8,12 @@ out, and goes with the process that holds it.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import fcntl
 import os
+import secrets
 import stat
 import time
 from collections.abc import Mapping
@@ -52,7 +54,11 @@ class Content:
 
 
 class Journal:
-    """A journal that is open for appending, locked against other tuners. `create` or `resume` makes one."""
+    """A journal that is open for appending, locked against other tuners. `create` or `resume` makes one.
+
+    Writing raises JournalError when the disk refuses, and when the file is no longer at its path, or not as it was left: a
+    run that went on would end well, and leave nothing to take up.
+    """
 
     def __init__(self, path: Path, handle: int, content: Content) -> None:
         self.path, self.content = path, content
@@ -68,7 +74,10 @@ class Journal:
         first line, left by a kill in the first instant, counts as none.
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unmade(path, str(error.strerror)) from error
         handle = _open_locked(path, os.O_RDWR | os.O_CREAT)
         try:
             if b"\n" in os.pread(handle, 1 << 20, 0):
@@ -99,7 +108,7 @@ class Journal:
         return cls(path, handle, content)
 
     def append(self, result: Result) -> None:
-        """Write one result. Raises JournalError when the disk refuses; the lines before stay whole and readable."""
+        """Write one result. Raises JournalError where it cannot; the lines before stay whole and readable."""
         self._append(encode(result))
         if time.monotonic() - self._synced > FSYNC_EVERY_S:
             self.sync()
@@ -124,6 +133,8 @@ class Journal:
             handle, self._handle = self._handle, None
             try:
                 os.fsync(handle)
+            except OSError as error:
+                raise self._refused(error) from error
             finally:
                 os.close(handle)
 
@@ -132,6 +143,7 @@ class Journal:
             raise JournalError(
                 f"The journal {self.path} is closed. Expected an open one. Take it up with Journal.resume."
             )
+        self._must_stand(self._handle)
         stamped = {**line, "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")}
         data = packed(stamped)
         try:
@@ -139,9 +151,36 @@ class Journal:
             while written < len(data):  # a disk that fills up takes a part first, and refuses only the rest
                 written += os.pwrite(self._handle, data[written:], self._end + written)
         except OSError as error:
-            os.ftruncate(self._handle, self._end)  # the part that was taken would be a torn line
+            with contextlib.suppress(OSError):  # a torn line that stays is cut off by who takes the run up
+                os.ftruncate(self._handle, self._end)
             raise self._refused(error) from error
         self._end += len(data)
+
+    def _must_stand(self, handle: int) -> None:
+        own = os.fstat(handle)
+        try:
+            there = os.stat(self.path)
+        except OSError:
+            raise self._gone("removed", handle) from None
+        if (there.st_dev, there.st_ino) != (own.st_dev, own.st_ino):
+            raise self._gone("replaced by another file", handle)
+        if own.st_size != self._end:
+            raise JournalError(
+                f"The journal {self.path} was written to by another program: it has {own.st_size} bytes in place of "
+                f"{self._end}. Expected to be the only one. What is still whole in it is taken up with --resume {self.path}."
+            )
+
+    def _gone(self, how: str, handle: int) -> JournalError:
+        kept = _rescued(self.path, os.pread(handle, self._end, 0))
+        then = (
+            f"is in {kept}: take the run up with --resume {kept}"
+            if kept
+            else "is lost, for it cannot be written elsewhere"
+        )
+        return JournalError(
+            f"The journal {self.path} was {how} while the run went on. Expected it to stay until the run ends. What was "
+            f"measured {then}."
+        )
 
     def _refused(self, error: OSError) -> JournalError:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -170,6 +209,26 @@ def _bytes(path: Path) -> bytes:
         raise _missing(path, f"it {error}") from None
 
 
+def _rescued(path: Path, data: bytes) -> Path | None:
+    """Write what a journal held beside it, or into the nearest folder above that is there; the file, None if none takes it."""
+    for folder in path.absolute().parents:
+        kept = folder / f"{path.stem}-kept-{secrets.token_hex(3)}.jsonl"
+        try:
+            with kept.open("xb") as file:
+                file.write(data)
+        except OSError:
+            continue
+        return kept
+    return None
+
+
+def _unmade(path: Path, why: str) -> JournalError:
+    return JournalError(
+        f"Cannot begin a run's journal at {path}: {why}. Expected a folder that can be written to. Name another "
+        "with --out."
+    )
+
+
 def _missing(path: Path, why: str) -> JournalError:
     return JournalError(
         f"Cannot read a run's journal at {path}: {why}. Expected the file that `moelab tune` wrote. Check the "
@@ -181,10 +240,10 @@ def _open_locked(path: Path, flags: int) -> int:
     try:
         handle = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)  # a FIFO would be waited for
     except OSError as error:
-        raise _missing(path, str(error.strerror)) from error
+        raise (_unmade if flags & os.O_CREAT else _missing)(path, str(error.strerror)) from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise _missing(path, "it is a special file")
+        raise (_unmade if flags & os.O_CREAT else _missing)(path, "it is a special file")
     patience = time.monotonic() + LOCK_PATIENCE_S
     while not _locked(handle):
         if time.monotonic() > patience:

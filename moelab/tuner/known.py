@@ -7,7 +7,8 @@ and to some of them; with a newcomer it has to be made again, whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from moelab.config import KernelConfig
@@ -32,8 +33,10 @@ class Known:
         self._looks: dict[What, Outcomes] = {}
         self._comparisons: dict[What, list[Outcomes]] = {}
         self._told: set[tuple[What, Contender]] = set()
+        self._aliases: dict[What, Outcomes] = {}
         for result in results:
             self._learn(result)
+        self._held = {what: len(table) for what, table in self._looks.items()}
 
     def add(self, result: Result) -> None:
         """Take in what was measured just now; `untold` will not tell it."""
@@ -66,32 +69,44 @@ class Known:
 
     def _learn(self, result: Result) -> None:
         self.results.append(result)
-        what = _what(result.request)
-        table: Outcomes = {}
+        what, measured = _what(result.request), zip(result.request.contenders, result.outcomes, strict=True)
         if result.request.interleaved:
-            self._comparisons.setdefault(what, []).append(table)
+            self._comparisons.setdefault(what, []).append(dict(measured))
         else:
-            table = self._looks.setdefault(what, table)
-        measured = list(zip(result.request.contenders, result.outcomes, strict=True))
-        for contender, outcome in measured:
-            table.setdefault(self._program(what, contender), outcome)
-        table.update(measured)
+            self._looks.setdefault(what, {}).update(measured)
 
     def _outcomes(self, request: Request) -> list[Outcome | None]:
         """Of each contender, None for what is not known; of a comparison all or none, from the latest that held them all."""
         what = _what(request)
-        tables = self._comparisons.get(what, []) if request.interleaved else [self._looks.get(what, {})]
-        for table in filter(None, reversed(tables)):
-            found = [table.get(c) or table.get(self._program(what, c)) for c in request.contenders]
-            if not request.interleaved or None not in found:
+        if not request.interleaved:
+            return self._found(request, self._looks.get(what, {}), lambda table: self._recalled(what, table))
+        for table in reversed(self._comparisons.get(what, [])):
+            found = self._found(request, table, lambda table: self._by_program(what, table.items()))
+            if None not in found:
                 return found
         return [None] * len(request.contenders)
 
+    def _found(
+        self, request: Request, table: Outcomes, by_program: Callable[[Outcomes], Outcomes]
+    ) -> list[Outcome | None]:
+        found = [table.get(contender) for contender in request.contenders]
+        if None not in found or not table or request.rounds == 0:  # a compile is nobody else's
+            return found
+        what, same = _what(request), by_program(table)
+        return [o or same.get(self._program(what, c)) for c, o in zip(request.contenders, found, strict=True)]
+
+    def _recalled(self, what: What, table: Outcomes) -> Outcomes:
+        """By program what the journal held, made when something is missing; a strategy asks for each program once itself."""
+        if what not in self._aliases:
+            self._aliases[what] = self._by_program(what, itertools.islice(table.items(), self._held.get(what, 0)))
+        return self._aliases[what]
+
+    def _by_program(self, what: What, items: Iterable[tuple[Contender, Outcome]]) -> Outcomes:
+        return {self._program(what, contender): outcome for contender, outcome in items}
+
     def _program(self, what: What, contender: Contender) -> Contender:
-        """The contender that stands for all that run the same program there; what is only compiled is nobody else's."""
-        stage, num_tokens, rounds, *_ = what
-        if rounds == 0:
-            return contender
+        """The contender that stands for all that run the same program there."""
+        stage, num_tokens, *_ = what
         sides: Sequence[Gemm] = GEMMS if stage == "layer" else [gemm for gemm in GEMMS if gemm == stage]
         return tuple(
             self._same(gemm, num_tokens).get(config, config) for gemm, config in zip(sides, contender, strict=True)

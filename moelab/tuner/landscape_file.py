@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moelab import writing
 from moelab.errors import RuntimeModeError
 from moelab.reading import MIB, UnreadableError, parse_json, read_bytes
 
@@ -44,20 +43,12 @@ def write(columns: Columns, about: Mapping[str, Any], path: Path) -> Path:
 
 def _write(table: Any, about: Mapping[str, Any], path: Path) -> Path:
     table = table.replace_schema_metadata({"moelab": json.dumps({**about, "digest": _NO_DIGEST}, allow_nan=False)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
+    with writing.replacing(path) as temporary:
         # zstd at 19 makes it 12 % smaller than at 1
-        _pyarrow()[1].write_table(table, name, compression="zstd", compression_level=19, write_page_checksum=True)
-        data = Path(name).read_bytes()
+        _pyarrow()[1].write_table(table, temporary, compression="zstd", compression_level=19, write_page_checksum=True)
+        data = temporary.read_bytes()
         digest = b'"digest": "%s"' % hashlib.sha256(data).hexdigest().encode()
-        Path(name).write_bytes(data.replace(b'"digest": "%s"' % _NO_DIGEST.encode(), digest, 1))
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        temporary.write_bytes(data.replace(b'"digest": "%s"' % _NO_DIGEST.encode(), digest, 1))
     return path
 
 

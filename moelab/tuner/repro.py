@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from moelab import writing
 from moelab.config import KernelConfig
 from moelab.errors import JournalError, MoelabError
 from moelab.reading import MIB, UnreadableError, read_json
@@ -21,15 +22,13 @@ def write(
     folder: Path, problem: Problem, stage: Stage, num_tokens: int, contender: Contender, failure: str, why: str
 ) -> Path:
     """Write down a contender that was quarantined, and why; the file. An existing one is overwritten."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stage}-{num_tokens}-{'-'.join(config_key(config) for config in contender)}.json"
     content = {
         "problem": problem.to_json(), "stage": stage, "num_tokens": num_tokens,
         "configs": [config.to_json() for config in contender], "failure": failure, "why": why,
         "run": f"python -m moelab.tuner.repro {path}",
     }  # fmt: skip
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    return path
+    return writing.write(path, json.dumps(content, indent=1) + "\n")
 
 
 def load(path: str | Path) -> tuple[Problem, Request]:

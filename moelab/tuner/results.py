@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moelab import writing
 from moelab.config import KernelConfig
-from moelab.config_files import question, read_config_file, write_config_file
+from moelab.config_files import question, read_config_file
+from moelab.config_files.content import file_text
 from moelab.errors import ConfigFileError, LandscapeError
 from moelab.tuner.board import Board
 from moelab.tuner.coverage import Coverage
@@ -117,6 +119,7 @@ def file_paths(problem: Problem, out: str | Path) -> dict[str, Path]:
 def standing(problem: Problem, out: str | Path) -> dict[str, dict[int, KernelConfig]]:
     """ "up" and "down" -> what the file that is there now says, nothing where there is none. Raises ConfigFileError for one
     that cannot be read: to write over it would lose what it holds."""
+    writing.settle(file_paths(problem, out)["up"].parent)
     try:
         return {
             side: read_config_file(path) if path.exists() else {} for side, path in file_paths(problem, out).items()
@@ -178,8 +181,9 @@ class TuneResult:
         """Write the config files into triton_X_Y_Z/ below `out`, as sglang's loader finds them; their paths. Those of a
         kernel beside the compatible kernel are named `kernel=NAME`, and moelab's loader alone finds them.
 
-        Of files that are there already, entries of other batch sizes stay. Raises LandscapeError if the run is incomplete or
-        no batch size has a winner, ConfigFileError if a file that is there cannot be read.
+        Of files that are there already, entries of other batch sizes stay. Both files appear, or none. Raises LandscapeError
+        if the run is incomplete or no batch size has a winner, ConfigFileError if a file that is there cannot be read,
+        WriteError where another process does not leave the folder.
         """
         if not self.complete or not any(self.to_configs().values()):
             raise LandscapeError(
@@ -187,8 +191,11 @@ class TuneResult:
                 "Expected winners that went through the finals. Take the run up with --resume first."
             )
         paths = file_paths(self.problem, out)
-        configs = beside(standing(self.problem, out), self.to_configs())
-        return [write_config_file(paths[side], found) for side, found in configs.items()]
+        with writing.locked(paths["up"].parent):  # another run may be at other batch sizes of the same files
+            configs = beside(standing(self.problem, out), self.to_configs())
+            texts = {paths[side]: file_text(paths[side], found) for side, found in configs.items()}
+            with writing.together(texts):
+                return list(texts)
 
     def rows(self) -> list[dict[str, Any]]:
         """A flat row for each batch size, for tables and JSON."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import secrets
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,11 @@ _TAIL = 1 << 16
 
 LONGEST_HEADER = 1 << 20
 """Bytes of the longest first line that is looked at: one of 19 batch sizes has 12,000."""
+
+
+def new_label(strategy: str) -> str:
+    """What a run that begins now is called: strategy, local time, and what no other has that begins in the same second."""
+    return f"{strategy}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
 
 
 @dataclass(frozen=True)

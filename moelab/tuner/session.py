@@ -58,7 +58,9 @@ class TuneSession:
     ) -> None:
         self._set_up(problem, evaluator, strategy, settings or Settings(), budget_s, on_progress)
         self._journal = (
-            Journal.create(run, make_header(self.search, strategy, budget_s, evaluator)) if run is not None else None
+            Journal.create(run, make_header(self.search, strategy, self.budget_s, evaluator))
+            if run is not None
+            else None
         )
 
     def _set_up(

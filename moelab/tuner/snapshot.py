@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from moelab.config import KernelConfig
 from moelab.tuner.board import Board
@@ -51,10 +51,34 @@ class Snapshot:
 def snapshot(session: TuneSession) -> Snapshot:
     """Take one. Call it in the session's thread (on_progress), or once the session has ended."""
     board = session.board
-    return Snapshot(session.progress(), {b: _standing(board, b) for b in session.problem.batch_sizes})
+    return Snapshot(session.progress(), {b: standing(board, b) for b in session.problem.batch_sizes})
 
 
-def _standing(board: Board, num_tokens: int) -> Standing:
+def best_until(
+    moments: Sequence[tuple[float, Standing]], board: Board, num_tokens: int
+) -> tuple[tuple[float, Standing], ...]:
+    """(seconds, Standing) of the moments that had a pair, each with the best pair until then, by all that the board knows now.
+
+    More samples can make a pair's median worse, and a search then turns to another: what it had believed before was never
+    there. Judged by what is known now, the best so far never gets worse.
+    """
+    known: dict[Pair, tuple[float, float, float]] = {}
+    found: list[tuple[float, Standing]] = []
+    best: Standing | None = None
+    for seconds, then in moments:
+        if then.pair is None:
+            continue
+        if then.pair not in known:
+            known[then.pair] = _sums(board, num_tokens, then.pair)
+        us, low, high = known[then.pair]
+        if best is None or us < best.best_us:
+            best = replace(then, best_us=us, low_us=low, high_us=high)
+        found.append((seconds, replace(best, leaders=then.leaders)))
+    return tuple(found)
+
+
+def standing(board: Board, num_tokens: int) -> Standing:
+    """One batch size, now."""
     leaders = tuple(
         _leader(board, gemm, num_tokens, board.configs[gemm][i])
         for gemm in GEMMS
@@ -63,9 +87,13 @@ def _standing(board: Board, num_tokens: int) -> Standing:
     pair = board.best_pair(num_tokens)
     if pair is None:
         return Standing(math.inf, math.inf, math.inf, None, leaders)
+    return Standing(*_sums(board, num_tokens, pair), pair, leaders)
+
+
+def _sums(board: Board, num_tokens: int, pair: Pair) -> tuple[float, float, float]:
     both = [_leader(board, gemm, num_tokens, config) for gemm, config in zip(GEMMS, pair, strict=True)]
     best, low, high = (sum(getattr(x, name) for x in both) for name in ("median_us", "low_us", "high_us"))
-    return Standing(best, low, high, pair, leaders)
+    return best, low, high
 
 
 def _leader(board: Board, gemm: Gemm, num_tokens: int, config: KernelConfig) -> Leader:

@@ -7,6 +7,8 @@ from moelab.widgets.health import config_doctor, config_path, config_transfer
 from moelab.widgets.kernels import kernel_check, kernel_roof
 from moelab.widgets.live_tuner import LiveTuner
 from moelab.widgets.panels import explorer, interactive_panel, interactive_panels, padding_picture
+from moelab.widgets.quantised import weights_way
+from moelab.widgets.run_watcher import RunWatcher
 from moelab.widgets.strategy_race import strategy_race
 from moelab.widgets.winner import ExportPanel, WinnerCard
 
@@ -14,6 +16,7 @@ __all__ = [
     "Choice",
     "ExportPanel",
     "LiveTuner",
+    "RunWatcher",
     "WinnerCard",
     "config_doctor",
     "config_path",
@@ -28,4 +31,5 @@ __all__ = [
     "layer_picker",
     "padding_picture",
     "strategy_race",
+    "weights_way",
 ]

@@ -28,7 +28,7 @@ from moelab.tuner.problem import Problem
 from moelab.tuner.progress import Progress
 from moelab.tuner.replay import Table
 from moelab.tuner.session import TuneSession
-from moelab.tuner.snapshot import Snapshot, snapshot
+from moelab.tuner.snapshot import Snapshot, best_until, snapshot
 from moelab.tuner.starting import evaluator_of, gpu_problem, replay_of, replay_problem
 from moelab.tuner.strategies import STRATEGIES
 from moelab.widgets import page
@@ -273,7 +273,11 @@ class LiveTuner(widgets.VBox):
         )
         history = self._history or [self._blank()]
         shown = self.shown.value if self.shown.value in history[-1].standings else next(iter(history[-1].standings))
-        panels = plots.status(history, shown, _source(self.session) if self.session else self._intent())
+        curve = None
+        if self.session is not None:
+            moments = [(each.progress.spent_s, each.standings[shown]) for each in history]
+            curve = best_until(moments, self.session.board, shown)
+        panels = plots.status(history, shown, _source(self.session) if self.session else self._intent(), curve)
         self._show_sign(self._said or plots.in_a_line(history[-1], shown))
         show(self.output, panels)
 

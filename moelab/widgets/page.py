@@ -20,6 +20,7 @@ STYLE = """<style>
   background: var(--jp-layout-color0, var(--jp-layout-color1, Canvas)); border-bottom: 1px solid var(--jp-border-color2, #888);
 }
 .moelab-controls .widget-html { max-width: 100%; }
+.moelab-panel textarea:disabled { opacity: 1; color: inherit; }
 </style>"""
 
 DRAW_ONCE = """

@@ -1,0 +1,161 @@
+"""Layers of quantised experts beside each other and plain ones: time over the floor by format and batch, and the error.
+
+Each is called as a server would, through `fused_moe(impl="triton")`: alignment, codes of the activations and the sum over slots
+are inside the time. A format runs under sglang's default rule and under the fastest of a few tiles (a short screening pass, no
+tuning), and all formats of one shape and batch take turns, over the same routings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from moelab import config as config_room
+from moelab import runtime
+from moelab.call import Config
+from moelab.config import KernelConfig
+from moelab.errors import MoelabError
+from moelab.formats import Format, get_format
+from moelab.inputs import MoEInputs
+from moelab.kernels.checks import current_target
+from moelab.measure import measure
+from moelab.pipelines.call_configs import default_of
+from moelab.recordings import Recording
+from moelab.routing import expected_experts_touched
+from moelab.shapes import MoEShape, load_model
+from moelab.suites.bench import cost_of, judge
+from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
+from moelab.suites.partial import OnRows, ignore
+from moelab.suites.screening import quick, usable
+
+SHAPES: Mapping[str, tuple[str, int, int]] = {
+    "deepseek-v3/tp8": ("deepseek-v3", 8, 1),
+    "qwen3-30b-a3b/tp1": ("qwen3-30b-a3b", 1, 1),
+    "glm-4.5-air/tp1": ("glm-4.5-air", 1, 1),
+    "deepseek-v3/ep8": ("deepseek-v3", 8, 8),
+}
+"""Name -> preset, tp_size, ep_size: the shapes of data/upstream/h200_fp8_sglang.json."""
+
+FORMATS = (
+    "plain", "fp8_w8a8_block_128x128", "fp8_w8a8_channel", "int8_w8a8_channel", "int4_w4a16_group_128", "mxfp4_w4a16"
+)  # fmt: skip
+BATCHES = (1, 4, 16, 64, 256, 1024, 4096)
+
+FEW_ROWS = 24
+"""Rows an expert up to which tiles of 16 are tried."""
+
+_FEW = (
+    (16, 64, 128, 1, 4, 4), (16, 128, 128, 1, 4, 4), (16, 64, 128, 1, 4, 6), (16, 128, 64, 1, 4, 5),
+    (16, 32, 128, 1, 4, 4), (16, 32, 256, 1, 4, 3), (16, 64, 256, 1, 4, 3), (32, 64, 128, 1, 4, 4),
+)  # fmt: skip
+_MANY = (
+    (64, 128, 128, 16, 4, 3), (64, 64, 128, 16, 4, 4), (128, 128, 128, 16, 8, 3), (64, 128, 128, 16, 8, 3),
+    (128, 64, 128, 16, 4, 3), (128, 128, 64, 16, 4, 4), (128, 256, 64, 16, 8, 3),
+)  # fmt: skip
+
+
+def shape_of(name: str, format: str | Format) -> MoEShape:
+    """The layer behind a name of SHAPES with its experts in that format, without fused shared experts."""
+    model, tp_size, ep_size = SHAPES[name]
+    plain = load_model(
+        model, tp_size=tp_size, ep_size=ep_size, dtype="bfloat16", disable_shared_experts_fusion=True
+    )  # fmt: skip
+    return replace(plain, format=get_format(format))
+
+
+def candidates(shape: MoEShape, num_tokens: int) -> list[KernelConfig]:
+    """Tiles to choose from at that batch size, of those that the format and this chip take; a step longer than a block of
+    scales is cut to it."""
+    format, everywhere = shape.format, shape.num_experts * shape.ep_size
+    rows = num_tokens * shape.top_k / expected_experts_touched(everywhere, shape.top_k, num_tokens)
+    longest = format.sizes[-1] if format.granularity == "block" else 1 << 30
+    tiles = [KernelConfig(m, n, min(k, longest), *rest) for m, n, k, *rest in (_FEW if rows <= FEW_ROWS else _MANY)]
+    found = [tile for tile in dict.fromkeys(tiles) if format.step_refused(tile.BLOCK_SIZE_K) is None]
+    rules: dict[str, Any] = {
+        "dtype": format.product_dtype(shape.dtype), "weight_bits": format.widened_bits, "target": current_target()
+    }  # fmt: skip
+    return [tile for tile in found if not config_room.violations(tile, **rules)]
+
+
+def choose(layer: Layer, rotations: int) -> tuple[KernelConfig | None, int, tuple[str, ...]]:
+    """The fastest tile of a short pass, for both GEMMs; how many were tried; those that did not run, with why."""
+    tiles = candidates(layer.shape, layer.num_tokens)
+    ran, lost = usable({tile: layer.whole(tile) for tile in tiles})
+    times = quick(ran, rotations) if ran else {}
+    best = min(times, key=lambda tile: times[tile].median_us) if times else None
+    return best, len(tiles), tuple(sorted(f"{tile.short()}: {why}" for tile, why in lost.items()))
+
+
+def cell(name: str, layers: Mapping[str, Layer]) -> list[dict[str, Any]]:
+    """Rows of one shape and batch size: each format's default and searched config, checked, then timed interleaved."""
+    run: dict[str, Callable[[int], torch.Tensor]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for format, layer in layers.items():
+        for label, row, contender in _contenders(name, layer):
+            rows[f"{format} {label}"] = row
+            if contender is not None:
+                run[f"{format} {label}"] = contender
+    protocol = protocol_for(next(iter(layers.values())).num_tokens)
+    for key, found in measure(run, protocol).items() if run else ():
+        rows[key]["samples_us"] = [round(sample, 4) for sample in found.samples_us]
+    return list(rows.values())
+
+
+def _contenders(name: str, layer: Layer) -> list[tuple[str, dict[str, Any], Callable[[int], torch.Tensor] | None]]:
+    shape, protocol = layer.shape, protocol_for(layer.num_tokens)
+    searched, tried, failed = choose(layer, protocol.rotations)
+    configs: dict[str, Config] = {"default": "default"}
+    if searched is not None:
+        configs["searched"] = searched
+    contenders = {label: layer.whole(config) for label, config in configs.items()}
+    cost = cost_of(layer)
+    common = {
+        "shape": name, "format": shape.format.name, "num_tokens": layer.num_tokens, "experts_touched": layer.experts_touched(),
+        "bytes": cost.bytes, "flops": cost.flops, "multiplies": shape.format.product_dtype(shape.dtype),
+        "rotations": protocol.rotations, "tried": tried, "failed": list(failed),
+    }  # fmt: skip
+    try:
+        judged = judge(layer, contenders)
+    except MoelabError as error:
+        refused = f"{type(error).__name__}: {error}"
+        return [("default", {**common, "config_name": "default", "refused": refused}, None)]
+    default = default_of(shape.num_experts, shape.moe_intermediate_size, layer.num_tokens, shape.format)
+    found = []
+    for label, config in configs.items():
+        used = config if isinstance(config, KernelConfig) else default
+        row = {**common, "config_name": label, "config": used.to_json(), **judged[label]}
+        found.append((label, row, None if "refused" in row else contenders[label]))
+    return found
+
+
+def record(
+    names: Sequence[str] = tuple(SHAPES),
+    formats: Sequence[str] = FORMATS,
+    batches: Sequence[int] = BATCHES,
+    on_rows: OnRows = ignore,
+) -> Recording:
+    """Every format on four shapes, from one token to 4096.
+
+    Raises RuntimeModeError without a GPU, or where Triton's interpreter stands in for one.
+    """
+    runtime.require_cuda("the suite 'quantised'")
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        shapes = {format: shape_of(name, format) for format in formats}
+        weights: dict[str, Sequence[MoEInputs]] = {format: weight_sets(shape) for format, shape in shapes.items()}
+        for num_tokens in batches:
+            rotations = protocol_for(num_tokens).rotations
+            layers = {f: Layer(shape, num_tokens, rotations, weights[f]) for f, shape in shapes.items()}
+            rows += cell(name, layers)
+            on_rows(rows)
+        del weights, layers
+        torch.cuda.empty_cache()
+    protocol = {
+        **protocol_for(1).describe(), "rotations": "in each row", "alignment": "included",
+        "activations": "quantised inside the time, ahead of either GEMM, where the format does",
+        "configs": "default: sglang's rule; searched: the fastest of a screening pass of 3 replays each",
+    }  # fmt: skip
+    return Recording("quantised", runtime.provenance(seed=0), protocol, tuple(rows))
