@@ -60,7 +60,7 @@ def _spoiled(rng: random.Random, how: str, good: dict[str, Any]) -> tuple[str, b
         return "num_experts_per_tok put in twice", text.encode(), lambda _: False
     reading = read_model_config(good)
     read = [key.split(".") for key in reading.keys_used if "." not in key]
-    if how == "typed":
+    if how == "typed" or not read:
         key = rng.choice(TYPED)
         value = rng.choice([v for v in spoil.HOSTILE if v is not None and not _is_meant(key, v)])
         return f"{key} = {str(value)[:40]!r}", spoil.dumps(good | {key: value}).encode(), lambda _: False
