@@ -29,7 +29,7 @@ help:
 	@echo 'make notebooks  runs every notebook, top to bottom'
 	@echo 'make live       every notebook on the machine at hand, and a tune through 05; what each cell showed: build/live/outputs.json'
 	@echo 'make html       the notebooks, executed, as a gallery that needs no network: build/html/index.html'
-	@echo 'make app        one notebook as an app, without its code (NOTEBOOK=notebooks/01_roofline.ipynb)'
+	@echo 'make app        one notebook as an app, without its code, behind a token (NOTEBOOK=notebooks/01_roofline.ipynb)'
 	@echo 'make pictures   docs/*.png, docs/figures.md and the README figure, from data/recordings (needs chromium)'
 	@echo 'make gpu        on a GPU: the gpu tests, then every recording made again'
 	@echo 'make sanitize   on an NVIDIA GPU: every kernel under compute-sanitizer (memcheck, racecheck)'
