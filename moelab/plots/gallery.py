@@ -51,6 +51,7 @@ QUESTIONS = (
     ("Which config file is wrong?", "06_config_health", "The doctor"),
     ("What does the wrong config cost?", "06_config_health", "What the wrong config costs"),
     ("How do I add a kernel, and have it checked?", "07_your_kernel", "The idea"),
+    ("What do fp8, int8, int4 and mxfp4 gain, and what do they cost?", "08_quantised", "The floor"),
     ("What does a word mean?", "glossary", ""),
 )
 """Question, the notebook that answers it, the heading it is answered under."""

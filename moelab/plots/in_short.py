@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moelab import recordings, roofline
-from moelab.plots import fast_forms, fast_layer, host_time, layer, split_k, tma_overhead, transfer
+from moelab.plots import fast_forms, fast_layer, host_time, layer, split_k, tma_overhead, transfer, tuner_regret
 from moelab.plots import quantised as formats
 from moelab.plots import roofline as floors
 from moelab.plots.cells import names_of
 from moelab.plots.panel import Panel, Row, geometric_mean, timing
 from moelab.roofline import Ceilings, load_ceilings
 from moelab.shapes import MoEShape
+from moelab.tuner.problem import GEMMS
+from moelab.tuner.survey import Survey, cover
 from moelab.tuner.transfer import Transfer
 
 
@@ -165,6 +167,23 @@ def health(rules: Sequence[Row], home: Transfer) -> Panel:
         Is_a_folder_sound="`moelab doctor DIR` names files that no lookup reaches and configs that no kernel takes.",
         What_does_the_wrong_one_cost=f"No file at all: {default[0]:.0f} % on average, {default[1]:.0f} % at worst. A neighbour’s "
         f"batch size: {nearest[0]:.1f} % and {nearest[1]:.0f} %.",
+    )
+
+
+def search(survey: Survey, replayed: recordings.Recording, gained: recordings.Recording) -> Panel:
+    """05."""
+    few = {gemm: len(cover(survey, gemm, 0.02).chosen) for gemm in GEMMS}
+    sizes = len(survey.batch_sizes)
+    gains = ", ".join(
+        f"{row['geometric_mean']:.2f} ({row['target']})"
+        for row in gained.select(kind="summary", over="default") if row.get("geometric_mean")
+    )  # fmt: skip
+    return _lines(
+        Which_config_is_fastest=f"No single one, but few: within 2 % of the best, {few['up']} configs of GEMM1 and "
+        f"{few['down']} of GEMM2 serve all {sizes} batch sizes of {survey.problem.shape.name} on an {survey.problem.device}.",
+        How_is_it_found=tuner_regret.advice(replayed),
+        What_does_it_gain=f"sglang’s default configs take so many times as long: {gains}. *Tune*, below, ends in the file that a "
+        "server reads.",
     )
 
 
