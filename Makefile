@@ -121,7 +121,7 @@ NOTEBOOK ?= $(firstword $(wildcard notebooks/05_config_search.ipynb) notebooks/0
 APP_FOLDER ?= $(CURDIR)/tuned
 
 app: $(READY)
-	JUPYTER_PATH=$(CURDIR)/app$(if $(JUPYTER_PATH),:$(JUPYTER_PATH)) MOELAB_APP_FOLDER=$(APP_FOLDER) \
+	JUPYTER_CONFIG_PATH=$(CURDIR)/app JUPYTER_PATH=$(CURDIR)/app$(if $(JUPYTER_PATH),:$(JUPYTER_PATH)) MOELAB_APP_FOLDER=$(APP_FOLDER) \
 		$(PY) -m voila $(NOTEBOOK) --template=moelab --Voila.auto_token=True $(APP_ARGS)
 
 pictures: $(READY)
