@@ -48,7 +48,8 @@ def changes(control: Any) -> list[tuple[str, Any]]:
 def timed(panel: str, box: Any) -> list[dict[str, Any]]:
     """A row for each control of a panel: the median and the longest time of its changes, in ms."""
     rows = []
-    for control in box.children[0].children:
+    above = box.children[0]
+    for control in above.children[0].children if hasattr(above.children[0], "children") else above.children:
         if not getattr(control, "options", None):
             continue
         spent = []

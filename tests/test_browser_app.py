@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +32,7 @@ def app(notebook: Path, state: Path) -> Iterator[Server]:
     """Serve one notebook as the Makefile does; logs and settings go into the throwaway folder `state`."""
     server = Server(f"http://127.0.0.1:{free_port()}", "")
     paths = [str(ROOT / "app"), *filter(None, [os.environ.get("JUPYTER_PATH")])]
-    environment = {**os.environ, "JUPYTER_PATH": os.pathsep.join(paths)}
+    environment = {**os.environ, "JUPYTER_PATH": os.pathsep.join(paths), "JUPYTER_CONFIG_PATH": str(ROOT / "app")}
     environment |= {name: str(state / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
     command = [sys.executable, "-m", "voila", str(notebook), "--template=moelab", "--no-browser"]
     command.append(f"--port={server.url.rpartition(':')[2]}")
@@ -57,16 +59,20 @@ def app(notebook: Path, state: Path) -> Iterator[Server]:
 
 
 @pytest.mark.browser
-def test_the_app_follows_its_controls(tmp_path: Path, chromium: Browser) -> None:
+def test_the_app_follows_its_controls(tmp_path: Path, chromium: Browser, request: pytest.FixtureRequest) -> None:
     pytest.importorskip("voila", reason="voila is not installed: `make setup` installs it")
-    assert "--template=moelab" in recipe() and "JUPYTER_PATH=$(CURDIR)/app" in recipe()
+    assert "--template=moelab" in recipe()
+    assert all(f"{name}=$(CURDIR)/app" in recipe() for name in ("JUPYTER_PATH", "JUPYTER_CONFIG_PATH"))
     v4 = nbformat.v4
     code = "from moelab import widgets\nfrom moelab.roofline import load_ceilings\n"
     code += 'widgets.explorer(load_ceilings("NVIDIA_H200", "floors"))'
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    cells = [v4.new_markdown_cell("# An app"), v4.new_code_cell(code)]
-    nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "app.ipynb")
-    with app(tmp_path / "app.ipynb", tmp_path) as server, page(chromium, server) as tab:
+    cells = [v4.new_markdown_cell("# An app\n\n[a source](../moelab/config.py)"), v4.new_code_cell(code)]
+    folder = ROOT / "build" / tmp_path.name  # in the checkout, whose sources it links to
+    request.addfinalizer(lambda: shutil.rmtree(folder))
+    folder.mkdir(parents=True)
+    nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), folder / "app.ipynb")
+    with app(folder / "app.ipynb", tmp_path) as server, page(chromium, server) as tab:
         tab.page.goto(server.url)
         figure = tab.figure("Model")
         title = figure.title()
@@ -80,3 +86,9 @@ def test_the_app_follows_its_controls(tmp_path: Path, chromium: Browser) -> None
         figure.wait_for_title(other, f"batch {batch}")
         assert tab.outside == [], "requests that would leave the machine"
         assert tab.console_errors == []
+        tab.page.get_by_text("a source").click()
+        tab.page.wait_for_url("**/voila/files/moelab/config.py")
+        assert "class KernelConfig" in tab.page.content()
+        for path in ("pyproject.toml", "moelab/../pyproject.toml", "app/voila.json"):
+            with pytest.raises(urllib.error.HTTPError):
+                urllib.request.urlopen(f"{server.url}/voila/files/{path}", timeout=5)

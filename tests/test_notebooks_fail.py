@@ -29,7 +29,7 @@ BY_WIDGETS = {
     "test_widgets.py": ["explorer.explore", "pipeline.alignment"],
     "test_widgets_search.py": [
         "loading.sizes", "landscape.heat_map", "landscape_linked.scatter", "strategy_race.standing", "tuning.status",
-        "winner.card", "handover.preview",
+        "tuning.watched", "winner.card", "handover.preview",
     ],
     "test_widgets_06.py": ["config_health.findings", "lookup_path.explain", "transfer.by_batch", "transfer.choices"],
     "test_follow.py": ["follow.follow", "your_kernel.error_map", "your_kernel.on_the_roof"],

@@ -103,3 +103,36 @@ def test_the_matrix_follows_its_controls() -> None:
     assert title(box) == "What a shortcut costs: GEMM2" and "another run" in str(shown(box)[0])
     control(box, "Run").value = "b"
     assert "another run" in str(shown(box)[0])
+
+
+BAD = {
+    "empty": (" ", "No folder is named"),
+    "missing": ("nowhere", "There is no folder"),
+    "a file": ("file", "is a file"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_folder_that_cannot_be_read_is_said_beside_the_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    box = widgets.config_doctor({"ours": runtime.config_dir()})
+    field = box.children[0].children[1]
+    field.field.value = "."
+    before = box.children[1].outputs
+    typed, sentence = BAD[kind]
+    field.field.value = typed
+    assert sentence in field.note.value and box.children[1].outputs == before, "what is shown stays"
+
+
+@pytest.mark.parametrize("number", [0, -5, (1 << 20) + 1])
+def test_a_batch_out_of_range_is_said_beside_the_field(number: int) -> None:
+    box = widgets.config_path({"ours": runtime.config_dir().parent})
+    field = next(each for each in box.children[0].children if each.description == "Batch")
+    before = box.children[1].outputs
+    field.field.value = number
+    assert "out of range" in field.note.value and field.value == 64 and box.children[1].outputs == before
+    field.field.value = 65
+    assert field.note.value == "" and box.children[1].outputs != before

@@ -484,11 +484,14 @@ choice = widgets.Choice(Finals.of_results(problem, session.results(), "made up",
 traces = strategy_race.run_all(survey, (0,), ("random",))
 picker, browser = widgets.layer_picker(), widgets.landscape_browser(survey)
 race, card = widgets.strategy_race(traces), widgets.WinnerCard(choice)
+runs = tempfile.mkdtemp()
+TuneSession(problem, ReplayEvaluator(made, problem), strategy="random", run=f"{runs}/a.jsonl").run()
+watcher = widgets.RunWatcher(runs)
 tuner, export = widgets.LiveTuner(made, tempfile.mkdtemp(), choice), widgets.ExportPanel(choice, "out")
 """
 BREAK = """
 loading.sizes = landscape.heat_map = landscape.plateaus = landscape.importances = landscape_linked.scatter = broken
-strategy_race.standing = tuning.status = winner.card = handover.preview = broken
+strategy_race.standing = tuning.status = tuning.watched = winner.card = handover.preview = broken
 """
 CASES = {
     "picker is made": "widgets.layer_picker()",
@@ -502,6 +505,8 @@ CASES = {
     "budget changes": "race.children[0].children[0].children[2].index = 1",
     "tuner is made": "widgets.LiveTuner(made, tempfile.mkdtemp(), choice)",
     "another batch is shown": "tuner.shown.value = 1",
+    "watcher is made": "widgets.RunWatcher(runs)",
+    "another batch is watched": "watcher.batch.value = 64",
     "card is made": "widgets.WinnerCard(choice)",
     "card's batch changes": "card.batch.value = 64",
     "export is made": 'widgets.ExportPanel(choice, "out")',
@@ -518,6 +523,7 @@ def test_every_control_has_a_name(tmp_path: Path, survey: Survey, finals: Finals
     choice = widgets.Choice(finals)
     boxes = [
         widgets.layer_picker(), widgets.landscape_browser(survey), widgets.LiveTuner(LANDSCAPE, tmp_path, choice),
+        widgets.RunWatcher(tmp_path),
         widgets.WinnerCard(choice), widgets.ExportPanel(choice, tmp_path), widgets.config_doctor({"ours": tmp_path.parent}),
         widgets.config_path({"ours": runtime.config_dir().parent}), widgets.explorer(load_ceilings()),
     ]  # fmt: skip

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moelab import recordings, roofline
-from moelab.plots import fast_forms, fast_layer, host_time, layer, split_k, tma_overhead, transfer
+from moelab.plots import fast_forms, fast_layer, host_time, layer, rivals, split_k, tma_overhead, transfer, tuner_regret
 from moelab.plots import quantised as formats
 from moelab.plots import roofline as floors
 from moelab.plots.cells import names_of
 from moelab.plots.panel import Panel, Row, geometric_mean, timing
 from moelab.roofline import Ceilings, load_ceilings
 from moelab.shapes import MoEShape
+from moelab.tuner.problem import GEMMS
+from moelab.tuner.survey import Survey, cover
 from moelab.tuner.transfer import Transfer
 
 
@@ -27,11 +29,14 @@ def _at(recording: recordings.Recording) -> Ceilings:
     return load_ceilings(str(recording.provenance["gpu"]), "floors")
 
 
-def _contest() -> tuple[fast_layer.Contest, str]:
+def _contest() -> tuple[dict[str, dict[int, float]], str]:
+    """Contender -> batch size -> times the floor, the nearest first; and what was compared."""
     one = recordings.load("fast_layer")
-    found = fast_layer.contest(one, _at(one), "uniform", fast_layer.load_rivals())
-    assert found is not None  # the recording that is shipped
-    return found, str(one.provenance["gpu"])
+    rows = rivals.rows_of(one, _at(one), fast_layer.load_rivals())
+    shapes, compared = rivals.shared(rows)
+    means = {who: rivals.means_of(compared, who) for who in rivals.LOOKS}
+    fast = means[rivals.FAST]
+    return means, f"{len(shapes)} layers in bf16 on an {one.provenance['gpu']}, batch {min(fast)} to {max(fast)}"
 
 
 def bounds(shapes: Mapping[str, MoEShape], at: Ceilings, batches: Sequence[int] = floors.BATCHES) -> str:
@@ -48,9 +53,10 @@ def bounds(shapes: Mapping[str, MoEShape], at: Ceilings, batches: Sequence[int] 
 
 
 def _closeness() -> str:
-    found, gpu = _contest()
-    shapes = f"{len(found.every)} layers, batch {min(found.means.index)} to {max(found.means.index)}"
-    return f"Times the least possible on an {gpu} (mean of {shapes}): {', '.join(found.each())}."
+    means, what = _contest()
+    over = {who: geometric_mean([*of.values()]) for who, of in means.items()}
+    each = ", ".join(f"{who} {over[who]:.2f}" for who in sorted(over, key=over.__getitem__))
+    return f"Times the least possible (mean of {what}): {each}."
 
 
 def welcome(shape: MoEShape, at: Ceilings) -> Panel:
@@ -65,13 +71,13 @@ def welcome(shape: MoEShape, at: Ceilings) -> Panel:
 
 def roof(shapes: Mapping[str, MoEShape], at: Ceilings) -> Panel:
     """01."""
-    found, _ = _contest()
-    fast = found.means.fast
+    fast = _contest()[0][rivals.FAST]
+    most, least, first = max(fast, key=fast.__getitem__), min(fast, key=fast.__getitem__), min(fast)
     return _lines(
         What_bounds_a_layer=bounds(shapes, at),
         How_close_do_layers_come=_closeness(),
-        What_is_left_to_win=f"Of fast at batch {fast.idxmax()} a factor of {fast.max():.2f}, at batch {fast.index[0]} "
-        f"{fast.iloc[0]:.2f}; at {fast.idxmin()} {fast.min():.2f}. Why: [01a_fast_layer](01a_fast_layer.ipynb).",
+        What_is_left_to_win=f"Of fast at batch {most} a factor of {fast[most]:.2f}, at batch {first} {fast[first]:.2f}; at "
+        f"{least} {fast[least]:.2f}. Why: [01a_fast_layer](01a_fast_layer.ipynb).",
     )
 
 
@@ -165,6 +171,23 @@ def health(rules: Sequence[Row], home: Transfer) -> Panel:
         Is_a_folder_sound="`moelab doctor DIR` names files that no lookup reaches and configs that no kernel takes.",
         What_does_the_wrong_one_cost=f"No file at all: {default[0]:.0f} % on average, {default[1]:.0f} % at worst. A neighbour’s "
         f"batch size: {nearest[0]:.1f} % and {nearest[1]:.0f} %.",
+    )
+
+
+def search(survey: Survey, replayed: recordings.Recording, gained: recordings.Recording) -> Panel:
+    """05."""
+    few = {gemm: len(cover(survey, gemm, 0.02).chosen) for gemm in GEMMS}
+    sizes = len(survey.batch_sizes)
+    gains = ", ".join(
+        f"{row['geometric_mean']:.2f} ({row['target']})"
+        for row in gained.select(kind="summary", over="default") if row.get("geometric_mean")
+    )  # fmt: skip
+    return _lines(
+        Which_config_is_fastest=f"No single one, but few: within 2 % of the best, {few['up']} configs of GEMM1 and "
+        f"{few['down']} of GEMM2 serve all {sizes} batch sizes of {survey.problem.shape.name} on an {survey.problem.device}.",
+        How_is_it_found=tuner_regret.advice(replayed),
+        What_does_it_gain=f"sglang’s default configs take so many times as long: {gains}. *Tune*, below, ends in the file that a "
+        "server reads.",
     )
 
 

@@ -105,6 +105,17 @@ def budgets(recording: Recording) -> Panel:
     return Panel(None, rows, said)
 
 
+def advice(recording: Recording) -> str:
+    """Which strategy for which budget, in a line."""
+    names = list(dict.fromkeys(row["landscape"] for row in recording.rows))
+    race, forest = (max(_middle(recording, name, s, "seconds") for name in names) for s in ("race", "forest"))
+    sure, quick = (max(_surest(recording, name, s) for name in names) for s in ("race", "forest"))
+    return (
+        f"By the strategy race where its {race:.0f} s are there ({_sizes(recording.protocol)} batch sizes, replayed), by forest "
+        f"under that ({forest:.0f} s): nine of ten searches stay within {sure:.1f} % and {quick:.1f} % at the worst batch size."
+    )
+
+
 def _regret_at(recording: Recording, landscape: str, strategy: str, seconds: float) -> float:
     """The median seed's regret at the worst batch size after so many seconds; infinite before it has a choice."""
     rows = recording.select(kind="curve", landscape=landscape, strategy=strategy, axis="seconds")
