@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo 'make lab        JupyterLab on the notebooks (LAB_ARGS="--no-browser --port=8888")'
-	@echo 'make cli        the shell alone, without torch or notebooks (30 MB): .cli/bin/moelab explain, shape, export, doctor'
+	@echo 'make cli        the shell alone, without torch or notebooks (85 MB): .cli/bin/moelab explain, shape, export, doctor'
 	@echo 'make test       tests and notebooks, all that needs no GPU: $(LASTS) (ARGS="-k roofline" narrows them)'
 	@echo 'make whole      all of what those tests sample, as CI runs it: 5 minutes more'
 	@echo 'make test-triton36  the kernels under Triton 3.6.0, which configs and recordings are from: 90 s on two cores'

@@ -242,6 +242,22 @@ def test_a_journal_from_before_budgets_were_noted(tmp_path: Path) -> None:
     cut = cut_run(path, TABLE, PROBLEM, "race", budget_s=budget, settings=CHUNKS)
     taken_up(path, TABLE)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    old = [{k: v for k, v in line.items() if k != "budget_s"} for line in lines if line["kind"] != "cut"]
+    old = [
+        {k: v for k, v in line.items() if k not in ("budget_s", "digest")} for line in lines if line["kind"] != "cut"
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in old))
     assert taken_up(path, TABLE).rows() == cut.rows() and not again(path)
+
+
+@pytest.mark.parametrize("phase", ["compile", "screen", "longer"])
+def test_the_budget_that_it_names_does_when_it_is_taken_up(tmp_path: Path, phase: str) -> None:
+    """Named once or twice: the estimate is of what is left, and the clock of a run holds its finals."""
+    path = tmp_path / "run.jsonl"
+    coverage = cut_run(
+        path, TABLE, PROBLEM, "race", budget_s=budget_for(free("race"), phase, 0.5), settings=CHUNKS
+    ).coverage
+    for _ in range(2):
+        if coverage.cut:
+            assert coverage.needed_s > coverage.budget_s
+            coverage = taken_up(path, TABLE, coverage.needed_s).coverage
+    assert not coverage.cut
