@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo 'make lab        JupyterLab on the notebooks (LAB_ARGS="--no-browser --port=8888")'
-	@echo 'make cli        the shell alone, without torch or notebooks (30 MB): .cli/bin/moelab explain, shape, export, doctor'
+	@echo 'make cli        the shell alone, without torch or notebooks (85 MB): .cli/bin/moelab explain, shape, export, doctor'
 	@echo 'make test       tests and notebooks, all that needs no GPU: $(LASTS) (ARGS="-k roofline" narrows them)'
 	@echo 'make whole      all of what those tests sample, as CI runs it: 5 minutes more'
 	@echo 'make test-triton36  the kernels under Triton 3.6.0, which configs and recordings are from: 90 s on two cores'
@@ -29,7 +29,7 @@ help:
 	@echo 'make notebooks  runs every notebook, top to bottom'
 	@echo 'make live       every notebook on the machine at hand, and a tune through 05; what each cell showed: build/live/outputs.json'
 	@echo 'make html       the notebooks, executed, as a gallery that needs no network: build/html/index.html'
-	@echo 'make app        one notebook as an app, without its code (NOTEBOOK=notebooks/01_roofline.ipynb)'
+	@echo 'make app        one notebook as an app, without its code, behind a token (NOTEBOOK=notebooks/01_roofline.ipynb)'
 	@echo 'make pictures   docs/*.png, docs/figures.md and the README figure, from data/recordings (needs chromium)'
 	@echo 'make gpu        on a GPU: the gpu tests, then every recording made again'
 	@echo 'make sanitize   on an NVIDIA GPU: every kernel under compute-sanitizer (memcheck, racecheck)'
@@ -51,7 +51,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 # What the commands that read config files and models import; the others say what they lack. tests/test_light_cli.py holds it.
-LIGHT := typer pydantic huggingface_hub
+LIGHT := typer pydantic filelock huggingface_hub
 cli: .cli/.ready
 	@echo '.cli/bin/moelab explain --help'
 
@@ -67,7 +67,7 @@ lab: $(READY)
 		--ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_welcome.ipynb \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
-LASTS := about 10 minutes on two cores
+LASTS := about 7 minutes on two cores
 
 # The notebooks come first: they are long, and a run that ends with short tests keeps both processes busy to its end.
 test: $(READY)
@@ -117,8 +117,12 @@ html: $(READY)
 # The config search is the app; a checkout without it shows the roofline.
 NOTEBOOK ?= $(firstword $(wildcard notebooks/05_config_search.ipynb) notebooks/01_roofline.ipynb)
 
+# The page opens by the link that is printed, with its token, as JupyterLab's does; its panels write below this folder alone.
+APP_FOLDER ?= $(CURDIR)/tuned
+
 app: $(READY)
-	JUPYTER_PATH=$(CURDIR)/app$(if $(JUPYTER_PATH),:$(JUPYTER_PATH)) $(PY) -m voila $(NOTEBOOK) --template=moelab $(APP_ARGS)
+	JUPYTER_CONFIG_PATH=$(CURDIR)/app JUPYTER_PATH=$(CURDIR)/app$(if $(JUPYTER_PATH),:$(JUPYTER_PATH)) MOELAB_APP_FOLDER=$(APP_FOLDER) \
+		$(PY) -m voila $(NOTEBOOK) --template=moelab --Voila.auto_token=True $(APP_ARGS)
 
 pictures: $(READY)
 	$(PY) -m moelab.plots.pictures

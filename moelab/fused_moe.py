@@ -55,7 +55,8 @@ def fused_moe(
 
     hidden_states: (M, H), bfloat16, float16, float32 or float64, contiguous. w13: (E, 2N, H), gate rows and then up
     rows, or (E, N, H) with gated=False; w2: (E, H, N); b13 (E, 2N) and b2 (E, H) optional; all in one dtype. Or, in place of
-    the four, one `ExpertWeights`, also of a quantised format, which "triton" takes (`moelab.quantised_weights` makes them).
+    the four, one `ExpertWeights`, also of a quantised format, which "triton" takes: `moelab.quantised_weights` makes them, and
+    its `require_values` looks, once, for scales that no checkpoint has.
     Routing: either topk_weights (M, k) float32 and topk_ids (M, k) int32 or int64, or router_logits (M, E) with top_k
     (softmax, then top-k, weights renormalised unless told otherwise).
     An id of -1 is another rank's expert and adds nothing, whatever its weight, NaN and infinity too; NaN and infinity go
@@ -255,6 +256,7 @@ def _check_call(call: MoECall, impl: str) -> None:
     else:
         checks.check_stored("w13", w.up, w.num_experts, rows, x.shape[1])
         checks.check_stored("w2", w.down, w.num_experts, x.shape[1], inner)
+        checks.check_static_scales(w)
     checks.check_dtype("topk_ids", ids, (torch.int32, torch.int64))
     checks.check_dtype("topk_weights", call.topk_weights, (torch.float32,))
     if ids.shape[1] < 1:

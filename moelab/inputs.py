@@ -22,7 +22,8 @@ class MoEInputs:
 
     hidden_states (M, H); w13 (E, 2N, H), gate rows, then up rows ((E, N, H) for an activation without a gate);
     w2 (E, H, N); topk_weights (M, k) float32; topk_ids (M, k) int32; b13 (E, 2N) and b2 (E, H), or None.
-    Of a quantised format w13 and w2 are its codes, and scales and zero points lie beside them.
+    Of a quantised format w13 and w2 are its codes, and scales and zero points lie beside them; a1_scale, a2_scale () float32
+    where the format has static ones.
     """
 
     hidden_states: Tensor
@@ -37,14 +38,22 @@ class MoEInputs:
     w13_zero_point: Tensor | None = None
     w2_zero_point: Tensor | None = None
     format: Format = PLAIN
+    a1_scale: Tensor | None = None
+    a2_scale: Tensor | None = None
 
     @property
     def weights(self) -> ExpertWeights:
         """The experts' as one."""
         return ExpertWeights(
             self.w13, self.w2, self.b13, self.b2, self.w13_scale, self.w2_scale, self.w13_zero_point, self.w2_zero_point,
-            self.format,
+            self.format, self.a1_scale, self.a2_scale,
         )  # fmt: skip
+
+    @property
+    def static_scales(self) -> dict[str, Tensor]:
+        """A checkpoint's scales of the activations, of a format that has them, as `reference.quantised_moe_ref` takes them."""
+        found = {"a1_scale": self.a1_scale, "a2_scale": self.a2_scale}
+        return {name: scale for name, scale in found.items() if scale is not None}
 
     def to(self, dtype: torch.dtype) -> MoEInputs:
         """The same inputs with every tensor but the routing cast to `dtype`, and weights as plain as kernels multiply them."""
@@ -119,7 +128,13 @@ def make_inputs(
         return random_tensor(size, std, dtype=dtype, device=device, seed=seed * 8 + offset)
 
     up, down = (quantise(w, shape.format) for w in (draw(1, H**-0.5, E, rows, H), draw(2, N**-0.5, E, H, N)))
+    static = (
+        shape.format.activations == "static"
+    )  # six standard deviations of what such inputs make become the largest code
+    a1_scale, a2_scale = (torch.tensor(most / 448.0, device=device) if static else None for most in (6.0, 3.0))
     return MoEInputs(
+        a1_scale=a1_scale,
+        a2_scale=a2_scale,
         hidden_states=draw(0, 1.0, num_tokens, H),
         w13=up.w,
         w2=down.w,

@@ -210,6 +210,28 @@ def as_multiplied(weights: GemmWeights, dtype: torch.dtype, experts: Tensor | No
     return exact
 
 
+def require_values(weights: GemmWeights, name: str = "w") -> None:
+    """Raise FormatError for scales and codes that no checkpoint's weights have: NaN and infinity, and scales that are negative.
+
+    Once, when weights are read: it reads all of them and waits for the device, which a launch does not. Scales of zero pass: a
+    quantiser may give one to a block of zeros.
+    """
+    scale, format = weights.scale, weights.format
+    wrong = []
+    if scale is not None:
+        wide = scale.float()
+        found = {"NaN or infinity": ~torch.isfinite(wide), "negative numbers": wide < 0}
+        wrong += [f"scales that are {what} ({int(hits.sum())})" for what, hits in found.items() if bool(hits.any())]
+    if weights.w.is_floating_point():
+        count = sum(int((~torch.isfinite(part.float())).sum()) for part in weights.w)
+        wrong += [f"codes or weights that are NaN or infinity ({count})"] if count else []
+    if wrong:
+        raise FormatError(
+            f"{name} in the format {format.name} has {' and '.join(wrong)}. Expected finite values, and scales of 0 or more. "
+            "Read the checkpoint again, or look at what quantised it."
+        )
+
+
 # --- activations --------------------------------------------------------------------------------------------------
 
 

@@ -176,6 +176,8 @@ def _fp8(found: Mapping[str, Any], _: list[int]) -> Format:
     scheme, block = found.get("activation_scheme", "dynamic"), found.get("weight_block_size")
     if found.get("fmt", "e4m3") != "e4m3":
         _refuse("fp8", f"its fmt is {found['fmt']!r}, and only e4m3 is read")
+    if found.get("scale_fmt") not in (None, "ue8m0", "float", "float32"):
+        _refuse("fp8", f"its scale_fmt is {found['scale_fmt']!r}, neither ue8m0 nor float")
     if scheme not in ("dynamic", "static"):
         _refuse("fp8", f"its activation_scheme is {scheme!r}, neither dynamic nor static")
     if block is None:

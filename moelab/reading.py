@@ -12,6 +12,7 @@ What a document must hold is its reader's to say, by a schema (`moelab.schemas`,
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -29,28 +30,36 @@ class UnreadableError(ValueError):
     """Why a file is not read, as the end of a sentence that begins with its name: "is a FIFO, not a file"."""
 
 
-def read_bytes(path: str | Path, limit: int = LARGEST) -> bytes:
-    """A regular file's bytes. Raises OSError as the system does, UnreadableError for what is no file or over `limit` bytes."""
+def opened(path: str | Path) -> io.FileIO:
+    """A regular file, open for reading. Raises OSError as the system does, UnreadableError for what is no file."""
     try:
         handle = os.open(
             path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
         )  # a FIFO has no writer to wait for
     except ValueError as error:
         raise UnreadableError(f"is no path ({error})") from None
-    with os.fdopen(handle, "rb", buffering=0) as file:
-        about = os.fstat(handle)
-        if stat.S_ISDIR(about.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(about.st_mode):
-            raise UnreadableError(f"is {_KINDS.get(stat.S_IFMT(about.st_mode), 'a special file')}, not a file")
-        if about.st_size > limit:
-            raise UnreadableError(f"has {about.st_size:,} bytes, over the {limit:,} that are read of such a file")
-        data = file.read(limit + 1)
-        while len(data) <= limit and (more := file.read(limit + 1 - len(data))):
-            data += more
-    if len(data) > limit:
+    kind = os.fstat(handle).st_mode
+    if stat.S_ISREG(kind):
+        return io.FileIO(handle, "rb")
+    os.close(handle)
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise UnreadableError(f"is {_KINDS.get(stat.S_IFMT(kind), 'a special file')}, not a file")
+
+
+def read_bytes(path: str | Path, limit: int = LARGEST) -> bytes:
+    """A regular file's bytes. Raises OSError as the system does, UnreadableError for what is no file or over `limit` bytes."""
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise UnreadableError(f"has {size:,} bytes, over the {limit:,} that are read of such a file")
+        parts, missing = [], limit + 1
+        while missing and (part := file.read(missing)):
+            parts.append(part)
+            missing -= len(part)
+    if not missing:
         raise UnreadableError(f"goes on beyond the {limit:,} bytes that are read of such a file")
-    return data
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 _KINDS = {

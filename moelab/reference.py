@@ -152,6 +152,7 @@ def quantised_moe_ref(
     gated: bool = True,
     a1_scale: Tensor | None = None,
     a2_scale: Tensor | None = None,
+    apply_router_weight_on_input: bool = False,
 ) -> Tensor:
     """`fused_moe_ref` of a format that quantises activations, ahead of either GEMM, where the servers do.
 
@@ -169,15 +170,17 @@ def quantised_moe_ref(
 
     x = coded(hidden_states, a1_scale)
     inner = torch.zeros(num_tokens * top_k, w2.shape[2], dtype=wide, device=x.device)
-    flat = topk_ids.flatten()
+    flat, factors = topk_ids.flatten(), topk_weights.flatten().unsqueeze(1).to(wide)
     for expert in flat[flat >= 0].unique().tolist():
         pair = torch.where(flat == expert)[0]
-        h = round_to(x[pair // top_k] @ w13[expert].T)
+        h = x[pair // top_k] @ w13[expert].T
+        h = round_to(h * factors[pair] if apply_router_weight_on_input else h)
         inner[pair] = round_to(activation_ref(h, activation, gated=gated))
     inner = coded(inner if rounded is None else inner.to(rounded), a2_scale)
     out = torch.zeros(num_tokens * top_k, w2.shape[1], dtype=wide, device=x.device)
     for expert in flat[flat >= 0].unique().tolist():
         pair = torch.where(flat == expert)[0]
-        out[pair] = round_to(inner[pair] @ w2[expert].T * topk_weights.flatten()[pair].unsqueeze(1).to(wide))
+        y = inner[pair] @ w2[expert].T
+        out[pair] = round_to(y if apply_router_weight_on_input else y * factors[pair])
     total = out.view(num_tokens, top_k, -1).sum(1)
     return total if rounded is None else total.to(rounded)

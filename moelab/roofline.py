@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -219,7 +219,8 @@ def layer_cost(shape: MoEShape, num_tokens: int, experts_touched: float | None =
 def gemm_cost(shape: MoEShape, num_tokens: int, which: Literal[1, 2], experts_touched: float | None = None) -> Cost:
     """One grouped GEMM as a launch of its own: weights of the experts touched, each input row once, each output row.
 
-    GEMM1: (M, H) in, (M k, 2N) out (N without a gate). GEMM2: (M k, N) in, (M k, H) out.
+    GEMM1: (M, H) in, (M k, 2N) out (N without a gate). GEMM2: (M k, N) in, (M k, H) out. Rows count in the layer's dtype, where
+    activations are quantised too: then what makes the codes is counted with it, as if fused; `quantise_cost` has it as a launch.
     """
     layer = layer_cost(shape, num_tokens, experts_touched)
     gates = 2 if shape.gated else 1
@@ -248,18 +249,51 @@ def sum_reduce_cost(num_tokens: int, top_k: int, hidden_size: int, dtype: str = 
     return Cost(outputs * top_k, 0.0, outputs * (top_k + 1) * dtype_bytes(dtype))
 
 
+def quantise_cost(shape: MoEShape, num_tokens: int, which: Literal[1, 2]) -> Cost:
+    """The codes of one GEMM's activations as a launch of its own: (M, H) for GEMM1, (M k, N) for GEMM2, in; codes and scales out.
+
+    Nothing for a format that leaves activations as they are. FLOPs (a division a value) are not counted.
+    """
+    _require_tokens(num_tokens)
+    if shape.format.activations == "none":
+        return Cost(0.0, 0.0, 0.0)
+    rows, columns = _input_of(shape, num_tokens, which)
+    codes = columns * dtype_bytes(str(shape.format.weight_dtype))
+    scales = shape.format.activation_scales(1, columns)
+    made = codes + (4 * math.prod(scales) if scales else 0)
+    return Cost(0.0, 0.0, rows * (columns * dtype_bytes(shape.dtype) + made))
+
+
+def _input_of(shape: MoEShape, num_tokens: int, which: Literal[1, 2]) -> tuple[float, int]:
+    """Rows and columns of a GEMM's activations."""
+    if which == 1:
+        return float(num_tokens), shape.hidden_size
+    return num_tokens * shape.top_k * _local_share(shape), shape.moe_intermediate_size
+
+
 def layer_breakdown(shape: MoEShape, num_tokens: int, experts_touched: float | None = None) -> dict[str, Cost]:
-    """The four launches of the classic layer, each with its own traffic: "gemm1", "activation", "gemm2", "sum_reduce".
+    """The four launches of the classic layer, each with its own traffic: "gemm1", "activation", "gemm2", "sum_reduce"; and
+    where the format quantises activations, "quantise1" and "quantise2", beside GEMMs that then read codes.
 
     Their bytes sum to more than `layer_cost`'s: the difference is what fusion could save. Alignment is not
     counted.
     """
-    return {
+    found = {
         "gemm1": gemm_cost(shape, num_tokens, 1, experts_touched),
         "activation": activation_cost(shape, num_tokens),
         "gemm2": gemm_cost(shape, num_tokens, 2, experts_touched),
         "sum_reduce": sum_reduce_cost(num_tokens, shape.top_k, shape.hidden_size, shape.dtype),
     }
+    if shape.format.activations == "none":
+        return found
+    both: tuple[Literal[1, 2], ...] = (1, 2)
+    for which in both:
+        made, gemm = quantise_cost(shape, num_tokens, which), found[f"gemm{which}"]
+        rows = math.prod(_input_of(shape, num_tokens, which)) * dtype_bytes(shape.dtype)
+        read = made.bytes_activations - rows  # what was written is what the GEMM reads in the place of plain rows
+        found[f"gemm{which}"] = replace(gemm, bytes_activations=gemm.bytes_activations - rows + read)
+        found[f"quantise{which}"] = made
+    return found
 
 
 # --- row padding --------------------------------------------------------------------------------------------

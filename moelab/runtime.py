@@ -286,6 +286,16 @@ def data_dir() -> Path:
     return _share("data", "MOELAB_DATA_DIR", "the one that holds models/, devices/ and recordings/")
 
 
+def app_folder() -> Path | None:
+    """The folder below which alone the panels may write where a notebook is served as an app, for its page may be opened by
+    others than who started it: MOELAB_APP_FOLDER, which `make app` sets, and under a bare Voila tuned/ of the checkout.
+    None in JupyterLab, whose user can write anywhere anyway."""
+    named = os.environ.get("MOELAB_APP_FOLDER")
+    if not named and not os.environ.get("SERVER_SOFTWARE", "").startswith("voila/"):
+        return None
+    return Path(named or (repo_root() or Path.cwd()) / "tuned").expanduser().resolve()
+
+
 def config_dir(*, to_write: bool = False) -> Path:
     """Where the triton_X_Y_Z/ folders of tuned configs lie; MOELAB_CONFIG_DIR overrides.
 

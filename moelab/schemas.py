@@ -13,6 +13,7 @@ from pydantic import AfterValidator, ConfigDict, Field, JsonValue, TypeAdapter, 
 from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
 
 from moelab.chips import TARGETS
+from moelab.reading import UnreadableError
 
 CLOSED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 """For what moelab writes itself: a field that nobody knows is a mistake."""
@@ -37,6 +38,15 @@ def first_problem(schema: TypeAdapter[Any], value: Any) -> str | None:
     return None
 
 
+def parsed(schema: TypeAdapter[Any], text: bytes) -> Any:
+    """A small document of strict JSON by its schema, both at once. Raises UnreadableError. (A key that stands twice is taken
+    as it stands last: a digest, not a schema, tells.)"""
+    try:
+        return schema.validate_json(text)
+    except ValidationError as error:
+        raise UnreadableError(said(error)) from None
+
+
 def said(error: ValidationError) -> str:
     """What pydantic found first: "holds -1.0 at rows.3.samples_us.0, where it should be greater than 0"."""
     first = error.errors(include_url=False, include_context=False)[0]
@@ -45,6 +55,8 @@ def said(error: ValidationError) -> str:
         first["type"],
         first["msg"],
     )
+    if kind == "json_invalid":
+        return f"is not strict JSON ({why.removeprefix('Invalid JSON: ')})"
     if kind == "missing":
         return f"has no {where}"
     if kind == "extra_forbidden":

@@ -64,6 +64,14 @@ CLOSE = """async () => {
     window.moelabNames?.disconnect();
     delete window.moelabNames;
 }"""
+RUN_CELLS = """async texts => {
+    const { content } = window.jupyterapp.shell.currentWidget;
+    for (const [i, cell] of content.widgets.entries()) {
+        if (!texts.some(text => cell.model.sharedModel.source.includes(text))) continue;
+        content.activeCellIndex = i;
+        await window.jupyterapp.commands.execute('notebook:run-cell');
+    }
+}"""
 # The accessible name of every control that takes the focus, and of every figure; "" where it has none.
 NAMES = """() => [...document.querySelectorAll('.jupyter-widgets :is(select, input, textarea, button, [tabindex="0"])'
     + ', .js-plotly-plot')]
@@ -235,6 +243,14 @@ class Tab:
     def run_all(self) -> None:
         """Run every cell, wait until all are done; RuntimeError names the errors of the cells that failed."""
         self.page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        self._wait_for_cells()
+
+    def run_cells(self, *texts: str) -> None:
+        """The same of the cells that hold one of those texts, in their order."""
+        self.page.evaluate(RUN_CELLS, texts)
+        self._wait_for_cells()
+
+    def _wait_for_cells(self) -> None:
         self.page.wait_for_function(
             "window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'"
         )

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.metadata
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,14 +14,22 @@ from moelab.kernels import nvrtc
 from moelab.kernels.fast_instances import SOURCE
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
+UNUSED_S = 30 * 86400
+"""What nobody asked for as long as that goes: sources change."""
 
 
 def kept(kind: str, made_of: Iterable[str], make: Callable[[Path], object]) -> Path:
     """The file that `make` writes to the path that it is given, made once for what it is made of: sources, flags, compiler."""
     folder = BUILD / kind
     found = folder / hashlib.sha256(repr(list(made_of)).encode()).hexdigest()[:32]
-    if not found.exists():
+    if found.exists():
+        found.touch()
+    else:
         folder.mkdir(parents=True, exist_ok=True)
+        for old in [
+            each for each in folder.iterdir() if each.is_file() and each.stat().st_mtime < time.time() - UNUSED_S
+        ]:
+            old.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             make(Path(scratch) / "made")
             (Path(scratch) / "made").replace(found)  # whole or not at all: another process may be making the same

@@ -264,3 +264,20 @@ def test_a_stream_without_an_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", said)
     assert cli.main(["shape", *PRESET, "--device", "ü\x1b"]) == 0
     assert "ü\\x1b" in said.getvalue()
+
+
+# --- other doors --------------------------------------------------------------------------------------------------
+
+
+def test_an_apps_panel_writes_below_its_folder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before: its folder field took any that its owner may write to."""
+    from moelab.widgets.fields import place_to_write
+
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "link").symlink_to(tmp_path)
+    assert place_to_write(str(tmp_path)) is None  # in JupyterLab
+    monkeypatch.setenv("MOELAB_APP_FOLDER", str(tmp_path / "app"))
+    for inside in ("app", "app/export/moelab", "app/../app/x"):
+        assert place_to_write(str(tmp_path / inside)) is None
+    for outside in ("", "elsewhere", "app/../x", "app/link", "app/link/x", "application"):
+        assert "where alone an app may write" in str(place_to_write(str(tmp_path / outside))), outside

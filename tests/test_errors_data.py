@@ -11,6 +11,7 @@ import pytest
 from error_rows import SHAPE, Row, cut, every, judge, rows, with_environment
 
 from moelab import config_files, recordings, roofline, runtime, shapes, writing
+from moelab.cli import options
 from moelab.config import KernelConfig
 from moelab.errors import (
     ConfigError,
@@ -22,6 +23,7 @@ from moelab.errors import (
     JournalError,
     LandscapeError,
     LayoutError,
+    OptionError,
     RecordingError,
     RuntimeModeError,
     ShapeError,
@@ -179,6 +181,7 @@ TUNER = [
     Row(LandscapeError, "a.parquet|none yet", lambda f: landscape.load(f / "a.parquet")),
     Row(LandscapeError, "a.parquet", lambda f: landscape.load(a_file(f / "a.parquet", b"PAR1"))),
     Row(DeviceFileError, "NVIDIA_H200.json|a JSON list|Correct it", lambda p: a_device(p, "[]")),
+    Row(OptionError, "--model|leave the option out", lambda _: options.refuse_empty(["shape", "--model", ""])),
     Row(WriteError, "cut short|moelab doctor", unfinished),
     Row(LandscapeError, "whole grid|make tuned", lambda f: from_data(f, tuner_regret.record)),
     Row(LandscapeError, "holds no finals", lambda _: Finals.of_landscape(no_rows())),

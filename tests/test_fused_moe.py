@@ -44,7 +44,7 @@ def split_configs(case: Case, most: int = 2) -> dict[str, KernelConfig]:
     return {"config": replace(tile, SPLIT_K=up), "down_config": replace(tile, SPLIT_K=down)}
 
 
-@pytest.mark.parametrize(("impl", "case", "dtype"), sampled(SPLIT_IMPLS, CASES, HERE), ids=str)
+@pytest.mark.parametrize(("impl", "case", "dtype"), sampled(SPLIT_IMPLS, CASES, HERE, together=1), ids=str)
 def test_split_k_against_float64(impl: str, case: Case, dtype: torch.dtype, device: str) -> None:
     inputs = case.inputs(dtype, device)
     judge(case, inputs, call(case, inputs, impl, **split_configs(case)))

@@ -10,8 +10,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moelab"
 
@@ -202,12 +200,12 @@ def test_a_heavy_import_is_seen() -> None:
     assert "pandas" not in before and "pandas" in after
 
 
-@pytest.mark.parametrize("path", modules(PACKAGE).values(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_functions_stay_short(path: Path) -> None:
+def test_functions_stay_short() -> None:
     """No function over 90 lines, as CONTRIBUTING.md says."""
     spans = {
-        node.name: (node.end_lineno or node.lineno) - node.lineno + 1
+        f"{path.relative_to(ROOT)}:{node.name}": (node.end_lineno or node.lineno) - node.lineno + 1
+        for path in modules(PACKAGE).values()
         for node in nodes(path)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
-    assert {name: lines for name, lines in spans.items() if lines > 90} == {}
+    assert len(spans) > 1000 and {name: lines for name, lines in spans.items() if lines > 90} == {}

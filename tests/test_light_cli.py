@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from moelab import cli
+
 ROOT = Path(__file__).resolve().parent.parent
 LIGHT = re.findall(r"^LIGHT := (.+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[0].split()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -50,6 +52,10 @@ def test_commands_that_read_need_few_packages(command: list[str], tmp_path: Path
     assert {*LIGHT} < {*NEEDED}
     done = run(*[str(tmp_path) if word == "OUT" else word for word in command])
     assert (done.returncode, done.stderr) == (0, "") and done.stdout
+
+
+def test_what_is_left_out_is_named() -> None:
+    assert {*cli.HEAVY} == {*NEEDED} - {*LIGHT}
 
 
 def test_the_others_say_what_they_lack() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from nbconvert.filters import markdown2html
 
+from moelab import runtime
 from moelab.plots.literal import literal, plain
 from moelab.plots.panel import Panel
 
@@ -45,3 +46,12 @@ def test_a_doctor_without_files_says_the_whole_name(tmp_path: Path) -> None:
     [said] = [each["data"]["text/markdown"] for each in sum(outputs, ()) if "text/markdown" in each["data"]]
     shown = html.unescape(re.sub("<[^>]+>", "", markdown2html(said)))
     assert "E=<n>,N=<n>,device_name=<device>.json" in shown
+
+
+def test_no_sentence_takes_a_message_as_markup() -> None:
+    """Bold around a message or what a panel was told: the places where E=<n> was eaten."""
+    package = Path(runtime.__file__).parent
+    sources = [*package.glob("plots/*.py"), *package.glob("widgets/*.py")]
+    raw = re.compile(r"\*\*?\{(?:error|said|self\._said|str\(error\))\}")
+    assert sources and [path.name for path in sources if raw.search(path.read_text())] == []
+    assert raw.search('f"**{error}**"')

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 import pytest
-from made_recordings import each_is_whole, whole
+from made_recordings import each_is_whole
 
 from moelab import recordings
 from moelab.config import KernelConfig, default_config
@@ -98,26 +98,6 @@ def test_cells_are_times_over_the_floor_and_the_mean_leaves_out_the_untuned() ->
 def test_the_mean_is_over_shapes_that_have_every_contender() -> None:
     panel = PANELS["over_floor"](made(*WHOLE.rows[:6], classic("c", 1, 200.0), row("c", 1, "fast", 10.0)))
     assert (cells_of(panel)["classic", 1], cells_of(panel)["classic", 64]) == (2.0, 3.0)
-
-
-def test_rivals_are_over_their_own_floor_and_beside_fast_in_one_run() -> None:
-    def peer(**us: float) -> dict:
-        return {"source": "elsewhere", "rows": [{"name": "a", "M": 1, "floor": 10.0, **us}]}
-
-    rivals = fast_layer.Rivals(peer(default=30.0, tuned=20.0, shipped=None), peer(rival=15.0, moelab=16.5))
-    panel = fast_layer.over_floor(WHOLE, AT, rivals=rivals)
-    assert (cells_of(panel)["sglang", 1], cells_of(panel)["FlashInfer", 1]) == (2.0, 1.5)
-    assert ("classic", 64) not in cells_of(panel), "sglang was not timed there"
-    assert "fast 1.650, FlashInfer 1.500 over 1 cell, FlashInfer ahead in 1 by at most 10%" in panel.sentence
-    assert panel.figure.layout.title.subtitle.text.count("elsewhere") == 2
-
-
-def test_the_shipped_rivals_draw() -> None:
-    found = recordings.load("fast_layer")
-    panel = fast_layer.over_floor(found, AT, rivals=fast_layer.load_rivals())
-    whole(panel, found.source())
-    assert {name for name, _ in cells_of(panel)} == {"fast", "FlashInfer", "sglang", "classic", "grouped_mm"}
-    assert len(fast_layer.load_rivals().flashinfer["rows"]) == 40
 
 
 def test_a_shape_without_tuned_configs_alone_is_the_mean() -> None:

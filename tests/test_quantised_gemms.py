@@ -69,9 +69,11 @@ def wide(call: GemmCall, dtype: torch.dtype) -> torch.Tensor:
 def judge(call: GemmCall, ids: torch.Tensor, out: torch.Tensor) -> None:
     """Within twice the error of torch in float32 over the same operands, rounded once, of float64."""
     a, w = wide(call, out.dtype), as_multiplied(call.weights, out.dtype)
-    given = {"top_k": call.top_k, "topk_weights": call.topk_weights}
-    exact = grouped_gemm_ref(a, w, ids, **given)
-    plain = grouped_gemm_ref(a.float(), w.float(), ids, **given).to(out.dtype)
+    given, bias = {"top_k": call.top_k, "topk_weights": call.topk_weights}, call.weights.bias
+    exact = grouped_gemm_ref(a, w, ids, **given, bias=None if bias is None else bias.double())
+    plain = grouped_gemm_ref(a.float(), w.float(), ids, **given, bias=None if bias is None else bias.float()).to(
+        out.dtype
+    )
     precision.check(out, plain, exact, name=call.weights.format.name)
     assert (out[(ids.flatten() < 0)] == 0).all()
 
@@ -98,6 +100,16 @@ def test_against_float64(name: str, sizes: tuple[int, int, int]) -> None:
 )
 def test_a_k_that_no_step_divides(name: str) -> None:
     call, ids = problem(name, 22, 72, 288, torch.float16, "cpu")
+    judge(call, ids, product(call, torch.float16))
+
+
+@pytest.mark.parametrize(
+    "name", ["int8_w8a8_block_64x32", "int8_w8a8_channel", "int8_w8a16_channel", "int4_w4a16_group_32"]
+)
+def test_a_bias_comes_after_the_scales(name: str) -> None:
+    call, ids = problem(name, 2, 72, 128, torch.float16, "cpu")
+    bias = torch.randn(E, 72, generator=torch.Generator().manual_seed(1)).half()
+    call = call._replace(weights=call.weights._replace(bias=bias))
     judge(call, ids, product(call, torch.float16))
 
 

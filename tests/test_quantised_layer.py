@@ -15,6 +15,7 @@ from moelab.fused_moe import fused_moe
 from moelab.implementations import IMPLEMENTATIONS
 from moelab.inputs import MoEInputs, make_inputs
 from moelab.pipelines.call_configs import tuned_configs
+from moelab.quantised_weights import require_values
 from moelab.shapes import MoEShape
 
 NAMES = [name for name, format in FORMATS.items() if not format.is_plain and format.activations != "static"]
@@ -96,3 +97,47 @@ def test_what_does_not_fit_is_named() -> None:
     block = make_inputs(replace(SMALL, format="int8_w8a8_block_128x128"), 3, device="cpu")
     with pytest.raises(ConfigError, match="BLOCK_SIZE_K = 256"):
         run(block, config=KernelConfig(16, 64, 256, 1))
+
+
+@pytest.mark.parametrize("name", ["int8_w8a8_channel", "int4_w4a16_group_128"])
+def test_router_weights_on_the_input(name: str) -> None:
+    """GEMM1's rows carry them, ahead of the activation, whose codes they change."""
+    i = make_inputs(replace(SMALL, format=name), 7, device="cpu")
+    wide = i.to(torch.float64)
+    given = {"format": i.format, "apply_router_weight_on_input": True}
+    plain, exact = precision.layer_references(i.hidden_states, wide.w13, wide.w2, i.topk_weights, i.topk_ids, **given)
+    precision.check(run(i, apply_router_weight_on_input=True), plain, exact, name=name)
+
+
+def test_a_static_scale_is_there_just_where_the_format_has_one() -> None:
+    """One more was passed over, and for one that lacked the batch's own largest value was taken."""
+    one = torch.tensor(0.02)
+    for name in HERE:
+        i = make_inputs(replace(SMALL, format=name), 3, device="cpu")
+        with pytest.raises(FormatError, match="static_scale"):
+            run(replace(i, a1_scale=one, a2_scale=one))
+    i = make_inputs(replace(SMALL, format="fp8_w8a8_tensor_static"), 3, device="cpu")
+    assert i.a1_scale is not None
+    with pytest.raises(FormatError, match="no static_scale"):
+        run(replace(i, a2_scale=None))
+    with pytest.raises(ShapeError, match="a1_scale"):
+        run(replace(i, a1_scale=one.expand(5).contiguous()))
+
+
+@pytest.mark.parametrize("name", ["fp8_w8a8_channel", "int4_w4a16_group_128", "mxfp4_w4a16", "plain"])
+def test_values_that_no_checkpoint_has_are_named(name: str) -> None:
+    weights = make_inputs(replace(SMALL, format=name), 1, device="cpu").weights.up
+    require_values(weights)
+    if weights.scale is not None:
+        wide = weights.scale.float()
+        wide[0, 3] = float("nan")
+        with pytest.raises(FormatError, match=r"w13 in the format .* scales that are NaN or infinity"):
+            require_values(weights._replace(scale=wide.to(weights.scale.dtype)), "w13")
+        if name != "mxfp4_w4a16":  # whose scales have no sign
+            with pytest.raises(FormatError, match="negative numbers"):
+                require_values(weights._replace(scale=-weights.scale))
+    if weights.w.is_floating_point():
+        w = weights.w.float()
+        w[1, 2, 3] = float("nan")
+        with pytest.raises(FormatError, match=r"codes or weights that are NaN or infinity \(1\)"):
+            require_values(weights._replace(w=w.to(weights.w.dtype)))

@@ -123,6 +123,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "nvfp4 of llm-compressor": (scheme(args("float", 4, "tensor_group", group_size=16)), "nvfp4"),
     "modelopt, mixed": ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, "MIXED_PRECISION"),
     "e5m2": ({**BLOCK, "fmt": "e5m2"}, "e5m2"),
+    "scales in nobody's format": ({**BLOCK, "scale_fmt": "e5m2"}, "scale_fmt is 'e5m2'"),
     "blocks and static activations": ({**BLOCK, "activation_scheme": "static"}, "dynamic activations only"),
     "a block of one size": ({**BLOCK, "weight_block_size": [128]}, "not two sizes"),
     "actorder of gptq": ({**GPTQ, "desc_act": True}, "actorder"),

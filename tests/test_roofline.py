@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from moelab import roofline, runtime
 from moelab.errors import RoutingError, ShapeError, UnknownNameError
 from moelab.roofline import Ceilings, Cost
-from moelab.shapes import MoEShape
+from moelab.shapes import MoEShape, load_model
 
 FLOORS = Ceilings(4.3e12, 790e12, "NVIDIA H200", "the round figures of the recorded floors")
 SHAPES = {
@@ -241,3 +242,22 @@ def test_reported_tables_say_that_they_are_reported() -> None:
         assert data["reported"] is True
         assert pull in data["source"]
         assert data["rows"]
+
+
+def test_what_quantising_moves_is_counted() -> None:
+    """Codes and scales are written once and read by the GEMM in the place of 16-bit rows; plain layers have no such launch."""
+    shape = replace(load_model("deepseek-v3", tp_size=8, dtype="bfloat16"), format="fp8_w8a8_block_128x128")
+    found = roofline.layer_breakdown(shape, 16)
+    plain = roofline.layer_breakdown(replace(shape, format="plain"), 16)
+    assert set(found) - set(plain) == {"quantise1", "quantise2"}
+    H, N, k = shape.hidden_size, shape.moe_intermediate_size, shape.top_k
+    codes = {1: 16 * (H + 4 * H // 128), 2: 16 * k * (N + 4 * N // 128)}
+    rows = {1: 16 * H * 2, 2: 16 * k * N * 2}
+    for which in (1, 2):
+        assert found[f"quantise{which}"].bytes == rows[which] + codes[which]
+        less = plain[f"gemm{which}"].bytes_activations - found[f"gemm{which}"].bytes_activations
+        assert less == rows[which] - codes[which]
+    widened = replace(shape, format="int4_w4a16_group_128")
+    assert roofline.quantise_cost(widened, 16, 1).bytes == 0 and set(roofline.layer_breakdown(widened, 16)) == set(
+        plain
+    )

@@ -174,3 +174,21 @@ def test_what_the_driver_answers(failing: str | None, expected: str | None) -> N
     if failing:
         driver[failing] = lambda *_: 100  # CUDA_ERROR_NO_DEVICE
     assert runtime._name_by_driver(SimpleNamespace(**driver)) == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "below"),
+    [
+        ({}, None),
+        ({"SERVER_SOFTWARE": "nginx"}, None),
+        ({"SERVER_SOFTWARE": "voila/0.5.13"}, runtime.repo_root() / "tuned"),
+        ({"MOELAB_APP_FOLDER": "/srv/app"}, Path("/srv/app")),
+        ({"MOELAB_APP_FOLDER": "/srv/app", "SERVER_SOFTWARE": "voila/0.5.13"}, Path("/srv/app")),
+    ],
+)
+def test_where_an_app_may_write(variables: dict, below: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MOELAB_APP_FOLDER", "SERVER_SOFTWARE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert runtime.app_folder() == below

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,6 +45,31 @@ def test_a_ray_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(RuntimeModeError, match=r"moelab\[ray\]") as caught:
         RayEvaluator(PROBLEM, landscape=RECORDED)
     assert unhelpful(str(caught.value)) is None
+
+
+LISTENS = """
+import psutil, sys
+from test_tuner_cluster import PROBLEM, RECORDED, RayEvaluator
+evaluator = RayEvaluator(PROBLEM, landscape=RECORDED)
+here = psutil.Process()
+for process in [here, *here.children(recursive=True)]:
+    for found in process.net_connections(kind="inet"):
+        if found.status == "LISTEN":
+            print(process.name(), found.laddr.ip)
+evaluator.close()
+"""
+
+
+@needs_ray
+@pytest.mark.whole
+def test_a_cluster_that_is_started_here_listens_here_alone() -> None:
+    """Before: gcs_server and raylet on all interfaces, and Ray's warning of it was not shown."""
+    pytest.importorskip("psutil")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    ran = subprocess.run([sys.executable, "-c", LISTENS], env=environment, capture_output=True, text=True, timeout=250)
+    heard = dict(line.rsplit(maxsplit=1) for line in ran.stdout.splitlines())
+    assert {"gcs_server", "raylet"} <= set(heard), ran.stderr[-2000:]
+    assert {address.removeprefix("::ffff:") for address in heard.values()} == {"127.0.0.1"}, heard
 
 
 @pytest.fixture(scope="module")

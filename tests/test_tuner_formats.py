@@ -17,7 +17,8 @@ from test_tuner_compile import in_a_compiler
 
 from moelab import cli, runtime
 from moelab.config import KernelConfig
-from moelab.errors import FormatError, LandscapeError, ShardError
+from moelab.config_files import doctor, export, parse_file_name, question
+from moelab.errors import ConfigError, FormatError, LandscapeError, ShardError
 from moelab.formats import get_format
 from moelab.kernels.gemm_call import GemmCall
 from moelab.quantised_weights import quantise_activations
@@ -229,13 +230,14 @@ def recorded(self, key, grid, tensors, values, instance, descriptors=()):
 plain = Launcher.__call__
 rig.align = lambda ids, block, experts: align._allocate(
     max_padded_pairs(ids.numel(), block, experts), block, ids.numel(), experts, ids.device)
-checks.current_target = lambda: TARGETS["sm_90"]
+nowhere = checks.current_target
 result = {{}}
 for name in NAMES:
     shape = replace(SHAPE, format=get_format(name))
     problem = Problem(shape, "NVIDIA H200", "sm_90", "3.6.0", (1, 40))
     compiler = TritonCompiler(problem)
     made = [[compiler((gemm, c)) for gemm in ("up", "down")] for c in CONFIGS]
+    checks.current_target = lambda: TARGETS["sm_90"]  # where it is measured; the compiling process sees no GPU
     measured = rig.Rig(problem)
     Launcher.__call__ = recorded
     rows = []
@@ -247,7 +249,7 @@ for name in NAMES:
             measured.launch("layer", b, (config, config)).run(0)
             shared, said = [up.shared_bytes, down.shared_bytes], up.message + down.message
             rows.append([[up.entry, down.entry], found[:], shared, least, said])
-    Launcher.__call__ = plain
+    Launcher.__call__, checks.current_target = plain, nowhere
     result[name] = rows
 print(json.dumps(result))
 """
@@ -273,6 +275,23 @@ def test_a_launch_finds_what_was_compiled_ahead(names: tuple[str, ...], tmp_path
                 assert [swap for _, swap in launched] == [i < 2] * 2  # 16 rows and 64 columns: weights are wgmma's M
 
 
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("fp8_w8a8_block_128x128", "E=8,N=512,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[128,128].json"),
+        ("int4_w4a16_group_128", "E=8,N=512,device_name=NVIDIA_H200,dtype=int4_w4a16.json"),
+    ],
+)
+def test_what_is_tuned_is_exported_under_each_loaders_name(name: str, theirs: str, tmp_path: Path) -> None:
+    shape = replace(SMALL, format=get_format(name))
+    own = file_paths(Problem(shape, "NVIDIA H200", "sm_90", "3.6.0"), tmp_path)["up"].name
+    configs = dict.fromkeys((1, 4, 16, 64, 256, 1024), KernelConfig(64, 64, 128, 1, 4, 3))
+    for rules, wanted in (("sglang", own), ("vllm", theirs)):
+        export(configs, parse_file_name(own), rules=rules, out=tmp_path / rules, triton_version="3.6.0")
+        assert [one.name for one in (tmp_path / rules).rglob("*.json")] == [wanted]
+        assert doctor(tmp_path / rules, rules).errors == ()
+
+
 # --- files, and replay -----------------------------------------------------------------------------------------------------
 
 
@@ -296,8 +315,6 @@ def test_a_launch_finds_what_was_compiled_ahead(names: tuple[str, ...], tmp_path
 )
 def test_the_file_has_the_formats_name(name: str, ours: str, vllm: str) -> None:
     """N of int4 is w2's packed columns at run time in sglang, the values' in vLLM."""
-    from moelab.config_files import question
-
     shape = replace(SMALL, format=get_format(name))
     paths = file_paths(Problem(shape, "X", "sm_90", "3.6.0"), "tuned")
     assert {side: path.name for side, path in paths.items()} == {"up": f"{ours}.json", "down": f"{ours}_down.json"}
@@ -320,9 +337,25 @@ def test_a_landscape_carries_its_format_and_is_replayed(
         ReplayEvaluator(landscape.load(recorded), replace(problem, shape=SMALL))
     assert status == 0 and len(said["files"]) == 2
     assert {Path(path).name for path in said["files"]} == {path.name for path in file_paths(problem, "x").values()}
+    assert doctor(tmp_path / "out", "moelab").errors == ()
+    for b in (1, 64):  # what was written is what the loader finds
+        asked = question(shape).lookup(
+            "Synthetic H200", num_tokens=b, triton_version="3.6.0", config_dir=tmp_path / "out"
+        )
+        assert asked.config == KernelConfig.from_json(said["configs"]["up"][str(b)]) and not asked.is_default
     run = Path(said["run"])
     assert json.loads(run.read_text().splitlines()[0])["problem"]["shape"]["format"] == get_format(name).name
     assert set(said["configs"]["up"]) == {"1", "64"}
     for gemm in GEMMS:
         steps = {c["BLOCK_SIZE_K"] for c in said["configs"]["up" if gemm == "up" else "down"].values()}
         assert all(get_format(name).step_refused(step) is None for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("int4_w4a16_group_48", "neither divides"), ("fp8_w8a8_block_96x96", "one scale")]
+)
+def test_scales_that_no_step_of_the_grid_fits_are_named(name: str, said: str) -> None:
+    """sglang's tuner ends on an empty search space there (groups of 32, under its filter)."""
+    shape = MoEShape("odd", num_experts=4, top_k=2, hidden_size=960, moe_intermediate_size=480, format=get_format(name))
+    with pytest.raises(ConfigError, match=f"None of the 1920 configs .*{said}"):
+        build_space(Problem(shape, "NVIDIA H200", "sm_90", "3.6.0"))

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from moelab.config import KernelConfig
 from moelab.errors import JournalError
 from moelab.tuner.evaluate import Outcome, Request, Result
 from moelab.tuner.journal import Journal, read
+from moelab.tuner.journal_lines import encode, packed
 
 HEADER = {"provenance": {}, "problem": {}, "strategy": {}, "space": {}, "evaluator": {}}
 CONFIG = KernelConfig(16, 32, 64, 1)
@@ -128,8 +130,93 @@ def test_a_result_that_was_tampered_with_is_seen(tmp_path: Path) -> None:
     journal.append(result())
     journal.close()
     path.write_text(path.read_text().replace('"BLOCK_SIZE_N":32', '"BLOCK_SIZE_N":64'))
-    with pytest.raises(JournalError, match="key"):
+    with pytest.raises(JournalError, match=r"Line 2 .* its digest is of something else"):
         read(path)
+
+
+LINE = {
+    "kind": "result", "key": result().request.key(), "stage": "layer", "num_tokens": 1, "rounds": 2, "interleaved": True,
+    "repeat": 1, "outcomes": encode(result())["outcomes"], "at": "2026-11-30T00:00:00.000+00:00",
+}  # fmt: skip
+
+
+def changed(**fields: object) -> dict:
+    return LINE | {"outcomes": [LINE["outcomes"][0] | fields, LINE["outcomes"][1]]}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (changed(samples_us=[-1.0, 2.0]), "holds -1.0 at outcomes.0.samples_us.0"),
+        (changed(samples_us=[0, 2.0]), "greater than 0"),
+        (changed(samples_us="x"), "samples_us"),
+        (changed(samples_us=None), "samples_us"),
+        (changed(samples_us=["x"]), "samples_us.0"),
+        (changed(samples_us=[10**400]), "samples_us.0"),
+        (changed(samples_us=[True]), "samples_us.0"),
+        (changed(samples_us=[1.0] * 3), "3 samples where none, or 2, can be"),
+        (changed(failure="timeout"), "2 samples where none"),
+        (changed(samples_us=[], failure="tired"), "no class of failure"),
+        (changed(compile_s=-1.0), "compile_s"),
+        (changed(measure_s="1"), "measure_s"),
+        (changed(configs=LINE["outcomes"][0]["configs"][:1]), "key"),
+        (changed(configs=[]), "at least 1 item"),
+        (changed(more=1), "the field outcomes.0.more, which nothing here knows"),
+        (LINE | {"more": 1}, "the field more"),
+        (LINE | {"num_tokens": -1}, "num_tokens"),
+        (LINE | {"rounds": 3}, "key"),
+        (LINE | {"at": 5}, "holds 5 at at"),
+        ({"kind": "lunch", "at": LINE["at"]}, "'lunch' at kind"),
+        ({"kind": "phase", "clock_s": -1, "at": LINE["at"]}, "clock_s"),
+        ({"kind": "resumed", "budget_s": "5m", "at": LINE["at"]}, "budget_s"),
+    ],
+)
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_line_keeps_to_its_schema(tmp_path: Path, line: dict, words: str, sealed: bool) -> None:
+    """With a right digest, and as an older moelab wrote it, with none."""
+    lines = [{"kind": "header", "schema": 1, **HEADER, "at": LINE["at"]}, line]
+    path = tmp_path / "run.jsonl"
+    path.write_bytes(b"".join(packed(one) if sealed else json.dumps(one).encode() + b"\n" for one in lines))
+    with pytest.raises(JournalError, match=f"Line 2 .*{words}"):
+        read(path)
+    path.write_bytes(b"".join(packed(one) if sealed else json.dumps(one).encode() + b"\n" for one in [lines[0], LINE]))
+    assert list(read(path).results.values()) == [result()]
+
+
+@pytest.mark.parametrize(
+    "text", [b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000, b'"\\ud800"', b"\xff", b"NaN", b"[]", b"5"]
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_no_line_is_refused(tmp_path: Path, text: bytes, first: bool) -> None:
+    path = tmp_path / "run.jsonl"
+    Journal.create(path, HEADER).close()
+    path.write_bytes(text + b"\n" if first else path.read_bytes() + text + b"\n")
+    with pytest.raises(JournalError, match="Line 1 " if first else "Line 2 "):
+        read(path)
+
+
+def test_one_flipped_bit_of_a_journal_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    journal = Journal.create(path, HEADER)
+    journal.append(result())
+    journal.close()
+    data, whole = path.read_bytes(), read(path)
+    for at in range(len(data) - 1):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
+        try:
+            assert read(path).header == whole.header and not whole.results.keys() - read(path).results.keys()
+        except JournalError:
+            continue
+        raise AssertionError(f"byte {at} was believed")
+
+
+@pytest.mark.parametrize("way", [read, Journal.resume])
+def test_what_is_no_file_is_no_journal(tmp_path: Path, way: Callable[[Path], object]) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    for name in ("fifo", "zeros", "."):
+        with pytest.raises(JournalError, match=r"special file|FIFO|device|directory"):
+            way(tmp_path / name)
 
 
 def test_a_full_disk_leaves_a_readable_run(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from moelab.tuner.board import Board
 from moelab.tuner.evaluate import Outcome, Request, Result
 from moelab.tuner.journal import read
 from moelab.tuner.known import Known
+from moelab.tuner.problem import Problem
 from moelab.tuner.replay import ReplayEvaluator, Table
 from moelab.tuner.results import TuneResult
 from moelab.tuner.search import Settings
@@ -140,26 +141,36 @@ def test_what_ctrl_c_cut_goes_on_without_repeats(tmp_path: Path, strategy: str, 
         assert ended is None and again(path)["new"] and not again(path)["joined"]
 
 
-@pytest.mark.whole
-@pytest.mark.parametrize("strategy", PHASES)
-@pytest.mark.parametrize("name", ["qwen3-30b-a3b-tp1-NVIDIA_H200", "llama-4-scout-tp4-NVIDIA_H200"])
-def test_nothing_is_repeated_on_a_shipped_landscape(tmp_path: Path, name: str, strategy: str) -> None:
+@functools.cache
+def recorded(name: str) -> tuple[Table, Problem]:
     found = shipped(name)
-    table, path = Table(found), tmp_path / "run.jsonl"
-    problem = dataclasses.replace(found.problem, batch_sizes=found.problem.batch_sizes[::6])
-    whole = TuneSession(problem, ReplayEvaluator(table, problem), strategy=strategy).run()
-    for step, phase in enumerate(PHASES[strategy]):
-        if phase not in FINALS:
-            budget = budget_for(whole, phase, 0.5)
-            for larger in (None, 2 * budget, math.inf):
-                assert cut_run(path, table, problem, strategy, budget_s=budget).coverage.cut
-                taken_up(path, table, larger)
-                assert not again(path)["again"], (phase, larger)
-        budget = budget_for(whole, PHASES[strategy][0], 0.7)
-        for first, second in ((None, None), (budget, None), (budget, 3 * budget)):
-            cut_run(path, table, problem, strategy, budget_s=first, interrupt=(step, 0.5))
-            taken_up(path, table, second)
-            assert not again(path)["again"], (phase, first, second)
+    return Table(found), dataclasses.replace(found.problem, batch_sizes=found.problem.batch_sizes[::6])
+
+
+@functools.cache
+def recorded_free(name: str, strategy: str) -> TuneResult:
+    table, problem = recorded(name)
+    return TuneSession(problem, ReplayEvaluator(table, problem), strategy=strategy).run()
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(("strategy", "phase"), [step.values for step in STEPS])
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b-tp1-NVIDIA_H200", "llama-4-scout-tp4-NVIDIA_H200"])
+def test_nothing_is_repeated_on_a_shipped_landscape(tmp_path: Path, name: str, strategy: str, phase: str) -> None:
+    (table, problem), whole, path = recorded(name), recorded_free(name, strategy), tmp_path / "run.jsonl"
+    if phase not in FINALS:
+        budget = budget_for(whole, phase, 0.5)
+        for larger in (None, 2 * budget, math.inf):
+            assert cut_run(path, table, problem, strategy, budget_s=budget).coverage.cut
+            taken_up(path, table, larger)
+            assert not again(path)["again"], larger
+            taken_up(path, table)
+            assert not again(path), larger
+    budget, step = budget_for(whole, PHASES[strategy][0], 0.7), PHASES[strategy].index(phase)
+    for first, second in ((None, None), (budget, None), (budget, 3 * budget)):
+        cut_run(path, table, problem, strategy, budget_s=first, interrupt=(step, 0.5))
+        taken_up(path, table, second)
+        assert not again(path)["again"], (first, second)
 
 
 def test_programs_that_are_equal_are_not_measured_twice(tmp_path: Path) -> None:
@@ -231,6 +242,22 @@ def test_a_journal_from_before_budgets_were_noted(tmp_path: Path) -> None:
     cut = cut_run(path, TABLE, PROBLEM, "race", budget_s=budget, settings=CHUNKS)
     taken_up(path, TABLE)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    old = [{k: v for k, v in line.items() if k != "budget_s"} for line in lines if line["kind"] != "cut"]
+    old = [
+        {k: v for k, v in line.items() if k not in ("budget_s", "digest")} for line in lines if line["kind"] != "cut"
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in old))
     assert taken_up(path, TABLE).rows() == cut.rows() and not again(path)
+
+
+@pytest.mark.parametrize("phase", ["compile", "screen", "longer"])
+def test_the_budget_that_it_names_does_when_it_is_taken_up(tmp_path: Path, phase: str) -> None:
+    """Named once or twice: the estimate is of what is left, and the clock of a run holds its finals."""
+    path = tmp_path / "run.jsonl"
+    coverage = cut_run(
+        path, TABLE, PROBLEM, "race", budget_s=budget_for(free("race"), phase, 0.5), settings=CHUNKS
+    ).coverage
+    for _ in range(2):
+        if coverage.cut:
+            assert coverage.needed_s > coverage.budget_s
+            coverage = taken_up(path, TABLE, coverage.needed_s).coverage
+    assert not coverage.cut

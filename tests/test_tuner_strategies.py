@@ -7,6 +7,7 @@ import itertools
 import math
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -214,3 +215,23 @@ def test_landscapes_without_pyarrow_say_what_to_install(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(RuntimeModeError, match="pip install pyarrow"):
         landscape.load(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_strategy_asks_for_a_look_twice(strategy: str) -> None:
+    """What failed among it: a forest takes that for as promising as before, round after round."""
+    wrong = Outcome((), "wrong", "made to be wrong")
+    rows = tuple(
+        dataclasses.replace(row, outcome=wrong) if row.outcome.samples_us and row.contender[0].num_warps == 8 else row
+        for row in TABLE.landscape.rows
+    )
+    half = Table(dataclasses.replace(TABLE.landscape, rows=rows))
+    session = TuneSession(PROBLEM, ReplayEvaluator(half, PROBLEM), strategy=strategy, settings=SETTINGS)
+    session.run()
+    asked = Counter(
+        (request.stage, request.num_tokens, request.rounds, contender)
+        for step in session._searched
+        for request in step.requests
+        for contender in request.contenders
+    )
+    assert session.board.failures["wrong"] > 30 and max(asked.values()) == 1

@@ -239,7 +239,7 @@ def test_roof_follows_its_control_and_lets_exceptions_out(monkeypatch: pytest.Mo
     box = widgets.kernel_roof(load("layer_baseline"), AT, "pairwise", ["triton"])
     shape = box.children[0].children[0]
     shape.value = "deepseek-v3/tp8"
-    assert title(box) == "pairwise under the roof: deepseek-v3/tp8"
+    assert title(box) == "pairwise over the floor: deepseek-v3/tp8"
     check = widgets.kernel_check(["pairwise"], SIZES, [64, 72], ["float32"], 2, "here")
 
     def broken(*args: object, **kwargs: object) -> None:

@@ -32,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-HEAVY = ("torch", "triton", "numpy", "pandas", "plotly", "pyarrow")
+HEAVY = ("ipywidgets", "jupyterlab", "numpy", "pandas", "plotly", "pyarrow", "torch", "triton")
 """What `make cli` leaves out."""
 
 Model = Annotated[str, typer.Option("--model", help="A preset, a Hugging Face id, or the path of a config.json.")]

@@ -127,7 +127,7 @@ def find(
     places = _places(name, rules, searched, triton_version)
     for folder in dict.fromkeys(place.path.parent for place in places):
         writing.settle(folder)
-    found = next((index for index, place in enumerate(places) if place.path.is_file()), None)
+    found = next((index for index, place in enumerate(places) if place.path.exists()), None)
     if found != 0:  # the first look needs no list of the other folders
         _stop_where_the_loader_does(rules, searched[0][0])
     for place in places[:found]:
@@ -138,7 +138,7 @@ def find(
     used = places[found]
     steps.append(Step(used.what, "found", used.found, used.path))
     for place in places[found + 1 :]:
-        if place.path.is_file():
+        if place.path.exists():
             steps.append(Step(place.what, "passed over", f"{used.what} comes first", place.path))
     answer = _from_file(used.path, num_tokens, steps, rules)
     if name.down and rules.down_takes_up_block_m:

@@ -17,7 +17,7 @@ from moelab.config import KernelConfig
 from moelab.dtypes import LAYER_DTYPES, dtype_name, torch_dtype
 from moelab.errors import ConfigError, DeviceError, DtypeError, FormatError, LayoutError, ShapeError
 from moelab.formats import PLAIN, Format
-from moelab.weights import GemmWeights
+from moelab.weights import ExpertWeights, GemmWeights
 
 FLOATS = tuple(torch_dtype(name) for name in LAYER_DTYPES)
 
@@ -69,6 +69,15 @@ def check_stored(name: str, weights: GemmWeights, experts: int, N: int, K: int) 
         check_given(f"{name}'s zero_point", zero_point, zeros, torch.uint8)
     elif zero_point is not None:
         raise FormatError(f"{name} came with zero points, and {format.name} has none. Expected none. Leave them out.")
+
+
+def check_static_scales(weights: ExpertWeights) -> None:
+    """Raise FormatError, ShapeError or DtypeError unless a checkpoint's scales of the activations are there just where the format
+    has them: one more would be passed over, and for one that lacks the batch's own would be taken."""
+    for name, scale in (("a1_scale", weights.a1_scale), ("a2_scale", weights.a2_scale)):
+        weights.format.require_static_scale(scale is not None)
+        if scale is not None:
+            check_given(name, scale, (), torch.float32)
 
 
 def check_together(**tensors: Tensor | None) -> None:

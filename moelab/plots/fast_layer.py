@@ -22,8 +22,8 @@ from moelab.plots.style import Look, look
 from moelab.recordings import Recording
 from moelab.roofline import Ceilings
 
-LOOKS: Mapping[str, Look] = {name: look(name) for name in ("classic", "grouped_mm", "sglang", "FlashInfer", "fast")}
-"""Contenders of the recording, and the rivals that were measured apart."""
+LOOKS: Mapping[str, Look] = {name: look(name) for name in ("classic", "grouped_mm", "fast")}
+"""Contenders of the recording."""
 
 SGLANG = ("default", "shipped", "tuned", "tuned_sep", "fuse_sep")
 """Columns of sglang's rows: its rule without a file, the file it ships, a short search's config for both GEMMs, one for each, and
@@ -101,77 +101,37 @@ def load_rivals() -> Rivals:
     return Rivals(*(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names))
 
 
-@dataclass(frozen=True)
-class Contest:
-    """Who takes how many times the floor, under one routing.
-
-    rows: with the time over the floor at "over"; shapes: those with tuned configs; every: those that all contenders have.
-    means: batch by contender, geometric means over `every`; ratios: batch -> classic's time over fast's, over `shapes`.
-    """
-
-    rows: list[dict[str, Any]]
-    shapes: list[str]
-    fallen: list[str]
-    every: list[str]
-    means: pd.DataFrame
-    ratios: Mapping[int, float]
-
-    def each(self) -> list[str]:
-        """Contenders over all batch sizes, the nearest to the floor first."""
-        found = {name: geometric_mean(self.means[name].tolist()) for name in self.means}
-        return [f"{name} {found[name]:.2f}" for name in sorted(found, key=found.__getitem__)]
-
-
-def contest(
-    recording: Recording, at: Ceilings, routing: str = "uniform", rivals: Rivals | None = None
-) -> Contest | None:
-    """The contenders within their error bounds; None where nothing was timed."""
-    rows = [{**row, "over": times_over_floor(row, at)} for row in timed(recording)
-            if row["routing"] == routing and row["impl"] in LOOKS and row["within_bound"]]  # fmt: skip
-    if not rows:
-        return None
-    shapes = names_of(rows, "shape")
-    fallen = [shape for shape in default_only(recording) if shape in shapes]
-    compared = [shape for shape in shapes if shape not in fallen] or shapes
-    own = _means([row for row in rows if row["shape"] in compared], names_of(rows, "impl"))
-    ratios = (own.classic / own.fast).to_dict() if {"classic", "fast"} <= {*own} else {}
-    rows += [row for row in rivals.rows() if row["shape"] in shapes] if rivals else []
-    impls = names_of(rows, "impl")
-    every = [shape for shape in compared if {r["impl"] for r in rows if r["shape"] == shape} == {*impls}] or compared
-    means = _means([row for row in rows if row["shape"] in every], impls)
-    rows.sort(key=lambda row: (row["shape"] not in every, [*LOOKS].index(row["impl"])))
-    return Contest(rows, compared, fallen, every, means, ratios)
-
-
-def over_floor(recording: Recording, at: Ceilings, routing: str = "uniform", rivals: Rivals | None = None) -> Panel:
+def over_floor(recording: Recording, at: Ceilings, routing: str = "uniform") -> Panel:
     """Map of contender by batch: time over the floor, geometric mean over shapes, the nearest first; the table has every shape.
 
     The mean is over shapes whose classic layer had tuned configs to choose from, where there are any, and that have every
-    contender at that batch. rivals: drawn beside, each over the floor of its own routing; then the mean is over fewer shapes.
+    contender at that batch. `moelab.plots.rivals` draws fast beside what others measured.
     """
-    found = contest(recording, at, routing, rivals)
-    if not found:
+    rows = [{**row, "over": times_over_floor(row, at)[0]} for row in timed(recording)
+            if row["routing"] == routing and row["impl"] in LOOKS and row["within_bound"]]  # fmt: skip
+    if not rows:
         return Panel(None, [], NOTHING)
-    means, batches = found.means, sorted(names_of(found.rows, "num_tokens"))
+    shapes, batches = names_of(rows, "shape"), sorted(names_of(rows, "num_tokens"))
+    fallen = [shape for shape in default_only(recording) if shape in shapes]
+    compared = [shape for shape in shapes if shape not in fallen] or shapes
+    means = _means([row for row in rows if row["shape"] in compared], names_of(rows, "impl"))
+    ratios = (means.classic / means.fast).to_dict() if {"classic", "fast"} <= {*means} else {}
     cells = {(name, batch): ratio_map.cell_of(over, False) for name in means for batch, over in means[name].items()}
-    note = "<br>no tuned file, so sglang’s default config alone, and not in the mean: " + ", ".join(found.fallen)
-    note *= bool(found.fallen) and found.shapes != found.fallen
-    if rivals:
-        note += (f"; order of tokens made beforehand<br>{rivals.sglang['source']}, best of its configs<br>"
-                 f"{rivals.flashinfer['source']}, best of its tactics, order inside")  # fmt: skip
+    note = f"<br>no tuned file, so sglang’s default config alone, and not in the mean: {', '.join(fallen)}"
     figure = ratio_map.chart(
-        f"Time over floor, {routing} routing: {_short(found.ratios, batches)}",
-        f"{recording.source()}, geometric mean of {', '.join(found.every)}{note}",
+        f"Time over floor, {routing} routing: {_short(ratios, batches)}",
+        f"{recording.source()}, geometric mean of {', '.join(compared)}{note if 0 < len(fallen) < len(shapes) else ''}",
         cells, sorted(means, key=lambda name: geometric_mean(means[name].tolist())), list(means.index), tall=44, low=None,
         span=math.log(3), bar="time / floor",
     )  # fmt: skip
-    table = table_of(found.rows, "time / floor", lambda row: row["over"][0])
-    return Panel(figure, table, _said(found, routing, rivals))
+    return Panel(
+        figure, table_of(rows, "time / floor", lambda row: row["over"]), _said(ratios, means, routing, compared, fallen)
+    )
 
 
 def _means(rows: Sequence[Row], impls: Sequence[str]) -> pd.DataFrame:
     """Batch by contender: geometric means of time over floor, over the shapes that have all contenders at that batch."""
-    found = pd.DataFrame([{**row, "over": row["over"][0]} for row in rows])
+    found = pd.DataFrame(rows)
     wide = found.pivot(index=["shape", "num_tokens"], columns="impl", values="over").reindex(columns=impls).dropna()
     return np.exp(np.log(wide).groupby("num_tokens").mean())
 
@@ -185,15 +145,15 @@ def _short(ratios: Mapping[int, float], batches: Sequence[int]) -> str:
     return f"fast is {', '.join(parts)}".replace(" at ", " at batch ", 1) if parts else "nothing to compare"
 
 
-def _said(found: Contest, routing: str, rivals: Rivals | None) -> str:
-    ratios = found.ratios
+def _said(
+    ratios: Mapping[int, float], means: pd.DataFrame, routing: str, compared: Sequence[str], fallen: Sequence[str]
+) -> str:
     if not ratios:
         return f"**No shape has fast and classic at the same batch size under {routing} routing.**"
     best, worst = max(ratios, key=lambda b: ratios[b]), min(ratios, key=lambda b: ratios[b])
-    head = (f"Under {routing} routing the mean of {counted(len(found.shapes), 'shape')} has classic at {ratios[best]:.2f} times "
+    head = (f"Under {routing} routing the mean of {counted(len(compared), 'shape')} has classic at {ratios[best]:.2f} times "
             f"fast’s time at batch {best}, and at {ratios[worst]:.2f} times at batch {worst}.")  # fmt: skip
     return conclude(head, {
-        "Times the floor, over all batch sizes": found.each(),
-        "In one run, each ordering the tokens itself": rivals.said() if rivals else "",
-        "Drawn and not counted, without a tuned file": found.fallen if found.shapes != found.fallen else (),
+        "Times the floor, over all batch sizes": [f"{name} {geometric_mean(means[name].tolist()):.2f}" for name in means],
+        "Drawn and not counted, without a tuned file": fallen if list(compared) != list(fallen) else (),
     })  # fmt: skip

@@ -2,7 +2,7 @@
 
 Pages lie in one folder with one copy of plotly's script beside them, and the sources that they link to below source/. Nothing
 on them asks another host: no fonts, no MathJax, no widget manager. A control needs a kernel, so a page shows what it was set to
-and the figure it drew; the code of a cell that draws is folded away until "Show code" is checked.
+and the figure it drew; the code of a cell that shows something is folded away until "Show code" is checked.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 from moelab import runtime, writing
 from moelab.errors import MoelabError, RuntimeModeError
+from moelab.plots.literal import literal
 
 PLOTLY, WIDGET, STATE = (
     "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json",
@@ -28,8 +29,8 @@ SCRIPT = "application/javascript"
 COVER = "cover"
 """Tag of the cell whose first figure stands for a notebook in the index; without one, the notebook's first figure."""
 
-DRAWN = "drawn"
-"""Tag given to a cell that shows something."""
+FOLDED = "folded"
+"""Tag given to cells that show something, or hold parameters: their code is folded away. What a cell writes into a file stays."""
 
 SOURCES = (".py", ".cu", ".cuh", ".md", ".toml")
 """Suffixes of files of the checkout that become pages where a notebook links to them."""
@@ -50,6 +51,7 @@ QUESTIONS = (
     ("Which config file is wrong?", "06_config_health", "The doctor"),
     ("What does the wrong config cost?", "06_config_health", "What the wrong config costs"),
     ("How do I add a kernel, and have it checked?", "07_your_kernel", "The idea"),
+    ("What do fp8, int8, int4 and mxfp4 gain, and what do they cost?", "08_quantised", "The floor"),
     ("What does a word mean?", "glossary", ""),
 )
 """Question, the notebook that answers it, the heading it is answered under."""
@@ -97,7 +99,7 @@ def flat_outputs(outputs: Sequence[Mapping[str, Any]], widgets: Mapping[str, Any
         settings, inner = _leaves(view["model_id"], widgets)
         if settings:
             said = f"Set here: {', '.join(settings)}. To change them: `make lab`."
-            yield {"output_type": "display_data", "data": {"text/markdown": f"*{said}*"}, "metadata": {}}
+            yield {"output_type": "display_data", "data": {"text/markdown": f"*{literal(said)}*"}, "metadata": {}}
         yield from flat_outputs(inner, widgets)
 
 
@@ -136,8 +138,6 @@ def rendered(notebook: Any, stem: str) -> Page:
             said = "".join(said or "")
             if said.startswith("- **"):
                 short = short or tuple(line.removeprefix("- ") for line in said.splitlines())
-            if (figure or said) and DRAWN not in cell.metadata.setdefault("tags", []):
-                cell.metadata["tags"].append(DRAWN)
             if figure is not None:
                 count += 1
                 cover = cover or figure
@@ -147,6 +147,8 @@ def rendered(notebook: Any, stem: str) -> Page:
                 output = {"output_type": "display_data", "data": drawn, "metadata": {}}
             outputs.append(nbformat.from_dict(output))
         cell.outputs = outputs
+        if (outputs and not cell.source.startswith("%%writefile")) or "parameters" in cell.metadata.get("tags", []):
+            cell.metadata["tags"] = [*cell.metadata.get("tags", []), FOLDED]
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
     lines = [part.strip() for part in notebook.cells[0].source.split("\n\n") if part.strip()]
     text = re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", lines[1] if len(lines) > 1 else "").replace("`", "")
@@ -183,11 +185,11 @@ def write_sources(pages: Sequence[Page], folder: Path) -> None:
     for path in sorted({found for page in pages for found in re.findall(r'href="source/(.+?)\.html"', page.body)}):
         lexer = CudaLexer() if path.endswith((".cu", ".cuh")) else get_lexer_for_filename(path)
         code = highlight((_root() / path).read_text(encoding="utf-8"), lexer, HtmlFormatter())
-        target = folder / "source" / f"{path}.html"
-        target.parent.mkdir(parents=True, exist_ok=True)
         up = "../" * (path.count("/") + 1)
         back = f'<nav><a href="{up}index.html">Contents</a></nav>'
-        writing.write(target, _document(path, "", f"{back}<main><h1>{path}</h1>{code}</main>"))
+        writing.write(
+            folder / "source" / f"{path}.html", _document(path, "", f"{back}<main><h1>{path}</h1>{code}</main>")
+        )
 
 
 # --- pages --------------------------------------------------------------------------------------------------------
@@ -206,12 +208,12 @@ pre { overflow-x: auto; margin: 0 } .highlight { background: var(--box); border-
 table { border-collapse: collapse; font-size: 13px } th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--line) }
 .rendered_html { overflow-x: auto } img { max-width: 100% }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 1.2rem; padding: 0 }
-.cards li { list-style: none; border: 1px solid var(--line); border-radius: 8px; padding: 1rem }
+.cards > li { list-style: none; border: 1px solid var(--line); border-radius: 8px; padding: 1rem }
 .cards h2 { margin: .6rem 0; font-size: 1.05rem } .cards p { margin: 0; color: var(--soft); font-size: 14px }
 .cards img { width: 100%; border-radius: 4px; background: #fff }
 .cards ul { margin: 0; padding-left: 1.1rem; font-size: 14px } nav { display: flex; gap: 1.2rem; flex-wrap: wrap }
 nav.end { margin-top: 2rem } label { font-size: 14px; color: var(--soft) }
-#code:not(:checked) ~ main .celltag_drawn .input { display: none }
+#code:not(:checked) ~ main .celltag_folded .input { display: none }
 @media (prefers-color-scheme: dark) { main .js-plotly-plot text[style*="rgb(123, 123, 123)"] { fill: #c9d1d9 !important } }
 """
 
@@ -262,7 +264,9 @@ def index_html(pages: Sequence[Page], covers: Mapping[str, str]) -> str:
         for question, stem, heading in QUESTIONS if stem in there
     )  # fmt: skip
     about = f"<h1>moelab</h1><p>The notebooks as they ran on {html.escape(where.device_name)} ({where.mode}); measurements are "
-    about += "recorded from real GPUs, and each figure names its recording. Pages work offline; controls need a running one: "
+    about += (
+        "recorded from real GPUs, and each figure names its recording. Pages work offline; controls need a server: "
+    )
     about += (
         f"<code>make lab</code>.</p>{f'<h2>By question</h2><ul>{asked}</ul>' if asked else ''}<h2>The notebooks</h2>"
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moelab import recordings, roofline
-from moelab.plots import fast_forms, fast_layer, host_time, layer, split_k, tma_overhead, transfer, tuner_regret
+from moelab.plots import fast_forms, fast_layer, host_time, layer, rivals, split_k, tma_overhead, transfer, tuner_regret
 from moelab.plots import quantised as formats
 from moelab.plots import roofline as floors
 from moelab.plots.cells import names_of
@@ -29,11 +29,14 @@ def _at(recording: recordings.Recording) -> Ceilings:
     return load_ceilings(str(recording.provenance["gpu"]), "floors")
 
 
-def _contest() -> tuple[fast_layer.Contest, str]:
+def _contest() -> tuple[dict[str, dict[int, float]], str]:
+    """Contender -> batch size -> times the floor, the nearest first; and what was compared."""
     one = recordings.load("fast_layer")
-    found = fast_layer.contest(one, _at(one), "uniform", fast_layer.load_rivals())
-    assert found is not None  # the recording that is shipped
-    return found, str(one.provenance["gpu"])
+    rows = rivals.rows_of(one, _at(one), fast_layer.load_rivals())
+    shapes, compared = rivals.shared(rows)
+    means = {who: rivals.means_of(compared, who) for who in rivals.LOOKS}
+    fast = means[rivals.FAST]
+    return means, f"{len(shapes)} layers in bf16 on an {one.provenance['gpu']}, batch {min(fast)} to {max(fast)}"
 
 
 def bounds(shapes: Mapping[str, MoEShape], at: Ceilings, batches: Sequence[int] = floors.BATCHES) -> str:
@@ -50,9 +53,10 @@ def bounds(shapes: Mapping[str, MoEShape], at: Ceilings, batches: Sequence[int] 
 
 
 def _closeness() -> str:
-    found, gpu = _contest()
-    shapes = f"{len(found.every)} layers, batch {min(found.means.index)} to {max(found.means.index)}"
-    return f"Times the least possible on an {gpu} (mean of {shapes}): {', '.join(found.each())}."
+    means, what = _contest()
+    over = {who: geometric_mean([*of.values()]) for who, of in means.items()}
+    each = ", ".join(f"{who} {over[who]:.2f}" for who in sorted(over, key=over.__getitem__))
+    return f"Times the least possible (mean of {what}): {each}."
 
 
 def welcome(shape: MoEShape, at: Ceilings) -> Panel:
@@ -67,13 +71,13 @@ def welcome(shape: MoEShape, at: Ceilings) -> Panel:
 
 def roof(shapes: Mapping[str, MoEShape], at: Ceilings) -> Panel:
     """01."""
-    found, _ = _contest()
-    fast = found.means.fast
+    fast = _contest()[0][rivals.FAST]
+    most, least, first = max(fast, key=fast.__getitem__), min(fast, key=fast.__getitem__), min(fast)
     return _lines(
         What_bounds_a_layer=bounds(shapes, at),
         How_close_do_layers_come=_closeness(),
-        What_is_left_to_win=f"Of fast at batch {fast.idxmax()} a factor of {fast.max():.2f}, at batch {fast.index[0]} "
-        f"{fast.iloc[0]:.2f}; at {fast.idxmin()} {fast.min():.2f}. Why: [01a_fast_layer](01a_fast_layer.ipynb).",
+        What_is_left_to_win=f"Of fast at batch {most} a factor of {fast[most]:.2f}, at batch {first} {fast[first]:.2f}; at "
+        f"{least} {fast[least]:.2f}. Why: [01a_fast_layer](01a_fast_layer.ipynb).",
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from moelab.errors import counted
 from moelab.plots.cells import names_of, timed
 from moelab.plots.cells import over_floor as times_over_floor
-from moelab.plots.fast_layer import Rivals
+from moelab.plots.fast_layer import Rivals, load_rivals
 from moelab.plots.panel import Panel, Row, geometric_mean
 from moelab.plots.style import GREY, grid, log_axis, look
 from moelab.recordings import Recording
@@ -21,6 +21,17 @@ LOOKS = {TORCH: "grouped_mm", SGLANG: "sglang", FLASHINFER: "FlashInfer", FAST: 
 """What is drawn -> whose look it has, from the farthest over the floor to the nearest."""
 
 _NAMES = {"grouped_mm": TORCH, "fast": FAST, "sglang": SGLANG, "FlashInfer": FLASHINFER}
+
+
+def beside(recording: Recording, at: Ceilings) -> Panel:
+    """`over_floor` beside the rivals of data/upstream."""
+    return over_floor(recording, at, load_rivals())
+
+
+def shared(rows: Sequence[Row]) -> tuple[list[str], list[Row]]:
+    """The shapes that every contender has, and their rows."""
+    shapes = [s for s in names_of(rows, "shape") if {r["who"] for r in rows if r["shape"] == s} == {*LOOKS}]
+    return shapes, [row for row in rows if row["shape"] in shapes]
 
 
 def rows_of(recording: Recording, at: Ceilings, rivals: Rivals) -> list[Row]:
@@ -47,9 +58,8 @@ def over_floor(recording: Recording, at: Ceilings, rivals: Rivals) -> Panel:
     The rivals' rows bring the floor of their routing.
     """
     rows = rows_of(recording, at, rivals)
-    shapes = [s for s in names_of(rows, "shape") if {r["who"] for r in rows if r["shape"] == s} == {*LOOKS}]
+    shapes, compared = shared(rows)
     batches = sorted({row["num_tokens"] for row in rows})
-    compared = [row for row in rows if row["shape"] in shapes]
     figure = grid(
         f"A layer over its floor: mean of {', '.join(shapes)}",
         f"moelab and torch: {recording.source()}; sglang, the best of its configs: {_when(rivals.sglang)}<br>order inside: "
@@ -57,7 +67,7 @@ def over_floor(recording: Recording, at: Ceilings, rivals: Rivals) -> Panel:
         height=400,
     )
     for who in LOOKS:
-        style, inside, mean = look(LOOKS[who]), who == ORDERING, _means(compared, who)
+        style, inside, mean = look(LOOKS[who]), who == ORDERING, means_of(compared, who)
         figure.add_scatter(
             x=list(mean), y=list(mean.values()), name=who, mode="lines+markers", marker=style.marker(8, hollow=inside),
             line={**style.line(), "dash": "dot" if inside else "solid"}, hovertemplate="batch %{x}: %{y:.3f}",
@@ -80,7 +90,8 @@ def _when(theirs: Mapping[str, Any]) -> str:
     return f"{theirs['source'].partition(' measured')[0]}, {theirs['date']}"
 
 
-def _means(rows: Sequence[Row], who: str) -> dict[int, float]:
+def means_of(rows: Sequence[Row], who: str) -> dict[int, float]:
+    """Batch size -> the geometric mean of a contender's time over the floor."""
     mine = [row for row in rows if row["who"] == who]
     by_batch = {
         b: [row["over"] for row in mine if row["num_tokens"] == b] for b in sorted(names_of(mine, "num_tokens"))

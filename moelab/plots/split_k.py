@@ -155,9 +155,11 @@ def when(recording: Recording, shapes: Mapping[str, MoEShape], sms: int) -> Pane
 def of_all(rows: Sequence[Row], few: bool) -> str:
     """Wins, mean and extremes of the cells with fewer tiles than SMs, or of the others."""
     of = [row for row in rows if (row["tiles an SM"] < 1) is few]
-    wins, mean = sum(row["verdict"] == "faster" for row in of), geometric_mean([row[RATIO] for row in of])
-    ends = extremes(of, lambda row: row[RATIO], at=_where)
-    return f"{wins} of {counted(len(of), 'cell')} win, {mean:.2f} of classic’s time on average, {ends}"
+    wins, losses = (sum(row["verdict"] == verdict for row in of) for verdict in ("faster", "slower"))
+    mean, ends = geometric_mean([row[RATIO] for row in of]), extremes(of, lambda row: row[RATIO], at=_where)
+    return (
+        f"of {counted(len(of), 'cell')} {wins} win and {losses} lose, {mean:.2f} of classic’s time on average, {ends}"
+    )
 
 
 def by_split(recording: Recording, shape: str, stage: str, num_tokens: int) -> Panel:

@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from moelab import roofline
-from moelab.plots import fast_layer, ratio_map
+from moelab.plots import fast_layer, ratio_map, rivals
 from moelab.plots.cells import fastest, over_floor, span
 from moelab.plots.panel import Panel, Row, timing
 from moelab.plots.style import BETTER, GREY, SERIES, WRONG, error_bars, grid, look, number
@@ -151,7 +151,6 @@ def on_the_roof(
     rows = [row for row in recording.select(shape=name) if "samples_us" in row and row["impl"] in ours]
     batches = sorted({row["num_tokens"] for row in rows})
     fast = [row for row in fast_layer.fast_rows(one) if row["shape"] == name] if one else []
-    rivals = [row for row in fast_layer.load_rivals().rows() if row["shape"] == name] if one else []
     floors, wants = (
         {b: of(b) for b in batches} for of in (lambda b: roofline.layer_cost(shape, b), lambda b: asked(shape, b))
     )
@@ -160,7 +159,10 @@ def on_the_roof(
     over |= {(f"{row['impl']}, live", row["num_tokens"]): span(row, least[row["num_tokens"]])[0]
              for row in live if "samples_us" in row and row["shape"] == name}  # fmt: skip
     over |= {(row["impl"], row["num_tokens"]): over_floor(row, at)[0] for row in (*fast, *rows)}
-    over |= {(row["impl"], row["num_tokens"]): row["over"][0] for row in rivals}
+    if one:
+        peers = rivals.rows_of(one, at, fast_layer.load_rivals())
+        over |= {(row["who"], row["num_tokens"]): row["over"] for row in peers
+                 if row["shape"] == name and row["who"] not in (rivals.FAST, rivals.ORDERING)}  # fmt: skip
     figure = ratio_map.chart(
         f"{mine} over the floor: {name}",
         f"ours: {recording.source()}, alignment included{f'; fast: {one.source()}, order beforehand' if one else ''}<br>"

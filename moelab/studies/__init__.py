@@ -9,9 +9,12 @@ from collections.abc import Callable, Mapping
 
 from moelab import suites
 from moelab.recordings import Recording
-from moelab.studies import tuned_gain, tuner_regret
+from moelab.suites.later import Later
 
-STUDIES: Mapping[str, Callable[..., Recording]] = {"tuned_gain": tuned_gain.record, "tuner_regret": tuner_regret.record}
+STUDIES: Mapping[str, Callable[..., Recording]] = {
+    "tuned_gain": Later("moelab.studies.tuned_gain"),
+    "tuner_regret": Later("moelab.studies.tuner_regret"),
+}
 
 ANYWHERE = ("tuner_regret",)
 """Studies whose numbers come from recorded landscapes: they are the same with a GPU and without."""

@@ -8,32 +8,21 @@ from pathlib import Path
 from moelab import recordings
 from moelab.errors import UnknownNameError, nearest_names
 from moelab.recordings import Recording
-from moelab.suites import (
-    ceilings,
-    fast_choice,
-    fast_counters,
-    fast_layer,
-    layer_baseline,
-    layer_classic,
-    quantised,
-    split_k,
-    sum_reduce,
-    tma_overhead,
-)
+from moelab.suites.later import Later
 from moelab.suites.partial import record_kept
 
 SUITES: dict[str, Callable[..., Recording]] = {
-    "ceilings": ceilings.record,
-    "sum_reduce_precision": sum_reduce.record_precision,
-    "sum_reduce": sum_reduce.record_speed,
-    "layer_classic": layer_classic.record,
-    "split_k": split_k.record,
-    "layer_baseline": layer_baseline.record,
-    "tma_overhead": tma_overhead.record,
-    "quantised": quantised.record,
-    "fast_layer": fast_layer.record,
-    "fast_choice": fast_choice.record,
-    "fast_counters": fast_counters.record,
+    "ceilings": Later("moelab.suites.ceilings"),
+    "sum_reduce_precision": Later("moelab.suites.sum_reduce", "record_precision"),
+    "sum_reduce": Later("moelab.suites.sum_reduce", "record_speed"),
+    "layer_classic": Later("moelab.suites.layer_classic"),
+    "split_k": Later("moelab.suites.split_k"),
+    "layer_baseline": Later("moelab.suites.layer_baseline"),
+    "tma_overhead": Later("moelab.suites.tma_overhead"),
+    "quantised": Later("moelab.suites.quantised"),
+    "fast_layer": Later("moelab.suites.fast_layer"),
+    "fast_choice": Later("moelab.suites.fast_choice"),
+    "fast_counters": Later("moelab.suites.fast_counters"),
 }
 
 LAST = ("fast_counters",)

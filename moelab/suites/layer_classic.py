@@ -129,7 +129,7 @@ class Layer:
         rows = torch.arange(self.num_tokens) if every else sample_rows(self.num_tokens)
         rows = rows.to(w.w13.device)
         x, ids, weights = self.states[rotation][rows], routing.topk_ids[rows], routing.topk_weights[rows]
-        options: dict[str, Any] = {"activation": self.shape.activation, "gated": self.shape.gated}
+        options: dict[str, Any] = {"activation": self.shape.activation, "gated": self.shape.gated, **w.static_scales}
         wide = w.to(torch.float64)  # quantised weights are judged dequantised
         return rows, *precision.layer_references(x, wide.w13, wide.w2, weights, ids, format=w.format, **options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -12,16 +13,30 @@ from moelab.tuner.landscape import Landscape
 from moelab.tuner.problem import Problem
 
 
-def import_ray() -> Any:
-    """The module ray. Raises RuntimeModeError where it is not installed."""
+def import_ray(local: bool = False) -> Any:
+    """The module ray. Raises RuntimeModeError where it is not installed.
+
+    local: for a cluster that is started here, which then listens on 127.0.0.1 alone, as Ray does by default on Windows and
+    macOS: who reaches a cluster runs code on it. ray.init makes another address of 127.0.0.1, so that it cannot be told there.
+    """
+    if local:
+        os.environ[_MANY_NODES] = "0"
     try:
         import ray
+
+        if local:
+            from ray._private import ray_constants  # read from the variable once, perhaps before it was set
+
+            ray_constants.ENABLE_RAY_CLUSTER = False
     except ModuleNotFoundError as error:
         raise RuntimeModeError(
             "Tuning on a cluster needs the package ray, which is not installed. Expected the extra 'ray'. Install it with "
             "pip install 'moelab[ray]' on every node, or tune on this machine's GPU without --ray."
         ) from error
     return ray
+
+
+_MANY_NODES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 class Host:

@@ -48,13 +48,15 @@ class RayEvaluator:
         landscape: Landscape | None = None,
         actors: int | None = None,
     ) -> None:
-        self.problem, self.ray = problem, import_ray()
+        local = address in (None, "local")
+        self.problem, self.ray = problem, import_ray(local)
         if landscape is not None:
             require_same(problem, landscape)
         self._own = not self.ray.is_initialized()
         if self._own:
-            given = {"include_dashboard": False} if address in (None, "local") else {"address": address}
-            self.ray.init(log_to_driver=False, logging_level="ERROR", **given)
+            given = {"include_dashboard": False} if local else {"address": address}
+            # What Ray says of its own safety, that it takes commands from whoever reaches it without a token, is for the user.
+            self.ray.init(log_to_driver=False, logging_level="WARNING", **given)
         self._landscape = landscape if landscape is None else self.ray.put(landscape)
         count = actors or (int(self.ray.cluster_resources().get("GPU", 0)) if landscape is None else 1)
         if count < 1:

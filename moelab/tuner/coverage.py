@@ -81,7 +81,8 @@ def covered(board: Board, num_tokens: int) -> BatchCoverage:
 
 
 def needed_s(steps: Sequence[Step], known: Known, clock_s: float, about: Mapping[str, Any]) -> float:
-    """About the budget, in seconds, in which all of these steps could have been done.
+    """About the budget, in seconds, in which all of these steps could have been done, and can be by taking the run up: its
+    clock goes on, the finals that it holds included.
 
     steps: of the search, in order, whole or not. known: what came back. clock_s: what they cost in all;
     about: what the evaluator says of itself, for how many compile and measure at once. The compiler's and the device's
@@ -97,10 +98,15 @@ def needed_s(steps: Sequence[Step], known: Known, clock_s: float, about: Mapping
     each_kernel = sum(compiles) / max(1, len(compiles)) / processes
     each_sample = measures / max(1, samples_of(result.request for result in timed)) / devices
     kernels, samples = _whole(steps, known)
-    search_s = (each_kernel * kernels + each_sample * samples) / SEARCH_SHARE
-    if any(request.rounds == 0 for step in steps for request in step.requests):
-        search_s = max(search_s, each_kernel * kernels / COMPILE_SHARE)
-    return search_s * (clock_s / counted if counted else 1.0)
+    stretch = clock_s / counted if counted else 1.0
+    finals = samples_of(result.request for result in timed if result.request.interleaved)
+    whole_s = (each_kernel * kernels + each_sample * (samples + finals)) / SEARCH_SHARE
+    ahead = [request for step in steps for request in step.requests if request.rounds == 0]
+    left = samples_of(known.missing(ahead))
+    if ahead:
+        whole_s = max(whole_s, each_kernel * kernels / COMPILE_SHARE)
+    compiled_s = (clock_s + each_kernel * left * stretch) / COMPILE_SHARE if left else 0.0
+    return max(whole_s * stretch, compiled_s)
 
 
 def _whole(steps: Sequence[Step], known: Known) -> tuple[float, float]:

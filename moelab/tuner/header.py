@@ -27,6 +27,14 @@ def make_header(search: Search, strategy: str, budget_s: float | None, evaluator
 
 def read_header(run: str | Path, header: Mapping[str, Any]) -> tuple[Problem, Settings]:
     """Problem and settings of the run of that header. Raises JournalError for what no moelab wrote."""
+    from moelab.schemas import first_problem
+    from moelab.tuner.schemas import RUN
+
+    if problem := first_problem(RUN, dict(header)):
+        raise JournalError(
+            f"The header of {run} {problem}. Expected what this moelab's `tune` wrote. Take the run up with the moelab that "
+            "wrote it, or tune again."
+        )
     try:
         return Problem.from_json(header["problem"]), Settings(**header["strategy"]["settings"])
     except (KeyError, TypeError, ValueError, MoelabError) as error:

@@ -12,18 +12,19 @@ import contextlib
 import datetime
 import errno
 import fcntl
-import json
 import os
 import secrets
+import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moelab.config import KernelConfig
-from moelab.errors import ConfigError, JournalError
-from moelab.tuner.evaluate import Outcome, Request, Result
+from moelab.errors import JournalError
+from moelab.reading import MIB, UnreadableError, read_bytes
+from moelab.tuner.evaluate import Result
+from moelab.tuner.journal_lines import decode, encode, has_digest, packed, parsed
 
 SCHEMA = 1
 """Version of the lines that this code reads and writes."""
@@ -36,7 +37,8 @@ LOCK_PATIENCE_S = 0.5
 """How long to ask for the lock: a process that a tuner was starting when it was killed shares its files until it runs its
 own program, some milliseconds later."""
 
-_HEADER_KEYS = ("provenance", "problem", "strategy", "space", "evaluator")
+LARGEST = 512 * MIB
+"""Bytes of the largest journal that is read: the grid of all batch sizes takes 30 MB."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Journal:
 
     @classmethod
     def create(cls, path: str | Path, header: Mapping[str, Any]) -> Journal:
-        """Start a journal. header: what `_HEADER_KEYS` names, as JSON values.
+        """Start a journal. header: provenance, problem, strategy, space, evaluator, as JSON values.
 
         Raises JournalError if one is there already, another tuner holds it, or the disk refuses. A file with no whole
         first line, left by a kill in the first instant, counts as none.
@@ -75,7 +77,7 @@ class Journal:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _unmade(path, error) from error
+            raise _unmade(path, str(error.strerror)) from error
         handle = _open_locked(path, os.O_RDWR | os.O_CREAT)
         try:
             if b"\n" in os.pread(handle, 1 << 20, 0):
@@ -98,7 +100,7 @@ class Journal:
         path = Path(path)
         handle = _open_locked(path, os.O_RDWR)
         try:
-            content = _parse(path, path.read_bytes())
+            content = _parse(path, _bytes(path))
             os.ftruncate(handle, content.whole_bytes)
         except BaseException:
             os.close(handle)
@@ -107,7 +109,7 @@ class Journal:
 
     def append(self, result: Result) -> None:
         """Write one result. Raises JournalError where it cannot; the lines before stay whole and readable."""
-        self._append(_encode(result))
+        self._append(encode(result))
         if time.monotonic() - self._synced > FSYNC_EVERY_S:
             self.sync()
 
@@ -143,7 +145,7 @@ class Journal:
             )
         self._must_stand(self._handle)
         stamped = {**line, "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")}
-        data = json.dumps(stamped, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        data = packed(stamped)
         try:
             written = 0
             while written < len(data):  # a disk that fills up takes a part first, and refuses only the rest
@@ -195,11 +197,16 @@ def read(path: str | Path) -> Content:
     Raises JournalError if it is missing, has no header, is of another schema, or a line before the last is damaged.
     """
     path = Path(path)
+    return _parse(path, _bytes(path))
+
+
+def _bytes(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        return read_bytes(path, LARGEST)
     except OSError as error:
-        raise _missing(path, error) from error
-    return _parse(path, data)
+        raise _missing(path, str(error.strerror)) from error
+    except UnreadableError as error:
+        raise _missing(path, f"it {error}") from None
 
 
 def _rescued(path: Path, data: bytes) -> Path | None:
@@ -215,25 +222,28 @@ def _rescued(path: Path, data: bytes) -> Path | None:
     return None
 
 
-def _unmade(path: Path, error: OSError) -> JournalError:
+def _unmade(path: Path, why: str) -> JournalError:
     return JournalError(
-        f"Cannot begin a run's journal at {path}: {error.strerror}. Expected a folder that can be written to. Name another "
+        f"Cannot begin a run's journal at {path}: {why}. Expected a folder that can be written to. Name another "
         "with --out."
     )
 
 
-def _missing(path: Path, error: OSError) -> JournalError:
+def _missing(path: Path, why: str) -> JournalError:
     return JournalError(
-        f"Cannot read a run's journal at {path}: {error.strerror}. Expected the file that `moelab tune` wrote. Check the "
+        f"Cannot read a run's journal at {path}: {why}. Expected the file that `moelab tune` wrote. Check the "
         "path, or tune without --resume."
     )
 
 
 def _open_locked(path: Path, flags: int) -> int:
     try:
-        handle = os.open(path, flags | os.O_CLOEXEC, 0o644)
+        handle = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)  # a FIFO would be waited for
     except OSError as error:
-        raise (_unmade if flags & os.O_CREAT else _missing)(path, error) from error
+        raise (_unmade if flags & os.O_CREAT else _missing)(path, str(error.strerror)) from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise (_unmade if flags & os.O_CREAT else _missing)(path, "it is a special file")
     patience = time.monotonic() + LOCK_PATIENCE_S
     while not _locked(handle):
         if time.monotonic() > patience:
@@ -260,17 +270,19 @@ def _parse(path: Path, data: bytes) -> Content:
     results: dict[str, Result] = {}
     times: dict[str, str] = {}
     notes: list[Mapping[str, Any]] = []
-    for number, line in _lines(path, data[:whole]):
-        if header is None:
-            header = _header(path, line)
-        elif line.get("kind") == "result":
-            try:
-                results[line["key"]] = _decode(line)
+    sealed = has_digest(data[: data.find(b"\n")]) if whole else False
+    for number, text in enumerate(data[:whole].splitlines(), 1):
+        try:
+            line = parsed(text, header is None, sealed)
+            if header is None:
+                header = line
+            elif line["kind"] == "result":
+                results[line["key"]] = decode(line)
                 times[line["key"]] = line["at"]
-            except (KeyError, TypeError, ValueError, ConfigError) as error:
-                raise _damaged(path, number, error) from error
-        else:
-            notes.append(line)
+            else:
+                notes.append(line)
+        except UnreadableError as error:
+            raise _foreign(path, error) if number == 1 else _damaged(path, number, error) from None
     if header is None:
         raise JournalError(
             f"{path} holds no run yet. Expected a header in its first line. Tune without --resume; the file is taken over."
@@ -278,79 +290,15 @@ def _parse(path: Path, data: bytes) -> Content:
     return Content(header, results, times, tuple(notes), whole)
 
 
-def _lines(path: Path, data: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for number, text in enumerate(data.splitlines(), 1):
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            raise _damaged(path, number, error) from error
-        if not isinstance(line, dict):
-            raise _damaged(path, number, TypeError("it holds no JSON object"))
-        yield number, line
-
-
-def _damaged(path: Path, number: int, error: Exception) -> JournalError:
+def _foreign(path: Path, error: UnreadableError) -> JournalError:
     return JournalError(
-        f"Line {number} of the journal {path} is damaged ({type(error).__name__}: {error}). Expected only the last line to "
-        "be torn, as a kill leaves it. Restore the file from a backup, or tune again under another name."
+        f"Line 1 of {path} is not a run's header of schema {SCHEMA}: it {error}. Expected a journal that this moelab's `tune` "
+        "wrote. Check the path, or read it with the moelab that wrote it."
     )
 
 
-def _header(path: Path, line: Mapping[str, Any]) -> Mapping[str, Any]:
-    missing = [key for key in _HEADER_KEYS if key not in line]
-    if line.get("kind") != "header" or line.get("schema") != SCHEMA or missing:
-        raise JournalError(
-            f"The first line of {path} is not a run's header of schema {SCHEMA}"
-            f"{' (no ' + ', '.join(missing) + ')' if missing else ''}. Expected a journal that this moelab's `tune` wrote. "
-            "Check the path, or read it with the moelab that wrote it."
-        )
-    return line
-
-
-def _encode(result: Result) -> dict[str, Any]:
-    request = result.request
-    line: dict[str, Any] = {"kind": "result", "key": request.key()}
-    line |= {name: getattr(request, name) for name in ("stage", "num_tokens", "rounds", "interleaved")}
-    line |= {name: getattr(request, name) for name in ("stop_above_us", "repeat") if getattr(request, name)}
-    line["outcomes"] = [
-        {"configs": [c.to_json() for c in contender], **_encode_outcome(outcome)}
-        for contender, outcome in zip(request.contenders, result.outcomes, strict=True)
-    ]
-    return line
-
-
-def _encode_outcome(outcome: Outcome) -> dict[str, Any]:
-    line: dict[str, Any] = {"samples_us": list(outcome.samples_us)}
-    if outcome.failure is not None:
-        line = {"failure": outcome.failure, "message": outcome.message}
-    return line | {k: v for k in ("compile_s", "measure_s") if (v := getattr(outcome, k))}
-
-
-def _decode(line: Mapping[str, Any]) -> Result:
-    contenders = tuple(tuple(map(_config, outcome["configs"])) for outcome in line["outcomes"])
-    request = Request(
-        line["stage"], line["num_tokens"], contenders, line["rounds"], line["interleaved"],
-        line.get("stop_above_us"), line.get("repeat", 0),
-    )  # fmt: skip
-    if request.key() != line["key"]:
-        raise ValueError("its key is not that of its request")
-    outcomes = tuple(
-        Outcome(
-            tuple(o.get("samples_us", ())), o.get("failure"), o.get("message", ""),
-            o.get("compile_s", 0.0), o.get("measure_s", 0.0),
-        )
-        for o in line["outcomes"]
-    )  # fmt: skip
-    return Result(request, outcomes)
-
-
-_CONFIGS: dict[tuple[tuple[str, int], ...], KernelConfig] = {}
-
-
-def _config(entry: Mapping[str, int]) -> KernelConfig:
-    """KernelConfig.from_json, remembered: a journal names each of some thousand configs many times."""
-    items = tuple(entry.items())
-    found = _CONFIGS.get(items)
-    if found is None:
-        found = _CONFIGS[items] = KernelConfig.from_json(entry)
-    return found
+def _damaged(path: Path, number: int, error: UnreadableError) -> JournalError:
+    return JournalError(
+        f"Line {number} of the journal {path} is damaged: it {error}. Expected only the last line to be torn, as a kill leaves "
+        "it. Restore the file from a backup, or tune again under another name."
+    )

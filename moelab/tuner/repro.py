@@ -13,6 +13,7 @@ from pathlib import Path
 from moelab import writing
 from moelab.config import KernelConfig
 from moelab.errors import JournalError, MoelabError
+from moelab.reading import MIB, UnreadableError, read_json
 from moelab.tuner.evaluate import Contender, Request, Stage, config_key
 from moelab.tuner.problem import Problem
 
@@ -32,11 +33,16 @@ def write(
 
 def load(path: str | Path) -> tuple[Problem, Request]:
     """The problem, and a request of the one contender. Raises JournalError for a file that `write` did not write."""
+    from moelab.schemas import first_problem
+    from moelab.tuner.schemas import REPRO
+
     try:
-        content = json.loads(Path(path).read_text())
+        content = read_json(path, MIB)
+        if problem := first_problem(REPRO, content):
+            raise UnreadableError(problem)
         contender = tuple(KernelConfig.from_json(entry) for entry in content["configs"])
         return Problem.from_json(content["problem"]), Request(content["stage"], content["num_tokens"], (contender,), 3)
-    except (OSError, ValueError, KeyError, TypeError, MoelabError) as error:
+    except (OSError, UnreadableError, MoelabError) as error:
         raise JournalError(
             f"Cannot read a repro from {path} ({type(error).__name__}: {error}). Expected a file that the tuner wrote for a "
             "contender it quarantined. Check the path."

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import io
 import os
 import secrets
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from moelab.errors import MoelabError
+from moelab.reading import UnreadableError, opened
+from moelab.tuner.header import read_header
+from moelab.tuner.journal_lines import parsed
 
 _TAIL = 1 << 16
 """Bytes at a journal's end that are looked at: its last note is far shorter."""
+
+LONGEST_HEADER = 1 << 20
+"""Bytes of the longest first line that is looked at: one of 19 batch sizes has 12,000."""
 
 
 def new_label(strategy: str) -> str:
@@ -49,21 +55,25 @@ def find_runs(folder: str | Path) -> tuple[Run, ...]:
 
 def _read(path: Path) -> Run | None:
     try:
-        with path.open("rb") as file:
-            header = json.loads(file.readline())
+        with io.BufferedReader(opened(path)) as file:
+            header = parsed(file.readline(LONGEST_HEADER).rstrip(b"\n"), True)
             file.seek(max(0, os.path.getsize(path) - _TAIL))
-            last = file.read().splitlines()[-1:]
-        problem: Mapping[str, Any] = header["problem"]
+            last = file.read(_TAIL).splitlines()[-1:]
+        problem, _ = read_header(path, header)
         return Run(
-            path, header["strategy"]["name"], str(header["evaluator"].get("kind")), header["at"],
-            tuple(problem["batch_sizes"]), _is_finished(last),
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            path,
+            header["strategy"]["name"],
+            header["evaluator"]["kind"],
+            header["at"],
+            problem.batch_sizes,
+            _is_finished(last),
+        )
+    except (OSError, UnreadableError, MoelabError):
         return None
 
 
 def _is_finished(last: list[bytes]) -> bool:
     try:
-        return bool(last) and json.loads(last[0]).get("kind") == "finished"
-    except ValueError:  # a line torn by a kill
+        return bool(last) and parsed(last[0], False)["kind"] == "finished"
+    except UnreadableError:  # a line torn by a kill
         return False

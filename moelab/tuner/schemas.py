@@ -14,7 +14,7 @@ from typing_extensions import TypedDict  # pydantic takes typing's from Python 3
 from moelab.config import LARGEST_VALUE, KernelConfig
 from moelab.errors import nearest_names
 from moelab.implementations import IMPLEMENTATIONS
-from moelab.schemas import CLOSED, OPEN, Index, Microseconds, Name, Seconds, Size, known_target
+from moelab.schemas import CLOSED, OPEN, Index, Microseconds, Name, Positive, Seconds, Size, known_target
 from moelab.tuner.evaluate import FAILURES
 
 Value = Annotated[int, Field(ge=0, le=LARGEST_VALUE)]
@@ -22,6 +22,7 @@ Tokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Stage = Literal["up", "down", "layer"]
 When = Annotated[str, Field(pattern=r"^\d{4}(-\d\d-\d\d(T[0-9:.]+\+00:00)?)?$", max_length=40)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+LineDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
 
 def _known_failure(name: str) -> str:
@@ -139,3 +140,99 @@ _Columns = TypedDict("_Columns", _COLUMNS)  # type: ignore[misc]
 
 COLUMNS: TypeAdapter[Any] = TypeAdapter(with_config(CLOSED)(_Columns))
 """A landscape's columns, each as a list."""
+
+
+# --- journals ------------------------------------------------------------------------------------------------------
+
+Json = dict[str, JsonValue]
+
+
+class _Header(TypedDict):
+    """A journal's first line. What it says of problem, strategy and evaluator is checked by who takes the run up."""
+
+    __pydantic_config__ = CLOSED  # type: ignore[misc]
+    kind: Literal["header"]
+    schema: Annotated[int, Field(ge=1, le=1)]
+    provenance: Json
+    problem: Json
+    strategy: Json
+    space: Json
+    evaluator: Json
+    at: When
+    digest: NotRequired[LineDigest]
+
+
+class _Outcome(TypedDict):
+    __pydantic_config__ = CLOSED  # type: ignore[misc]
+    configs: Annotated[list[Config], Field(min_length=1, max_length=2)]
+    samples_us: NotRequired[list[Microseconds]]
+    failure: NotRequired[Failure]
+    message: NotRequired[str]
+    compile_s: NotRequired[Seconds]
+    measure_s: NotRequired[Seconds]
+
+
+class _Result(TypedDict):
+    __pydantic_config__ = CLOSED  # type: ignore[misc]
+    kind: Literal["result"]
+    key: Annotated[str, Field(pattern=r"^[0-9a-f]{24}$")]
+    stage: Stage
+    num_tokens: Tokens
+    rounds: Annotated[int, Field(ge=0, le=1_000_000)]
+    interleaved: bool
+    stop_above_us: NotRequired[Microseconds]
+    repeat: NotRequired[Index]
+    outcomes: Annotated[list[_Outcome], Field(min_length=1)]
+    at: When
+    digest: NotRequired[LineDigest]
+
+
+class _Note(TypedDict):
+    """What is no result: a phase that began, or was cut, a run that was taken up, or ended."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    kind: Literal["resumed", "phase", "cut", "finished"]
+    name: NotRequired[Name]
+    phase: NotRequired[Name]
+    clock_s: NotRequired[Annotated[float, Field(ge=0, le=1e9)]]
+    budget_s: NotRequired[Positive | None]
+    provenance: NotRequired[Json]
+    evaluator: NotRequired[Json]
+    winners: NotRequired[list[JsonValue]]
+    at: When
+    digest: NotRequired[LineDigest]
+
+
+class _Strategy(TypedDict):
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    name: Name
+    settings: dict[str, Annotated[float, Field(ge=0, le=1e6)]]
+    budget_s: NotRequired[Positive | None]
+
+
+class _Run(TypedDict):
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    problem: _Problem
+    strategy: _Strategy
+    evaluator: _Evaluator
+
+
+HEADER: TypeAdapter[Any] = TypeAdapter(_Header)
+RESULT: TypeAdapter[Any] = TypeAdapter(_Result)
+NOTE: TypeAdapter[Any] = TypeAdapter(_Note)
+RUN: TypeAdapter[Any] = TypeAdapter(_Run)
+"""What a journal's header says of a run, to take it up."""
+
+
+class _Repro(TypedDict):
+    __pydantic_config__ = CLOSED  # type: ignore[misc]
+    problem: _Problem
+    stage: Stage
+    num_tokens: Tokens
+    configs: Annotated[list[Config], Field(min_length=1, max_length=2)]
+    failure: Failure
+    why: str
+    run: str
+
+
+REPRO: TypeAdapter[Any] = TypeAdapter(_Repro)

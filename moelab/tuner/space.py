@@ -106,6 +106,14 @@ def build_space(problem: Problem) -> Space:
         for config, w in zip(everything, why, strict=True):
             if w is not None:
                 examples.setdefault(w[0], f"{config.short()}: {w[1]}")
+        if not configs[gemm]:
+            reasons = "; ".join(
+                f"{count} by {reason}, such as {examples[reason]}" for reason, count in pruned[gemm].items()
+            )
+            raise ConfigError(
+                f"None of the {len(everything)} configs of the grid can run the GEMM {gemm!r} of {problem.shape.name} in the "
+                f"format {problem.shape.format.name}: {reasons}. Expected one that can. Tune with other axes."
+            )
     return Space(len(everything), configs, pruned, examples)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import ipywidgets as widgets
 import traitlets
 
+from moelab import runtime
+
 Doubt = Callable[[Any], str | None]
 """What is wrong with a value, a sentence that says what was expected; None for a sound one."""
 
@@ -89,6 +91,9 @@ def place_to_write(typed: str) -> str | None:
             return f"{nearest} is a file. Expected a folder, or a place for one. Type another."
     if not os.access(nearest, os.W_OK | os.X_OK):
         return f"{nearest} may not be written to. Expected a folder of yours. Type another, or change its permissions."
+    below = runtime.app_folder()
+    if below is not None and not folder.resolve().is_relative_to(below):
+        return f"{typed[:60]} is not below {below}, where alone an app may write. Expected a folder there. Type one."
     return None
 
 

@@ -16,6 +16,7 @@ from moelab.config_files import RULES, get_rules
 from moelab.errors import ConfigFileError, MoelabError
 from moelab.plots import handover as plots_handover
 from moelab.plots import winner as plots_winner
+from moelab.plots.literal import literal
 from moelab.plots.panel import Panel
 from moelab.tuner.finals import Contest, Finals
 from moelab.tuner.problem import Pair
@@ -96,7 +97,7 @@ class WinnerCard(widgets.VBox):
         """Show the card."""
         panel = plots_winner.card(self.choice.finals, self.batch.value, self.choice.excluded, self.pair.value)
         if self._said:
-            panel = replace(panel, sentence=f"**{self._said}** {panel.sentence}")
+            panel = replace(panel, sentence=f"**{literal(self._said)}** {panel.sentence}")
         show(self.output, panel)
 
     def exclude(self) -> None:
@@ -185,7 +186,7 @@ class ExportPanel(widgets.VBox):
         try:
             panel = plots_handover.preview(self.choice.result(), self.rules.value)
         except MoelabError as error:
-            panel = Panel(None, [], f"**{error}**")
+            panel = Panel(None, [], f"**{literal(error)}**")
         show(self.output, panel)
 
     def write(self) -> None:

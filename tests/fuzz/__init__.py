@@ -141,5 +141,9 @@ def table(found: Mapping[str, Sequence[Found]]) -> str:
 
 def unhelpful_messages(found: Sequence[Found]) -> list[Found]:
     """Refusals whose message lacks what each must have: what was wrong, what was expected, what to do."""
-    refused = [each for each in found if each.outcome == REFUSED and not each.said.startswith(("found: ", "Usage: "))]
+    refused = [
+        each
+        for each in found
+        if each.outcome == REFUSED and not each.said.startswith(("found: ", "Usage: ", "Error: "))
+    ]
     return [each for each in refused if unhelpful(each.said)]
