@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from broken_cells import assert_each_fails
-from ipywidgets import HTML, Box, Output
+from ipywidgets import HTML, Box, Dropdown, Output
 from synthetic import small_problem, synthetic_landscape
 
 from moelab import runtime, widgets
@@ -106,7 +106,7 @@ def test_layer_picker_has_every_switch_of_a_server() -> None:
     assert "256 experts" in text(box) and "block_shape=[128,128].json" in json.dumps(all_shown(box))
     choose["Format"].value = "bfloat16"
     assert "EP 1, bfloat16" in text(box) and "fp8" not in text(box).replace("deepseek-v3-fp8", "")
-    choose["Model"].value, choose["Format"].value = "gpt-oss-120b-mxfp4", None
+    choose["Model"].value, choose["Format"].value = "gpt-oss-120b-mxfp4", ""
     assert "No config file is asked for" in text(box)
 
 
@@ -530,3 +530,4 @@ def test_every_control_has_a_name(tmp_path: Path, survey: Survey, finals: Finals
     for box in boxes:
         takes_focus = [each for each in below(box) if not isinstance(each, Box | HTML | Output)]
         assert len(takes_focus) >= 2 and [each for each in takes_focus if not each.description] == []
+        assert [each.description for each in takes_focus if isinstance(each, Dropdown) and each.index is None] == []

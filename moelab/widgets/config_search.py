@@ -20,7 +20,7 @@ from moelab.tuner.survey import PARAMETERS, Survey, short_names
 from moelab.widgets.fields import dropdown
 from moelab.widgets.panels import interactive_panel, interactive_panels
 
-FORMATS = (("the checkpoint’s own", None), *((f"plain {name}", name) for name in ("bfloat16", "float16", "float32")))
+FORMATS = (("the checkpoint’s own", ""), *((f"plain {name}", name) for name in ("bfloat16", "float16", "float32")))
 """What the weights are taken as: a preset of a quantised checkpoint names its own format."""
 
 FUSION = (("as the server does", True), ("left apart", False))
@@ -45,7 +45,7 @@ def layer_picker(
         "model": dropdown("Model", preset_names(quantised=True), model),
         "tp_size": dropdown("TP", tp_choices(model), tp_size),
         "ep_size": dropdown("EP", ep_choices(model, tp_size), 1),
-        "dtype": dropdown("Format", FORMATS, None),
+        "dtype": dropdown("Format", FORMATS, ""),
         "fused": dropdown("Shared experts", FUSION, True),
         "device": dropdown("Device", devices(device), device),
         "num_tokens": dropdown("Batch", (*BATCH_SIZES, 8192), num_tokens),
@@ -76,6 +76,7 @@ class _Degrees:
 
     def draw(self, **chosen: Any) -> list[Panel]:
         if not self.changing:
+            chosen["dtype"] = chosen["dtype"] or None
             layer = {
                 name: chosen[name] for name in ("model", "tp_size", "ep_size", "dtype", "device", "rules", "fused")
             }

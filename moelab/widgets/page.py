@@ -12,9 +12,11 @@ import ipywidgets as widgets
 from moelab.widgets.spoken import spoken_names
 
 STYLE = """<style>
-.moelab-panel, .moelab-panel > .widget-vbox { overflow: visible; }
+.moelab-panel, .moelab-panel > .widget-vbox { overflow: visible; min-width: 0; max-width: 100%; }
+.moelab-panel > .jupyter-widgets-output-area, .moelab-panel > .widget-output { min-width: 0; max-width: 100%; overflow-x: auto; }
+.moelab-controls > *, .moelab-controls .widget-dropdown { min-width: 0; max-width: 100%; }
 .jp-OutputArea-child:has(.moelab-panel), .jp-OutputArea-output:has(.moelab-panel), .jp-OutputArea:has(.moelab-panel),
-.jp-Cell-outputWrapper:has(.moelab-panel), .jp-Cell:has(.moelab-panel) { overflow: visible; }
+.jp-Cell-outputWrapper:has(.moelab-panel), .jp-Cell:has(.moelab-panel) { overflow: visible; min-width: 0; }
 .moelab-controls {
   position: sticky; top: 0; z-index: 5; overflow: visible; padding: 4px 0;
   background: var(--jp-layout-color0, var(--jp-layout-color1, Canvas)); border-bottom: 1px solid var(--jp-border-color2, #888);

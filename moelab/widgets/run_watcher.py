@@ -19,7 +19,9 @@ from moelab.widgets import page
 from moelab.widgets.fields import Checked, dropdown, place_to_read, text
 from moelab.widgets.panels import show
 
-NOBODY = ("none", None)
+NOBODY = ("none", "")
+"""No run, no batch size: a dropdown shows nothing for None."""
+
 FOLLOW_EVERY_S = 2.0
 
 
@@ -31,9 +33,9 @@ class RunWatcher(widgets.VBox):
         super().__init__()
         self.folder = text("Journals in", str(folder))
         self.place = Checked(self.folder, place_to_read)
-        self.watched, self.beside = dropdown("Watched", [NOBODY], None), dropdown("Beside", [NOBODY], None)
+        self.watched, self.beside = dropdown("Watched", [NOBODY], ""), dropdown("Beside", [NOBODY], "")
         self.watched.layout.max_width = self.beside.layout.max_width = "430px"
-        self.batch = dropdown("Shown batch", [NOBODY], None)
+        self.batch = dropdown("Shown batch", [NOBODY], "")
         self.follow = widgets.Checkbox(False, description="Follow", indent=False, layout=widgets.Layout(width="auto"))
         again = widgets.Button(description="Look again", tooltip="Read the folder and the journals once more")
         again.layout.width = "auto"
@@ -67,7 +69,7 @@ class RunWatcher(widgets.VBox):
         try:
             control.options = list(options)
             values = [value for _, value in options]
-            control.value = kept if kept in values and kept is not None else values[0]
+            control.value = kept if kept in values else values[0]
         finally:
             self._filling = False
 
@@ -75,9 +77,9 @@ class RunWatcher(widgets.VBox):
         """Read the journals and show them."""
         if self._filling:
             return
-        chosen = list(dict.fromkeys(path for path in (self.watched.value, self.beside.value) if path is not None))
+        chosen = list(dict.fromkeys(path for path in (self.watched.value, self.beside.value) if path))
         try:
-            seen = [watch(path, self.batch.value) for path in chosen]
+            seen = [watch(path, self.batch.value or None) for path in chosen]
         except MoelabError as error:
             self._say(str(error))
             return
