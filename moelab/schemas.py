@@ -160,11 +160,6 @@ Modules = list[Annotated[str, Field(max_length=1000)]] | None
 """Patterns of names; translating one of 100,000 brackets takes minutes."""
 
 
-class _Group(TypedDict, total=False):
-    __pydantic_config__ = OPEN  # type: ignore[misc]
-    targets: Modules
-
-
 class _Quantisation(TypedDict, total=False):
     __pydantic_config__ = OPEN  # type: ignore[misc]
     quant_method: str | None
@@ -172,7 +167,7 @@ class _Quantisation(TypedDict, total=False):
     modules_to_not_convert: Modules
     ignore: Modules
     exclude_modules: Modules
-    config_groups: dict[str, _Group] | None
+    config_groups: dict[str, Any] | None
 
 
 class _Model(TypedDict, total=False):
