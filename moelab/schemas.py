@@ -156,13 +156,17 @@ Layers = Annotated[int, Field(ge=0, le=10_000)] | None
 Shared = Annotated[int, Field(ge=0, le=2**31 - 1)] | None
 
 
+Modules = list[Annotated[str, Field(max_length=1000)]] | None
+"""Patterns of names; translating one of 100,000 brackets takes minutes."""
+
+
 class _Quantisation(TypedDict, total=False):
     __pydantic_config__ = OPEN  # type: ignore[misc]
     quant_method: str | None
-    ignored_layers: Strings
-    modules_to_not_convert: Strings
-    ignore: Strings
-    exclude_modules: Strings
+    ignored_layers: Modules
+    modules_to_not_convert: Modules
+    ignore: Modules
+    exclude_modules: Modules
     config_groups: dict[str, Any] | None
 
 

@@ -32,6 +32,7 @@ FUSES = GOOD | {"torch_dtype": "float16"}
         ({"architectures": "DeepseekV3ForCausalLM"}, "architectures"),
         ({"quantization_config": "fp8"}, "quantization_config"),
         ({"quantization_config": {"quant_method": "fp8", "ignored_layers": "lm_head"}}, "ignored_layers"),
+        ({"quantization_config": {"quant_method": "fp8", "ignore": ["*" + "[" * 100_000]}}, "at most 1000 characters"),
     ],
 )
 def test_a_value_of_another_kind_is_refused(change: dict, words: str) -> None:
