@@ -312,14 +312,14 @@ def test_the_package_writes_by_no_other_way() -> None:
     """Every module but `writing`, and what appends (a journal) or fills a temporary file of its own."""
     import ast
 
-    allowed = {"moelab/writing.py"}
+    allowed = {"moelab/writing.py", "moelab/tuner/journal.py"}
     calls = ("write_text", "write_bytes", "mkstemp", "copyfile", "copy2", "rename", "savefig", "to_csv", "to_parquet")
     root = Path(writing.__file__).parent.parent
     found = []
     for path in sorted((root / "moelab").rglob("*.py")):
         name = str(path.relative_to(root))
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and name not in allowed:
+            if isinstance(node, ast.Call) and name not in allowed and "temporary." not in ast.unparse(node.func):
                 called = getattr(node.func, "attr", getattr(node.func, "id", ""))
                 mode = [a.value for a in [*node.args, *(k.value for k in node.keywords)] if isinstance(a, ast.Constant)]
                 opens = called == "open" and any(
