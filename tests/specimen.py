@@ -53,10 +53,14 @@ def _here(num_experts: int, rest: str = "", device: str = "NVIDIA_H200", size: i
 _FLAT_DOWN = _named(1003, "_down")
 _FP8 = ",dtype=fp8_w8a8,block_shape=[128, 128]"
 
+_FLAT_FP8 = _named(1065, _FP8.replace(", 128]", ",128]"))
+
 MISTAKES: tuple[Mistake, ...] = (
     Mistake("wrong_folder", "in a folder that the loader once read", f"old/triton_3_6_0/{_named(1001)}", _GOOD),
     Mistake("wrong_folder", "beside configs/, as vLLM's files lie", _FLAT_DOWN, _GOOD),
     Mistake("never_asked_for", "a _down file, for which vLLM never asks", _FLAT_DOWN, _GOOD, "vllm"),
+    Mistake("wrong_folder", "a block file beside configs/", _FLAT_FP8, _changed({"BLOCK_SIZE_K": 256})),
+    Mistake("cut_step", "a step over the block, which vLLM cuts without a word", _FLAT_FP8, _changed({"BLOCK_SIZE_K": 256}), "vllm"),
     Mistake("version_folder", "in triton-3.6.0 instead of triton_3_6_0", f"configs/triton-3.6.0/{_named(1005)}", _GOOD),
     Mistake("version_folder", "a version of two numbers, which is never in use", "configs/triton_3_5", None),
     Mistake("stopping_folder", "a folder that starts with triton_ and goes on without numbers", "configs/triton_old", None),
@@ -90,6 +94,7 @@ MISTAKES: tuple[Mistake, ...] = (
             _changed({"BLOCK_SIZE_M": 32})),
     Mistake("unknown_device", "a device that data/devices does not have", _here(1059, device="Abacus_9"), _GOOD),
     Mistake("left_out", "USE_TMA, which only sglang's kernel heeds", _here(1063), _changed({"USE_TMA": True}), "moelab"),
+    Mistake("unpacked_columns", "an int4 file named by values, not bytes", _here(384, ",dtype=int4_w4a16", size=2048), _GOOD),
     Mistake("shared", "a name that fits two models", _here(128, size=768), _GOOD),
 )  # fmt: skip
 """Every kind of finding, most of them once."""

@@ -108,7 +108,7 @@ def test_bars_count_findings(ill: Path) -> None:
     report = doctor(ill)
     panel = config_health.findings(report, planted=specimen.planted())
     drawn = {(bar.name, kind): n for bar in panel.figure.data for kind, n in zip(bar.y, bar.x, strict=True)}
-    assert drawn["error", "wrong_folder"] == 2 and drawn["warning", "version_folder"] == 1
+    assert drawn["error", "wrong_folder"] == 3 and drawn["warning", "version_folder"] == 1
     assert sum(n for (name, _), n in drawn.items() if name == "error") == len(report.errors)
     assert drawn["nothing to repair", "nothing to repair"] == 5  # three that sglang takes, two with a note alone
     assert len(panel.table) == len(report.findings) and all(row["what was done"] for row in panel.table)

@@ -214,7 +214,7 @@ def test_forest_without_scikit_learn_says_what_to_install(monkeypatch: pytest.Mo
 def test_landscapes_without_pyarrow_say_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(RuntimeModeError, match="pip install pyarrow"):
-        landscape.load(tmp_path / "a.parquet")
+        landscape.load("qwen3-30b-a3b-tp1-NVIDIA_H200")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
