@@ -117,7 +117,13 @@ def test_files_made_at_once(tmp_path: Path) -> None:
 
 def pair(folder: Path) -> tuple[str | None, ...]:
     """What a peer's loader sees of up and down, which knows of no record."""
-    return tuple(path.read_text() if path.exists() else None for path in (folder / "up.json", folder / "down.json"))
+    found: list[str | None] = []
+    for path in (folder / "up.json", folder / "down.json"):
+        try:
+            found.append(path.read_text())
+        except FileNotFoundError:
+            found.append(None)
+    return tuple(found)
 
 
 def put(folder: Path, text: str) -> None:
