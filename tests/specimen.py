@@ -60,7 +60,7 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake("wrong_folder", "beside configs/, as vLLM's files lie", _FLAT_DOWN, _GOOD),
     Mistake("never_asked_for", "a _down file, for which vLLM never asks", _FLAT_DOWN, _GOOD, "vllm"),
     Mistake("wrong_folder", "a block file beside configs/", _FLAT_FP8, _changed({"BLOCK_SIZE_K": 256})),
-    Mistake("cut_step", "a step over the block, which vLLM cuts without a word", _FLAT_FP8, _changed({"BLOCK_SIZE_K": 256}), "vllm"),
+    Mistake("cut_step", "a step over the block, which vLLM cuts", _FLAT_FP8, _changed({"BLOCK_SIZE_K": 256}), "vllm"),
     Mistake("version_folder", "in triton-3.6.0 instead of triton_3_6_0", f"configs/triton-3.6.0/{_named(1005)}", _GOOD),
     Mistake("version_folder", "a version of two numbers, which is never in use", "configs/triton_3_5", None),
     Mistake("stopping_folder", "a folder that starts with triton_ and goes on without numbers", "configs/triton_old", None),
