@@ -26,7 +26,7 @@ from moelab import recordings
 ROOT = Path(__file__).resolve().parent.parent
 BROKEN = "the drawing function is broken"
 BY_WIDGETS = {
-    "test_widgets.py": ["explorer.explore", "pipeline.alignment"],
+    "test_widgets.py": ["explorer.explore", "pipeline.alignment", "quantised.way"],
     "test_widgets_search.py": [
         "loading.sizes", "landscape.heat_map", "landscape_linked.scatter", "strategy_race.standing", "tuning.status",
         "tuning.watched", "winner.card", "handover.preview",
@@ -40,7 +40,7 @@ BESIDE_ONE = {"loading.lookup": "loading.sizes", "landscape_linked.parallel": "l
 """Drawn by the same call of the same widget as another one."""
 
 
-UNSEEN: dict[str, str] = {}
+UNSEEN = {"quantised.over_the_floor": "quantised"}
 """In no notebook while there is no recording of that name to draw: then it has to be in one."""
 
 

@@ -57,7 +57,6 @@ WHOLE = made(
 
 
 PANELS: dict[str, Callable[[Recording], Panel]] = {
-    "over_floor": lambda found: fast_layer.over_floor(found, AT),
     "beside_classic": fast_beside.beside_classic,
     "from_logits": fast_beside.from_logits,
     "ablation": fast_ideas.ablation,
@@ -74,47 +73,7 @@ def test_nothing_timed_is_said(name: str) -> None:
     assert panel.figure is None and panel.table == [] and panel.sentence == fast_layer.NOTHING
 
 
-# --- over the floor -----------------------------------------------------------------------------------------------
-
-
-def cells_of(panel: Panel) -> dict[tuple[str, int], float]:
-    """(contender, batch) -> what its cell of the map says."""
-    text = panel.figure.data[-1]
-    return {(y, int(x)): float(said) for y, x, said in zip(text.y, text.x, text.text, strict=True)}
-
-
-def test_cells_are_times_over_the_floor_and_the_mean_leaves_out_the_untuned() -> None:
-    panel = PANELS["over_floor"](WHOLE)
-    cells = cells_of(panel)
-    assert (cells["classic", 1], cells["classic", 64], cells["fast", 64]) == (2.0, 3.0, 2.0)
-    assert "geometric mean of a<br>no tuned file" in panel.figure.layout.title.subtitle.text
-    assert panel.figure.layout.title.text.endswith("fast is ahead at batch 64, behind at 1")
-    assert "classic at 1.50 times fast’s time at batch 64, and at 0.80 times at batch 1" in panel.sentence
-    assert "Drawn and not counted, without a tuned file: b." in panel.sentence and panel.table[0][
-        "64"
-    ] == pytest.approx(3.0)
-
-
-def test_the_mean_is_over_shapes_that_have_every_contender() -> None:
-    panel = PANELS["over_floor"](made(*WHOLE.rows[:6], classic("c", 1, 200.0), row("c", 1, "fast", 10.0)))
-    assert (cells_of(panel)["classic", 1], cells_of(panel)["classic", 64]) == (2.0, 3.0)
-
-
-def test_a_shape_without_tuned_configs_alone_is_the_mean() -> None:
-    panel = PANELS["over_floor"](made(*(each for each in WHOLE.rows if each["shape"] == "b")))
-    assert "not counted" not in panel.sentence and panel.figure.layout.title.text.endswith("fast is ahead at batch 1")
-
-
-def test_routings_are_drawn_apart_and_level_is_said() -> None:
-    panel = fast_layer.over_floor(WHOLE, AT, "zipf")
-    assert panel.figure.layout.title.text == "Time over floor, zipf routing: fast is level at batch 1"
-    alone = fast_layer.over_floor(made(row("a", 1, "fast", 25.0)), AT)
-    assert alone.sentence == "**No shape has fast and classic at the same batch size under uniform routing.**"
-
-
-def test_what_is_past_its_bound_is_not_drawn_over_the_floor() -> None:
-    wrong = made(*WHOLE.rows[:2], row("a", 1, "grouped_mm", 9.0, within_bound=False))
-    assert {name for name, _ in cells_of(fast_layer.over_floor(wrong, AT))} == {"classic", "fast"}
+# --- shapes and batch sizes -----------------------------------------------------------------------------------------
 
 
 def test_runs_of_batch_sizes() -> None:

@@ -33,7 +33,7 @@ def test_each_contender_is_over_the_floor_of_its_own_rows() -> None:
 
 
 def test_the_mean_is_over_the_shapes_that_all_have() -> None:
-    panel = rivals.over_floor(FAST, AT, APART)
+    panel = rivals.beside(FAST, AT, APART)
     shapes = {"qwen3-30b-a3b/tp1", "lfm2-8b/tp1", "deepseek-v3/tp8"}
     for trace in panel.figure.data[: len(rivals.LOOKS)]:
         table = [row for row in panel.table if row["who"] == trace.name and row["time / floor"] in shapes]
@@ -46,7 +46,7 @@ def test_a_rival_that_wins_is_said_to() -> None:
     faster = copy.deepcopy(FLASHINFER)
     for row in faster["rows"]:
         row["rival"] = row["moelab"] / 1.5
-    said = rivals.over_floor(FAST, AT, fast_layer.Rivals(SGLANG, faster)).sentence
+    said = rivals.beside(FAST, AT, fast_layer.Rivals(SGLANG, faster)).sentence
     assert "ahead in 40 by at most 50%" in said and said.index("FlashInfer, order") < said.index("moelab fast 1")
 
 

@@ -140,7 +140,7 @@ def test_an_actor_that_is_killed_costs_nothing_but_time(ray) -> None:
     result = session.run()
     assert result.complete and result.to_configs() == winners
     assert len(evaluator.incidents) == 3 and "lost" in evaluator.incidents[0].what
-    asked = [key for key in session._known]
+    asked = [result.request.key() for result in session.results()]
     assert len(asked) == len(set(asked))
 
 

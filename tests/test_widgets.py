@@ -70,14 +70,15 @@ def test_padding_picture_follows_its_slider() -> None:
 
 SETUP = """
 from moelab import widgets
-from moelab.plots import explorer as plots_explorer, pipeline
+from moelab.plots import explorer as plots_explorer, pipeline, quantised
 from moelab.roofline import load_ceilings
 at = load_ceilings("NVIDIA_H200", "floors")
 plots_explorer.explore("dbrx", 1, 1, at)
 box = widgets.explorer(at)
 picture = widgets.padding_picture(lambda b: ([0] * b, [0]), [2, 4], 1, 1)
+way = widgets.weights_way(["int4_w4a16_group_32", "mxfp4_w4a16"], "mxfp4_w4a16")
 """
-BREAK = "plots_explorer.explore = pipeline.alignment = broken\n"
+BREAK = "plots_explorer.explore = pipeline.alignment = quantised.way = broken\n"
 CASES = {
     "plain call": 'plots_explorer.explore("dbrx", 1, 1, at)',
     "plain call of the picture": "pipeline.alignment([0], [0], 1, 1, 1)",
@@ -87,6 +88,7 @@ CASES = {
     "batch changes": "box.children[0].children[2].value = 1",
     "picture is made": "widgets.padding_picture(lambda b: ([0] * b, [0]), [2, 4], 1, 1)",
     "picture's slider moves": "picture.children[0].children[0].value = 2",
+    "format changes": 'way.children[0].children[0].value = "int4_w4a16_group_32"',
 }
 
 

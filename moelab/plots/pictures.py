@@ -19,7 +19,7 @@ import plotly.graph_objects as go
 
 from moelab import recordings, roofline, runtime, writing
 from moelab.errors import MoelabError, RecordingError, RuntimeModeError
-from moelab.plots import accuracy, fast_ideas, fast_layer, host_time, layer, rivals, sum_reduce, tuned_gain
+from moelab.plots import accuracy, fast_ideas, host_time, layer, rivals, sum_reduce, tuned_gain
 from moelab.plots.panel import Panel, Row, columns_of
 from moelab.plots.roofline import recorded_ceilings
 from moelab.plots.style import number
@@ -50,7 +50,7 @@ def panels() -> dict[str, Panel]:
     ceilings = found.get("ceilings")
     if "fast_layer" in found and ceilings:
         at = roofline.load_ceilings(_device(ceilings), "floors")
-        made["fast"] = rivals.over_floor(found["fast_layer"], at, fast_layer.load_rivals())
+        made["fast"] = rivals.beside(found["fast_layer"], at)
     if "layer_classic" in found and "tuned_gain" in found and ceilings:
         layers = layer.classic_layers(found["layer_classic"], found["tuned_gain"])
         peers = _upstream("h200_sglang")

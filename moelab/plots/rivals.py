@@ -23,11 +23,6 @@ LOOKS = {TORCH: "grouped_mm", SGLANG: "sglang", FLASHINFER: "FlashInfer", FAST: 
 _NAMES = {"grouped_mm": TORCH, "fast": FAST, "sglang": SGLANG, "FlashInfer": FLASHINFER}
 
 
-def beside(recording: Recording, at: Ceilings) -> Panel:
-    """`over_floor` beside the rivals of data/upstream."""
-    return over_floor(recording, at, load_rivals())
-
-
 def shared(rows: Sequence[Row]) -> tuple[list[str], list[Row]]:
     """The shapes that every contender has, and their rows."""
     shapes = [s for s in names_of(rows, "shape") if {r["who"] for r in rows if r["shape"] == s} == {*LOOKS}]
@@ -52,11 +47,12 @@ def rows_of(recording: Recording, at: Ceilings, rivals: Rivals) -> list[Row]:
     ]
 
 
-def over_floor(recording: Recording, at: Ceilings, rivals: Rivals) -> Panel:
+def beside(recording: Recording, at: Ceilings, rivals: Rivals | None = None) -> Panel:
     """A line for each contender: at each batch size the geometric mean of its time over the floor, over the shapes that all have.
 
-    The rivals' rows bring the floor of their routing.
+    rivals: those of data/upstream unless given; their rows bring the floor of their routing.
     """
+    rivals = rivals or load_rivals()
     rows = rows_of(recording, at, rivals)
     shapes, compared = shared(rows)
     batches = sorted({row["num_tokens"] for row in rows})
