@@ -102,13 +102,16 @@ class KernelConfig:
         return {k: v for k, v in values.items() if v is not None}
 
     def short(self) -> str:
-        """A label for tables and plots, e.g. "16x64x128 g1 w4 s3", with " k2" for SPLIT_K = 2."""
+        """A label for tables and plots, e.g. "16x64x128 g1 w4 s3", with " k2" for SPLIT_K = 2. `SHORT` says how it is read."""
         label = f"{self.BLOCK_SIZE_M}x{self.BLOCK_SIZE_N}x{self.BLOCK_SIZE_K} g{self.GROUP_SIZE_M}"
         label += f" w{self.num_warps} s{self.num_stages}"
         if self.SPLIT_K != 1:
             label += f" k{self.SPLIT_K}"
         return label + (f" e{self.waves_per_eu}" if self.waves_per_eu is not None else "")
 
+
+SHORT = "rows x columns x inner of a tile, g: group, w: warps, s: stages"
+"""What the parts of `KernelConfig.short` are, for a figure whose labels are such."""
 
 _INTEGER, _OR_NONE = {int}, {int, type(None)}  # the types themselves: a bool is an int's subclass
 _KEYS = tuple(f.name for f in fields(KernelConfig))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moelab import config_files, roofline, runtime
+from moelab.config import SHORT
 from moelab.plots.cells import trace
 from moelab.plots.panel import Panel
 from moelab.plots.roofline import BATCHES, LAUNCHES, tp_choices
@@ -68,7 +69,7 @@ def explore(model: str, tp_size: int, num_tokens: int, at: Ceilings) -> Panel:
     if looked.config is not None:
         waste = roofline.padding_waste(shape, num_tokens, looked.config.BLOCK_SIZE_M).waste
         rows += [
-            ("config (rows x columns x inner, group, warps, stages)", looked.config.short()),
+            (f"config ({SHORT})", looked.config.short()),
             ("  from", looked.path.name if looked.path else "sglang’s default rule: no tuned file here"),
             ("rows computed / rows that exist", number(waste)),
         ]

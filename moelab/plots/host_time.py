@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moelab.plots.cells import names_of, plots, span, timed
+from moelab.plots import ratio_map
+from moelab.plots.cells import CLEARLY, names_of, span, timed
 from moelab.plots.panel import Panel, timing
 from moelab.plots.style import GREY, SERIES, grid, look
 from moelab.plots.style import STEPS as STEP_COLORS
@@ -216,25 +217,32 @@ def _ends(row: Mapping[str, Any]) -> str:
 
 
 def by_batch(recording: Recording, baseline: Recording) -> Panel:
-    """GPU time in a graph and wall time in eager mode by batch, a plot per shape, beside the host's time of a layer."""
+    """Map of shape by batch: eager mode's time over a CUDA graph's, grey where the host hardly matters any more."""
     host = times(recording, "layer")["triton"].median_us
     found = [row for row in timed(baseline) if row["impl"] == "triton"]
-    looks = {"GPU, in a CUDA graph": look("classic"), "wall, eagerly": SERIES[1]}
-    rows = [{**row, "what": what, "samples_us": row[samples]} for row in found
-            for what, samples in zip(looks, ("samples_us", "eager_samples_us"), strict=True)]  # fmt: skip
-    figure = plots("From which batch on the host does not matter: triton", f"{baseline.source()}, 95 % intervals; dotted: host "
-                   f"time of a layer of {recording.protocol['num_tokens']} token, {host:.0f} µs", rows, span, "µs a layer",
-                   [10, 20, 50, 100, 200, 500, 1000, 2000, 5000], by="what", looks=looks.__getitem__, base=host)  # fmt: skip
     table: list[dict[str, Any]] = []
     for row in found:
         gpu, wall = span(row)[0], span(row, samples="eager_samples_us")[0]
         table.append(
             {"shape": row["shape"], "batch": row["num_tokens"], "GPU, µs": gpu, WALL: wall, "eager / GPU": wall / gpu}
         )
-    first = min(row["batch"] for row in table)
-    small = [row["eager / GPU"] for row in table if row["batch"] == first]
+    shapes, batches = names_of(found, "shape"), sorted(names_of(found, "num_tokens"))
+    ratios = {(row["shape"], row["batch"]): row["eager / GPU"] for row in table}
+    cells = {
+        (row["shape"], row["batch"]): ratio_map.Cell(
+            row["eager / GPU"], f"{row['eager / GPU']:.2f}<br>{row['GPU, µs']:,.0f} µs", row["eager / GPU"] <= 1 + CLEARLY
+        ) for row in table
+    }  # fmt: skip
+    figure = ratio_map.chart(
+        "From which batch on the host does not matter: triton", f"{baseline.source()}, eager wall time over the GPU’s in a CUDA "
+        f"graph, and that in µs, medians<br>grey: at most {CLEARLY:.0%} more, the host does not matter; a layer of "
+        f"{recording.protocol['num_tokens']} token takes it {host:.0f} µs",
+        cells, shapes, batches, tall=44, low=None, bar="eager / graph",
+    )  # fmt: skip
+    first = batches[0]
+    small = [ratio for (_, batch), ratio in ratios.items() if batch == first]
     over = [row for row in table if row["GPU, µs"] >= host]
-    turns = {row["shape"]: min((r["batch"] for r in over if r["shape"] == row["shape"]), default=None) for row in table}
+    turns = {shape: min((r["batch"] for r in over if r["shape"] == shape), default=None) for shape in shapes}
     said = "; ".join(f"{shape} {f'from batch {b} on' if b else 'at none'}" for shape, b in turns.items())
     most = (
         f" There eager mode takes at most {max(row['eager / GPU'] for row in over):.2f} times as long." if over else ""

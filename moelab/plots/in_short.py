@@ -158,16 +158,23 @@ def host(recorded: recordings.Recording, layers: recordings.Recording, shape: st
     )
 
 
+def differences(rules: Sequence[Row]) -> str:
+    """In how many of the rules each two loaders differ. rules: moelab.config_files.rules_table(), which leaves out what all
+    three do alike."""
+    pairs = [("sglang", "vllm"), ("moelab", "sglang"), ("moelab", "vllm")]
+    each = ", ".join(f"{one} and {other} in {sum(row[one] != row[other] for row in rules)}" for one, other in pairs)
+    return f"Of the {len(rules)} rules in which not all three loaders agree, {each} differ."
+
+
 def health(rules: Sequence[Row], home: Transfer) -> Panel:
     """06. rules: moelab.config_files.rules_table()."""
-    differ = sum(len({row["moelab"], row["sglang"], row["vllm"]}) > 1 for row in rules)
     losses = {name: [loss.percent for loss in row.values() if loss] for name, row in home.choices("both").items()}
     default, nearest = (
         (transfer.mean_loss(of), max(of)) for of in (losses["sglang’s default"], losses["the nearest other key"])
     )
     return _lines(
-        Which_file_is_read="`moelab explain --model M --batch-size N --rules sglang` says it, step by step; the loaders differ "
-        f"in {differ} of {len(rules)} rules.",
+        Which_file_is_read="`moelab explain --model M --batch-size N --rules sglang` says it, step by step. "
+        f"{differences(rules)}",
         Is_a_folder_sound="`moelab doctor DIR` names files that no lookup reaches and configs that no kernel takes.",
         What_does_the_wrong_one_cost=f"No file at all: {default[0]:.0f} % on average, {default[1]:.0f} % at worst. A neighbour’s "
         f"batch size: {nearest[0]:.1f} % and {nearest[1]:.0f} %.",

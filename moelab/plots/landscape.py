@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from moelab.config import SHORT
 from moelab.plots.panel import Panel, Row
 from moelab.plots.style import BLUE, GREEN, GREY, ORANGE, SCALE, grid
 from moelab.tuner.problem import GEMMS, Gemm
@@ -63,9 +64,7 @@ def heat_map(survey: Survey, gemm: Gemm, allowed: Allowed | None = None, columns
         colorscale=SCALE, colorbar={"title": {"text": "% of best"}, "tickfont": {"color": GREY}, "outlinewidth": 0},
         hovertemplate="%{x}<br>batch %{y}: %{z:.1f} % of the best<extra></extra>", xgap=1, ygap=1,
     )  # fmt: skip
-    figure.update_xaxes(
-        title="config: rows x columns x inner, group, warps, stages", tickangle=-90, tickfont={"size": 9}
-    )
+    figure.update_xaxes(title=f"config: {SHORT}", tickangle=-90, tickfont={"size": 9})
     figure.update_yaxes(title="batch, tokens", type="category")
     table: list[Row] = []
     for index in sorted(shown, key=lambda i: -float(np.nanmean(share[:, i]))):

@@ -9,7 +9,7 @@ from plotly.colors import sample_colorscale
 
 from moelab.plots.landscape import GEMM_NAMES, Allowed, describe
 from moelab.plots.panel import Panel
-from moelab.plots.style import BLUE, GREY, SCALE, grid, number, powers
+from moelab.plots.style import BLUE, GREY, SCALE, grid, number, round_ticks
 from moelab.tuner.problem import Gemm
 from moelab.tuner.survey import PARAMETERS, Detail, Floats, Survey, short_names
 
@@ -105,7 +105,7 @@ def scatter(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, withi
     figure.update_xaxes(title=title)
     finite = [float(t) for t in times if np.isfinite(t)]
     low = min([*finite, floor] if np.isfinite(floor) else finite)
-    figure.update_yaxes(title="µs", **_log_ticks(low * 0.95, max(finite) * 1.05))
+    figure.update_yaxes(title="µs", **round_ticks(low * 0.95, max(finite) * 1.05))
     figure.update_layout(legend={"orientation": "h", "y": 1.12, "x": 1, "xanchor": "right"})
     table = [
         {"config": d.config.short(), "µs": d.median_us, "95 % interval": f"{number(d.low_us, 4)} … {number(d.high_us, 4)}",
@@ -129,12 +129,6 @@ def _apart(x: Floats, y: Floats) -> tuple[Floats, Floats]:
     ]
     _, first = np.unique(np.column_stack(cells), axis=0, return_index=True)
     return x[first], y[first]
-
-
-def _log_ticks(low: float, high: float) -> dict[str, object]:
-    """Powers of ten where there are two of them, else plotly's own ticks on a log axis."""
-    wide = high / low > 100
-    return powers(low, high) if wide else {"type": "log", "range": [np.log10(low), np.log10(high)], "nticks": 8}
 
 
 def _sentence(survey: Survey, gemm: Gemm, num_tokens: int, details: Sequence[Detail]) -> str:

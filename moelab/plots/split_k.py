@@ -16,7 +16,7 @@ from moelab.errors import counted
 from moelab.plots import ratio_map
 from moelab.plots.cells import CLEARLY, cells_of, conclude, extremes, left_out, line, names_of, span, trace, verdict
 from moelab.plots.panel import Panel, Row, geometric_mean, timing
-from moelab.plots.style import GREY, SERIES, Look, grid, log_axis, look, powers, series
+from moelab.plots.style import GREY, SERIES, SIDES, WRONG, Look, grid, log_axis, look, series
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape
 
@@ -282,27 +282,27 @@ def as_int32(value: int) -> int:
 
 
 def int32_limits(name: str, shape: MoEShape, splits: Sequence[int] = (1, 2, 4, 8, 16)) -> Panel:
-    """From which batch on the largest element offset of each buffer of GEMM1 does not fit int32, and what it becomes."""
+    """Map of GEMM1's buffers by batch: the largest element offset over the largest int32; and what it becomes past that."""
     N = shape.moe_intermediate_size * (2 if shape.gated else 1)
     row = shape.top_k * N  # elements of one token's pairs
+    turns = [_INT32 // (split * row) for split in splits]  # one batch more, and the last offset is past int32
+    batches = [2**i for i in range(max(0, min(turns).bit_length() - 4), max(turns).bit_length() + 2)]
     table: list[dict[str, Any]] = []
-    figure = grid(f"Largest element offset of GEMM1’s buffers: {name}", f"arithmetic, no kernel: top_k = {shape.top_k}, N = {N}, "
-                  f"K = {shape.hidden_size}, {shape.num_experts} experts; dotted: 2<sup>31</sup>, the end of int32")  # fmt: skip
-    batches = [2**i for i in range(21)]
-    for split, style in series(splits).items():
+    offsets: dict[tuple[str, int], int] = {}
+    for split, turn in zip(splits, turns, strict=True):
         what = "product, pairs × N" if split == 1 else f"workspace, {split} × pairs × N"
-        first = (
-            _INT32 // (split * row) + 1
-        )  # the smallest batch whose last offset, split * batch * row - 1, is past int32
-        table.append(_limit(what, first, split * first * row - 1))
-        trace(figure, {b: split * b * row - 1 for b in batches}, what, style, mode="lines")
+        table.append(_limit(what, turn + 1, split * (turn + 1) * row - 1))
+        offsets |= {(what, b): split * b * row - 1 for b in batches}
     weights = shape.num_experts * N * shape.hidden_size
     table.append(_limit("weights, experts × N × K", 1 if weights > _INT32 else None, weights - 1))
-    figure.add_scatter(x=batches, y=[weights - 1] * len(batches), name="weights, experts × N × K", mode="lines",
-                       line={"color": GREY, "width": 2})  # fmt: skip
-    figure.add_hline(_INT32, line={"color": GREY, "dash": "dot"})
-    figure.update_xaxes(title="batch, tokens", **powers(1, batches[-1]))
-    figure.update_yaxes(title="largest offset, elements", **powers(row / 2, max(splits) * batches[-1] * row * 2))
+    offsets |= {("weights, experts × N × K", b): weights - 1 for b in batches}
+    cells = {at: ratio_map.Cell(max(offset, 1) / (_INT32 - 1), _times(offset), False) for at, offset in offsets.items()}
+    figure = ratio_map.chart(
+        f"Where an int32 offset wraps: GEMM1’s buffers, {name}", "arithmetic, no kernel: largest offset over int32’s largest "
+        f"value; blue: fits; white: just so; red: wraps<br>top_k = {shape.top_k}, N = {N}, K = {shape.hidden_size}, "
+        f"{shape.num_experts} experts", cells, [row["buffer"] for row in table], batches, low=SIDES["memory"].color, high=WRONG,
+        span=math.log(16), bar="offset / limit",
+    )  # fmt: skip
     last, product = table[len(splits) - 1], table[0]
     fits = "do not fit either, whatever the batch" if weights > _INT32 else "still fit"
     sentence = (
@@ -312,6 +312,14 @@ def int32_limits(name: str, shape: MoEShape, splits: Sequence[int] = (1, 2, 4, 8
         "The kernels here compute these offsets in int64."
     )
     return Panel(figure, table, sentence)
+
+
+def _times(offset: int) -> str:
+    """An offset over int32's largest, rounded to the side of 1 that it is on."""
+    over = offset / (_INT32 - 1)
+    if 0.95 <= over < 1.05:
+        return "1" if offset < _INT32 else "> 1"
+    return f"{over:.2g}" if over < 99.5 else f"{over:.0f}"
 
 
 def _limit(what: str, batch: int | None, offset: int) -> dict[str, Any]:

@@ -235,6 +235,30 @@ def powers(low: float, high: float) -> dict[str, Any]:
     }
 
 
+def round_ticks(low: float, high: float) -> dict[str, Any]:
+    """A log axis over [low, high], which may be less than a power of ten: at most eight ticks, each labelled with its value."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for leading in ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
+        ticks = [
+            float(f"{first * 10.0**e:.3g}") for e in decades for first in leading if low <= first * 10.0**e <= high
+        ]
+        if len(ticks) <= 8:
+            break
+    else:
+        return powers(low, high)
+    if len(ticks) < 3:  # so narrow that it is all but linear
+        step = 10.0 ** math.floor(math.log10((high - low) / 3))
+        step *= next(by for by in (5, 2, 1) if by * step <= (high - low) / 3)
+        ticks = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return {
+        "type": "log",
+        "range": [math.log10(low), math.log10(high)],
+        "tickvals": ticks,
+        "ticktext": [f"{t:.6g}" for t in ticks],
+        "tickangle": 0,
+    }
+
+
 def _power(value: float) -> str:
     exponent = round(math.log10(value))
     if abs(exponent) <= 3:

@@ -11,7 +11,7 @@ import numpy as np
 
 from moelab.plots.panel import Panel, Row
 from moelab.plots.strategy_race import LOOKS, SMALLEST
-from moelab.plots.style import grid, number, powers
+from moelab.plots.style import grid, number, powers, round_ticks
 from moelab.recordings import Recording
 
 AXES = {
@@ -37,7 +37,10 @@ def curves(recording: Recording, axis: str = "samples", which: Which = "worst") 
         for strategy in _strategies(recording):
             rows = recording.select(kind="curve", landscape=name, strategy=strategy, axis=axis)
             _draw(figure, rows, which, strategy, column)
-    figure.update_xaxes(title=AXES[axis].format(protocol["compile_processes"]), type="log", dtick="D2")
+    reached = [row["at"] for row in recording.select(kind="curve", axis=axis) if row[which][1] is not None]
+    if reached:
+        figure.update_xaxes(**round_ticks(min(reached) / 1.1, max(reached) * 1.1))
+    figure.update_xaxes(title=AXES[axis].format(protocol["compile_processes"]))
     figure.update_yaxes(**powers(100 * SMALLEST, 100))
     figure.update_yaxes(title=f"{which} regret, %", col=1)
     table = _table(recording)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moelab.config import SHORT
 from moelab.plots.panel import Panel, Row
 from moelab.plots.style import BLUE, GREY, ORANGE, error_bars, grid, number
 from moelab.tuner.finals import Contest, Excluded, Finals
@@ -32,7 +33,7 @@ def card(finals: Finals, num_tokens: int, excluded: Excluded = (), chosen: Pair 
             error_x=error_bars([contest.median_us], [contest.low_us], [contest.high_us]) | {"color": color},
             hovertemplate="%{y}: %{x:.2f} µs<extra></extra>",
         )  # fmt: skip
-    figure.update_xaxes(title="layer, µs")
+    figure.update_xaxes(title=f"layer, µs<br>a config is {SHORT}; one for both GEMMs, or GEMM1’s | GEMM2’s")
     figure.update_yaxes(type="category")
     rows = [_row(c, won, (num_tokens, c.pair) in excluded, c.pair == chosen) for c in contests]
     return Panel(figure, rows, _sentence(won, finals))

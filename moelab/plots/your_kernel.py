@@ -84,9 +84,10 @@ def tuning(impl: str, rows: Sequence[Row], where: str, floor_us: float | None = 
     timed = [row for row in rows if row.get("samples_us")]
     right = [row for row in rows if row["within_bound"]]
     title = f"{impl}: {len(rows)} tiles, " + ("timed" if timed else "checked; nothing is timed here")
-    figure = grid(title, where, height=170 + 26 * max(4, len(rows)))
+    named, shared = in_words(rows)
+    figure = grid(title, f"{where}{f'; all tiles: {shared}' if shared else ''}", height=170 + 26 * max(4, len(rows)))
     drawn = timed or [row for row in rows if row.get("max_abs_error") is not None]
-    labels = [row["config"] for row in drawn]
+    labels = [named[row["config"]] for row in drawn]
     if timed:
         middle, low, high = zip(*(span(row) for row in timed), strict=True)
         figure.add_scatter(x=middle, y=labels, error_x=error_bars(middle, low, high), mode="markers", name=impl,
@@ -100,20 +101,45 @@ def tuning(impl: str, rows: Sequence[Row], where: str, floor_us: float | None = 
                        showlegend=False)  # fmt: skip
         figure.add_vline(1.0, line={"color": GREY, "dash": "dash"})
         figure.update_xaxes(title="largest error / bound (over 1: refused)", rangemode="tozero")
-    figure.update_yaxes(title="tile (BLOCK_M x N x K, warps)", type="category", autorange="reversed", automargin=True)
+    figure.update_yaxes(title="tile", type="category", autorange="reversed", automargin=True)
     table = [
         {
-            "tile": row["config"], "within its bound": bool(row["within_bound"]),
+            "tile": named[row["config"]], "within its bound": bool(row["within_bound"]),
             "error / bound": row["max_abs_error"] / row["bound"] if row.get("max_abs_error") is not None else None,
             "median, µs": timing(row).median_us if row.get("samples_us") else None,
             "why not": row.get("failed") or row.get("refused") or row.get("problem"),
         }
         for row in rows
     ]  # fmt: skip
-    return Panel(figure, table, _said_of_tiles(rows, right, timed, floor_us))
+    return Panel(figure, table, _said_of_tiles(rows, right, timed, named, floor_us))
 
 
-def _said_of_tiles(rows: Sequence[Row], right: Sequence[Row], timed: Sequence[Row], floor_us: float | None) -> str:
+SETTINGS: Mapping[str, str] = {
+    "BLOCK_SIZE_M": "{} rows", "BLOCK_SIZE_N": "{} columns", "BLOCK_SIZE_K": "{} of K", "GROUP_SIZE_M": "groups of {}",
+    "num_warps": "{} warps", "num_stages": "{} stages",
+}  # fmt: skip
+"""What a tile's settings mean, in words."""
+
+
+def in_words(rows: Sequence[Row]) -> tuple[dict[str, str], str]:
+    """A label in words for each row's config, of what tells the tiles apart; and what they all share.
+
+    rows: with `tile` where it is known, else their labels stay.
+    """
+    tiles = {row["config"]: row["tile"] for row in rows if row.get("tile")}
+    values = {name: {getattr(tile, name) for tile in tiles.values()} for name in SETTINGS}
+    apart = [name for name in SETTINGS if len(values[name]) > 1] or list(SETTINGS)[:3] * bool(tiles)
+    labels = {row["config"]: row["config"] for row in rows}
+    labels |= {
+        code: ", ".join(SETTINGS[name].format(getattr(tile, name)) for name in apart) for code, tile in tiles.items()
+    }
+    shared = (SETTINGS[name].format(*values[name]) for name in SETTINGS if tiles and name not in apart)
+    return labels, ", ".join(shared)
+
+
+def _said_of_tiles(
+    rows: Sequence[Row], right: Sequence[Row], timed: Sequence[Row], named: Mapping[str, str], floor_us: float | None
+) -> str:
     head = f"{len(right)} of {len(rows)} tiles are right"
     if not timed:
         return f"**{head}; none was timed, because this machine has no GPU that runs them.** On one, the same call times them."
@@ -122,7 +148,7 @@ def _said_of_tiles(rows: Sequence[Row], right: Sequence[Row], timed: Sequence[Ro
     us = times[first].median_us
     share = f", {number(us / floor_us)} times the floor" if floor_us else ""
     return (
-        f"**{head}; the fastest is {first}: {number(us)} µs{share}.** {len(tied)} more tie with it; the slowest takes "
+        f"**{head}; the fastest is {named[first]}: {number(us)} µs{share}.** {len(tied)} more tie with it; the slowest takes "
         f"{number(max(t.median_us for t in times.values()) / us)} times as long."
     )
 
