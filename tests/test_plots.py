@@ -179,6 +179,25 @@ def test_powers_label_whole_decades() -> None:
     assert all(math.log10(t) == pytest.approx(round(math.log10(t))) for t in axis["tickvals"])
 
 
+@pytest.mark.parametrize(("low", "high"), [(60, 1500), (430, 3100), (3.1, 9.5), (100, 101), (1, 1e5), (0.02, 7)])
+def test_a_log_axis_names_every_tick_by_its_whole_value(low: float, high: float) -> None:
+    """Plotly's own ticks would be 5 6 7 8 9 1000 2 3."""
+    axis = style.round_ticks(low, high)
+    assert [float(text) for text in axis["ticktext"]] == pytest.approx(axis["tickvals"])
+    assert 3 <= len(axis["tickvals"]) <= 8 and all(low <= t <= high * (1 + 1e-9) for t in axis["tickvals"])
+
+
+def test_no_log_axis_leaves_its_ticks_to_plotly() -> None:
+    """Whose labels within a power of ten are single digits. One tick a power, dtick=1, is whole."""
+    bare = [
+        f"{path.name}: {call}"
+        for path in Path(style.__file__).parent.glob("*.py")
+        for call in re.findall(r"update_[xy]axes\([^)]*type=\"log\"[^)]*\)", path.read_text(encoding="utf-8"))
+        if "tickvals" not in call and "dtick=1" not in call
+    ]
+    assert bare == []
+
+
 def test_tables_escape_and_line_up() -> None:
     rows = [{"name": "<b>", "x": 1.0}, {"name": "c", "y": None}]
     assert "&lt;b&gt;" in table_html(rows) and "<b>" not in table_html(rows)

@@ -29,10 +29,10 @@ def titles(panel: object) -> str:
 
 
 def test_the_heat_map_holds_the_best_of_every_batch(survey: Survey) -> None:
-    panel = plots.heat_map(survey, "up", columns=6)
+    panel = plots.heat_map(survey, "up", rows=6)
     z = np.asarray(panel.figure.data[0].z)
-    assert z.shape == (len(BATCHES), 6)
-    assert np.nanmax(z, axis=1) == pytest.approx(100 * np.ones(len(BATCHES)))
+    assert z.shape == (6, len(BATCHES))
+    assert np.nanmax(z, axis=0) == pytest.approx(100 * np.ones(len(BATCHES)))
     assert "holds the best GEMM1 config of every batch size" in panel.sentence
     assert panel.table[0]["mean % of best"] >= panel.table[-1]["mean % of best"]
 
@@ -40,7 +40,7 @@ def test_the_heat_map_holds_the_best_of_every_batch(survey: Survey) -> None:
 def test_the_heat_map_follows_the_brush(survey: Survey) -> None:
     panel = plots.heat_map(survey, "up", {"BLOCK_SIZE_M": [128], "num_warps": [4, 8]})
     assert "(BLOCK M 128)" in titles(panel)
-    assert all(label.startswith("128x") for label in panel.figure.data[0].x)
+    assert all(label.startswith("128x") for label in panel.figure.data[0].y)
     assert "loses" in panel.sentence
     nothing = plots.heat_map(survey, "up", {"BLOCK_SIZE_M": [7]})
     assert "No config has these values" in nothing.sentence and nothing.table == []

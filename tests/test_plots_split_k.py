@@ -114,6 +114,18 @@ def test_int32_limit_is_the_smallest_batch(split: int) -> None:
     assert found["in int32"] < 0
 
 
+def test_int32_map_is_red_exactly_past_the_limit() -> None:
+    """deepseek-v3/tp1: the last batch that fits reads 1 and is white, the one after it is past."""
+    panel = plots.int32_limits("deepseek-v3/tp1", shape_of("deepseek-v3/tp1"))
+    logs, texts = panel.figure.data[0], panel.figure.data[2]
+    said = dict(zip(zip(texts.y, texts.x, strict=True), texts.text, strict=True))
+    for row in panel.table[:-1]:
+        last = row["smallest batch past int32"] - 1  # a power of two here
+        heights = dict(zip(logs.x, logs.z[[*logs.y].index(row["buffer"])], strict=True))
+        assert said[row["buffer"], str(last)] == "1" and heights[str(last)] <= 0 < heights[str(2 * last)]
+    assert plots._times(2**31 - 1) == "1" and plots._times(2**31) == "> 1"
+
+
 @pytest.mark.parametrize("value", [0, 2**31 - 1, 2**31, 2**32 + 5, 255 * 4096 * 7168])
 def test_wraps_as_numpy_does(value: int) -> None:
     import numpy as np

@@ -149,6 +149,17 @@ def test_by_batch_finds_the_turn() -> None:
     assert f"{SHAPE} from batch 4 on" in said and "deepseek-v3/tp8 from batch 1 on" in said
 
 
+def test_by_batch_greys_where_the_host_does_not_matter() -> None:
+    """A cell a shape and batch; grey from the batch on at which eager mode takes at most 5 % more."""
+    panel = host_time.by_batch(EVEN, BASELINE)
+    differs, same, _ = panel.figure.data
+    for row in panel.table:
+        at = [*same.y].index(row["shape"]), [*same.x].index(str(row["batch"]))
+        grey = same.z[at[0]][at[1]] == same.z[at[0]][at[1]]  # not NaN
+        assert grey == (row["eager / GPU"] <= 1.05) != (differs.z[at[0]][at[1]] == differs.z[at[0]][at[1]])
+    assert len(panel.table) == same.z.size
+
+
 # --- what is shipped ----------------------------------------------------------------------------------------------
 
 

@@ -185,6 +185,19 @@ def test_tiles_are_checked_here_and_not_timed(plugged: None) -> None:
     assert "0 of 2 tiles are right; none was timed" in panel.sentence
 
 
+def test_tiles_are_named_in_words_by_what_tells_them_apart() -> None:
+    rows = [{"config": tile.short(), "tile": tile} for tile in TILES]
+    labels, shared = plots.in_words([*rows, {"config": "a"}])
+    assert [*labels.values()] == ["8 columns, 64 of K", "4 columns, 32 of K", "a"]
+    assert shared == "16 rows, groups of 1, 4 warps, 3 stages"
+    assert plots.in_words(rows[:1])[0] == {TILES[0].short(): "16 rows, 8 columns, 64 of K"}
+    drawn = plots.tuning(
+        "mine", [row | {"within_bound": True, "max_abs_error": 1.0, "bound": 2.0} for row in rows], "here"
+    )
+    assert [*drawn.figure.data[0].y] == ["8 columns, 64 of K", "4 columns, 32 of K"]
+    assert shared in drawn.figure.layout.title.subtitle.text
+
+
 def test_tiles_that_were_timed_name_the_fastest_and_its_ties() -> None:
     sound = {"within_bound": True, "max_abs_error": 1.0, "bound": 2.0}
     rows = [

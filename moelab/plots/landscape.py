@@ -17,7 +17,7 @@ GEMM_NAMES: Mapping[Gemm, str] = {"up": "GEMM1", "down": "GEMM2"}
 WITHIN = (0.01, 0.02, 0.05)
 """Shares of the best within which configs count as equally good, for covers and plateaus."""
 
-COLUMNS = 48
+ROWS = 48
 """Configs that a heat map shows: their labels can still be read."""
 
 LOWEST = 50.0
@@ -43,29 +43,31 @@ def describe(allowed: Allowed, survey: Survey) -> str:
 # --- config by batch ----------------------------------------------------------------------------------------------
 
 
-def heat_map(survey: Survey, gemm: Gemm, allowed: Allowed | None = None, columns: int = COLUMNS) -> Panel:
+def heat_map(survey: Survey, gemm: Gemm, allowed: Allowed | None = None, rows: int = ROWS) -> Panel:
     """Per cent of the best by config and batch: the configs that are best somewhere, of those allowed, in the order of
     their parameters, so that a plateau is a block. Blank: not measured there.
 
-    The configs are chosen by turns: the best of each batch size, then the second best, until there are `columns`.
+    The configs are chosen by turns: the best of each batch size, then the second best, until there are `rows`.
     """
     allowed = allowed or {}
     keep = survey.chosen(gemm, allowed)
     share = 100 * survey.best_share[gemm]
-    shown = _by_turns(np.where(keep, np.nan_to_num(share, nan=-1.0), -1.0), columns)
+    shown = _by_turns(np.where(keep, np.nan_to_num(share, nan=-1.0), -1.0), rows)
     configs = [survey.configs[gemm][i].short() for i in shown]
     figure = grid(
         f"{GEMM_NAMES[gemm]}: per cent of the best, {len(shown)} of {int(keep.sum())} configs ({describe(allowed, survey)})",
-        f"{survey.landscape.source()}; blank: not measured there",
-        height=520,
+        f"{survey.landscape.source()}; blank: not measured there<br>a config: {SHORT}",
+        height=186 + 13 * max(12, len(shown)),
     )
     figure.add_heatmap(
-        z=share[:, shown].astype(np.float32), x=configs, y=[str(b) for b in survey.batch_sizes], zmin=LOWEST, zmax=100,
+        z=share[:, shown].T.astype(np.float32), x=[str(b) for b in survey.batch_sizes], y=configs, zmin=LOWEST, zmax=100,
         colorscale=SCALE, colorbar={"title": {"text": "% of best"}, "tickfont": {"color": GREY}, "outlinewidth": 0},
-        hovertemplate="%{x}<br>batch %{y}: %{z:.1f} % of the best<extra></extra>", xgap=1, ygap=1,
+        hovertemplate="%{y}<br>batch %{x}: %{z:.1f} % of the best<extra></extra>", xgap=1, ygap=1,
     )  # fmt: skip
-    figure.update_xaxes(title=f"config: {SHORT}", tickangle=-90, tickfont={"size": 9})
-    figure.update_yaxes(title="batch, tokens", type="category")
+    figure.update_xaxes(title="batch, tokens", type="category")
+    figure.update_yaxes(
+        title="config", type="category", autorange="reversed", dtick=1, tickfont={"size": 10}, automargin=True
+    )
     table: list[Row] = []
     for index in sorted(shown, key=lambda i: -float(np.nanmean(share[:, i]))):
         known, worst = np.isfinite(share[:, index]), int(np.nanargmin(share[:, index]))
@@ -127,7 +129,7 @@ def plateaus(survey: Survey) -> Panel:
                 hovertemplate="batch %{x}: %{y} configs<extra></extra>",
             )  # fmt: skip
         figure.update_xaxes(title="batch, tokens", type="category", tickangle=-60, row=1, col=column)
-    figure.update_yaxes(title="different programs", type="log", row=1, col=1)
+    figure.update_yaxes(title="different programs", row=1, col=1)
     figure.update_yaxes(type="log", dtick=1, row=1)
     figure.update_layout(legend={"orientation": "h", "y": -0.3}, margin={"b": 100})
     table = [

@@ -19,8 +19,9 @@ def card(finals: Finals, num_tokens: int, excluded: Excluded = (), chosen: Pair 
     contests = finals.contests(num_tokens)
     figure = grid(
         f"Batch {num_tokens}: {_headline(won)}",
-        f"{'measured; ' if finals.measured else ''}{finals.source}; whole layers, 95 % intervals",
-        height=120 + 44 * max(3, len(contests)),
+        f"{'measured; ' if finals.measured else ''}{finals.source}; whole layers, 95 % intervals<br>a "
+        f"config: {SHORT}; one for both GEMMs, or GEMM1’s | GEMM2’s",
+        height=136 + 44 * max(3, len(contests)),
     )
     for contest in reversed(contests):
         is_winner, out = contest.pair == (won.up, won.down), (num_tokens, contest.pair) in excluded
@@ -33,7 +34,7 @@ def card(finals: Finals, num_tokens: int, excluded: Excluded = (), chosen: Pair 
             error_x=error_bars([contest.median_us], [contest.low_us], [contest.high_us]) | {"color": color},
             hovertemplate="%{y}: %{x:.2f} µs<extra></extra>",
         )  # fmt: skip
-    figure.update_xaxes(title=f"layer, µs<br>a config is {SHORT}; one for both GEMMs, or GEMM1’s | GEMM2’s")
+    figure.update_xaxes(title="layer, µs")
     figure.update_yaxes(type="category")
     rows = [_row(c, won, (num_tokens, c.pair) in excluded, c.pair == chosen) for c in contests]
     return Panel(figure, rows, _sentence(won, finals))
