@@ -312,6 +312,17 @@ def test_every_rule_that_differs_is_shown_with_a_reason(rules: str) -> None:
     assert table["block_shape in a name"][rules] == loader.block_shape.format(128, 64)
 
 
+def test_differences_are_counted_by_pairs_of_loaders() -> None:
+    """The table leaves out what all do alike, so that all of it differs somewhere: what two differ in says something."""
+    from moelab.plots import in_short
+
+    rows = [{"moelab": a, "sglang": b, "vllm": c} for a, b, c in ("xxy", "xyx", "xyy")]
+    said = in_short.differences(rows)
+    assert (
+        said == "Of the 3 rules listed below sglang and vLLM differ in 2, moelab and sglang in 2, moelab and vLLM in 2."
+    )
+
+
 # --- laws ---------------------------------------------------------------------------------------------------
 
 kernel_configs = st.builds(

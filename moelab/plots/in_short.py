@@ -159,11 +159,14 @@ def host(recorded: recordings.Recording, layers: recordings.Recording, shape: st
 
 
 def differences(rules: Sequence[Row]) -> str:
-    """In how many of the rules each two loaders differ. rules: moelab.config_files.rules_table(), which leaves out what all
-    three do alike."""
+    """In how many of the rules each two loaders differ. rules: moelab.config_files.rules_table(), in whose every rule some
+    two of the three do."""
+    names = {"moelab": "moelab", "sglang": "sglang", "vllm": "vLLM"}
     pairs = [("sglang", "vllm"), ("moelab", "sglang"), ("moelab", "vllm")]
-    each = ", ".join(f"{one} and {other} in {sum(row[one] != row[other] for row in rules)}" for one, other in pairs)
-    return f"Of the {len(rules)} rules in which not all three loaders agree, {each} differ."
+    each = [(f"{names[a]} and {names[b]}", sum(row[a] != row[b] for row in rules)) for a, b in pairs]
+    (who, count), *others = each
+    said = ", ".join([f"{who} differ in {count}", *(f"{who} in {count}" for who, count in others)])
+    return f"Of the {len(rules)} rules listed below {said}."
 
 
 def health(rules: Sequence[Row], home: Transfer) -> Panel:
