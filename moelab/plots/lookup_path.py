@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moelab.config import SHORT
 from moelab.config_files import Lookup, Question, Step, ask, get_rules, version_folders
 from moelab.config_files.rules import RULES
 from moelab.errors import ConfigFileError
@@ -69,7 +70,7 @@ def explain(
     )
     figure = grid(
         f"{model}, TP {tp_size}, batch {num_tokens}, {gemm} on {device}: {_agreement(found)}",
-        f"{sizes}, {DTYPE}, Triton {triton_version}; read now, by the loaders’ rules, top to bottom",
+        f"{sizes}, {DTYPE}, Triton {triton_version}; read now, by the loaders’ rules, top to bottom; a config: {SHORT}",
         titles=names if len(names) > 1 else (),
         gap=0.02,
         height=MARGIN_PX + height,
