@@ -1,13 +1,14 @@
 # Everything works from a bare clone with Python >= 3.11 and make. `make help` lists the targets.
 # PY=python3 uses an environment that is there already, in place of .venv (for example on a GPU node).
-# WORKERS is the number of test processes; with a GPU it is 0 (one process), since timings need the GPU alone.
+# WORKERS is the number of test processes: one more than the two cores of a small machine, since some wait (for Ray, a browser,
+# a child); with a GPU it is 0 (one process), since timings need the GPU alone.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && command -v $$p && break; done)
 VENV := .venv
 PY ?= $(VENV)/bin/python
 READY := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.ready)
-WORKERS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 0 || echo 2)
+WORKERS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 0 || echo 3)
 SUITE ?= all
 LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings
 PYTEST = $(PY) -m pytest -n $(WORKERS) --dist worksteal

@@ -36,11 +36,11 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 @pytest.hookimpl(trylast=True)  # what is left out is gone by then
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip gpu tests, with the runtime's own reason, where kernels do not run on a GPU. The browser's tests, the longest after
-    the notebooks, are the first of the second of two processes, which begins in the middle; so one page serves them all."""
+    the notebooks, are the first of the second process, which begins where the first one's share ends; so one page serves all."""
     browsing = [item for item in items if item.get_closest_marker("browser")]
     others = [item for item in items if not item.get_closest_marker("browser")]
-    middle = len(items) // 2 + 1
-    items[:] = [*others[:middle], *browsing, *others[middle:]]
+    second = len(items) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "2")) + 1
+    items[:] = [*others[:second], *browsing, *others[second:]]
     if RUNTIME.mode == "gpu":
         return
     skip = pytest.mark.skip(reason=f"needs a GPU: {RUNTIME.reason}")

@@ -6,6 +6,7 @@ import pytest
 from browser import Tab
 
 
+@pytest.mark.whole
 @pytest.mark.browser
 def test_welcome_follows_its_widgets(tab: Tab) -> None:
     tab.open("notebooks/00_welcome.ipynb")

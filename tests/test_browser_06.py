@@ -94,6 +94,7 @@ def matrices_follow(tab: Tab) -> None:
     assert "device" in redrawn(tab, figure, lambda: choose(tab, "Matrix", "Matrix", "other devices’ files"))
 
 
+@pytest.mark.whole
 @pytest.mark.browser
 def test_config_health_follows_its_controls(tab: Tab) -> None:
     tab.open(NOTEBOOK)

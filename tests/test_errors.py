@@ -63,7 +63,7 @@ from moelab.kernels.activation import activation
 from moelab.kernels.align import align
 from moelab.kernels.descriptors import check_tma, check_tma_config, weight_descriptor
 from moelab.kernels.expert_order import expert_order, new_expert_order
-from moelab.kernels.from_file import load_kernels
+from moelab.kernels.from_file import CudaKernel, load_cuda, load_kernels
 from moelab.kernels.gated_gemm import gated_gemm
 from moelab.kernels.grouped_gemm_tma import grouped_gemm_tma
 from moelab.kernels.route import new_routed, route
@@ -184,6 +184,9 @@ SORTED = [
 PLUGGED_IN = [
     Row(KernelTimeoutError, "CTA 33|tile descriptor 0|1 counts missing|context is gone", lambda _: lost_wait()),
     Row(UnknownNameError, "mine.py|Run the cells", lambda p: load_kernels(p / "mine.py")),
+    Row(UnknownNameError, "mine.cu|CUDA C++|Run the cells", lambda p: load_cuda(p / "mine.cu", "down")),
+    Row(ShapeError, f"Argument 1 is {2**31}|c_longlong", lambda _: CudaKernel("", "f")((1,), (1,), x(2, 2), 2**31)),
+    Row(LayoutError, "Argument 0 has strides|x.contiguous()", lambda _: CudaKernel("", "f")((1,), (1,), x(2, 3).T)),
     Row(ConfigError, "'gelu', biases|teach it", lambda _: plain(activation="gelu", b2=x(4, 32))),
     Row(ConfigError, "No tiles|mine", lambda _: your_kernel.tune(None, "mine", [])),
     Row(RuntimeModeError, "no notebook|Name them", lambda p: gallery.write_gallery([], p)),

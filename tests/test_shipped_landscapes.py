@@ -133,10 +133,8 @@ MARGINS = {"race": (0.005, 0.02), "forest": (0.01, 0.03)}
 SHARES = {"race": 0.35, "forest": 0.1}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [tuner_regret.shipped()[0], *(pytest.param(name, marks=pytest.mark.whole) for name in tuner_regret.shipped()[1:])],
-)
+@pytest.mark.whole
+@pytest.mark.parametrize("name", tuner_regret.shipped())
 def test_regret_on_a_real_landscape(name: str) -> None:
     found = shipped(name)
     truth = Truth(Table(found), dataclasses.replace(found.problem, batch_sizes=Survey(found).well_covered))

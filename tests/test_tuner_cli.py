@@ -186,6 +186,8 @@ def test_what_is_removed_under_a_run_is_no_success(run, recorded: Path, tmp_path
 
 def test_ctrl_c_in_a_process_of_its_own(recorded: Path, tmp_path: Path) -> None:
     script = (
+        # a shell that runs the tests in the background hands them a SIGINT that is ignored
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys, time; from moelab.tuner import replay; real = replay.ReplayEvaluator.run\n"
         "def slow(self, requests, seen=[]):\n    for r in real(self, requests):\n"
         "        seen.append(r); time.sleep(0.05 if len(seen) < 8 else 20); yield r\n"

@@ -110,6 +110,7 @@ def compile_share() -> tuple[list, float]:
 
 
 @needs_ray
+@pytest.mark.whole
 def test_a_budget_cuts_compiling_on_a_cluster_too(ray) -> None:
     """What was left out is compiled by no actor, and what was compiled is measured."""
     _, compiling = compile_share()
@@ -166,6 +167,7 @@ def test_actors_that_measure_keep_to_their_batch_sizes(ray, monkeypatch: pytest.
 
 
 @needs_ray
+@pytest.mark.whole
 def test_a_seat_that_is_lost_again_and_again_is_given_up(ray) -> None:
     evaluator = RayEvaluator(PROBLEM, landscape=RECORDED, actors=1)
     session = TuneSession(PROBLEM, evaluator, strategy="grid", settings=SETTINGS)
@@ -190,6 +192,7 @@ def test_what_the_cluster_lacks_is_said(ray) -> None:
 
 
 @needs_ray
+@pytest.mark.whole
 def test_a_run_that_is_given_up_leaves_the_actors_usable(ray) -> None:
     evaluator = RayEvaluator(PROBLEM, landscape=RECORDED, actors=2)
     session = TuneSession(PROBLEM, evaluator, strategy="grid", settings=SETTINGS)
@@ -206,6 +209,7 @@ def test_a_run_that_is_given_up_leaves_the_actors_usable(ray) -> None:
 
 
 @needs_ray
+@pytest.mark.whole
 def test_a_fleet_of_one_and_two_actors(ray, tmp_path: Path) -> None:
     """Replays in the actors."""
 

@@ -9,11 +9,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from fast_cases import needs_compiler
 from made_recordings import numbers
-from notebook_kernel import write_kernel
+from notebook_kernel import cuda_source, layer_of_cuda, on_a_warp, write_kernel
 from test_widgets import title
 
 from moelab import precision, runtime, widgets
@@ -23,7 +25,7 @@ from moelab.fused_moe import fused_moe
 from moelab.implementations import IMPLEMENTATIONS, Implementation
 from moelab.inputs import make_inputs
 from moelab.kernels.aot import CHECKED_TARGETS
-from moelab.kernels.from_file import load_kernels
+from moelab.kernels.from_file import CudaKernel, load_kernels
 from moelab.plots import your_kernel as plots
 from moelab.recordings import load
 from moelab.reference import fused_moe_ref
@@ -160,6 +162,55 @@ def test_the_kernel_compiles_for_every_target(pairwise: ModuleType) -> None:
     assert len(json.loads(done.stdout)) == 2 * len(CHECKED_TARGETS)
 
 
+# --- in CUDA C++ --------------------------------------------------------------------------------------------------
+
+
+def _found_on_a_warp(
+    source: str, pairwise: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> dict[str, Any]:
+    """The error map of the notebook's layer over that source, which an emulated warp runs."""
+    layer = layer_of_cuda(pairwise, on_a_warp(source, folder))
+    monkeypatch.setitem(IMPLEMENTATIONS, "mine", Implementation(layer, triton=True))
+    sizes = {**SIZES, "hidden_size": 76}  # 4 columns over the last block of 8
+    return suite.error_map("mine", sizes, 3, "float32")
+
+
+@needs_compiler
+def test_the_cuda_kernel_is_right_on_an_emulated_warp(
+    plugged: None, pairwise: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As the notebook's cell launches it, whatever is written there now."""
+    found = _found_on_a_warp(cuda_source(), pairwise, monkeypatch, tmp_path)
+    assert found["passes"], found["problem"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", [("lane /= 2", "lane /= 4"), ("n < N", "n < N / 32 * 32")])
+def test_a_wrong_cuda_kernel_is_refused(
+    plugged: None, pairwise: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: tuple[str, str]
+) -> None:
+    """Lanes left out of the sum; the rest of N left out."""
+    wrong = cuda_source().replace(*change)
+    assert wrong != cuda_source()
+    assert not _found_on_a_warp(wrong, pairwise, monkeypatch, tmp_path)["passes"]
+
+
+@pytest.mark.parametrize(("arch", "storage"), [("sm_80", "__half"), ("sm_90", "__nv_bfloat16"), ("sm_100", "float")])
+def test_the_cuda_kernel_compiles_without_a_gpu(arch: str, storage: str) -> None:
+    registers, stack = CudaKernel(cuda_source(), f"down<{storage}>").usage(arch)
+    assert 8 < registers < 128 and stack == 0
+
+
+@pytest.mark.gpu
+def test_the_cuda_kernel_is_right_and_timed_on_a_gpu(
+    plugged: None, pairwise: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    down = CudaKernel(cuda_source(), "down<__nv_bfloat16>")
+    monkeypatch.setitem(IMPLEMENTATIONS, "mine", Implementation(layer_of_cuda(pairwise, down)))
+    rows = suite.live_rows("qwen3-30b-a3b/tp1", [1], ["triton", "mine"])
+    assert {row["impl"] for row in rows if row["within_bound"] and row["samples_us"]} == {"triton", "mine"}
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_it_is_timed_beside_ours(plugged: None) -> None:
     rows = suite.tune(suite.recorded_layer("qwen3-30b-a3b/tp1", 1), "pairwise", [KernelConfig(16, 8, 256, 1)])
@@ -218,15 +269,28 @@ def test_asked_counts_every_pair() -> None:
     assert plots.asked(shape, 64).bytes_weights == pytest.approx(64 * one.bytes_weights)
 
 
+def test_what_is_left_to_win_is_the_row_of_fast() -> None:
+    assert plots.left_to_win({}) == ""
+    assert numbers(plots.left_to_win({1: 1.2, 4: 1.05, 16: 1.5})) == [1.05, 4, 1.5, 16]
+    name = "qwen3-30b-a3b/tp1"
+    panel = plots.on_the_roof(
+        name, shape_of(name), load("layer_baseline"), AT, "mine", ["triton"], one=load("fast_layer")
+    )
+    over = {row["batch"]: row["fast / floor"] for row in panel.table if "fast / floor" in row}
+    assert len(over) > 5 and plots.left_to_win(over) in panel.sentence
+
+
 def test_roof_follows_shape_and_live_rows() -> None:
     recorded = load("layer_baseline")
     name = "scout/tp4"
     panel = plots.on_the_roof(name, shape_of(name), recorded, AT, "mine", ["triton"])
     assert name in panel.figure.layout.title.text and "not timed here" in panel.figure.layout.title.subtitle.text
     assert all(row["mine, µs (live)"] is None for row in panel.table) and panel.table[0]["triton, µs"] > 0
-    live = [{**recorded.select(shape=name, num_tokens=1, impl="triton")[0], "impl": "mine", "samples_us": [7.0] * 5}]
+    row = recorded.select(shape=name, num_tokens=1, impl="triton")[0]
+    live = [{**row, "impl": impl, "samples_us": [us] * 5} for impl, us in (("mine", 7.0), ("mine_cuda", 8.0))]
     panel = plots.on_the_roof(name, shape_of(name), recorded, AT, "mine", ["triton"], live, "a made-up GPU")
     assert "(live) 7.00" in panel.sentence and panel.table[0]["mine, µs (live)"] == 7.0
+    assert panel.table[0]["mine_cuda, µs (live)"] == 8.0
     json.dumps(panel.bundles(), allow_nan=False)
 
 

@@ -6,7 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moelab import recordings, roofline
-from moelab.plots import fast_forms, fast_layer, host_time, layer, rivals, split_k, tma_overhead, transfer, tuner_regret
+from moelab.plots import (
+    fast_forms,
+    fast_layer,
+    host_time,
+    layer,
+    rivals,
+    split_k,
+    tma_overhead,
+    transfer,
+    tuner_regret,
+    your_kernel,
+)
 from moelab.plots import quantised as formats
 from moelab.plots import roofline as floors
 from moelab.plots.cells import names_of
@@ -206,13 +217,15 @@ def own_kernel(name: str, table: Sequence[Row]) -> Panel:
     near = max((row["batch"] for row in table if row["times the least"] <= 1.1), default=0)
     first = table[0]
     ours = min((us, key) for key, us in first.items() if key.endswith(", µs") and not key.startswith("floor") and us)
+    left = {row["batch"]: row["fast / floor"] for row in table if "fast / floor" in row}
     return _lines(
-        What_does_it_take="One file of kernels and one entry in a table; after that every check, figure and timing here is the "
-        "one that judges ours.",
+        What_does_it_take="One file of kernels, in Triton or CUDA C++, and one entry in a table; after that every check, "
+        "figure and timing here is the one that judges ours.",
         Is_it_right="Checked against float64, allowed twice torch’s error; two wrong copies of it are caught below, one of which "
         "a fixed tolerance lets through.",
         How_fast_can_it_be=f"`{name}` asks memory for no more than a tenth over the least up to batch {near}; to beat there: "
-        f"{ours[1].removesuffix(', µs')}, {ours[0]:.1f} µs at batch {first['batch']} (floor {first['floor, µs']:.1f}).",
+        f"{ours[1].removesuffix(', µs')}, {ours[0]:.1f} µs at batch {first['batch']} (floor {first['floor, µs']:.1f})."
+        + your_kernel.left_to_win(left),
     )
 
 

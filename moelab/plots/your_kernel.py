@@ -185,6 +185,7 @@ def on_the_roof(
     over |= {(f"{row['impl']}, live", row["num_tokens"]): span(row, least[row["num_tokens"]])[0]
              for row in live if "samples_us" in row and row["shape"] == name}  # fmt: skip
     over |= {(row["impl"], row["num_tokens"]): over_floor(row, at)[0] for row in (*fast, *rows)}
+    left = {row["num_tokens"]: over["fast", row["num_tokens"]] for row in fast}
     if one:
         peers = rivals.rows_of(one, at, fast_layer.load_rivals())
         over |= {(row["who"], row["num_tokens"]): row["over"] for row in peers
@@ -198,7 +199,13 @@ def on_the_roof(
         batches, low=None, span=math.log(10), bar="time / floor",
     )  # fmt: skip
     ours = [*ours, *["fast"] * bool(fast)]
-    table = [_row(b, [*rows, *fast], live, ours, mine, name, least[b], floors[b], wants[b]) for b in batches]
+    table = [
+        {
+            **_row(b, [*rows, *fast], live, ours, mine, name, least[b], floors[b], wants[b]),
+            **({"fast / floor": left[b]} if b in left else {}),
+        }
+        for b in batches
+    ]
     near = max((row["batch"] for row in table if row["times the least"] <= NEAR), default=0)
     last, small = table[-1], table[0]
     times = {
@@ -210,8 +217,19 @@ def on_the_roof(
     sentence = (
         f"**{mine} reads an expert’s weights once for every pair: up to batch {near} at most {NEAR - 1:.0%} over the least, at "
         f"batch {last['batch']} {number(last['times the least'])} times the least.** µs at batch {small['batch']}: {each}."
-    )
+    ) + left_to_win(left)
     return Panel(figure, table, sentence)
+
+
+def left_to_win(over: Mapping[int, float]) -> str:
+    """How far a layer is from the floor, at its best and at its worst batch. over: batch -> times the floor."""
+    if not over:
+        return ""
+    near, far = (of(over, key=lambda b: over[b]) for of in (min, max))
+    return (
+        f" Left to win over *fast*: it takes {over[near]:.2f} times the floor at batch {near}, its nearest, and "
+        f"{over[far]:.2f} at batch {far}, its farthest."
+    )
 
 
 def _row(batch: int, rows: Sequence[Row], live: Sequence[Row], ours: Sequence[str], mine: str, name: str, floor: float,
@@ -225,5 +243,5 @@ def _row(batch: int, rows: Sequence[Row], live: Sequence[Row], ours: Sequence[st
     return {
         "batch": batch, "floor, µs": floor, "least MB": least.bytes / 1e6, f"MB {mine} asks for": wants.bytes / 1e6,
         "times the least": wants.bytes / least.bytes, **{f"{impl}, µs": median(rows, impl) for impl in ours},
-        f"{mine}, µs (live)": median(live, mine),
+        **{f"{impl}, µs (live)": median(live, impl) for impl in dict.fromkeys([mine, *(row["impl"] for row in live)])},
     }  # fmt: skip
