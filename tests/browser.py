@@ -105,11 +105,11 @@ def chromium_or_skip() -> str:
     return found
 
 
-def copy_of_the_checkout(folder: Path) -> Path:
+def copy_of_the_checkout(folder: Path, checkout: Path = ROOT) -> Path:
     """A folder that looks like the checkout to a notebook, so that running one leaves the checkout clean."""
-    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    shutil.copytree(checkout / "notebooks", folder / "notebooks")
     for name in ("moelab", "configs", "data"):
-        (folder / name).symlink_to(ROOT / name)
+        (folder / name).symlink_to(checkout / name)
     return folder
 
 
