@@ -33,6 +33,10 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+WHOLE_LIMIT_S = 900
+"""Seconds for one of `make whole`: some take a minute on two cores, where a machine may be three times as slow and have other work."""
+
+
 @pytest.hookimpl(trylast=True)  # what is left out is gone by then
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip gpu tests, with the runtime's own reason, where kernels do not run on a GPU. The browser's tests, the longest after
@@ -41,6 +45,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     others = [item for item in items if not item.get_closest_marker("browser")]
     second = len(items) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "2")) + 1
     items[:] = [*others[:second], *browsing, *others[second:]]
+    for item in items:
+        if item.get_closest_marker("whole") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(WHOLE_LIMIT_S))
     if RUNTIME.mode == "gpu":
         return
     skip = pytest.mark.skip(reason=f"needs a GPU: {RUNTIME.reason}")
