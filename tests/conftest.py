@@ -34,7 +34,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 WHOLE_LIMIT_S = 900
-"""Seconds for one of `make whole`: some take a minute on two cores, where a machine may be three times as slow and have other work."""
+"""Seconds for one of `make whole`: some take a minute on two cores, and a machine may be three times as slow and busy."""
 
 
 @pytest.hookimpl(trylast=True)  # what is left out is gone by then
