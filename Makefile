@@ -23,7 +23,7 @@ help:
 	@echo 'make lab        JupyterLab on the notebooks (LAB_ARGS="--no-browser --port=8888")'
 	@echo 'make cli        the shell alone, without torch or notebooks (85 MB): .cli/bin/moelab explain, shape, export, doctor'
 	@echo 'make test       tests and notebooks, all that needs no GPU: $(LASTS) (ARGS="-k roofline" narrows them)'
-	@echo 'make whole      all of what those tests sample, as CI runs it: 5 minutes more'
+	@echo 'make whole      all of what those tests sample, as CI runs it: 6 to 10 minutes more'
 	@echo 'make test-triton36  the kernels under Triton 3.6.0, which configs and recordings are from: 90 s on two cores'
 	@echo 'make fuzz       every kind of input spoiled in some hundred ways, and what became of each: minutes'
 	@echo 'make lint       ruff (lint, format) and mypy'
@@ -68,7 +68,7 @@ lab: $(READY)
 		--ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_welcome.ipynb \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
-LASTS := about 7 minutes on two cores
+LASTS := about 8 minutes on two cores
 
 # The notebooks come first: they are long, and a run that ends with short tests keeps both processes busy to its end.
 test: $(READY)
