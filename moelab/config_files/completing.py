@@ -57,7 +57,7 @@ def own_tree(shipped: str | Path, rules: str = "sglang") -> Path:
         why = loader.reasons["environment"]
         raise ConfigFileError(
             f"{loader.name}'s tree needs no completing: {why}. Expected sglang's rules, whose variable replaces its own tree. "
-            "Leave --complete out."
+            "Run export without --complete."
         )
     source = tree_of(Path(shipped).resolve(), loader.name).root
     if not any(_files(source)):
