@@ -100,8 +100,10 @@ def read_model_config(config: Mapping[str, Any]) -> Reading:
 
 def _require_known_types(config: Mapping[str, Any], section: Mapping[str, Any], path: str) -> None:
     """Raise UnknownArchitectureError if a key that is read by its name holds a value of another kind."""
-    from moelab.schemas import MODEL, first_problem
+    from moelab.schemas import AROUND, MODEL, first_problem
 
+    if problem := first_problem(AROUND, dict(config)):
+        raise _unreadable(config, f"it {problem}")
     if problem := first_problem(MODEL, dict(section)):
         raise _unreadable(config, f"{f'its {path}' if path else 'it'} {problem}")
 

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, ConfigDict, Field, JsonValue, TypeAdapter, 
 from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
 
 from moelab.chips import TARGETS
+from moelab.dtypes import DTYPES, dtype_name
 from moelab.reading import UnreadableError
 
 CLOSED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -160,6 +161,16 @@ Modules = list[Annotated[str, Field(max_length=1000)]] | None
 """Patterns of names; translating one of 100,000 brackets takes minutes."""
 
 
+def _known_dtype(name: str) -> str:
+    others = {other for dtype in DTYPES.values() for other in dtype.others}
+    if dtype_name(name) not in {*DTYPES, *others, "auto"}:
+        raise ValueError(f"which is no dtype here; expected one of {', '.join(DTYPES)}, or auto")
+    return name
+
+
+Dtype = Annotated[str, AfterValidator(_known_dtype)]
+
+
 class _Quantisation(TypedDict, total=False):
     __pydantic_config__ = OPEN  # type: ignore[misc]
     quant_method: str | None
@@ -179,8 +190,8 @@ class _Model(TypedDict, total=False):
     model_type: str | None
     _name_or_path: str | None
     source: str
-    dtype: Name | None
-    torch_dtype: Name | None
+    dtype: Dtype | None
+    torch_dtype: Dtype | None
     expert_dtype: Name | None
     n_shared_experts: Shared
     num_shared_experts: Shared
@@ -217,3 +228,14 @@ class _Tensor(TypedDict):
 
 SAFETENSORS: TypeAdapter[Any] = TypeAdapter(dict[str, _Tensor | dict[str, str]])
 """The header of a safetensors file: name -> tensor, and texts under __metadata__."""
+
+
+class _Around(TypedDict, total=False):
+    """What is read of a config.json around the section that describes the experts."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    dtype: Dtype | None
+    torch_dtype: Dtype | None
+
+
+AROUND: TypeAdapter[Any] = TypeAdapter(_Around)

@@ -23,6 +23,7 @@ FUSES = GOOD | {"torch_dtype": "float16"}
         ({"torch_dtype": 5}, "holds 5 at torch_dtype"),
         ({"torch_dtype": []}, "torch_dtype"),
         ({"dtype": ""}, "dtype"),
+        ({"dtype": "bfloat16", "torch_dtype": "x"}, "holds 'x' at torch_dtype"),
         ({"n_shared_experts": True}, "holds True at n_shared_experts"),
         ({"n_shared_experts": 8.0}, "holds 8.0 at n_shared_experts"),
         ({"n_shared_experts": -1}, "n_shared_experts"),
@@ -38,6 +39,12 @@ FUSES = GOOD | {"torch_dtype": "float16"}
 def test_a_value_of_another_kind_is_refused(change: dict, words: str) -> None:
     with pytest.raises(UnknownArchitectureError, match=words):
         shapes.load_served(a_file(FUSES | change))
+
+
+def test_a_dtype_around_the_section_of_the_experts_is_looked_at() -> None:
+    around = json.loads((runtime.data_dir() / "models" / "llama-4-scout.json").read_text())
+    with pytest.raises(UnknownArchitectureError, match="'x' at torch_dtype"):
+        shapes.load_served(a_file(around | {"torch_dtype": "x"}))
 
 
 @pytest.fixture(autouse=True)

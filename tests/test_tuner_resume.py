@@ -15,8 +15,10 @@ from resuming import FINALS, again, budget_for, cut_run, taken_up
 from synthetic import small_problem, synthetic_landscape
 
 from moelab.config import KernelConfig
+from moelab.errors import JournalError
 from moelab.tuner.board import Board
 from moelab.tuner.evaluate import Outcome, Request, Result
+from moelab.tuner.header import make_header, read_header
 from moelab.tuner.journal import read
 from moelab.tuner.known import Known
 from moelab.tuner.problem import Problem
@@ -261,3 +263,13 @@ def test_the_budget_that_it_names_does_when_it_is_taken_up(tmp_path: Path, phase
             assert coverage.needed_s > coverage.budget_s
             coverage = taken_up(path, TABLE, coverage.needed_s).coverage
     assert not coverage.cut
+
+
+def test_settings_that_count_are_whole_numbers() -> None:
+    """2.5 samples a layer, in a line whose digest fits, was taken up."""
+    session = TuneSession(PROBLEM, ReplayEvaluator(TABLE, PROBLEM), settings=CHUNKS)
+    header = json.loads(json.dumps(make_header(session.search, "race", None, session.evaluator)))
+    assert read_header("run", header) == (PROBLEM, CHUNKS)
+    header["strategy"]["settings"]["layer"] = 2.5
+    with pytest.raises(JournalError, match=r"2\.5 at strategy\.settings\.layer"):
+        read_header("run", header)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,15 @@ def read_header(run: str | Path, header: Mapping[str, Any]) -> tuple[Problem, Se
             f"The header of {run} {problem}. Expected what this moelab's `tune` wrote. Take the run up with the moelab that "
             "wrote it, or tune again."
         )
+    given = header["strategy"]["settings"]
+    counts = [one.name for one in dataclasses.fields(Settings) if isinstance(one.default, int)]
+    if broken := [name for name in counts if type(given.get(name, 0)) is not int]:
+        raise JournalError(
+            f"The header of {run} holds {given[broken[0]]!r} at strategy.settings.{broken[0]}. Expected a whole number. Tune "
+            "again."
+        )
     try:
-        return Problem.from_json(header["problem"]), Settings(**header["strategy"]["settings"])
+        return Problem.from_json(header["problem"]), Settings(**given)
     except (KeyError, TypeError, ValueError, MoelabError) as error:
         raise JournalError(
             f"The header of {run} does not describe a problem ({type(error).__name__}: {error}). Expected what this "
