@@ -38,7 +38,7 @@ def register() -> tuple[str, ...]:
 
     Call it before `from_pretrained(experts_implementation=...)` or `set_experts_implementation(...)`, which know no other name;
     again is no harm. Returns the names. A name says what was measured: "moelab_triton" is always that implementation, and
-    raises where it takes a layer not, "moelab" is the first of PREFERRED that takes it.
+    raises for a layer that it does not take; "moelab" is the first of PREFERRED that takes it.
 
     Each block is checked at its first forward, by its flags, its tensors and the values of its own activation; what moelab
     would compute otherwise raises UnknownNameError, ShapeError, DtypeError or LayoutError, and no model computes wrongly.

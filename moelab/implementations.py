@@ -177,7 +177,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 """Name -> implementation. Under its name it is asked for in `fused_moe`, in the shell, and in recordings."""
 
 RETIRED_LOOKS: Mapping[str, tuple[str, str, str]] = {
-    "gated_atomic": ("#C3CC72", "hexagon", "dash"),
+    "gated_atomic": ("#A9B05F", "hexagon", "dash"),
     "gated_tma_atomic": ("#93A34B", "star-diamond", "dash"),
 }
 """Looks of implementations that recordings hold and the table no longer does: in none of 32 cells of the recording

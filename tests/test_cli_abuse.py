@@ -27,15 +27,6 @@ PRESET = ["--model", "qwen3-30b-a3b"]
 LANDSCAPE = "qwen3-30b-a3b-tp1-NVIDIA_H200"
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]):
-    def call(*arguments: object) -> tuple[int, str, str]:
-        status = cli.main(list(map(str, arguments)))
-        return status, *capsys.readouterr()
-
-    return call
-
-
 # --- values -------------------------------------------------------------------------------------------------------
 
 

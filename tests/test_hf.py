@@ -57,7 +57,7 @@ def test_logits_are_as_close_to_float64_as_its_own(kind: str, name: str) -> None
     own, ours = logits(model, "eager"), logits(model, name)
     assert set(model.get_experts_implementation().values()) == {name}
     exact = logits(model.double(), "eager")
-    assert precision.error(ours, exact).max_abs <= 2 * precision.error(own, exact).max_abs + 1e-6
+    precision.check(ours, own, exact)
 
 
 ONE_AND_ALL = ["qwen3_moe", *(pytest.param(kind, marks=pytest.mark.whole) for kind in SERVED if kind != "qwen3_moe")]
@@ -83,10 +83,10 @@ def _generated(model: Any, tokens: dict[str, torch.Tensor], name: str) -> dict[s
 
 def test_compiles_into_one_graph_without_a_forward_before() -> None:
     model = model_of("qwen3_moe")
-    expected = logits(model, "eager")
+    own = logits(model, "eager")
     model.set_experts_implementation("moelab_torch")
-    compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(input_ids=prompt()).logits, expected, rtol=1e-4, atol=1e-5)
+    ours = torch.compile(model.forward, backend="eager", fullgraph=True)(input_ids=prompt()).logits
+    precision.check(ours, own, logits(model.double(), "eager"))
 
 
 @pytest.mark.whole

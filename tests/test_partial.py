@@ -53,15 +53,6 @@ def shapes_in(path: Path) -> list[str]:
     return [found["shape"] for found in recordings.load(path).rows]
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]):
-    def call(*arguments: object) -> tuple[int, str, str]:
-        status = cli.main(list(map(str, arguments)))
-        return status, *capsys.readouterr()
-
-    return call
-
-
 @pytest.mark.parametrize(
     ("error", "status"), [(KeyboardInterrupt(), 130), (RuntimeModeError("the GPU is lost"), 2), (MemoryError(), None)]
 )

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from synthetic import small_problem, synthetic_landscape
 
-from moelab import cli, config_files, runtime
+from moelab import config_files, runtime
 from moelab.errors import ConfigFileError
 from moelab.tuner import journal, landscape, replay
 from moelab.tuner.results import TuneResult
@@ -27,15 +27,6 @@ PROBLEM = small_problem((1, 64))
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return landscape.write(synthetic_landscape(PROBLEM), tmp_path_factory.mktemp("landscapes") / "small.parquet")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]):
-    def call(*arguments: object) -> tuple[int, str, str]:
-        status = cli.main(list(map(str, arguments)))
-        return status, *capsys.readouterr()
-
-    return call
 
 
 def test_an_out_that_is_a_file(run, recorded: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from moelab.config_files.findings import SEVERITIES, Report
 from moelab.plots.literal import literal
 from moelab.plots.panel import Panel
-from moelab.plots.style import BETTER, BLUE, WORSE, WRONG, grid
+from moelab.plots.style import BETTER, BLUE, WORSE, WRONG, grid, text_on
 
 SOUND = "nothing to repair"
 COLORS: Mapping[str, str] = {"error": WRONG, "warning": WORSE, "note": BLUE, SOUND: BETTER}
@@ -50,7 +50,8 @@ def findings(
         figure.add_bar(
             x=list(numbers.values()), y=list(numbers), orientation="h", name=severity, marker={"color": COLORS[severity]},
             text=[str(n) for n in numbers.values()],
-            textposition="inside", insidetextanchor="end", textangle=0, constraintext="none", cliponaxis=False,
+            textposition="inside", insidetextfont={"color": text_on(COLORS[severity])}, insidetextanchor="end",
+            textangle=0, constraintext="none", cliponaxis=False,
             hovertemplate="%{y}: %{x}<extra>" + severity + "</extra>",
         )  # fmt: skip
     top = max([sound, *counts.values(), 1])

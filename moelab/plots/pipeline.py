@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moelab.plots.panel import Panel, Row
-from moelab.plots.style import GREY, MUTED_SCALE, SERIES, grid, number
+from moelab.plots.style import GREY, MUTED_SCALE, SERIES, grid, number, text_on
 
 TOKEN_COLORS = (*(each.color for each in SERIES), "#6b8fb5", GREY)
 DIVERGING = MUTED_SCALE
@@ -106,11 +106,8 @@ def where(runtime: Any, versions: Mapping[str, Any], recordings: Sequence[Any]) 
 
 
 def text_color(token: int) -> str:
-    """Black or white, whichever stands out more on the token's colour (relative luminance as in WCAG 2)."""
-    channels = [int(token_color(token)[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "black" if luminance > 0.179 else "white"
+    """What stands out on the token's colour."""
+    return text_on(token_color(token))
 
 
 def token_color(token: int) -> str:

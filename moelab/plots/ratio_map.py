@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from moelab.plots.style import BETTER, WORSE, contrast, grid
+from moelab.plots.style import BETTER, WORSE, grid, text_on
 
 TIED = "#bdbdbd"
 MIDDLE = "#f7f7f7"
@@ -150,4 +150,4 @@ def colors_of(cell: Cell, span: float, low: str | None, high: str) -> tuple[str,
     """The colours of a cell's text and of its ground: dark or white, whichever has more contrast to it."""
     share = 0.15 + 0.85 * min(1.0, abs(math.log(cell.ratio)) / span)
     ground = TIED if cell.tie else _tint(high if low is None or cell.ratio >= 1 else low, share)
-    return max(("#222222", "#ffffff"), key=lambda text: contrast(text, ground)), ground
+    return text_on(ground), ground

@@ -11,7 +11,7 @@ from moelab.errors import ShardError
 from moelab.plots import ratio_map
 from moelab.plots.cells import trace
 from moelab.plots.panel import Panel, Row, timing
-from moelab.plots.style import GREY, SIDES, STEPS, error_bars, grid, log_axis, look, number, series
+from moelab.plots.style import GREY, SIDES, STEPS, error_bars, grid, log_axis, look, number, series, text_on
 from moelab.recordings import Recording
 from moelab.roofline import Ceilings
 from moelab.shapes import MoEShape, load_model
@@ -41,7 +41,8 @@ def ceilings(recording: Recording, datasheet: Ceilings, floors: Ceilings) -> Pan
         figure.add_bar(
             x=[row["what"]], y=[rate], error_y=error_bars([rate], [work / high], [work / low]), width=0.3 if product else 0.5,
             marker={"color": SIDES["compute" if product else "memory"].color}, showlegend=False, name=row["what"],
-            text=[f"{number(rate)} {unit}"], textposition="inside", insidetextanchor="middle", row=1, col=2 if product else 1,
+            text=[f"{number(rate)} {unit}"], textposition="inside", insidetextanchor="middle",
+            insidetextfont={"color": text_on(SIDES["compute" if product else "memory"].color)}, row=1, col=2 if product else 1,
         )  # fmt: skip
         table.append({"what": row["what"], "unit": unit, "recorded": rate, "95 % low": work / high, "95 % high": work / low,
                       "used for floors": used, "datasheet": sheet, "recorded / datasheet": rate / sheet})  # fmt: skip

@@ -51,6 +51,11 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
+def text_on(ground: str) -> str:
+    """Dark or white, whichever has more contrast to a ground "#rrggbb"."""
+    return max(("#222222", "#ffffff"), key=lambda text: contrast(text, ground))
+
+
 def luminance(color: str) -> float:
     """WCAG's relative luminance of "#rrggbb"."""
     parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
