@@ -75,7 +75,8 @@ def test_writing_it_twice_changes_nothing(tmp_path: Path) -> None:
 def test_sglangs_files_are_sound_and_in_place(shipped: Path) -> None:
     report = doctor(shipped)
     assert report.rules == "sglang" and not report.errors and not report.of("warning")
-    assert len(report.files) == len(config_files.shipped_files()) == 10
+    assert len(report.files) == len(config_files.shipped_files()) == 17
+    assert sum("dtype=fp8_w8a8,block_shape=[128, 128]" in file.name for file in report.files) == 7
 
 
 def test_the_shipped_configs_that_were_timed_are_those_of_their_file() -> None:

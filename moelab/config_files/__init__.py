@@ -7,7 +7,7 @@ another. A file `...,kernel=NAME.json` is for a kernel beside the vLLM/sglang-co
 
 questions.py says which file a server asks for, for a model as it runs it. rules.py says how each loader searches; names.py,
 content.py and search.py follow it; exporting.py writes for a loader and reads back; diagnosis.py finds the files that no
-loader reaches, or no kernel takes; shipped.py has what sglang ships for three models.
+loader reaches, or no kernel takes; shipped.py has what sglang ships for a few models.
 """
 
 from __future__ import annotations

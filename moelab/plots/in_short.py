@@ -195,14 +195,19 @@ def health(rules: Sequence[Row], home: Transfer) -> Panel:
     )
 
 
+def _is_plain(row: Row) -> bool:
+    """Whether a summary of tuned_gain is of a layer in plain weights, as those are that name no format."""
+    return row.get("format", "plain") == "plain"
+
+
 def search(survey: Survey, replayed: recordings.Recording, gained: recordings.Recording) -> Panel:
     """05."""
     few = {gemm: len(cover(survey, gemm, 0.02).chosen) for gemm in GEMMS}
     sizes = len(survey.batch_sizes)
-    gains = ", ".join(
-        f"{row['geometric_mean']:.2f} ({row['target']})"
-        for row in gained.select(kind="summary", over="default") if row.get("geometric_mean")
-    )  # fmt: skip
+    rows = [row for row in gained.select(kind="summary", over="default") if row.get("geometric_mean")]
+    gains = ", ".join(f"{row['geometric_mean']:.2f} ({row['target']})" for row in rows if _is_plain(row))
+    if coded := [row for row in rows if not _is_plain(row)]:
+        gains += "; of quantised layers " + ", ".join(f"{row['geometric_mean']:.2f} ({row['target']})" for row in coded)
     return _lines(
         Which_config_is_fastest=f"No single one, but few: within 2 % of the best, {few['up']} configs of GEMM1 and "
         f"{few['down']} of GEMM2 serve all {sizes} batch sizes of {survey.problem.shape.name} on an {survey.problem.device}.",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 from moelab.config import KernelConfig
+from moelab.config_files import question
+from moelab.config_files.shipped import name_of
 from moelab.plots import ratio_map
 from moelab.plots.cells import cells_of, fastest
 from moelab.plots.panel import Panel, Row, timing
@@ -84,14 +87,14 @@ def _losses(cells: Mapping[str, Cells]) -> str:
 
 
 def by_file(transfer: Transfer, shipped: Sequence[Row], part: Part = "both") -> Panel:
-    """Row: a file that a peer ships for these sizes, of another device or Triton version; column: batch size run at.
+    """Row: a file that a peer ships for these sizes and this format, of another device or Triton version; column: batch size
+    run at.
 
     shipped: as `config_files.shipped.shipped_files` gives them, a file of each GEMM; those of a device with the same entries are
     put together. Keys of theirs that moelab's config has not are left out.
     """
-    shape = transfer.problem.shape
-    sizes = (shape.num_experts, shape.moe_intermediate_size)
-    mine = [f for f in shipped if (f["num_experts"], f["moe_intermediate_size"]) == sizes]
+    asked = question(transfer.problem.shape, "sglang")
+    mine = [f for f in shipped if replace(name_of(f), down=False) == asked.name(f["device"])]
     downs = {(f["device"], f["triton"]): _configs(f["configs"]) for f in mine if f["down"]}
     files: list[tuple[str, list[str], dict[int, KernelConfig], dict[int, KernelConfig] | None]] = []
     for file in sorted((f for f in mine if not f["down"]), key=lambda f: (f["device"], f["triton"])):
@@ -210,15 +213,15 @@ def travel(home: Transfer, landscapes: Sequence[Landscape]) -> Panel:
 
     landscapes: all there are. One answers where the layer is the same and nothing but that thing differs.
     """
-    found = {question: _answers(home, landscapes, field) for question, field in _DIFFERS.items()}
+    found = {differs: _answers(home, landscapes, field) for differs, field in _DIFFERS.items()}
     table: list[Row] = []
-    for question, others in found.items():
-        command = {"to record it": f"{_command(home.problem, question)}, {_WHERE[question]}"}
-        table += [{"run under": question, **_loss(home, other), "landscape": other.name, **command} for other in others]
+    for differs, others in found.items():
+        command = {"to record it": f"{_command(home.problem, differs)}, {_WHERE[differs]}"}
+        table += [{"run under": differs, **_loss(home, other), "landscape": other.name, **command} for other in others]
         if not others:
             nothing = {"lost on average, %": None, "at worst, %": None, "cells": None, "landscape": "not recorded"}
-            table.append({"run under": question, **nothing, **command})
-    missing = [question for question, others in found.items() if not others]
+            table.append({"run under": differs, **nothing, **command})
+    missing = [differs for differs, others in found.items() if not others]
     known = [f"{row['run under']} {_said(row)}" for row in table if row["landscape"] != "not recorded"]
     said = (
         f"Not recorded: {', '.join(missing)}; the table has the command for each." if missing else "All are recorded."

@@ -22,7 +22,9 @@ import numpy as np
 from moelab import recordings
 from moelab.config import KernelConfig, violations
 from moelab.errors import LandscapeError, MoelabError, nearest_names
+from moelab.presets import preset_stem
 from moelab.reading import UnreadableError
+from moelab.shapes import MoEShape, preset
 from moelab.tuner import journal, landscape_file
 from moelab.tuner.evaluate import Contender, Outcome, Stage
 from moelab.tuner.problem import Problem
@@ -128,13 +130,27 @@ def freeze(run: str | Path, out: str | Path | None = None) -> Path:
 
 def default_name(problem: Problem) -> str:
     """What a problem's landscape is called: "qwen3-30b-a3b-tp1-NVIDIA_H200"."""
-    shape = problem.shape
+    return layer_name(problem.shape, problem.device, problem.file_kernel)
+
+
+def layer_name(shape: MoEShape, device: str, kernel: str | None = None) -> str:
+    """`default_name` of a layer on a device, and of a kernel beside the compatible kernel.
+
+    The format stands there where the preset called as the layer is stored otherwise, and so does the number of shared experts
+    that a server fuses: the same model without them is another layer.
+    """
     parts = [shape.name.replace("/", "_"), f"tp{shape.tp_size}"]
     parts += [f"ep{shape.ep_size}"] if shape.ep_size > 1 else []
+    parts += [f"shared{shape.num_shared_experts_fused}"] if shape.num_shared_experts_fused else []
     parts += [shape.dtype] if shape.dtype != "bfloat16" else []
-    parts += [shape.format.name] if not shape.format.is_plain else []
-    parts += [problem.file_kernel] if problem.file_kernel else []
-    return "-".join([*parts, problem.device.replace(" ", "_")])
+    parts += [shape.format.name] if not shape.format.is_plain and not _is_own(shape) else []
+    parts += [kernel] if kernel else []
+    return "-".join([*parts, device.replace(" ", "_")])
+
+
+def _is_own(shape: MoEShape) -> bool:
+    """Whether the preset called as the layer is stored in its format."""
+    return preset_stem(shape.name) == shape.name and preset(shape.name).format == shape.format
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
