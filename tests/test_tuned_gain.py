@@ -248,9 +248,11 @@ def test_a_targets_format_is_its_models(name: str, file: str) -> None:
 
 
 def test_a_landscape_is_called_as_its_layer() -> None:
-    """A preset's own format says nothing new; another one, and shared experts that are fused, are another layer."""
-    assert target_of("deepseek-v3-fp8/tp8").landscape("NVIDIA_H200") == "deepseek-v3-fp8-tp8-NVIDIA_H200"
-    assert target_of("deepseek-v3-fp8/tp8/fused").landscape("H", 1) == "deepseek-v3-fp8-tp8-shared1-H-seed1"
+    """A preset's own format says nothing new, nor does what its server fuses; anything else is another layer."""
+    fused, routed = (target_of(f"deepseek-v3-fp8/tp8{end}") for end in ("/fused", ""))
+    assert fused.landscape("NVIDIA_H200") == "deepseek-v3-fp8-tp8-NVIDIA_H200" in landscape.landscape_names()
+    assert landscape.load(fused.landscape("NVIDIA_H200")).problem.shape == fused.shape()
+    assert routed.landscape("H", 1) == "deepseek-v3-fp8-tp8-shared0-H-seed1"
     other = load_model("qwen3-30b-a3b", dtype="fp8_w8a8_block_128x128")
     assert landscape.layer_name(other, "H") == "qwen3-30b-a3b-tp1-fp8_w8a8_block_128x128-H"
 

@@ -8,6 +8,7 @@ problem, and a digest of the whole file (`landscape_file`). `load` reads it back
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -22,9 +23,10 @@ import numpy as np
 from moelab import recordings
 from moelab.config import KernelConfig, violations
 from moelab.errors import LandscapeError, MoelabError, nearest_names
+from moelab.formats import PLAIN
 from moelab.presets import preset_stem
 from moelab.reading import UnreadableError
-from moelab.shapes import MoEShape, preset
+from moelab.shapes import MoEShape, load_model
 from moelab.tuner import journal, landscape_file
 from moelab.tuner.evaluate import Contender, Outcome, Stage
 from moelab.tuner.problem import Problem
@@ -136,21 +138,22 @@ def default_name(problem: Problem) -> str:
 def layer_name(shape: MoEShape, device: str, kernel: str | None = None) -> str:
     """`default_name` of a layer on a device, and of a kernel beside the compatible kernel.
 
-    The format stands there where the preset called as the layer is stored otherwise, and so does the number of shared experts
-    that a server fuses: the same model without them is another layer.
+    Of a preset as it is served, its name says all. The format stands there where it is another, and the number of shared experts
+    that run among the routed ones: the same model without them is another layer.
     """
+    served = None
+    with contextlib.suppress(MoelabError):  # no preset of that name is sharded so
+        served = (
+            load_model(shape.name, tp_size=shape.tp_size, ep_size=shape.ep_size) if preset_stem(shape.name) else None
+        )
+    format, shared = (served.format, served.num_shared_experts_fused) if served else (PLAIN, 0)
     parts = [shape.name.replace("/", "_"), f"tp{shape.tp_size}"]
     parts += [f"ep{shape.ep_size}"] if shape.ep_size > 1 else []
-    parts += [f"shared{shape.num_shared_experts_fused}"] if shape.num_shared_experts_fused else []
+    parts += [f"shared{shape.num_shared_experts_fused}"] if shape.num_shared_experts_fused != shared else []
     parts += [shape.dtype] if shape.dtype != "bfloat16" else []
-    parts += [shape.format.name] if not shape.format.is_plain and not _is_own(shape) else []
+    parts += [shape.format.name] if shape.format != format else []
     parts += [kernel] if kernel else []
     return "-".join([*parts, device.replace(" ", "_")])
-
-
-def _is_own(shape: MoEShape) -> bool:
-    """Whether the preset called as the layer is stored in its format."""
-    return preset_stem(shape.name) == shape.name and preset(shape.name).format == shape.format
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
