@@ -102,7 +102,8 @@ def standing(traces: Traces, budget_s: float, which: str = "median") -> Panel:
     said = (
         f"**After {number(budget_s)} s: {leaders(traces, budget_s, 'median')} in the median batch size; finished: {finished}.** "
         "Regret is of the sum of both GEMMs, against the best recorded pair of configs; the finals decide by whole layers, so a "
-        f"curve can rise at its end. {_weaker(traces)}Differences well under 1 %, to which two recorded runs agree, are no ranking."
+        f"curve can rise at its end. {_weaker(traces)}Differences well under 1 %, to which two recorded runs agree, are no "
+        "ranking."
     )
     return Panel(figure, table, said)
 
@@ -114,8 +115,8 @@ def _weaker(traces: Traces) -> str:
     if not CLEAR < off < math.inf:
         return ""
     return (
-        f"In its worst batch size even grid, which measured every config, ends at {_percent(off)}: the layers that were timed side "
-        "by side there chose another pair than the sum of short looks at each GEMM, and of the two that sum is the weaker. "
+        f"In its worst batch size even grid, which measured every config, ends at {_percent(off)}: the layers that were timed "
+        "side by side there chose another pair than the sum of short looks at each GEMM, and of the two that sum is the weaker. "
     )
 
 
