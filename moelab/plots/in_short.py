@@ -11,6 +11,7 @@ from moelab.plots import (
     fast_layer,
     host_time,
     layer,
+    quantised_times,
     rivals,
     split_k,
     tma_overhead,
@@ -234,10 +235,11 @@ def own_kernel(name: str, table: Sequence[Row]) -> Panel:
     )
 
 
-def quantised(floors_of: Panel, errors_of: Panel, shipped_of: Panel) -> Panel:
+def quantised(floors_of: Panel, errors_of: Panel, shipped_of: Panel, times_of: Panel) -> Panel:
     """08, from its own figures."""
     return _lines(
         What_does_a_format_gain=formats.in_short_floor(floors_of),
+        How_near_to_its_floor_does_a_layer_come=quantised_times.in_short(times_of),
         What_does_it_cost=formats.in_short_error(errors_of),
         Do_the_shipped_configs_serve=formats.in_short_files(shipped_of),
     )
