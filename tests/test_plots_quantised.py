@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from made_recordings import numbers, whole
@@ -88,6 +90,31 @@ def test_floors_follow_bytes_and_then_the_rate() -> None:
     one = roofline.floor_us(roofline.layer_cost(SHAPE, 1), roofline.load_ceilings("NVIDIA_H200", "floors"))
     assert rows["plain"]["floor at 1, µs"] == pytest.approx(one.us)
     assert any(found == pytest.approx(2.0, abs=0.05) for found in numbers(panel.sentence))
+
+
+def test_floors_by_format_turn_where_their_products_do() -> None:
+    panel = plots.floor_map(SHAPE, NAMES)
+    whole(panel, "arithmetic")
+    rows = {row["format"]: row for row in panel.table}
+    assert list(rows) == NAMES[:3] and "int8 channel" in panel.sentence
+    rates = {name: row["TFLOP/s"] for name, row in rows.items()}
+    assert rates == {NAMES[0]: 790.0, NAMES[1]: 1300.0, NAMES[2]: 790.0}
+    for name, row in rows.items():
+        shape = replace(SHAPE, format=get_format(name))
+        at = roofline.load_ceilings("NVIDIA_H200", "floors", shape.format.product_dtype("bfloat16"))
+        assert row["floor at 64, µs"] == pytest.approx(roofline.floor_us(roofline.layer_cost(shape, 64), at).us)
+    assert "790 or 1300 TFLOP/s" in panel.figure.layout.title.subtitle.text
+
+
+def test_verdicts_are_of_rounding_alone() -> None:
+    worse = LayerError("int8_w8a8_channel", 0.02, 0.004, 9e-4, 4e-4, "float16")
+    panel = plots.judged([*FOUND, worse])
+    whole(panel)
+    verdicts = {row["format"]: row["verdict"] for row in panel.table}
+    assert verdicts == {
+        "int4_w4a16_group_32": "passes", "fp8_w8a8_channel": "not run here: refused", "int8_w8a8_channel": "FAILS",
+    }  # fmt: skip
+    assert numbers(panel.sentence)[:2] == [2.25, 2] and "2.0% to 16.0%" in panel.sentence
 
 
 FOUND = [

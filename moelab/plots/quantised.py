@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moelab import roofline
 from moelab.errors import UnknownNameError
 from moelab.formats import Format, get_format
+from moelab.plots import roofline as plots_roofline
 from moelab.plots.panel import Panel, Row
 from moelab.plots.style import GREY, grid, log_axis, number, powers, series
 from moelab.shapes import MoEShape
@@ -95,6 +96,34 @@ def floors(
     return Panel(figure, table, sentence)
 
 
+def floor_map(shape: MoEShape, names: Sequence[str], device: str = "NVIDIA_H200") -> Panel:
+    """`plots.roofline.floors` of one plain layer with its experts in each format, which multiplies at the rate of its codes.
+
+    Formats whose products have no measured rate on the device are said, and not drawn.
+    """
+    rates, missing = {}, []
+    formats = {named(format): format for format in map(get_format, names)}
+    for name, format in formats.items():
+        try:
+            rates[name] = roofline.load_ceilings(device, "floors", format.product_dtype(shape.dtype))
+        except UnknownNameError:
+            missing.append(name)
+    shapes = {name: _as(shape, formats[name]) for name in rates}
+    drawn = plots_roofline.floors(shapes, roofline.load_ceilings(device, "floors", shape.dtype), rates=rates)
+    table = []
+    for (name, at), row in zip(rates.items(), drawn.table, strict=True):
+        about = {"format": formats[name].name, "bits a weight": bits_per_weight(formats[name], shape)}
+        floor_at = {f"floor at {batch}, µs": us for batch, us in row.items() if batch != "floor, µs"}
+        table.append({**about, "TFLOP/s": at.flops_per_s / 1e12, **floor_at})
+    no_rate = f" No rate of products is measured on this device for {', '.join(missing)}." if missing else ""
+    turns = drawn.sentence.partition("** ")[2]
+    return Panel(
+        drawn.figure,
+        table,
+        f"**Fewer bits lower the memory side of the floor, a faster product the other.** {turns}{no_rate}",
+    )
+
+
 # --- the error ---------------------------------------------------------------------------------------------------------
 
 
@@ -126,6 +155,25 @@ def errors(found: Sequence[LayerError], source: str) -> Panel:
         f"back:** so a kernel is judged given its codes, against float64 of codes times scales.{kernels}"
     )
     return Panel(figure, table, sentence)
+
+
+def judged(found: Sequence[LayerError]) -> Panel:
+    """`errors` as verdicts: what a format costs, which nobody is judged by, and a kernel given the codes, allowed twice torch."""
+    table: list[Row] = []
+    for e in (e for e in found if e.quantising):
+        times = e.kernel / e.torch_beside if e.kernel and e.torch_beside else None
+        verdict = f"not run here: {e.why}" if times is None else "passes" if times <= 2 else "FAILS"
+        row = {"format": e.format, "quantising, judged by none": e.quantising}
+        row |= {"rounding: torch": e.torch_beside or e.rounding, "rounding: kernel": e.kernel}
+        table.append(row | {"kernel / torch": times, "verdict": verdict})
+    ran = [row["kernel / torch"] for row in table if row["kernel / torch"]]
+    most = f"at most {number(max(ran))} times torch’s, where 2 is allowed" if ran else "not run here"
+    least, largest = (of(row["quantising, judged by none"] for row in table) for of in (min, max))
+    sentence = (
+        f"**Given the codes, the kernel’s error is {most}.** What the codes themselves are off by, {least:.1%} to {largest:.1%} "
+        "of a layer’s result, is the format’s, and every kernel’s alike."
+    )
+    return Panel(None, table, sentence)
 
 
 def errors_by_k(found: Mapping[str, Mapping[int, Mapping[str, float]]]) -> Panel:
