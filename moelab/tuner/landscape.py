@@ -171,6 +171,12 @@ def landscape_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in landscapes_dir().glob("*.parquet")))
 
 
+def layer_landscapes() -> tuple[str, ...]:
+    """Of `landscape_names` those of a layer's own tuning: no other seed's, routing's or whole grid's, whose names go on."""
+    names = landscape_names()
+    return tuple(name for name in names if not any(name.startswith(f"{other}-") for other in names))
+
+
 def write(landscape: Landscape, path: str | Path) -> Path:
     """Write a landscape atomically. Raises LandscapeError for what `load` would refuse, RuntimeModeError without pyarrow."""
     what = f"The landscape {landscape.name!r}"
