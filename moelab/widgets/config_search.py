@@ -117,16 +117,17 @@ def landscape_browser(survey: Survey, num_tokens: int = 64, landscapes: Sequence
     names = list(dict.fromkeys([survey.landscape.name, *landscapes]))
     if len(names) == 1:
         return _browser(survey, num_tokens)
-    chosen, place = dropdown("Landscape", names, names[0]), widgets.VBox()
+    chosen, box = dropdown("Landscape", names, names[0]), widgets.VBox()
+    box.add_class("moelab-panel")  # so that the controls of what is in it stay in sight
 
     def browse(_: object = None) -> None:
         found = survey if chosen.value == names[0] else Survey(landscape.load(chosen.value))
         near = min(found.batch_sizes, key=lambda b: abs(b - num_tokens))
-        place.children = [_browser(found, near)]
+        box.children = [chosen, _browser(found, near)]
 
     chosen.observe(browse, "value")
     browse()
-    return widgets.VBox([chosen, place])
+    return box
 
 
 def _browser(survey: Survey, num_tokens: int) -> widgets.VBox:
