@@ -25,7 +25,7 @@ from moelab.config_files.questions import Question, ask, not_asked_for, platform
 from moelab.config_files.rules import DTYPE_SELECTORS, RULES, Rules, get_rules, rules_table
 from moelab.config_files.search import Lookup, Step, lookup, nearest_key
 from moelab.config_files.serving import Action, as_markdown, as_text, to_serve, tune_to_serve
-from moelab.config_files.shipped import shipped_files, write_shipped
+from moelab.config_files.shipped import files_below, shipped_files, write_shipped
 
 __all__ = [
     "DTYPE_SELECTORS",
@@ -53,6 +53,7 @@ __all__ = [
     "export_path",
     "export_together",
     "file_name",
+    "files_below",
     "get_rules",
     "kernels_with_files",
     "left_out",
