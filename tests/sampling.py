@@ -8,6 +8,11 @@ from collections.abc import Sequence
 import pytest
 
 
+def whole(*values: object) -> object:
+    """One case, as parameters, that `make whole` alone runs."""
+    return pytest.param(*values, marks=pytest.mark.whole)
+
+
 def sampled(*axes: Sequence[object], together: int = 2) -> list[object]:
     """Every combination of the axes, as parameters. By default as few run as hold every combination of any `together` of them:
     with 1 each value at least once, with 2 each pair of values of two axes."""
