@@ -7,7 +7,6 @@ import types
 import numpy as np
 import pytest
 import torch
-
 from quick_interpreter import its_dtype, kept_dtype
 
 from moelab import runtime
