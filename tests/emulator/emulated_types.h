@@ -19,9 +19,18 @@ struct __half { uint16_t bits; };
 struct __nv_bfloat16 { uint16_t bits; };
 
 inline float widened(__half value) {
-    _Float16 half;
-    std::memcpy(&half, &value, 2);
-    return static_cast<float>(half);
+    // Exact, and a few instructions where a compiler without F16C calls a function: rebiased by 2^112, subnormals with it.
+    const uint32_t bits = (value.bits & 0x7FFFu) << 13, scale = 0x77800000u, sign = (value.bits & 0x8000u) << 16;
+    float result, factor;
+    std::memcpy(&result, &bits, 4);
+    std::memcpy(&factor, &scale, 4);
+    result *= factor;
+    uint32_t found;
+    std::memcpy(&found, &result, 4);
+    if (bits >= 0x7C00u << 13) found |= 0x7F800000u;  // infinite, or not a number
+    found |= sign;
+    std::memcpy(&result, &found, 4);
+    return result;
 }
 inline float widened(__nv_bfloat16 value) {
     const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
