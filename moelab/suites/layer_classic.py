@@ -13,6 +13,7 @@ from moelab import config_files, precision, roofline, runtime
 from moelab.call import Config
 from moelab.config import KernelConfig, default_config
 from moelab.errors import RecordingError
+from moelab.formats import PLAIN
 from moelab.fused_moe import fused_moe
 from moelab.inputs import MoEInputs, make_inputs, random_tensor, routing_for
 from moelab.kernels.activation import activation
@@ -128,16 +129,23 @@ class Layer:
 
         return run
 
-    def references(self, rotation: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens from head, middle and tail of a rotation, and what torch gives for them: in its dtype, in float64."""
+    def references(
+        self, rotation: int = 0, *, weight_only: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens from head, middle and tail of a rotation, and what torch gives for them: in its dtype, in float64.
+
+        weight_only: over activations as they are, whatever the format does to them.
+        """
         w, routing = self.weights[rotation], self.routings[rotation]
-        every = w.format.activations == "tensor"  # the batch's largest value makes the scale
+        format = PLAIN if weight_only else w.format
+        every = format.activations == "tensor"  # the batch's largest value makes the scale
         rows = torch.arange(self.num_tokens) if every else sample_rows(self.num_tokens)
         rows = rows.to(w.w13.device)
         x, ids, weights = self.states[rotation][rows], routing.topk_ids[rows], routing.topk_weights[rows]
-        options: dict[str, Any] = {"activation": self.shape.activation, "gated": self.shape.gated, **w.static_scales}
+        options: dict[str, Any] = {"activation": self.shape.activation, "gated": self.shape.gated}
+        options |= {} if weight_only else w.static_scales
         wide = w.to(torch.float64)  # quantised weights are judged dequantised
-        return rows, *precision.layer_references(x, wide.w13, wide.w2, weights, ids, format=w.format, **options)
+        return rows, *precision.layer_references(x, wide.w13, wide.w2, weights, ids, format=format, **options)
 
     def check(self, out: torch.Tensor, name: str = "classic layer") -> dict[str, float]:
         """Hold tokens from the head, middle and tail of rotation 0 against float64.
