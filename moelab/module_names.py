@@ -54,12 +54,12 @@ def _linear(pattern: str) -> Any:
     """A checkpoint's pattern for an engine that takes time linear in a name: `(a+)+$` keeps Python's own busy for ever."""
     import re2
 
-    re.compile(pattern)  # what Python does not take is no pattern of a checkpoint's
     options = re2.Options()
     options.log_errors = False
     try:
         if other := next((each for each in _READ_OTHERWISE if each in pattern), None):
             raise re2.error(f"{other} means something else to it")
+        re.compile(pattern)  # what Python does not take is no pattern of a checkpoint's
         return re2.compile(pattern, options)
     except re2.error as error:
         raise FormatError(
