@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moelab.cli import asking, config_commands, csv_file, options, printing, record_command, terminal, tune_command
+from moelab.cli import (
+    asking,
+    config_commands,
+    csv_file,
+    options,
+    printing,
+    record_command,
+    serve_command,
+    terminal,
+    tune_command,
+)
 from moelab.errors import DeviceError, MoelabError, RuntimeModeError
 
 if TYPE_CHECKING:
@@ -288,6 +298,7 @@ def bench(
 
 
 app.command()(record_command.record)
+app.command("serve-bench")(serve_command.serve_bench)
 
 
 # --- what the commands share --------------------------------------------------------------------------------------

@@ -1,0 +1,136 @@
+"""`moelab serve-bench`: a whole model under each implementation of its experts."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moelab.cli import printing
+
+if TYPE_CHECKING:
+    from moelab.recordings import Recording
+    from moelab.serving.suite import Plan
+
+
+def serve_bench(
+    model: Annotated[str, typer.Option("--model", help="A preset, a Hugging Face id, or the path of a config.json.")],
+    layers: Annotated[int | None, typer.Option("--layers", min=1, help="The first so many; default: all.")] = None,
+    experts: Annotated[
+        list[str] | None, typer.Option("--experts", help="A name of transformers' experts; repeat. moelab_fast is one.")
+    ] = None,
+    prefill: Annotated[list[str] | None, typer.Option("--prefill", help="BATCHxLENGTH, as 4x2048; repeat.")] = None,
+    decode: Annotated[list[int] | None, typer.Option("--decode", min=1, help="A batch; repeat.")] = None,
+    context: Annotated[int | None, typer.Option("--context", min=1, help="Tokens before a decode step.")] = None,
+    routing: Annotated[
+        str, typer.Option("--routing", help="balanced, uniform, zipf, dirichlet, or real: as its random gates say.")
+    ] = "balanced",
+    eager: Annotated[bool, typer.Option(help="Decode without a CUDA graph too.")] = True,
+    requests: Annotated[
+        int | None, typer.Option("--requests", min=0, help="Of the serving run; 0 leaves it out.")
+    ] = None,
+    rate: Annotated[str, typer.Option("--rate", help="Requests a second, or inf: all at once.")] = "8",
+    prompt_tokens: Annotated[int | None, typer.Option("--prompt-tokens", min=1, help="Of each request.")] = None,
+    new_tokens: Annotated[int | None, typer.Option("--new-tokens", min=2, help="Of each request.")] = None,
+    tree: Annotated[
+        list[Path] | None, typer.Option("--tree", help="A folder of tuned configs; twice: the two beside each other.")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of weights and activations.")] = "bfloat16",
+    limit: Annotated[float, typer.Option("--limit", min=1, help="Seconds, after which no cell is begun.")] = 300.0,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also write a recording, its rows so far after each cell.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """A whole model of random weights: time to the first token, to each further one, and tokens a second.
+
+    Contenders take turns in one model; ties are told. Exit status 1 if one is over its error bound, or could not run anywhere.
+    """
+    from moelab.serving import contenders
+    from moelab.serving.suite import Plan
+
+    trees = contenders.of_trees(tree or ())
+    given: dict[str, Any] = {
+        "layers": layers, "dtype": dtype, "contenders": (*(experts or ()), *trees), "routing": routing, "eager": eager,
+        "limit_s": limit, "load": _load(requests, rate, prompt_tokens, new_tokens),
+    }  # fmt: skip
+    given |= {"prefills": tuple(map(_shape, prefill))} if prefill else {}
+    given |= {"decodes": tuple(decode)} if decode else {}
+    given |= {"context": context} if context else {}
+    found = _measured(Plan(model, **given), out)
+    _show(found, trees, as_json)
+    if not _sound(found):
+        raise typer.Exit(1)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    if not (found := re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,6})", text)):
+        raise typer.BadParameter(f"{text!r} is no batch and length. Expected as in --prefill 4x2048.")
+    return int(found[1]), int(found[2])
+
+
+def _load(requests: int | None, rate: str, prompt_tokens: int | None, new_tokens: int | None) -> Any:
+    from moelab.serving.requests import Load
+
+    try:
+        a_second = float(rate)
+    except ValueError:
+        a_second = math.nan
+    if not a_second > 0:
+        raise typer.BadParameter(f"--rate {rate!r} is no rate. Expected requests a second, over 0, or inf.")
+    if requests == 0:
+        return None
+    given = {"requests": requests, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+    return Load(rate=a_second, **{name: value for name, value in given.items() if value})
+
+
+def _measured(plan: Plan, out: Path | None) -> Recording:
+    from moelab import recordings
+    from moelab.serving.suite import serve_bench as measure
+    from moelab.suites.partial import OnRows, record_kept
+
+    def say(text: str) -> None:
+        print(f"moelab: {text}", file=sys.stderr, flush=True)
+
+    if out is None:
+        return measure(plan, say=say)
+    found: list[Recording] = []
+
+    def kept(on_rows: OnRows) -> Recording:
+        found.append(measure(plan, on_rows, say))
+        return found[0]
+
+    written: Path = record_kept("serve_bench", kept, out)
+    say(f"wrote {written}")
+    return recordings.load(written)
+
+
+def _show(found: Recording, trees: tuple[str, ...], as_json: bool) -> None:
+    from moelab.serving import prediction, table
+
+    timed, served, judged = table.times(found.rows), table.serving(found.rows), table.errors(found.rows)
+    verdicts = [prediction.verdict(found.rows, one, trees[0]) for one in trees[1:]]
+    if as_json:
+        printing.print_json({"source": found.source(), "protocol": dict(found.protocol), "times": timed, "serving": served,
+                             "errors": judged, "verdicts": verdicts})  # fmt: skip
+        return
+    print(f"{found.source()}; decode: {found.protocol['decode']}; routing {found.protocol['routing']}\n")
+    for rows in (judged, timed, served):
+        if rows:
+            printing.show_rows(rows, False)
+            print()
+    for skipped in found.protocol["not begun for want of time"]:
+        print(f"not begun for want of time: {skipped}")
+    for line in verdicts:
+        print(line)
+
+
+def _sound(found: Recording) -> bool:
+    """Whether every contender was within its bound, and ran in some cell."""
+    named = {row["impl"] for row in found.rows}
+    ran = {row["impl"] for row in found.rows if "samples_us" in row or "itl_ms" in row}
+    return all(row.get("within_bound", True) for row in found.rows) and (ran == named or not ran)
