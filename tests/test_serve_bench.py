@@ -376,7 +376,8 @@ def test_the_times_of_requests_count_from_their_arrival() -> None:
 
 
 def rows_of(kind: str, **times: float) -> Iterator[dict[str, Any]]:
-    common = {"model": "m", "layers": 2, "batch": 16, "length": 256, "num_tokens": 16, "kind": kind}
+    common = {"model": "m", "layers": 2, "batch": 16, "length": 256, "num_tokens": 16, "kind": kind,
+              "moe_layers": 2}  # fmt: skip
     for name, us in times.items():
         yield {**common, "impl": name, "samples_us": [us * (1 + i / 1000) for i in range(-3, 4)]}
 
@@ -390,9 +391,12 @@ def test_a_gain_is_predicted_from_the_share_of_the_experts() -> None:
     (line,) = prediction.gains(rows, layer={("grouped_mm", 16): 30.0, ("fast", 16): 10.0})
     assert line["share"] == pytest.approx(0.6) and line["gain"] == pytest.approx(100 / 71) and not line["tie"]
     assert line["predicted"] == pytest.approx(1 / 0.7) and line["off"] == pytest.approx(71 / 70 - 1)
-    assert line["predicted_by_layer"] == pytest.approx(1 / (0.4 + 0.2))
+    assert line["predicted_by_layer"] == pytest.approx(100 / (100 - 2 * 30 + 2 * 10))
+    assert line["off_by_layer"] == pytest.approx(71 / 60 - 1)
     (bare,) = prediction.gains(rows[:2])
-    assert bare["predicted"] is bare["share"] is None
+    assert bare["predicted"] is bare["share"] is bare["predicted_by_layer"] is None
+    slow = [*rows[:2], *rows_of("experts of decode", grouped_mm=101.0, moelab_fast=30.0)]
+    assert prediction.gains(slow)[0]["share"] is None, "alone both wait for the host"
     assert prediction.gains(rows, first="batched_mm") == []
 
 

@@ -31,14 +31,14 @@ SPARE = 0.05
 """Of the memory, left for activations; a cell whose cache finds no room is an outcome of its own."""
 
 
-def read_config(model: str | Path, layers: int | None = None) -> Any:
-    """The transformers config of a preset, an id or a config.json, of its first `layers` layers.
+def read_config(model: str | Path | Mapping[str, Any], layers: int | None = None) -> Any:
+    """The transformers config of a preset, an id, a config.json or what stands in one, of its first `layers` layers.
 
     Raises ConfigFileError for a file without the attention's sizes, FormatError for quantised weights, OptionError for a number
     of layers that the model has not, UnknownArchitectureError for one that transformers does not know, UnknownModelError.
     """
-    source, _ = source_of(model)
-    content = load_config_file(source)
+    source = "The config" if isinstance(model, Mapping) else source_of(model)[0]
+    content = dict(model) if isinstance(model, Mapping) else load_config_file(source)
     section = dict(read_model_config(content).section)
     kind = section.get("model_type") or content.get("model_type")
     if content.get("quantization_config") or section.get("quantization_config"):

@@ -1,8 +1,8 @@
 """What a faster layer should gain a step, beside what it does gain.
 
 A step of `first` takes T, its experts a share s of it. If another contender's experts take 1/r of the first's, the step should
-shrink to T (1 - s + s / r): the gain is 1 / (1 - s + s / r) (Amdahl). r is taken twice, from the experts of all layers timed in
-the model, and from the layer's own recording (`fast_layer`), where shape and batch are in it.
+shrink to T (1 - s + s / r): the gain is 1 / (1 - s + s / r) (Amdahl). s and r are taken twice: from the experts of all layers
+timed in the model, and from the layer's own recording (`fast_layer`), where shape and batch are in it.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ def cells(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
 def gains(
     rows: Sequence[Row], first: str = "grouped_mm", layer: Mapping[tuple[str, int], float] | None = None
 ) -> list[dict[str, Any]]:
-    """A row for each cell and contender beside `first`: both steps, the share, the predicted and the measured gain.
+    """A row for each cell and contender beside `first`: both steps, the share, the measured and the predicted gain.
 
-    off: how far the step is from the one predicted from the experts timed in the model, in parts of it. tie: the 95 % intervals
-    of the two steps overlap. layer: (implementation of `fast_layer`, tokens) -> microseconds, for the second prediction.
+    off, off_by_layer: how far the step is from the predicted one, in parts of it. tie: the 95 % intervals of the two steps
+    overlap. layer: (implementation of `fast_layer`, tokens) -> microseconds, for the second prediction.
     """
-    found, layer = cells(rows), layer or {}
+    found = cells(rows)
     table = []
     for (model, layers, kind, batch, length), steps in found.items():
         if kind not in ("prefill", "decode") or first not in steps:
             continue
-        tokens = steps[first]["num_tokens"]
-        alone = found.get((model, layers, f"experts of {kind}", batch, length), {})
         own = _measurement(steps[first])
-        share = _measurement(alone[first]).median_us / own.median_us if first in alone else None
+        alone = {name: _measurement(row).median_us
+                 for name, row in found.get((model, layers, f"experts of {kind}", batch, length), {}).items()}  # fmt: skip
+        recorded = by_layer(steps[first], layer or {})
         for name, row in steps.items():
             if name == first:
                 continue
@@ -59,27 +59,33 @@ def gains(
             line: dict[str, Any] = {
                 "model": model, "kind": kind, "batch": batch, "length": length, "first": first, "impl": name,
                 "first_us": own.median_us, "us": step.median_us, "gain": own.median_us / step.median_us, "tie": tie(own, step),
-                "share": share,
+                "share": share(alone, first, own.median_us),
             }  # fmt: skip
-            table.append(line | _predicted(line, alone, share, layer, tokens))
+            line["predicted"], line["off"] = _predicted(line, alone)
+            line["predicted_by_layer"], line["off_by_layer"] = _predicted(line, recorded)
+            table.append(line)
     return table
 
 
-def _predicted(
-    line: Row, alone: Mapping[str, Row], share: float | None, layer: Mapping[tuple[str, int], float], tokens: int
-) -> dict[str, Any]:
-    told: dict[str, Any] = {"predicted": None, "off": None, "predicted_by_layer": None}
-    if share is None or share >= 1:  # calls that wait for the host can take longer alone than within a step
-        return told
+def by_layer(row: Row, layer: Mapping[tuple[str, int], float]) -> dict[str, float]:
+    """Contender -> microseconds of all experts of a step, as the layer's recording has them at the row's number of tokens."""
+    return {name: row["moe_layers"] * layer[theirs, row["num_tokens"]]
+            for name, theirs in RECORDED.items() if (theirs, row["num_tokens"]) in layer}  # fmt: skip
+
+
+def share(alone: Mapping[str, float], name: str, step_us: float) -> float | None:
+    """Of the experts in a step; None where they are not known, or take longer alone, as calls that wait for the host may."""
+    return alone[name] / step_us if name in alone and alone[name] < step_us else None
+
+
+def _predicted(line: Row, alone: Mapping[str, float]) -> tuple[float | None, float | None]:
+    """(the gain, how far off the measured step is) by the experts' times alone."""
     first, name = line["first"], line["impl"]
-    if name in alone:
-        ratio = _measurement(alone[first]).median_us / _measurement(alone[name]).median_us
-        told["predicted"] = amdahl(share, ratio)
-        told["off"] = line["us"] * told["predicted"] / line["first_us"] - 1
-    of_first, of_other = layer.get((RECORDED.get(first, ""), tokens)), layer.get((RECORDED.get(name, ""), tokens))
-    if of_first and of_other:
-        told["predicted_by_layer"] = amdahl(share, of_first / of_other)
-    return told
+    part = share(alone, first, line["first_us"])
+    if part is None or name not in alone:
+        return None, None
+    gain = amdahl(part, alone[first] / alone[name])
+    return gain, line["us"] * gain / line["first_us"] - 1
 
 
 def amdahl(share: float, ratio: float) -> float:

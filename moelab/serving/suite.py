@@ -6,14 +6,14 @@ them; all rows so far are handed on after each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from typing import Any
 
 import torch
 
-from moelab import runtime
+from moelab import hf, runtime
 from moelab.dtypes import dtype_name
 from moelab.errors import DtypeError
 from moelab.recordings import Recording
@@ -38,11 +38,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured of one model. contenders: names of ExpertsInterface, () for those that run here. prefills: (batch,
-    length); decodes: batches, each over `context` tokens. eager: decode without a graph too. load: of the serving run, if any.
-    limit_s: of all of it, the model's making included."""
+    """What is measured of one model. model: as `read_config` takes it. contenders: names of ExpertsInterface, () for those that
+    run here. prefills: (batch, length); decodes: batches, each over `context` tokens. eager: decode without a graph too. load: of
+    the serving run, if any. limit_s: of all of it, the model's making included.
+    """
 
-    model: str
+    model: str | Mapping[str, Any]
     layers: int | None = None
     dtype: str = "bfloat16"
     contenders: tuple[str, ...] = ()
@@ -54,6 +55,11 @@ class Plan:
     load: requests.Load | None = field(default_factory=requests.Load)
     limit_s: float = 300.0
     protocol: Protocol = field(default_factory=Protocol)
+
+    @property
+    def name(self) -> str:
+        """Of the model, as rows say it."""
+        return self.model if isinstance(self.model, str) else str(self.model.get("model_type", "a config of one's own"))
 
     def cells(self) -> list[tuple[str, int, int]]:
         """(kind, batch, length) in their order: a decode, a prefill, and so on; the serving run last."""
@@ -77,7 +83,9 @@ def serve_bench(plan: Plan, on_rows: OnRows = ignore, say: Callable[[str], None]
     with watched(limit):
         model = build(config, device, _dtype(plan.dtype))
         say(f"{type(model).__name__} of {config.num_hidden_layers} layers is there; {', '.join(names)} take turns")
-        common = {"model": plan.model, "layers": config.num_hidden_layers}
+        common = {
+            "model": plan.name, "layers": config.num_hidden_layers, "moe_layers": len(hf.experts_of(model)),
+        }  # fmt: skip
         rows += [common | {"batch": 1, "length": row["num_tokens"]} | row for row in judged(model, names)]
         on_rows(rows)
         for kind, batch, length in plan.cells():

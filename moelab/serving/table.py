@@ -46,7 +46,9 @@ def _lines(cell: Sequence[Row], gained: Mapping[tuple[Any, ...], Row]) -> list[d
             line |= {"ms": one.median_us / 1e3, "low": low / 1e3, "high": high / 1e3,
                      "": "fastest" if one is best else "tie" if tie(one, best) else None}  # fmt: skip
         gain = gained.get((row["model"], row["kind"], row["batch"], row["length"], row["impl"]), {})
-        line |= {name: gain.get(name) for name in ("gain", "predicted", "off", "predicted_by_layer", "share")}
+        line |= {
+            name: gain.get(name) for name in ("gain", "predicted", "off", "predicted_by_layer", "off_by_layer", "share")
+        }
         line |= {"touched": row.get("experts_touched"), "load": row.get("load"), "refused": row.get("refused")}
         lines.append(line)
     return lines
