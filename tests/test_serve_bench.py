@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +39,9 @@ CONFIG = {
 }  # fmt: skip
 QUICK = Protocol(sample_ms=0.01, cell_s=0.01, fewest=2, most=2)
 DEVICE = runtime.current().device
+PAIR = (
+    ("eager", "moelab_torch") if DEVICE == "cpu" else ("batched_mm", "moelab_triton")
+)  # on a GPU those that a graph takes
 
 
 def a_file(folder: Path, **changes: Any) -> Path:
@@ -67,7 +72,7 @@ def tiny(config: Path) -> Any:
 
 def plan(config: Path, **changes: Any) -> suite.Plan:
     load = requests.Load(2, 5, 3, rate=math.inf, runs=1)
-    given = {"dtype": "float32", "contenders": ("eager", "moelab_torch"), "prefills": ((2, 8),), "decodes": (3,), "context": 6,
+    given = {"dtype": "float32", "contenders": PAIR, "prefills": ((2, 8),), "decodes": (3,), "context": 6,
              "load": load, "protocol": QUICK}  # fmt: skip
     return suite.Plan(str(config), **given | changes)
 
@@ -87,7 +92,7 @@ def test_a_run_has_every_kind_of_cell_for_every_contender(found: tuple[Recording
         kinds == {"error", "logits", "decode", "experts of decode", "prefill", "experts of prefill", "serving"} | graphs
     )
     for kind in kinds:
-        assert {row["impl"] for row in recording.rows if row["kind"] == kind} == {"eager", "moelab_torch"}
+        assert {row["impl"] for row in recording.rows if row["kind"] == kind} == set(PAIR)
     assert not any("refused" in row for row in recording.rows) and all(
         row.get("within_bound", True) for row in recording.rows
     )
@@ -112,7 +117,7 @@ def test_the_tables_of_a_run(found: tuple[Recording, list[int]]) -> None:
     assert [line["cell"] for line in times][:4:2] == ["decode 3x6", "experts of decode 3x6"]
     assert sum(line[""] == "fastest" for line in times) == len({line["cell"] for line in times})
     assert all(line["low"] <= line["ms"] <= line["high"] for line in times)
-    assert {line["experts"] for line in served} == {"eager", "moelab_torch"}
+    assert {line["experts"] for line in served} == set(PAIR)
     assert all(line["TTFT p50, ms"] <= line["TTFT p99, ms"] and line["output tok/s"] > 0 for line in served)
     assert {row["kind"] for row in table.errors(found[0].rows)} == {"error", "logits"}
 
@@ -339,7 +344,7 @@ def test_a_cell_without_room_is_an_outcome_of_each(config: Path, monkeypatch: py
     monkeypatch.setattr(suite, "decode", no_room)
     rows = suite.serve_bench(plan(config, prefills=(), load=None)).rows
     refused = [row for row in rows if row["kind"] == "decode"]
-    assert [row["impl"] for row in refused] == ["eager", "moelab_torch"]
+    assert [row["impl"] for row in refused] == [*PAIR]
     assert all(row["refused"] == "OutOfMemoryError: no room for the cache" for row in refused)
 
 
@@ -462,3 +467,106 @@ def test_bad_options_are_named(run, config: Path, options: tuple[str, ...], word
 def test_the_suite_needs_a_gpu() -> None:
     with pytest.raises(RuntimeModeError, match="'serve_bench' needs an NVIDIA GPU"):
         suite.record()
+
+
+# --- the path of a GPU, with stand-ins for its graphs, streams and events ----------------------------------------------------
+
+
+class Graph:
+    """Replays the work that was run while it was captured."""
+
+    work: steps.Work
+    replays = 0
+
+    def replay(self) -> None:
+        Graph.replays += 1
+        self.work.run()
+
+
+class Event:
+    """Times by the wall; enters no queue."""
+
+    def __init__(self, **_: object) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return (end.at - self.at) * 1e3
+
+
+class Stream:
+    def wait_stream(self, other: object) -> None:
+        pass
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that takes its CPU for a GPU."""
+    for name, one in {"CUDAGraph": Graph, "Event": Event, "Stream": Stream, "current_stream": Stream}.items():
+        monkeypatch.setattr(torch.cuda, name, one)
+    for name in ("graph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(runtime, "current", lambda: runtime.Runtime("gpu", "cpu", "pretended", "a test"))
+    prepared = clock._prepared
+
+    def of_work(made: Any, work: steps.Work, name: str, graph: bool) -> Any:
+        monkeypatch.setattr(Graph, "work", work, raising=False)
+        return prepared(made, work, name, graph)
+
+    monkeypatch.setattr(clock, "_prepared", of_work)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="has a GPU, which does it itself")
+def test_the_path_of_a_gpu(config: Path, pretended: None) -> None:
+    found = suite.serve_bench(plan(config, contenders=("batched_mm", "eager"), load=None))
+    graphs = {row["kind"]: row["graph"] for row in found.rows if "graph" in row}
+    assert graphs == {"decode": True, "decode, eager": False, "experts of decode": True, "prefill": False,
+                      "experts of prefill": True}  # fmt: skip
+    assert all("samples_us" in row for row in found.rows if "graph" in row) and Graph.replays > 0
+    assert "a CUDA graph" in found.protocol["decode"]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="has a GPU, which does it itself")
+def test_a_context_that_is_gone_ends_the_run_and_keeps_its_rows(
+    config: Path, pretended: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def fatal(*_: Any) -> Any:
+        monkeypatch.setattr(torch.cuda, "synchronize", lost)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    rows: list[Any] = []
+    monkeypatch.setattr(suite, "decode", fatal)
+    with pytest.raises(RuntimeModeError, match="ended this process's CUDA context"):
+        suite.serve_bench(
+            plan(config, contenders=("eager",), load=None), lambda so_far: rows.__setitem__(slice(None), so_far)
+        )
+    assert {row["kind"] for row in rows} == {"error", "logits"}
+
+
+class Paced:
+    """A contender that takes so many microseconds by its own account."""
+
+    def __init__(self, us: float) -> None:
+        self.us, self.work = us, steps.Work("decode", 1, lambda: None)
+
+    def once(self) -> float:
+        return self.us
+
+    def sample(self, runs: int) -> float:
+        return self.us
+
+
+def test_a_slow_one_gets_few_samples_and_the_others_their_rounds() -> None:
+    protocol = Protocol(sample_ms=1.0, cell_s=0.1, fewest=3, most=9)
+    found = clock._sampled({"a": Paced(1000.0), "b": Paced(1100.0), "c": Paced(1e6)}, protocol)  # type: ignore[dict-item]
+    assert {name: len(samples) for name, samples in found.items()} == {"a": 9, "b": 9, "c": 3}
+    assert clock._sampled({}, protocol) == {}

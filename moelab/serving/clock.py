@@ -22,6 +22,10 @@ GRACE_S = 120.0
 """Past its limit a run is ended from outside Python: a kernel that never returns would hold it for ever."""
 
 
+SLOW = 3.0
+"""Times as slow as the fastest: no tie is in question, and few samples do."""
+
+
 @dataclass(frozen=True)
 class Protocol:
     """sample_ms: what a sample lasts at least; runs fill it, as many as the work allows. cell_s: what all samples of a cell take
@@ -81,14 +85,24 @@ def in_turns(
             found[name] = told(error)
         if name in found:  # outside the handler, whose traceback holds the tensors
             release()
-    rough = {name: one.once() for name, one in ready.items()}
-    runs = {name: min(work.at_most, max(1, math.ceil(protocol.sample_ms * 1e3 / rough[name]))) for name in ready}
-    a_round = sum(rough[name] * runs[name] for name in ready) / 1e6
-    rounds = min(protocol.most, max(protocol.fewest, int(protocol.cell_s / a_round))) if ready else 0
+    samples = _sampled(ready, protocol)
+    return {name: found[name] if name in found else samples[name] for name in names}
+
+
+def _sampled(ready: Mapping[str, _Ready], protocol: Protocol) -> dict[str, list[float]]:
+    """Samples of each, in turns. One SLOW times slower than the fastest gets the fewest, so that the others have their rounds."""
     samples: dict[str, list[float]] = {name: [] for name in ready}
+    rough = {name: one.once() for name, one in ready.items()}
+    slow = {name for name in ready if rough[name] > SLOW * min(rough.values())}
+    runs = {
+        name: min(ready[name].work.at_most, max(1, math.ceil(protocol.sample_ms * 1e3 / rough[name]))) for name in ready
+    }
+    a_round = sum(rough[name] * runs[name] for name in ready if name not in slow) / 1e6
+    rounds = min(protocol.most, max(protocol.fewest, int(protocol.cell_s / a_round))) if ready else 0
     for name in turns(ready, rounds, protocol.seed):
-        samples[name].append(round(ready[name].sample(runs[name]), 3))
-    return {name: found.get(name) or samples[name] for name in names}
+        if name not in slow or len(samples[name]) < protocol.fewest:
+            samples[name].append(round(ready[name].sample(runs[name]), 3))
+    return samples
 
 
 @dataclass(frozen=True)
