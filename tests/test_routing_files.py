@@ -15,6 +15,7 @@ from moelab.routing import load_routing, make_routing
 
 NAME = "moe_bf16_topk4_e16_h64_i32"
 BLOBS = f"blob/workloads/moe/{NAME}"
+HERE = {"type": "safetensors", "path": f"{BLOBS}/0.safetensors"}
 
 
 def line(number: int, definition: str = NAME, **inputs: Any) -> dict[str, Any]:
@@ -60,8 +61,8 @@ def test_the_ids_of_every_workload_come_one_after_another(tmp_path: Path) -> Non
         ([line(7)], "7.safetensors, which is in none of"),
         ([line(0, topk_ids={"type": "safetensors", "path": "/etc/passwd", "tensor_key": "a"})], "no path below its set"),
         ([line(0, topk_ids={"type": "safetensors", "path": "../x", "tensor_key": "a"})], "no path below its set"),
-        ([line(0, topk_ids={"type": "safetensors", "path": f"{BLOBS}/0.safetensors", "tensor_key": "b"})], "no tensor 'b', but a, "),
-        ([line(0, topk_ids={"type": "safetensors", "path": f"{BLOBS}/0.safetensors", "tensor_key": "a"})], "F32, which is no int"),
+        ([line(0, topk_ids=HERE | {"tensor_key": "b"})], "no tensor 'b', but a, "),
+        ([line(0, topk_ids=HERE | {"tensor_key": "a"})], "F32, which is no int"),
     ],
 )  # fmt: skip
 def test_a_set_that_cannot_be_read_says_where(tmp_path: Path, lines: list[Any], words: str) -> None:
