@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ from moelab.errors import (
     FormatError,
     MoelabError,
     OptionError,
+    RoutingError,
     RuntimeModeError,
     UnknownArchitectureError,
     UnknownNameError,
@@ -225,6 +227,32 @@ def test_a_longer_forward_takes_the_table_again(tiny: Any) -> None:
     with routes.routed(tiny, "real", 3):
         pass
     with pytest.raises(UnknownNameError, match="balanced"), routes.routed(tiny, "balancd", 3):
+        pass
+
+
+def test_the_routing_of_a_live_model_is_asked_again(tiny: Any, config: Path, tmp_path: Path) -> None:
+    contenders.use(tiny, "eager")
+    work = steps.prefill(tiny, 1, 8)
+    with hf.captured_routing(tiny) as live:
+        work.run()
+    saved = hf.save_routing(live, tmp_path)
+    with routes.routed(tiny, str(tmp_path), 8), routes.asked(tiny) as found:
+        steps.prefill(tiny, 2, 8).run()
+    for name, one in found.items():
+        assert torch.equal(one.ids.cpu().int(), torch.cat([live[name][0]] * 2))
+    saved[-1].unlink()
+    with pytest.raises(RoutingError, match="Record the routing of this model"):
+        suite.serve_bench(plan(config, routing=str(tmp_path)))
+    with (
+        pytest.raises(RoutingError, match=r"layers\.2\.mlp\.experts\.npy, nor 0 others of 3"),
+        routes.routed(tiny, str(tmp_path), 8),
+    ):
+        pass
+    np.save(saved[-1], np.array([[0, 1, 2]]))
+    with pytest.raises(RoutingError, match=r"of 3 experts each.*of 2 experts"), routes.routed(tiny, str(tmp_path), 8):
+        pass
+    np.save(saved[-1], np.array([[0, 8]]))
+    with pytest.raises(RoutingError, match="8 experts"), routes.routed(tiny, str(tmp_path), 8):
         pass
 
 

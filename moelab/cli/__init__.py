@@ -260,7 +260,7 @@ def bench(
         typer.Option("--batch-size", min=1, max=options.MOST_TOKENS, help="Tokens; repeat. Default: 1, 16, 256."),
     ] = None,
     routing: Annotated[
-        str, typer.Option("--routing", help="How popular experts are: uniform, zipf or dirichlet.")
+        str, typer.Option("--routing", help="How popular experts are: uniform, zipf, dirichlet, or a file of ids.")
     ] = "uniform",
     eager: Annotated[bool, typer.Option(help="Also time calls without a CUDA graph.")] = True,
     csv: Annotated[

@@ -27,7 +27,11 @@ def serve_bench(
     decode: Annotated[list[int] | None, typer.Option("--decode", min=1, help="A batch; repeat.")] = None,
     context: Annotated[int | None, typer.Option("--context", min=1, help="Tokens before a decode step.")] = None,
     routing: Annotated[
-        str, typer.Option("--routing", help="balanced, uniform, zipf, dirichlet, or real: as its random gates say.")
+        str,
+        typer.Option(
+            "--routing",
+            help="balanced, uniform, zipf, dirichlet, a folder of saved ids; real: as its gates say.",
+        ),
     ] = "balanced",
     eager: Annotated[bool, typer.Option(help="Decode without a CUDA graph too.")] = True,
     requests: Annotated[

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,19 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from moelab import hf
-from moelab.errors import UnknownNameError, nearest_names
+from moelab.errors import RoutingError, UnknownNameError, nearest_names
 from moelab.routing import ROUTINGS as POPULARITIES
-from moelab.routing import count_experts, make_routing
+from moelab.routing import count_experts, load_routing, make_routing
 
 ROUTINGS = ("balanced", "real", *POPULARITIES)
 """balanced: each expert gets as many tokens as any other, or one more. real: the model's own gates."""
 
 
 def require_routing(name: str) -> str:
-    """The name. Raises UnknownNameError for another."""
-    if name not in ROUTINGS:
+    """The name, or the folder. Raises UnknownNameError for another."""
+    if name not in ROUTINGS and not Path(name).is_dir():
         raise UnknownNameError(
-            f"Unknown routing {name!r}. Expected one of {', '.join(ROUTINGS)}.{nearest_names(name, ROUTINGS)} Name one of them."
+            f"Unknown routing {name!r}. Expected one of {', '.join(ROUTINGS)}, or a folder that moelab.hf.save_routing wrote."
+            f"{nearest_names(name, ROUTINGS)} Name one of them."
         )
     return name
 
@@ -42,25 +44,56 @@ def table(name: str, num_tokens: int, num_experts: int, top_k: int) -> np.ndarra
 
 @contextmanager
 def routed(model: nn.Module, name: str, most_tokens: int, seed: int = 0) -> Iterator[None]:
-    """Within it, each block's ids are those of the table, its experts shuffled anew for each block; nothing for "real".
+    """Within it, each block's ids are those of the table, its experts shuffled anew for each block, or those of its file in the
+    folder; nothing for "real".
 
-    most_tokens: of a forward; a longer one takes the table again from its start.
+    most_tokens: of a forward; a longer one takes the table again from its start. Raises RoutingError for another model's folder.
     """
     if require_routing(name) == "real":
         yield
         return
-    shuffled, tables, handles = np.random.default_rng(seed), dict[tuple[int, int], np.ndarray](), []
-    for block in hf.experts_of(model).values():
-        experts, top_k = block.down_proj.shape[0], top_k_of(block)
-        if (experts, top_k) not in tables:
-            tables[experts, top_k] = table(name, most_tokens, experts, top_k)
-        ids = torch.from_numpy(shuffled.permutation(experts)[tables[experts, top_k]]).to(block.down_proj.device)
-        handles.append(block.register_forward_pre_hook(_replacing(ids)))
+    blocks = hf.experts_of(model)
+    found = _drawn(blocks, name, most_tokens, seed) if name in ROUTINGS else _saved(blocks, Path(name))
+    handles = [
+        block.register_forward_pre_hook(_replacing(torch.from_numpy(found[path]).to(block.down_proj.device)))
+        for path, block in blocks.items()
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _drawn(blocks: Mapping[str, Any], name: str, most_tokens: int, seed: int) -> dict[str, np.ndarray]:
+    shuffled, tables = np.random.default_rng(seed), dict[tuple[int, int], np.ndarray]()
+    found = {}
+    for path, block in blocks.items():
+        experts, top_k = block.down_proj.shape[0], top_k_of(block)
+        if (experts, top_k) not in tables:
+            tables[experts, top_k] = table(name, most_tokens, experts, top_k)
+        found[path] = shuffled.permutation(experts)[tables[experts, top_k]]
+    return found
+
+
+def _saved(blocks: Mapping[str, Any], folder: Path) -> dict[str, np.ndarray]:
+    """What `moelab.hf.save_routing` wrote of such a model, a file a block."""
+    lacking = [path for path in blocks if not (folder / f"{path}.npy").is_file()]
+    if lacking:
+        raise RoutingError(
+            f"{folder} has no {lacking[0]}.npy, nor {len(lacking) - 1} others of {len(blocks)}. Expected a file for each "
+            "block of experts. Record the routing of this model: moelab.hf.captured_routing, then save_routing."
+        )
+    found = {}
+    for path, block in blocks.items():
+        recorded = load_routing(folder / f"{path}.npy", block.down_proj.shape[0])
+        if recorded.top_k != top_k_of(block) or recorded.num_tokens == 0:
+            raise RoutingError(
+                f"{folder / path}.npy holds {recorded.num_tokens} tokens of {recorded.top_k} experts each. Expected at least "
+                f"one, of {top_k_of(block)} experts. Record the routing of this model."
+            )
+        found[path] = recorded.topk_ids.numpy().astype(np.int64)
+    return found
 
 
 def top_k_of(block: Any) -> int:

@@ -82,6 +82,8 @@ def serve_bench(plan: Plan, on_rows: OnRows = ignore, say: Callable[[str], None]
     config = read_config(plan.model, plan.layers)
     with watched(limit):
         model = build(config, device, _dtype(plan.dtype))
+        with routed(model, plan.routing, 1):
+            pass  # a folder of another model is no outcome of a contender
         say(f"{type(model).__name__} of {config.num_hidden_layers} layers is there; {', '.join(names)} take turns")
         common = {
             "model": plan.name, "layers": config.num_hidden_layers, "moe_layers": len(hf.experts_of(model)),
