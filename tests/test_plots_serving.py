@@ -74,6 +74,7 @@ def test_gains_are_over_grouped_mm() -> None:
     assert fast["decode 64"]["gain"] == pytest.approx(1.25) and not fast["decode 64"]["tie"]
     assert fast["prefill 1 × 2048"]["gain"] == 1.0 and fast["prefill 1 × 2048"]["tie"]
     assert numbers(panel.sentence)[:4] == [1.25, 1, 1.25, 1] and "1.04 times as fast at decode" in panel.sentence
+    assert panel.sentence.endswith("Without a time: batched_mm at decode 256 (OutOfMemoryError).")
     bars = [trace.error_y.array is not None for trace in panel.figure.data if trace.name == "moelab_fast"]
     assert bars == [True, True]
 

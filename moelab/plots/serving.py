@@ -82,7 +82,9 @@ def gains(measured: Measured) -> Panel:
         for line in lines
     ]  # fmt: skip
     return Panel(
-        figure, table, f"**{_said_of_gains(measured, lines, shown)}**{_untold(measured)}{_where_it_pays(lines)}"
+        figure,
+        table,
+        f"**{_said_of_gains(measured, lines, shown)}**{_untold(measured)}{_where_it_pays(lines)}{_without_time(measured)}",
     )
 
 
@@ -107,6 +109,15 @@ def _said_of_gains(measured: Measured, lines: Sequence[Row], shown: Sequence[str
 
 def _untold(measured: Measured) -> str:
     return " Single medians: whether two are a tie, nobody can say." if measured.single else ""
+
+
+def _without_time(measured: Measured) -> str:
+    """Contenders that were refused in a step, or had no room."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in _ordered([row for row in measured.rows if row["kind"] in KINDS and "refused" in row]):
+        found.setdefault((row["impl"], row["refused"].partition(":")[0]), []).append(_where(row))
+    said = "; ".join(f"{name} at {', '.join(where)} ({why})" for (name, why), where in found.items())
+    return f" Without a time: {said}." if said else ""
 
 
 def _where_it_pays(lines: Sequence[Row]) -> str:
@@ -137,11 +148,13 @@ def walk(measured: Measured) -> Panel:
     for column, name in enumerate((FIRST, FAST), start=1):
         mine = [part for part in parts if part["impl"] == name]
         for what, color in zip(("experts", "the rest"), colors, strict=True):
-            figure.add_bar(x=[_where(part) for part in mine], y=[part[what] for part in mine], name=what, legendgroup=what,
-                           marker={"color": color}, showlegend=column == 1, row=1, col=column)  # fmt: skip
+            figure.add_bar(
+                x=[_where(part).replace(" ", "<br>", 1) for part in mine], y=[part[what] for part in mine], name=what,
+                legendgroup=what, marker={"color": color}, showlegend=column == 1, row=1, col=column,
+            )  # fmt: skip
     figure.update_layout(barmode="stack")
     figure.update_yaxes(title="ms a step", col=1)
-    figure.update_xaxes(title="kind of step, batch (× tokens)")
+    figure.update_xaxes(title="kind of step, batch (× tokens)", tickangle=0)
     table = [
         {"step": _where(part), "experts' implementation": part["impl"], "ms": part["ms"], "experts, ms": part["experts"],
          "the rest, ms": part["the rest"], "share": part["experts"] / part["ms"]}
