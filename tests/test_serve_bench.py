@@ -31,6 +31,7 @@ from moelab.errors import (
 from moelab.recordings import Recording
 from moelab.serving import clock, contenders, model, prediction, requests, routes, steps, suite, table
 from moelab.serving.clock import Limit, Protocol
+from moelab.suites.partial import keeper
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 E, K, LAYERS = 8, 2, 3
@@ -470,6 +471,16 @@ def test_the_command_prints_and_writes(run, config: Path, tmp_path: Path, monkey
     status, printed, told = run("serve-bench", "--model", str(config), *SMALL, "--layers", "1", "--out", str(out))
     assert status == 0 and "decode 1x4" in printed and "wrote" in told and "1 layers" in told
     assert recordings.load(out).rows and [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    status, again, _ = run("serve-bench", "--replay", str(out))
+    assert status == 0 and again == printed, "as it was printed, and without a model made"
+    status, _, told = run("serve-bench", "--replay", str(out), "--model", "mixtral-8x7b")
+    assert status == 2 and "with that model" in told
+    status, _, told = run("serve-bench")
+    assert status == 2 and "--replay" in told
+    keeper("serve_bench", out)(recordings.load(out).rows[:3])
+    status, again, _ = run("serve-bench", "--replay", f"{out}.partial")
+    assert status == 0 and "decode 1x4" in again
+    Path(f"{out}.partial").unlink()
     status, printed, _ = run("serve-bench", "--model", str(config), *SMALL, "--limit", "1", "--json")
     assert status == 0 and set(json.loads(printed)) == {"source", "protocol", "times", "serving", "errors", "verdicts"}
 

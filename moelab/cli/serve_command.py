@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def serve_bench(
-    model: Annotated[str, typer.Option("--model", help="A preset, a Hugging Face id, or the path of a config.json.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="A preset, a Hugging Face id, or the path of a config.json.")
+    ] = None,
     layers: Annotated[int | None, typer.Option("--layers", min=1, help="The first so many; default: all.")] = None,
     experts: Annotated[
         list[str] | None, typer.Option("--experts", help="A name of transformers' experts; repeat. moelab_fast is one.")
@@ -48,12 +50,20 @@ def serve_bench(
     out: Annotated[
         Path | None, typer.Option("--out", help="Also write a recording, its rows so far after each cell.")
     ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option("--replay", help="Print this recording, or what a cut run has left of one; needs no GPU."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """A whole model of random weights: time to the first token, to each further one, and tokens a second.
 
     Contenders take turns in one model; ties are told. Exit status 1 if one is over its error bound, or could not run anywhere.
     """
+    if replay is not None:
+        return _show(_of(replay, model), (), as_json)
+    if model is None:
+        raise typer.BadParameter("name a model by --model, or a recording by --replay.")
     from moelab.serving import contenders
     from moelab.serving.suite import Plan
 
@@ -69,6 +79,24 @@ def serve_bench(
     _show(found, trees, as_json)
     if not _sound(found):
         raise typer.Exit(1)
+
+
+def _of(path: Path, model: str | None) -> Recording:
+    """The recording, or that model's rows of it."""
+    from dataclasses import replace
+
+    from moelab import recordings
+    from moelab.errors import RecordingError
+
+    found = recordings.load(path)
+    rows = tuple(found.select(model=model) if model else found.rows)
+    there = list(dict.fromkeys(str(row.get("model")) for row in found.rows))
+    if found.suite != "serve_bench" or not rows:
+        raise RecordingError(
+            f"{path} is a recording of {found.suite}, of {', '.join(there)[:200]}. Expected one of serve_bench with that model. "
+            "Name another."
+        )
+    return replace(found, rows=rows)
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -122,12 +150,13 @@ def _show(found: Recording, trees: tuple[str, ...], as_json: bool) -> None:
         printing.print_json({"source": found.source(), "protocol": dict(found.protocol), "times": timed, "serving": served,
                              "errors": judged, "verdicts": verdicts})  # fmt: skip
         return
-    print(f"{found.source()}; decode: {found.protocol['decode']}; routing {found.protocol['routing']}\n")
+    how = [f"{name}: {found.protocol[name]}" for name in ("decode", "routing") if name in found.protocol]
+    print("; ".join([found.source(), *how]), end="\n\n")
     for rows in (judged, timed, served):
         if rows:
             printing.show_rows(rows, False)
             print()
-    for skipped in found.protocol["not begun for want of time"]:
+    for skipped in found.protocol.get("not begun for want of time", ()):
         print(f"not begun for want of time: {skipped}")
     for line in verdicts:
         print(line)
