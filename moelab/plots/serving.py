@@ -150,7 +150,8 @@ def walk(measured: Measured) -> Panel:
         for what, color in zip(("experts", "the rest"), colors, strict=True):
             figure.add_bar(
                 x=[_where(part).replace(" × ", "<br>× ").replace(" ", "<br>", 1) for part in mine],
-                y=[part[what] for part in mine], name=what, legendgroup=what, marker={"color": color}, showlegend=column == 1, row=1, col=column,
+                y=[part[what] for part in mine], name=what, legendgroup=what, marker={"color": color},
+                showlegend=column == 1, row=1, col=column,
             )  # fmt: skip
     figure.update_layout(barmode="stack")
     figure.update_yaxes(title="ms a step", col=1)
