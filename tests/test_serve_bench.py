@@ -23,6 +23,7 @@ from moelab.errors import (
     FormatError,
     MoelabError,
     OptionError,
+    RecordingError,
     RoutingError,
     RuntimeModeError,
     UnknownArchitectureError,
@@ -354,6 +355,21 @@ def test_no_room_says_how_many_layers_fit(config: Path, monkeypatch: pytest.Monk
             model.build(found, DEVICE, torch.float32)
     monkeypatch.setattr(model, "free_bytes", lambda _: sizes["all"] / (1 - model.SPARE) + 1)
     model.require_room(found, DEVICE, torch.float32)
+
+
+def test_runs_of_one_place_lie_in_one_recording(found: tuple[Recording, list[int]], tmp_path: Path) -> None:
+    first = found[0]
+    other = replace(
+        first, protocol={**first.protocol, "model": "b"}, rows=tuple({**row, "model": "b"} for row in first.rows[:2])
+    )
+    both = suite.joined(first, other)
+    assert len(both.rows) == len(first.rows) + 2 and set(both.protocol["models"]) == {first.protocol["model"], "b"}
+    again = suite.joined(both, replace(other, rows=other.rows[:1]))
+    assert len(again.rows) == len(first.rows) + 1, "the model's rows are replaced"
+    assert suite.joined(None, first) is first
+    suite.require_same(recordings.load(recordings.write(both, tmp_path / "both.json")))
+    with pytest.raises(RecordingError, match=r"another git_commit \(abc\)"):
+        suite.require_same(replace(first, provenance={**first.provenance, "git_commit": "abc"}))
 
 
 # --- time ---------------------------------------------------------------------------------------------------------------

@@ -48,7 +48,8 @@ def serve_bench(
     dtype: Annotated[str, typer.Option("--dtype", help="Of weights and activations.")] = "bfloat16",
     limit: Annotated[float, typer.Option("--limit", min=1, help="Seconds, after which no cell is begun.")] = 300.0,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Also write a recording, its rows so far after each cell.")
+        Path | None,
+        typer.Option("--out", help="Also write a recording, beside rows of other models in it; kept after each cell."),
     ] = None,
     replay: Annotated[
         Path | None,
@@ -122,6 +123,7 @@ def _load(requests: int | None, rate: str, prompt_tokens: int | None, new_tokens
 
 def _measured(plan: Plan, out: Path | None) -> Recording:
     from moelab import recordings
+    from moelab.serving.suite import joined, require_same
     from moelab.serving.suite import serve_bench as measure
     from moelab.suites.partial import OnRows, record_kept
 
@@ -130,15 +132,17 @@ def _measured(plan: Plan, out: Path | None) -> Recording:
 
     if out is None:
         return measure(plan, say=say)
+    before = recordings.load(out) if out.exists() else None
+    if before is not None:
+        require_same(before)
     found: list[Recording] = []
 
     def kept(on_rows: OnRows) -> Recording:
         found.append(measure(plan, on_rows, say))
-        return found[0]
+        return joined(before, found[0])
 
-    written: Path = record_kept("serve_bench", kept, out)
-    say(f"wrote {written}")
-    return recordings.load(written)
+    say(f"wrote {record_kept('serve_bench', kept, out)}")
+    return found[0]
 
 
 def _show(found: Recording, trees: tuple[str, ...], as_json: bool) -> None:

@@ -7,7 +7,7 @@ them; all rows so far are handed on after each.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from moelab import hf, runtime
 from moelab.dtypes import dtype_name
-from moelab.errors import DtypeError
+from moelab.errors import DtypeError, RecordingError
 from moelab.recordings import Recording
 from moelab.serving import requests
 from moelab.serving.clock import Limit, Protocol, in_turns, rows_of, watched
@@ -118,7 +118,7 @@ def _provenance() -> Row:
 def _protocol(plan: Plan, limit: Limit, model: Any) -> Row:
     graphs = runtime.current().mode == "gpu"
     return {
-        "kind": "one model, contenders in turns by set_experts_implementation",
+        "kind": "one model, contenders in turns by set_experts_implementation", "model": plan.name,
         "decode": "a CUDA graph over a StaticCache" if graphs else "without a graph: there is no GPU",
         "prefill": "wall time of an eager forward to the argmax of its last token",
         "experts": "all blocks of experts after one another, asked as in a forward",
@@ -185,14 +185,39 @@ def _serving(model: Any, plan: Plan, names: Sequence[str], common: Row) -> Itera
                 yield row
 
 
+SAME = ("gpu", "driver", "torch", "triton", "transformers", "git_commit")
+"""What two runs have to share to lie in one recording."""
+
+
+def require_same(before: Recording) -> None:
+    """Raise RecordingError where a run of this process could not be joined to that recording."""
+    here = _provenance()
+    if other := [name for name in SAME if before.provenance.get(name) != here.get(name)]:
+        raise RecordingError(
+            f"{before.path or 'The recording'} was made with another {', '.join(other)} "
+            f"({', '.join(str(before.provenance.get(name)) for name in other)}). Expected rows of one place and commit in a "
+            "file. Name another file, or move that one."
+        )
+
+
+def joined(before: Recording | None, found: Recording) -> Recording:
+    """`found` with the rows of `before` that are of other models. Each model's protocol is kept under "models"."""
+    if before is None:
+        return found
+    kept = before.protocol.get("models", {before.protocol["model"]: dict(before.protocol)})
+    models = kept | {found.protocol["model"]: found.protocol}
+    rows = [row for row in before.rows if row["model"] != found.protocol["model"]]
+    return replace(found, protocol={**found.protocol, "models": models}, rows=(*rows, *found.rows))
+
+
 def record(on_rows: OnRows = ignore) -> Recording:
     """Qwen3-30B-A3B whole, then GLM-4.5-Air's first layers: about ten minutes on an H200. Raises RuntimeModeError elsewhere."""
     runtime.require_cuda("the suite 'serve_bench'")
-    rows: list[Row] = []
-    protocols: list[Any] = []
+    found: Recording | None = None
     for model, layers in LAYERS.items():
-        before = list(rows)
-        found = serve_bench(Plan(model, layers), lambda so_far, before=before: on_rows([*before, *so_far]))  # type: ignore[misc]
-        rows, protocols = [*rows, *map(dict, found.rows)], [*protocols, found.protocol]
+        before: list[Any] = list(found.rows) if found else []
+        one = serve_bench(Plan(model, layers), lambda rows, before=before: on_rows([*before, *rows]))  # type: ignore[misc]
+        found = joined(found, one)
         release()
-    return Recording("serve_bench", _provenance(), protocols[0] | {"models": protocols}, tuple(rows))
+    assert found is not None
+    return found
