@@ -11,7 +11,7 @@ from made_recordings import PROVENANCE, numbers, whole
 
 from moelab import recordings
 from moelab.errors import RecordingError
-from moelab.plots import in_short
+from moelab.plots import in_short, served
 from moelab.plots import serving as plots
 from moelab.recordings import Recording
 from moelab.serving import measured
@@ -115,10 +115,10 @@ def test_without_a_graph_the_host_sets_the_time() -> None:
 
 
 def test_a_serving_run_is_drawn_once_there_is_one() -> None:
-    panel = plots.served(RECORDED)
+    panel = served.served(RECORDED)
     whole(panel)
     assert panel.sentence.startswith("**moelab_fast puts out 125 tokens a second, grouped_mm 100")
-    assert plots.served(PEER).figure is None and "moelab record serve_bench" in plots.served(PEER).sentence
+    assert served.served(PEER).figure is None and "moelab record serve_bench" in served.served(PEER).sentence
 
 
 def test_what_nothing_is_known_of_is_said() -> None:
@@ -143,3 +143,19 @@ def test_a_recording_takes_the_place_of_the_single_medians(tmp_path: Path, monke
     monkeypatch.setenv("MOELAB_DATA_DIR", str(tmp_path))
     with pytest.raises(RecordingError, match="h200_realmodel"):
         measured.upstream()
+
+
+def test_a_prefill_in_a_graph_stands_for_the_eager_one() -> None:
+    """Of it the host is no part: its prediction holds, and the walk shows it."""
+    rows = [dict(row) for row in RECORDED.rows]
+    for row in [row for row in rows if row["kind"] == "prefill"]:
+        samples = [us * STEPS[row["impl"]] for us in row["samples_us"]]
+        rows.append({**row, "kind": "prefill, graph", "samples_us": samples})
+    found = Measured(rows, "made up")
+    lines = {(row["step"], row["experts"]): row for row in plots.predictions(found).table}
+    assert lines["prefill, graph 1 × 2048", "moelab_fast"]["why"] is None
+    assert lines["prefill 1 × 2048", "moelab_fast"]["why"] is not None
+    steps = {row["step"] for row in plots.walk(found).table}
+    assert "prefill, graph 1 × 2048" in steps and "prefill 1 × 2048" not in steps
+    assert "4 of 4 captured prefills within 3%" in plots.predictions(found).sentence
+    whole(plots.gains(found), "made up")

@@ -91,7 +91,7 @@ def found(config: Path) -> tuple[Recording, list[int]]:
 def test_a_run_has_every_kind_of_cell_for_every_contender(found: tuple[Recording, list[int]], tmp_path: Path) -> None:
     recording, counts = found
     kinds = {row["kind"] for row in recording.rows}
-    graphs = {"decode, eager"} if DEVICE == "cuda" else set()
+    graphs = {"decode, eager", "prefill, graph"} if DEVICE == "cuda" else set()
     assert (
         kinds == {"error", "logits", "decode", "experts of decode", "prefill", "experts of prefill", "serving"} | graphs
     )
@@ -582,7 +582,7 @@ def test_the_path_of_a_gpu(config: Path, pretended: None) -> None:
     found = suite.serve_bench(plan(config, contenders=("batched_mm", "eager"), load=None))
     graphs = {row["kind"]: row["graph"] for row in found.rows if "graph" in row}
     assert graphs == {"decode": True, "decode, eager": False, "experts of decode": True, "prefill": False,
-                      "experts of prefill": True}  # fmt: skip
+                      "prefill, graph": True, "experts of prefill": True}  # fmt: skip
     assert all("samples_us" in row for row in found.rows if "graph" in row) and Graph.replays > 0
     assert "a CUDA graph" in found.protocol["decode"]
 

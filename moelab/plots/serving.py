@@ -9,19 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moelab import recordings
 from moelab.errors import counted
 from moelab.plots.panel import Panel, Row, timing
 from moelab.plots.style import GREY, LOOKS, Look, error_bars, grid, number, series
-from moelab.recordings import Recording
 from moelab.serving.measured import Measured
 
 FIRST, FAST = "grouped_mm", "moelab_fast"
-NOUNS = {"decode": "decode step", "prefill": "prefill"}
+NOUNS = {"decode": "decode step", "prefill": "prefill", "prefill, graph": "captured prefill"}
 NEAR = 0.03
 """A prediction within this of the step, in parts of it, is one that holds."""
 
-KINDS = {"decode": "a decode step (in a CUDA graph)", "prefill": "a prefill (eager)"}
+KINDS = {
+    "decode": "a decode step (in a CUDA graph)",
+    "prefill": "a prefill (eager)",
+    "prefill, graph": "a prefill (in a graph)",
+}
 UNLIKE = {"moelab_fast": "fast", "moelab_triton": "classic", "moelab_gated_tma": "gated_tma", FIRST: FIRST}
 """A contender -> whose look it has elsewhere."""
 
@@ -180,17 +182,18 @@ def _experts_from(measured: Measured) -> str:
 
 
 def _parts(measured: Measured) -> list[dict[str, Any]]:
-    """Of each step whose experts' time is known: ms, experts, the rest."""
-    from moelab.serving.prediction import by_layer, recorded_layer
+    """Of each step whose experts' time is known: ms, experts, the rest. A prefill in a graph, which waits for no host, stands for
+    the eager one where both are measured."""
+    from moelab.serving.prediction import by_layer, experts_of, recorded_layer
 
     layer = recorded_layer(f"{measured.model}/tp1")
     alone = {(row["kind"], row["batch"], row["length"], row["impl"]): timing(row).median_us
              for row in measured.rows if row["kind"].startswith("experts of") and "samples_us" in row}  # fmt: skip
+    done = [row for row in measured.rows if row["impl"] in (FIRST, FAST) and "samples_us" in row]
+    prefill = "prefill, graph" if any(row["kind"] == "prefill, graph" for row in done) else "prefill"
     found = []
-    for row in _ordered([row for row in measured.rows if row["kind"] in KINDS and "samples_us" in row]):
-        if row["impl"] not in (FIRST, FAST):
-            continue
-        key = (f"experts of {row['kind']}", row["batch"], row["length"], row["impl"])
+    for row in _ordered([row for row in done if row["kind"] in ("decode", prefill)]):
+        key = (experts_of(row["kind"]), row["batch"], row["length"], row["impl"])
         us = by_layer(row, layer).get(row["impl"]) if measured.single else alone.get(key)
         step = timing(row).median_us
         if us is not None and us < step:
@@ -218,7 +221,7 @@ def predictions(measured: Measured) -> Panel:
         mine = [line for line in lines if (line["impl"], line["kind"]) == (name, kind)]
         figure.add_scatter(
             x=[line[f"predicted{by}"] for line in mine], y=[line["gain"] for line in mine], name=f"{name}, {kind}",
-            mode="markers", marker=styles[name].marker(9, hollow=kind == "prefill"), text=[_where(line) for line in mine],
+            mode="markers", marker=styles[name].marker(9, hollow=kind != "decode"), text=[_where(line) for line in mine],
         )  # fmt: skip
     ends = [min(line[key] for line in lines for key in ("gain", f"predicted{by}")) * 0.98,
             max(line[key] for line in lines for key in ("gain", f"predicted{by}")) * 1.02]  # fmt: skip
@@ -257,7 +260,7 @@ def _said_of_predictions(lines: Sequence[Row], off: str, what: str) -> str:
     )
 
 
-# --- without a graph, and under load ------------------------------------------------------------------------------------
+# --- without a graph ----------------------------------------------------------------------------------------------------
 
 
 def host(measured: Measured) -> Panel:
@@ -291,47 +294,6 @@ def host(measured: Measured) -> Panel:
         f"({most['experts']}) and {number(least['without / in'])} at {least['batch']} ({least['experts']}):** what "
         "`generate` without compilation waits for is the host, and the experts' kernel hardly shows."
     )  # fmt: skip
-
-
-def served(measured: Measured) -> Panel:
-    """TTFT, TPOT, ITL and output tokens a second of the serving run, by contender."""
-    from moelab.serving.table import serving
-
-    lines = [line for line in serving(measured.rows) if "refused" not in line]
-    if not lines:
-        command = recordings.MADE_BY["serve_bench"]
-        return Panel(None, [], f"**No serving run is recorded yet: `{command}` on a GPU records one.**")
-    figure = grid("Requests as they arrive: time between two tokens", measured.source, height=380)
-    points = ("p50", "p90", "p99")
-    for name, style in looks([line["experts"] for line in lines]).items():
-        line = next(line for line in lines if line["experts"] == name)
-        figure.add_scatter(x=list(points), y=[line[f"ITL {p}, ms"] for p in points], name=name, mode="lines+markers",
-                           line=style.line(), marker=style.marker())  # fmt: skip
-    figure.update_xaxes(title="percentile of the times between tokens", type="category")
-    figure.update_yaxes(title="ITL, ms", rangemode="tozero")
-    best = max(lines, key=lambda line: line["output tok/s"])
-    worst = min(lines, key=lambda line: line["output tok/s"])
-    sentence = (
-        f"**{best['experts']} puts out {number(best['output tok/s'])} tokens a second, {worst['experts']} "
-        f"{number(worst['output tok/s'])}.** transformers' continuous batching without graphs: the host's time is in all of them."
-    )
-    return Panel(figure, [{k: v for k, v in line.items() if k != "model"} for line in lines], sentence)
-
-
-def live(recording: Recording) -> Panel:
-    """The table of a run, its errors said in the sentence: for a small model on the machine at hand."""
-    from moelab.serving.table import times
-
-    judged = [row for row in recording.rows if row["kind"] in ("error", "logits")]
-    within = sum(row.get("within_bound", False) for row in judged)
-    keys = ("cell", "experts", "ms", "low", "high", "", "share", "touched", "load", "refused")
-    table = [{key: line.get(key) for key in keys if key in line} for line in times(recording.rows)]
-    how = recording.protocol["decode"]
-    sentence = (
-        f"**{within} of {len(judged)} results are within twice eager's own error of float64; the decode ran {how}.** Times of a "
-        "model this small are the host's: they show the way, not who is fast."
-    )
-    return Panel(None, table, sentence)
 
 
 # --- in short -------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,9 @@ from moelab.measure import Measurement, tie
 
 Row = Mapping[str, Any]
 
+STEPS = ("decode", "prefill", "prefill, graph")
+"""Kinds of rows that are whole steps, whose gain is predicted; "decode, eager" is the host's."""
+
 RECORDED = {"moelab_fast": "fast", "moelab_triton": "classic", "grouped_mm": "grouped_mm"}
 """A contender -> its name in the recording `fast_layer`, whose times leave order, alignment and sort out; a step has them."""
 
@@ -35,6 +38,11 @@ def cells(rows: Iterable[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
     return found
 
 
+def experts_of(kind: str) -> str:
+    """The kind of the rows that hold the experts' time of such a step."""
+    return f"experts of {kind.partition(',')[0]}"
+
+
 def gains(
     rows: Sequence[Row], first: str = "grouped_mm", layer: Mapping[tuple[str, int], float] | None = None
 ) -> list[dict[str, Any]]:
@@ -46,11 +54,11 @@ def gains(
     found = cells(rows)
     table = []
     for (model, layers, kind, batch, length), steps in found.items():
-        if kind not in ("prefill", "decode") or first not in steps:
+        if kind not in STEPS or first not in steps:
             continue
         own = _measurement(steps[first])
         alone = {name: _measurement(row).median_us
-                 for name, row in found.get((model, layers, f"experts of {kind}", batch, length), {}).items()}  # fmt: skip
+                 for name, row in found.get((model, layers, experts_of(kind), batch, length), {}).items()}  # fmt: skip
         recorded = by_layer(steps[first], layer or {})
         for name, row in steps.items():
             if name == first:
@@ -107,7 +115,7 @@ def recorded_layer(shape: str) -> dict[tuple[str, int], float]:
 def verdict(rows: Sequence[Row], one: str, other: str) -> str:
     """A line on two contenders over all cells that hold both: faster, slower or a tie in how many, and by how much at most."""
     pairs = [(key, _measurement(cell[one]), _measurement(cell[other])) for key, cell in cells(rows).items()
-             if key[2] in ("prefill", "decode") and one in cell and other in cell]  # fmt: skip
+             if key[2] in STEPS and one in cell and other in cell]  # fmt: skip
     if not pairs:
         return f"{one} and {other} have no cell in common."
     ratio = {key: b.median_us / a.median_us for key, a, b in pairs}

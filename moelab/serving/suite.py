@@ -22,6 +22,7 @@ from moelab.serving.clock import Limit, Protocol, in_turns, rows_of, watched
 from moelab.serving.contenders import chosen, failures, release, require_timed, told, use
 from moelab.serving.judging import judged
 from moelab.serving.model import build, read_config
+from moelab.serving.prediction import experts_of
 from moelab.serving.routes import asked, load_of, require_routing, routed
 from moelab.serving.steps import Work, decode, experts, prefill
 from moelab.suites.partial import OnRows, ignore
@@ -120,7 +121,7 @@ def _protocol(plan: Plan, limit: Limit, model: Any) -> Row:
     return {
         "kind": "one model, contenders in turns by set_experts_implementation", "model": plan.name,
         "decode": "a CUDA graph over a StaticCache" if graphs else "without a graph: there is no GPU",
-        "prefill": "wall time of an eager forward to the argmax of its last token",
+        "prefill": "wall time of an eager forward to the argmax of its last token; graph: its time in a CUDA graph",
         "experts": "all blocks of experts after one another, asked as in a forward",
         "weights": "random", "routing": plan.routing, "dtype": plan.dtype, "not begun for want of time": limit.skipped,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -156,12 +157,15 @@ def _timed(model: Any, plan: Plan, names: Sequence[str], common: Row) -> Iterato
     told_of = common | {"num_tokens": work.num_tokens, **load_of(model, found)}
     captured = graphs and decoding
     yield from rows_of(in_turns(model, work, names, plan.protocol, graph=captured), told_of | {"graph": captured})
+    if graphs and not decoding:
+        rest = told_of | {"kind": "prefill, graph", "graph": True}
+        yield from rows_of(in_turns(model, work, names, plan.protocol, graph=True), rest)
     if captured and plan.eager:
         yield from rows_of(
             in_turns(model, work, names, plan.protocol), told_of | {"kind": "decode, eager", "graph": False}
         )
     alone: Work = experts(model, found)
-    told_of |= {"kind": f"experts of {common['kind']}", "graph": graphs}
+    told_of |= {"kind": experts_of(common["kind"]), "graph": graphs}
     yield from rows_of(in_turns(model, alone, names, plan.protocol, graph=graphs), told_of)
 
 
