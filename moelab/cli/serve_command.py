@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -158,12 +159,19 @@ def _show(found: Recording, trees: tuple[str, ...], as_json: bool) -> None:
     print("; ".join([found.source(), *how]), end="\n\n")
     for rows in (judged, timed, served):
         if rows:
-            printing.show_rows(rows, False)
+            printing.show_rows(_narrow(rows), False)
             print()
     for skipped in found.protocol.get("not begun for want of time", ()):
         print(f"not begun for want of time: {skipped}")
     for line in verdicts:
         print(line)
+
+
+def _narrow(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Without columns that say nothing: of no value in any row, or of one model in all."""
+    said = {key for row in rows for key, value in row.items() if value is not None}
+    said -= {"model"} if len({row["model"] for row in rows}) == 1 else set()
+    return [{key: value for key, value in row.items() if key in said} for row in rows]
 
 
 def _sound(found: Recording) -> bool:
