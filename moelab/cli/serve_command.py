@@ -156,7 +156,8 @@ def _show(found: Recording, trees: tuple[str, ...], as_json: bool) -> None:
                              "errors": judged, "verdicts": verdicts})  # fmt: skip
         return
     how = [f"{name}: {found.protocol[name]}" for name in ("decode", "routing") if name in found.protocol]
-    print("; ".join([found.source(), *how]), end="\n\n")
+    over = [f"gains over {timed[0]['experts']}"] if timed else []
+    print("; ".join([found.source(), *how, *over]), end="\n\n")
     for rows in (judged, timed, served):
         if rows:
             printing.show_rows(_narrow(rows), False)
