@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -625,3 +626,22 @@ def test_a_slow_one_gets_few_samples_and_the_others_their_rounds() -> None:
     found = clock._sampled({"a": Paced(1000.0), "b": Paced(1100.0), "c": Paced(1e6)}, protocol)  # type: ignore[dict-item]
     assert {name: len(samples) for name, samples in found.items()} == {"a": 9, "b": 9, "c": 3}
     assert clock._sampled({}, protocol) == {}
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="has a GPU, which does it itself")
+def test_the_watch_stays_while_a_thread_of_the_run_does(pretended: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(
+        clock.faulthandler, "dump_traceback_later", lambda seconds, **_: said.append(f"armed {seconds:.0f}")
+    )
+    monkeypatch.setattr(clock.faulthandler, "cancel_dump_traceback_later", lambda: said.append("cancelled"))
+    end = threading.Event()
+    hung = threading.Thread(target=end.wait)
+    with clock.watched(Limit(10.0)):
+        hung.start()
+    assert said == ["armed 130"]
+    end.set()
+    hung.join()
+    with pytest.raises(ZeroDivisionError), clock.watched(Limit(10.0)):
+        1 / 0  # noqa: B018
+    assert said == ["armed 130", "armed 130", "cancelled"]

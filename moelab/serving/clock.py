@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import math
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,14 +57,18 @@ class Limit:
 
 @contextmanager
 def watched(limit: Limit) -> Iterator[None]:
-    """On a GPU: end the process, with where it stands on stderr, GRACE_S after the limit, whatever it waits for."""
-    on_gpu = runtime.current().mode == "gpu"
+    """On a GPU: end the process, with where it stands on stderr, GRACE_S after the limit, whatever it waits for.
+
+    The watch stays where a thread of the run does: Python would wait for it at its own end.
+    """
+    before, on_gpu = set(threading.enumerate()), runtime.current().mode == "gpu"
     if on_gpu:
         faulthandler.dump_traceback_later(limit.seconds + GRACE_S, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
         yield
     finally:
-        if on_gpu:
+        left = [thread for thread in set(threading.enumerate()) - before if not thread.daemon]
+        if on_gpu and not left:
             faulthandler.cancel_dump_traceback_later()
 
 

@@ -53,7 +53,7 @@ def serve(model: Any, load: Load, seed: int = 0) -> dict[str, Any]:
     try:
         due, done = _served(manager, prompts, load, seed)
     finally:
-        manager.stop(block=True, timeout=load.limit_s)
+        manager.stop(block=True, timeout=load.limit_s, hard_stop=True)  # what is done is done; what is not failed
     return _times(due, done)
 
 
