@@ -136,7 +136,13 @@ def judge_and_export(tab: Tab, out: Path) -> None:
 
 
 SLIDERS = ("BLOCK M", "BLOCK N", "BLOCK K", "GROUP M", "warps", "stages")
-WITHOUT_CONTROLS = ("in_short.", "plots.plateaus(", "plots.importances(", "tuner_regret.curves(", "tuner_regret.budgets(")
+WITHOUT_CONTROLS = (
+    "in_short.",
+    "plots.plateaus(",
+    "plots.importances(",
+    "tuner_regret.curves(",
+    "tuner_regret.budgets(",
+)
 WITHOUT_CONTROLS += ("tuned_gain.gains(", "run_all(survey")
 """What stands in the cells that the shorter test leaves out: figures alone, and the race, whose replays take seconds."""
 
