@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -13,7 +14,19 @@ import pytest
 from made_recordings import whole
 
 from moelab import recordings, roofline, runtime
-from moelab.plots import Panel, accuracy, config_health, explorer, layer, pipeline, ratio_map, style, sum_reduce
+from moelab.plots import (
+    Panel,
+    accuracy,
+    config_health,
+    explorer,
+    layer,
+    pipeline,
+    ratio_map,
+    split_k,
+    strategy_race,
+    style,
+    sum_reduce,
+)  # fmt: skip
 from moelab.plots import roofline as floors
 from moelab.plots.cells import fastest, over_floor
 from moelab.plots.panel import LONG, geometric_mean, table_html, table_text, timing
@@ -172,6 +185,48 @@ def test_lines_and_marks_show_on_both_papers() -> None:
 def test_a_cell_can_be_read(low: str | None, high: str, ratio: float) -> None:
     cell = ratio_map.Cell(ratio, "x", False)
     assert style.contrast(*ratio_map.colors_of(cell, 1.0, low, high)) >= 4.5
+
+
+@pytest.mark.parametrize(("line", "lines"), [
+    ("a; b", ["a; b"]), ("aaaa; bbbb; cccc", ["aaaa; bbbb", "cccc"]), ("", [""]),
+    ("aa bb cc dd ee", ["aa bb cc", "dd ee"]), ("a; one two three four; b", ["a", "one two", "three four; b"]),
+])  # fmt: skip
+def test_a_subtitle_breaks_between_its_statements(line: str, lines: list[str]) -> None:
+    """It broke anywhere, and left "GPU", "routing" or "dtype; ×: SPLIT_K" alone in a line."""
+    assert style.broken(line, 13) == lines
+
+
+def test_a_colour_bars_title_keeps_off_its_highest_tick() -> None:
+    """A tick at the very end, as 1.25 of a map without large ratios, was drawn into the title's line."""
+    bar = ratio_map.chart("t", "s", {("a", 1): ratio_map.Cell(1.1, "1.10", False)}, ["a"], [1], bar="time / best").data[
+        0
+    ]
+    assert (
+        bar.zmax == pytest.approx(bar.colorbar.tickvals[-1])
+        and bar.colorbar.title.text.split("<br>")[1].count(".") == 1
+    ), "plotly makes no room for blanks"
+    drawn = "".join(path.read_text(encoding="utf-8") for path in Path(style.__file__).parent.glob("*.py"))
+    assert re.findall(r'colorbar=\{"title": (?!bar_title)(?!\{[^}]*"side": "right")', drawn) == []
+
+
+def test_labels_are_level() -> None:
+    slanted = [path.name for path in Path(style.__file__).parent.glob("*.py")
+               if re.search(r"tickangle\W+(?!0\b)[-\d]", path.read_text(encoding="utf-8"))]  # fmt: skip
+    assert slanted == []
+
+
+def test_a_figure_has_a_width_at_which_it_can_be_read() -> None:
+    assert f"min-width: {style.LEAST_WIDTH}px" in table_html([{"x": 1}]) and "overflow-x: auto" in table_html(
+        [{"x": 1}]
+    )
+
+
+def test_lines_of_one_figure_have_colours_apart() -> None:
+    """Split-K's three kinds were three browns, two of them 21 apart."""
+    for looks in (split_k.LOOKS, dict(enumerate(style.SERIES)), style.CONFIGS, strategy_race.LOOKS):
+        for one, other in itertools.combinations([each.color for each in looks.values()], 2):
+            parts = zip(*([int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in (one, other)), strict=True)
+            assert math.dist(*zip(*parts, strict=True)) >= 30, (one, other)
 
 
 @pytest.mark.parametrize(

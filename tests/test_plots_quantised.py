@@ -14,6 +14,7 @@ from moelab.config_files.shipped_quantised import shipped_quantised
 from moelab.formats import FORMATS, get_format
 from moelab.plots import in_short
 from moelab.plots import quantised as plots
+from moelab.plots.style import CONFIGS, LOOKS
 from moelab.quantised_error import LayerError, cut_sum, layer_error, product_errors, way
 from moelab.quantised_weights import dequantise, quantise
 from moelab.recordings import Recording
@@ -84,7 +85,7 @@ def test_a_weights_way_is_the_formats(name: str) -> None:
 
 def test_floors_follow_bytes_and_then_the_rate() -> None:
     panel = plots.floors(SHAPE, NAMES)
-    whole(panel, "arithmetic")
+    whole(panel, "computed")
     rows = {row["format"]: row for row in panel.table}
     assert rows["plain"]["bits a weight"] == 16 and 8 < rows["fp8_w8a8_block_128x128"]["bits a weight"] < 8.01
     assert rows["int4_w4a16_group_128"]["bits a weight"] == pytest.approx(4 + 16 / 128)
@@ -111,6 +112,9 @@ def test_panels_are_whole() -> None:
     assert len(drawn.figure.layout.shapes) == 16
     files = plots.shipped({name: shipped_quantised(name) for name in ("sglang", "vllm")}, "packages")
     whole(files, "packages")
+    assert files.figure.data[0].marker.color == LOOKS["sglang"].color and files.figure.layout.barmode == "stack"
+    assert all(0 not in bar.y for bar in files.figure.data), "no empty place beside a bar"
+    assert "dotted: what codes × scales can say" in drawn.figure.layout.title.subtitle.text
     assert {13, 176, 63, 184} <= set(numbers(files.sentence))
     said = in_short.quantised(plots.floors(SHAPE, NAMES), errors, files).sentence
     assert said.count("\n") == 2 and "6.0%" in said and "13 of sglang's 176" in said
@@ -120,6 +124,8 @@ def test_the_peers_times_are_those_of_the_file() -> None:
     data = json.loads((runtime.data_dir() / "upstream" / "h200_fp8_sglang.json").read_text())
     panel = plots.peer(data)
     whole(panel, "NVIDIA H200")
+    colors = [CONFIGS[kind].color for kind in ("default", "shipped", "searched")]
+    assert [line.line.color for line in panel.figure.data] == colors, "as in 01"
     assert [round(value, 2) for value in numbers(panel.sentence)[:3]] == [1.7, 24.0, 1.57]
     assert {row["shapes"] for row in panel.table} == {2}  # those that sglang ships a file for
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -99,9 +100,11 @@ def scatter(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, withi
     )  # fmt: skip
     floor = survey.floor_us(gemm, num_tokens)
     if np.isfinite(floor):
-        figure.add_hline(
-            y=floor, line={"color": GREY, "dash": "dot"}, annotation_text="floor", annotation_font_color=GREY
-        )
+        figure.add_hline(y=floor, line={"color": GREY, "dash": "dot"})
+        figure.add_annotation(  # of add_hline it would lie at 10**floor: on a log axis annotations count in powers of ten
+            x=1, xref="x domain", xanchor="right", y=math.log10(floor), yanchor="bottom", text="floor", showarrow=False,
+            font={"color": GREY},
+        )  # fmt: skip
     figure.update_xaxes(title=title)
     finite = [float(t) for t in times if np.isfinite(t)]
     low = min([*finite, floor] if np.isfinite(floor) else finite)

@@ -12,7 +12,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from moelab.plots.literal import plain
-from moelab.plots.style import INK, number
+from moelab.plots.style import INK, WIDTH, number
 
 Row = Mapping[str, Any]
 
@@ -115,7 +115,7 @@ def table_html(rows: Sequence[Row]) -> str:
     head = "".join(cell("th", c, c) for c in columns)
     body = "".join("<tr>" + "".join(cell("td", c, number(row.get(c))) for c in columns) for row in rows)
     table = (
-        f'<div style="max-height: 520px; overflow: auto; margin: 4px 0 12px 0"><style>{CELLS} {INK}</style>'
+        f'<div style="max-height: 520px; overflow: auto; margin: 4px 0 12px 0"><style>{CELLS} {INK} {WIDTH}</style>'
         f'<table class="moelab{" wide" * (len(columns) > WIDE)}" style="margin: 0"><thead><tr>{head}<tbody>{body}</table></div>'
     )
     if len(rows) <= LONG:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from moelab.plots.style import BETTER, WORSE, grid, text_on
+from moelab.plots.style import BETTER, WORSE, bar_title, grid, text_on
 
 TIED = "#bdbdbd"
 MIDDLE = "#f7f7f7"
@@ -102,7 +102,7 @@ def draw(
     ]
     figure.add_heatmap(
         z=heights[0], zmin=-span if low else 0.0, zmax=span, colorscale=_scale(low, high), showscale=bool(bar),
-        colorbar={"title": {"text": bar}, "outlinewidth": 0, "thickness": 14, "tickvals": [math.log(t) for t in ticks],
+        colorbar={"title": bar_title(bar), "outlinewidth": 0, "thickness": 14, "tickvals": [math.log(t) for t in ticks],
                   "ticktext": [f"{t:g}" for t in ticks]},
         **shared,
     )  # fmt: skip

@@ -32,7 +32,7 @@ SUBTITLE = 138
 """Characters of a line of a subtitle, which has to fit a page of 1000 pixels."""
 MUTED_SCALE = [[0.0, "#4f6d94"], [0.5, "#f4f4f4"], [1.0, "#8f7440"]]
 """Values to either side of 0, or of a bound: no verdict."""
-SCALE = [[0.0, "#3f6fa8"], [0.5, "#a3a3a3"], [1.0, "#f2b71f"]]
+SCALE: list[list[Any]] = [[0.0, "#3f6fa8"], [0.5, "#a3a3a3"], [1.0, "#f2b71f"]]
 """From little to much, blue over grey to yellow: neither end vanishes on a white page or on a dark one."""
 
 TEXT_ON_LIGHT, TEXT_ON_DARK = "#424a53", "#c9d1d9"
@@ -44,6 +44,14 @@ INK = (
 )
 """Style rules for GREY text: dark on a light page, light on a dark one (JupyterLab, Voila, VS Code)."""
 
+LEAST_WIDTH = 880
+"""Pixels that a figure has at least: drawn narrower, beside JupyterLab's file browser in a window of 1000, its labels would lie
+on each other and its titles end at its edge."""
+WIDTH = (
+    f".js-plotly-plot {{min-width: {LEAST_WIDTH}px}} .jp-OutputArea-child:has(> .js-plotly-plot) {{overflow-x: auto}}"
+)
+"""Style rules by which a figure in a narrower column scrolls sideways."""
+
 
 def contrast(one: str, other: str) -> float:
     """WCAG's contrast of two colours "#rrggbb": 1 for none to 21."""
@@ -52,8 +60,18 @@ def contrast(one: str, other: str) -> float:
 
 
 def text_on(ground: str) -> str:
-    """Dark or white, whichever has more contrast to a ground "#rrggbb"."""
-    return max(("#222222", "#ffffff"), key=lambda text: contrast(text, ground))
+    """Dark or white, whichever has more contrast to a ground "#rrggbb"; black where that is less than WCAG's 4.5."""
+    best = max(("#222222", "#ffffff"), key=lambda text: contrast(text, ground))
+    return best if contrast(best, ground) >= 4.5 else "#000000"
+
+
+def on_scale(share: float) -> str:
+    """The colour "#rrggbb" of SCALE at a share of it, 0 to 1."""
+    at = min(int(share * (len(SCALE) - 1)), len(SCALE) - 2)
+    (low, first), (high, last) = SCALE[at : at + 2]
+    part = (share - low) / (high - low)
+    ends = ([int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in (first, last))
+    return "#" + "".join(f"{round(a + part * (b - a)):02x}" for a, b in zip(*ends, strict=True))
 
 
 def luminance(color: str) -> float:
@@ -183,7 +201,7 @@ def grid(
     )
     figure.layout.template = TEMPLATE
     given = source.count("<br>")
-    source = "<br>".join(part for line in source.split("<br>") for part in textwrap.wrap(line, SUBTITLE) or [""])
+    source = "<br>".join(part for line in source.split("<br>") for part in broken(line))
     lines = 1 + source.count("<br>")
     height += 16 * (lines - 1 - given)
     plot_titles = 24 if len(titles) > 1 else 0
@@ -213,6 +231,27 @@ def grid(
     figure.update_yaxes(**axis)
     figure.update_annotations(font={"size": 13, "color": GREY})
     return figure
+
+
+def broken(line: str, width: int = SUBTITLE) -> list[str]:
+    """A line of a subtitle as lines of at most `width`, each of whole statements ("; " ends one); a statement that is longer
+    is broken into lines of about the same length."""
+    lines = [""]
+    for statement in line.split("; "):
+        together = f"{lines[-1]}; {statement}" if lines[-1] else statement
+        if len(together) <= width:
+            lines[-1] = together
+            continue
+        count = len(textwrap.wrap(statement, width))
+        even = next(w for w in range(len(statement) // count, width + 1) if len(textwrap.wrap(statement, w)) == count)
+        lines[len(lines) - (not lines[-1]) :] = textwrap.wrap(statement, even)
+    return lines
+
+
+def bar_title(text: str) -> dict[str, str]:
+    """The title of a colour bar, and a line below it that is not seen: the highest tick may stand at the bar's very end. Plotly
+    makes no room for a line of spaces."""
+    return {"text": f'{text}<br><span style="color: {CLEAR}">.</span>'}
 
 
 def log_axis(values: Sequence[float]) -> dict[str, Any]:
