@@ -216,8 +216,29 @@ def test_labels_are_level() -> None:
 
 
 def test_a_figure_has_a_width_at_which_it_can_be_read() -> None:
-    assert f"min-width: {style.LEAST_WIDTH}px" in table_html([{"x": 1}]) and "overflow-x: auto" in table_html(
-        [{"x": 1}]
+    (table,) = [bundle["text/html"] for bundle in PANELS["floors"]().bundles() if "text/html" in bundle]
+    assert f"min-width: {style.LEAST_WIDTH}px" in table and "overflow-x: auto" in table
+
+
+def test_figures_from_one_mould_are_apart() -> None:
+    """The empty figure is made once for all that have as many plots."""
+    first = style.grid("one", "a; b", titles=["x", "y"])
+    first.add_scatter(x=[1], y=[2], row=1, col=2)
+    first.update_layout(title={"text": "changed"}, height=70)
+    first.layout.annotations[0].text = "changed"
+    second = style.grid("two", "c<br>d", titles=["x", "y"])
+    assert not second.data and [each.text for each in second.layout.annotations] == ["x", "y"]
+    assert (second.layout.title.text, second.layout.title.subtitle.text) == ("two", "c<br>d")
+    assert second.layout.height == style.HEIGHT and second.layout.margin.t == 64 + 2 * 16 + 24
+
+
+@pytest.mark.parametrize("labels", [[], ["1000"], ["128x256x128 g64 w8 s5"]])
+def test_held_margins_have_room_for_labels(labels: list[str]) -> None:
+    figure = style.grid("t", "s")
+    style.hold_margins(figure, labels, 10)
+    needed = 0.636 * 10 * max(map(len, labels), default=0) + 7 + 15 + 14  # the tick, the title's distance, the title
+    assert (
+        figure.layout.margin.l >= needed and figure.layout.yaxis.automargin is figure.layout.xaxis.automargin is False
     )
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from moelab import runtime, writing
 from moelab.errors import MoelabError, RuntimeModeError
 from moelab.plots.literal import literal
+from moelab.plots.panel import TABLES
 
 PLOTLY, WIDGET, STATE = (
     "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json",
@@ -227,7 +228,7 @@ def _document(title: str, head: str, body: str) -> str:
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">\n'
-        f"<style>{STYLE}{code_colors}</style>{head}</head>\n<body>{body}</body></html>\n"
+        f"<style>{STYLE}{TABLES}{code_colors}</style>{head}</head>\n<body>{body}</body></html>\n"
     )
 
 

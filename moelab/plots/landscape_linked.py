@@ -10,7 +10,7 @@ from plotly.colors import sample_colorscale
 
 from moelab.plots.landscape import GEMM_NAMES, Allowed, describe
 from moelab.plots.panel import Panel
-from moelab.plots.style import BLUE, GREY, SCALE, grid, number, round_ticks
+from moelab.plots.style import BLUE, GREY, SCALE, grid, hold_margins, number, round_ticks
 from moelab.tuner.problem import Gemm
 from moelab.tuner.survey import PARAMETERS, Detail, Floats, Survey, short_names
 
@@ -109,6 +109,7 @@ def scatter(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, withi
     finite = [float(t) for t in times if np.isfinite(t)]
     low = min([*finite, floor] if np.isfinite(floor) else finite)
     figure.update_yaxes(title="µs", **round_ticks(low * 0.95, max(finite) * 1.05))
+    hold_margins(figure)
     figure.update_layout(legend={"orientation": "h", "y": 1.12, "x": 1, "xanchor": "right"})
     table = [
         {"config": d.config.short(), "µs": d.median_us, "95 % interval": f"{number(d.low_us, 4)} … {number(d.high_us, 4)}",
@@ -192,6 +193,7 @@ def parallel(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, with
                         gridcolor=GREY, showline=False, zeroline=False, fixedrange=True)  # fmt: skip
     figure.update_yaxes(visible=False, range=[-0.12, 1.12], fixedrange=True)
     figure.update_layout(margin={"l": 30, "r": 30, "t": 110, "b": 20})
+    hold_margins(figure)
     names = short_names()
     table = [
         {

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from moelab.plots.panel import Panel, Row
-from moelab.plots.style import BLUE, GREEN, ORANGE, PURPLE, Look, grid, number, powers
+from moelab.plots.style import BLUE, GREEN, ORANGE, PURPLE, Look, grid, hold_margins, number, powers
 from moelab.tuner.regret import Point, Truth, trace
 from moelab.tuner.strategies import STRATEGIES
 from moelab.tuner.survey import Survey
@@ -116,6 +116,7 @@ def standing(traces: Traces, budget_s: float, which: str = "median") -> Panel:
     figure.update_xaxes(title="simulated seconds (compiling on 15 processes, measuring on one GPU)", **seconds_axis)
     low, high = (100 * end for end in traces.range(which))
     figure.update_yaxes(title=f"{which} regret over {len(traces.batch_sizes)} batches, %", **powers(low, high))
+    hold_margins(figure)
     table = _table(traces, budget_s)
     finished = ", ".join(row["strategy"] for row in table if row["finished after, s"] <= budget_s) or "none"
     said = (

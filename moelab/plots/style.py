@@ -10,6 +10,8 @@ the most), so text is drawn in GREY and `INK` paints it for the page at hand.
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -189,6 +191,21 @@ def grid(
     gap: float | None = None,
 ) -> go.Figure:
     """An empty figure of rows x (len(titles) / rows) plots, with its source as the subtitle ("<br>" breaks it)."""
+    figure = copy.deepcopy(_plots(tuple(titles), rows, shared_y, gap))
+    given = source.count("<br>")
+    source = "<br>".join(part for line in source.split("<br>") for part in broken(line))
+    lines = 1 + source.count("<br>")
+    height += 16 * (lines - 1 - given)
+    plot_titles = 24 if len(titles) > 1 else 0
+    layout = figure.layout
+    layout.title.text, layout.title.subtitle.text, layout.title.y = title, source, 1 - 24 / height
+    layout.height, layout.margin.t = height, 64 + 16 * lines + plot_titles
+    return figure
+
+
+@functools.lru_cache(maxsize=128)
+def _plots(titles: tuple[str, ...], rows: int, shared_y: bool, gap: float | None) -> go.Figure:
+    """`grid` without its words and height: most of what a figure takes plotly to make, and the same at each move of a slider."""
     cols = max(1, math.ceil(len(titles) / rows))
     spacing = gap if gap is not None else (0.03 if shared_y else 0.09)
     figure = make_subplots(
@@ -200,28 +217,20 @@ def grid(
         vertical_spacing=0.17 if rows > 1 else 0.0,
     )
     figure.layout.template = TEMPLATE
-    given = source.count("<br>")
-    source = "<br>".join(part for line in source.split("<br>") for part in broken(line))
-    lines = 1 + source.count("<br>")
-    height += 16 * (lines - 1 - given)
-    plot_titles = 24 if len(titles) > 1 else 0
     figure.update_layout(
         title={
-            "text": title,
             "font": {"size": 17},
-            "subtitle": {"text": source, "font": {"size": 12, "color": GREY}},
+            "subtitle": {"font": {"size": 12, "color": GREY}},
             "x": 0.0,
             "xref": "container",
             "pad": {"l": 12},
             "yref": "container",
-            "y": 1 - 24 / height,
         },
         font={"size": 12, "color": GREY},
         paper_bgcolor=CLEAR,
         plot_bgcolor=CLEAR,
         colorway=[each.color for each in SERIES],
-        height=height,
-        margin={"l": 70, "r": 30, "t": 64 + 16 * lines + plot_titles, "b": 60},
+        margin={"l": 70, "r": 30, "b": 60},
         legend={"bgcolor": CLEAR, "font": {"size": 12}, "tracegroupgap": 4},
         hoverlabel={"font": {"size": 12}},
         bargap=0.25,
@@ -246,6 +255,19 @@ def broken(line: str, width: int = SUBTITLE) -> list[str]:
         even = next(w for w in range(len(statement) // count, width + 1) if len(textwrap.wrap(statement, w)) == count)
         lines[len(lines) - (not lines[-1]) :] = textwrap.wrap(statement, even)
     return lines
+
+
+def hold_margins(figure: go.Figure, labels: Sequence[str] = (), size: int = 12) -> None:
+    """The figure's margins as they are, the left one wide enough for its y axis' labels in that size and its title: where a
+    figure is drawn while someone waits, since plotly's automatic margins take a second drawing."""
+    widest = max(map(len, labels), default=0)
+    figure.update_xaxes(automargin=False)
+    figure.update_yaxes(automargin=False)
+    figure.layout.margin.l = max(figure.layout.margin.l, math.ceil(WIDEST_DIGIT * size * widest) + 40)
+
+
+WIDEST_DIGIT = 0.64
+"""Of the fonts at hand (DejaVu Sans), in its size: 636 of 1000 units."""
 
 
 def bar_title(text: str) -> dict[str, str]:
