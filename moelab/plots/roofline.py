@@ -76,7 +76,7 @@ def floors(shapes: Mapping[str, MoEShape], at: Ceilings, batches: Sequence[int] 
     first = min((turn for turn in turns.values() if turn), default=None)
     until = f"memory until batch {batches[batches.index(first) - 1]}, then arithmetic" if first else "memory"
     figure = ratio_map.chart(
-        f"What bounds a layer: {until}", f"the number: the floor, µs, computed: bytes / {at.copy_bytes_per_s / 1e12:g} TB/s or "
+        f"What bounds a layer: {until}", f"the number: the floor in µs, computed: bytes / {at.copy_bytes_per_s / 1e12:g} TB/s or "
         f"FLOP / {at.flops_per_s / 1e12:g} TFLOP/s, whichever takes longer<br>bfloat16, uniform routing; blue: memory is the "
         "limit; brown: arithmetic; pale: both nearly", cells, list(shapes), batches, tall=44, low=SIDES["memory"].color,
         high=SIDES["compute"].color, span=math.log(8), bar="arithmetic / memory",
