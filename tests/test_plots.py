@@ -209,6 +209,20 @@ def test_a_colour_bars_title_keeps_off_its_highest_tick() -> None:
     assert re.findall(r'colorbar=\{"title": (?!bar_title)(?!\{[^}]*"side": "right")', drawn) == []
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5, 30])
+@pytest.mark.parametrize("ratio", [1.1, 1.4, 3.0, 90.0])
+@pytest.mark.parametrize("low", [style.BETTER, None])
+def test_a_colour_bars_ticks_have_room(rows: int, ratio: float, low: str | None) -> None:
+    """On the bar of two rows 1 and 1.1 lay on each other."""
+    names = [str(i) for i in range(rows)]
+    cells = {(name, 1): ratio_map.Cell(ratio, "x", False) for name in names}
+    figure = ratio_map.chart("t", "s", cells, names, [1], bar="ratio", low=low, tall=44)
+    heat, layout = figure.data[0], figure.layout
+    pixels = layout.height - layout.margin.t - layout.margin.b - 2 * 20
+    at = [pixels * value / (heat.zmax - heat.zmin) for value in heat.colorbar.tickvals]
+    assert heat.colorbar.ticktext[at.index(0)] == "1" and all(b - a >= 14 for a, b in itertools.pairwise(at))
+
+
 def test_labels_are_level() -> None:
     slanted = [path.name for path in Path(style.__file__).parent.glob("*.py")
                if re.search(r"tickangle\W+(?!0\b)[-\d]", path.read_text(encoding="utf-8"))]  # fmt: skip

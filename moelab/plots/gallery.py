@@ -271,7 +271,8 @@ def index_html(pages: Sequence[Page], covers: Mapping[str, str]) -> str:
         f'<li><a href="{stem}.html{f"#{heading_id(heading)}" if heading else ""}">{html.escape(question)}</a></li>'
         for question, stem, heading in QUESTIONS if stem in there
     )  # fmt: skip
-    about = f"<h1>moelab</h1><p>{ABOUT}</p><p>The notebooks as they ran on {html.escape(where.device_name)} ({where.mode}); measurements are "
+    about = f"<h1>moelab</h1><p>{ABOUT}</p>"
+    about += f"<p>The notebooks as they ran on {html.escape(where.device_name)} ({where.mode}); measurements are "
     about += (
         "recorded from real GPUs, and each figure names its recording. Pages work offline; controls need a server: "
     )
