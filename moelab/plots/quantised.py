@@ -13,7 +13,7 @@ from moelab.errors import RecordingError, UnknownNameError
 from moelab.formats import Format, get_format
 from moelab.plots.cells import timed
 from moelab.plots.panel import Panel, Row, timing
-from moelab.plots.style import CONFIGS, GREY, LOOKS, grid, log_axis, number, powers, series, text_on
+from moelab.plots.style import CONFIGS, GREY, LOOKS, grid, log_axis, number, powers, series
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape
 
@@ -211,11 +211,12 @@ def shipped(found: Mapping[str, Iterable[Shipped]], source: str) -> Panel:
     kinds = sorted({kind for each in counts.values() for kind in each})
     figure = grid("Shipped for quantised experts, and of no use as they are", source, height=380)
     for loader, muted in series(list(rows)).items():
-        color, counted = LOOKS.get(loader, muted).color, counts[loader]
-        mine = [kind for kind in kinds if counted[kind]]
-        figure.add_bar(x=mine, y=[counted[kind] for kind in mine], name=loader, marker={"color": color},
-                       text=[counted[kind] for kind in mine], textposition="inside", textangle=0,
-                       insidetextfont={"color": text_on(color)}, constraintext="none")  # fmt: skip
+        many = [counts[loader][kind] for kind in kinds]
+        figure.add_bar(x=kinds, y=many, name=loader, marker={"color": LOOKS.get(loader, muted).color})
+    totals = [sum(each[kind] for each in counts.values()) for kind in kinds]
+    figure.add_scatter(
+        x=kinds, y=totals, text=totals, mode="text", textposition="top center", showlegend=False, hoverinfo="skip"
+    )
     figure.update_layout(barmode="stack")
     figure.update_yaxes(title="files", rangemode="tozero")
     figure.update_xaxes(title="what is wrong", categoryorder="array", categoryarray=kinds)
