@@ -12,6 +12,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 from moelab.chips import Target, get_target
@@ -73,6 +75,15 @@ class KernelConfig:
                 f'Not a kernel config: {"; ".join(_not_integers(self))}. Expected integers. Give 16, not 16.0, "16" or True.'
             )
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Kept: a search of some seconds asks a million times, and the dataclass's own reads ten fields each time. The same in
+        every process, which None's is not: a config is pickled with it."""
+        return hash(tuple([value or 0 for value in _values(self)]))
+
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> KernelConfig:
         """Read one entry of a config file.
@@ -115,6 +126,7 @@ SHORT = "rows x columns x inner of a tile, g: group, w: warps, s: stages"
 
 _INTEGER, _OR_NONE = {int}, {int, type(None)}  # the types themselves: a bool is an int's subclass
 _KEYS = tuple(f.name for f in fields(KernelConfig))
+_values = attrgetter(*_KEYS)
 _REQUIRED = tuple(k for k in _KEYS if k not in (*_OPTIONAL, *_COMPILER_CHOSEN))
 
 

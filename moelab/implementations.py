@@ -55,8 +55,9 @@ class Implementation:
     needs_tma: NVIDIA chips from sm_90 on. triton: made of Triton kernels: takes configs, and runs under Triton's interpreter, but
     for bfloat16. split_k: values of SPLIT_K that its configs may have. deterministic: repeated runs on a GPU are bitwise
     equal. rounds_every_sum: to the layer's dtype after each addition, where torch does once: it may be past twice torch's
-    error, and then wins nothing. no_graph: why no CUDA graph takes it. backward: it has one. tuning: None where the tuner
-    does not know it. look: colour, marker symbol and line dash in figures.
+    error, and then wins nothing. no_graph: why no CUDA graph takes it. backward: it has one. weight_only: it leaves activations
+    as they are in formats, too, whose other kernels quantise them, and is judged so. tuning: None where the tuner does not know
+    it. look: colour, marker symbol and line dash in figures.
     """
 
     run: str | Callable[..., Tensor]
@@ -76,6 +77,7 @@ class Implementation:
     rounds_every_sum: bool = False
     no_graph: str = ""
     backward: bool = False
+    weight_only: bool = False
     tuning: Tuning | None = None
     look: tuple[str, str, str] | None = None
 
@@ -161,6 +163,13 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         "the form that is recorded fastest on Hopper for the batch: a few tokens' two launches, gated_tma, or one launch",
         dtypes=("bfloat16", "float16"), activations=("silu",), gated_only=True, biases=False, row_bytes=16,
         chips=("sm_90",), look=("#A55BD6", "star", "solid"),
+    ),
+    "weight_only": Implementation(
+        "moelab.pipelines.weight_only:weight_only_pipeline",
+        "codes widened in registers for bfloat16 activations, few rows an expert, in CUDA C++",
+        formats=frozenset(FAMILIES) - {PLAIN.family}, dtypes=("bfloat16",),
+        activations=("silu", "gelu", "gelu_tanh", "swiglu_oai"), gated_only=True, weight_only=True, chips=("sm_90",),
+        look=("#00806B", "triangle-up", "solid"),
     ),
     "torch": Implementation(
         "moelab.torch_layers:loop_pipeline",

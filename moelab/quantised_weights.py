@@ -214,11 +214,14 @@ def require_values(weights: GemmWeights, name: str = "w") -> None:
     """Raise FormatError for scales and codes that no checkpoint's weights have: NaN and infinity, and scales that are negative.
 
     Once, when weights are read: it reads all of them and waits for the device, which a launch does not. Scales of zero pass: a
-    quantiser may give one to a block of zeros.
+    quantiser may give one to a block of zeros. Of e8m0 two codes are no scale of a kernel's: 255 (NaN, which it would take for
+    infinity), and, over weights that are not zero, 0 (2^-127, which it would take for 0).
     """
     scale, format = weights.scale, weights.format
     wrong = []
-    if scale is not None:
+    if scale is not None and scale.dtype == torch.float8_e8m0fnu:
+        wrong += _wrong_exponents(weights.w, scale.view(torch.uint8), format)
+    elif scale is not None:
         wide = scale.float()
         found = {"NaN or infinity": ~torch.isfinite(wide), "negative numbers": wide < 0}
         wrong += [f"scales that are {what} ({int(hits.sum())})" for what, hits in found.items() if bool(hits.any())]
@@ -230,6 +233,18 @@ def require_values(weights: GemmWeights, name: str = "w") -> None:
             f"{name} in the format {format.name} has {' and '.join(wrong)}. Expected finite values, and scales of 0 or more. "
             "Read the checkpoint again, or look at what quantised it."
         )
+
+
+def _wrong_exponents(w: Tensor, codes: Tensor, format: Format) -> list[str]:
+    """What of e8m0 scales a kernel reads otherwise than the format means it. w: the codes that they scale, two to a byte."""
+    expert, row, group = torch.nonzero(codes == 0, as_tuple=True)
+    bytes_of = w.unflatten(-1, (-1, format.sizes[0] // 2))[expert, row, group]
+    lost = (bytes_of & 0x77 != 0).any(-1)  # without the signs
+    found = {
+        "code 255, which is NaN": codes == 255,
+        "code 0, which is 2^-127 and reads as 0 in a kernel, over weights that are not": lost,
+    }
+    return [f"e8m0 scales of {what} ({int(hits.sum())})" for what, hits in found.items() if bool(hits.any())]
 
 
 # --- activations --------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ Every method is a function of its section. What is read, and what it means, foll
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import Any, NoReturn
 
 from moelab.errors import FormatError, nearest_names
 from moelab.formats import FAMILIES, PLAIN, SELECTORS, Format, format_of_selector, get_format
+from moelab.module_names import ModuleNames
 
 _SECTIONS = ("quantization_config", "compression_config")
 _IGNORED = ("ignored_layers", "modules_to_not_convert", "ignore", "exclude_modules")
@@ -92,7 +92,7 @@ def read_quantisation(config: Mapping[str, Any], section: Mapping[str, Any]) -> 
 
 
 def _read(method: str, found: Mapping[str, Any], layers: list[int]) -> Quantisation:
-    ignored = [entry for key in _IGNORED for entry in found.get(key) or ()]
+    ignored = ModuleNames(entry for key in _IGNORED for entry in found.get(key) or ())
     left_out = [layer for layer in layers if _is_ignored(ignored, layer)]
     if left_out == layers:
         return Quantisation(method=method)
@@ -146,10 +146,10 @@ def _names(layer: int) -> Iterator[Names]:
                 yield f"{where}.{gate}", f"{where}.{up}", f"{where}.{down}"
 
 
-def _is_ignored(ignored: Sequence[Any], layer: int) -> bool:
+def _is_ignored(ignored: ModuleNames, layer: int) -> bool:
     """Whether a layer's experts are ignored. Raises FormatError where only some of their projections are."""
     for names in _names(layer):
-        hits = [any(_covers(str(entry), name) for entry in ignored) for name in names]
+        hits = [ignored.covers(name) for name in names]
         if all(hits):
             return True
         if any(hits):
@@ -158,17 +158,6 @@ def _is_ignored(ignored: Sequence[Any], layer: int) -> bool:
                 f"of the experts' projections only {', '.join(n for n, hit in zip(names, hits, strict=True) if hit)} is ignored",
             )
     return False
-
-
-def _covers(entry: str, name: str) -> bool:
-    """Whether an entry of a list of modules means this one: "re:" and a pattern, a wildcard, or whole parts of a dotted name."""
-    if len(entry) > 1000:  # translating a pattern of 100,000 brackets takes minutes
-        _refuse("targets", f"a pattern of module names has {len(entry)} characters")
-    if entry.startswith("re:"):
-        return re.match(entry[3:], name) is not None
-    if "*" in entry or "?" in entry:
-        return fnmatch.fnmatchcase(name, entry) or fnmatch.fnmatchcase(name, f"{entry}.*")
-    return f".{entry.strip('.')}." in f".{name}."
 
 
 # --- one function a method -----------------------------------------------------------------------------------------
@@ -211,8 +200,8 @@ def _awq(found: Mapping[str, Any], _: list[int]) -> Format:
 def _gptq(found: Mapping[str, Any], layers: list[int]) -> Format:
     bits, group = found.get("bits"), found.get("group_size")
     for rule in found.get("dynamic") or {}:
-        pattern = f"re:{str(rule).removeprefix('+:').removeprefix('-:')}"
-        if any(_covers(pattern, name) for layer in layers for names in _names(layer) for name in names):
+        own = ModuleNames([f"re:{str(rule).removeprefix('+:').removeprefix('-:')}"])
+        if any(own.covers(name) for layer in layers for names in _names(layer) for name in names):
             _refuse("gptq", f"its dynamic rule {rule!r} gives some experts a precision of their own")
     if found.get("desc_act") and group != -1:
         _refuse("gptq", "desc_act (actorder) stores columns in another order than the activations'")
@@ -252,27 +241,23 @@ def _compressed_tensors(found: Mapping[str, Any], layers: list[int]) -> Format:
     groups = found.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         _refuse("compressed-tensors", "it has no config_groups")
-    chosen = {key for layer in layers for key in _groups_of(groups, layer)}
+    targets = {key: [str(target) for target in group.get("targets") or ()] for key, group in groups.items()}
+    by_class = next((key for key, entries in targets.items() if "Linear" in entries), None)
+    by_name = {key: ModuleNames(entries) for key, entries in targets.items()}
+    chosen = {key for layer in layers for key in _groups_of(by_name, by_class, layer)}
     if len(chosen) != 1 or None in chosen:
         named = ", ".join(sorted(str(key or "none") for key in chosen)) or "none"
         _refuse("compressed-tensors", f"mixed precision: its experts belong to the groups {named}, not to one")
     return _of_scheme(groups[chosen.pop()])
 
 
-def _groups_of(groups: Mapping[str, Any], layer: int) -> set[str | None]:
+def _groups_of(named: Mapping[str, ModuleNames], by_class: str | None, layer: int) -> set[str | None]:
     """The groups that a layer's projections belong to: one that names them goes before one that says "Linear"."""
-    by_class = next((key for key, group in groups.items() if "Linear" in (group.get("targets") or ())), None)
     for names in _names(layer):
-        by_name = [_first_group(groups, name) for name in names]
+        by_name = [next((key for key, targets in named.items() if targets.covers(name)), None) for name in names]
         if any(by_name):
             return {key or by_class for key in by_name}
     return {by_class}
-
-
-def _first_group(groups: Mapping[str, Any], name: str) -> str | None:
-    return next(
-        (key for key, group in groups.items() if any(_covers(str(t), name) for t in group.get("targets") or ())), None
-    )
 
 
 def _of_scheme(group: Mapping[str, Any]) -> Format:

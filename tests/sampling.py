@@ -8,9 +8,14 @@ from collections.abc import Sequence
 import pytest
 
 
+def whole(*values: object) -> object:
+    """One case, as parameters, that `make whole` alone runs."""
+    return pytest.param(*values, marks=pytest.mark.whole)
+
+
 def sampled(*axes: Sequence[object], together: int = 2) -> list[object]:
     """Every combination of the axes, as parameters. By default as few run as hold every combination of any `together` of them:
-    with 1 each value at least once, with 2 each pair of values of two axes."""
+    with 1 each value at least once, with 2 each pair of values of two axes, with 0 the first combination alone."""
     everything = list(itertools.product(*(range(len(axis)) for axis in axes)))
     places = list(itertools.combinations(range(len(axes)), together))
     # From the diagonal on, so that with together=1 the longest axis is gone through once.

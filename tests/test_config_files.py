@@ -13,6 +13,7 @@ from test_config import valid_configs
 from moelab import config_files as cf
 from moelab import runtime
 from moelab.config import KernelConfig, default_config, violations
+from moelab.config_files.names import operand_dtype
 from moelab.errors import ConfigError, ConfigFileError, UnknownNameError
 from moelab.shapes import MoEShape
 
@@ -257,7 +258,7 @@ def test_shipped_files_are_reached_and_run_on_their_chip(path: Path) -> None:
     target = {"NVIDIA_H200": "sm_90"}[name.device_name]
     version = path.parent.name.removeprefix("triton_").replace("_", ".")
     for num_tokens, config in cf.read_config_file(path).items():
-        assert violations(config, target=target) == ()
+        assert violations(config, dtype=operand_dtype(name.dtype_selector), target=target) == ()
         found = cf.lookup(
             name.num_experts,
             name.moe_intermediate_size,
@@ -266,6 +267,9 @@ def test_shipped_files_are_reached_and_run_on_their_chip(path: Path) -> None:
             triton_version=version,
             down=name.down,
             kernel=name.kernel,
+            dtype_selector=name.dtype_selector,
+            block_shape=name.block_shape,
+            per_channel_quant=name.per_channel_quant,
         )
         assert (found.path, found.key, found.config) == (path, num_tokens, config)
     assert path.read_bytes().endswith(b"}\n")

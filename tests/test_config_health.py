@@ -75,7 +75,8 @@ def test_writing_it_twice_changes_nothing(tmp_path: Path) -> None:
 def test_sglangs_files_are_sound_and_in_place(shipped: Path) -> None:
     report = doctor(shipped)
     assert report.rules == "sglang" and not report.errors and not report.of("warning")
-    assert len(report.files) == len(config_files.shipped_files()) == 10
+    assert len(report.files) == len(config_files.shipped_files()) == 17
+    assert sum("dtype=fp8_w8a8,block_shape=[128, 128]" in file.name for file in report.files) == 7
 
 
 def test_the_shipped_configs_that_were_timed_are_those_of_their_file() -> None:
@@ -175,6 +176,18 @@ def test_each_loader_is_pointed_by_its_variable() -> None:
         "vllm": "VLLM_TUNED_CONFIG_FOLDER = configs/triton_3_6_0",
     }
     assert "all agree" in panel.figure.layout.title.text and panel.sentence.startswith("**moelab, sglang, vllm: ")
+
+
+def test_a_path_is_of_the_checkpoints_own_format(shipped: Path) -> None:
+    """Of DeepSeek-V3 sglang takes the file in fp8 blocks, with its fused expert; a format without files ends the search."""
+    panel = lookup_path.explain(shipped, "deepseek-v3-fp8", 8, 64, triton_version="3.5.1", rules="sglang", dtype=None)
+    assert "E=257,N=256,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[128, 128].json" in panel.table[-1]["why"]
+    assert "E=257, N=256, fp8_w8a8_block_128x128, Triton 3.5.1" in panel.figure.layout.title.subtitle.text
+    plain = lookup_path.explain(shipped, "deepseek-v3-fp8", 8, 64, triton_version="3.5.1", rules="sglang")
+    assert "bfloat16" in plain.figure.layout.title.subtitle.text and plain.table[-1]["why"] == "the default rule"
+    none = lookup_path.explain(shipped, "gpt-oss-20b-mxfp4", dtype=None)
+    assert none.figure.layout.title.text.endswith("all agree") and none.table[-1]["result"] == "error"
+    assert "No config file is asked for" in none.table[-1]["why"]
 
 
 def test_one_loaders_path_is_alone(ill: Path) -> None:

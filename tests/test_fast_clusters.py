@@ -9,6 +9,7 @@ import pytest
 import torch
 from cuda.bindings import driver
 from fast_cases import MIDDLE, MIDDLE_PAIR, SMALL_PAIR, WIDE_PAIR, compare, needs_compiler, ordered
+from sampling import whole
 
 from moelab import recordings
 from moelab.errors import RuntimeModeError
@@ -23,13 +24,13 @@ from moelab.pipelines.fast import route_for, tiles_for
 @pytest.mark.parametrize(
     "instance, sizes, blocks",
     [
-        (SMALL_PAIR, (1, 4, 2, 128, 64), 2),  # one row an expert: nothing is shared
+        whole(SMALL_PAIR, (1, 4, 2, 128, 64), 2),  # one row an expert: nothing is shared
         (SMALL_PAIR, (7, 1, 1, 72, 40), 4),  # one tile, and one without rows
         (SMALL_PAIR, (45, 2, 2, 64, 64), 2),  # more pairs than clusters; the third tiles of both experts are a pair
-        (MIDDLE_PAIR, (40, 3, 2, 136, 72), 4),
-        (MIDDLE_PAIR, (150, 1, 1, 200, 136), 2),  # a pair, and a third tile beside one without rows
+        whole(MIDDLE_PAIR, (40, 3, 2, 136, 72), 4),
+        whole(MIDDLE_PAIR, (150, 1, 1, 200, 136), 2),  # a pair, and a third tile beside one without rows
         (MIDDLE_PAIR, (9, 20, 3, 64, 8), 4),  # experts without a row, and w13's second half of rows outside of it
-        (WIDE_PAIR, (190, 2, 1, 64, 104), 2),  # TOKENS is no multiple of GRAIN
+        whole(WIDE_PAIR, (190, 2, 1, 64, 104), 2),  # TOKENS is no multiple of GRAIN
     ],
 )
 def test_blocks_that_share_weights_are_right_and_end(instance: Instance, sizes: tuple[int, ...], blocks: int) -> None:
@@ -37,6 +38,7 @@ def test_blocks_that_share_weights_are_right_and_end(instance: Instance, sizes: 
 
 
 @needs_compiler
+@pytest.mark.whole
 def test_a_block_that_begins_before_the_other_is_there_is_seen(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,6 +57,7 @@ def test_a_block_that_begins_before_the_other_is_there_is_seen(
 
 
 @needs_compiler
+@pytest.mark.whole
 def test_a_block_that_ends_while_the_other_may_reach_it_is_seen(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,6 +84,7 @@ def test_a_block_that_ends_while_the_other_may_reach_it_is_seen(
 
 
 @needs_compiler
+@pytest.mark.whole
 def test_tiles_of_two_experts_load_their_own_weights(tmp_path: Path) -> None:
     """Five tiles of expert 0 and three of expert 1: the last pair is of both. Nothing is wrong where nobody shares."""
     ids = (torch.arange(128)[:, None] >= 80).int()
@@ -95,20 +99,10 @@ def test_tiles_of_two_experts_load_their_own_weights(tmp_path: Path) -> None:
 
 
 LATE = [
-    (
-        "sm90_fast_producers.cuh",
-        "scheduler.across1 * S::WARPGROUPS",
-        "0",
-        (45, 2, 1, 64, 64),
-        4,
-    ),  # GEMM2 waits for GEMM1
-    (
-        "sm90_fast_sums.cuh",
-        "scheduler.tiles1) * W::Tile::CLUSTER;",
-        "scheduler.tiles1);",
-        (45, 2, 2, 64, 64),
-        4,
-    ),  # the sums wait for GEMM2
+    # GEMM2 waits for GEMM1
+    ("sm90_fast_producers.cuh", "scheduler.across1 * S::WARPGROUPS", "0", (45, 2, 1, 64, 64), 4),
+    # the sums wait for GEMM2
+    whole("sm90_fast_sums.cuh", "scheduler.tiles1) * W::Tile::CLUSTER;", "scheduler.tiles1);", (45, 2, 2, 64, 64), 4),
 ]
 
 

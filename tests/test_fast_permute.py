@@ -19,6 +19,7 @@ from fast_cases import (
     needs_compiler,
     ordered,
 )
+from sampling import whole
 
 from moelab.kernels import fast_layer
 from moelab.kernels.fast_instances import PERMUTED, Instance, instance_for
@@ -28,15 +29,15 @@ from moelab.kernels.fast_instances import PERMUTED, Instance, instance_for
 @pytest.mark.parametrize(
     "instance, sizes, blocks",
     [
-        (MIDDLE_PERMUTED, (1, 4, 2, 128, 64), 4),
-        (MIDDLE_PERMUTED, (40, 3, 2, 136, 72), 2),
+        whole(MIDDLE_PERMUTED, (1, 4, 2, 128, 64), 4),
+        whole(MIDDLE_PERMUTED, (40, 3, 2, 136, 72), 2),
         # Several descriptors of one expert, K and both kinds of rows end inside a tile.
         (MIDDLE_PERMUTED, (70, 2, 2, 200, 136), 4),
-        (MIDDLE_PERMUTED, (9, 20, 3, 64, 8), 4),  # most experts have a row or none
+        whole(MIDDLE_PERMUTED, (9, 20, 3, 64, 8), 4),  # most experts have a row or none
         (MIDDLE_PERMUTED, (33, 3, 2, 1032, 72), 2),  # a row of several pieces, the last of one unit
-        (WIDE_PERMUTED, (100, 2, 2, 64, 104), 4),
+        whole(WIDE_PERMUTED, (100, 2, 2, 64, 104), 4),
         (PAIR_PERMUTED, (40, 3, 2, 136, 72), 2),
-        (PAIR_PERMUTED, (150, 1, 1, 200, 136), 4),
+        whole(PAIR_PERMUTED, (150, 1, 1, 200, 136), 4),
         (PAIR_PERMUTED, (9, 20, 3, 64, 8), 2),  # all second halves are empty
     ],
 )
@@ -45,19 +46,19 @@ def test_the_layer_is_right_and_ends(instance: Instance, sizes: tuple[int, ...],
 
 
 @needs_compiler
-@pytest.mark.parametrize("instance", [MIDDLE_PERMUTED, PAIR_PERMUTED])
+@pytest.mark.parametrize("instance", [whole(MIDDLE_PERMUTED), PAIR_PERMUTED])
 def test_weights_on_the_input(instance: Instance) -> None:
     compare(instance, 20, 3, 2, 128, 64, on_input=True)
 
 
 @needs_compiler
-@pytest.mark.parametrize("instance", [MIDDLE_PERMUTED, pytest.param(PAIR_PERMUTED, marks=pytest.mark.whole)])
+@pytest.mark.parametrize("instance", [MIDDLE_PERMUTED, whole(PAIR_PERMUTED)])
 def test_in_bfloat16(instance: Instance) -> None:
     compare(instance, 20, 3, 2, 128, 64, dtype=torch.bfloat16)
 
 
 @needs_compiler
-@pytest.mark.parametrize("instance", [SMALL, MIDDLE, MIDDLE_PAIR, MIDDLE_PERMUTED, PAIR_PERMUTED])
+@pytest.mark.parametrize("instance", [SMALL, *map(whole, (MIDDLE, MIDDLE_PAIR, MIDDLE_PERMUTED)), PAIR_PERMUTED])
 def test_of_one_slot_a_token_gemm2_writes_the_output(instance: Instance) -> None:
     """Scaled, by routed weights of either part; zeros for tokens whose expert is on another rank, all of them too."""
     for on_input in (False, True):
@@ -89,6 +90,7 @@ def test_rows_are_those_of_the_order() -> None:
 
 
 @needs_compiler
+@pytest.mark.whole
 def test_rows_that_are_not_waited_for_are_seen(tmp_path: Path) -> None:
     """Without the wait TMA reads what no warp has written yet, all of them being a quarter of a second late: not-a-number."""
     waits = "    wait_for_count(&layer.ready[scheduler.tokens], count,"

@@ -16,6 +16,7 @@ import emulated_gpu
 import pytest
 import torch
 from fast_cases import STAGED_IN_ONE
+from sampling import whole
 
 from moelab.kernels.fast_instances import SOURCE, Instance
 from moelab.kernels.fast_layer import LayerArguments
@@ -108,9 +109,8 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++, 
 @pytest.mark.parametrize(
     "instance",
     [
-        PERMUTED_PAIR,
         STAGED_IN_ONE,
-        *(pytest.param(each, marks=pytest.mark.whole) for each in (INSTANCE, PERMUTED, STAGED)),
+        *map(whole, (PERMUTED_PAIR, INSTANCE, PERMUTED, STAGED)),
     ],
     ids=str,
 )
@@ -120,6 +120,7 @@ def test_no_two_threads_race(tmp_path: Path, instance: Instance) -> None:
 
 
 @needs_compiler
+@pytest.mark.whole
 def test_a_barrier_that_is_missing_is_seen(tmp_path: Path) -> None:
     barrier = "    named_barrier(CONSUMERS + threadIdx.x / 128 - 1, 128);\n    if (threadIdx.x % 128 == 0) add_release"
     source = emulated_gpu.altered(tmp_path, ("sm90_fast_sums.cuh", barrier, barrier.splitlines()[1]))
@@ -134,6 +135,7 @@ def test_outputs_that_are_taken_before_they_are_there_are_seen(tmp_path: Path) -
 
 
 @needs_compiler
+@pytest.mark.whole
 def test_a_stage_that_the_other_block_still_reads_is_seen(tmp_path: Path) -> None:
     """The other block of a cluster is slots_pipeline of a stage as it fills, before it is read."""
     filled = "        barrier_wait(&shared.operands_full[pipeline.stage], pipeline.phase);\n"

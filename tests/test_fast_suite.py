@@ -31,7 +31,7 @@ from moelab.kernels.few_tokens import FORMS, FewTokens
 from moelab.measure import Measurement
 from moelab.pipelines.fast import Choice, Gated, choose_for
 from moelab.shapes import MoEShape
-from moelab.suites import bench, fast_choice, fast_layer, fast_rivals, screening
+from moelab.suites import bench, fast_choice, fast_layer, fast_rivals, layer_classic, screening
 from moelab.suites.layer_classic import Layer, weight_sets
 
 SMALL = MoEShape.from_sizes(num_experts=8, top_k=2, hidden_size=64, moe_intermediate_size=32, dtype="float32")
@@ -63,6 +63,8 @@ def few_stand_in(x, w13, w2, weights, ids, form, *, overlap=True, side_by_side=T
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (fast_layer, screening):
         monkeypatch.setattr(module, "measure", fake_measure)
+    # Else so small a layer gets 48 rotations, each with an alignment of its own.
+    monkeypatch.setattr(layer_classic, "rotations_for", lambda *given, **bounds: 2)
     monkeypatch.setattr(runtime, "require_cuda", lambda what: None)
     monkeypatch.setattr(fast_layer, "shape_of", lambda name: SMALL)
     monkeypatch.setattr(fast_layer, "fast_layer", stand_in)

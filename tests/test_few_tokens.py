@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from moe_cases import CASES, LARGE_CASES, Case, judge
+from sampling import sampled
 
 from moelab.inputs import MoEInputs
 from moelab.kernels import few_tokens as module
@@ -41,8 +42,7 @@ def by(form: FewTokens, case: Case, i: MoEInputs, **options: bool) -> torch.Tens
     return few_tokens(*given, scale=case.scale, weights_on_input=case.on_input, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("case", ODD, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), sampled(ODD, [torch.float16, torch.float32], together=1), ids=str)
 def test_the_layer_is_right(case: Case, dtype: torch.dtype, device: str) -> None:
     inputs = case.inputs(dtype, device)
     judge(case, inputs, by(SMALL, case, inputs, overlap=False))

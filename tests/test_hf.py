@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from sampling import sampled
 from test_transformers_experts import REFUSED, E, K, classes, drawn, tiny_block
 from torch import nn
 
@@ -50,8 +51,7 @@ def test_every_implementation_has_a_name() -> None:
     assert set(NAMES) == {"moelab", *(f"moelab_{impl}" for impl in IMPLEMENTATIONS)} and hf.register() == NAMES
 
 
-@pytest.mark.parametrize("kind", SERVED)
-@pytest.mark.parametrize("name", ["moelab", "moelab_triton"])
+@pytest.mark.parametrize(("kind", "name"), sampled(list(SERVED), ["moelab", "moelab_triton"], together=1))
 def test_logits_are_as_close_to_float64_as_its_own(kind: str, name: str) -> None:
     model = model_of(kind)
     own, ours = logits(model, "eager"), logits(model, name)

@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from quick_interpreter import its_dtype, kept_dtype
 
 from moelab import runtime
 
@@ -69,3 +70,10 @@ def test_another_interpreter_is_left_alone() -> None:
         other = types.SimpleNamespace(**{name: None for name in NEEDED if name != missing})
         assert not hasten(other, tl) and not hasattr(other, "_hastened")  # type: ignore[arg-type]
     assert not hasten(triton.runtime.interpreter, tl), "once a process"
+
+
+def test_a_type_is_numpys_as_triton_says() -> None:
+    block, pointer = tl.block_type(tl.float16, [4, 8]), tl.pointer_type(tl.float16)
+    for of in (tl.int1, tl.bfloat16, tl.float8e5, block, pointer, tl.block_type(pointer, [4])):
+        for _ in range(2):
+            assert kept_dtype(of) == its_dtype(of)

@@ -6,7 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +106,34 @@ def test_the_second_launch_goes_straight_to_the_instance(kernel: Kernel) -> None
         (2, 3, 1, "stream", "function", "metadata", *hooks, x.data_ptr(), 0, size, 2, 1)
         for size, hooks in ((5, ("launch metadata", "enter", "exit")), (7, (None, None, None)))
     ]
+
+
+class Slow(Kernel):
+    """A Triton whose launch takes a while, so that another thread's begins inside of it."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+        launch_it = super().__getitem__(grid)
+
+        def call(*arguments: Any, **named: Any) -> Compiled:
+            time.sleep(0.01)
+            return launch_it(*arguments, **named)
+
+        return call
+
+
+def test_first_launches_of_several_threads_are_compared_once(kernel: Kernel, recwarn: pytest.WarningsRecorder) -> None:
+    """As where tiles are screened: 16 threads launch one kernel for the first time."""
+    slow, x = Slow(), torch.zeros(64)
+    run, begin = Launcher(slow), threading.Barrier(8)
+
+    def first(_: int) -> None:
+        begin.wait()
+        run("key", (1, 1), (x, None), (5,), lambda: ({"A": 1, "B": 2}, {"num_warps": 4}))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(first, range(8)))
+    assert run._straight and not [one for one in recwarn if one.category is RuntimeWarning]
+    assert len(slow.compiled.launches) == 8
 
 
 class Swapped(Kernel):

@@ -10,6 +10,8 @@ import pytest
 
 from moelab import config_files, runtime
 from moelab.config_files import Near, ask, near
+from moelab.config_files.shipped import name_of
+from moelab.config_files.shipped_quantised import shipped_data
 
 H200 = "NVIDIA H200"
 
@@ -46,14 +48,15 @@ def test_the_layer_without_its_fused_expert() -> None:
     assert not any("E=256" in s for s in missed("deepseek-v3", tp_size=8, disable_shared_experts_fusion=True).misses)
 
 
-def test_what_sglang_ships() -> None:
-    found = missed("deepseek-v3-fp8", tp_size=8)
+def test_what_sglang_ships(tmp_path: Path) -> None:
+    here = {"tp_size": 8, "config_dir": tmp_path}  # where no file is, whatever moelab's own tree has
+    found = missed("deepseek-v3-fp8", **here)
     file = "triton_3_5_1/E=257,N=256,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[128, 128].json"
     assert (
         f"sglang 0.5.23 ships this file: {file}, the newest of 3, for another Triton version than 3.6.0" in found.misses
     )
     assert "SGLANG_MOE_CONFIG_DIR" in found.todo[0] and "moelab tune --model MODEL --rules sglang" in found.todo[-1]
-    assert f"sglang 0.5.23 ships this file: {file}" in missed("deepseek-v3-fp8", version="3.5.1", tp_size=8).misses
+    assert f"sglang 0.5.23 ships this file: {file}" in missed("deepseek-v3-fp8", version="3.5.1", **here).misses
 
 
 def test_another_triton_version_serves_and_is_said_so() -> None:
@@ -113,9 +116,15 @@ def test_shipped_names_are_those_of_the_files_that_are_here() -> None:
     """The three models' files in data/upstream were copied from the same package."""
     known = {(file.folder, file.name) for file in config_files.shipped_names()}
     for file in config_files.shipped_files():
-        text = config_files.file_name(
-            file["num_experts"], file["moe_intermediate_size"], file["device"], down=file["down"]
-        )
+        text = name_of(file).text()
+        if file.get("dtype_selector"):  # of quantised experts the names are listed apart
+            known_too = [
+                row for peer in shipped_data()["peers"] if peer["peer"] == "sglang" for row in peer["quantised"]
+            ]
+            (row,) = (r for r in known_too if (r["name"], r["triton"]) == (text, file["triton"]))
+            steps = {int(b): int(step) for step, batches in row["steps"].items() for b in batches}
+            assert steps == {int(b): entry["BLOCK_SIZE_K"] for b, entry in file["configs"].items()}
+            continue
         assert (f"triton_{file['triton'].replace('.', '_')}", config_files.parse_file_name(text)) in known
 
 
@@ -130,12 +139,14 @@ def test_explain_says_it_in_both_forms(run) -> None:
     assert answer["near"] and answer["to_do"] and dataclasses.asdict(missed("deepseek-v3", tp_size=8))["misses"]
 
 
-def test_explain_without_sglangs_tree_names_what_it_ships(run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_without_sglangs_tree_names_what_it_ships(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SGLANG_MOE_CONFIG_DIR", raising=False)
+    monkeypatch.setenv("MOELAB_CONFIG_DIR", str(tmp_path))
     arguments = ("explain", "--model", "deepseek-v3-fp8", "--tp", 8, "--batch-size", 64, "--device", H200)
     status, _, err = run(*arguments, "--triton-version", "3.6.0", "--rules", "sglang")
     assert status == 2 and "--config-dir" in err and "sglang 0.5.23 ships this file: triton_3_5_1/E=257,N=256" in err
     assert "moelab's own tree" not in err
+    monkeypatch.delenv("MOELAB_CONFIG_DIR")
     for rules in ("sglang", "vllm"):
         monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
         plain = (

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import math
+from dataclasses import replace
 
 import pytest
 import torch
-from made_recordings import PROVENANCE, numbers, whole
+from made_recordings import numbers, whole
 
-from moelab import quantised_error, recordings, roofline, runtime
+from moelab import quantised_error, roofline, runtime
 from moelab.config_files.shipped_quantised import shipped_quantised
 from moelab.formats import FORMATS, get_format
-from moelab.plots import in_short
+from moelab.plots import in_short, quantised_times
 from moelab.plots import quantised as plots
-from moelab.plots.style import CONFIGS, LOOKS
+from moelab.plots.style import LOOKS
 from moelab.quantised_error import LayerError, cut_sum, layer_error, product_errors, way
 from moelab.quantised_weights import dequantise, quantise
-from moelab.recordings import Recording
 from moelab.shapes import MoEShape, load_model
 
 LAYER = MoEShape("small", num_experts=2, top_k=1, hidden_size=128, moe_intermediate_size=128)
@@ -95,6 +93,31 @@ def test_floors_follow_bytes_and_then_the_rate() -> None:
     assert any(found == pytest.approx(2.0, abs=0.05) for found in numbers(panel.sentence))
 
 
+def test_floors_by_format_turn_where_their_products_do() -> None:
+    panel = plots.floor_map(SHAPE, NAMES)
+    whole(panel, "arithmetic")
+    rows = {row["format"]: row for row in panel.table}
+    assert list(rows) == NAMES[:3] and "int8 channel" in panel.sentence
+    rates = {name: row["TFLOP/s"] for name, row in rows.items()}
+    assert rates == {NAMES[0]: 790.0, NAMES[1]: 1300.0, NAMES[2]: 790.0}
+    for name, row in rows.items():
+        shape = replace(SHAPE, format=get_format(name))
+        at = roofline.load_ceilings("NVIDIA_H200", "floors", shape.format.product_dtype("bfloat16"))
+        assert row["floor at 64, µs"] == pytest.approx(roofline.floor_us(roofline.layer_cost(shape, 64), at).us)
+    assert "790 or 1300 TFLOP/s" in panel.figure.layout.title.subtitle.text
+
+
+def test_verdicts_are_of_rounding_alone() -> None:
+    worse = LayerError("int8_w8a8_channel", 0.02, 0.004, 9e-4, 4e-4, "float16")
+    panel = plots.judged([*FOUND, worse])
+    whole(panel)
+    verdicts = {row["format"]: row["verdict"] for row in panel.table}
+    assert verdicts == {
+        "int4_w4a16_group_32": "passes", "fp8_w8a8_channel": "not run here: refused", "int8_w8a8_channel": "FAILS",
+    }  # fmt: skip
+    assert numbers(panel.sentence)[:2] == [2.25, 2] and "2.0% to 16.0%" in panel.sentence
+
+
 FOUND = [
     LayerError("plain", 0.0, 0.004),
     LayerError("int4_w4a16_group_32", 0.16, 0.004, 5e-4, 6e-4, "float16"),
@@ -120,50 +143,6 @@ def test_panels_are_whole() -> None:
         == list(map(int, counted.text))
     )
     assert "dotted: what codes × scales can say" in drawn.figure.layout.title.subtitle.text
-    assert {13, 176, 63, 184} <= set(numbers(files.sentence))
-    said = in_short.quantised(plots.floors(SHAPE, NAMES), errors, files).sentence
-    assert said.count("\n") == 2 and "6.0%" in said and "13 of sglang's 176" in said
-
-
-def test_the_peers_times_are_those_of_the_file() -> None:
-    data = json.loads((runtime.data_dir() / "upstream" / "h200_fp8_sglang.json").read_text())
-    panel = plots.peer(data)
-    whole(panel, "NVIDIA H200")
-    colors = [CONFIGS[kind].color for kind in ("default", "shipped", "searched")]
-    assert [line.line.color for line in panel.figure.data] == colors, "as in 01"
-    assert [round(value, 2) for value in numbers(panel.sentence)[:3]] == [1.7, 24.0, 1.57]
-    assert {row["shapes"] for row in panel.table} == {2}  # those that sglang ships a file for
-
-
-def made(times: dict[str, float], **changes: object) -> Recording:
-    """Two shapes at two batches, each format at so many times its floor."""
-    rows = []
-    for shape in ("a", "b"):
-        for batch in (1, 64):
-            for name, factor in times.items():
-                cost = roofline.layer_cost(load_model("mixtral-8x7b", tp_size=8), batch)
-                floor = roofline.floor_us(cost, roofline.load_ceilings("NVIDIA_H200", "floors")).us
-                rows.append({"shape": shape, "format": name, "num_tokens": batch, "config_name": "searched", "bytes": cost.bytes,
-                             "flops": cost.flops, "multiplies": "bfloat16", "within_bound": True,
-                             "samples_us": [floor * factor] * 3} | changes)  # fmt: skip
-    return Recording("quantised", PROVENANCE | {"gpu": "NVIDIA H200"}, {"kind": "made up"}, tuple(rows))
-
-
-def test_recorded_layers_over_their_floor(monkeypatch: pytest.MonkeyPatch) -> None:
-    panel = plots.over_the_floor(made({"plain": 1.2, "int4_w4a16_group_128": 1.5}))
-    whole(panel, "NVIDIA H200")
-    assert [row["1"] for row in panel.table] == pytest.approx([1.2, 1.5])
-    assert {1.2, 1.5} <= set(numbers(panel.sentence))
-    assert math.isclose(panel.table[1]["64"], 1.5)
-    wrong = made({"plain": 1.2})
-    wrong = Recording(
-        wrong.suite, wrong.provenance, wrong.protocol, (*wrong.rows[1:], wrong.rows[0] | {"within_bound": False})
-    )
-    assert "1 cells past their bound" in plots.over_the_floor(wrong).sentence
-    monkeypatch.setattr(recordings, "load", lambda name: made({"plain": 1.2}))
-    assert plots.times().figure is not None
-
-
-def test_without_a_recording_its_command_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    monkeypatch.setattr(recordings, "recordings_dir", lambda: tmp_path)
-    assert "`moelab record quantised`" in plots.times().sentence
+    assert {13, 176, 61, 182} <= set(numbers(files.sentence))
+    said = in_short.quantised(plots.floors(SHAPE, NAMES), errors, files, quantised_times.times()).sentence
+    assert said.count("\n") == 3 and "6.0%" in said and "13 of sglang's 176" in said

@@ -70,6 +70,15 @@ def test_words_count_means_ties_and_losses() -> None:
     assert numbers(loses.sentence)[3] == 1
 
 
+def test_quantised_layers_are_summed_up_apart() -> None:
+    """A row without a format is plain, as those recorded before formats are."""
+    coded = summary("b", "default", []) | {"format": "fp8_w8a8_block_128x128"}
+    panel = plots.gains(made(layer("b", 1, "default", 1.25, 1.2, 1.3), coded))
+    assert numbers(panel.sentence)[:8] == [1.5, 2, 0, 0, 1.25, 1, 0, 0]
+    assert "default over quantised layers 1.250 (1 cell" in panel.sentence
+    assert "quantised" not in plots.gains(made()).sentence
+
+
 def test_seven_targets_have_a_row_each() -> None:
     more = [
         row for i in range(6) for row in (layer(f"t{i}", 1, "default", 1.5, 1.4, 1.6), summary(f"t{i}", "default", []))

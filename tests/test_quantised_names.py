@@ -11,11 +11,18 @@ import pytest
 from moelab import runtime
 from moelab.config_files import doctor, question
 from moelab.config_files.names import parse_file_name
-from moelab.config_files.quantised_names import asked_names, cut_steps, meant_selector, never_asked, unpacked_columns
+from moelab.config_files.quantised_names import (
+    MEANT,
+    asked_names,
+    cut_steps,
+    meant_selector,
+    never_asked,
+    unpacked_columns,
+)
 from moelab.config_files.rules import RULES
-from moelab.config_files.shipped_quantised import Shipped, shipped_quantised
+from moelab.config_files.shipped_quantised import Shipped, shipped_data, shipped_quantised
 from moelab.errors import FormatError
-from moelab.formats import FORMATS
+from moelab.formats import FORMATS, SELECTORS
 from moelab.shapes import MoEShape
 
 V = "triton_3_6_0"
@@ -101,13 +108,22 @@ def test_int4_files_that_are_asked_for_are_left_alone() -> None:
 
 def test_what_the_peers_ship_that_nobody_can_use() -> None:
     """Found in the packages themselves: 9 int8_w8a8 files without per_channel_quant, one file in blocks without a selector, two
-    without a device, one whose steps of K are longer than its blocks; 9 selectors that vLLM does not know, 54 files it cuts."""
+    without a device, one whose steps of K are longer than its blocks; 7 selectors that vLLM does not know, 54 files it cuts."""
     found = {
         loader: Counter(each.problem for each in shipped_quantised(loader) if each.problem)
         for loader in ("sglang", "vllm")
     }
     assert found["sglang"] == {"never asked for": 10, "no device": 2, "wrong scales": 1}
-    assert found["vllm"] == {"unknown selector": 9, "steps cut": 54}
+    assert found["vllm"] == {"unknown selector": 7, "steps cut": 54}
+
+
+def test_only_files_of_quantised_experts_are_listed() -> None:
+    """A name with dtype=bf16 has a wrong selector, and is of plain experts."""
+    for peer in shipped_data()["peers"]:
+        for row in peer["quantised"]:
+            name = parse_file_name(row["name"].replace("device_name=,", "device_name=X,"), peer["peer"])
+            meant = MEANT.get(str(name.dtype_selector), name.dtype_selector)
+            assert meant in SELECTORS or (meant is None and name.block_shape), row
 
 
 def test_each_says_why() -> None:

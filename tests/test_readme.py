@@ -52,7 +52,9 @@ def test_readme_is_short() -> None:
 
 def test_figures_are_those_of_the_recordings() -> None:
     made = pictures.panels()
-    assert [*made] == [*pictures.HEADINGS] == [*pictures.ALT]
+    recorded = {item.suite for item in recordings.list_recordings() if item.recording}
+    headings = [name for name in pictures.HEADINGS if name != "quantised" or name in recorded]  # on a GPU, one day
+    assert [*made] == headings and [*pictures.HEADINGS] == [*pictures.ALT]
     message = "the README's figure or docs/figures.md is behind data/recordings or moelab/plots: run `make pictures`"
     assert pictures.replaced(README, pictures.short(made)) == README, message
     assert pictures.text(made) == FIGURES, message

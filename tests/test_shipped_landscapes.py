@@ -11,10 +11,12 @@ import pytest
 from landscapes import shipped
 
 from moelab import recordings, runtime
-from moelab.config import KernelConfig, default_config, violations
-from moelab.config_files import lookup
+from moelab.config import KernelConfig, violations
+from moelab.config_files import question
 from moelab.studies import tuner_regret
+from moelab.studies.targets import TARGETS
 from moelab.tuner.landscape import Landscape
+from moelab.tuner.problem import default_of
 from moelab.tuner.regret import Truth, trace
 from moelab.tuner.replay import Table
 from moelab.tuner.survey import Survey
@@ -38,7 +40,7 @@ def finals(found: Landscape, num_tokens: int) -> dict[tuple[KernelConfig, ...], 
 
 def gained(found: Landscape, num_tokens: int) -> dict[tuple[KernelConfig, ...], float]:
     """Pair of configs -> times as long as the tuned pair takes, in the interleaved layers of the recording tuned_gain."""
-    target = f"{found.problem.shape.name}/tp{found.problem.shape.tp_size}"
+    target = next(t.name for t in TARGETS if t.shape() == found.problem.shape)
     rows = recordings.load("tuned_gain").select(kind="layer", target=target, num_tokens=num_tokens)
     return {(KernelConfig(**row["up"]), KernelConfig(**row["down"])): row["ratio"] for row in rows}
 
@@ -57,7 +59,9 @@ def test_a_shipped_landscape_is_sound(name: str) -> None:
     assert found.evaluator["measured"] is True
     for row in found.rows[::97]:
         assert bool(row.outcome.samples_us) != bool(row.outcome.failure) or not row.outcome.measure_s
-        assert not any(violations(config, target=found.problem.target) for config in row.contender)
+        format = found.problem.shape.format
+        of = {"dtype": format.product_dtype(found.problem.shape.dtype), "weight_bits": format.widened_bits}
+        assert not any(violations(config, target=found.problem.target, **of) for config in row.contender)
 
 
 def test_the_protocols_read_up_to_a_quarter_apart() -> None:
@@ -87,13 +91,8 @@ def test_tuned_files_are_the_winners_of_their_finals(name: str) -> None:
     shape = found.problem.shape
     strangers = []
     for num_tokens in found.problem.batch_sizes:
-        up, down = (
-            lookup(
-                shape.num_experts, shape.moe_intermediate_size, found.problem.device, num_tokens=num_tokens,
-                triton_version=found.problem.triton_version, down=down,
-            )
-            for down in (False, True)
-        )  # fmt: skip
+        of = {"num_tokens": num_tokens, "triton_version": found.problem.triton_version}
+        up, down = (question(shape).lookup(found.problem.device, **of, down=down) for down in (False, True))
         assert up.key == down.key == num_tokens and Path(str(down.path)).stem.endswith("_down")
         assert up.config is not None and down.config is not None
         pair = (up.config, down.config)
@@ -104,7 +103,7 @@ def test_tuned_files_are_the_winners_of_their_finals(name: str) -> None:
             assert len(times) >= 3, num_tokens  # the entry, the default and another run's winner at least
         mine = times[pair]
         assert mine <= 1.01 * min(times.values()), num_tokens
-        default = default_config(num_tokens, shape.num_experts)
+        default = default_of(shape, found.problem.device, num_tokens)
         assert mine < times[default, default] or pair == (default, default), num_tokens
     assert strangers == ([8] if shape.name == "qwen3-30b-a3b" else [])
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sampling import sampled
 from test_grouped_gemm import judge, problem
 
 from moelab import precision
@@ -31,8 +32,12 @@ def judge_rounded(split_k: int, out: torch.Tensor, a: torch.Tensor, w: torch.Ten
     precision.check(out, plain, exact, tiny=tiny)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("split_k", [1, 2, 4])
+SPLIT = pytest.mark.parametrize(
+    ("dtype", "split_k"), sampled([torch.float16, torch.float32, torch.float64], [4, 2, 1], together=1), ids=str
+)
+
+
+@SPLIT
 def test_gemm1_with_bias_and_weights(dtype: torch.dtype, split_k: int, device: str) -> None:
     a, w, r = problem(11, 5, 2, 72, 100, dtype, device)  # 100: four blocks of 32, the last of them ragged
     bias = torch.randn(5, 72, device=device).to(dtype)
@@ -45,8 +50,7 @@ def test_gemm1_with_bias_and_weights(dtype: torch.dtype, split_k: int, device: s
     judge_wide(out, a, w, r.topk_ids, top_k=2, bias=bias, topk_weights=r.topk_weights)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("split_k", [1, 2, 4])
+@SPLIT
 def test_in_the_inputs_dtype(dtype: torch.dtype, split_k: int, device: str) -> None:
     a, w, r = problem(7, 3, 2, 40, 128, dtype, device)
     config = replace(CONFIG, SPLIT_K=split_k)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sampling import sampled
 from test_grouped_gemm import judge, problem
 
 from moelab import precision
@@ -24,8 +25,10 @@ def judge_activated(
     precision.check(out, *precision.gemm_references(a, w, ids, activated=(kind, gated), **options))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("split_k", [1, 2, 4])
+DTYPES = [torch.float16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize(("dtype", "split_k"), sampled(DTYPES, [4, 2, 1], together=1), ids=str)
 def test_gemm2_with_bias_and_weights(dtype: torch.dtype, split_k: int, device: str) -> None:
     a, w, r = problem(11, 5, 2, 72, 100, dtype, device)  # 100: four blocks of 32, the last of them ragged
     bias = torch.randn(5, 72, device=device).to(dtype)
@@ -37,9 +40,11 @@ def test_gemm2_with_bias_and_weights(dtype: torch.dtype, split_k: int, device: s
     judge(out, a, w, r.topk_ids, top_k=2, bias=bias, topk_weights=r.topk_weights)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("kind", "gated"), [("silu", True), ("swiglu_oai", True), ("gelu", True), ("relu2", False)])
-def test_gemm1_with_its_activation(dtype: torch.dtype, kind: str, gated: bool, device: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "dtype"), sampled(["silu", "swiglu_oai", "gelu", "relu2"], DTYPES, together=1), ids=str
+)
+def test_gemm1_with_its_activation(dtype: torch.dtype, kind: str, device: str) -> None:
+    gated = kind != "relu2"
     a, w, r = problem(9, 3, 2, 66, 128, dtype, device)  # halves of 33: no multiple of a tile
     bias = torch.randn(3, 66, device=device).to(dtype) * 0.1
     given = {"bias": bias, "topk_weights": r.topk_weights}

@@ -137,10 +137,13 @@ def test_cuda_without_a_gpu_says_what_to_use() -> None:
         sum_reduce(torch.zeros(1, 1, 8), impl="cuda")
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("top_k", "hidden"), [(8, 2048), (40, 511)])
-def test_cuda_source_compiles_without_a_gpu(arch: str, dtype: torch.dtype, top_k: int, hidden: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "arch", "sizes"),
+    sampled(DTYPES, ["sm_80", "sm_90", "sm_100"], [(8, 2048), (40, 511)], together=1),
+    ids=str,
+)
+def test_cuda_source_compiles_without_a_gpu(arch: str, dtype: torch.dtype, sizes: tuple[int, int]) -> None:
+    top_k, hidden = sizes
     cut = sum_reduce_cuda.plan(1024, top_k, hidden, dtype)
     code, expression = sum_reduce_cuda.compile_kernel(arch, cut.expression(dtype))
     assert len(code.code) > 1000 and code.symbol_mapping[expression]

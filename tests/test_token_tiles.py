@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import sampled
 
 from moelab import runtime
 from moelab.errors import ShapeError
@@ -22,12 +23,17 @@ def in_use(tiles: TokenTiles) -> list[list[int]]:
     return tiles.tiles[: int(tiles.num_tiles)].tolist()
 
 
-@pytest.mark.parametrize("for_clusters", [False, True])
-@pytest.mark.parametrize("tile_rows, grain", [(8, 8), (16, 8), (48, 16), (5, 1)])
-@pytest.mark.parametrize("rows", [[0, 3, 0, 100, 17, 48, 1], [0, 0], [9], [1] * 60, [200, 0, 0, 8, 8, 9]])
-def test_the_kernel_makes_what_the_oracle_makes(
-    rows: list[int], tile_rows: int, grain: int, for_clusters: bool
-) -> None:
+@pytest.mark.parametrize(
+    ("rows", "sizes", "for_clusters"),
+    sampled(
+        [[0, 3, 0, 100, 17, 48, 1], [0, 0], [9], [1] * 60, [200, 0, 0, 8, 8, 9]],
+        [(8, 8), (16, 8), (48, 16), (5, 1)],
+        [False, True],
+        together=1,
+    ),
+)
+def test_the_kernel_makes_what_the_oracle_makes(rows: list[int], sizes: tuple[int, int], for_clusters: bool) -> None:
+    tile_rows, grain = sizes
     slots = torch.randperm(sum(rows) + 3).int()  # three of other ranks, at the end
     made = token_tiles(slots.to(DEVICE), offsets_of(rows).to(DEVICE), tile_rows, grain, for_clusters)
     expected = token_tiles_ref(slots, offsets_of(rows), tile_rows, grain, for_clusters)

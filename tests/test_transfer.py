@@ -12,11 +12,12 @@ from synthetic import SMALL
 from moelab import config_files, recordings
 from moelab.config import KernelConfig, default_config
 from moelab.errors import LandscapeError
+from moelab.formats import get_format
 from moelab.plots import transfer as plots
 from moelab.tuner import landscape
 from moelab.tuner.evaluate import Outcome
 from moelab.tuner.landscape import Landscape, Row
-from moelab.tuner.problem import Problem
+from moelab.tuner.problem import Problem, default_of
 from moelab.tuner.transfer import Transfer
 
 SMALL_ROWS, LARGE_ROWS = KernelConfig(16, 64, 64, 1), KernelConfig(64, 128, 64, 1)
@@ -204,6 +205,52 @@ def test_shipped_landscapes_draw(part: str) -> None:
         "NVIDIA H20, Triton 3.3.1", "NVIDIA H200, Triton 3.2.0 and 3.6.0",
     ]  # fmt: skip
     assert "one config for all batches" in text_names(plots.choices(first, part))
+
+
+def a_file(triton: str, config: KernelConfig, *, down: bool = False, **more: object) -> dict:
+    """A row of `shipped_files` for this landscape's layer and device."""
+    sizes = {"num_experts": SMALL.num_experts, "moe_intermediate_size": SMALL.moe_intermediate_size}
+    entry = {"1": config.to_json()}
+    return {**sizes, "device": "Made_up", "triton": triton, "down": down, "configs": entry, **more}
+
+
+BLOCKS = {"dtype_selector": "fp8_w8a8", "block_shape": [64, 64]}
+
+
+def test_files_of_other_formats_are_judged_here() -> None:
+    """The newest Triton's of each; int4's N counts bytes; a layer with a fused expert counts, other sizes and devices do not."""
+    half, two = SMALL.moe_intermediate_size // 2, SMALL.num_experts + 1
+    files = [
+        a_file("3.2.0", OTHER), a_file("3.10.0", SMALL_ROWS), a_file("3.9.0", LARGE_ROWS, down=True),
+        a_file("3.6.0", LARGE_ROWS, **BLOCKS), a_file("3.6.0", SMALL_ROWS, **BLOCKS, device="Another"),
+        a_file("3.6.0", UNSEEN, dtype_selector="int4_w4a16", moe_intermediate_size=half),
+        a_file("3.6.0", OTHER, **BLOCKS, num_experts=two), a_file("3.6.0", OTHER, num_experts=two + 1),
+    ]  # fmt: skip
+    panel = plots.by_format(TRANSFER, {"x": files}, "up")
+    E = SMALL.num_experts
+    coded = "fp8_w8a8 in blocks of 64 x 64"
+    assert {row["file for"]: row["1"] for row in panel.table} == {
+        f"x, E={E}, bf16": "0.0", f"x, E={E}, {coded}": "50", f"x, E={E}, int4_w4a16": "–", f"x, E={E + 1}, {coded}": "~20",
+    }  # fmt: skip
+    assert "cannot run here" not in panel.sentence
+    assert plots.by_format(TRANSFER, {"x": []}).figure is None
+
+
+def test_steps_that_a_format_refuses_are_said() -> None:
+    shape = dataclasses.replace(SMALL, format=get_format("fp8_w8a8_block_32x32"))
+    coded = dataclasses.replace(made(), problem=dataclasses.replace(made().problem, shape=shape))
+    panel = plots.by_format(Transfer(coded), {"x": [a_file("3.6.0", SMALL_ROWS)]}, "up")
+    assert "1 config of those files cannot run here: BLOCK_SIZE_K = 64 and scales by groups of 32" in panel.sentence
+
+
+def test_a_quantised_landscapes_default_and_files_are_its_formats() -> None:
+    """Of the recorded one: the rule for blocks, and sglang's files for them, of no other device or format."""
+    coded = Transfer(landscape.load("deepseek-v3-fp8-tp8-NVIDIA_H200"))
+    cells = coded.choices("both")["sglang’s default"]
+    rule = default_of(coded.problem.shape, "NVIDIA H200", 64)
+    assert rule != default_config(64, 257) and cells[64] == coded.loss("both", 64, (rule, rule))
+    panel = plots.by_file(coded, config_files.shipped_files())
+    assert [row["file of"] for row in panel.table] == [f"NVIDIA H200, Triton {v}" for v in ("3.2.0", "3.3.1", "3.5.1")]
 
 
 def text_names(panel: plots.Panel) -> set[str]:

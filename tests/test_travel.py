@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shlex
 
 import pytest
 from test_transfer import made
 from typer.testing import CliRunner
 
-from moelab.plots.transfer import travel
+from moelab.cli.asking import tuned_shape
+from moelab.plots.transfer import _layer, travel
+from moelab.shapes import load_model
 from moelab.tuner import landscape
 from moelab.tuner.landscape import Landscape
 from moelab.tuner.transfer import Transfer
@@ -80,3 +83,26 @@ def test_the_commands_are_ones_that_the_shell_knows() -> None:
         words = shlex.split(row["to record it"].rpartition(", ")[0])
         assert words[:2] == ["moelab", "tune"]
         assert [word for word in words if word.startswith("--") and word not in known] == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"model": "deepseek-v3-fp8", "tp_size": 8},
+        {"model": "deepseek-v3-fp8", "tp_size": 8, "disable_shared_experts_fusion": True},
+        {"model": "deepseek-v3-fp8", "tp_size": 8, "ep_size": 8, "dtype": "bfloat16"},
+        {"model": "qwen3-30b-a3b", "tp_size": 2, "dtype": "int4_w4a16_group_128"},
+    ],
+)
+def test_a_command_means_the_layer_that_was_recorded(given: dict) -> None:
+    """In its format, with the shared experts that it has: the shell's own reading of those words gives it again."""
+    shape = load_model(**given)
+    words = shlex.split(_layer(shape))
+    asked: dict = {
+        "dtype": None,
+        "ep_size": 1,
+        "disable_shared_experts_fusion": "--disable-shared-experts-fusion" in words,
+    }
+    pairs = [(name, value) for name, value in itertools.pairwise(words) if not value.startswith("--")]
+    asked |= {name[2:].replace("-", "_"): int(value) if "size" in name else value for name, value in pairs}
+    assert tuned_shape({"rules": "moelab", **asked}) == shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,17 @@ from synthetic import small_problem, synthetic_landscape
 
 from moelab import config_files, recordings, runtime
 from moelab.config import KernelConfig, default_config
+from moelab.config_files import question
+from moelab.config_files.shipped import write_shipped
+from moelab.config_files.shipped_quantised import shipped_data
 from moelab.errors import ConfigFileError, UnknownNameError
+from moelab.formats import get_format
 from moelab.measure import Measurement
 from moelab.recordings import Recording
-from moelab.shapes import MoEShape
+from moelab.shapes import MoEShape, load_model
 from moelab.studies import fleet_gain, tuned_gain
 from moelab.studies.targets import TARGETS, Target, target_of
+from moelab.suites import layer_classic
 from moelab.tuner import landscape
 from moelab.tuner.evaluate import Outcome
 from moelab.tuner.landscape import Row
@@ -108,6 +114,33 @@ def test_merged_gains_keep_the_run_that_each_is_of(tmp_path: Path) -> None:
     assert len(found.rows) == 4 and found.provenance["git_commit"] == "three"
 
 
+@pytest.mark.skipif(runtime.current().mode == "gpu", reason="fp16 carriers in the interpreter")
+@pytest.mark.parametrize("name", ["int8_w8a8_block_64x64", "int8_w8a8_channel", "int4_w4a16_group_32"])
+def test_a_quantised_target_is_timed_in_its_format(
+    name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the file of its format, codes made inside what is timed; the plain file of the same sizes is not read."""
+    shape = replace(SMALL, moe_intermediate_size=64, dtype="float16", format=get_format(name))
+    monkeypatch.setattr(Target, "shape", lambda self: shape)
+    with pytest.raises(ConfigFileError, match="tiny/tp1"):
+        tuned_gain.record((ONE,), device=DEVICE, config_dir=tiny)
+    for down, config in ((False, UP), (True, DOWN)):
+        path = tiny / runtime.triton_key() / question(shape).file_name(DEVICE, down=down)
+        config_files.write_config_file(path, {3: config})
+    made: list[object] = []
+    real = layer_classic.quantise_activations
+    monkeypatch.setattr(layer_classic, "quantise_activations", lambda *given: made.append(given[1]) or real(*given))
+    rows = rows_by_label(tuned_gain.record((ONE,), device=DEVICE, config_dir=tiny).rows, 3)
+    assert {label: row["format"] for label, row in rows.items()} == dict.fromkeys(
+        ("tuned", "default"), shape.format.name
+    )
+    assert all(row["within_bound"] and row["samples_us"] for row in rows.values()), rows
+    assert bool(made) == (shape.format.activations != "none")
+    with pytest.raises(UnknownNameError, match="tiny/tp1"):  # a second run of the same sizes in plain weights
+        second = a_run(tmp_path / "plain.parquet", replace(shape, format=get_format("plain")), (UP, UP))
+        tuned_gain.second_pairs(ONE, DEVICE, {"tiny/tp1": second})
+
+
 def test_equal_pairs_are_timed_once(tiny: Path, tmp_path: Path) -> None:
     second = a_run(tmp_path / "second.parquet", SMALL, (UP, DOWN))
     rows = rows_by_label(tuned_gain.record((ONE,), device=DEVICE, config_dir=tiny, second={"tiny/tp1": second}).rows, 3)
@@ -155,8 +188,6 @@ def test_a_wrong_pair_is_a_row_without_times(tiny: Path, monkeypatch: pytest.Mon
 
 
 def test_gemm2_runs_under_its_own_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moelab.suites import layer_classic
-
     seen = []
     real = layer_classic.grouped_gemm
     monkeypatch.setattr(layer_classic, "grouped_gemm", lambda *a, **k: seen.append(a[3]) or real(*a, **k))
@@ -183,20 +214,50 @@ def test_a_second_run_of_another_layer_is_refused(tiny: Path, tmp_path: Path) ->
 # --- the real targets -------------------------------------------------------------------------------------------------
 
 
-def test_the_targets_have_files_of_their_own() -> None:
-    """Two of one file name would overwrite each other."""
-    shapes = [target.shape() for target in TARGETS]
-    assert (
-        len({(s.num_experts, s.moe_intermediate_size) for s in shapes})
-        == len(TARGETS)
-        == len({t.name for t in TARGETS})
-    )
-    assert all(s.dtype == "bfloat16" for s in shapes)
+def test_the_targets_have_files_and_landscapes_of_their_own() -> None:
+    """Two of one name would overwrite each other."""
+    for named in (
+        {question(target.shape()).file_name("NVIDIA H200") for target in TARGETS},
+        {target.landscape("NVIDIA_H200") for target in TARGETS},
+        {target.name for target in TARGETS},
+    ):
+        assert len(named) == len(TARGETS)
+    assert all(target.shape().dtype == "bfloat16" for target in TARGETS)
+
+
+FP8, PER_CHANNEL = "dtype=fp8_w8a8", "per_channel_quant=True"
+BLOCKS = f"{FP8},block_shape=[128, 128]"
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("deepseek-v3/tp8", "E=256,N=256,device_name=X.json"),
+        ("deepseek-v3-fp8/tp8", f"E=256,N=256,device_name=X,{BLOCKS}.json"),
+        ("deepseek-v3-fp8/tp8/fused", f"E=257,N=256,device_name=X,{BLOCKS}.json"),
+        ("qwen3-30b-a3b-fp8/tp1", f"E=128,N=768,device_name=X,{BLOCKS}.json"),
+        ("qwen3-235b-a22b-fp8/tp4", f"E=128,N=384,device_name=X,{BLOCKS}.json"),
+        ("glm-4.5-air-fp8/tp2", f"E=128,N=704,device_name=X,{FP8},{PER_CHANNEL}.json"),
+        ("glm-4.5-air-fp8/tp2/fused", f"E=129,N=704,device_name=X,{FP8},{PER_CHANNEL}.json"),
+        ("llama-4-maverick-fp8/tp8", f"E=128,N=1024,device_name=X,{FP8},{PER_CHANNEL}.json"),
+        ("kimi-k2-thinking/tp8", "E=384,N=128,device_name=X,dtype=int4_w4a16.json"),  # N: two values a byte
+    ],
+)
+def test_a_targets_format_is_its_models(name: str, file: str) -> None:
+    assert question(target_of(name).shape(), "sglang").file_name("X") == file
+
+
+def test_a_landscape_is_called_as_its_layer() -> None:
+    """A preset's own format says nothing new, nor does what its server fuses; anything else is another layer."""
+    fused, routed = (target_of(f"deepseek-v3-fp8/tp8{end}") for end in ("/fused", ""))
+    assert fused.landscape("NVIDIA_H200") == "deepseek-v3-fp8-tp8-NVIDIA_H200" in landscape.landscape_names()
+    assert landscape.load(fused.landscape("NVIDIA_H200")).problem.shape == fused.shape()
+    assert routed.landscape("H", 1) == "deepseek-v3-fp8-tp8-shared0-H-seed1"
+    other = load_model("qwen3-30b-a3b", dtype="fp8_w8a8_block_128x128")
+    assert landscape.layer_name(other, "H") == "qwen3-30b-a3b-tp1-fp8_w8a8_block_128x128-H"
 
 
 def test_sglangs_file_is_found_by_sglangs_rules(tmp_path: Path) -> None:
-    from moelab.config_files.shipped import write_shipped
-
     qwen, scout = (next(t for t in TARGETS if t.model == name) for name in ("qwen3-30b-a3b", "llama-4-scout"))
     sglang = write_shipped(tmp_path)
     pairs = tuned_gain.shipped_pairs(qwen.shape(), "NVIDIA_H200", sglang, (1, 64))
@@ -204,10 +265,44 @@ def test_sglangs_file_is_found_by_sglangs_rules(tmp_path: Path) -> None:
     assert tuned_gain.shipped_pairs(scout.shape(), "NVIDIA_H200", sglang, (1,)) == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "shipped"),
+    [
+        ("deepseek-v3-fp8/tp8", True),
+        ("deepseek-v3-fp8/tp8/fused", True),
+        ("qwen3-30b-a3b-fp8/tp1", True),
+        ("qwen3-235b-a22b-fp8/tp4", True),
+        ("glm-4.5-air-fp8/tp2", False),
+        ("llama-4-maverick-fp8/tp8", False),
+        ("kimi-k2-thinking/tp8", False),
+    ],
+)
+def test_sglangs_quantised_file_is_found_where_it_ships_one(name: str, shipped: bool, tmp_path: Path) -> None:
+    """By its own list of names, and never the plain file of the same sizes."""
+    shape, sglang = target_of(name).shape(), write_shipped(tmp_path)
+    assert set(tuned_gain.shipped_pairs(shape, "NVIDIA_H200", sglang, (1, 64))) == ({1, 64} if shipped else set())
+    asked = question(shape, "sglang").file_name("NVIDIA_H200")
+    assert shipped == (asked in {row["name"] for peer in shipped_data()["peers"] for row in peer["quantised"]})
+
+
+@pytest.mark.parametrize(
+    ("name", "batch"), [("deepseek-v3/tp8", 1), ("deepseek-v3/tp8", 4096), ("qwen3-30b-a3b-fp8/tp1", 64)]
+)
+def test_the_shipped_fp8_entries_are_those_that_were_timed(name: str, batch: int, tmp_path: Path) -> None:
+    """h200_fp8_sglang.json was measured under the files themselves."""
+    data = json.loads((runtime.data_dir() / "upstream" / "h200_fp8_sglang.json").read_text())
+    (row,) = (row for row in data["rows"] if (row["name"], row["M"]) == (name, batch))
+    target = target_of(name.replace("v3/", "v3-fp8/"))
+    ((up, down),) = tuned_gain.shipped_pairs(target.shape(), "NVIDIA_H200", write_shipped(tmp_path), (batch,)).values()
+    assert up.to_json() == down.to_json() == row["shipped_cfg"]
+
+
 def test_second_runs_are_found_where_there_are_any() -> None:
-    for target in (target for target in TARGETS if target.keep):
+    runs = {t: f"{t.landscape('NVIDIA_H200', seed=1)}" in landscape.landscape_names() for t in TARGETS if t.keep}
+    assert runs[target_of("qwen3-30b-a3b/tp1")]
+    for target, recorded in runs.items():
         pairs = tuned_gain.second_pairs(target, "NVIDIA_H200", None)
-        assert len(pairs) == 19 and all(up.BLOCK_SIZE_M == down.BLOCK_SIZE_M for up, down in pairs.values())
+        assert len(pairs) == 19 * recorded and all(up.BLOCK_SIZE_M == down.BLOCK_SIZE_M for up, down in pairs.values())
     assert tuned_gain.second_pairs(next(t for t in TARGETS if not t.keep), "NVIDIA_H200", None) == {}
 
 
@@ -220,12 +315,10 @@ def test_the_recorded_files_are_the_ones_shipped_and_lose_nowhere() -> None:
     assert all(row["within_bound"] for row in found.select(kind="layer"))
     device, version = runtime.device_key(found.provenance["gpu"]), found.provenance["triton"]
     for row in found.select(kind="layer", config_name="tuned"):
-        shape = target_of(row["target"]).shape()
+        asked = question(target_of(row["target"]).shape())
         for side in ("up", "down"):
-            answer = config_files.lookup(
-                shape.num_experts, shape.moe_intermediate_size, device, num_tokens=row["num_tokens"],
-                triton_version=version, down=side == "down",
-            )  # fmt: skip
+            of = {"num_tokens": row["num_tokens"], "triton_version": version, "down": side == "down"}
+            answer = asked.lookup(device, **of)
             assert answer.config is not None and answer.config.to_json() == row[side], (
                 row["target"],
                 row["num_tokens"],

@@ -27,7 +27,7 @@ from moelab.tuner.session import TuneSession
 HAS_RAY = importlib.util.find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(not HAS_RAY, reason="the package ray is not installed (extra 'ray')")
 
-PROBLEM = small_problem()
+PROBLEM = small_problem((16, 256))
 RECORDED = synthetic_landscape(PROBLEM)
 SETTINGS = Settings(chunk=8, final=5, layer=5)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sampling import sampled
 from synthetic import AXES, SMALL, synthetic_landscape
 from test_tuner_compile import in_a_compiler
 
@@ -66,8 +67,7 @@ def rig_of() -> Callable[[str], Rig]:
 
 
 @interpreted
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("name", "stage"), sampled(list(FORMATS), list(STAGES), together=1))
 def test_right_kernels_pass(rig_of: Callable[[str], Rig], name: str, stage: str) -> None:
     assert rig_of(name).check(stage, 21, STAGES[stage]) is None
 
@@ -93,8 +93,7 @@ PLANTED = {
 
 
 @interpreted
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("what", PLANTED)
+@pytest.mark.parametrize(("what", "stage"), sampled(list(PLANTED), list(STAGES), together=1))
 def test_a_planted_fault_is_found(
     rig_of: Callable[[str], Rig], monkeypatch: pytest.MonkeyPatch, what: str, stage: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from test_transfer import made
 from test_widgets import control, shown, title
 
 from moelab import config_files, runtime, widgets
+from moelab.formats import get_format
 from moelab.tuner.transfer import Transfer
 
 SETUP = """
@@ -86,6 +88,9 @@ def test_the_path_follows_its_controls(trees: dict[str, Path]) -> None:
     control(box, "Batch").value = 100
     control(box, "Device").value = "AMD Instinct MI325X"
     control(box, "GEMM").value = True
+    assert control(box, "Format").value == "" and ", bfloat16, Triton" in str(shown(box)[0])
+    control(box, "Format").value = "float16"
+    assert ", float16, Triton" in str(shown(box)[0])
     assert title(box).startswith("mixtral-8x7b, TP 2, batch 100, GEMM2 on AMD Instinct MI325X: ")
     control(box, "Rules").value = "sglang"
     control(box, "Triton").value = "3.2.0"
@@ -103,6 +108,17 @@ def test_the_matrix_follows_its_controls() -> None:
     assert title(box) == "What a shortcut costs: GEMM2" and "another run" in str(shown(box)[0])
     control(box, "Run").value = "b"
     assert "another run" in str(shown(box)[0])
+    control(box, "Matrix").value = "other formats’ files"
+    assert "No file of another format is at hand" in str(shown(box))
+
+
+def test_another_run_is_one_of_the_same_layer() -> None:
+    coded = made(seed=1)
+    shape = replace(coded.problem.shape, format=get_format("int4_w4a16_group_32"))
+    other = replace(coded, problem=replace(coded.problem, shape=shape))
+    box = widgets.config_transfer({"a": Transfer(made()), "fp8": Transfer(other)}, [])
+    control(box, "Matrix").value = "shortcuts"
+    assert "another run" not in str(shown(box)[0])
 
 
 BAD = {

@@ -16,6 +16,7 @@ import torch
 from fast_cases import needs_compiler
 from made_recordings import numbers
 from notebook_kernel import cuda_source, layer_of_cuda, on_a_warp, write_kernel
+from sampling import sampled, whole
 from test_widgets import title
 
 from moelab import precision, runtime, widgets
@@ -78,22 +79,21 @@ def test_a_file_is_loaded_anew_when_its_text_changes(tmp_path: Path) -> None:
 # --- is it right --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("experts", "top_k", "hidden", "inner", "tokens"),
-    [
-        (4, 2, 64, 64, 3),  # whole tiles only
-        (4, 2, 72, 40, 5),  # a rest of K in both GEMMs
-        (3, 3, 100, 36, 2),  # top_k = num_experts; 4 columns over the last block
-        (1, 1, 5, 3, 1),  # one expert, less than a block of anything
-    ],
-)
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_kernel_is_right(plugged: None, device: str, dtype: str, experts: int, top_k: int, hidden: int, inner: int,
-                             tokens: int) -> None:  # fmt: skip
-    sizes = {"num_experts": experts, "top_k": top_k, "hidden_size": hidden, "moe_intermediate_size": inner}
-    for seed in range(3):
-        found = suite.error_map("pairwise", sizes, tokens, dtype, seed=seed)
-        assert found["passes"], found["problem"]
+# Experts, top_k, hidden, inner, tokens.
+ODD = [
+    (4, 2, 64, 64, 3),  # whole tiles only
+    (4, 2, 72, 40, 5),  # a rest of K in both GEMMs
+    (3, 3, 100, 36, 2),  # top_k = num_experts; 4 columns over the last block
+    (1, 1, 5, 3, 1),  # one expert, less than a block of anything
+]
+
+
+@pytest.mark.parametrize(("odd", "dtype", "seed"), sampled(ODD, ["float32", "float16"], range(3), together=1), ids=str)
+def test_the_kernel_is_right(plugged: None, device: str, odd: tuple[int, ...], dtype: str, seed: int) -> None:
+    *sizes, tokens = odd
+    given = dict(zip(("num_experts", "top_k", "hidden_size", "moe_intermediate_size"), sizes, strict=True))
+    found = suite.error_map("pairwise", given, tokens, dtype, seed=seed)
+    assert found["passes"], found["problem"]
 
 
 def test_other_ranks_experts_count_nothing_and_runs_agree(plugged: None, device: str) -> None:
@@ -185,7 +185,7 @@ def test_the_cuda_kernel_is_right_on_an_emulated_warp(
 
 
 @needs_compiler
-@pytest.mark.parametrize("change", [("lane /= 2", "lane /= 4"), ("n < N", "n < N / 32 * 32")])
+@pytest.mark.parametrize("change", [("lane /= 2", "lane /= 4"), whole(("n < N", "n < N / 32 * 32"))])
 def test_a_wrong_cuda_kernel_is_refused(
     plugged: None, pairwise: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: tuple[str, str]
 ) -> None:

@@ -7,7 +7,7 @@ another. A file `...,kernel=NAME.json` is for a kernel beside the vLLM/sglang-co
 
 questions.py says which file a server asks for, for a model as it runs it. rules.py says how each loader searches; names.py,
 content.py and search.py follow it; exporting.py writes for a loader and reads back; diagnosis.py finds the files that no
-loader reaches, or no kernel takes; shipped.py has what sglang ships for three models.
+loader reaches, or no kernel takes; shipped.py has what sglang ships for a few models.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moelab.config_files.questions import Question, ask, not_asked_for, platform
 from moelab.config_files.rules import DTYPE_SELECTORS, RULES, Rules, get_rules, rules_table
 from moelab.config_files.search import Lookup, Step, lookup, nearest_key
 from moelab.config_files.serving import Action, as_markdown, as_text, to_serve, tune_to_serve
-from moelab.config_files.shipped import shipped_files, write_shipped
+from moelab.config_files.shipped import files_below, shipped_files, write_shipped
 
 __all__ = [
     "DTYPE_SELECTORS",
@@ -53,6 +53,7 @@ __all__ = [
     "export_path",
     "export_together",
     "file_name",
+    "files_below",
     "get_rules",
     "kernels_with_files",
     "left_out",

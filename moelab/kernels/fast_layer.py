@@ -17,6 +17,7 @@ from moelab.chips import Target
 from moelab.dtypes import dtype_name
 from moelab.errors import DtypeError, RuntimeModeError, ShapeError
 from moelab.kernels import nvrtc, residency
+from moelab.kernels.cuda_launch import launch, launch_config
 from moelab.kernels.fast_instances import (
     GEMM1,
     GEMM2,
@@ -270,49 +271,13 @@ def fast_layer(
         order = residency.order_of(device)
         with order.lock:
             waits = order.follow(stream)
-            _launch(loaded.function, _instance_config(instance, loaded.grid, stream, overlap and not waits), parameters)
+            launch(loaded.function, _instance_config(instance, loaded.grid, stream, overlap and not waits), parameters)
     if instance.apart and parts & SUM and not direct:
         _, function = _loaded_sum(device, sum_expression(topk_ids.shape[1], x.dtype, topk_ids.dtype))
-        config = _config(sum_ctas(*x.shape), SUM_THREADS, 0, stream, overlap)
-        _launch(function, config, (ctypes.addressof(arguments),))
+        config = launch_config(sum_ctas(*x.shape), SUM_THREADS, 0, stream, overlap)
+        launch(function, config, (ctypes.addressof(arguments),))
     return out
 
 
-def _launch(function: Any, config: Any, parameters: tuple[int, ...]) -> None:
-    from cuda.bindings import driver
-
-    addresses = (ctypes.c_void_p * len(parameters))(*parameters)
-    (error,) = driver.cuLaunchKernelEx(config, function, ctypes.addressof(addresses), 0)
-    require(error, f"a launch of {config.gridDimX} CTAs of {config.blockDimX} threads")
-
-
 def _instance_config(instance: Instance, grid: int, stream: int, overlap: bool) -> Any:
-    return _config(grid, instance.threads, instance.shared_bytes, stream, overlap, instance.cluster, COOPERATIVE)
-
-
-@functools.lru_cache(maxsize=256)
-def _config(
-    grid: int, threads: int, shared_bytes: int, stream: int, overlap: bool, cluster: int = 1, cooperative: bool = False
-) -> Any:
-    from cuda.bindings import driver
-
-    config, names = driver.CUlaunchConfig(), driver.CUlaunchAttributeID
-    config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes, config.hStream = shared_bytes, driver.CUstream(stream)
-    values: dict[Any, Any] = {}
-    if overlap:
-        value = values[names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION] = driver.CUlaunchAttributeValue()
-        value.programmaticStreamSerializationAllowed = 1
-    if cluster > 1:
-        value = values[names.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION] = driver.CUlaunchAttributeValue()
-        value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = cluster, 1, 1
-    if cooperative:
-        value = values[names.CU_LAUNCH_ATTRIBUTE_COOPERATIVE] = driver.CUlaunchAttributeValue()
-        value.cooperative = 1
-    attributes = [driver.CUlaunchAttribute() for _ in values]
-    for attribute, (name, value) in zip(attributes, values.items(), strict=True):
-        attribute.id, attribute.value = name, value
-    if attributes:
-        config.attrs, config.numAttrs = attributes, len(attributes)
-    return config
+    return launch_config(grid, instance.threads, instance.shared_bytes, stream, overlap, instance.cluster, COOPERATIVE)

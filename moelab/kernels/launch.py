@@ -49,6 +49,7 @@ class Launcher:
         self.kernel = kernel
         self._instances: dict[Hashable, tuple[Any, ...]] = {}
         self._straight: bool | None = None  # whether an instance takes what `__call__` hands it; None: not compared yet
+        self._comparing = threading.Lock()  # a second thread's comparison of one instance would hide the first's launch
 
     def __call__(
         self,
@@ -108,9 +109,12 @@ class Launcher:
         in_order = [constants[name] for name in self.kernel.arg_names[len(arguments) :]]
         # The interpreter's numpy warns of inf and NaN; a GPU does not, and rows of padding hold what memory held.
         with np.errstate(over="ignore", invalid="ignore"):
+            compiled = None
             if self._straight is None and RUNTIME.mode != "interpreter":
-                compiled = self._compared(grid, arguments, in_order, {**constants, **options})
-            else:
+                with self._comparing:
+                    if self._straight is None:
+                        compiled = self._compared(grid, arguments, in_order, {**constants, **options})
+            if compiled is None:
                 compiled = self.kernel[grid](*arguments, **constants, **options)
         if compiled is None or not self._straight:  # the interpreter has nothing to keep
             return

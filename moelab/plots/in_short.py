@@ -11,6 +11,7 @@ from moelab.plots import (
     fast_layer,
     host_time,
     layer,
+    quantised_times,
     rivals,
     split_k,
     tma_overhead,
@@ -195,14 +196,19 @@ def health(rules: Sequence[Row], home: Transfer) -> Panel:
     )
 
 
+def _is_plain(row: Row) -> bool:
+    """Whether a summary of tuned_gain is of a layer in plain weights, as those are that name no format."""
+    return row.get("format", "plain") == "plain"
+
+
 def search(survey: Survey, replayed: recordings.Recording, gained: recordings.Recording) -> Panel:
     """05."""
     few = {gemm: len(cover(survey, gemm, 0.02).chosen) for gemm in GEMMS}
     sizes = len(survey.batch_sizes)
-    gains = ", ".join(
-        f"{row['geometric_mean']:.2f} ({row['target']})"
-        for row in gained.select(kind="summary", over="default") if row.get("geometric_mean")
-    )  # fmt: skip
+    rows = [row for row in gained.select(kind="summary", over="default") if row.get("geometric_mean")]
+    gains = ", ".join(f"{row['geometric_mean']:.2f} ({row['target']})" for row in rows if _is_plain(row))
+    if coded := [row for row in rows if not _is_plain(row)]:
+        gains += "; of quantised layers " + ", ".join(f"{row['geometric_mean']:.2f} ({row['target']})" for row in coded)
     return _lines(
         Which_config_is_fastest=f"No single one, but few: within 2 % of the best, {few['up']} configs of GEMM1 and "
         f"{few['down']} of GEMM2 serve all {sizes} batch sizes of {survey.problem.shape.name} on an {survey.problem.device}.",
@@ -229,10 +235,11 @@ def own_kernel(name: str, table: Sequence[Row]) -> Panel:
     )
 
 
-def quantised(floors_of: Panel, errors_of: Panel, shipped_of: Panel) -> Panel:
+def quantised(floors_of: Panel, errors_of: Panel, shipped_of: Panel, times_of: Panel) -> Panel:
     """08, from its own figures."""
     return _lines(
         What_does_a_format_gain=formats.in_short_floor(floors_of),
+        How_near_to_its_floor_does_a_layer_come=quantised_times.in_short(times_of),
         What_does_it_cost=formats.in_short_error(errors_of),
         Do_the_shipped_configs_serve=formats.in_short_files(shipped_of),
     )

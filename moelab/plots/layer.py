@@ -237,7 +237,8 @@ def versus_sglang(recording: Recording, peers: Sequence[Row], peer_source: str) 
     figure = ratio_map.chart(
         "The classic layer beside sglang’s, same configs",
         f"moelab: {recording.source()}<br>sglang: {peer_source}; green: moelab is faster, orange: sglang is<br>another "
-        "machine of the same kind, so a few per cent either way are the machines’; searched: a short search’s one config for both GEMMs",
+        "machine of the same kind, so a few per cent either way are the machines’; searched: a short search’s one config "
+        "for both GEMMs",
         cells, list(dict.fromkeys(name for name, _ in cells)), sorted(names_of(rows, "num_tokens")), bar="moelab / sglang",
     )  # fmt: skip
     ratios = [value(row) for row in rows]

@@ -12,14 +12,14 @@ from typing import Any
 from moelab.config import SHORT
 from moelab.config_files import Lookup, Question, Step, ask, get_rules, version_folders
 from moelab.config_files.rules import RULES
-from moelab.errors import ConfigFileError
+from moelab.errors import ConfigFileError, FormatError
 from moelab.plots.literal import literal
 from moelab.plots.panel import Panel
 from moelab.plots.style import BETTER, BLUE, BRONZE, GREY, ORANGE, PURPLE, SKY, WRONG, grid
 
 ALL = "all three"
 DTYPE = "bfloat16"
-"""Of the weights whose files are looked for: those of moelab's own configs."""
+"""Of the weights whose files are looked for, unless another is named."""
 LINE_PX, GAP_PX, MARGIN_PX = 15, 14, 190
 ALONE, BESIDE = 104, 36
 """Characters in a line, where one path is drawn and where three are."""
@@ -48,15 +48,19 @@ def explain(
     triton_version: str = "3.6.0",
     down: bool = False,
     rules: str = ALL,
+    dtype: str | None = DTYPE,
 ) -> Panel:
     """The path of each loader through `tree`, which holds configs/triton_X_Y_Z, for one model, GEMM and batch.
 
     Each loader is pointed there by its own variable: moelab at configs/, sglang at the folder above it, vLLM, which knows no
-    versions, at the folder of the version in use or else the newest. rules: one loader's name, or `ALL`. What ends a
-    loader's search is drawn as the end of its path. Raises UnknownModelError, UnknownNameError and ShardError.
+    versions, at the folder of the version in use or else the newest. rules: one loader's name, or `ALL`. dtype: of plain weights,
+    or None for the checkpoint's own format. What ends a loader's search is drawn as the end of its path.
+    Raises UnknownModelError, UnknownNameError and ShardError.
     """
     names = list(RULES) if rules == ALL else [get_rules(rules).name]
-    asked = {name: ask(model, name, tp_size=tp_size, dtype=DTYPE, device=device) for name in names}
+    asked = {name: ask(model, name, tp_size=tp_size, dtype=dtype or None, device=device) for name in names}
+    shape = next(iter(asked.values())).shape
+    weights = shape.dtype if shape.format.is_plain else shape.format.name
     found = {name: _look_up(asked[name], tree, num_tokens, device, triton_version, down) for name in names}
     paths = {name: _nodes(name, tree, triton_version, answer) for name, answer in found.items()}
     texts = {
@@ -70,7 +74,7 @@ def explain(
     )
     figure = grid(
         f"{model}, TP {tp_size}, batch {num_tokens}, {gemm} on {device}: {_agreement(found)}",
-        f"{sizes}, {DTYPE}, Triton {triton_version}; read now, by the loaders’ rules, top to bottom; a config: {SHORT}",
+        f"{sizes}, {weights}, Triton {triton_version}; read now, by the loaders’ rules, top to bottom; a config: {SHORT}",
         titles=names if len(names) > 1 else (),
         gap=0.02,
         height=MARGIN_PX + height,
@@ -110,7 +114,7 @@ def _look_up(
             device, num_tokens=num_tokens, triton_version=triton_version, down=down,
             config_dir=_config_dir(asked.rules, tree, triton_version),
         )  # fmt: skip
-    except ConfigFileError as error:
+    except (ConfigFileError, FormatError) as error:
         return str(error)
 
 

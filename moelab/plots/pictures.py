@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 
 from moelab import recordings, roofline, runtime, writing
 from moelab.errors import MoelabError, RecordingError, RuntimeModeError
-from moelab.plots import accuracy, fast_ideas, host_time, layer, rivals, sum_reduce, tuned_gain
+from moelab.plots import accuracy, fast_ideas, host_time, layer, quantised_times, rivals, sum_reduce, tuned_gain
 from moelab.plots.panel import Panel, Row, columns_of
 from moelab.plots.roofline import recorded_ceilings
 from moelab.plots.style import broken, number
@@ -60,6 +60,8 @@ def panels() -> dict[str, Panel]:
         made["tuned"] = tuned_gain.gains(found["tuned_gain"])
     if "fast_layer" in found:
         made["ideas"] = fast_ideas.ablation(found["fast_layer"])
+    if "quantised" in found:
+        made["quantised"] = quantised_times.over_the_floor(found["quantised"])
     if "tma_overhead" in found and "layer_baseline" in found:
         own, shape = _upstream("h200_sglang_host"), "qwen3-30b-a3b/tp1"
         made["host_time"] = host_time.timeline(found["tma_overhead"], found["layer_baseline"], shape, own)
@@ -80,6 +82,7 @@ HEADINGS = {
     "layer": "The classic layer over its floor, compared with sglang’s",
     "tuned": "What tuning gains",
     "ideas": "Ablation: the fastest layer without each of its ideas",
+    "quantised": "Quantised experts over their floor",
     "host_time": "Who waits for whom without a CUDA graph",
     "sum_reduce": "Sum-reduce, five ways",
     "accuracy": "Which of them is right",
@@ -90,6 +93,7 @@ ALT = {
     "layer": "time over floor by batch size, four MoE layers, three configs, beside sglang",
     "tuned": "times as long as the tuned configs take, by batch size: default, shipped file, an independent run",
     "ideas": "time without each idea over time with it, by batch size",
+    "quantised": "time over floor by batch size, a line for each format of the weights",
     "host_time": "host and GPU over time, drawn to scale, for layers of one token launched eagerly",
     "sum_reduce": "microseconds by number of tokens, five implementations and the floor",
     "accuracy": "error over tolerance for five implementations in four dtypes, by two rules",

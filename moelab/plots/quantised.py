@@ -1,20 +1,18 @@
-"""Quantised experts: what a format does to the floor, to the error, to one weight, and to times where they are recorded."""
+"""Quantised experts: what a format does to the floor, to the error and to one weight, and which shipped files serve it."""
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moelab import recordings, roofline
-from moelab.errors import RecordingError, UnknownNameError
+from moelab import roofline
+from moelab.errors import UnknownNameError
 from moelab.formats import Format, get_format
-from moelab.plots.cells import timed
-from moelab.plots.panel import Panel, Row, timing
-from moelab.plots.style import CONFIGS, GREY, LOOKS, grid, log_axis, number, powers, series
-from moelab.recordings import Recording
+from moelab.plots import roofline as plots_roofline
+from moelab.plots.panel import Panel, Row
+from moelab.plots.style import GREY, LOOKS, grid, log_axis, number, powers, series
 from moelab.shapes import MoEShape
 
 if TYPE_CHECKING:
@@ -24,7 +22,8 @@ if TYPE_CHECKING:
 BATCHES = (1, 4, 16, 64, 256, 1024, 4096)
 
 
-def _named(format: Format) -> str:
+def named(format: Format) -> str:
+    """A format in a figure's words."""
     return "bf16" if format.is_plain else format.name.replace("_w8a8", "").replace("_w4a16", "").replace("_", " ")
 
 
@@ -64,8 +63,8 @@ def floors(
     figure = grid("What a format does to the floor", f"computed: {shape.name} tp {shape.tp_size}, bytes of codes, scales and "
                   f"activations and FLOP over the ceilings of {device.replace('_', ' ')}; uniform routing")  # fmt: skip
     table, gains = [], {}
-    for name, style in series([_named(f) for f in formats]).items():
-        format = next(f for f in formats if _named(f) == name)
+    for name, style in series([named(f) for f in formats]).items():
+        format = next(f for f in formats if named(f) == name)
         found = {b: _floor(_as(shape, format), b, device) for b in batches}
         row: dict[str, Any] = {"format": format.name, "bits a weight": bits_per_weight(format, shape),
                                "weights, GB": _as(shape, format).weight_bytes / 1e9}  # fmt: skip
@@ -97,13 +96,41 @@ def floors(
     return Panel(figure, table, sentence)
 
 
+def floor_map(shape: MoEShape, names: Sequence[str], device: str = "NVIDIA_H200") -> Panel:
+    """`plots.roofline.floors` of one plain layer with its experts in each format, which multiplies at the rate of its codes.
+
+    Formats whose products have no measured rate on the device are said, and not drawn.
+    """
+    rates, missing = {}, []
+    formats = {named(format): format for format in map(get_format, names)}
+    for name, format in formats.items():
+        try:
+            rates[name] = roofline.load_ceilings(device, "floors", format.product_dtype(shape.dtype))
+        except UnknownNameError:
+            missing.append(name)
+    shapes = {name: _as(shape, formats[name]) for name in rates}
+    drawn = plots_roofline.floors(shapes, roofline.load_ceilings(device, "floors", shape.dtype), rates=rates)
+    table = []
+    for (name, at), row in zip(rates.items(), drawn.table, strict=True):
+        about = {"format": formats[name].name, "bits a weight": bits_per_weight(formats[name], shape)}
+        floor_at = {f"floor at {batch}, µs": us for batch, us in row.items() if batch != "floor, µs"}
+        table.append({**about, "TFLOP/s": at.flops_per_s / 1e12, **floor_at})
+    no_rate = f" No rate of products is measured on this device for {', '.join(missing)}." if missing else ""
+    turns = drawn.sentence.partition("** ")[2]
+    return Panel(
+        drawn.figure,
+        table,
+        f"**Fewer bits lower the memory side of the floor, a faster product the other.** {turns}{no_rate}",
+    )
+
+
 # --- the error ---------------------------------------------------------------------------------------------------------
 
 
 def errors(found: Sequence[LayerError], source: str) -> Panel:
     """Quantising and rounding apart, by format; the kernel's beside torch's where it runs here."""
     figure = grid("Two errors, apart", source)
-    names = [_named(get_format(each.format)) for each in found]
+    names = [named(get_format(each.format)) for each in found]
     parts: Mapping[str, list[float | None]] = {
         "quantising: the codes' own": [each.quantising or None for each in found],
         "rounding: torch, bf16, given the codes": [each.rounding for each in found],
@@ -130,11 +157,30 @@ def errors(found: Sequence[LayerError], source: str) -> Panel:
     return Panel(figure, table, sentence)
 
 
+def judged(found: Sequence[LayerError]) -> Panel:
+    """`errors` as verdicts: what a format costs, which nobody is judged by, and a kernel given the codes, allowed twice torch."""
+    table: list[Row] = []
+    for e in (e for e in found if e.quantising):
+        times = e.kernel / e.torch_beside if e.kernel and e.torch_beside else None
+        verdict = f"not run here: {e.why}" if times is None else "passes" if times <= 2 else "FAILS"
+        row = {"format": e.format, "quantising, judged by none": e.quantising}
+        row |= {"rounding: torch": e.torch_beside or e.rounding, "rounding: kernel": e.kernel}
+        table.append(row | {"kernel / torch": times, "verdict": verdict})
+    ran = [row["kernel / torch"] for row in table if row["kernel / torch"]]
+    most = f"at most {number(max(ran))} times torch’s, where 2 is allowed" if ran else "not run here"
+    least, largest = (of(row["quantising, judged by none"] for row in table) for of in (min, max))
+    sentence = (
+        f"**Given the codes, the kernel’s error is {most}.** What the codes themselves are off by, {least:.1%} to {largest:.1%} "
+        "of a layer’s result, is the format’s, and every kernel’s alike."
+    )
+    return Panel(None, table, sentence)
+
+
 def errors_by_k(found: Mapping[str, Mapping[int, Mapping[str, float]]]) -> Panel:
     """A product's errors by K: quantising, and sums given the codes, those of fp8's tensor core simulated."""
     figure = grid("What a longer sum adds", "computed here: normal values, errors before the result is rounded; the tensor "
                   "core's sums are simulated (each 32 products, and the sum, cut behind 13 bits of the largest)")  # fmt: skip
-    lines = {f"{_named(get_format(name))}: {label}": {K: by[label] for K, by in sizes.items()}
+    lines = {f"{named(get_format(name))}: {label}": {K: by[label] for K, by in sizes.items()}
              for name, sizes in found.items() for label in next(iter(sizes.values()))}  # fmt: skip
     for label, style in series(list(lines)).items():
         figure.add_scatter(x=list(lines[label]), y=list(lines[label].values()), name=label, mode="lines+markers",
@@ -236,85 +282,6 @@ def shipped(found: Mapping[str, Iterable[Shipped]], source: str) -> Panel:
     )
 
 
-# --- times ----------------------------------------------------------------------------------------------------------------
-
-
-def over_the_floor(recording: Recording, config_name: str = "searched") -> Panel:
-    """Layer over its floor by format and batch, geometric mean over the recorded shapes that have the cell."""
-    rows = [row for row in timed(recording) if row["config_name"] == config_name]
-    device = str(recording.provenance["gpu"]).replace(" ", "_")
-    ratios: dict[str, dict[int, list[float]]] = {}
-    for row in rows:
-        if row["within_bound"] is False:
-            continue
-        floor = _recorded_floor(row, device)
-        if floor is not None:
-            ratios.setdefault(row["format"], {}).setdefault(row["num_tokens"], []).append(timing(row).median_us / floor)
-    means = {f: {b: statistics.geometric_mean(r) for b, r in by.items()} for f, by in ratios.items()}
-    figure = grid("Layers over their floor, by format", recording.source())
-    for name, style in series(list(means)[:6]).items():
-        by = means[name]
-        figure.add_scatter(x=list(by), y=list(by.values()), name=_named(get_format(name)), mode="lines+markers",
-                           line=style.line(), marker=style.marker())  # fmt: skip
-    batches = sorted({b for by in means.values() for b in by})
-    figure.update_xaxes(title="batch, tokens", **log_axis(batches))
-    figure.update_yaxes(title="time / floor", rangemode="tozero")
-    table = [{"format": f} | {f"{b}": by.get(b) for b in batches} for f, by in means.items()]
-    every = {f: statistics.geometric_mean(by.values()) for f, by in means.items()}
-    said = ", ".join(f"{_named(get_format(f))} {number(v)}" for f, v in sorted(every.items(), key=lambda item: item[1]))
-    wrong = sum(row.get("within_bound") is False for row in rows)
-    past = f" {wrong} cells past their bound on errors are left out." if wrong else ""
-    return Panel(figure, table, f"**Times over the floor, geometric means over batches: {said}.**{past}")
-
-
-def times() -> Panel:
-    """`over_the_floor` of the recording, or which command makes it."""
-    try:
-        return over_the_floor(recordings.load("quantised"))
-    except RecordingError:
-        command = recordings.MADE_BY["quantised"]
-        return Panel(
-            None, [], f"**No layer of quantised experts is recorded yet: `{command}` on a GPU records them all.**"
-        )
-
-
-def _recorded_floor(row: Row, device: str) -> float | None:
-    try:
-        at = roofline.load_ceilings(device, "floors", row["multiplies"])
-    except UnknownNameError:
-        return None
-    return roofline.floor_us(roofline.Cost(row["flops"], row["bytes"], 0.0), at).us
-
-
-def peer(data: Mapping[str, Any]) -> Panel:
-    """sglang's fp8 kernel in blocks, over the floor by batch, geometric means of shapes, under three kinds of config."""
-    kinds = {"default": "default rule", "shipped": "shipped file", "tuned": "searched here"}
-    by: dict[str, dict[int, list[float]]] = {kind: {} for kind in kinds}
-    for row in data["rows"]:
-        if all(kind in row for kind in kinds):  # a mean over other shapes would not compare
-            for kind in kinds:
-                by[kind].setdefault(row["M"], []).append(row[kind] / row["floor"])
-    means = {kind: {b: statistics.geometric_mean(r) for b, r in each.items()} for kind, each in by.items()}
-    figure = grid("sglang's fp8 kernel over the floor", data["source"])
-    for kind, label in kinds.items():
-        style = CONFIGS[kind if kind != "tuned" else "searched"]
-        figure.add_scatter(x=list(means[kind]), y=list(means[kind].values()), name=label, mode="lines+markers",
-                           line=style.line(), marker=style.marker())  # fmt: skip
-    batches = sorted({row["M"] for row in data["rows"]})
-    figure.update_xaxes(title="batch, tokens", **log_axis(batches))
-    figure.update_yaxes(title="time / floor", rangemode="tozero")
-    table = [{"config": kinds[kind], "shapes": max(map(len, by[kind].values()))} | {f"{b}": v for b, v in each.items()}
-             for kind, each in means.items()]  # fmt: skip
-    best = [min(row[kind] for kind in kinds if kind in row) / row["floor"] for row in data["rows"]]
-    got = [row.get("shipped", row["default"]) / row["floor"] for row in data["rows"]]
-    sentence = (
-        f"**What a user gets without searching takes {number(statistics.geometric_mean(got))} times the floor over {len(got)} "
-        f"cells; the best of default, shipped and searched {number(statistics.geometric_mean(best))}.** Both quantisations of "
-        "activations are in the time, the order by expert is not; the figure shows the shapes that have all three."
-    )
-    return Panel(figure, table, sentence)
-
-
 # --- in short ---------------------------------------------------------------------------------------------------------
 
 
@@ -326,15 +293,15 @@ def in_short_floor(found: Panel) -> str:
     last = min(others, key=lambda row: row["floor at 4096, µs"])
     few, many = (plain[key] / row[key] for row, key in ((best, "floor at 1, µs"), (last, "floor at 4096, µs")))
     return (
-        f"A floor up to {number(few)} times lower at one token ({_named(get_format(best['format']))}), {number(many)} at 4096 "
-        f"({_named(get_format(last['format']))}): bytes first, then the product's rate."
+        f"A floor up to {number(few)} times lower at one token ({named(get_format(best['format']))}), {number(many)} at 4096 "
+        f"({named(get_format(last['format']))}): bytes first, then the product's rate."
     )
 
 
 def in_short_error(found: Panel) -> str:
     """Quantising's error by format, from the least to the most."""
     rows = sorted((row for row in found.table if row["quantising"]), key=lambda row: row["quantising"])
-    ends = [f"{row['quantising']:.1%} ({_named(get_format(row['format']))})" for row in (rows[0], rows[-1])]
+    ends = [f"{row['quantising']:.1%} ({named(get_format(row['format']))})" for row in (rows[0], rows[-1])]
     worst = max(row["rounding, torch bf16"] for row in rows)
     return (
         f"{ends[0]} to {ends[1]} of a layer's result, by the codes alone; rounding given the codes {worst:.1%} at most."

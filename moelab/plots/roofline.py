@@ -62,13 +62,23 @@ def ceilings(recording: Recording, datasheet: Ceilings, floors: Ceilings) -> Pan
     return Panel(figure, table, sentence)
 
 
-def floors(shapes: Mapping[str, MoEShape], at: Ceilings, batches: Sequence[int] = BATCHES) -> Panel:
-    """Map of shape by batch: the layer's floor in microseconds, coloured by the side that sets it; pale where both do."""
+def floors(
+    shapes: Mapping[str, MoEShape],
+    at: Ceilings,
+    batches: Sequence[int] = BATCHES,
+    rates: Mapping[str, Ceilings] | None = None,
+) -> Panel:
+    """Map of shape by batch: the layer's floor in microseconds, coloured by the side that sets it; pale where both do.
+
+    rates: ceilings of those shapes that multiply other than `at` says, as fp8 does.
+    """
     table: list[Row] = []
+    rates = rates or {}
+    flops = {f"{each.flops_per_s / 1e12:g}" for each in (at, *rates.values())}
     cells: dict[tuple[str, int], ratio_map.Cell] = {}
     turns = {}
     for name, shape in shapes.items():
-        found = {b: roofline.floor_us(roofline.layer_cost(shape, b), at) for b in batches}
+        found = {b: roofline.floor_us(roofline.layer_cost(shape, b), rates.get(name, at)) for b in batches}
         for b, f in found.items():
             cells[name, b] = ratio_map.Cell(f.compute_us / f.memory_us, f"{f.us:.0f}", False)
         table.append({"floor, µs": name} | {f"{b}": f.us for b, f in found.items()})
@@ -77,8 +87,9 @@ def floors(shapes: Mapping[str, MoEShape], at: Ceilings, batches: Sequence[int] 
     until = f"memory until batch {batches[batches.index(first) - 1]}, then arithmetic" if first else "memory"
     figure = ratio_map.chart(
         f"What bounds a layer: {until}", f"the number: the floor in µs, computed: bytes / {at.copy_bytes_per_s / 1e12:g} TB/s or "
-        f"FLOP / {at.flops_per_s / 1e12:g} TFLOP/s, whichever takes longer<br>bfloat16, uniform routing; blue: memory is the "
-        "limit; brown: arithmetic; pale: both nearly", cells, list(shapes), batches, tall=44, low=SIDES["memory"].color,
+        f"FLOP / {' or '.join(sorted(flops, key=float))} TFLOP/s, whichever takes longer<br>{'' if rates else 'bfloat16, '}"
+        "uniform routing; blue: memory is the limit; brown: arithmetic; pale: both nearly", cells, list(shapes), batches, tall=44,
+        low=SIDES["memory"].color,
         high=SIDES["compute"].color, span=math.log(8), bar="arithmetic / memory",
     )  # fmt: skip
     said = "; ".join(

@@ -27,6 +27,9 @@ SMALLEST = 1e-4
 FAINT = 0.75
 """Opacity of what is still to come; with thinner lines, that it can be seen on a dark page too."""
 
+CLEAR = 0.01
+"""A regret that two recorded runs do not agree to, so that it says something."""
+
 FRAMES = 40
 """Moments on the clock that a slider can stop at."""
 
@@ -122,9 +125,22 @@ def standing(traces: Traces, budget_s: float, which: str = "median") -> Panel:
     said = (
         f"**After {number(budget_s)} s: {leaders(traces, budget_s, 'median')} in the median batch size; finished: {finished}.** "
         "Regret is of the sum of both GEMMs, against the best recorded pair of configs; the finals decide by whole layers, so a "
-        "curve can rise a little at its end. Differences well under 1 %, to which two recorded runs agree, are no ranking."
+        f"curve can rise at its end. {_weaker(traces)}Differences well under 1 %, to which two recorded runs agree, are no "
+        "ranking."
     )
     return Panel(figure, table, said)
+
+
+def _weaker(traces: Traces) -> str:
+    """By how much the sum of GEMMs and whole layers disagree, where one who measured everything ends off; or nothing."""
+    ends = [run[-1].worst for run in traces.runs.get("grid", ())]
+    off = float(np.median(ends)) if ends else 0.0
+    if not CLEAR < off < math.inf:
+        return ""
+    return (
+        f"In its worst batch size even grid, which measured every config, ends at {_percent(off)}: the layers that were timed "
+        "side by side there chose another pair than the sum of short looks at each GEMM, and of the two that sum is the weaker. "
+    )
 
 
 def _band(figure, times: np.ndarray, values: np.ndarray, part: np.ndarray, style: Look) -> None:  # type: ignore[no-untyped-def]

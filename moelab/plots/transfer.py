@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 from moelab.config import KernelConfig
+from moelab.config_files import question
+from moelab.config_files.names import FileName
+from moelab.config_files.shipped import name_of
+from moelab.errors import counted
 from moelab.plots import ratio_map
 from moelab.plots.cells import cells_of, fastest
 from moelab.plots.panel import Panel, Row, timing
+from moelab.presets import preset_stem
 from moelab.recordings import Recording
+from moelab.shapes import MoEShape, load_model
 from moelab.tuner.landscape import Landscape, default_name
 from moelab.tuner.problem import Problem
 from moelab.tuner.transfer import Cells, Loss, Part, Transfer
@@ -84,14 +91,14 @@ def _losses(cells: Mapping[str, Cells]) -> str:
 
 
 def by_file(transfer: Transfer, shipped: Sequence[Row], part: Part = "both") -> Panel:
-    """Row: a file that a peer ships for these sizes, of another device or Triton version; column: batch size run at.
+    """Row: a file that a peer ships for these sizes and this format, of another device or Triton version; column: batch size
+    run at.
 
     shipped: as `config_files.shipped.shipped_files` gives them, a file of each GEMM; those of a device with the same entries are
     put together. Keys of theirs that moelab's config has not are left out.
     """
-    shape = transfer.problem.shape
-    sizes = (shape.num_experts, shape.moe_intermediate_size)
-    mine = [f for f in shipped if (f["num_experts"], f["moe_intermediate_size"]) == sizes]
+    asked = question(transfer.problem.shape, "sglang")
+    mine = [f for f in shipped if replace(name_of(f), down=False) == asked.name(f["device"])]
     downs = {(f["device"], f["triton"]): _configs(f["configs"]) for f in mine if f["down"]}
     files: list[tuple[str, list[str], dict[int, KernelConfig], dict[int, KernelConfig] | None]] = []
     for file in sorted((f for f in mine if not f["down"]), key=lambda f: (f["device"], f["triton"])):
@@ -114,6 +121,61 @@ def by_file(transfer: Transfer, shipped: Sequence[Row], part: Part = "both") -> 
     return _map(f"Another device’s file, another Triton’s: {PARTS[part]} on {transfer.problem.device}",
                 f"files: sglang 0.5.23; times: {_source(transfer)}<br>{_LEGEND}", cells, ("file of", "batch run at, tokens"),
                 said)  # fmt: skip
+
+
+def by_format(transfer: Transfer, files: Mapping[str, Sequence[Row]], part: Part = "both") -> Panel:
+    """Row: a file of this device for a layer of these sizes in some format of its weights; column: batch size run at.
+
+    files: whose -> rows as `config_files.shipped_files` and `files_below` give them; of one layer the newest Triton's. A layer
+    with its shared experts among the routed ones, or without, has the same GEMMs and counts as of these sizes. What the
+    landscape's own format cannot run is empty.
+    """
+    shape, device = transfer.problem.shape, transfer.problem.device.replace(" ", "_")
+    asked = question(shape, "sglang").name(device)
+    known: dict[str, dict[bool, Row]] = {}
+    for whose, rows in files.items():
+        for file in sorted(rows, key=lambda f: [part.zfill(4) for part in f["triton"].split(".")]):
+            name = name_of(file)
+            if name.device_name == device and _same_sizes(name, shape):
+                sides = known.setdefault(f"{whose}, {_weights_of(name)}", {})
+                if any(other["triton"] != file["triton"] for other in sides.values()):
+                    sides.clear()  # a newer Triton's
+                sides[file["down"]] = file
+    pairs = {
+        label: (_configs(sides[False]["configs"]), _configs(sides[True]["configs"]) if True in sides else None)
+        for label, sides in known.items() if False in sides
+    }  # fmt: skip
+    if not pairs:
+        return Panel(None, [], f"**No file of another format is at hand for the sizes of {transfer.landscape.name}.**")
+    cells = {label: transfer.of_file(part, *pair) for label, pair in pairs.items()}
+    refused = {
+        config.short(): why
+        for pair in pairs.values() for configs in pair if configs for config in configs.values()
+        if (why := shape.format.step_refused(config.BLOCK_SIZE_K))
+    }  # fmt: skip
+    why = (
+        f" {counted(len(refused), 'config')} of those files cannot run here: {next(iter(refused.values()))}."
+        if refused
+        else ""
+    )
+    said = f"**Lost on average: {_losses(cells)}.**{why} {_measured(transfer, part, cells.values())}"
+    return _map(f"Files for other formats of the weights: {PARTS[part]} with {_weights_of(asked)}",
+                f"times: {_source(transfer)}<br>{_LEGEND}", cells, ("file for", "batch run at, tokens"), said)  # fmt: skip
+
+
+def _same_sizes(name: FileName, shape: MoEShape) -> bool:
+    """Whether a file is for a layer with these GEMMs, in any format: N counts bytes where two weights share one."""
+    halves = 2 if name.dtype_selector == "int4_w4a16" else 1
+    routed = shape.num_routed_experts
+    return (
+        name.moe_intermediate_size * halves == shape.moe_intermediate_size and routed <= name.num_experts <= routed + 1
+    )
+
+
+def _weights_of(name: FileName) -> str:
+    """A file's layer: its experts, and the format of their weights."""
+    block = f" in blocks of {' x '.join(map(str, name.block_shape))}" if name.block_shape else ""
+    return f"E={name.num_experts}, {name.dtype_selector or 'bf16'}{block}{' by channel' * name.per_channel_quant}"
 
 
 def _configs(entries: Mapping[str, Mapping[str, Any]]) -> dict[int, KernelConfig]:
@@ -210,15 +272,15 @@ def travel(home: Transfer, landscapes: Sequence[Landscape]) -> Panel:
 
     landscapes: all there are. One answers where the layer is the same and nothing but that thing differs.
     """
-    found = {question: _answers(home, landscapes, field) for question, field in _DIFFERS.items()}
+    found = {differs: _answers(home, landscapes, field) for differs, field in _DIFFERS.items()}
     table: list[Row] = []
-    for question, others in found.items():
-        command = {"to record it": f"{_command(home.problem, question)}, {_WHERE[question]}"}
-        table += [{"run under": question, **_loss(home, other), "landscape": other.name, **command} for other in others]
+    for differs, others in found.items():
+        command = {"to record it": f"{_command(home.problem, differs)}, {_WHERE[differs]}"}
+        table += [{"run under": differs, **_loss(home, other), "landscape": other.name, **command} for other in others]
         if not others:
             nothing = {"lost on average, %": None, "at worst, %": None, "cells": None, "landscape": "not recorded"}
-            table.append({"run under": question, **nothing, **command})
-    missing = [question for question, others in found.items() if not others]
+            table.append({"run under": differs, **nothing, **command})
+    missing = [differs for differs, others in found.items() if not others]
     known = [f"{row['run under']} {_said(row)}" for row in table if row["landscape"] != "not recorded"]
     said = (
         f"Not recorded: {', '.join(missing)}; the table has the command for each." if missing else "All are recorded."
@@ -263,5 +325,17 @@ def _command(problem: Problem, question: str) -> str:
         "another device": ("", stem.replace(problem.device.replace(" ", "_"), "DEVICE")),
         "another Triton version": ("", f"{stem}-triton_X_Y_Z"),
     }[question]
-    layer = f"--model {problem.shape.name} --tp-size {problem.shape.tp_size}"
-    return f"moelab tune {layer}{option} --strategy grid --freeze data/landscapes/{name}.parquet"
+    return f"moelab tune {_layer(problem.shape)}{option} --strategy grid --freeze data/landscapes/{name}.parquet"
+
+
+def _layer(shape: MoEShape) -> str:
+    """The options of `moelab tune` that mean this layer: what its model's server would run otherwise is said."""
+    words = [f"--model {shape.name}", f"--tp-size {shape.tp_size}"]
+    words += [f"--ep-size {shape.ep_size}"] if shape.ep_size > 1 else []
+    if preset_stem(shape.name):  # of other models nothing is known here
+        served = load_model(shape.name, tp_size=shape.tp_size, ep_size=shape.ep_size)
+        if (served.format, served.dtype) != (shape.format, shape.dtype):
+            words.append(f"--dtype {shape.dtype if shape.format.is_plain else shape.format.name}")
+        if served.num_shared_experts_fused > shape.num_shared_experts_fused:
+            words.append("--disable-shared-experts-fusion")
+    return " ".join(words)

@@ -77,13 +77,19 @@ def _title(recording: Recording, rivals: list[str]) -> str:
 
 
 def _sentence(recording: Recording, rivals: list[str]) -> str:
-    """For each rival: the geometric mean of its ratios, ties, and in how many cells tuned is slower beyond the interval."""
+    """For each rival, over plain layers and over quantised ones: the geometric mean of its ratios, ties, and in how many cells
+    tuned is slower beyond the interval."""
     parts = []
     for rival in rivals:
-        rows = [r for t in recording.select(kind="summary", over=rival) for r in _timed(recording, t["target"], rival)]
-        ties, slower = sum(row["tie"] for row in rows), sum(row["ratio_high"] < 1 for row in rows)
-        mean = f"{geometric_mean([row['ratio'] for row in rows]):.3f}" if rows else "not timed"
-        parts.append(f"{TITLES[rival]} {mean} ({counted(len(rows), 'cell')}, {ties} ties, tuned slower in {slower})")
+        mine = recording.select(kind="summary", over=rival)
+        plain = [row for row in mine if row.get("format", "plain") == "plain"]
+        of = [("", plain), (" over quantised layers", [row for row in mine if row not in plain])]
+        for layers, summaries in ((layers, summaries) for layers, summaries in of if summaries):
+            rows = [row for each in summaries for row in _timed(recording, each["target"], rival)]
+            ties, slower = sum(row["tie"] for row in rows), sum(row["ratio_high"] < 1 for row in rows)
+            mean = f"{geometric_mean([row['ratio'] for row in rows]):.3f}" if rows else "not timed"
+            cells = f"{counted(len(rows), 'cell')}, {ties} ties, tuned slower in {slower}"
+            parts.append(f"{TITLES[rival]}{layers} {mean} ({cells})")
     return (
         f"**Times as long as the tuned pair of configs (geometric mean): {'; '.join(parts)}.** A cell is a target at a batch "
         "size; a tie is an interval of the ratio that holds 1, slower is beyond it."

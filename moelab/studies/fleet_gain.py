@@ -16,7 +16,7 @@ from moelab.tuner.landscape import landscapes_dir
 
 def second_run(target: Target, out: Path) -> Path | None:
     """The landscape of an independent run: the fleet's own, else the one in data/landscapes."""
-    name = f"{target.model}-tp{target.tp_size}-{runtime.device_key()}-seed1.parquet"
+    name = f"{target.landscape(runtime.device_key(), seed=1)}.parquet"
     return next((path for folder in (out / "landscapes", landscapes_dir()) if (path := folder / name).is_file()), None)
 
 

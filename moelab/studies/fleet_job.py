@@ -47,7 +47,7 @@ class Job:
     @property
     def stem(self) -> str:
         """The run's name: of its journal, and in the timeline."""
-        name = f"{self.target.model}-tp{self.target.tp_size}-{self.part}"
+        name = f"{self.target.stem}-{self.part}"
         name += f"-seed{self.seed}" if self.seed else ""
         return name + (f"-{len(self.gpus)}-{self.via}" if self.part == "scaling" else "")
 

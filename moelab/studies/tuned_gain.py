@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from moelab import runtime
-from moelab.config import default_config
 from moelab.config_files import Lookup, question, read_config_file
 from moelab.config_files.shipped import write_shipped
 from moelab.errors import ConfigFileError, UnknownNameError
@@ -27,7 +26,7 @@ from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
 from moelab.suites.partial import OnRows, ignore
 from moelab.tuner import landscape
 from moelab.tuner.finals import Finals
-from moelab.tuner.problem import Pair
+from moelab.tuner.problem import Pair, default_of
 from moelab.tuner.results import gain_between
 
 RIVALS = ("default", "shipped", "second")
@@ -75,7 +74,8 @@ def record(
                 rows += target_rows(target, pairs, others)
                 on_rows(rows)
     protocol = protocol_for(1).describe() | {
-        "rotations": "in each row", "layer": "GEMM1, activation, GEMM2, sum-reduce; alignment made beforehand",
+        "rotations": "in each row",
+        "layer": "GEMM1, activation, GEMM2, sum-reduce; alignment made beforehand, codes of activations in the time",
         "placements": PLACEMENTS,
         "ratio": "median over placements of each one's median ratio; ratio_low, ratio_high hold all placements' 95 % intervals",
     }  # fmt: skip
@@ -122,7 +122,7 @@ def second_pairs(target: Target, device: str, given: Mapping[str, str | Path] | 
     if given is not None:
         path = given.get(target.name)
     else:
-        found = landscape.landscapes_dir() / f"{target.model}-tp{target.tp_size}-{device}-seed1.parquet"
+        found = landscape.landscapes_dir() / f"{target.landscape(device, seed=1)}.parquet"
         path = found if found.is_file() else None
     if path is None:
         return {}
@@ -137,7 +137,7 @@ def second_pairs(target: Target, device: str, given: Mapping[str, str | Path] | 
 
 
 def _sizes(shape: MoEShape) -> tuple[object, ...]:
-    return shape.num_experts, shape.top_k, shape.hidden_size, shape.moe_intermediate_size, shape.dtype
+    return shape.num_experts, shape.top_k, shape.hidden_size, shape.moe_intermediate_size, shape.dtype, shape.format
 
 
 # --- timing -------------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def target_rows(
         weights = weight_sets(shape)
         round_of = {}
         for num_tokens, pair in tuned.items():
-            default = default_config(num_tokens, shape.num_experts, shape.dtype)
+            default = default_of(shape, runtime.current().device_name, num_tokens)
             pairs: Pairs = {"tuned": pair, "default": (default, default)}
             pairs |= {label: found[num_tokens] for label, found in others.items() if num_tokens in found}
             layer = Layer(shape, num_tokens, protocol_for(num_tokens).rotations, weights)
@@ -197,6 +197,7 @@ def layer_rows(target: Target, num_tokens: int, rounds: Sequence[Round]) -> list
     for label, pair in rounds[0].pairs.items():
         source = rounds[0].first[pair]
         row: dict[str, Any] = {"kind": "layer", "target": target.name, "num_tokens": num_tokens, "config_name": label}
+        row["format"] = target.shape().format.name
         row |= {"up": pair[0].to_json(), "down": pair[1].to_json(), "rotations": protocol_for(num_tokens).rotations}
         row |= max((each.judged[source] for each in rounds), key=lambda judged: judged["max_abs_error"])
         if source != label:
@@ -237,6 +238,7 @@ def summaries(target: Target, rows: Sequence[Mapping[str, Any]]) -> list[dict[st
         if not here:
             continue
         summary: dict[str, Any] = {"kind": "summary", "target": target.name, "over": label, "batch_sizes": len(known)}
+        summary["format"] = target.shape().format.name
         if known:
             ratios = [row["ratio"] for row in known]
             worst = min(known, key=lambda row: row["ratio"])

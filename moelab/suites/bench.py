@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,7 +78,7 @@ def bench(
             name: layer.whole(of_up.config, down_config=of_down.config, impl=name)
             for name, (of_up, of_down) in used.items()
         }
-        judged = judge(layer, contenders)
+        judged = judge(layer, contenders, [name for name in impls if IMPLEMENTATIONS[name].weight_only])
         run = {name: contenders[name] for name in impls if "refused" not in judged[name]}
         captured = {name: call for name, call in run.items() if not IMPLEMENTATIONS[name].no_graph}
         in_graphs = measure(captured, graphs) if captured else {}
@@ -147,19 +147,24 @@ def _lookup(shape: MoEShape, num_tokens: int, *, down: bool, kernel: str | None 
 # --- error --------------------------------------------------------------------------------------------------------
 
 
-def judge(layer: Layer, contenders: Mapping[str, Callable[[int], torch.Tensor]]) -> dict[str, dict[str, Any]]:
-    """Each contender's error against float64, on the rotation that touches most experts of this rank.
+def judge(
+    layer: Layer, contenders: Mapping[str, Callable[[int], torch.Tensor]], weight_only: Collection[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Each contender's error against float64, on the rotation that touches most experts of this rank; of those named in
+    weight_only over activations that stay as they are.
 
     max_abs_error, rel_error (None where the result holds NaN or infinity), bound (twice torch's error and a rounding)
     and within_bound, which if False comes with `problem`, a sentence; or, for one that raises a MoelabError,
     within_bound None and `refused`, its message. Raises the first such error where all do.
     """
     rotation = max(range(len(layer.routings)), key=lambda i: layer.routings[i].experts_touched())
-    tokens, plain, exact = layer.references(rotation)
-    bound = precision.tolerance(plain, exact)
+    kinds = {name in weight_only for name in contenders}
+    references = {kind: layer.references(rotation, weight_only=kind) for kind in kinds}
+    bounds = {kind: precision.tolerance(plain, exact) for kind, (_, plain, exact) in references.items()}
     found: dict[str, dict[str, Any]] = {}
     refusals = []
     for name, run in contenders.items():
+        (tokens, plain, exact), bound = references[name in weight_only], bounds[name in weight_only]
         try:
             out = run(rotation)[tokens]
             found[name] = _verdict(name, out, plain, exact, bound)

@@ -13,19 +13,25 @@ from moelab import config_files, precision, roofline, runtime
 from moelab.call import Config
 from moelab.config import KernelConfig, default_config
 from moelab.errors import RecordingError
+from moelab.formats import PLAIN
 from moelab.fused_moe import fused_moe
 from moelab.inputs import MoEInputs, make_inputs, random_tensor, routing_for
 from moelab.kernels.activation import activation
 from moelab.kernels.align import align
 from moelab.kernels.expert_order import expert_order
+from moelab.kernels.gemm_call import GemmCall
 from moelab.kernels.grouped_gemm import grouped_gemm
+from moelab.kernels.launch import checked
+from moelab.kernels.quantise_activations import quantise_activations
+from moelab.kernels.quantised import GEMMS
 from moelab.kernels.sum_reduce import sum_reduce
 from moelab.measure import Measurement, Protocol, measure, rotations_for
 from moelab.reading import read_json
 from moelab.recordings import Recording
-from moelab.routing import ExpertOrder
+from moelab.routing import Alignment, ExpertOrder
 from moelab.shapes import MoEShape, load_model
 from moelab.suites.partial import OnRows, ignore
+from moelab.weights import GemmWeights
 
 # Preset and sharding of each shape that data/upstream/h200_sglang.json names.
 SHAPES = {
@@ -92,17 +98,18 @@ class Layer:
 
     def contender(self, config: KernelConfig, down_config: KernelConfig | None = None) -> Callable[[int], torch.Tensor]:
         """The layer under one config (another for GEMM2 if given), its alignment made beforehand, as sglang's rows were
-        timed. A call raises where the two differ in BLOCK_SIZE_M."""
+        timed; what becomes of the activations of a quantised format is made in each call. One raises where the two differ in
+        BLOCK_SIZE_M."""
         shape, down = self.shape, down_config or config
         aligned = [align(r.topk_ids, config.BLOCK_SIZE_M, shape.num_experts) for r in self.routings]
         pairs = self.num_tokens * shape.top_k
+        gemm = functools.partial(_plain_gemm if shape.format.is_plain else _coded_gemm, num_pairs=pairs)
 
         def run(i: int) -> torch.Tensor:
-            w = self.weights[i]
-            h = grouped_gemm(self.states[i], w.w13, aligned[i], config, num_pairs=pairs, top_k=shape.top_k)
+            w, weights = self.weights[i].weights, self.routings[i].topk_weights
+            h = gemm(self.states[i], w.up, aligned[i], config, top_k=shape.top_k)
             h = activation(h, shape.activation, gated=shape.gated)
-            weights = self.routings[i].topk_weights
-            y = grouped_gemm(h, w.w2, aligned[i], down, num_pairs=pairs, top_k=1, topk_weights=weights)
+            y = gemm(h, w.down, aligned[i], down, top_k=1, topk_weights=weights)
             return sum_reduce(y.view(self.num_tokens, shape.top_k, -1))
 
         return run
@@ -122,16 +129,23 @@ class Layer:
 
         return run
 
-    def references(self, rotation: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens from head, middle and tail of a rotation, and what torch gives for them: in its dtype, in float64."""
+    def references(
+        self, rotation: int = 0, *, weight_only: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens from head, middle and tail of a rotation, and what torch gives for them: in its dtype, in float64.
+
+        weight_only: over activations as they are, whatever the format does to them.
+        """
         w, routing = self.weights[rotation], self.routings[rotation]
-        every = w.format.activations == "tensor"  # the batch's largest value makes the scale
+        format = PLAIN if weight_only else w.format
+        every = format.activations == "tensor"  # the batch's largest value makes the scale
         rows = torch.arange(self.num_tokens) if every else sample_rows(self.num_tokens)
         rows = rows.to(w.w13.device)
         x, ids, weights = self.states[rotation][rows], routing.topk_ids[rows], routing.topk_weights[rows]
-        options: dict[str, Any] = {"activation": self.shape.activation, "gated": self.shape.gated, **w.static_scales}
+        options: dict[str, Any] = {"activation": self.shape.activation, "gated": self.shape.gated}
+        options |= {} if weight_only else w.static_scales
         wide = w.to(torch.float64)  # quantised weights are judged dequantised
-        return rows, *precision.layer_references(x, wide.w13, wide.w2, weights, ids, format=w.format, **options)
+        return rows, *precision.layer_references(x, wide.w13, wide.w2, weights, ids, format=format, **options)
 
     def check(self, out: torch.Tensor, name: str = "classic layer") -> dict[str, float]:
         """Hold tokens from the head, middle and tail of rotation 0 against float64.
@@ -142,6 +156,34 @@ class Layer:
         what = f"{name}, {self.shape.name}, {self.num_tokens} tokens"
         report = precision.check(out[rows], plain, exact, name=what)
         return {"max_abs_error": report.max_abs, "rel_error": report.rel_fro}
+
+
+def _plain_gemm(
+    x: torch.Tensor, w: GemmWeights, alignment: Alignment, config: KernelConfig, **how: Any
+) -> torch.Tensor:
+    return grouped_gemm(x, w.w, alignment, config, bias=w.bias, **how)
+
+
+def _coded_gemm(
+    x: torch.Tensor,
+    w: GemmWeights,
+    alignment: Alignment,
+    config: KernelConfig,
+    *,
+    num_pairs: int,
+    top_k: int,
+    topk_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `grouped_gemm`, of weights in a quantised format; their scales tell a kernel what the activations become."""
+    a, a_scale = x, None
+    if w.format.activations != "none":
+        a, a_scale = quantise_activations(x, w.format, w.a_scale)
+    call = GemmCall(a, w, alignment, config, num_pairs, top_k, topk_weights, a_scale=a_scale)
+    out = x.new_empty((num_pairs, call.sizes[0]))
+    check, launch = GEMMS[w.format.family]
+    checked(("layer_classic", call.seen(a_scale, out)), lambda: check(call, out))
+    launch(call, out)
+    return out
 
 
 def sample_rows(count: int, each: int = 24) -> torch.Tensor:

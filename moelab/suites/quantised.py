@@ -1,8 +1,9 @@
 """Layers of quantised experts beside each other and plain ones: time over the floor by format and batch, and the error.
 
-Each is called as a server would, through `fused_moe(impl="triton")`: alignment, codes of the activations and the sum over slots
-are inside the time. A format runs under sglang's default rule and under the fastest of a few tiles (a short screening pass, no
-tuning), and all formats of one shape and batch take turns, over the same routings.
+Each is called as a server would, through `fused_moe`: alignment, codes of the activations and the sum over slots are inside the
+time. The classic layer runs under sglang's default rule and under the fastest of a few tiles (a short screening pass, no tuning);
+the other implementations of OTHERS that take a format, as they serve the batch. All formats of one shape and batch take turns,
+over the same routings.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import torch
 
 from moelab import config as config_room
 from moelab import runtime
-from moelab.call import Config
 from moelab.config import KernelConfig
 from moelab.errors import MoelabError
 from moelab.formats import Format, get_format
+from moelab.implementations import IMPLEMENTATIONS
 from moelab.inputs import MoEInputs
 from moelab.kernels.checks import current_target
 from moelab.measure import measure
@@ -26,7 +27,7 @@ from moelab.pipelines.call_configs import default_of
 from moelab.recordings import Recording
 from moelab.routing import expected_experts_touched
 from moelab.shapes import MoEShape, load_model
-from moelab.suites.bench import cost_of, judge
+from moelab.suites.bench import cost_of, judge, taking_of
 from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
 from moelab.suites.partial import OnRows, ignore
 from moelab.suites.screening import quick, usable
@@ -43,6 +44,9 @@ FORMATS = (
     "plain", "fp8_w8a8_block_128x128", "fp8_w8a8_channel", "int8_w8a8_channel", "int4_w4a16_group_128", "mxfp4_w4a16"
 )  # fmt: skip
 BATCHES = (1, 4, 16, 64, 256, 1024, 4096)
+
+OTHERS = ("fast", "weight_only")
+"""Implementations beside the classic one that are made for few rows or for this chip."""
 
 FEW_ROWS = 24
 """Rows an expert up to which tiles of 16 are tried."""
@@ -107,10 +111,14 @@ def cell(name: str, layers: Mapping[str, Layer]) -> list[dict[str, Any]]:
 def _contenders(name: str, layer: Layer) -> list[tuple[str, dict[str, Any], Callable[[int], torch.Tensor] | None]]:
     shape, protocol = layer.shape, protocol_for(layer.num_tokens)
     searched, tried, failed = choose(layer, protocol.rotations)
-    configs: dict[str, Config] = {"default": "default"}
-    if searched is not None:
-        configs["searched"] = searched
-    contenders = {label: layer.whole(config) for label, config in configs.items()}
+    default = default_of(shape.num_experts, shape.moe_intermediate_size, layer.num_tokens, shape.format)
+    classic = {"default": default} if searched is None else {"default": default, "searched": searched}
+    asked = {label: layer.whole("default" if label == "default" else config) for label, config in classic.items()}
+    notes = {label: {"impl": "triton", "config_name": label, "config": one.to_json()} for label, one in classic.items()}
+    for impl in OTHERS:
+        if impl in taking_of(shape):
+            asked[impl] = layer.whole(None, impl=impl)
+            notes[impl] = {"impl": impl, "config_name": "served"}
     cost = cost_of(layer)
     common = {
         "shape": name, "format": shape.format.name, "num_tokens": layer.num_tokens, "experts_touched": layer.experts_touched(),
@@ -118,17 +126,12 @@ def _contenders(name: str, layer: Layer) -> list[tuple[str, dict[str, Any], Call
         "rotations": protocol.rotations, "tried": tried, "failed": list(failed),
     }  # fmt: skip
     try:
-        judged = judge(layer, contenders)
+        judged = judge(layer, asked, [impl for impl in OTHERS if IMPLEMENTATIONS[impl].weight_only])
     except MoelabError as error:
         refused = f"{type(error).__name__}: {error}"
-        return [("default", {**common, "config_name": "default", "refused": refused}, None)]
-    default = default_of(shape.num_experts, shape.moe_intermediate_size, layer.num_tokens, shape.format)
-    found = []
-    for label, config in configs.items():
-        used = config if isinstance(config, KernelConfig) else default
-        row = {**common, "config_name": label, "config": used.to_json(), **judged[label]}
-        found.append((label, row, None if "refused" in row else contenders[label]))
-    return found
+        return [("default", {**common, "impl": "triton", "config_name": "default", "refused": refused}, None)]
+    rows = {label: {**common, **notes[label], **judged[label]} for label in asked}
+    return [(label, row, None if "refused" in row else asked[label]) for label, row in rows.items()]
 
 
 def record(
@@ -156,6 +159,7 @@ def record(
     protocol = {
         **protocol_for(1).describe(), "rotations": "in each row", "alignment": "included",
         "activations": "quantised inside the time, ahead of either GEMM, where the format does",
-        "configs": "default: sglang's rule; searched: the fastest of a screening pass of 3 replays each",
+        "configs": "default: sglang's rule; searched: the fastest of a screening pass of 3 replays each; served: as the "
+        "implementation chooses for the batch",
     }  # fmt: skip
     return Recording("quantised", runtime.provenance(seed=0), protocol, tuple(rows))

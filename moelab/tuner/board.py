@@ -65,6 +65,11 @@ class Board:
         """BLOCK_SIZE_M of every config."""
         return {gemm: np.array([c.BLOCK_SIZE_M for c in configs]) for gemm, configs in self.configs.items()}
 
+    @cached_property
+    def _blocks_m_of(self) -> dict[Gemm, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """The distinct BLOCK_SIZE_M, and the place of every config's among them."""
+        return {gemm: np.unique(blocks, return_inverse=True) for gemm, blocks in self.blocks_m.items()}
+
     def candidates(self, gemm: Gemm, num_tokens: int) -> list[int]:
         """Indices of the space's configs worth a measurement at that batch size: not left out, nor refused by the compiler,
         and one of each program."""
@@ -124,8 +129,9 @@ class Board:
         if not self.problem.separate_down:
             at = [self.index[other].get(config, -1) for config in self.configs[gemm]]
             return mine + np.where(np.array(at) < 0, np.inf, theirs[at])
-        best = {m: np.min(theirs[self.blocks_m[other] == m], initial=np.inf) for m in np.unique(self.blocks_m[gemm])}
-        return mine + np.array([best[m] for m in self.blocks_m[gemm]])
+        blocks, place = self._blocks_m_of[gemm]
+        best = np.array([np.min(theirs[self.blocks_m[other] == m], initial=np.inf) for m in blocks])
+        return mine + best[place]
 
     def ranked(self, gemm: Gemm, num_tokens: int, count: int) -> list[int]:
         """Indices of the `count` best by `scores`, best first, one of each program, none without a measurement."""

@@ -8,6 +8,7 @@ problem, and a digest of the whole file (`landscape_file`). `load` reads it back
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -22,7 +23,10 @@ import numpy as np
 from moelab import recordings
 from moelab.config import KernelConfig, violations
 from moelab.errors import LandscapeError, MoelabError, nearest_names
+from moelab.formats import PLAIN
+from moelab.presets import preset_stem
 from moelab.reading import UnreadableError
+from moelab.shapes import MoEShape, load_model
 from moelab.tuner import journal, landscape_file
 from moelab.tuner.evaluate import Contender, Outcome, Stage
 from moelab.tuner.problem import Problem
@@ -128,13 +132,28 @@ def freeze(run: str | Path, out: str | Path | None = None) -> Path:
 
 def default_name(problem: Problem) -> str:
     """What a problem's landscape is called: "qwen3-30b-a3b-tp1-NVIDIA_H200"."""
-    shape = problem.shape
+    return layer_name(problem.shape, problem.device, problem.file_kernel)
+
+
+def layer_name(shape: MoEShape, device: str, kernel: str | None = None) -> str:
+    """`default_name` of a layer on a device, and of a kernel beside the compatible kernel.
+
+    Of a preset as it is served, its name says all. The format stands there where it is another, and the number of shared experts
+    that run among the routed ones: the same model without them is another layer.
+    """
+    served = None
+    with contextlib.suppress(MoelabError):  # no preset of that name is sharded so
+        served = (
+            load_model(shape.name, tp_size=shape.tp_size, ep_size=shape.ep_size) if preset_stem(shape.name) else None
+        )
+    format, shared = (served.format, served.num_shared_experts_fused) if served else (PLAIN, 0)
     parts = [shape.name.replace("/", "_"), f"tp{shape.tp_size}"]
     parts += [f"ep{shape.ep_size}"] if shape.ep_size > 1 else []
+    parts += [f"shared{shape.num_shared_experts_fused}"] if shape.num_shared_experts_fused != shared else []
     parts += [shape.dtype] if shape.dtype != "bfloat16" else []
-    parts += [shape.format.name] if not shape.format.is_plain else []
-    parts += [problem.file_kernel] if problem.file_kernel else []
-    return "-".join([*parts, problem.device.replace(" ", "_")])
+    parts += [shape.format.name] if shape.format != format else []
+    parts += [kernel] if kernel else []
+    return "-".join([*parts, device.replace(" ", "_")])
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
@@ -150,6 +169,12 @@ def landscapes_dir() -> Path:
 def landscape_names() -> tuple[str, ...]:
     """Names of the landscapes in data/landscapes, sorted."""
     return tuple(sorted(path.stem for path in landscapes_dir().glob("*.parquet")))
+
+
+def layer_landscapes() -> tuple[str, ...]:
+    """Of `landscape_names` those of a layer's own tuning: no other seed's, routing's or whole grid's, whose names go on."""
+    names = landscape_names()
+    return tuple(name for name in names if not any(name.startswith(f"{other}-") for other in names))
 
 
 def write(landscape: Landscape, path: str | Path) -> Path:

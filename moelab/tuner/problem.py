@@ -112,6 +112,19 @@ class Problem:
         return cls(**values)
 
 
+def default_of(shape: MoEShape, device: str, num_tokens: int) -> KernelConfig:
+    """sglang's rule where it finds no file, for the layer's format; that of 16-bit weights where it says nothing."""
+    from moelab.config_files import question
+    from moelab.config_files.defaults import default_rule
+    from moelab.config_files.rules import get_rules
+
+    plain = default_config(num_tokens, shape.num_experts, shape.dtype)
+    if shape.format.is_plain:
+        return plain
+    found, _ = default_rule(get_rules("sglang"), question(shape).name(device), num_tokens)
+    return found or plain
+
+
 def find_incumbents(
     shape: MoEShape,
     device: str,
@@ -129,18 +142,8 @@ def find_incumbents(
     Raises ConfigFileError for a broken file: what it would have said is not known.
     """
     from moelab.config_files import Lookup, question
-    from moelab.config_files.defaults import default_rule
-    from moelab.config_files.rules import get_rules
 
     asked = question(shape)
-
-    def default_of(num_tokens: int) -> KernelConfig:
-        """sglang's rule for the format; that of 16-bit weights where it says nothing."""
-        plain = default_config(num_tokens, shape.num_experts, shape.dtype)
-        if shape.format.is_plain:
-            return plain
-        found, _ = default_rule(get_rules("sglang"), asked.name(device), num_tokens)
-        return found or plain
 
     def look_up(num_tokens: int, is_down: bool, whose: str | None) -> Lookup:
         return asked.lookup(
@@ -155,7 +158,7 @@ def find_incumbents(
     own = None if kernel == COMPATIBLE else kernel
     found: dict[str, dict[int, Pair]] = {"default": {}, "current": {}}
     for num_tokens in batch_sizes:
-        default = default_of(num_tokens)
+        default = default_of(shape, device, num_tokens)
         found["default"][num_tokens] = (default, default)
         whose = None if own and look_up(num_tokens, False, own).is_default else own
         up, down = (look_up(num_tokens, is_down, whose) for is_down in (False, separate_down))

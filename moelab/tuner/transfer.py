@@ -15,11 +15,11 @@ from functools import cached_property
 from itertools import product
 from typing import Any, Literal
 
-from moelab.config import KernelConfig, default_config
+from moelab.config import KernelConfig
 from moelab.config_files.search import nearest_key
 from moelab.errors import LandscapeError
 from moelab.tuner.landscape import Landscape
-from moelab.tuner.problem import GEMMS, Gemm, Pair
+from moelab.tuner.problem import GEMMS, Gemm, Pair, default_of
 from moelab.tuner.space import build_space, effective_group, row_blocks
 
 Part = Literal["up", "down", "both"]
@@ -148,7 +148,7 @@ class Transfer:
     def choices(self, part: Part, other: Transfer | None = None) -> dict[str, Cells]:
         """Ways to choose a config -> batch -> loss. other: another run of the same problem, whose winners are tried here."""
         best, one = self.winners[part], self.one_for_all(part)
-        default = {b: default_config(b, self.problem.shape.num_experts, self.problem.shape.dtype) for b in self.batches}
+        default = {b: default_of(self.problem.shape, self.problem.device, b) for b in self.batches}
         found = {"the nearest other key": self.cells(part, lambda b: best[self._nearest_other(b)])}
         if one:
             found["one config for all batches"] = self.cells(part, lambda b: one)

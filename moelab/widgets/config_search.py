@@ -15,6 +15,7 @@ from moelab.plots import loading as plots_loading
 from moelab.plots.panel import Panel
 from moelab.plots.roofline import tp_choices
 from moelab.shapes import load_model, preset_names
+from moelab.tuner import landscape
 from moelab.tuner.problem import BATCH_SIZES, Gemm
 from moelab.tuner.survey import PARAMETERS, Survey, short_names
 from moelab.widgets.fields import dropdown
@@ -110,9 +111,26 @@ def devices(first: str) -> list[str]:
     return list(dict.fromkeys([first, *own, *(name.replace("_", " ") for name in roofline.device_names())]))
 
 
-def landscape_browser(survey: Survey, num_tokens: int = 64) -> widgets.VBox:
+def landscape_browser(survey: Survey, num_tokens: int = 64, landscapes: Sequence[str] = ()) -> widgets.VBox:
     """Scatter, parallel coordinates and heat map of the same brushed configs: GEMM, Batch, Within, X axis, and a range for
-    each parameter."""
+    each parameter; above them Landscape, where there is one among `landscapes`, names in data/landscapes, beside the survey's."""
+    names = list(dict.fromkeys([survey.landscape.name, *landscapes]))
+    if len(names) == 1:
+        return _browser(survey, num_tokens)
+    chosen, box = dropdown("Landscape", names, names[0]), widgets.VBox()
+    box.add_class("moelab-panel")  # so that the controls of what is in it stay in sight
+
+    def browse(_: object = None) -> None:
+        found = survey if chosen.value == names[0] else Survey(landscape.load(chosen.value))
+        near = min(found.batch_sizes, key=lambda b: abs(b - num_tokens))
+        box.children = [chosen, _browser(found, near)]
+
+    chosen.observe(browse, "value")
+    browse()
+    return box
+
+
+def _browser(survey: Survey, num_tokens: int) -> widgets.VBox:
     within = [("all", w) if w == WITHIN[-1] else (f"{w:.0%}", w) for w in WITHIN]
     known = survey.problem.routing == "uniform"  # of another routing a survey has no waves to draw over
     controls: dict[str, widgets.Widget] = {

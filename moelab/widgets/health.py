@@ -8,9 +8,11 @@ from typing import Any
 
 import ipywidgets as widgets
 
+from moelab import runtime
 from moelab.config_files import doctor
 from moelab.config_files.findings import SEVERITIES
 from moelab.config_files.rules import RULES
+from moelab.config_files.shipped import files_below
 from moelab.errors import MoelabError
 from moelab.plots import config_health, lookup_path
 from moelab.plots import transfer as plots_transfer
@@ -18,6 +20,7 @@ from moelab.plots.literal import literal
 from moelab.plots.panel import Panel
 from moelab.roofline import device_names
 from moelab.tuner.transfer import PARTS, Transfer
+from moelab.widgets.config_search import FORMATS
 from moelab.widgets.fields import Checked, dropdown, number_between, place_to_read, text
 from moelab.widgets.panels import interactive_panel, model_controls
 
@@ -29,7 +32,7 @@ SHOWN: Mapping[str, Sequence[str]] = {
 }
 TRITONS = ("3.2.0", "3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.7.1")
 MOST_TOKENS = 1 << 20
-MATRICES = ("batch by batch", "shortcuts", "other devices’ files")
+MATRICES = ("batch by batch", "shortcuts", "other devices’ files", "other formats’ files")
 
 
 def config_doctor(
@@ -67,12 +70,13 @@ def config_path(trees: Mapping[str, Path], model: str = "qwen3-30b-a3b", num_tok
 
     trees: name -> folder that holds configs/triton_X_Y_Z.
     """
-    models, degrees = model_controls(model, 1)
+    models, degrees = model_controls(model, 1, quantised=True)
     devices = [name.replace("_", " ") for name in device_names()]
     controls: dict[str, Any] = {
         "tree": dropdown("Tree", list(trees), next(iter(trees))),
         "model": models,
         "tp_size": degrees,
+        "dtype": dropdown("Format", FORMATS, FORMATS[0][1]),
         "num_tokens": Checked(
             widgets.IntText(
                 num_tokens,
@@ -94,16 +98,21 @@ def config_path(trees: Mapping[str, Path], model: str = "qwen3-30b-a3b", num_tok
 def config_transfer(runs: Mapping[str, Transfer], shipped: Sequence[Mapping[str, Any]]) -> widgets.VBox:
     """The matrices of `plots.transfer` with Matrix, Run and GEMM to choose.
 
-    runs: name -> a run; of two or more, "another run’s winner" is the next one's. shipped: `config_files.shipped_files()`.
+    runs: name -> a run; "another run’s winner" is the next one's of the same layer, if there is one. shipped:
+    `config_files.shipped_files()`.
     """
     names = list(runs)
+    every = {"moelab": files_below(runtime.config_dir()), "sglang": shipped}
 
     def draw(matrix: str, run: str, part: Any) -> Panel:
         if matrix == MATRICES[0]:
             return plots_transfer.by_batch(runs[run], part)
         if matrix == MATRICES[2]:
             return plots_transfer.by_file(runs[run], shipped, part)
-        other = runs[names[(names.index(run) + 1) % len(names)]] if len(names) > 1 else None
+        if matrix == MATRICES[3]:
+            return plots_transfer.by_format(runs[run], every, part)
+        after = names[names.index(run) + 1 :] + names[: names.index(run)]
+        other = next((runs[n] for n in after if runs[n].problem.shape == runs[run].problem.shape), None)
         return plots_transfer.choices(runs[run], part, other)
 
     parts = [(plots_transfer.PARTS[part], part) for part in PARTS]

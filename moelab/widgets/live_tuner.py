@@ -11,7 +11,7 @@ import html
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -23,7 +23,7 @@ from moelab.shapes import MoEShape
 from moelab.tuner import runs as run_files
 from moelab.tuner.evaluate import Evaluator
 from moelab.tuner.finals import Finals
-from moelab.tuner.landscape import Landscape, default_name
+from moelab.tuner.landscape import Landscape, default_name, load
 from moelab.tuner.problem import Problem
 from moelab.tuner.progress import Progress
 from moelab.tuner.replay import Table
@@ -48,8 +48,8 @@ BUDGETS = (("none", math.inf), ("10 s", 10.0), ("30 s", 30.0), ("2 min", 120.0),
 
 class LiveTuner(widgets.VBox):
     """Controls and status of one run at a time. landscape: replayed where there is no GPU, and whose layer is tuned where
-    there is one, unless `shape` names another. runs: folder of the journals. choice: told of the finals of a run that
-    ended. Every button calls the method of its name.
+    there is one, unless `shape` names another. landscapes: names of others in data/landscapes to choose among. runs: folder of
+    the journals. choice: told of the finals of a run that ended. Every button calls the method of its name.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class LiveTuner(widgets.VBox):
         choice: Choice,
         *,
         shape: MoEShape | None = None,
+        landscapes: Sequence[str] = (),
         speed: float = 10.0,
     ) -> None:
         super().__init__()
@@ -70,6 +71,7 @@ class LiveTuner(widgets.VBox):
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._drawn, self._said = 0.0, ""
+        self._first, self._layers = landscape, list(dict.fromkeys([landscape.name, *landscapes]))
         self._make_controls(speed)
         page.furnish(self, [self._settings, self._buttons, self.sign], [self.output])
         self.find_runs()
@@ -78,9 +80,8 @@ class LiveTuner(widgets.VBox):
     # --- controls -------------------------------------------------------------------------------------------------
 
     def _make_controls(self, speed: float) -> None:
-        sizes = self.landscape.problem.batch_sizes
-        few = tuple(sizes[i] for i in sorted({0, len(sizes) // 2, len(sizes) - 1}))
-        options = [(", ".join(map(str, few)), few), *((str(b), (b,)) for b in sizes), (f"all {len(sizes)}", sizes)]
+        few, options = self._batches()
+        self.layer = dropdown("Landscape", self._layers, self._layers[0])
         self.strategy = dropdown("Strategy", tuple(STRATEGIES), "race")
         self.sizes = dropdown("Batches", options, few)
         self.budget = dropdown("Time limit", BUDGETS, math.inf)
@@ -90,7 +91,9 @@ class LiveTuner(widgets.VBox):
         self.found = dropdown("Runs", [("none found", "")], "")
         self.found.layout.max_width = "520px"
         self.shown.observe(self.draw, "value")
-        self._settings = _row(self.strategy, self.sizes, self.budget, self.speed, self.shown)
+        self.layer.observe(self.choose_layer, "value")
+        offered = [self.layer] if len(self._layers) > 1 else []
+        self._settings = _row(*offered, self.strategy, self.sizes, self.budget, self.speed, self.shown)
         self._while_running = [
             self._button("Pause", "Hold after the measurement under way", self.pause),
             self._button("Go on", "Go on after Pause", self.go_on),
@@ -116,6 +119,23 @@ class LiveTuner(widgets.VBox):
         button = widgets.Button(description=name, tooltip=tooltip, layout=widgets.Layout(width="auto"))
         button.on_click(pressed)
         return button
+
+    def _batches(self) -> tuple[tuple[int, ...], list[tuple[str, tuple[int, ...]]]]:
+        """Batch sizes for a look, and what can be chosen."""
+        sizes = self.landscape.problem.batch_sizes
+        few = tuple(sizes[i] for i in sorted({0, len(sizes) // 2, len(sizes) - 1}))
+        return few, [(", ".join(map(str, few)), few), *((str(b), (b,)) for b in sizes), (f"all {len(sizes)}", sizes)]
+
+    def choose_layer(self, _: object = None) -> None:
+        """Take the chosen landscape, and its layer, in place of the one at hand; the panels that follow show its winners."""
+        self.landscape = self._first if self.layer.value == self._first.name else load(self.layer.value)
+        self.shape, self.session, self._history, self._said = self.landscape.problem.shape, None, [], ""
+        self.__dict__.pop("table", None)
+        few, self.sizes.options = self._batches()
+        self.sizes.value, self.shown.options = few, few
+        self.shown.value = few[-1]
+        self.choice.take(Finals.of_landscape(self.landscape))
+        self.draw()
 
     def find_runs(self) -> None:
         """List the runs in the folder again, newest first."""
@@ -285,8 +305,8 @@ class LiveTuner(widgets.VBox):
         """What can be pressed now; None: nothing that begins, holds or ends a run."""
         for button in self._while_running:
             button.disabled = not under_way
-        for button in self._to_begin:
-            button.disabled = under_way is not False
+        for control in (*self._to_begin, self.layer):
+            control.disabled = under_way is not False
 
     def _show_sign(self, sentence: str) -> None:
         self.sign.value = f'<b role="status">{html.escape(sentence)}</b>' if sentence else ""

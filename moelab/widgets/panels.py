@@ -80,9 +80,9 @@ def _display_data(bundle: Mapping[str, Any]) -> dict[str, Any]:
     return {"output_type": "display_data", "data": dict(bundle), "metadata": {}}
 
 
-def model_controls(model: str, tp_size: int) -> tuple[widgets.Dropdown, widgets.Dropdown]:
-    """Model and TP; degrees that do not divide the model are not offered."""
-    models = dropdown("Model", preset_names(), model)
+def model_controls(model: str, tp_size: int, *, quantised: bool = False) -> tuple[widgets.Dropdown, widgets.Dropdown]:
+    """Model and TP; degrees that do not divide the model are not offered. quantised: presets of quantised checkpoints too."""
+    models = dropdown("Model", preset_names(quantised=quantised), model)
     degrees = dropdown("TP", tp_choices(model), tp_size)
 
     def offer(change: Mapping[str, Any]) -> None:

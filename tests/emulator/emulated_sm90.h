@@ -13,44 +13,10 @@
 #include <vector>
 
 #include "emulated_chip.h"
+#include "emulated_types.h"
 
 #define DEVICE inline
-#define __global__
-#define __launch_bounds__(...)
-#define __grid_constant__
 #define CTA_SHARED(name) uint8_t* name = emulated::block->shared
-
-struct uint2 { uint32_t x, y; };
-struct uint4 { uint32_t x, y, z, w; };
-struct int2 { int x, y; };
-struct float2 { float x, y; };
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
-struct __half { uint16_t bits; };
-struct __nv_bfloat16 { uint16_t bits; };
-
-inline float widened(__half value) {
-    _Float16 half;
-    std::memcpy(&half, &value, 2);
-    return static_cast<float>(half);
-}
-inline float widened(__nv_bfloat16 value) {
-    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-    float result;
-    std::memcpy(&result, &bits, 4);
-    return result;
-}
-inline uint32_t narrowed(float value, __half) {
-    const _Float16 half = static_cast<_Float16>(value);
-    uint16_t bits;
-    std::memcpy(&bits, &half, 2);
-    return bits;
-}
-inline uint32_t narrowed(float value, __nv_bfloat16) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-}
 
 // A tensor in memory and the box of it that one TMA load brings; the layout that moelab.kernels.tensor_map gives the driver.
 struct TensorMap {
@@ -135,11 +101,16 @@ inline void land(Block* of, void* to, const TensorMap* map, uint64_t* barrier, c
             inside &= index >= 0 && index < static_cast<int64_t>(map->size[d]);
             offset += index * map->stride[d];
         }
-        for (uint32_t i = 0; i < map->box[0]; ++i) {
-            uint16_t value = 0;
-            if (inside && at[0] + i < map->size[0])
-                std::memcpy(&value, reinterpret_cast<const uint8_t*>(map->address) + offset + (at[0] + i) * 2, 2);
-            std::memcpy(swizzled(base + row * row_bytes + i * 2, of), &value, 2);
+        for (uint32_t i = 0; i < map->box[0]; i += 8) {  // the swizzle keeps 16 bytes together
+            uint16_t values[8] = {};
+            const uint64_t first = at[0] + i;
+            const uint8_t* from = reinterpret_cast<const uint8_t*>(map->address) + offset + first * 2;
+            const uint64_t left = !inside || first >= map->size[0] ? 0 : map->size[0] - first;
+            if (left >= 8)  // of a length that is known, so that ThreadSanitizer sees it: it did not a call of memcpy
+                std::memcpy(values, from, 16);
+            else
+                for (uint64_t j = 0; j < left; ++j) std::memcpy(values + j, from + j * 2, 2);
+            std::memcpy(swizzled(base + row * row_bytes + i * 2, of), values, 16);
         }
     }
     Mbarrier& b = mbarrier(barrier, of);
@@ -166,17 +137,20 @@ template <typename T, int N>
 inline void wgmma(float (&sums)[N / 2], uint64_t weights, uint64_t tokens) {
     for (uint64_t tile : {weights, tokens})
         if (tile >> 62 != 1) hangs("a wgmma of a tile without the 128-byte swizzle");
-    const auto value = [](uint64_t tile, int row, int k) {
+    const auto read = [](float (&values)[16], uint64_t tile, int row) {  // two times the 16 bytes that the swizzle keeps together
         const uint32_t start = (tile & 0x3FFF) << 4, groups = (tile >> 32 & 0x3FFF) << 4;
-        T found;
-        std::memcpy(&found, swizzled(start + row / 8 * groups + row % 8 * 128 + k * 2), 2);
-        return widened(found);
+        T found[16];
+        for (int half : {0, 8}) std::memcpy(found + half, swizzled(start + row / 8 * groups + row % 8 * 128 + half * 2), 16);
+        for (int k = 0; k < 16; ++k) values[k] = widened(found[k]);
     };
-    issued.push_back([&sums, weights, tokens, value] {
+    issued.push_back([&sums, weights, tokens, read] {
         const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-        for (int i = 0; i < N / 2; ++i) {
-            const int row = warp * 16 + lane / 4 + (i & 2 ? 8 : 0), token = i / 4 * 8 + lane % 4 * 2 + (i & 1);
-            for (int k = 0; k < 16; ++k) sums[i] += value(weights, row, k) * value(tokens, token, k);
+        float of_weights[2][16], of_token[16];
+        for (int odd : {0, 1}) read(of_weights[odd], weights, warp * 16 + lane / 4 + odd * 8);
+        for (int i = 0; i < N / 4; ++i) {
+            read(of_token, tokens, i / 2 * 8 + lane % 4 * 2 + i % 2);
+            for (int odd : {0, 1})
+                for (int k = 0; k < 16; ++k) sums[i / 2 * 4 + odd * 2 + i % 2] += of_weights[odd][k] * of_token[k];
         }
     });
 }
