@@ -108,7 +108,7 @@ LOOKS: Mapping[str, Look] = {
     "grouped_mm": Look("#E98A4B", "circle-x", "dash"),
     "sglang": Look("#56B4E9", "star-square", "dot"),
     "triton_f32": Look("#2F8FC4", "x", "dashdot"),
-    "cuda": Look("#7B5BD6", "triangle-up", "solid"),
+    "cuda": Look("#7B5BD6", "triangle-right", "solid"),
     "FlashInfer": Look("#D6336C", "triangle-left", "dashdot"),
     "floor": Look(GREY, "line-ew", "dot"),
 }
