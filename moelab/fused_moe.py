@@ -73,7 +73,7 @@ def fused_moe(
     looks up the tuned file for this device, these sizes and this batch size, as the servers do, once each; sglang's default
     rule serves where there is none, or where "default" asks for it. The Split-K ones take SPLIT_K from each. "gated" and its
     kin count gate and up rows together as BLOCK_SIZE_N, at least 32. "fast" chooses its form by the batch and the tuned files,
-    and torch's own forms have nothing to configure.
+    "weight_only" by the batch, and torch's own forms have nothing to configure.
     check_routing: look for ids out of range. None means always on CPU, and never on a GPU, where it would
     synchronise with the host.
     Returns (M, H) in hidden_states' dtype. Deterministic, but for those that the table says are not, on a GPU. Only "torch"

@@ -139,7 +139,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     ),
     "gated": Implementation(
         "moelab.pipelines.layers:sorted_pipeline",
-        "the activation in GEMM1's epilogue, GEMM2 over rows sorted by expert",
+        "the activation in GEMM1's epilogue, GEMM2 over rows sorted by expert, or of weights in blocks over codes",
         {"tma": False}, formats=frozenset((PLAIN.family, "fp8_w8a8_block", "int8_w8a8_block")), triton=True,
         tuning=Tuning(
             "gated", "gated_gemm:gated_gemm_unchecked", "sorted_gemm:sorted_gemm_unchecked",

@@ -16,7 +16,7 @@ from test_quantised_layer import judge as judge_layer
 
 from moelab import precision
 from moelab.config import KernelConfig
-from moelab.errors import ConfigError, MoelabError, ShapeError
+from moelab.errors import ConfigError, DtypeError, MoelabError, ShapeError
 from moelab.formats import get_format
 from moelab.fused_moe import fused_moe
 from moelab.inputs import make_inputs
@@ -133,11 +133,17 @@ def test_what_does_not_fit_is_named() -> None:
         (ConfigError, gated(call, KernelConfig(16, 256, 32, 1))),
         (ConfigError, gated(call, KernelConfig(16, 64, 64, 1))),
         (ConfigError, gated(call, KernelConfig(16, 64, 16, 1), **uncoded)),
+        (ConfigError, gated(call, KernelConfig(16, 64, 32, 1))._replace(gated=False)),
         (ShapeError, gated(call, KernelConfig(16, 64, 32, 1), weights=short._replace(format=call.weights.format))),
     ]
     for error, wrong in refusals:
         with pytest.raises(error, match="Expected"):
             gated_block_gemm(wrong, torch.float16)
+    for dtype in (torch.float64, torch.int32):
+        with pytest.raises(DtypeError, match="Expected bfloat16"):
+            gated_block_gemm(gated(call, KernelConfig(16, 64, 32, 1)), dtype)
+    with pytest.raises(DtypeError, match="that of a"):
+        gated_block_gemm(gated(call, KernelConfig(16, 64, 32, 1), **uncoded), torch.float32)
     i = make_inputs(replace(SMALL, format=NAME, activation="relu2", gated=False), 3, device="cpu")
     with pytest.raises(ConfigError, match=r"gated=False.*triton"):
         fused_moe(

@@ -15,7 +15,15 @@ from sampling import sampled
 from moelab import precision
 from moelab.call import MoECall
 from moelab.chips import TARGETS
-from moelab.errors import ConfigError, FormatError, MoelabError, PrecisionError, RuntimeModeError, ShapeError
+from moelab.errors import (
+    ConfigError,
+    DtypeError,
+    FormatError,
+    MoelabError,
+    PrecisionError,
+    RuntimeModeError,
+    ShapeError,
+)
 from moelab.formats import FORMATS, get_format
 from moelab.fused_moe import fused_moe
 from moelab.inputs import MoEInputs, make_inputs
@@ -94,6 +102,34 @@ def test_tails_biases_and_other_ranks_experts(name: str, form: str, activation: 
 
 
 @needs_compiler
+def test_warps_past_the_last_tile_meet_the_others() -> None:
+    """H = 96 are three tiles of GEMM2 for pairs of warps, in a block of pairs of another rank's experts too."""
+    i = make_inputs(replace(TAILS, format="int8_w8a16_channel"), 3, device="cpu")
+    i.topk_ids[0, 1] = -1
+    form = WeightOnly(Cut(2, 4, 2), Cut(2, 4, 2), sorted=True)
+    judge(replace(i, topk_weights=torch.where(i.topk_ids < 0, 0.0, i.topk_weights)), emulated(i, form))
+
+
+@needs_compiler
+def test_scales_of_mxfp4_from_end_to_end() -> None:
+    """e8m0 codes of 0, over 128, and 255, which is NaN, beside the usual ones."""
+    i = make_inputs(replace(SMALL, format="mxfp4_w4a16_32"), 3, device="cpu")
+    ids = torch.tensor([[0, 1], [1, 2], [2, 0]], dtype=torch.int32)
+    scales = i.w13_scale.view(torch.uint8)
+    scales[1, :, 0], scales[2, 5, 1] = 0, 131
+    i.w2_scale.view(torch.uint8)[2, 9] = 255
+    out = emulated(replace(i, topk_ids=ids), SORTED)
+    assert out[1:, 9].isnan().all()
+    out[1:, 9] = 0.0
+    i.w2_scale.view(torch.uint8)[2, 9] = 127
+    i.w2[2, 9] = 0
+    exact = references(replace(i, topk_ids=ids))
+    keep = torch.ones(256, dtype=torch.bool)
+    keep[9] = False
+    precision.check(out[:, keep], *(each[:, keep] for each in exact), name="mxfp4")
+
+
+@needs_compiler
 @pytest.mark.parametrize("form", ["few", "sorted"])
 def test_nan_goes_where_it_belongs(form: str) -> None:
     """A NaN of e4m3 in one row of the weights of an expert, in a token, and in weights that nobody chose."""
@@ -156,6 +192,7 @@ def test_what_it_does_not_take_is_named() -> None:
         (ConfigError, (i.hidden_states, i.weights, 65, sm_90)),
         (ShapeError, (torch.zeros(3, 257, dtype=torch.bfloat16).view(-1)[1:769].view(3, 256), i.weights, 2, sm_90)),
         (FormatError, (i.hidden_states, replace(i, format=get_format("plain")).weights, 2, sm_90)),
+        (DtypeError, (i.hidden_states, i.weights._replace(w2_scale=i.weights.w2_scale.half()), 2, sm_90)),
     ]
     for error, given in refusals:
         with pytest.raises(error, match="Expected"):

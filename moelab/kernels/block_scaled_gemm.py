@@ -182,4 +182,4 @@ def check_block_scaled_gemm(call: GemmCall, out: Tensor) -> None:
     checks.check_one_split("block_scaled_gemm", call.config)
     if why := call.weights.format.step_refused(call.config.BLOCK_SIZE_K):
         raise ConfigError(f"{why}. Expected a step that divides the group. Lower BLOCK_SIZE_K.")
-    check_makes_codes(call)
+    check_makes_codes(call, swaps_operands(call))

@@ -1,4 +1,4 @@
-"""Launching what NVRTC compiled by the driver's own call: one struct as argument, and programmatic dependent launch."""
+"""Launching what NVRTC compiled by the driver's own call: arguments by address, and programmatic dependent launch."""
 
 from __future__ import annotations
 

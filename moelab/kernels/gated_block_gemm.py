@@ -17,7 +17,7 @@ import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moelab.config import MIN_DOT_BLOCK  # noqa: E402
-from moelab.errors import ConfigError, ShapeError  # noqa: E402
+from moelab.errors import ConfigError, DtypeError, ShapeError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.gemm_call import (  # noqa: E402
     GemmCall,
@@ -138,6 +138,11 @@ def writes_codes(call: GemmCall) -> bool:
     return 2 * call.weights.format.sizes[1] == call.config.BLOCK_SIZE_N
 
 
+def _swaps(call: GemmCall) -> bool:
+    """Half of BLOCK_SIZE_N is the tensor core's M."""
+    return swaps_operands(call) and call.config.BLOCK_SIZE_N >= 128
+
+
 def gated_block_gemm(call: GemmCall, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """c[pair] = activation(gate) * up: gate, up = (a[pair // top_k] @ w13[expert].T) in halves, codes with scales by blocks.
 
@@ -161,10 +166,10 @@ def gated_block_gemm_unchecked(call: GemmCall, dtype: torch.dtype) -> tuple[Tens
         out, scale = empty_activations(w.format, call.num_pairs, rows // 2, dtype, call.a.device)
     else:
         out, scale = torch.empty((call.num_pairs, rows // 2), dtype=dtype, device=call.a.device), None
-    swap = swaps_operands(call) and config.BLOCK_SIZE_N >= 128  # half of it is the tensor core's M
+    swap = _swaps(call)
     if call.num_pairs:
         _launcher(
-            (call.key, call.activation, out.dtype, call.a_scale is None, w.format, swap),
+            (call.key, call.activation, out.dtype, dtype, call.a_scale is None, w.format, swap),
             (call.num_tiles, 1),
             (call.a, w.w, out, call.a_scale, w.scale, scale, w.bias, call.topk_weights, *call.row_tensors),
             (rows // 2, K, call.num_pairs, call.num_rows),
@@ -178,7 +183,16 @@ def gated_block_gemm_unchecked(call: GemmCall, dtype: torch.dtype) -> tuple[Tens
 
 def _check(call: GemmCall, dtype: torch.dtype) -> None:
     w, config, (rows, _) = call.weights, call.config, call.sizes
+    if not call.gated:
+        raise ConfigError(
+            "gated_block_gemm was asked for gated=False. Expected a gate. Use block_scaled_gemm and activation."
+        )
     check_activation(str(call.activation), True)
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32) or (call.a_scale is None and dtype != call.a.dtype):
+        raise DtypeError(
+            f"gated_block_gemm was asked for {dtype}. Expected bfloat16, float16 or float32, and that of a where a is no codes. "
+            "Pass the layer's dtype."
+        )
     check_quantised_gemm(call, dtype, FAMILIES, makes_codes=True)
     group_n = w.format.sizes[0]
     checks.check_one_split("gated_block_gemm", config)
@@ -195,4 +209,4 @@ def _check(call: GemmCall, dtype: torch.dtype) -> None:
         )
     if why := w.format.step_refused(config.BLOCK_SIZE_K):
         raise ConfigError(f"{why}. Expected a step that divides the group. Lower BLOCK_SIZE_K.")
-    check_makes_codes(call)
+    check_makes_codes(call, _swaps(call))

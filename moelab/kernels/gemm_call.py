@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moelab.config import KernelConfig
-from moelab.errors import ConfigError, FormatError, ShapeError
+from moelab.errors import ConfigError, FormatError, ShapeError, SharedMemoryError
 from moelab.kernels.checks import (
     FLOATS,
     check_dtype,
@@ -183,13 +183,28 @@ def check_quantised_gemm(
     _check_alignment(call, w.w.shape[0])
 
 
-def check_makes_codes(call: GemmCall) -> None:
-    """Raise ConfigError where codes are made on the way, a step of K at a time, and that is not one group."""
-    group, step = call.weights.format.sizes[-1], call.config.BLOCK_SIZE_K
-    if call.a_scale is None and step != group:
+def check_makes_codes(call: GemmCall, swapped: bool) -> None:
+    """Raise where codes are made on the way, a step of K at a time: ConfigError where that is not one group, SharedMemoryError.
+
+    swapped: weights are the tensor core's M. Steps of a lie in shared memory as they came, num_stages - 1 of them, and one as
+    codes; weights num_stages times where the tensor core reads them there. Source: `metadata.shared` of Triton 3.7.1 for sm_90, at
+    twelve configs; at most 128 bytes more than it says.
+    """
+    if call.a_scale is not None or call.a.dtype == call.weights.w.dtype:
+        return
+    config, group, target = call.config, call.weights.format.sizes[-1], launch_target()
+    if group != config.BLOCK_SIZE_K:
         raise ConfigError(
-            f"BLOCK_SIZE_K = {step} and activations that become codes on the way, a scale for each {group}. Expected {group}. "
-            "Set it, or pass codes and a_scale."
+            f"BLOCK_SIZE_K = {config.BLOCK_SIZE_K} and activations that become codes on the way, a scale for each {group}. "
+            f"Expected {group}. Set it, or pass codes and a_scale."
+        )
+    rows, weights, stages = config.BLOCK_SIZE_M * group, config.BLOCK_SIZE_N * group, config.num_stages
+    wide = swapped or config.BLOCK_SIZE_M >= 64
+    needs = (stages - 1) * rows * call.a.element_size() + rows + (stages if wide else stages - 1) * weights + 128 * wide
+    if target is not None and needs > target.shared_memory_per_block:
+        raise SharedMemoryError(
+            f"{config.short()} with codes made on the way needs {needs} bytes of shared memory. Expected at most "
+            f"{target.shared_memory_per_block} on {target.name}. Lower num_stages or a block, or pass codes and a_scale."
         )
 
 

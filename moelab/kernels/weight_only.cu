@@ -52,6 +52,11 @@ struct Layer {
 constexpr int TILES = 2;  // of 16 rows, a warp's at a time: gate and up rows, or 32 neighbours
 constexpr int MOST_WARPS = 8, MOST_SLOTS = 64;
 
+// What either launch can be cut into: all of a token's slots go into one tile's sums, and offsets within an expert are of 32 bits.
+template <typename W, int COLUMNS, int WARPS, int SPLIT, int TURNS, bool SORTED>
+constexpr bool is_cut = WARPS <= MOST_WARPS && WARPS % SPLIT == 0 && (SPLIT == 1 || TURNS == 1) &&
+                        (SORTED || (TURNS == 1 && COLUMNS == 8)) && W::EXPERT_BYTES < 1LL << 31;
+
 // What a thread holds of a chunk of its rows: g and g + 8 of either tile.
 struct Stage {
     uint4 codes[2 * TILES];
@@ -424,7 +429,7 @@ DEVICE void tiles(const Layer& layer, const Of& of, int row, int turns, int part
 // GEMM1 and the activation: inner[pair][n], 16 n a tile, WARPS / SPLIT * TURNS tiles a CTA. SORTED: of blocks of pairs.
 template <typename W, int COLUMNS, int STAGES, int WARPS, int SPLIT, int TURNS, bool SORTED, int ACTIVATION>
 __global__ void __launch_bounds__(WARPS * 32) weight_only_up(const __grid_constant__ Layer layer) {
-    static_assert(SPLIT == 1 || TURNS == 1);
+    static_assert(is_cut<W, COLUMNS, WARPS, SPLIT, TURNS, SORTED>);
     constexpr int SIZE = W::ROWS / 2, SIDE = WARPS / SPLIT, ACROSS = (SIZE / 16 + SIDE * TURNS - 1) / (SIDE * TURNS);
     wait_for_inputs();
     let_next_launch_begin();
@@ -462,7 +467,7 @@ __global__ void __launch_bounds__(WARPS * 32) weight_only_up(const __grid_consta
 // GEMM2, 32 rows a tile. SORTED: products of blocks of pairs, each in its pair's row; else a token's sum over its pairs.
 template <typename W, int COLUMNS, int STAGES, int WARPS, int SPLIT, int TURNS, bool SORTED>
 __global__ void __launch_bounds__(WARPS * 32) weight_only_down(const __grid_constant__ Layer layer) {
-    static_assert(SPLIT == 1 || TURNS == 1);
+    static_assert(is_cut<W, COLUMNS, WARPS, SPLIT, TURNS, SORTED>);
     constexpr int SIDE = WARPS / SPLIT, ACROSS = (W::ROWS / 32 + SIDE * TURNS - 1) / (SIDE * TURNS);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tokens = layer.num_pairs / layer.top_k;
     const int whose = SORTED ? blockIdx.x / ACROSS : blockIdx.x % tokens;
@@ -491,9 +496,10 @@ __global__ void __launch_bounds__(WARPS * 32) weight_only_down(const __grid_cons
             }
         };
         if (expert < 0) {
-            float zeros[TILES][COLUMNS / 8][4] = {};
+            float none[TILES][COLUMNS / 8][4] = {};
             wait_for_inputs();
-            for (int turn = 0; turn < turns; ++turn) store(turn, zeros);
+            // Where warps meet to add up, those past the last tile come too.
+            for (int turn = 0; turn < (SPLIT > 1 ? 1 : turns); ++turn) store(turn, none);
         } else {
             tiles<W, COLUMNS, STAGES, SPLIT, 16, SIDE * 32>(layer, block, tile * 32, turns, warp % SPLIT, lane, store);
         }

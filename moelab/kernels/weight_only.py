@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moelab.chips import Target
-from moelab.errors import ConfigError, FormatError, RuntimeModeError, ShapeError
+from moelab.errors import ConfigError, DtypeError, FormatError, RuntimeModeError, ShapeError
 from moelab.formats import Format
 from moelab.kernels import nvrtc
 from moelab.kernels.cuda_launch import launch, launch_config
@@ -33,7 +33,9 @@ ACTIVATIONS = ("SILU", "GELU", "GELU_TANH", "SWIGLU_OAI")
 CHUNK = 64
 """Bytes of a row of codes that four threads read at once, 16 each."""
 
-MOST_WARPS, MOST_SLOTS = 8, 64
+MOST_SLOTS = 64
+"""Experts a token."""
+
 ROWS_UP, ROWS_DOWN = 16, 32
 """Of a tile: inner columns of GEMM1, with a gate and an up row each, and rows of w2."""
 
@@ -191,6 +193,8 @@ def weight_only(
     (128), whose zero points are taken from the sums, an infinite activation makes all of its token NaN.
     """
     pairs, size = topk_ids.numel(), weights.w13.shape[1] // 2
+    if not pairs:
+        return torch.empty_like(x)
     inner, out = x.new_empty((pairs, size)), x.new_empty((pairs if form.sorted else x.shape[0], x.shape[1]))
     options: dict[str, Any] = {"activation": activation, "scale": scale, "weights_on_input": weights_on_input}
     for each in launches(x, weights, topk_weights, topk_ids, inner, out, form, alignment, **options):
@@ -216,14 +220,24 @@ def _loaded(device: int, expression: str) -> tuple[Any, Any]:
 
 
 def check_weight_only(x: Tensor, weights: ExpertWeights, top_k: int, target: Target | None) -> None:
-    """Raise unless the kernels take such a layer on that chip: RuntimeModeError, FormatError, ShapeError, ConfigError."""
+    """Raise unless the kernels take such a layer on that chip: RuntimeModeError, FormatError, DtypeError, ConfigError, and
+    ShapeError for an address."""
     if target is None or target.name != "sm_90":
         raise RuntimeModeError(
             f"impl='weight_only' was asked for on {'no GPU' if target is None else target.name}. Expected a Hopper GPU (sm_90), "
             "where it was tried. Use impl='triton'."
         )
     if why := not_taken(weights.format, x.shape[1], weights.w13.shape[1] // 2):
-        raise FormatError(f"impl='weight_only' was asked for {why}. Expected those. Use impl='triton'.")
+        raise FormatError(
+            f"impl='weight_only' was asked for {why}. Expected one of those. Pad it, or use impl='triton'."
+        )
+    scales = {"w13_scale": weights.w13_scale, "w2_scale": weights.w2_scale}
+    for name, scale in scales.items() if weights.format.granularity == "group" else ():
+        if scale is not None and scale.dtype == torch.float16:  # an instance reads 16 bits in one way
+            raise DtypeError(
+                f"{name} is float16. Expected {weights.format.scale_dtype} for impl='weight_only'. Cast it once with "
+                ".to(torch.bfloat16), which rounds it, or use impl='triton'."
+            )
     if top_k > MOST_SLOTS:
         raise ConfigError(f"top_k is {top_k}. Expected at most {MOST_SLOTS} for impl='weight_only'. Use impl='triton'.")
     for name, tensor in (("hidden_states", x), ("w13", weights.w13), ("w2", weights.w2)):

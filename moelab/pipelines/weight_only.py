@@ -50,8 +50,9 @@ for each of their columns' number of rows."""
 def form_for(
     num_tokens: int, top_k: int, num_experts: int, hidden_size: int, moe_intermediate_size: int, format: Format
 ) -> WeightOnly | None:
-    """The form for a batch, whatever its routing: the host does not know it. None where the compatible kernel serves. Sizes as
-    on this rank."""
+    """The form for a batch of at least one token, whatever its routing: the host does not know it. None where the compatible
+    kernel serves. Sizes as on this rank: under expert parallelism pairs of other ranks' experts count as if they were here, so
+    that a batch is taken for a larger one."""
     pairs = num_tokens * top_k
     up, down = moe_intermediate_size // ROWS_UP, hidden_size // ROWS_DOWN
     if reread(num_tokens, min(top_k, num_experts), num_experts) <= MOST_REREAD:
@@ -81,9 +82,10 @@ def weight_only_pipeline(call: MoECall, form: WeightOnly | None = None) -> Tenso
     x, w, (num_tokens, top_k) = call.hidden_states, call.weights, call.topk_ids.shape
     aligned = not (x.data_ptr() | w.w13.data_ptr() | w.w2.data_ptr()) % 16
     checked(
-        ("weight_only_pipeline", signature(x, w.w13, w.w2), w.format, top_k, aligned),
+        ("weight_only_pipeline", signature(x, w.w13, w.w2, w.w13_scale, w.w2_scale), w.format, top_k, aligned),
         lambda: check_weight_only(x, w, top_k, checks.current_target()),
     )
+    checks.check_kernel_device("hidden_states", x)  # each time: what device is current is no part of a signature
     if form is None:
         form = form_for(num_tokens, top_k, w.num_experts, x.shape[1], w.w13.shape[1] // 2, w.format)
     if form is None:

@@ -115,7 +115,7 @@ def choose(layer: Layer, rotations: int, impl: str) -> tuple[KernelConfig | None
 
 
 def cell(name: str, layers: Mapping[str, Layer]) -> list[dict[str, Any]]:
-    """Rows of one shape and batch size: each format's default and searched config, checked, then timed interleaved."""
+    """Rows of one shape and batch size: each format's implementations and configs, checked, then timed interleaved."""
     run: dict[str, Callable[[int], torch.Tensor]] = {}
     rows: dict[str, dict[str, Any]] = {}
     for format, layer in layers.items():
@@ -152,15 +152,18 @@ def _contenders(name: str, layer: Layer) -> list[tuple[str, dict[str, Any], Call
     cost = cost_of(layer)
     common = {
         "shape": name, "format": shape.format.name, "num_tokens": layer.num_tokens, "experts_touched": layer.experts_touched(),
-        "bytes": cost.bytes, "flops": cost.flops, "multiplies": shape.format.product_dtype(shape.dtype),
+        "bytes": cost.bytes, "flops": cost.flops,
         "rotations": protocol.rotations,
     }  # fmt: skip
     try:
         judged = judge(layer, asked, [impl for impl in OTHERS if IMPLEMENTATIONS[impl].weight_only])
     except MoelabError as error:
         refused = f"{type(error).__name__}: {error}"
-        return [("default", {**common, "impl": "triton", "config_name": "default", "refused": refused}, None)]
-    rows = {label: {**common, **notes[label], **judged[label]} for label in asked}
+        return [("default", {**common, **notes["default"], "refused": refused}, None)]
+    rows = {}
+    for label, note in notes.items():
+        own = shape.dtype if IMPLEMENTATIONS[note["impl"]].weight_only else shape.format.product_dtype(shape.dtype)
+        rows[label] = {**common, "multiplies": own, **note, **judged[label]}
     return [(label, row, None if "refused" in row else asked[label]) for label, row in rows.items()]
 
 
@@ -188,7 +191,7 @@ def record(
         torch.cuda.empty_cache()
     protocol = {
         **protocol_for(1).describe(), "rotations": "in each row", "alignment": "included",
-        "activations": "quantised inside the time, ahead of either GEMM, where the format does",
+        "activations": "quantised inside the time where the format does, but by weight_only, which leaves them as they are",
         "configs": "default: sglang's rule; searched: the fastest of a screening pass of 3 replays each; served: as the "
         "implementation chooses for the batch",
     }  # fmt: skip
