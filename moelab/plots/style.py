@@ -242,19 +242,23 @@ def _plots(titles: tuple[str, ...], rows: int, shared_y: bool, gap: float | None
     return figure
 
 
-def broken(line: str, width: int = SUBTITLE) -> list[str]:
-    """A line of a subtitle as lines of at most `width`, each of whole statements ("; " ends one); a statement that is longer
-    is broken into lines of about the same length."""
+@functools.lru_cache(maxsize=256)
+def broken(line: str, width: int = SUBTITLE) -> tuple[str, ...]:
+    """A line of a subtitle as few lines of at most `width`, and those as even as they get, each of whole statements ("; " ends
+    one): only a statement that is longer is broken itself."""
+    count = len(_filled(line, width))
+    return next(lines for w in range(len(line) // count, width + 1) if len(lines := _filled(line, w)) == count)
+
+
+def _filled(line: str, width: int) -> tuple[str, ...]:
     lines = [""]
     for statement in line.split("; "):
         together = f"{lines[-1]}; {statement}" if lines[-1] else statement
         if len(together) <= width:
             lines[-1] = together
-            continue
-        count = len(textwrap.wrap(statement, width))
-        even = next(w for w in range(len(statement) // count, width + 1) if len(textwrap.wrap(statement, w)) == count)
-        lines[len(lines) - (not lines[-1]) :] = textwrap.wrap(statement, even)
-    return lines
+        else:
+            lines[len(lines) - (not lines[-1]) :] = textwrap.wrap(statement, max(width, 1))
+    return tuple(lines)
 
 
 def hold_margins(figure: go.Figure, labels: Sequence[str] = (), size: int = 12) -> None:
