@@ -196,7 +196,7 @@ def grid(
     source = "<br>".join(part for line in source.split("<br>") for part in broken(line))
     lines = 1 + source.count("<br>")
     height += 16 * (lines - 1 - given)
-    plot_titles = 24 if len(titles) > 1 else 0
+    plot_titles = 24 + 16 * max(each.count("<br>") for each in titles) if len(titles) > 1 else 0
     layout = figure.layout
     layout.title.text, layout.title.subtitle.text, layout.title.y = title, source, 1 - 24 / height
     layout.height, layout.margin.t = height, 64 + 16 * lines + plot_titles
