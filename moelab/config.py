@@ -149,7 +149,6 @@ def shared_memory_bytes(
     dtype: str,
     target: str | Target,
     *,
-    tf32: bool = False,
     dots: int = 1,
     weight_bits: int | None = None,
 ) -> int:
@@ -157,8 +156,8 @@ def shared_memory_bytes(
 
     tile = (BLOCK_SIZE_M + BLOCK_SIZE_N) * BLOCK_SIZE_K * bytes. The pipeline keeps num_stages - 1 tiles where
     the dot reads registers (mma.sync, AMD), num_stages where it reads shared memory itself: sm_90 and sm_100,
-    from 64 rows and four warps (sm_100: not with sixteen), in 8- and 16-bit dtypes and in float32 under TF32
-    (`tf32`). dots: products a step, each with barriers of its own where there are any; gated_gemm has two.
+    from 64 rows and four warps (sm_100: not with sixteen), in 8- and 16-bit dtypes (and in TF32, which no kernel here
+    asks for). dots: products a step, each with barriers of its own where there are any; gated_gemm has two.
     weight_bits: of weights that are stored narrower than `dtype` and widened in the loop: at least what those take. Of them
     num_stages - 1 tiles are kept as stored; where the dot reads shared memory itself one more lies there, widened.
     Source: `metadata.shared` of Triton 3.7.1, compiled ahead of time for sm_80/90/100/120 and gfx942/950:
@@ -172,8 +171,7 @@ def shared_memory_bytes(
     stored = b_bytes if weight_bits is None else config.BLOCK_SIZE_N * config.BLOCK_SIZE_K * weight_bits // 8
     if target.is_amd and config.num_stages == 1:
         return max(a_bytes, stored)  # not pipelined: the operands pass through one buffer, one after the other
-    takes_wide = element <= 2 or (element == 4 and tf32)
-    if takes_wide and config.BLOCK_SIZE_M >= 64 and config.num_warps in target.wide_dot_warps:
+    if element <= 2 and config.BLOCK_SIZE_M >= 64 and config.num_warps in target.wide_dot_warps:
         of_weights = stored * config.num_stages if weight_bits is None else stored * (config.num_stages - 1) + b_bytes
         return config.num_stages * a_bytes + of_weights + dots * target.barrier_bytes
     return max(1, config.num_stages - 1) * (a_bytes + stored)
@@ -279,14 +277,12 @@ def _split_violations(config: KernelConfig, K: int) -> list[str]:
     ]
 
 
-def _chip_violations(
-    config: KernelConfig, dtype: str, target: Target, tf32: bool, weight_bits: int | None
-) -> list[str]:
+def _chip_violations(config: KernelConfig, dtype: str, target: Target, weight_bits: int | None) -> list[str]:
     broken = []
     threads, limit = config.num_warps * target.threads_per_warp, target.max_threads_per_block
     if threads > limit:
         broken.append(f"{config.num_warps} warps are {threads} threads, over {target.name}'s {limit}")
-    needs = shared_memory_bytes(config, dtype, target, tf32=tf32, weight_bits=weight_bits)
+    needs = shared_memory_bytes(config, dtype, target, weight_bits=weight_bits)
     limit = target.shared_memory_per_block
     if needs > limit:
         broken.append(
@@ -303,7 +299,6 @@ def violations(
     target: str | Target | None = None,
     block_shape: tuple[int, int] | None = None,
     uses_dot: bool = True,
-    tf32: bool = False,
     K: int | None = None,
     weight_bits: int | None = None,
 ) -> tuple[str, ...]:
@@ -328,7 +323,7 @@ def violations(
     broken += _block_shape_violations(config, block_shape)
     broken += [] if K is None else _split_violations(config, K)
     if chip is not None:
-        broken += _chip_violations(config, dtype, chip, tf32, weight_bits)
+        broken += _chip_violations(config, dtype, chip, weight_bits)
     return tuple(broken)
 
 
@@ -339,7 +334,6 @@ def check(
     target: str | Target | None = None,
     block_shape: tuple[int, int] | None = None,
     uses_dot: bool = True,
-    tf32: bool = False,
     K: int | None = None,
     weight_bits: int | None = None,
 ) -> None:
@@ -348,9 +342,8 @@ def check(
     SharedMemoryError where shared memory is the only thing wrong, ConfigError otherwise.
     """
     broken = violations(
-        config, dtype=dtype, target=target, block_shape=block_shape, uses_dot=uses_dot, tf32=tf32, K=K,
-        weight_bits=weight_bits,
-    )  # fmt: skip
+        config, dtype=dtype, target=target, block_shape=block_shape, uses_dot=uses_dot, K=K, weight_bits=weight_bits
+    )
     if not broken:
         return
     only_memory = all("of shared memory" in b for b in broken)

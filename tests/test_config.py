@@ -201,7 +201,7 @@ def test_warps_over_a_block_of_threads() -> None:
 # --- shared memory ------------------------------------------------------------------------------------------
 
 # `metadata.shared` of Triton 3.7.1 for a gathered GEMM, compiled ahead of time: target, dtype, (BM, BN, BK,
-# warps, stages), bytes. float32 with tf32 inputs as marked.
+# warps, stages), bytes.
 COMPILED = [
     ("sm_80", "bfloat16", (16, 64, 128, 4, 1), 20480),
     ("sm_80", "bfloat16", (16, 64, 128, 4, 4), 61440),
@@ -230,12 +230,6 @@ COMPILED = [
 def test_formula_matches_the_compiler(target: str, dtype: str, sizes: tuple, shared: int) -> None:
     bm, bn, bk, warps, stages = sizes
     assert shared_memory_bytes(KernelConfig(bm, bn, bk, 1, warps, stages), dtype, target) == shared
-
-
-def test_tf32_counts_as_a_wide_dot() -> None:
-    config = KernelConfig(64, 64, 64, 1, 4, 3)
-    assert shared_memory_bytes(config, "float32", "sm_90", tf32=True) == 98304
-    assert shared_memory_bytes(config, "float32", "sm_80", tf32=True) == 65536
 
 
 def test_over_shared_memory_is_its_own_error() -> None:

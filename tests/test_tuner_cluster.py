@@ -132,7 +132,7 @@ def test_an_actor_that_is_killed_costs_nothing_but_time(ray) -> None:
         nonlocal answered
         for result in run(requests):
             answered += 1
-            if answered in (5, 40, 60):
+            if answered in (5, 40):
                 ray.kill(evaluator.seats[answered % 2].actor)
             yield result
 
@@ -140,12 +140,13 @@ def test_an_actor_that_is_killed_costs_nothing_but_time(ray) -> None:
     session = TuneSession(PROBLEM, evaluator, strategy="grid", settings=SETTINGS)
     result = session.run()
     assert result.complete and result.to_configs() == winners
-    assert len(evaluator.incidents) == 3 and "lost" in evaluator.incidents[0].what
+    assert len(evaluator.incidents) == 2 and "lost" in evaluator.incidents[0].what
     asked = [result.request.key() for result in session.results()]
     assert len(asked) == len(set(asked))
 
 
 @needs_ray
+@pytest.mark.whole
 def test_actors_that_measure_keep_to_their_batch_sizes(ray, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replays here, told that they measure: no batch size is timed by two of them, and all have work."""
     evaluator = RayEvaluator(PROBLEM, landscape=RECORDED, actors=2)

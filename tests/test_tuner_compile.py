@@ -54,40 +54,32 @@ def known(cache: Path) -> dict[Kernel, Compiled]:
         pool.close()
 
 
-# In a process of its own: Triton compiles there, and does not interpret.
-COMPILES = """
-import json, sys
-from dataclasses import asdict, replace
-from test_tuner_compile import COMPATIBLE, PROBLEM, both
-from moelab.tuner.compile import TritonCompiler
-
-made = {name: TritonCompiler(replace(PROBLEM, kernel=name)) for name in sys.argv[1:] if name != COMPATIBLE}
-print(json.dumps({name: [asdict(compiler(kernel)) for kernel in both(name)] for name, compiler in made.items()}))
-"""
-
-
-def in_a_compiler(code: str, cache: Path, *kernels: str) -> dict:
-    """What a program prints, as JSON, in a process whose Triton compiles into that cache."""
+def in_a_compiler(code: str, cache: Path, *kernels: str) -> list:
+    """What a program prints, each line as JSON, in a process whose Triton compiles into that cache, and does not interpret."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "TRITON_CACHE_DIR": str(cache)}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run([sys.executable, "-c", code, *kernels], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-# Launches over real tensors, stopped after Triton has looked at every argument, and found its cache entry.
+# What was compiled ahead for each kernel, and what lies in the cache then; and launches over real tensors, stopped after Triton
+# has looked at every argument, and found its cache entry.
 LAUNCHES = """
-import json, sys
-from dataclasses import replace
-from test_tuner_compile import PROBLEM, both
+import json, os, sys
+from dataclasses import asdict, replace
+from test_tuner_compile import COMPATIBLE, PROBLEM, both
 from moelab import runtime
 runtime.prepare_triton()
+from moelab.tuner.compile import TritonCompiler
+made = {name: TritonCompiler(replace(PROBLEM, kernel=name)) for name in sys.argv[1:] if name != COMPATIBLE}
+print(json.dumps({name: [asdict(compiler(kernel)) for kernel in both(name)] for name, compiler in made.items()}))
+print(json.dumps(sorted(os.listdir(os.environ["TRITON_CACHE_DIR"]))))
 import torch
 from moelab.kernels import align
 from moelab.kernels.launch import Launcher
 from moelab.routing import max_padded_pairs
 from moelab.tuner import rig
-from moelab.tuner.compile import TritonCompiler
 from moelab.tuner.tuned_kernels import implementation_of
 
 TritonCompiler(PROBLEM)
@@ -123,19 +115,17 @@ def test_a_launch_finds_what_was_compiled_ahead(
     known: dict[Kernel, Compiled], cache: Path, kernels: tuple[str, ...]
 ) -> None:
     """The same cache entry, of every kernel, for both GEMMs, at every batch size: nothing is compiled where it is measured."""
-    others = in_a_compiler(COMPILES, cache, *kernels)
+    others, before, entries = in_a_compiler(LAUNCHES, cache, *kernels)
     made = {name: [Compiled(**one) for one in ones] for name, ones in others.items()}
     made[COMPATIBLE] = [known[kernel] for kernel in both(COMPATIBLE)]
     every = [one for ones in made.values() for one in ones]
     assert [one.message for one in every if one.failure] == []
     assert all(one.seconds > 0 and one.shared_bytes > 0 for one in every)
-    assert len({one.entry for one in every}) == len(every) <= len(list(cache.iterdir()))
-    before = sorted(cache.iterdir())
-    entries = in_a_compiler(LAUNCHES, cache, *kernels)
+    assert len({one.entry for one in every}) == len(every) <= len(before)
     for name, i, b in product(kernels, range(len(GOOD)), PROBLEM.batch_sizes):
         found, up, down = entries[f"{name} {i} {b}"], *(one.entry for one in made[name][2 * i : 2 * i + 2])
         assert found[0] == up and down in found[1:], (name, i, b)
-    assert sorted(cache.iterdir()) == before
+    assert sorted(os.listdir(cache)) == before
 
 
 def test_what_does_not_compile_or_fit_is_told_apart(known: dict[Kernel, Compiled]) -> None:

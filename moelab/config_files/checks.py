@@ -29,10 +29,6 @@ lies at most 2.5 times away from the key that serves it."""
 MIN_LAST_KEY = 1024
 """Under this, prefill runs on a config for decode. The peers' tuners go to 4096."""
 
-TP_SIZES = (1, 2, 4, 8, 16)
-"""Ranks over which presets are sharded, by tensor and by expert, when looking for files that models share."""
-
-_SHARDS = tuple(dict.fromkeys((size, ep) for size in TP_SIZES for ep in (1, size)))
 _KEYS = tuple(f.name for f in fields(KernelConfig))
 _REQUIRED = tuple(f.name for f in fields(KernelConfig) if f.default is MISSING)
 _AMD_KEYS = ("waves_per_eu", "matrix_instr_nonkdim", "kpack")

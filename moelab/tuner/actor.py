@@ -70,22 +70,3 @@ class Host:
         begin = self.evaluator.clock_s()
         (result,) = self.evaluator.run([request])
         return result, self.evaluator.clock_s() - begin
-
-
-def device_of(ray: Any) -> tuple[str, str, str]:
-    """Name, target ("sm_90") and Triton's version of a GPU of the cluster that `ray` is connected to: what a problem needs
-    that is tuned from a machine without one. Raises RuntimeModeError if no GPU is free within a minute."""
-    try:
-        return ray.get(ray.remote(num_cpus=0, num_gpus=1)(_describe_gpu).remote(), timeout=60.0)
-    except ray.exceptions.GetTimeoutError as error:
-        raise RuntimeModeError(
-            "No GPU of the Ray cluster was free within a minute. Expected one to ask for its name. Look at `ray status`."
-        ) from error
-
-
-def _describe_gpu() -> tuple[str, str, str]:
-    from moelab import runtime
-    from moelab.kernels.checks import current_target
-
-    target = current_target()
-    return runtime.current().device_name, target.name if target else "unknown", runtime.triton_version() or "unknown"

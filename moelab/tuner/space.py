@@ -52,7 +52,6 @@ _REASONS = (
     ("of 8-bit operands", "steps of 8-bit operands"),
 )
 ACCUMULATORS = "accumulators"
-EQUAL = "equal programs"
 
 
 def grid(target: str, split_k: Sequence[int] = (1,), axes: Grid | None = None) -> tuple[KernelConfig, ...]:
@@ -171,13 +170,3 @@ def representatives(
         group = effective_group(config, blocks[config.BLOCK_SIZE_M], -(-columns // config.BLOCK_SIZE_N))
         found[config] = first.setdefault((group, _rest(config)), config)
     return found
-
-
-def equal_programs(problem: Problem, space: Space) -> dict[Gemm, dict[int, int]]:
-    """Per GEMM and batch size, how many configs are not timed because an equal program is."""
-    return {
-        gemm: {
-            b: sum(c != r for c, r in representatives(configs, problem, gemm, b).items()) for b in problem.batch_sizes
-        }
-        for gemm, configs in space.configs.items()
-    }
