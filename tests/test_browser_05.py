@@ -28,14 +28,15 @@ def press(tab: Tab, name: str) -> None:
 # How often the renderer's "redraw", which follows each new figure, draws one in a panel, and one that is in none.
 REDRAWS = """async () => {
     const renderer = (await window._JUPYTERLAB['jupyterlab-plotly'].get('./mimeExtension'))().RenderedPlotly;
-    const drawn = async where => {
-        const plot = document.querySelector(where);
-        let count = 0;
-        plot.on('plotly_afterplot', () => { count += 1; });
-        await renderer.Plotly.redraw(plot);
-        return count;
-    };
-    return [await drawn('.moelab-panel .js-plotly-plot'), await drawn('.js-plotly-plot:not(.moelab-panel *)')];
+    const plot = document.querySelector('.moelab-panel .js-plotly-plot'), panel = plot.closest('.moelab-panel');
+    let count = 0;
+    plot.on('plotly_afterplot', () => { count += 1; });
+    await renderer.Plotly.redraw(plot);
+    const within = count;
+    panel.classList.remove('moelab-panel');
+    await renderer.Plotly.redraw(plot);
+    panel.classList.add('moelab-panel');
+    return [within, count - within];
 }"""
 
 
