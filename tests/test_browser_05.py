@@ -25,17 +25,18 @@ def press(tab: Tab, name: str) -> None:
     tab.page.locator("button.jupyter-button", has_text=re.compile(rf"^{name}$")).first.click()
 
 
-# How often the renderer's "redraw", which follows each new figure, draws one in a panel, and one that is in none.
+# How often the renderer's "redraw", which follows each new figure, draws one in a panel, and the same one in none.
 REDRAWS = """async () => {
     const renderer = (await window._JUPYTERLAB['jupyterlab-plotly'].get('./mimeExtension'))().RenderedPlotly;
-    const plot = document.querySelector('.moelab-panel .js-plotly-plot'), panel = plot.closest('.moelab-panel');
+    const plot = document.querySelector('.moelab-panel .js-plotly-plot');
+    const panels = [...document.querySelectorAll('.moelab-panel')].filter(panel => panel.contains(plot));
     let count = 0;
     plot.on('plotly_afterplot', () => { count += 1; });
     await renderer.Plotly.redraw(plot);
     const within = count;
-    panel.classList.remove('moelab-panel');
+    panels.forEach(panel => panel.classList.remove('moelab-panel'));
     await renderer.Plotly.redraw(plot);
-    panel.classList.add('moelab-panel');
+    panels.forEach(panel => panel.classList.add('moelab-panel'));
     return [within, count - within];
 }"""
 

@@ -234,6 +234,13 @@ def test_a_figure_has_a_width_at_which_it_can_be_read() -> None:
     assert f"min-width: {style.LEAST_WIDTH}px" in table and "overflow-x: auto" in table
 
 
+@pytest.mark.parametrize("count", [1, 90, 97, 130])
+def test_a_title_fits_the_least_width(count: int) -> None:
+    """Of 97 characters it ended at the figure's edge."""
+    size = style.grid("x" * count, "s").layout.title.font.size
+    assert size <= 17 and 12 + 0.55 * size * count <= style.LEAST_WIDTH and (size == 17) == (count <= 90)
+
+
 def test_figures_from_one_mould_are_apart() -> None:
     """The empty figure is made once for all that have as many plots."""
     first = style.grid("one", "a; b", titles=["x", "y"])

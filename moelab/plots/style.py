@@ -46,6 +46,9 @@ INK = (
 )
 """Style rules for GREY text: dark on a light page, light on a dark one (JupyterLab, Voila, VS Code)."""
 
+TITLE = 90
+"""Characters of a title that fit LEAST_WIDTH in its full size; a longer one is set smaller."""
+
 LEAST_WIDTH = 880
 """Pixels that a figure has at least: drawn narrower, beside JupyterLab's file browser in a window of 1000, its labels would lie
 on each other and its titles end at its edge."""
@@ -199,6 +202,7 @@ def grid(
     plot_titles = 24 + 16 * max(each.count("<br>") for each in titles) if len(titles) > 1 else 0
     layout = figure.layout
     layout.title.text, layout.title.subtitle.text, layout.title.y = title, source, 1 - 24 / height
+    layout.title.font.size = min(17.0, 17.0 * TITLE / max(1, len(title)))
     layout.height, layout.margin.t = height, 64 + 16 * lines + plot_titles
     return figure
 
