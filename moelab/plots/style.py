@@ -284,6 +284,12 @@ def bar_title(text: str) -> dict[str, str]:
     return {"text": f'{text}<br><span style="color: {CLEAR}">.</span>'}
 
 
+def short_labels(batches: Sequence[Any]) -> dict[str, Any]:
+    """For an axis of categories: level and short labels of up to 19 batch sizes, 1024 as "1k"."""
+    short = [f"{b / 1024:g}k" if isinstance(b, int) and b >= 1024 else str(b) for b in batches]
+    return {"tickfont": {"size": 10}, "tickangle": 0, "tickvals": [str(b) for b in batches], "ticktext": short}
+
+
 def log_axis(values: Sequence[float]) -> dict[str, Any]:
     """A log axis whose ticks are the values themselves (batch sizes, as a rule), level, with as many labels as have room.
 
