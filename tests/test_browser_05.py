@@ -25,17 +25,19 @@ def press(tab: Tab, name: str) -> None:
     tab.page.locator("button.jupyter-button", has_text=re.compile(rf"^{name}$")).first.click()
 
 
-# How often the renderer's "redraw", which follows each new figure, draws one in a panel, and one that is in none.
+# How often the renderer's "redraw", which follows each new figure, draws one in a panel, and the same one in none.
 REDRAWS = """async () => {
     const renderer = (await window._JUPYTERLAB['jupyterlab-plotly'].get('./mimeExtension'))().RenderedPlotly;
-    const drawn = async where => {
-        const plot = document.querySelector(where);
-        let count = 0;
-        plot.on('plotly_afterplot', () => { count += 1; });
-        await renderer.Plotly.redraw(plot);
-        return count;
-    };
-    return [await drawn('.moelab-panel .js-plotly-plot'), await drawn('.js-plotly-plot:not(.moelab-panel *)')];
+    const plot = document.querySelector('.moelab-panel .js-plotly-plot');
+    const panels = [...document.querySelectorAll('.moelab-panel')].filter(panel => panel.contains(plot));
+    let count = 0;
+    plot.on('plotly_afterplot', () => { count += 1; });
+    await renderer.Plotly.redraw(plot);
+    const within = count;
+    panels.forEach(panel => panel.classList.remove('moelab-panel'));
+    await renderer.Plotly.redraw(plot);
+    panels.forEach(panel => panel.classList.add('moelab-panel'));
+    return [within, count - within];
 }"""
 
 

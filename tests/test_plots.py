@@ -188,12 +188,12 @@ def test_a_cell_can_be_read(low: str | None, high: str, ratio: float) -> None:
 
 
 @pytest.mark.parametrize(("line", "lines"), [
-    ("a; b", ["a; b"]), ("aaaa; bbbb; cccc", ["aaaa; bbbb", "cccc"]), ("", [""]),
-    ("aa bb cc dd ee", ["aa bb cc", "dd ee"]), ("a; one two three four; b", ["a", "one two", "three four; b"]),
+    ("a; b", ["a; b"]), ("aaaa; bbbb; cc", ["aaaa", "bbbb; cc"]), ("aaaa; bb; cccc", ["aaaa; bb", "cccc"]), ("", [""]),
+    ("aa bb cc dd ee", ["aa bb cc", "dd ee"]), ("a; one two three four; b", ["a", "one two three", "four; b"]),
 ])  # fmt: skip
 def test_a_subtitle_breaks_between_its_statements(line: str, lines: list[str]) -> None:
     """It broke anywhere, and left "GPU", "routing" or "dtype; ×: SPLIT_K" alone in a line."""
-    assert style.broken(line, 13) == lines
+    assert list(style.broken(line, 13)) == lines
 
 
 def test_a_colour_bars_title_keeps_off_its_highest_tick() -> None:
@@ -232,6 +232,13 @@ def test_labels_are_level() -> None:
 def test_a_figure_has_a_width_at_which_it_can_be_read() -> None:
     (table,) = [bundle["text/html"] for bundle in PANELS["floors"]().bundles() if "text/html" in bundle]
     assert f"min-width: {style.LEAST_WIDTH}px" in table and "overflow-x: auto" in table
+
+
+@pytest.mark.parametrize("count", [1, 90, 97, 130])
+def test_a_title_fits_the_least_width(count: int) -> None:
+    """Of 97 characters it ended at the figure's edge."""
+    size = style.grid("x" * count, "s").layout.title.font.size
+    assert size <= 17 and 12 + 0.55 * size * count <= style.LEAST_WIDTH and (size == 17) == (count <= 90)
 
 
 def test_figures_from_one_mould_are_apart() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from moelab import recordings, roofline
 from moelab.plots import fast_counters
+from moelab.plots.style import LEAST_WIDTH
 from moelab.recordings import Recording
 from moelab.roofline import Ceilings
 from moelab.suites import fast_layer as suite
@@ -69,7 +70,7 @@ def test_a_bar_for_each_unit_of_each_launch() -> None:
     ]
     assert [bar.x[0] for bar in figure.data if bar.xaxis == "x2"] == [4.0, 95.0, 90.0, 20.0]
     assert len({bar.marker.color for bar in figure.data}) == 4 and sum(bar.showlegend for bar in figure.data) == 4
-    assert [each.text for each in figure.layout.annotations] == ["a, 64 tokens", "b, 64 tokens"]
+    assert [each.text for each in figure.layout.annotations] == ["a,<br>64 tokens", "b,<br>64 tokens"]
     assert "tensor units most in 1, L2 most in 1 of 2 layers" in figure.layout.title.text
     assert "SYNTHETIC" in figure.layout.title.subtitle.text and "ncu" in figure.layout.title.subtitle.text
 
@@ -128,6 +129,15 @@ def test_a_counter_that_the_chip_lacks_is_left_out(missing: str) -> None:
 def test_nothing_whole_is_said() -> None:
     panel = drawn(made(row("a", "GEMM1", 75.0, 30.0)))
     assert panel.figure is None and "moelab record fast_counters" in panel.sentence
+
+
+def test_titles_of_neighbours_do_not_meet() -> None:
+    """In JupyterLab beside its file browser they lay on each other by 8 pixels."""
+    figure = drawn(recordings.load("fast_counters")).figure
+    titles = [each.text for each in figure.layout.annotations]
+    room = (LEAST_WIDTH - figure.layout.margin.l - figure.layout.margin.r) / len(titles)
+    assert len(titles) == 4 and all(0.6 * 13 * len(part) < room for each in titles for part in each.split("<br>"))
+    assert figure.layout.margin.t == 64 + 16 * (1 + figure.layout.title.subtitle.text.count("<br>")) + 24 + 16
 
 
 def test_the_shipped_recording_draws_and_its_products_are_those_of_the_layer() -> None:

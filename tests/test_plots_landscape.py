@@ -148,6 +148,14 @@ def test_batch_labels_have_room(survey: Survey) -> None:
     assert list(axis.tickvals) == ["256", "16"] and axis.tickangle == 0
 
 
+def test_what_stands_around_the_views_has_room(survey: Survey) -> None:
+    """At the least width the scatter's legend lay on its subtitle, and the heat map's batch sizes were turned."""
+    assert linked.scatter(survey, "up", 64, {}, 10.0).figure.layout.legend.y < 0
+    axis = plots.heat_map(survey, "up").figure.layout.xaxis
+    assert axis.tickangle == 0 and list(axis.ticktext) == [str(b) for b in BATCHES]
+    assert style.short_labels([512, 1024, 1536])["ticktext"] == ["512", "1k", "1.5k"]
+
+
 def test_figures_are_small(survey: Survey) -> None:
     """A saved notebook holds them: without plotly's template, and with packed arrays."""
     panels = [

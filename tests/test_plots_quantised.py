@@ -129,6 +129,10 @@ FOUND = [
 def test_panels_are_whole() -> None:
     errors = plots.errors(FOUND, "computed here")
     whole(errors, "computed here")
+    axis = errors.figure.layout.xaxis
+    assert axis.tickangle == 0 and all(
+        0.64 * 12 * len(part) < 97 for name in axis.ticktext for part in name.split("<br>")
+    )
     assert "3.75 to 40.0" in errors.sentence and "0.833 times" in errors.sentence
     whole(plots.errors_by_k(quantised_error.by_k(["fp8_w8a8_channel"], (64, 256))), "simulated")
     drawn = plots.way(way("int4_w4a16_group_32", 8.0))

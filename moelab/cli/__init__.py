@@ -142,7 +142,7 @@ def shape(
     rules: Rules = "moelab",
     as_json: AsJson = False,
 ) -> None:
-    """Sizes on one rank, and the config files that a server asks for. Says where the sizes were read."""
+    """Sizes on one rank, and the config files asked for there. Says where the sizes were read."""
     from moelab import runtime
     from moelab.config_files import ask
 

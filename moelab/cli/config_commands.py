@@ -143,7 +143,7 @@ def export(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write configs as a loader reads them, and say how to serve them. Each is found again through that loader's rules; the up
+    """Write configs as a loader reads them; say how to serve them. Each is found again through that loader's rules; the up
     and the down file of a pair are written both or not at all."""
     from moelab import config_files
 
@@ -224,7 +224,7 @@ def doctor(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Config files that no lookup reaches, or no kernel takes, and why. Exit status 1 if there are errors."""
+    """Config files that no lookup reaches or no kernel takes. Says why; exit status 1 if there are errors."""
     from moelab import config_files
 
     report = config_files.doctor(folder, rules)

@@ -58,7 +58,7 @@ def serve_bench(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """A whole model of random weights: time to the first token, to each further one, and tokens a second.
+    """Time a whole model of random weights, contender by contender. To the first token, to each further one, tokens a second.
 
     Contenders take turns in one model; ties are told. Exit status 1 if one is over its error bound, or could not run anywhere.
     """

@@ -54,9 +54,9 @@ def units(
     figure = grid(
         f"What the one-launch layer keeps busy: {_short(whole)}",
         f"{recording.source()}; {recording.protocol['tool']}<br>"
-        "per cent of each unit’s peak at the clock of the launch; whole: both GEMMs in one launch, and the sums unless they<br>"
+        "per cent of each unit’s peak at the clock of the launch; whole: both GEMMs in one launch, and the sums unless they "
         "have their own; below it each part alone",
-        titles=[f"{shape}, {batch} tokens" for shape, batch in cells], height=200 + 76 * len(launches), shared_y=True,
+        titles=[f"{shape},<br>{batch} tokens" for shape, batch in cells], height=216 + 76 * len(launches), shared_y=True,
     )  # fmt: skip
     for place, cell in enumerate(cells, 1):
         rows = [row for row in recording.rows if _cell(row) == cell]

@@ -10,7 +10,19 @@ import numpy as np
 
 from moelab.config import SHORT
 from moelab.plots.panel import Panel, Row
-from moelab.plots.style import BLUE, GREEN, GREY, ORANGE, SCALE, bar_title, grid, hold_margins, on_scale, text_on
+from moelab.plots.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    SCALE,
+    bar_title,
+    grid,
+    hold_margins,
+    on_scale,
+    short_labels,
+    text_on,
+)
 from moelab.tuner.problem import GEMMS, Gemm
 from moelab.tuner.survey import PARAMETERS, Cover, Survey, cover, importance, plateau, short_names
 
@@ -65,7 +77,7 @@ def heat_map(survey: Survey, gemm: Gemm, allowed: Allowed | None = None, rows: i
         colorscale=SCALE, colorbar={"title": bar_title("% of best"), "tickfont": {"color": GREY}, "outlinewidth": 0},
         hovertemplate="%{y}<br>batch %{x}: %{z:.1f} % of the best<extra></extra>", xgap=1, ygap=1,
     )  # fmt: skip
-    figure.update_xaxes(title="batch, tokens", type="category")
+    figure.update_xaxes(title="batch, tokens", type="category", **short_labels(survey.batch_sizes))
     figure.update_yaxes(title="config", type="category", autorange="reversed", dtick=1, tickfont={"size": 10})
     hold_margins(figure, configs, 10)
     table: list[Row] = []

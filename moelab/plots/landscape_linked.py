@@ -110,7 +110,9 @@ def scatter(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, withi
     low = min([*finite, floor] if np.isfinite(floor) else finite)
     figure.update_yaxes(title="µs", **round_ticks(low * 0.95, max(finite) * 1.05))
     hold_margins(figure)
-    figure.update_layout(legend={"orientation": "h", "y": 1.12, "x": 1, "xanchor": "right"})
+    figure.update_layout(
+        legend={"orientation": "h", "y": -0.24, "x": 0}, margin={"b": 90}, height=figure.layout.height + 30
+    )
     table = [
         {"config": d.config.short(), "µs": d.median_us, "95 % interval": f"{number(d.low_us, 4)} … {number(d.high_us, 4)}",
          "samples": d.samples, "shared memory, KiB": d.shared_bytes / 1024, "waves": d.waves,

@@ -141,7 +141,8 @@ def errors(found: Sequence[LayerError], source: str) -> Panel:
     for (label, values), style in zip(parts.items(), series(list(parts)).values(), strict=True):
         figure.add_scatter(x=names, y=values, name=label, mode="markers", marker=style.marker(11))
     figure.update_yaxes(title="relative error of the layer", **powers(1e-4, 1.0))
-    figure.update_xaxes(title="format")
+    broken = ["<br>".join(name.rsplit(" ", 1)) for name in names]  # level, where eight have 100 pixels each
+    figure.update_xaxes(title="format", tickvals=names, ticktext=broken, tickangle=0)
     figure.update_layout(legend={"orientation": "h", "y": 1.0, "yanchor": "bottom"}, margin={"t": 120})
     table = [
         {"format": e.format, "quantising": e.quantising, "rounding, torch bf16": e.rounding, "kernel fp16": e.kernel,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from moelab.plots.style import BETTER, WORSE, bar_title, grid, text_on
+from moelab.plots.style import BETTER, WORSE, bar_title, grid, short_labels, text_on
 
 TIED = "#bdbdbd"
 MIDDLE = "#f7f7f7"
@@ -111,8 +111,7 @@ def draw(
         hovertemplate="%{y}, batch %{x}: %{text}<extra></extra>", showlegend=False, **places,
     )  # fmt: skip
     if len(across) > 12:  # all labels level and short, or plotly turns them
-        short = [f"{b / 1024:g}k" if isinstance(b, int) and b >= 1024 else str(b) for b in batches]
-        figure.update_xaxes(tickfont={"size": 10}, tickangle=0, tickvals=across, ticktext=short, **places)
+        figure.update_xaxes(**short_labels(batches), **places)
     category = {"type": "category", "showgrid": False, "categoryorder": "array", **places}
     figure.update_xaxes(categoryarray=across, range=[-0.5, len(across) - 0.5], **category)
     figure.update_yaxes(categoryarray=list(names)[::-1], range=[-0.5, len(names) - 0.5], **category)

@@ -46,6 +46,9 @@ INK = (
 )
 """Style rules for GREY text: dark on a light page, light on a dark one (JupyterLab, Voila, VS Code)."""
 
+TITLE = 90
+"""Characters of a title that fit LEAST_WIDTH in its full size; a longer one is set smaller."""
+
 LEAST_WIDTH = 880
 """Pixels that a figure has at least: drawn narrower, beside JupyterLab's file browser in a window of 1000, its labels would lie
 on each other and its titles end at its edge."""
@@ -196,9 +199,10 @@ def grid(
     source = "<br>".join(part for line in source.split("<br>") for part in broken(line))
     lines = 1 + source.count("<br>")
     height += 16 * (lines - 1 - given)
-    plot_titles = 24 if len(titles) > 1 else 0
+    plot_titles = 24 + 16 * max(each.count("<br>") for each in titles) if len(titles) > 1 else 0
     layout = figure.layout
     layout.title.text, layout.title.subtitle.text, layout.title.y = title, source, 1 - 24 / height
+    layout.title.font.size = min(17.0, 17.0 * TITLE / max(1, len(title)))
     layout.height, layout.margin.t = height, 64 + 16 * lines + plot_titles
     return figure
 
@@ -242,19 +246,23 @@ def _plots(titles: tuple[str, ...], rows: int, shared_y: bool, gap: float | None
     return figure
 
 
-def broken(line: str, width: int = SUBTITLE) -> list[str]:
-    """A line of a subtitle as lines of at most `width`, each of whole statements ("; " ends one); a statement that is longer
-    is broken into lines of about the same length."""
+@functools.lru_cache(maxsize=256)
+def broken(line: str, width: int = SUBTITLE) -> tuple[str, ...]:
+    """A line of a subtitle as few lines of at most `width`, and those as even as they get, each of whole statements ("; " ends
+    one): only a statement that is longer is broken itself."""
+    count = len(_filled(line, width))
+    return next(lines for w in range(len(line) // count, width + 1) if len(lines := _filled(line, w)) == count)
+
+
+def _filled(line: str, width: int) -> tuple[str, ...]:
     lines = [""]
     for statement in line.split("; "):
         together = f"{lines[-1]}; {statement}" if lines[-1] else statement
         if len(together) <= width:
             lines[-1] = together
-            continue
-        count = len(textwrap.wrap(statement, width))
-        even = next(w for w in range(len(statement) // count, width + 1) if len(textwrap.wrap(statement, w)) == count)
-        lines[len(lines) - (not lines[-1]) :] = textwrap.wrap(statement, even)
-    return lines
+        else:
+            lines[len(lines) - (not lines[-1]) :] = textwrap.wrap(statement, max(width, 1))
+    return tuple(lines)
 
 
 def hold_margins(figure: go.Figure, labels: Sequence[str] = (), size: int = 12) -> None:
@@ -274,6 +282,12 @@ def bar_title(text: str) -> dict[str, str]:
     """The title of a colour bar, and a line below it that is not seen: the highest tick may stand at the bar's very end. Plotly
     makes no room for a line of spaces."""
     return {"text": f'{text}<br><span style="color: {CLEAR}">.</span>'}
+
+
+def short_labels(batches: Sequence[Any]) -> dict[str, Any]:
+    """For an axis of categories: level and short labels of up to 19 batch sizes, 1024 as "1k"."""
+    short = [f"{b / 1024:g}k" if isinstance(b, int) and b >= 1024 else str(b) for b in batches]
+    return {"tickfont": {"size": 10}, "tickangle": 0, "tickvals": [str(b) for b in batches], "ticktext": short}
 
 
 def log_axis(values: Sequence[float]) -> dict[str, Any]:
