@@ -187,8 +187,8 @@ def check_makes_codes(call: GemmCall, swapped: bool) -> None:
     """Raise where codes are made on the way, a step of K at a time: ConfigError where that is not one group, SharedMemoryError.
 
     swapped: weights are the tensor core's M. Steps of a lie in shared memory as they came, num_stages - 1 of them, and one as
-    codes; weights num_stages times where the tensor core reads them there. Source: `metadata.shared` of Triton 3.7.1 for sm_90, at
-    twelve configs; at most 128 bytes more than it says.
+    codes; weights num_stages times where the tensor core reads them there. Source: `metadata.shared` of Triton 3.7.1 for sm_90,
+    at twelve configs; at most 128 bytes more than it says.
     """
     if call.a_scale is not None or call.a.dtype == call.weights.w.dtype:
         return
