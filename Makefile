@@ -52,7 +52,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 # What the commands that read config files and models import; the others say what they lack. tests/test_light_cli.py holds it.
-LIGHT := typer pydantic filelock huggingface_hub
+LIGHT := typer pydantic filelock google-re2 huggingface_hub
 cli: .cli/.ready
 	@echo '.cli/bin/moelab explain --help'
 

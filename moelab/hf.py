@@ -21,16 +21,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moelab.call import Config
 from moelab.dtypes import dtype_name
 from moelab.errors import LayoutError, RoutingError, RuntimeModeError, UnknownNameError
 from moelab.experts_block import read_experts
 from moelab.fused_moe import fused_moe
-from moelab.implementations import IMPLEMENTATIONS, LayerKind, taking
+from moelab.implementations import IMPLEMENTATIONS, LayerKind, named, taking
 
 PREFERRED = ("fast", "triton", "torch")
 """What "moelab" means on a GPU: the first of these that takes the layer and runs there. On a CPU it is "torch"."""
 
-_Forward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+Forward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+Configs = Callable[[Tensor, int], tuple[Config, Config]]
+"""(w2 of the experts (E, H, N), number of tokens) -> the configs of GEMM1 and GEMM2, as `fused_moe` takes them."""
 
 
 def register() -> tuple[str, ...]:
@@ -45,6 +49,27 @@ def register() -> tuple[str, ...]:
     Gradients: as `fused_moe`, so call under torch.no_grad() or `model.requires_grad_(False)`; `generate` does.
     Raises RuntimeModeError where transformers is missing or has no ExpertsInterface.
     """
+    functions = {"moelab": _forward(None)} | {f"moelab_{impl}": _forward(impl) for impl in IMPLEMENTATIONS}
+    for name, function in functions.items():
+        _interface().register(name, function)
+    return tuple(functions)
+
+
+def register_under(name: str, impl: str, configs: Configs) -> None:
+    """Enter that implementation once more, under a name and configs of one's own: configs of (the experts, the tokens).
+
+    Raises UnknownNameError for another implementation, and what `register` does.
+    """
+    named(impl)
+    _interface().register(name, _forward(impl, configs))
+
+
+def register_function(name: str, forward: Forward) -> None:
+    """Enter any function of (block, hidden_states, top_k_index, top_k_weights). Raises what `register` does."""
+    _interface().register(name, forward)
+
+
+def _interface() -> Any:
     try:
         from transformers.integrations.moe import ExpertsInterface
     except ImportError as error:
@@ -52,14 +77,15 @@ def register() -> tuple[str, ...]:
             f"transformers' ExpertsInterface cannot be imported ({error}). Expected transformers >= 5.17. Install it beside "
             "moelab: pip install 'transformers>=5.17'."
         ) from error
-    functions = {"moelab": _forward(None)} | {f"moelab_{impl}": _forward(impl) for impl in IMPLEMENTATIONS}
-    for name, function in functions.items():
-        ExpertsInterface.register(name, function)
-    return tuple(functions)
+    return ExpertsInterface
+
+
+def _looked_up(w2: Tensor, num_tokens: int) -> tuple[Config, Config]:
+    return None, None
 
 
 @functools.cache
-def _forward(impl: str | None) -> _Forward:
+def _forward(impl: str | None, configs: Configs = _looked_up) -> Forward:
     """What the interface calls for a block of experts under that implementation's name."""
 
     def experts_forward(block: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -67,15 +93,23 @@ def _forward(impl: str | None) -> _Forward:
         activation, gated, has_bias = _layer(block)
         w13 = block.gate_up_proj if gated else block.up_proj
         b13, b2 = _biases(block, gated) if has_bias else (None, None)
-        # Before 5.23 no flag says that other ranks' experts come as ids of num_experts and above.
-        if getattr(block, "_is_expert_parallel", True):
+        if getattr(block, "_is_expert_parallel", _shared_out(block, w13)):
             top_k_index = top_k_index.masked_fill(top_k_index >= w13.shape[0], -1)
+        up, down = configs(block.down_proj, hidden_states.shape[0])
         return fused_moe(
             hidden_states, w13, block.down_proj, b13=b13, b2=b2, topk_weights=top_k_weights.float(), topk_ids=top_k_index,
-            impl=impl or _preferred(block, activation, gated, has_bias), activation=activation, gated=gated,
+            impl=impl or _preferred(block, activation, gated, has_bias), config=up, down_config=down,
+            activation=activation, gated=gated,
         )  # fmt: skip
 
     return experts_forward
+
+
+def _shared_out(block: Any, w13: Tensor) -> bool:
+    """Whether other ranks' experts may come, as ids of num_experts and above: before 5.23 no flag says so. Where the block holds
+    every expert that its config names none do, and the two launches that would map their ids are left out."""
+    named = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return all(getattr(block.config, name, None) != w13.shape[0] for name in named)
 
 
 def _biases(block: nn.Module, gated: bool) -> tuple[Any, Any]:
@@ -130,7 +164,7 @@ def _preferred(block: Any, activation: str, gated: bool, biases: bool) -> str:
 # --- routing of a model at work ---------------------------------------------------------------------------------------
 
 
-def experts_of(model: nn.Module) -> dict[str, nn.Module]:
+def experts_of(model: nn.Module) -> dict[str, Any]:
     """name -> block, of the blocks of experts that transformers dispatches, in the model's order.
 
     Raises UnknownNameError for a model without any, named with what it has.

@@ -34,6 +34,7 @@ class Tuning:
     activates: GEMM1's result is activated already, N columns a row, and the layer launches no activation.
     sorted_rows: it lies sorted by expert, padded, and GEMM2 reads it so.
     halves: a program of GEMM1 multiplies BLOCK_SIZE_N rows of weights of which half are gate and half up.
+    formats: families of weight formats that those launches take.
     """
 
     kernel: str
@@ -42,6 +43,7 @@ class Tuning:
     activates: bool = False
     sorted_rows: bool = False
     halves: bool = False
+    formats: frozenset[str] = frozenset((PLAIN.family,))
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,10 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         "moelab.pipelines.layers:triton_pipeline",
         "the classic layer of sglang and vLLM: align, GEMM1, activation, GEMM2, sum-reduce",
         formats=frozenset(FAMILIES), triton=True,
-        tuning=Tuning("grouped_gemm", "grouped_gemm:grouped_gemm_unchecked", "grouped_gemm:grouped_gemm_unchecked"),
+        tuning=Tuning(
+            "grouped_gemm", "grouped_gemm:grouped_gemm_unchecked", "grouped_gemm:grouped_gemm_unchecked",
+            formats=frozenset(FAMILIES),
+        ),
         look=("#0072B2", "diamond", "solid"),
     ),
     "split_k_atomic": Implementation(
@@ -135,7 +140,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "gated": Implementation(
         "moelab.pipelines.layers:sorted_pipeline",
         "the activation in GEMM1's epilogue, GEMM2 over rows sorted by expert",
-        {"tma": False}, triton=True,
+        {"tma": False}, formats=frozenset((PLAIN.family, "fp8_w8a8_block", "int8_w8a8_block")), triton=True,
         tuning=Tuning(
             "gated", "gated_gemm:gated_gemm_unchecked", "sorted_gemm:sorted_gemm_unchecked",
             activates=True, sorted_rows=True, halves=True,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moelab import runtime
 from moelab.dtypes import accumulator_dtype, torch_dtype
+from moelab.errors import RoutingError
 from moelab.formats import PLAIN, Format
 from moelab.quantised_weights import as_multiplied, quantise
-from moelab.routing import Routing, make_routing
+from moelab.routing import ROUTINGS, Routing, load_routing, make_routing
 from moelab.shapes import MoEShape
 from moelab.weights import ExpertWeights, GemmWeights
 
@@ -99,6 +101,32 @@ def routing_for(
     always = torch.arange(local, local + shared, dtype=torch.int32, device=device).expand(num_tokens, shared)
     weights = torch.cat([drawn.topk_weights, torch.ones(num_tokens, shared, device=device)], dim=1)
     return Routing(torch.cat([ids, always], dim=1).contiguous(), weights, shape.num_experts, name)
+
+
+def routings_for(
+    shape: MoEShape, num_tokens: int, count: int, routing: str = "uniform", *, seed: int = 0, device: str = "cpu"
+) -> list[Routing]:
+    """`count` routings of that batch size: drawn by a routing's name, or runs of consecutive tokens from the file it names.
+
+    A run starts at a place drawn from the seed and goes on at the file's start. Raises what `make_routing` and `load_routing` do,
+    RoutingError for a file of another top_k or without a token.
+    """
+    if routing in ROUTINGS or not Path(routing).suffix:
+        return [routing_for(shape, num_tokens, routing, seed=1000 * seed + i, device=device) for i in range(count)]
+    recorded = load_routing(routing, shape.num_experts)
+    if recorded.top_k != shape.top_k or recorded.num_tokens == 0:
+        raise RoutingError(
+            f"{routing} holds {recorded.num_tokens} tokens of {recorded.top_k} experts each. Expected at least one, of "
+            f"{shape.top_k} experts: the layer's top_k. Record topk_ids of this layer."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        start = torch.randint(recorded.num_tokens, (1,), generator=generator)
+        rows = (start + torch.arange(num_tokens)) % recorded.num_tokens
+        ids, weights = recorded.topk_ids[rows].contiguous(), recorded.topk_weights[rows].contiguous()
+        found.append(Routing(ids.to(device), weights.to(device), shape.num_experts, recorded.name))
+    return found
 
 
 def make_inputs(

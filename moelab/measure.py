@@ -237,7 +237,7 @@ def _require_gpu() -> None:
         )
 
 
-def _turns(names: Iterable[str], rounds: int, seed: int) -> Iterator[str]:
+def turns(names: Iterable[str], rounds: int, seed: int) -> Iterator[str]:
     """Every name once a round, each round in an order of its own."""
     order, shuffle = list(names), random.Random(seed)
     for _ in range(rounds):
@@ -256,7 +256,7 @@ def measure(contenders: Mapping[str, Contender], protocol: Protocol | None = Non
     _require_gpu()
     graphs = {name: _capture(contender, protocol) for name, contender in contenders.items()}
     samples: dict[str, list[float]] = {name: [] for name in graphs}
-    for name in _turns(graphs, protocol.rounds, protocol.seed):
+    for name in turns(graphs, protocol.rounds, protocol.seed):
         graph, calls = graphs[name]
         samples[name].append(_elapsed_us(graph.replay) / calls)
     return {name: Measurement(name, tuple(values), protocol) for name, values in samples.items()}
@@ -307,7 +307,7 @@ def measure_eager(contenders: Mapping[str, Contender], protocol: EagerProtocol |
     calls = {name: _calls_for(contender, protocol) for name, contender in contenders.items()}
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     with _no_gc():
-        for name in _turns(contenders, protocol.rounds, protocol.seed):
+        for name in turns(contenders, protocol.rounds, protocol.seed):
             samples[name].append(_wall_us(contenders[name], calls[name], protocol.rotations) / calls[name])
     return {name: Measurement(name, tuple(values), protocol) for name, values in samples.items()}
 
@@ -338,6 +338,6 @@ def measure_host(contenders: Mapping[str, Contender], protocol: HostProtocol | N
         _host_burst(contender, max(protocol.warm_up, protocol.rotations), protocol.rotations)
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     with _no_gc():
-        for name in _turns(contenders, protocol.rounds, protocol.seed):
+        for name in turns(contenders, protocol.rounds, protocol.seed):
             samples[name] += _host_burst(contenders[name], protocol.burst, protocol.rotations)
     return {name: Measurement(name, tuple(values), protocol) for name, values in samples.items()}

@@ -7,9 +7,6 @@ they are checked with.
 
 from __future__ import annotations
 
-import io
-import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +16,9 @@ import torch
 from torch import Tensor
 
 from moelab.errors import RoutingError, UnknownNameError, nearest_names
-from moelab.reading import UnreadableError, parse_json, read_bytes
+from moelab.reading import UnreadableError
 from moelab.routers import check_local_experts, check_top_k, grouped_topk
+from moelab.routing_files import read_ids
 
 
 @dataclass(frozen=True)
@@ -169,15 +167,15 @@ def make_routing(
 
 
 def load_routing(path: str | Path, num_experts: int, *, device: str | torch.device = "cpu") -> Routing:
-    """topk_ids recorded from a server, (num_tokens, top_k): a .npy array, a .pt tensor (loaded with weights_only), or a
-    .safetensors file of one tensor.
+    """topk_ids recorded from a server, (num_tokens, top_k): a .npy array, a .pt tensor (loaded with weights_only), a
+    .safetensors file of one tensor, or FlashInfer-Bench's workloads of one layer, .jsonl, one after another.
 
     Weights are uniform, 1 / top_k: timing does not depend on them. Raises RoutingError on a file that cannot be
     read, another rank, ids that are no integers or out of range, or the same expert twice for one token.
     """
     path = Path(path)
     try:
-        found = _READERS.get(path.suffix, _read_npy)(read_bytes(path, LARGEST_FILE))
+        found = read_ids(path)
     except (OSError, UnreadableError) as error:
         raise _unreadable(path, f"it {error}" if isinstance(error, UnreadableError) else str(error.strerror)) from None
     except Exception as error:  # three parsers of other people's bytes, each with errors of its own
@@ -201,52 +199,9 @@ def load_routing(path: str | Path, num_experts: int, *, device: str | torch.devi
 def _unreadable(path: Path, why: str) -> RoutingError:
     return RoutingError(
         f"Cannot read a routing from {path}: {why}. Expected .npy, .pt or .safetensors holding (num_tokens, top_k) integer "
-        "ids. Record topk_ids again."
+        "ids, or a .jsonl of workloads that name such files. Record topk_ids again."
     )
 
-
-def _read_npy(data: bytes) -> np.ndarray:
-    return np.load(io.BytesIO(data))
-
-
-def _read_pt(data: bytes) -> Any:
-    found = torch.load(io.BytesIO(data), weights_only=True)
-    return found.detach().numpy() if isinstance(found, Tensor) else found
-
-
-def _read_safetensors(data: bytes) -> np.ndarray:
-    """The only tensor of a safetensors file. Its format: the length of a JSON header (8 bytes, little-endian), the header
-    with each tensor's dtype, shape and data_offsets, then the data without a hole (the README of its project, section
-    Format)."""
-    from moelab.schemas import SAFETENSORS, first_problem
-
-    start = 8 + int.from_bytes(data[:8], "little")
-    if start > len(data):
-        raise UnreadableError(f"has {len(data)} bytes, and its header alone would end at {start}")
-    header = parse_json(data[8:start])
-    if problem := first_problem(SAFETENSORS, header):
-        raise UnreadableError(problem)
-    tensors = {name: about for name, about in header.items() if name != "__metadata__"}
-    if len(tensors) != 1:
-        raise UnreadableError(f"holds {len(tensors)} tensors, and one layer has one")
-    (about,) = tensors.values()
-    if about["dtype"] not in _SAFETENSORS_INTEGERS:
-        raise UnreadableError(f"holds {about['dtype']}, which is no integer")
-    kind, shape = np.dtype(_SAFETENSORS_INTEGERS[about["dtype"]]), about["shape"]
-    if about["data_offsets"] != [0, kind.itemsize * math.prod(shape)] or len(data) - start != about["data_offsets"][1]:
-        raise UnreadableError(
-            f"has {len(data) - start} bytes of data, at data_offsets {about['data_offsets']}, for {about['dtype']} {shape}"
-        )
-    return np.frombuffer(data[start:], kind).reshape(shape)
-
-
-_SAFETENSORS_INTEGERS = {
-    "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8",
-}  # fmt: skip
-_READERS: Mapping[str, Callable[[bytes], Any]] = {".pt": _read_pt, ".safetensors": _read_safetensors}
-
-LARGEST_FILE = 1 << 30
-"""Bytes of the largest routing file: 16 million tokens to 8 experts in int64."""
 
 LARGEST_SIZE = 1 << 27
 """Ids of the largest routing; a tensor of strides 0 could claim any number of them in a small file."""

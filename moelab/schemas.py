@@ -230,6 +230,28 @@ SAFETENSORS: TypeAdapter[Any] = TypeAdapter(dict[str, _Tensor | dict[str, str]])
 """The header of a safetensors file: name -> tensor, and texts under __metadata__."""
 
 
+class _Input(TypedDict):
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    type: str
+    path: NotRequired[str]
+    tensor_key: NotRequired[str]
+
+
+class _Workload(TypedDict):
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    inputs: dict[str, _Input]
+
+
+class _Trace(TypedDict):
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    definition: Name
+    workload: _Workload
+
+
+TRACE: TypeAdapter[Any] = TypeAdapter(_Trace)
+"""A line of FlashInfer-Bench's workloads: of it what says where the ids lie."""
+
+
 class _Around(TypedDict, total=False):
     """What is read of a config.json around the section that describes the experts."""
 

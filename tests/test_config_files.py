@@ -289,6 +289,12 @@ def test_there_are_shipped_files() -> None:
     }
 
 
+def test_every_shipped_file_is_in_the_table_of_its_readme() -> None:
+    told = (runtime.config_dir() / "README.md").read_text(encoding="utf-8")
+    own = [path for path in SHIPPED if ",kernel=" not in path.name and not path.stem.endswith("_down")]
+    assert [path.name for path in own if f"| `{path.parent.name}/{path.name}` |" not in told] == []
+
+
 @pytest.mark.parametrize("path", [path for path in SHIPPED if ",kernel=" in path.name], ids=lambda path: path.name)
 def test_no_peer_finds_a_file_of_a_kernel_beside_the_compatible_kernel(path: Path) -> None:
     """What a peer finds for that layer is a file of the compatible kernel; moelab finds this one where it is asked for it."""

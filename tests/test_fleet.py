@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import shutil
 import sys
@@ -13,13 +14,18 @@ from small_fleet import AT, ONE, TWO, Bench, Cut, a_fleet, problem_of, statuses
 from small_fleet import small as small  # a fixture of every test here
 
 from moelab import config_files, recordings, runtime
+from moelab.config_files import question
+from moelab.formats import get_format
 from moelab.recordings import Recording
 from moelab.studies import fleet, fleet_gain, timeline, tuned_gain
-from moelab.studies.fleet_job import Job
+from moelab.studies.fleet import Fleet
+from moelab.studies.fleet_job import Job, Makers
 from moelab.studies.targets import TARGETS, Target
 from moelab.tuner import journal, landscape
 from moelab.tuner.evaluate import FAILURES
 from moelab.tuner.problem import Problem
+
+BLOCKS = "int8_w8a8_block_64x64"
 
 # --- a whole fleet ----------------------------------------------------------------------------------------------------
 
@@ -40,6 +46,25 @@ def test_parts_write_files_landscapes_and_a_timeline(tmp_path: Path) -> None:
     recorded = recordings.load(done.timeline)
     assert {row["run"] for row in recorded.rows} == {"one-tp1-tune", "two-tp1-tune", "one-tp1-grid"}
     assert "over default" in done.table() and done.table().count("tuned") == 3
+
+
+def test_a_quantised_target_has_files_and_a_landscape_of_its_format(tmp_path: Path) -> None:
+    """Under the names that a server asks for, steps of K within a block of scales, and apart from the plain layer's."""
+    shape = dataclasses.replace(problem_of(Job("tune", ONE, batch_sizes=AT)).shape, format=get_format(BLOCKS))
+
+    def coded(job: Job) -> Problem:
+        return dataclasses.replace(problem_of(job), shape=shape) if job.target is ONE else problem_of(job)
+
+    done = Fleet((ONE, TWO), (0,), tmp_path, makers=Makers(coded, Bench))
+    assert done.run(["tune"])
+    files = {path.name for path in (tmp_path / "configs" / "triton_3_6_0").glob("E=*")}
+    name = question(shape).file_name("Synthetic_H200")
+    assert {name, question(shape).file_name("Synthetic_H200", down=True)} < files and len(files) == 4
+    assert "dtype=int8_w8a8,block_shape=[64, 64]" in name
+    configs = config_files.read_config_file(tmp_path / "configs" / "triton_3_6_0" / name)
+    assert set(configs) == set(AT) and all(64 % config.BLOCK_SIZE_K == 0 for config in configs.values())
+    frozen = {path.stem for path in (tmp_path / "landscapes").iterdir()}
+    assert frozen == {f"one-tp1-{BLOCKS}-Synthetic_H200", "two-tp1-Synthetic_H200"}
 
 
 def test_what_is_complete_is_not_run_again(tmp_path: Path) -> None:

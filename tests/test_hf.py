@@ -137,6 +137,12 @@ def test_ids_of_other_ranks_add_nothing() -> None:
         assert torch.equal(kept, block(x, ids, torch.where(ids == 1, 0.0, weights)))
 
 
+def test_ids_are_mapped_only_where_other_ranks_have_experts() -> None:
+    """Before 5.23 transformers flags no expert parallelism; a block of all its config's experts needs no launch for it."""
+    block = tiny_block("qwen3_moe.modeling_qwen3_moe", "Qwen3MoeExperts")
+    assert not hf._shared_out(block, block.gate_up_proj) and hf._shared_out(block, block.gate_up_proj[: E // 2])
+
+
 def test_what_is_not_plain_is_refused() -> None:
     block = tiny_block("qwen3_moe.modeling_qwen3_moe", "Qwen3MoeExperts")
     block.config._experts_implementation = "moelab"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from moelab.errors import FormatError
 from moelab.module_names import LONGEST, ModuleNames
+from moelab.quantization import read_quantisation
 
 NAME = "model.layers.1.mlp.experts.0.gate_proj"
 
@@ -53,3 +54,21 @@ def test_thousands_of_names_are_looked_up_and_not_gone_through() -> None:
 def test_a_long_entry_is_refused() -> None:
     with pytest.raises(FormatError, match=f"{LONGEST + 1} characters. Expected {LONGEST}"):
         ModuleNames(["lm_head", "[" * (LONGEST + 1)])
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(?:a|a)*b", "(.*)*x", ".*.*.*.*.*.*.*.*.*x", "a?" * 30 + "a" * 30])
+def test_a_pattern_comes_to_an_end(pattern: str) -> None:
+    """Python's own engine takes 2^60 steps for the first, and this test's limit of 300 s."""
+    assert not ModuleNames([f"re:{pattern}"]).covers("a" * 29 + "!" + "a" * 30)
+
+
+@pytest.mark.parametrize("pattern", ["^(?!.*experts).*$", r"(a)\1", "a{,5}", "[[:alpha:]]+", "(?:a{100}){100}", "x*+"])
+def test_a_pattern_that_needs_backtracking_or_means_another_is_named(pattern: str) -> None:
+    with pytest.raises(FormatError, match=r"is none for RE2.*Expected one without lookarounds"):
+        ModuleNames([f"re:{pattern}"])
+
+
+def test_a_pattern_is_named_through_the_reader() -> None:
+    section = {"quant_method": "fp8", "ignored_layers": ["re:^(?!.*experts).*$"]}
+    with pytest.raises(FormatError, match="RE2"):
+        read_quantisation({"quantization_config": section}, {"num_hidden_layers": 2})

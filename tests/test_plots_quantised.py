@@ -104,6 +104,7 @@ def test_floors_by_format_turn_where_their_products_do() -> None:
         at = roofline.load_ceilings("NVIDIA_H200", "floors", shape.format.product_dtype("bfloat16"))
         assert row["floor at 64, µs"] == pytest.approx(roofline.floor_us(roofline.layer_cost(shape, 64), at).us)
     assert "790 or 1300 TFLOP/s" in panel.figure.layout.title.subtitle.text
+    assert panel.figure.layout.title.text.startswith("What bounds deepseek-v3 tp 8, by format: ")
 
 
 def test_verdicts_are_of_rounding_alone() -> None:

@@ -47,6 +47,10 @@ def test_recorded_layers_over_their_floor(monkeypatch: pytest.MonkeyPatch) -> No
     assert [row["1"] for row in panel.table] == pytest.approx([1.2, 1.5])
     assert {1.2, 1.5} <= set(numbers(panel.sentence))
     assert math.isclose(panel.table[1]["64"], 1.5)
+    assert [row["implementation"] for row in panel.table] == ["triton"] * 2 and "Without a floor" not in panel.sentence
+    bare = made({"int8_w8a8_channel": 1.3}, multiplies="int8")
+    both = Recording("quantised", bare.provenance, bare.protocol, (*made({"plain": 1.2}).rows, *bare.rows))
+    assert "measured rate of their products: int8_w8a8_channel." in times.over_the_floor(both).sentence
     wrong = made({"plain": 1.2})
     wrong = Recording(
         wrong.suite, wrong.provenance, wrong.protocol, (*wrong.rows[1:], wrong.rows[0] | {"within_bound": False})
@@ -69,6 +73,7 @@ def test_the_fastest_implementation_stands_for_a_format() -> None:
     })  # fmt: skip
     assert [list(line.y) for line in panel.figure.data] == [pytest.approx([value] * 2) for value in (1.2, 1.1, 1.3)]
     assert list(panel.figure.data[1].customdata) == ["fast", "fast"]
+    assert [row["implementation"] for row in panel.table] == ["triton", "triton", "gated", "fast", "fastest", "fast"]
     assert (
         "int4 group 128 1.10 (triton 1.50, gated 1.40, fast 1.10), bf16 1.20, mxfp4 32 1.30 (fast)." in panel.sentence
     )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from made_recordings import numbers
+from synthetic import small_problem, synthetic_landscape
 
 from moelab import recordings
+from moelab.plots import in_short
 from moelab.plots import tuned_gain as plots
 from moelab.recordings import Recording
+from moelab.tuner.survey import Survey
 
 PROVENANCE = {"gpu": "SYNTHETIC", "triton": "3.6.0", "date": "2026-11-21"}
 
@@ -76,6 +79,14 @@ def test_quantised_layers_are_summed_up_apart() -> None:
     assert numbers(panel.sentence)[:8] == [1.5, 2, 0, 0, 1.25, 1, 0, 0]
     assert "default over quantised layers 1.250 (1 cell" in panel.sentence
     assert "quantised" not in plots.gains(made()).sentence
+
+
+def test_quantised_layers_stand_behind_plain_ones_in_05s_answer() -> None:
+    survey = Survey(synthetic_landscape(small_problem((1, 64))))
+    coded = summary("b", "default", []) | {"format": "fp8_w8a8_channel", "geometric_mean": 1.25}
+    said = in_short.search(survey, recordings.load("tuner_regret"), made(coded)).sentence
+    assert "so many times as long: 1.50 (a); of quantised layers 1.25 (b)." in said
+    assert "quantised" not in in_short.search(survey, recordings.load("tuner_regret"), made()).sentence
 
 
 def test_seven_targets_have_a_row_each() -> None:

@@ -32,23 +32,29 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "require_cuda", lambda what: None)
     monkeypatch.setattr(quantised, "shape_of", lambda name, format: replace(SMALL, format=get_format(format)))
     monkeypatch.setattr(quantised, "_FEW", ((16, 32, 32, 1, 4, 2), (16, 64, 128, 1, 4, 2)))
+    monkeypatch.setattr(quantised, "_GATED", {True: ((16, 32, 64, 1, 4, 2), (16, 128, 64, 1, 4, 2)), False: ()})
 
 
 @pytest.mark.skipif(runtime.current().mode == "gpu", reason="fp16 carriers in the interpreter")
 def test_every_format_gets_its_rows_in_one_run(small: None, tmp_path: Path) -> None:
     kept: list[int] = []
     made = quantised.record(("small",), FORMATS, (3,), on_rows=lambda rows: kept.append(len(rows)))
-    assert kept == [len(made.rows)] == [6]
+    assert kept == [len(made.rows)] == [7]
     rows = recordings.load(recordings.write(made, tmp_path / "quantised.json")).rows
-    assert [(row["format"], row["config_name"]) for row in rows] == [
-        (get_format(name).name, label) for name in FORMATS for label in ("default", "searched")
+    classic, gated = ("triton default", "triton searched"), "gated searched"
+    assert [(row["format"], f"{row['impl']} {row['config_name']}") for row in rows] == [
+        (get_format(name).name, label)
+        for name in FORMATS
+        for label in ((*classic, gated) if "block" in name else classic)
     ]
-    assert all(row["within_bound"] and row["samples_us"] and row["tried"] == 2 and not row["failed"] for row in rows)
-    steps = {row["format"]: row["config"]["BLOCK_SIZE_K"] for row in rows if row["config_name"] == "searched"}
+    assert all(row["within_bound"] and row["samples_us"] for row in rows)
+    searched = [row for row in rows if row["config_name"] == "searched"]
+    assert all(row["tried"] == 2 and not row["failed"] for row in searched)
+    steps = {row["format"]: row["config"]["BLOCK_SIZE_K"] for row in searched}
     assert steps == {"plain": 128, "int8_w8a8_block_64x64": 64, "int4_w4a16_group_32": 128}  # cut to its block
-    assert [row["multiplies"] for row in rows[::2]] == ["float16", "int8", "float16"]
-    assert rows[0]["bytes"] > rows[2]["bytes"] > rows[4]["bytes"]
-    assert len({row["samples_us"][0] for row in rows}) == 6  # all took turns in one measurement
+    assert [row["multiplies"] for row in rows] == ["float16"] * 2 + ["int8"] * 3 + ["float16"] * 2
+    assert rows[0]["bytes"] > rows[2]["bytes"] > rows[5]["bytes"]
+    assert len({row["samples_us"][0] for row in rows}) == 7  # all took turns in one measurement
 
 
 @pytest.mark.skipif(runtime.current().mode == "gpu", reason="the interpreter refuses fp8")
@@ -65,7 +71,8 @@ def test_candidates_run_on_an_h200(name: str, num_tokens: int) -> None:
     for shape in quantised.SHAPES:
         tiles = quantised.candidates(quantised.shape_of(shape, format), num_tokens)
         assert len(tiles) >= 4 and len(set(tiles)) == len(tiles)
-        for tile in tiles:
+        gated = quantised.candidates(quantised.shape_of(shape, format), num_tokens, "gated")
+        for tile in [*tiles, *(gated if format.granularity == "block" else ())]:
             rules = {"dtype": format.product_dtype("bfloat16"), "weight_bits": format.widened_bits}
             assert violations(tile, target="sm_90", **rules) == () and format.step_refused(tile.BLOCK_SIZE_K) is None
 
@@ -74,8 +81,8 @@ def test_tiles_that_do_not_run_are_named(small: None, monkeypatch: pytest.Monkey
     shape = replace(SMALL, format=get_format("int4_w4a16_group_32"))
     layer = Layer(shape, 3, 1, weight_sets(shape))
     bad = KernelConfig(16, 64, 32, 1, SPLIT_K=2)
-    monkeypatch.setattr(quantised, "candidates", lambda shape, num_tokens: [bad])
-    best, tried, failed = quantised.choose(layer, 1)
+    monkeypatch.setattr(quantised, "candidates", lambda shape, num_tokens, impl: [bad])
+    best, tried, failed = quantised.choose(layer, 1, "triton")
     assert (best, tried) == (None, 1) and "SPLIT_K = 2" in failed[0]
 
 

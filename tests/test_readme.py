@@ -98,8 +98,8 @@ def test_pictures_and_links_are_there(folder: str, text: str) -> None:
 def test_commands_of_the_table_exist(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["--help"])
     known = capsys.readouterr().out
-    named = set(re.findall(r"^\| `moelab (\w+)", README, flags=re.MULTILINE))
-    assert named == set(re.findall(r"^  ([a-z]+)  ", known, flags=re.MULTILINE))
+    named = set(re.findall(r"^\| `moelab ([\w-]+)", README, flags=re.MULTILINE))
+    assert named == set(re.findall(r"^  ([a-z][a-z-]*)  ", known, flags=re.MULTILINE))
 
 
 def test_pictures_are_drawn_on_white() -> None:

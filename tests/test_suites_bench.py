@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_suites import SMALL, fake_measure
@@ -12,8 +13,9 @@ from test_suites import SMALL, fake_measure
 from moelab import config_files, roofline, runtime
 from moelab.cli import printing
 from moelab.config import KernelConfig
-from moelab.errors import ConfigError
+from moelab.errors import ConfigError, RoutingError, UnknownNameError
 from moelab.implementations import IMPLEMENTATIONS, Implementation
+from moelab.inputs import make_inputs
 from moelab.measure import Measurement
 from moelab.shapes import MoEShape
 from moelab.suites import bench, layer_classic
@@ -177,3 +179,18 @@ def test_a_bench_of_quantised_weights(name: str, timed: dict) -> None:
     impls = bench.taking_of(shape)
     (result,) = bench.bench(shape, [5], impls, eager=False)
     assert impls == ["triton"] and result.rows[0]["within_bound"] and result.config.is_default
+
+
+def test_a_routing_of_another_layer_fails_before_anything_is_measured(tmp_path: Path) -> None:
+    shape = MoEShape("small", num_experts=8, top_k=2, hidden_size=32, moe_intermediate_size=16)
+    np.save(tmp_path / "ids.npy", np.array([[0, 1, 2]]))
+    with pytest.raises(RoutingError, match=r"1 tokens of 3 experts each\. Expected at least one, of 2 experts"):
+        bench.bench(shape, [4], ["torch"], routing=str(tmp_path / "ids.npy"))
+    with pytest.raises(RoutingError, match="No such file"):
+        bench.bench(shape, [4], ["torch"], routing=str(tmp_path / "none.npy"))
+    with pytest.raises(UnknownNameError, match="Did you mean uniform"):
+        bench.bench(shape, [4], ["torch"], routing="unifrm")
+    np.save(tmp_path / "ids.npy", np.array([[0, 1], [2, 3], [4, 5]]))
+    layer = layer_classic.Layer(shape, 4, 2, [make_inputs(shape, 1)], str(tmp_path / "ids.npy"))
+    assert [r.num_tokens for r in layer.routings] == [4, 4]
+    assert all(set(map(tuple, r.topk_ids.tolist())) == {(0, 1), (2, 3), (4, 5)} for r in layer.routings)

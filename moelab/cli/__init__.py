@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moelab.cli import asking, config_commands, csv_file, options, printing, record_command, terminal, tune_command
+from moelab.cli import (
+    asking,
+    config_commands,
+    csv_file,
+    options,
+    printing,
+    record_command,
+    serve_command,
+    terminal,
+    tune_command,
+)
 from moelab.errors import DeviceError, MoelabError, RuntimeModeError
 
 if TYPE_CHECKING:
@@ -250,7 +260,7 @@ def bench(
         typer.Option("--batch-size", min=1, max=options.MOST_TOKENS, help="Tokens; repeat. Default: 1, 16, 256."),
     ] = None,
     routing: Annotated[
-        str, typer.Option("--routing", help="How popular experts are: uniform, zipf or dirichlet.")
+        str, typer.Option("--routing", help="How popular experts are: uniform, zipf, dirichlet, or a file of ids.")
     ] = "uniform",
     eager: Annotated[bool, typer.Option(help="Also time calls without a CUDA graph.")] = True,
     csv: Annotated[
@@ -288,6 +298,7 @@ def bench(
 
 
 app.command()(record_command.record)
+app.command("serve-bench")(serve_command.serve_bench)
 
 
 # --- what the commands share --------------------------------------------------------------------------------------

@@ -118,7 +118,12 @@ def tune(
             "--budget", help="As 5m: of it 0.6 at most compile, after 0.8 only the finals run; none: no limit."
         ),
     ] = None,
-    routing: Annotated[str, typer.Option("--routing", help="uniform, zipf, dirichlet, or a file of ids.")] = "uniform",
+    routing: Annotated[
+        str,
+        typer.Option(
+            "--routing", help="uniform, zipf, dirichlet, or a file of ids, also FlashInfer-Bench's workloads."
+        ),
+    ] = "uniform",
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=options.MOST_SEED, help="Of inputs, routings and the search.")
     ] = 0,

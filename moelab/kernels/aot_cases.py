@@ -25,6 +25,7 @@ from moelab.kernels.activation import activation  # noqa: E402
 from moelab.kernels.align import align_pairs, moe_align_block_size  # noqa: E402
 from moelab.kernels.expert_order import expert_order  # noqa: E402
 from moelab.kernels.few_tokens import few_tokens, form_for  # noqa: E402
+from moelab.kernels.gated_block_gemm import gated_block_gemm  # noqa: E402
 from moelab.kernels.gated_gemm import gated_gemm  # noqa: E402
 from moelab.kernels.gemm_call import GemmCall  # noqa: E402
 from moelab.kernels.grouped_gemm import grouped_gemm  # noqa: E402
@@ -163,27 +164,47 @@ def _split_products() -> Iterator[Case]:
     yield product(split_k_workspace, SPLIT_K_CONFIGS[0], "float64")
 
 
-def quantised(name: str, config: KernelConfig, dtype: str = "bfloat16") -> Case:
-    """A grouped product over weights in that format. Nothing before sm_90 that is compiled for here has fp8 of this kind."""
+def _quantised_call(name: str, config: KernelConfig, dtype: str, codes: bool = True, **more: Any) -> GemmCall:
+    """A call over weights in that format, its activations as the format has them, or as they are."""
     format, (N, K), rows = get_format(name), (512, 1024), config.BLOCK_SIZE_M
     weights = empty_weights(format, NUM_EXPERTS, N, K, torch_dtype(dtype), "meta")
     a, a_scale = empty_activations(format, PAIRS, K, torch_dtype(dtype), "meta")
+    if not codes:
+        a, a_scale = empty(PAIRS, K, of=dtype), None
     alignment = Alignment(empty(PAIRS * rows), empty(PAIRS), empty(1), rows, PAIRS, NUM_EXPERTS)
-    call = GemmCall(
-        a, weights, alignment, config, PAIRS, 1, empty(PAIRS, of="float32"),
-        a_scale=a_scale,
-    )  # fmt: skip
+    return GemmCall(a, weights, alignment, config, PAIRS, 1, empty(PAIRS, of="float32"), a_scale=a_scale, **more)
+
+
+def quantised(name: str, config: KernelConfig, dtype: str = "bfloat16", codes: bool = True) -> Case:
+    """A grouped product over weights in that format. Nothing before sm_90 that is compiled for here has fp8 of this kind."""
+    call = _quantised_call(name, config, dtype, codes)
+    format = call.weights.format
     check, launch = GEMMS[format.family]
-    out = empty(PAIRS, N, of=dtype)
+    out = empty(PAIRS, call.sizes[0], of=dtype)
 
     def run(_: Target) -> None:
         check(call, out)
         launch(call, out)
 
     eight = format.weight_dtype == "float8_e4m3fn"
-    return Case(
-        f"{check.__name__.removeprefix('check_')} {'fp8' if eight else ''}", f"{name} {config.short()}", run, eight
-    )
+    family = f"{check.__name__.removeprefix('check_')} {'fp8' if eight else ''}"
+    return Case(family, f"{name} {config.short()}{'' if codes else ' makes codes'}", run, eight)
+
+
+def _gated_blocks() -> Iterator[Case]:
+    """GEMM1 over blocks with its activation: codes made on the way, a group a tile, many rows."""
+    for config, codes in (
+        (KernelConfig(16, 64, 128, 1, 4, 4), False), (KernelConfig(16, 256, 128, 1, 8, 4), True),
+        (KernelConfig(64, 256, 128, 16, 8, 3), True),
+    ):  # fmt: skip
+        for name in ("fp8_w8a8_block_128x128", "int8_w8a8_block_128x128"):
+            call = _quantised_call(name, config, "bfloat16", codes, activation="silu", gated=True)
+            eight = name.startswith("fp8")
+            note = f"{name} {config.short()}{'' if codes else ' makes codes'}"
+            launch = by(gated_block_gemm, call, torch.bfloat16)
+            yield Case(f"gated_block_gemm {'fp8' if eight else ''}", note, launch, eight)
+        if not codes:
+            yield quantised("fp8_w8a8_block_128x128", config, codes=False)
 
 
 def _quantised_products() -> Iterator[Case]:
@@ -269,6 +290,6 @@ def _few_tokens(num_tokens: int, dtype: str, num_experts: int, hidden: int, size
 def cases() -> list[Case]:
     """Every Triton kernel, in the dtypes and configs that are claimed to compile everywhere."""
     return [
-        *_grouped_products(), *_products_of_sorted_rows(), *_split_products(), *_quantised_products(),
+        *_grouped_products(), *_products_of_sorted_rows(), *_split_products(), *_quantised_products(), *_gated_blocks(),
         *_element_by_element(), *_orders(), *_routers(), *(_few_tokens(*sizes) for sizes in FEW_TOKENS),
     ]  # fmt: skip

@@ -18,8 +18,15 @@ from torch import Tensor  # noqa: E402
 
 from moelab.errors import ConfigError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
-from moelab.kernels.gemm_call import GemmCall, check_quantised_gemm, gemm_constants, swaps_operands  # noqa: E402
+from moelab.kernels.gemm_call import (  # noqa: E402
+    GemmCall,
+    check_makes_codes,
+    check_quantised_gemm,
+    gemm_constants,
+    swaps_operands,
+)
 from moelab.kernels.launch import Launcher, checked  # noqa: E402
+from moelab.kernels.quantise_activations import CODE_LIMIT, quantise_rows  # noqa: E402
 from moelab.kernels.tiles import (  # noqa: E402
     add_bias,
     grouped_tile,
@@ -35,12 +42,16 @@ from moelab.kernels.tiles import (  # noqa: E402
 @triton.jit
 def _scaled_step(
     a_ptrs, w_ptrs, a_scale_ptrs, w_scale_ptrs, acc, row_mask, left,
-    SWAP: tl.constexpr, ONE_SCALE: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, EVEN_K: tl.constexpr,
+    SWAP: tl.constexpr, ONE_SCALE: tl.constexpr, LIMIT: tl.constexpr, POWER: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """acc + scaled product of one step of K; a (BM, BK), w (BK, BN) or, swapped, acc (BN, BM)."""
     a = load_rows(a_ptrs, row_mask, left, BLOCK_SIZE_K, EVEN_K)
     w = load_weights(w_ptrs, left, BLOCK_SIZE_K, EVEN_K)
-    a_scale = tl.load(a_scale_ptrs, mask=row_mask, other=0.0)
+    if a_scale_ptrs is not None:
+        a_scale = tl.load(a_scale_ptrs, mask=row_mask, other=0.0)
+    else:
+        a, a_scale = quantise_rows(a.to(tl.float32), w.dtype, LIMIT, POWER)
     w_scale = tl.load(w_scale_ptrs)
     if SWAP:
         product = tl.dot(tl.trans(w), tl.trans(a)).to(tl.float32)
@@ -78,6 +89,8 @@ def _block_scaled_gemm_kernel(
     GROUP_N: tl.constexpr,
     GROUP_K: tl.constexpr,
     SWAP: tl.constexpr,
+    LIMIT: tl.constexpr,
+    POWER: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr,
     BLOCK_SIZE_N: tl.constexpr,
     BLOCK_SIZE_K: tl.constexpr,
@@ -101,7 +114,8 @@ def _block_scaled_gemm_kernel(
     ONE_SCALE: tl.constexpr = GROUP_N % BLOCK_SIZE_N == 0
     groups_n, groups_k = tl.cdiv(N, GROUP_N), tl.cdiv(K, GROUP_K)
     a_ptrs, w_ptrs = operand_ptrs(a_ptr, w_ptr, pair // TOP_K, expert, offs_n, offs_k, N, K)
-    a_scale_ptrs = a_scale_ptr + (pair // TOP_K) * groups_k
+    if a_scale_ptr is not None:
+        a_scale_ptrs = a_scale_ptr + (pair // TOP_K) * groups_k
     if ONE_SCALE:
         w_scale_ptrs = w_scale_ptr + (expert * groups_n + pid_n * BLOCK_SIZE_N // GROUP_N) * groups_k
     else:
@@ -112,9 +126,10 @@ def _block_scaled_gemm_kernel(
         acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), dtype=tl.float32)
     for k in range(tl.cdiv(K, BLOCK_SIZE_K)):
         group = k * BLOCK_SIZE_K // GROUP_K
+        a_scales = None if a_scale_ptr is None else a_scale_ptrs + group
         acc = _scaled_step(
-            a_ptrs, w_ptrs, a_scale_ptrs + group, w_scale_ptrs + group, acc, row_mask, K - k * BLOCK_SIZE_K,
-            SWAP, ONE_SCALE, BLOCK_SIZE_K, EVEN_K,
+            a_ptrs, w_ptrs, a_scales, w_scale_ptrs + group, acc, row_mask, K - k * BLOCK_SIZE_K,
+            SWAP, ONE_SCALE, LIMIT, POWER, BLOCK_SIZE_K, EVEN_K,
         )  # fmt: skip
         a_ptrs += BLOCK_SIZE_K
         w_ptrs += BLOCK_SIZE_K
@@ -131,7 +146,8 @@ _launcher = Launcher(_block_scaled_gemm_kernel)
 def block_scaled_gemm(call: GemmCall, out: Tensor) -> Tensor:
     """c[pair] = a[pair // top_k] @ w[expert of pair].T (+ bias) (* weight), of operands stored as codes with scales by blocks.
 
-    call: a (num_pairs / top_k, K), float8_e4m3fn or int8 as the weights are; a_scale (rows of a, K / k rounded up) float32;
+    call: a (num_pairs / top_k, K), float8_e4m3fn or int8 as the weights are; a_scale (rows of a, K / k rounded up) float32. Or a
+    as it is, without a_scale: it becomes codes on the way, as `quantise_activations` makes them, each step of K a group;
     weights in a format by blocks of (n, k): w (E, N, K), scale (E, N / n, K / k) float32, both rounded up.
     out: (num_pairs, N), bfloat16, float16 or float32, every row written; pairs of expert -1 get zeros. Deterministic.
     Raises what grouped_gemm does, FormatError for other formats, and ConfigError for a BLOCK_SIZE_K that does not divide the
@@ -149,17 +165,21 @@ def block_scaled_gemm_unchecked(call: GemmCall, out: Tensor) -> None:
     group_n, group_k = w.format.sizes
     swap = swaps_operands(call)
     _launcher(
-        (call.key, out.dtype, group_n, group_k, swap),
+        (call.key, out.dtype, w.format, call.a_scale is None, swap),
         (call.num_tiles, 1),
         (call.a, w.w, out, call.a_scale, w.scale, w.bias, call.topk_weights, *call.row_tensors),
         (N, K, call.num_pairs, call.num_rows),
-        lambda: gemm_constants(config, K, TOP_K=call.top_k, GROUP_N=group_n, GROUP_K=group_k, SWAP=swap),
-    )
+        lambda: gemm_constants(
+            config, K, TOP_K=call.top_k, GROUP_N=group_n, GROUP_K=group_k, SWAP=swap,
+            LIMIT=CODE_LIMIT[str(w.format.weight_dtype)], POWER=w.format.power_of_two_scales,
+        ),
+    )  # fmt: skip
 
 
 def check_block_scaled_gemm(call: GemmCall, out: Tensor) -> None:
     """Raise what `block_scaled_gemm` names."""
-    check_quantised_gemm(call, out, ("fp8_w8a8_block", "int8_w8a8_block"))
+    check_quantised_gemm(call, out, ("fp8_w8a8_block", "int8_w8a8_block"), makes_codes=True)
     checks.check_one_split("block_scaled_gemm", call.config)
     if why := call.weights.format.step_refused(call.config.BLOCK_SIZE_K):
         raise ConfigError(f"{why}. Expected a step that divides the group. Lower BLOCK_SIZE_K.")
+    check_makes_codes(call)

@@ -145,8 +145,13 @@ def _check_alignment(call: GemmCall, experts: int) -> None:
         )
 
 
-def check_quantised_gemm(call: GemmCall, out: Tensor, families: tuple[str, ...]) -> None:
-    """Raise unless operands, scales, alignment, config and result of a quantised product fit together, in one of `families`."""
+def check_quantised_gemm(
+    call: GemmCall, out: Tensor | torch.dtype, families: tuple[str, ...], *, makes_codes: bool = False
+) -> None:
+    """Raise unless operands, scales, alignment, config and result of a quantised product fit together, in one of `families`.
+
+    out: the result, or its dtype where the kernel allocates it. makes_codes: a may also come as it is, without a_scale.
+    """
     a, w, format, (N, K) = call.a, call.weights, call.weights.format, call.sizes
     if format.family not in families:
         raise FormatError(
@@ -154,16 +159,21 @@ def check_quantised_gemm(call: GemmCall, out: Tensor, families: tuple[str, ...])
         )
     check_kernel_device("a", a)
     check_shape("a", a, (call.num_pairs // call.top_k, K))
-    codes = format.activations != "none"
+    codes = format.activations != "none" and not (makes_codes and call.a_scale is None and a.dtype != w.w.dtype)
+    dtype = out if isinstance(out, torch.dtype) else out.dtype
+    if format.activations != "none":
+        check_kernel_device("w", w.w)  # the interpreter knows no fp8, of codes that it would make either
     check_dtype("a", a, (w.w.dtype,) if codes else (torch.bfloat16, torch.float16, torch.float32))
     check_stored("w", w, w.w.shape[0], N, K)
     if codes:
         check_given("a_scale", call.a_scale, format.activation_scales(a.shape[0], K), torch.float32)
-    check_dtype("out", out, (torch.bfloat16, torch.float16, torch.float32) if codes else (a.dtype,))
-    check_shape("out", out, (call.num_pairs, N))
-    check_together(a=a, out=out, a_scale=call.a_scale, topk_weights=call.topk_weights, **w.tensors())
+    result = None if isinstance(out, torch.dtype) else out
+    if result is not None:
+        check_dtype("out", result, (torch.bfloat16, torch.float16, torch.float32) if codes else (a.dtype,))
+        check_shape("out", result, (call.num_pairs, N))
+    check_together(a=a, out=result, a_scale=call.a_scale, topk_weights=call.topk_weights, **w.tensors())
     if w.bias is not None:
-        check_given("bias", w.bias, (w.w.shape[0], N), out.dtype)
+        check_given("bias", w.bias, (w.w.shape[0], N), dtype)
     if call.topk_weights is not None and call.topk_weights.numel() != call.num_pairs:
         raise ShapeError(
             f"topk_weights holds {call.topk_weights.numel()} values for {call.num_pairs} pairs. Expected one per pair. "
@@ -173,12 +183,22 @@ def check_quantised_gemm(call: GemmCall, out: Tensor, families: tuple[str, ...])
     _check_alignment(call, w.w.shape[0])
 
 
+def check_makes_codes(call: GemmCall) -> None:
+    """Raise ConfigError where codes are made on the way, a step of K at a time, and that is not one group."""
+    group, step = call.weights.format.sizes[-1], call.config.BLOCK_SIZE_K
+    if call.a_scale is None and step != group:
+        raise ConfigError(
+            f"BLOCK_SIZE_K = {step} and activations that become codes on the way, a scale for each {group}. Expected {group}. "
+            "Set it, or pass codes and a_scale."
+        )
+
+
 def swaps_operands(call: GemmCall) -> bool:
     """Whether weights are the tensor core's M, as sglang 0.5.23 and vLLM 0.33.0 do on Hopper for fp8 and few rows: an 8-bit wgmma
     takes 64 of M, and fewer rows would be widened to 16 bits."""
     config, target = call.config, launch_target()
     narrow = config.BLOCK_SIZE_M < 64 <= config.BLOCK_SIZE_N
-    return narrow and call.a.dtype == torch.float8_e4m3fn and target is not None and target.name == "sm_90"
+    return narrow and call.weights.w.dtype == torch.float8_e4m3fn and target is not None and target.name == "sm_90"
 
 
 def gemm_constants(config: KernelConfig, K: int, **constants: Any) -> tuple[dict[str, Any], dict[str, int]]:

@@ -20,19 +20,37 @@ from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.launch import Launcher, checked, signature  # noqa: E402
 from moelab.quantised_weights import empty_activations  # noqa: E402
 
-_LIMIT = {"float8_e4m3fn": 448.0, "int8": 127.0}
+CODE_LIMIT = {"float8_e4m3fn": 448.0, "int8": 127.0}
+"""The largest magnitude of a code."""
+
 _TO_NEAREST = 12582912.0  # 1.5 * 2^23: adding and subtracting it leaves a float32 rounded to an integer, ties to even
 
 
 @triton.jit
-def _codes(ratio, out_ptr, LIMIT: tl.constexpr, NEAREST: tl.constexpr, TO_NEAREST: tl.constexpr):
+def _codes(ratio, DTYPE: tl.constexpr, LIMIT: tl.constexpr, NEAREST: tl.constexpr, TO_NEAREST: tl.constexpr):
     """Clamped to the codes' range, NaN kept, and rounded to them."""
     ratio = tl.minimum(
         tl.maximum(ratio, -LIMIT, propagate_nan=tl.PropagateNan.ALL), LIMIT, propagate_nan=tl.PropagateNan.ALL
     )
     if NEAREST:
         ratio = (ratio + TO_NEAREST) - TO_NEAREST
-    return ratio.to(out_ptr.dtype.element_ty)
+    return ratio.to(DTYPE)
+
+
+@triton.jit
+def scale_of(x, LIMIT: tl.constexpr, POWER: tl.constexpr):
+    """The scale of each row of x (rows, columns) float32."""
+    scale = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-10) / LIMIT
+    if POWER:
+        scale = tl.exp2(tl.ceil(tl.log2(scale)))
+    return scale
+
+
+@triton.jit
+def quantise_rows(x, DTYPE: tl.constexpr, LIMIT: tl.constexpr, POWER: tl.constexpr):
+    """Rows of a group's columns, float32, in the epilogue or the loop of a GEMM: their codes and scales."""
+    scale = scale_of(x, LIMIT, POWER)
+    return _codes(x / scale[:, None], DTYPE, LIMIT, False, 0.0), scale
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -47,11 +65,9 @@ def _quantise_groups_kernel(
     columns = group * GROUP + tl.arange(0, GROUP)
     mask = (rows < num_rows)[:, None] & (columns < K)[None, :]
     x = tl.load(x_ptr + rows[:, None] * K + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-10) / LIMIT
-    if POWER:
-        scale = tl.exp2(tl.ceil(tl.log2(scale)))
+    scale = scale_of(x, LIMIT, POWER)
     tl.store(scale_ptr + rows * tl.num_programs(1) + group, scale, mask=rows < num_rows)
-    codes = _codes(x / scale[:, None], out_ptr, LIMIT, NEAREST, TO_NEAREST)
+    codes = _codes(x / scale[:, None], out_ptr.dtype.element_ty, LIMIT, NEAREST, TO_NEAREST)
     tl.store(out_ptr + rows[:, None] * K + columns[None, :], codes, mask=mask)
 
 
@@ -62,7 +78,7 @@ def _quantise_by_one_kernel(
     """Codes of BLOCK values under the one scale that lies at scale_ptr."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < num_values, other=0.0).to(tl.float32)
-    codes = _codes(x / tl.load(scale_ptr), out_ptr, LIMIT, False, TO_NEAREST)
+    codes = _codes(x / tl.load(scale_ptr), out_ptr.dtype.element_ty, LIMIT, False, TO_NEAREST)
     tl.store(out_ptr + at, codes, mask=at < num_values)
 
 
@@ -90,7 +106,7 @@ def quantise_activations_unchecked(
 
     out: where codes, and scales that are made by token or by group, go, as `empty_activations` makes them; None allocates.
     """
-    limit = _LIMIT[str(format.weight_dtype)]
+    limit = CODE_LIMIT[str(format.weight_dtype)]
     codes, scale = out or empty_activations(format, x.shape[0], x.shape[1], x.dtype, x.device)
     if format.activations in ("token", "group"):
         assert scale is not None  # such a format has them

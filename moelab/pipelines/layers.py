@@ -23,7 +23,7 @@ from moelab.kernels.split_k_atomic import split_k_atomic_f32
 from moelab.kernels.split_k_workspace import split_k_workspace
 from moelab.kernels.sum_reduce import sum_reduce, sum_reduce_unchecked
 from moelab.pipelines.call_configs import call_configs
-from moelab.pipelines.quantised import quantised_pipeline
+from moelab.pipelines.quantised import gated_quantised_pipeline, quantised_pipeline
 
 
 def _weights_of_gemms(call: MoECall) -> tuple[Tensor | None, Tensor | None]:
@@ -119,6 +119,8 @@ def split_k_workspace_pipeline(call: MoECall) -> Tensor:
 
 def sorted_pipeline(call: MoECall, tma: bool) -> Tensor:
     """align, GEMM1 with its activation, GEMM2 over the rows as they lie sorted, sum-reduce: four launches."""
+    if not call.weights.format.is_plain:
+        return gated_quantised_pipeline(call)
     return _sum_of_slots(call, _sorted_gemms(call, "gated_tma" if tma else "gated", tma=tma))
 
 

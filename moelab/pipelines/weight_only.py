@@ -38,11 +38,13 @@ TILES_TO_TURN = 7500
 
 ROWS_FOR_16 = {4: 12, 8: 6}
 """Bits of a code -> rows an expert, if tokens choose evenly, above which blocks are of 16: what is widened serves more columns,
-but fewer warps fit. At 8 rows (Qwen3, 128 tokens) blocks of 8 take 0.72 of the time in int4, blocks of 16 take 0.86 in int8."""
+but fewer warps fit. At 8 rows (Qwen3, 128 tokens) blocks of 16 take 0.97 of the time in mxfp4 and 0.86 in int8. int4 in groups of
+whole chunks, whose products of 16 columns need the most registers, stays at 8: there blocks of 16 take 1.38 times as long."""
 
 MOST_ROWS = 24
 """Rows an expert, if tokens choose evenly, up to which this beats the compatible kernel where both leave activations as they are:
-at 16 rows (Qwen3 in int4, 256 tokens) it takes 0.65 of the time; blocks are read again for every 16 rows."""
+at 16 rows (Qwen3 in int4, 256 tokens) it takes 0.75 of the time of the fastest of a few tiles, at 32 1.02. Blocks are read again
+for each of their columns' number of rows."""
 
 
 def form_for(
@@ -58,7 +60,8 @@ def form_for(
     rows = pairs / touched
     if rows > MOST_ROWS and format.activations == "none":
         return None
-    columns = 16 if rows > ROWS_FOR_16[format.bits] else 8
+    narrow = format.family == "int4_w4a16_group" and format.sizes[0] % 128 == 0
+    columns = 16 if rows > ROWS_FOR_16[format.bits] and not narrow else 8
     blocks = touched * max(1.0, rows / columns)
     first = Cut(2, 4, 4) if blocks * up < TILES_TO_SPLIT else Cut(2, 4, 1)
     return WeightOnly(first, Cut(2, 4, 1, 4 if blocks * down > TILES_TO_TURN else 2), True, columns)

@@ -52,6 +52,7 @@ QUESTIONS = (
     ("What does the wrong config cost?", "06_config_health", "What the wrong config costs"),
     ("How do I add a kernel, and have it checked?", "07_your_kernel", "The idea"),
     ("What do fp8, int8, int4 and mxfp4 gain, and what do they cost?", "08_quantised", "The floor"),
+    ("What is a faster layer worth in tokens a second?", "09_real_model", "What a step gains"),
     ("What does a word mean?", "glossary", ""),
 )
 """Question, the notebook that answers it, the heading it is answered under."""

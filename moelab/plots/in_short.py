@@ -21,6 +21,7 @@ from moelab.plots import (
 )
 from moelab.plots import quantised as formats
 from moelab.plots import roofline as floors
+from moelab.plots import serving as steps
 from moelab.plots.cells import names_of
 from moelab.plots.panel import Panel, Row, geometric_mean, timing
 from moelab.roofline import Ceilings, load_ceilings
@@ -243,3 +244,8 @@ def quantised(floors_of: Panel, errors_of: Panel, shipped_of: Panel, times_of: P
         What_does_it_cost=formats.in_short_error(errors_of),
         Do_the_shipped_configs_serve=formats.in_short_files(shipped_of),
     )
+
+
+def real_model(measured: steps.Measured) -> Panel:
+    """09."""
+    return _lines(**steps.in_short(measured))

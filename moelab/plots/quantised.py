@@ -109,7 +109,9 @@ def floor_map(shape: MoEShape, names: Sequence[str], device: str = "NVIDIA_H200"
         except UnknownNameError:
             missing.append(name)
     shapes = {name: _as(shape, formats[name]) for name in rates}
-    drawn = plots_roofline.floors(shapes, roofline.load_ceilings(device, "floors", shape.dtype), rates=rates)
+    at_16_bits = roofline.load_ceilings(device, "floors", shape.dtype)
+    what = f"{shape.name} tp {shape.tp_size}, by format"
+    drawn = plots_roofline.floors(shapes, at_16_bits, rates=rates, what=what)
     table = []
     for (name, at), row in zip(rates.items(), drawn.table, strict=True):
         about = {"format": formats[name].name, "bits a weight": bits_per_weight(formats[name], shape)}

@@ -48,14 +48,16 @@ def over_the_floor(recording: Recording, config_name: str = "searched") -> Panel
     figure.update_xaxes(title="batch, tokens", **log_axis(batches))
     figure.update_yaxes(title="time / floor", rangemode="tozero")
     table = [
-        {"format": format, "implementation": impl} | {f"{b}": by.get(b) for b in batches}
-        for (format, impl), by in means.items()
-        if impl != FASTEST or len(_impls(means, format)) > 1
+        {"format": format, "implementation": impl} | {f"{b}": means[format, impl].get(b) for b in batches}
+        for format in formats
+        for impl in _impls(means, format) + [FASTEST] * (len(_impls(means, format)) > 1)
     ]
     said = ", ".join(_said(every, format) for format in sorted(formats, key=lambda f: every[f, FASTEST]))
     wrong = sum(row.get("within_bound") is False for row in timed(recording))
     past = f" {wrong} results past their bound on errors are left out." if wrong else ""
-    return Panel(figure, table, f"**Times over the floor, geometric means over batches: {said}.**{past}")
+    bare = [f for f in dict.fromkeys(row["format"] for row in timed(recording)) if f not in formats]
+    without = f" Without a floor, for want of a measured rate of their products: {', '.join(bare)}." if bare else ""
+    return Panel(figure, table, f"**Times over the floor, geometric means over batches: {said}.**{past}{without}")
 
 
 Cells = dict[tuple[str, int], float]

@@ -67,10 +67,11 @@ def floors(
     at: Ceilings,
     batches: Sequence[int] = BATCHES,
     rates: Mapping[str, Ceilings] | None = None,
+    what: str = "a layer",
 ) -> Panel:
     """Map of shape by batch: the layer's floor in microseconds, coloured by the side that sets it; pale where both do.
 
-    rates: ceilings of those shapes that multiply other than `at` says, as fp8 does.
+    rates: ceilings of those shapes that multiply other than `at` says, as fp8 does. what: is bound, for the title.
     """
     table: list[Row] = []
     rates = rates or {}
@@ -86,7 +87,7 @@ def floors(
     first = min((turn for turn in turns.values() if turn), default=None)
     until = f"memory until batch {batches[batches.index(first) - 1]}, then arithmetic" if first else "memory"
     figure = ratio_map.chart(
-        f"What bounds a layer: {until}", f"the number: the floor, µs, arithmetic: bytes / {at.copy_bytes_per_s / 1e12:g} TB/s or "
+        f"What bounds {what}: {until}", f"the number: the floor, µs, arithmetic: bytes / {at.copy_bytes_per_s / 1e12:g} TB/s or "
         f"FLOP / {' or '.join(sorted(flops, key=float))} TFLOP/s, whichever takes longer<br>{'' if rates else 'bfloat16, '}"
         "uniform routing; blue: memory is the limit; brown: arithmetic; pale: both nearly", cells, list(shapes), batches, tall=44,
         low=SIDES["memory"].color,

@@ -166,10 +166,9 @@ def by_format(transfer: Transfer, files: Mapping[str, Sequence[Row]], part: Part
 def _same_sizes(name: FileName, shape: MoEShape) -> bool:
     """Whether a file is for a layer with these GEMMs, in any format: N counts bytes where two weights share one."""
     halves = 2 if name.dtype_selector == "int4_w4a16" else 1
-    routed = shape.num_routed_experts
-    return (
-        name.moe_intermediate_size * halves == shape.moe_intermediate_size and routed <= name.num_experts <= routed + 1
-    )
+    routed, shared = shape.num_routed_experts, max(1, shape.num_shared_experts_fused)
+    same_columns = name.moe_intermediate_size * halves == shape.moe_intermediate_size
+    return same_columns and name.num_experts in (routed, routed + shared)
 
 
 def _weights_of(name: FileName) -> str:

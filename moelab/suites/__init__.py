@@ -22,12 +22,13 @@ SUITES: dict[str, Callable[..., Recording]] = {
     "quantised": Later("moelab.suites.quantised"),
     "fast_layer": Later("moelab.suites.fast_layer"),
     "fast_choice": Later("moelab.suites.fast_choice"),
+    "serve_bench": Later("moelab.serving.suite"),
     "fast_counters": Later("moelab.suites.fast_counters"),
 }
 
-LAST = ("fast_counters",)
-"""Suites that need more than a GPU (ncu, and leave to read the counters): "all" runs them after the others, so that a machine
-that lacks it loses no other recording."""
+LAST = ("serve_bench", "fast_counters")
+"""Suites that need more than a GPU (transformers; ncu, and leave to read the counters): "all" runs them after the others, so
+that a machine that lacks it loses no other recording."""
 
 
 def record(

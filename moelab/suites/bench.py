@@ -12,10 +12,10 @@ from moelab import precision, recordings, roofline, runtime
 from moelab.config_files import Lookup, Step, question
 from moelab.errors import MoelabError, PrecisionError, RuntimeModeError, UnknownNameError
 from moelab.implementations import IMPLEMENTATIONS, LayerKind, named, taking
+from moelab.inputs import routings_for
 from moelab.kernels.checks import current_target
 from moelab.measure import EagerProtocol, Measurement, measure, measure_eager, tie
 from moelab.pipelines.call_configs import default_of
-from moelab.routing import make_routing
 from moelab.shapes import MoEShape
 from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
 
@@ -55,15 +55,16 @@ def bench(
 ) -> list[Result]:
     """Hold every implementation against float64, then time them interleaved: in CUDA graphs, and eagerly if asked.
 
-    routing: drawn over all experts of the model; under expert parallelism this is rank 0, and other ranks' experts are
-    -1, so that tokens without an expert here are part of what is timed, as in serving.
+    routing: a name, or a file of ids of this rank's experts. By name it is drawn over all experts of the model; under expert
+    parallelism this is rank 0, and other ranks' experts are -1, so that tokens without an expert here are part of what is timed,
+    as in serving.
     An implementation over its bound, or one that refuses the call, is a row that says so and is no failure.
     Raises UnknownNameError, RuntimeModeError without a GPU, and the first refusal where every implementation refuses.
     """
     impls = list(dict.fromkeys(impls))
     for name in impls:
         named(name)
-    make_routing(routing, 0, 1, 1)  # an unknown name fails before minutes of work
+    routings_for(shape, 1, 1, routing)  # an unknown name, or a file of another layer, fails before minutes of work
     require_gpu()
     weights, provenance = weight_sets(shape, seed), runtime.provenance(seed)
     results = []

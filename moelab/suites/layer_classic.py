@@ -15,7 +15,7 @@ from moelab.config import KernelConfig, default_config
 from moelab.errors import RecordingError
 from moelab.formats import PLAIN
 from moelab.fused_moe import fused_moe
-from moelab.inputs import MoEInputs, make_inputs, random_tensor, routing_for
+from moelab.inputs import MoEInputs, make_inputs, random_tensor, routings_for
 from moelab.kernels.activation import activation
 from moelab.kernels.align import align
 from moelab.kernels.expert_order import expert_order
@@ -83,7 +83,7 @@ class Layer:
         self.shape, self.num_tokens = shape, num_tokens
         device, dtype = weights[0].w13.device.type, weights[0].hidden_states.dtype
         self.weights = [weights[i % len(weights)] for i in range(rotations)]
-        self.routings = [routing_for(shape, num_tokens, routing, seed=i, device=device) for i in range(rotations)]
+        self.routings = routings_for(shape, num_tokens, rotations, routing, device=device)
         size = (num_tokens, shape.hidden_size)
         self.states = [random_tensor(size, 1.0, dtype=dtype, device=device, seed=100 + i) for i in range(rotations)]
 

@@ -55,6 +55,25 @@ _FEW = (
     (16, 64, 128, 1, 4, 4), (16, 128, 128, 1, 4, 4), (16, 64, 128, 1, 4, 6), (16, 128, 64, 1, 4, 5),
     (16, 32, 128, 1, 4, 4), (16, 32, 256, 1, 4, 3), (16, 64, 256, 1, 4, 3), (32, 64, 128, 1, 4, 4),
 )  # fmt: skip
+_GATED = {
+    True: (
+        (16, 64, 128, 1, 4, 4),
+        (16, 64, 128, 1, 4, 6),
+        (16, 128, 128, 1, 4, 4),
+        (16, 256, 128, 1, 4, 3),
+        (16, 256, 128, 1, 8, 4),
+    ),
+    False: (
+        (64, 256, 128, 16, 8, 3),
+        (64, 256, 128, 16, 8, 4),
+        (64, 128, 128, 16, 4, 3),
+        (128, 128, 128, 16, 8, 3),
+        (128, 256, 128, 16, 8, 3),
+        (64, 256, 128, 16, 4, 3),
+    ),
+}
+"""The same of `gated`, whose BLOCK_SIZE_N counts gate and up rows, by whether rows are few: 256 holds a group of its result."""
+
 _MANY = (
     (64, 128, 128, 16, 4, 3), (64, 64, 128, 16, 4, 4), (128, 128, 128, 16, 8, 3), (64, 128, 128, 16, 8, 3),
     (128, 64, 128, 16, 4, 3), (128, 128, 64, 16, 4, 4), (128, 256, 64, 16, 8, 3),
@@ -70,13 +89,15 @@ def shape_of(name: str, format: str | Format) -> MoEShape:
     return replace(plain, format=get_format(format))
 
 
-def candidates(shape: MoEShape, num_tokens: int) -> list[KernelConfig]:
+def candidates(shape: MoEShape, num_tokens: int, impl: str = "triton") -> list[KernelConfig]:
     """Tiles to choose from at that batch size, of those that the format and this chip take; a step longer than a block of
     scales is cut to it."""
     format, everywhere = shape.format, shape.num_experts * shape.ep_size
     rows = num_tokens * shape.top_k / expected_experts_touched(everywhere, shape.top_k, num_tokens)
     longest = format.sizes[-1] if format.granularity == "block" else 1 << 30
-    tiles = [KernelConfig(m, n, min(k, longest), *rest) for m, n, k, *rest in (_FEW if rows <= FEW_ROWS else _MANY)]
+    few = rows <= FEW_ROWS
+    tried = _GATED[few] if impl == "gated" else _FEW if few else _MANY
+    tiles = [KernelConfig(m, n, min(k, longest), *rest) for m, n, k, *rest in tried]
     found = [tile for tile in dict.fromkeys(tiles) if format.step_refused(tile.BLOCK_SIZE_K) is None]
     rules: dict[str, Any] = {
         "dtype": format.product_dtype(shape.dtype), "weight_bits": format.widened_bits, "target": current_target()
@@ -84,10 +105,10 @@ def candidates(shape: MoEShape, num_tokens: int) -> list[KernelConfig]:
     return [tile for tile in found if not config_room.violations(tile, **rules)]
 
 
-def choose(layer: Layer, rotations: int) -> tuple[KernelConfig | None, int, tuple[str, ...]]:
+def choose(layer: Layer, rotations: int, impl: str) -> tuple[KernelConfig | None, int, tuple[str, ...]]:
     """The fastest tile of a short pass, for both GEMMs; how many were tried; those that did not run, with why."""
-    tiles = candidates(layer.shape, layer.num_tokens)
-    ran, lost = usable({tile: layer.whole(tile) for tile in tiles})
+    tiles = candidates(layer.shape, layer.num_tokens, impl)
+    ran, lost = usable({tile: layer.whole(tile, impl=impl) for tile in tiles})
     times = quick(ran, rotations) if ran else {}
     best = min(times, key=lambda tile: times[tile].median_us) if times else None
     return best, len(tiles), tuple(sorted(f"{tile.short()}: {why}" for tile, why in lost.items()))
@@ -110,20 +131,29 @@ def cell(name: str, layers: Mapping[str, Layer]) -> list[dict[str, Any]]:
 
 def _contenders(name: str, layer: Layer) -> list[tuple[str, dict[str, Any], Callable[[int], torch.Tensor] | None]]:
     shape, protocol = layer.shape, protocol_for(layer.num_tokens)
-    searched, tried, failed = choose(layer, protocol.rotations)
     default = default_of(shape.num_experts, shape.moe_intermediate_size, layer.num_tokens, shape.format)
-    classic = {"default": default} if searched is None else {"default": default, "searched": searched}
-    asked = {label: layer.whole("default" if label == "default" else config) for label, config in classic.items()}
-    notes = {label: {"impl": "triton", "config_name": label, "config": one.to_json()} for label, one in classic.items()}
+    asked = {"default": layer.whole("default")}
+    notes: dict[str, dict[str, Any]] = {
+        "default": {"impl": "triton", "config_name": "default", "config": default.to_json()}
+    }
+    takers = taking_of(shape)
+    for impl in ("triton",) if shape.format.is_plain or "gated" not in takers else ("triton", "gated"):
+        searched, tried, failed = choose(layer, protocol.rotations, impl)
+        if searched is not None:
+            label = f"searched {impl}"
+            asked[label] = layer.whole(searched, impl=impl)
+            notes[label] = {
+                "impl": impl, "config_name": "searched", "config": searched.to_json(), "tried": tried, "failed": list(failed)
+            }  # fmt: skip
     for impl in OTHERS:
-        if impl in taking_of(shape):
+        if impl in takers:
             asked[impl] = layer.whole(None, impl=impl)
             notes[impl] = {"impl": impl, "config_name": "served"}
     cost = cost_of(layer)
     common = {
         "shape": name, "format": shape.format.name, "num_tokens": layer.num_tokens, "experts_touched": layer.experts_touched(),
         "bytes": cost.bytes, "flops": cost.flops, "multiplies": shape.format.product_dtype(shape.dtype),
-        "rotations": protocol.rotations, "tried": tried, "failed": list(failed),
+        "rotations": protocol.rotations,
     }  # fmt: skip
     try:
         judged = judge(layer, asked, [impl for impl in OTHERS if IMPLEMENTATIONS[impl].weight_only])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ from torch import Tensor
 from moelab import runtime
 from moelab.config import KernelConfig
 from moelab.dtypes import torch_dtype
-from moelab.errors import RoutingError, WorkspaceError
-from moelab.inputs import random_tensor, routing_for
+from moelab.errors import WorkspaceError
+from moelab.inputs import random_tensor, routings_for
 from moelab.kernels import checks
 from moelab.kernels.activation import activation_unchecked
 from moelab.kernels.align import align
@@ -28,7 +27,7 @@ from moelab.kernels.split_k_workspace import new_workspace
 from moelab.kernels.sum_reduce import sum_reduce_unchecked
 from moelab.measure import rotations_for
 from moelab.roofline import gemm_cost, layer_cost
-from moelab.routing import ROUTINGS, Alignment, Routing, load_routing
+from moelab.routing import Alignment, Routing
 from moelab.suites.layer_classic import protocol_for
 from moelab.suites.stages import weight_sets
 from moelab.tuner.coded_gate import CodedLayerGate, coded_gemm_gate
@@ -299,27 +298,5 @@ class Rig:
 
 
 def routings_of(problem: Problem, num_tokens: int, count: int, device: str) -> list[Routing]:
-    """`count` routings of that batch size: drawn, or runs of consecutive tokens from the file that problem.routing names.
-
-    A run starts at a place drawn from the problem's seed and goes on at the file's start. Raises RoutingError for a file
-    of another top_k.
-    """
-    shape, seed = problem.shape, problem.seed
-    if problem.routing in ROUTINGS:
-        return [
-            routing_for(shape, num_tokens, problem.routing, seed=1000 * seed + i, device=device) for i in range(count)
-        ]
-    recorded = load_routing(problem.routing, shape.num_experts)
-    if recorded.top_k != shape.top_k or recorded.num_tokens == 0:
-        raise RoutingError(
-            f"{problem.routing} holds {recorded.num_tokens} tokens of {recorded.top_k} experts each. Expected at least one, "
-            f"of {shape.top_k} experts: the layer's top_k. Record topk_ids of this layer."
-        )
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(count):
-        start = torch.randint(recorded.num_tokens, (1,), generator=generator)
-        rows = (start + torch.arange(num_tokens)) % recorded.num_tokens
-        ids, weights = recorded.topk_ids[rows].contiguous(), recorded.topk_weights[rows].contiguous()
-        found.append(Routing(ids.to(device), weights.to(device), shape.num_experts, Path(problem.routing).name))
-    return found
+    """`routings_for` the problem's layer, routing and seed."""
+    return routings_for(problem.shape, num_tokens, count, problem.routing, seed=problem.seed, device=device)

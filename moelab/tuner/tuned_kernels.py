@@ -122,8 +122,8 @@ def _require_format(kernel: str, shape: MoEShape) -> None:
             f"The experts of {shape.name} are stored as {format.name}, which has no config files: {format.served_by} run it. "
             "Expected a format of the Triton kernel that reads them. Pass --dtype bfloat16 for the same sizes in plain weights."
         )
-    if format.family not in implementation_of(kernel).formats:
-        takers = [name for name in TUNED if format.family in implementation_of(name).formats]
+    if format.family not in tuning_of(kernel).formats:
+        takers = [name for name in TUNED if format.family in tuning_of(name).formats]
         raise FormatError(
             f"The kernel {kernel!r} takes no weights in the format {format.name}. Expected one of {', '.join(takers)}. Pass it "
             "as --kernel, or leave --kernel out."
