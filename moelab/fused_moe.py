@@ -63,7 +63,8 @@ def fused_moe(
     where plain arithmetic on a token's chosen experts takes them, and nowhere else: not from another token, nor from rows of
     weights that this token did not choose.
     impl: a name in moelab.implementations.IMPLEMENTATIONS, where each says what it is and what it takes; "triton" is the
-    layer of sglang and vLLM, "fast" what is recorded fastest on Hopper for the batch, "torch" a loop over experts.
+    layer of sglang and vLLM, "fast" what is recorded fastest on Hopper for the batch, "weight_only" for few rows of quantised
+    experts, leaving activations as they are in every format, "torch" a loop over experts.
     "fast" runs large batches in one persistent launch whose CTAs wait for each other, so all of them must be resident on the GPU
     at once: launches of one process on several streams, or in branches of one captured graph, are ordered by moelab; do not
     replay two such graphs (or a graph and eager calls) at the same time, and do not share the GPU through MPS or green contexts.

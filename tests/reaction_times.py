@@ -4,9 +4,10 @@ For each checkout (this one if none is named) a JupyterLab of its own runs the w
 landscape's browser and Budget of the race are dragged by the mouse, five times in one checkout, five in the next, and so on
 until each was dragged MOVES times. Printed, median and worst: "answer", from the first movement of the pointer to the first
 change painted in the cell outside the slider itself; "settled", from the last movement to the last change painted, all titles
-having changed and nothing more having happened for a second; "page", the time of the page's main thread from the one end to
-the other. It asserts nothing: what else runs on the machine moves it, so the load is printed too. An older checkout needs only
-its files: `git worktree add --detach FOLDER COMMIT`.
+having changed and nothing more having happened for a second; "page" and "kernel", the seconds of a processor that the page's
+main thread and the kernel took from the one end to the other, which a busy machine moves least. It asserts nothing: what else
+runs on the machine moves it, so the load is printed too. An older checkout needs only its files: `git worktree add --detach
+FOLDER COMMIT`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from browser import ROOT, Tab, copy_of_the_checkout, find_chromium, page, shared
 
 NOTEBOOK = "notebooks/05_config_search.ipynb"
 MOVES, TURN = 20, 5
+TIMES = ("answer", "settled", "page", "kernel")
 SLIDERS = {"BLOCK M": 2, "Budget": 8}  # by how many of its values each is dragged
 WATCH = """slider => {
     const cell = slider.closest('.jp-Cell'), inputs = [], paints = [];
@@ -52,21 +54,24 @@ WATCH = """slider => {
 
 @dataclass
 class Watched:
-    """A tab with the notebook run, and what was measured in it: slider -> (answer, settled, page) of each move, in seconds."""
+    """A tab with the notebook run, and what was measured in it: slider -> TIMES of each move, in seconds."""
 
     name: str
     tab: Tab
-    times: dict[str, list[tuple[float, float, float]]] = field(default_factory=lambda: {name: [] for name in SLIDERS})
+    kernel: int
+    times: dict[str, list[tuple[float, ...]]] = field(default_factory=lambda: {name: [] for name in SLIDERS})
 
     def __post_init__(self) -> None:
         self._protocol = self.tab.page.context.new_cdp_session(self.tab.page)
-        self._protocol.send("Performance.enable")
+        self._protocol.send("Performance.enable", {"timeDomain": "threadTicks"})
 
-    def _busy_s(self) -> float:
+    def _busy_s(self) -> tuple[float, float]:
         metrics = self._protocol.send("Performance.getMetrics")["metrics"]
-        return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
+        page = next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
+        user, system = Path(f"/proc/{self.kernel}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return page, (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
-    def drag(self, name: str) -> tuple[float, float, float]:
+    def drag(self, name: str) -> tuple[float, ...]:
         """Drag a slider's first handle there, or back where it is beyond the middle."""
         page, control = self.tab.page, self.tab.control(name)
         handle = control.locator(".noUi-handle").first
@@ -83,11 +88,12 @@ class Watched:
         page.mouse.move(x + steps * base["width"] / _whole(control, last), y, steps=10)
         page.mouse.up()
         answer, settled = page.wait_for_function("window.moelabWatched()", polling=100).json_value()
-        return answer / 1e3, settled / 1e3, self._busy_s() - busy_s
+        took = [after - before for before, after in zip(busy_s, self._busy_s(), strict=True)]
+        return answer / 1e3, settled / 1e3, *took
 
     def report(self) -> None:
         for slider, times in self.times.items():
-            columns = zip(("answer", "settled", "page"), zip(*times, strict=True), strict=True)
+            columns = zip(TIMES, zip(*times, strict=True), strict=True)
             said = "  ".join(f"{what} {statistics.median(s):5.2f} s, worst {max(s):5.2f}" for what, s in columns)
             print(f"{self.name:<24} {slider:<8} {len(times)} drags  {said}")
 
@@ -96,6 +102,17 @@ def _whole(control, last: int) -> float:  # type: ignore[no-untyped-def]  # a Lo
     """How many steps the whole slider has; of a range the first handle goes up to the second only."""
     ends = [float(h.get_attribute("aria-valuemax") or 0) for h in control.locator(".noUi-handle").all()]
     return max(last, *ends) if len(ends) > 1 else last
+
+
+def _kernel_below(folder: Path) -> int:
+    """The process of the kernel that works in that folder (Linux)."""
+    for each in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if b"ipykernel_launcher" in (each / "cmdline").read_bytes() and (each / "cwd").resolve().is_relative_to(
+                folder
+            ):
+                return int(each.name)
+    raise SystemExit(f"no kernel works in {folder}")
 
 
 def main(checkouts: list[Path]) -> None:
@@ -112,7 +129,7 @@ def main(checkouts: list[Path]) -> None:
             tab.folder = copy_of_the_checkout(Path(server.root) / "copy", checkout)
             tab.open(NOTEBOOK)
             tab.run_all()
-            watched.append(Watched(checkout.name, tab))
+            watched.append(Watched(checkout.name, tab, _kernel_below(tab.folder)))
         for each in watched:  # the first drag finds what no later one does
             each.tab.page.bring_to_front()
             for name in SLIDERS:

@@ -10,9 +10,12 @@ from dataclasses import replace
 import torch
 from moe_cases import CASES, TILE, Case
 
-from moelab.formats import PLAIN
+from moelab.call import MoECall
+from moelab.config import KernelConfig
+from moelab.formats import FORMATS, PLAIN
 from moelab.fused_moe import fused_moe
 from moelab.implementations import IMPLEMENTATIONS, LayerKind, taking
+from moelab.inputs import make_inputs
 from moelab.kernels import checks, fast_instances, few_tokens
 from moelab.kernels.align import align, align_pairs, moe_align_block_size
 from moelab.kernels.expert_order import expert_order
@@ -20,8 +23,11 @@ from moelab.kernels.fast_layer import fast_layer
 from moelab.kernels.route import route
 from moelab.kernels.split_k_atomic import split_k_atomic_out
 from moelab.kernels.sum_reduce import SUM_REDUCE, sum_reduce
+from moelab.kernels.weight_only import Cut, WeightOnly, not_taken
 from moelab.pipelines.fast import tiles_for
+from moelab.pipelines.weight_only import weight_only_pipeline
 from moelab.routing import make_routing
+from moelab.shapes import MoEShape
 
 
 def layers() -> None:
@@ -89,9 +95,33 @@ def hopper() -> None:
             fast_layer(i.hidden_states, i.w13, i.w2, i.topk_weights, ids, tiles, instance)
 
 
+def quantised() -> None:
+    """Every format through every implementation that takes it, with ids of other ranks; each form of the weight-only layer."""
+    cut, turned = Cut(2, 4, 2), Cut(2, 4, 1, 3)
+    forms = (WeightOnly(cut, cut), WeightOnly(cut, turned, True), WeightOnly(turned, cut, True, 16))
+    for format in FORMATS.values():
+        if format.is_plain or format.activations == "static":
+            continue
+        whole = format.sizes[-1] if format.sizes else 32
+        for num_tokens, hidden, size in ((1, 96, 160), (5, 256, 128), (37, 2 * whole, 3 * whole)):
+            if not_taken(format, hidden, size) or format.misfits(hidden, size):
+                continue
+            i = make_inputs(MoEShape("odd", 5, 2, hidden, size, format=format), num_tokens, device="cuda")
+            i.topk_ids[0, 1] = -1
+            routing = {"topk_weights": i.topk_weights, "topk_ids": i.topk_ids}
+            step = min(whole, 64) if format.granularity == "block" else 32
+            for impl in taking(LayerKind("bfloat16", format), checks.current_target()):
+                config = KernelConfig(16, 2 * min(whole, 32), step, 1) if IMPLEMENTATIONS[impl].triton else None
+                fused_moe(i.hidden_states, i.weights, **routing, impl=impl, config=config)
+                if impl == "weight_only":
+                    for form in forms:
+                        weight_only_pipeline(MoECall(i.hidden_states, i.weights, i.topk_weights, i.topk_ids), form)
+
+
 if __name__ == "__main__":
     layers()
     parts()
     hopper()
+    quantised()
     torch.cuda.synchronize()
     print("every kernel ran")

@@ -25,6 +25,20 @@ def press(tab: Tab, name: str) -> None:
     tab.page.locator("button.jupyter-button", has_text=re.compile(rf"^{name}$")).first.click()
 
 
+# How often the renderer's "redraw", which follows each new figure, draws one in a panel, and one that is in none.
+REDRAWS = """async () => {
+    const renderer = (await window._JUPYTERLAB['jupyterlab-plotly'].get('./mimeExtension'))().RenderedPlotly;
+    const drawn = async where => {
+        const plot = document.querySelector(where);
+        let count = 0;
+        plot.on('plotly_afterplot', () => { count += 1; });
+        await renderer.Plotly.redraw(plot);
+        return count;
+    };
+    return [await drawn('.moelab-panel .js-plotly-plot'), await drawn('.js-plotly-plot:not(.moelab-panel *)')];
+}"""
+
+
 def shows(tab: Tab, near: str, text: str) -> None:
     """Wait until the cell of a control shows a text."""
     cell(tab, near).get_by_text(re.compile(text)).first.wait_for()
@@ -63,15 +77,16 @@ def explore(tab: Tab, sliders: tuple[str, ...], race: bool) -> None:
         press_arrow(tab, "X axis", name)  # the line beside the controls, at once
         assert "config" in figure.wait_for_title(name), "and the last view, once the slider rests"
     in_sight(tab, "X axis")
+    assert tab.page.evaluate(REDRAWS) == [0, 1]
     if not race:
         return
     press_arrow(tab, "Budget", "Budget")
     choose_another(tab, "Budget", "^Regret")
-    race = cell(tab, "Budget")
-    before = race.inner_text()
-    race.locator(".jupyter-widgets.widget-play button, .widget-play button").first.click()
-    wait_for_change(tab, race, before)
-    race.locator(".widget-play button").first.click()
+    panel = cell(tab, "Budget")
+    before = panel.inner_text()
+    panel.locator(".jupyter-widgets.widget-play button, .widget-play button").first.click()
+    wait_for_change(tab, panel, before)
+    panel.locator(".widget-play button").first.click()
 
 
 def in_sight(tab: Tab, near: str) -> None:

@@ -58,6 +58,11 @@ def test_light_commands_load_nothing_heavy(command: list[str], tmp_path: Path) -
     assert not {"torch", "triton", "plotly", "pandas", "numpy"} & set(done.stderr.split())
 
 
+def test_help_says_each_command_in_a_whole_line(run) -> None:
+    lines = run("--help")[1].partition("Commands:")[2].split("\n")
+    assert len([line for line in lines if line.strip()]) == 8 and not any("..." in line for line in lines)
+
+
 def test_help_names_every_command(run) -> None:
     status, out, _ = run("--help")
     assert status == 0
@@ -202,6 +207,16 @@ def test_explain_says_which_file_and_key(run) -> None:
     assert answer["path"].endswith("triton_3_6_0/E=128,N=768,device_name=NVIDIA_H200.json")
     text = run("explain", "--model", "qwen3-30b-a3b", "--batch-size", "20", *H200)[1]
     assert "16 is the nearest to 20" in text and KernelConfig.from_json(answer["config"]).short() in text
+
+
+def test_explain_says_at_once_all_that_it_lacks(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU and Triton it asked for the device, and on a second try for the version."""
+    monkeypatch.setattr(runtime, "gpu_name", lambda: None)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    arguments = ["explain", "--model", "qwen3-30b-a3b", "--batch-size", "8"]
+    (status, _, both), (_, _, one) = run(*arguments), run(*arguments, "--triton-version", "3.6.0")
+    assert status != 0 and "--device 'NVIDIA H200', and --triton-version, the server's" in both
+    assert "--device 'NVIDIA H200'.\n" in one
 
 
 @pytest.mark.parametrize("batch_size", ["64", "20"])

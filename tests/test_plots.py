@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -13,7 +14,19 @@ import pytest
 from made_recordings import whole
 
 from moelab import recordings, roofline, runtime
-from moelab.plots import Panel, accuracy, config_health, explorer, layer, pipeline, ratio_map, style, sum_reduce
+from moelab.plots import (
+    Panel,
+    accuracy,
+    config_health,
+    explorer,
+    layer,
+    pipeline,
+    ratio_map,
+    split_k,
+    strategy_race,
+    style,
+    sum_reduce,
+)  # fmt: skip
 from moelab.plots import roofline as floors
 from moelab.plots.cells import fastest, over_floor
 from moelab.plots.panel import LONG, geometric_mean, table_html, table_text, timing
@@ -172,6 +185,83 @@ def test_lines_and_marks_show_on_both_papers() -> None:
 def test_a_cell_can_be_read(low: str | None, high: str, ratio: float) -> None:
     cell = ratio_map.Cell(ratio, "x", False)
     assert style.contrast(*ratio_map.colors_of(cell, 1.0, low, high)) >= 4.5
+
+
+@pytest.mark.parametrize(("line", "lines"), [
+    ("a; b", ["a; b"]), ("aaaa; bbbb; cccc", ["aaaa; bbbb", "cccc"]), ("", [""]),
+    ("aa bb cc dd ee", ["aa bb cc", "dd ee"]), ("a; one two three four; b", ["a", "one two", "three four; b"]),
+])  # fmt: skip
+def test_a_subtitle_breaks_between_its_statements(line: str, lines: list[str]) -> None:
+    """It broke anywhere, and left "GPU", "routing" or "dtype; ×: SPLIT_K" alone in a line."""
+    assert style.broken(line, 13) == lines
+
+
+def test_a_colour_bars_title_keeps_off_its_highest_tick() -> None:
+    """A tick at the very end, as 1.25 of a map without large ratios, was drawn into the title's line."""
+    bar = ratio_map.chart("t", "s", {("a", 1): ratio_map.Cell(1.1, "1.10", False)}, ["a"], [1], bar="time / best").data[
+        0
+    ]
+    assert (
+        bar.zmax == pytest.approx(bar.colorbar.tickvals[-1])
+        and bar.colorbar.title.text.split("<br>")[1].count(".") == 1
+    ), "plotly makes no room for blanks"
+    drawn = "".join(path.read_text(encoding="utf-8") for path in Path(style.__file__).parent.glob("*.py"))
+    assert re.findall(r'colorbar=\{"title": (?!bar_title)(?!\{[^}]*"side": "right")', drawn) == []
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 30])
+@pytest.mark.parametrize("ratio", [1.1, 1.4, 3.0, 90.0])
+@pytest.mark.parametrize("low", [style.BETTER, None])
+def test_a_colour_bars_ticks_have_room(rows: int, ratio: float, low: str | None) -> None:
+    """On the bar of two rows 1 and 1.1 lay on each other."""
+    names = [str(i) for i in range(rows)]
+    cells = {(name, 1): ratio_map.Cell(ratio, "x", False) for name in names}
+    figure = ratio_map.chart("t", "s", cells, names, [1], bar="ratio", low=low, tall=44)
+    heat, layout = figure.data[0], figure.layout
+    pixels = layout.height - layout.margin.t - layout.margin.b - 2 * 20
+    at = [pixels * value / (heat.zmax - heat.zmin) for value in heat.colorbar.tickvals]
+    assert heat.colorbar.ticktext[at.index(0)] == "1" and all(b - a >= 14 for a, b in itertools.pairwise(at))
+
+
+def test_labels_are_level() -> None:
+    slanted = [path.name for path in Path(style.__file__).parent.glob("*.py")
+               if re.search(r"tickangle\W+(?!0\b)[-\d]", path.read_text(encoding="utf-8"))]  # fmt: skip
+    assert slanted == []
+
+
+def test_a_figure_has_a_width_at_which_it_can_be_read() -> None:
+    (table,) = [bundle["text/html"] for bundle in PANELS["floors"]().bundles() if "text/html" in bundle]
+    assert f"min-width: {style.LEAST_WIDTH}px" in table and "overflow-x: auto" in table
+
+
+def test_figures_from_one_mould_are_apart() -> None:
+    """The empty figure is made once for all that have as many plots."""
+    first = style.grid("one", "a; b", titles=["x", "y"])
+    first.add_scatter(x=[1], y=[2], row=1, col=2)
+    first.update_layout(title={"text": "changed"}, height=70)
+    first.layout.annotations[0].text = "changed"
+    second = style.grid("two", "c<br>d", titles=["x", "y"])
+    assert not second.data and [each.text for each in second.layout.annotations] == ["x", "y"]
+    assert (second.layout.title.text, second.layout.title.subtitle.text) == ("two", "c<br>d")
+    assert second.layout.height == style.HEIGHT and second.layout.margin.t == 64 + 2 * 16 + 24
+
+
+@pytest.mark.parametrize("labels", [[], ["1000"], ["128x256x128 g64 w8 s5"]])
+def test_held_margins_have_room_for_labels(labels: list[str]) -> None:
+    figure = style.grid("t", "s")
+    style.hold_margins(figure, labels, 10)
+    needed = 0.636 * 10 * max(map(len, labels), default=0) + 7 + 15 + 14  # the tick, the title's distance, the title
+    assert (
+        figure.layout.margin.l >= needed and figure.layout.yaxis.automargin is figure.layout.xaxis.automargin is False
+    )
+
+
+def test_lines_of_one_figure_have_colours_apart() -> None:
+    """Split-K's three kinds were three browns, two of them 21 apart."""
+    for looks in (split_k.LOOKS, dict(enumerate(style.SERIES)), style.CONFIGS, strategy_race.LOOKS):
+        for one, other in itertools.combinations([each.color for each in looks.values()], 2):
+            parts = zip(*([int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in (one, other)), strict=True)
+            assert math.dist(*zip(*parts, strict=True)) >= 30, (one, other)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from synthetic import small_problem, synthetic_landscape
 
 from moelab.plots import landscape as plots
 from moelab.plots import landscape_linked as linked
-from moelab.plots import loading
+from moelab.plots import loading, style
 from moelab.tuner.survey import Survey, cover
 
 BATCHES = (1, 16, 64, 256)
@@ -116,6 +116,36 @@ def test_importance_only_where_the_grid_is_whole(survey: Survey) -> None:
     rows = tuple(r for i, r in enumerate(few.rows) if not r.outcome.samples_us or i % 3 == 0)
     nothing = plots.importances(Survey(replace(few, rows=rows)))
     assert nothing.figure is None and "nothing is said" in nothing.sentence
+
+
+def test_the_floors_name_is_where_the_floor_is(survey: Survey, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a log axis an annotation counts in powers of ten: the name stood at 10**floor, in no picture."""
+    monkeypatch.setattr(Survey, "floor_us", lambda *_: 12.5)
+    figure = linked.scatter(survey, "up", 64, {}, 10.0, "padding").figure
+    (name,), (low, high) = figure.layout.annotations, figure.layout.yaxis.range
+    assert name.text == "floor" and name.y == pytest.approx(np.log10(12.5)) and low < name.y < high
+
+
+def test_shares_can_be_read_on_their_ground() -> None:
+    """Plotly's own choice was white on grey, 3.3."""
+    colors = [style.on_scale(share / 100) for share in range(101)]
+    assert [colors[0], colors[50], colors[100]] == [color for _, color in style.SCALE]
+    assert min(style.contrast(style.text_on(color), color) for color in colors) >= 4.5
+
+
+def test_importance_writes_each_share_in_its_cell(survey: Survey) -> None:
+    heat, text = plots.importances(survey).figure.data[:2]
+    places = {at: float(share) for at, share in zip(zip(text.x, text.y, strict=True), text.text, strict=True)}
+    for row, name in enumerate(heat.y):
+        for column, batch in enumerate(heat.x):
+            assert places[batch, name] == pytest.approx(float(heat.z[row][column]), abs=0.51)
+    assert "per cent" in plots.importances(survey).figure.layout.title.subtitle.text
+
+
+def test_batch_labels_have_room(survey: Survey) -> None:
+    """Nineteen labels in half a figure were turned by 60 degrees."""
+    axis = plots.plateaus(survey).figure.layout.xaxis
+    assert list(axis.tickvals) == ["256", "16"] and axis.tickangle == 0
 
 
 def test_figures_are_small(survey: Survey) -> None:

@@ -13,6 +13,7 @@ from moelab.config_files.shipped_quantised import shipped_quantised
 from moelab.formats import FORMATS, get_format
 from moelab.plots import in_short, quantised_times
 from moelab.plots import quantised as plots
+from moelab.plots.style import LOOKS
 from moelab.quantised_error import LayerError, cut_sum, layer_error, product_errors, way
 from moelab.quantised_weights import dequantise, quantise
 from moelab.shapes import MoEShape, load_model
@@ -82,7 +83,7 @@ def test_a_weights_way_is_the_formats(name: str) -> None:
 
 def test_floors_follow_bytes_and_then_the_rate() -> None:
     panel = plots.floors(SHAPE, NAMES)
-    whole(panel, "arithmetic")
+    whole(panel, "computed")
     rows = {row["format"]: row for row in panel.table}
     assert rows["plain"]["bits a weight"] == 16 and 8 < rows["fp8_w8a8_block_128x128"]["bits a weight"] < 8.01
     assert rows["int4_w4a16_group_128"]["bits a weight"] == pytest.approx(4 + 16 / 128)
@@ -135,6 +136,14 @@ def test_panels_are_whole() -> None:
     assert len(drawn.figure.layout.shapes) == 16
     files = plots.shipped({name: shipped_quantised(name) for name in ("sglang", "vllm")}, "packages")
     whole(files, "packages")
+    assert files.figure.data[0].marker.color == LOOKS["sglang"].color and files.figure.layout.barmode == "stack"
+    *bars, counted = files.figure.data
+    assert (
+        list(counted.y)
+        == [sum(each) for each in zip(*(bar.y for bar in bars), strict=True)]
+        == list(map(int, counted.text))
+    )
+    assert "dotted: what codes × scales can say" in drawn.figure.layout.title.subtitle.text
     assert {13, 176, 61, 182} <= set(numbers(files.sentence))
     said = in_short.quantised(plots.floors(SHAPE, NAMES), errors, files, quantised_times.times()).sentence
     assert said.count("\n") == 3 and "6.0%" in said and "13 of sglang's 176" in said

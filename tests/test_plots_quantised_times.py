@@ -13,6 +13,7 @@ from moelab import recordings, roofline, runtime
 from moelab.errors import RecordingError
 from moelab.plots import pictures
 from moelab.plots import quantised_times as times
+from moelab.plots.style import CONFIGS
 from moelab.recordings import Recording
 from moelab.shapes import load_model
 
@@ -21,6 +22,8 @@ def test_the_peers_times_are_those_of_the_file() -> None:
     data = json.loads((runtime.data_dir() / "upstream" / "h200_fp8_sglang.json").read_text())
     panel = times.peer(data)
     whole(panel, "NVIDIA H200")
+    colors = [CONFIGS[kind].color for kind in ("default", "shipped", "searched")]
+    assert [line.line.color for line in panel.figure.data] == colors, "as in 01"
     assert [round(value, 2) for value in numbers(panel.sentence)[:3]] == [1.7, 24.0, 1.57]
     assert {row["shapes"] for row in panel.table} == {2}  # those that sglang ships a file for
 

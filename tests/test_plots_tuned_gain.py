@@ -52,6 +52,7 @@ def test_a_row_for_each_rival_and_target_with_what_was_timed() -> None:
         ("default, a", "1"): "2.00", ("default, a", "64"): "1.12", ("shipped file, a", "1"): "1.01",
     }  # fmt: skip
     assert [line.y0 for line in figure.layout.shapes] == [0.5], "a line where another rival begins"
+    assert "under sglang’s default a layer takes 1.50 times as long" in figure.layout.title.text
     assert "SYNTHETIC" in figure.layout.title.subtitle.text
 
 

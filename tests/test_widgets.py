@@ -30,6 +30,14 @@ def title(box: object) -> str:
     return shown(box)[0]["data"]["application/vnd.plotly.v1+json"]["layout"]["title"]["text"]
 
 
+def test_a_panels_tables_bring_no_style_sheet() -> None:
+    """Each that comes or goes has the browser ask again how the whole page looks; the panel has it once."""
+    box = widgets.explorer(AT)
+    assert not any("<style" in output["data"].get("text/html", "") for output in shown(box)) and len(shown(box)) == 3
+    (sheet,) = [each.value for each in box.children if "<style>" in getattr(each, "value", "")]
+    assert all(part in sheet for part in ("table.moelab td", "js-plotly-plot text", "min-width"))
+
+
 def test_explorer_follows_its_controls() -> None:
     box = widgets.explorer(AT)
     before = shown(box)

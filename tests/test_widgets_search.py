@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from broken_cells import assert_each_fails
 from ipywidgets import HTML, Box, Dropdown, Output
@@ -13,7 +14,9 @@ from panels import LANDSCAPE, PROBLEM, all_shown, below, controls, text
 from panels import finals as finals  # a fixture
 
 from moelab import runtime, widgets
+from moelab.plots import strategy_race as plots_race
 from moelab.plots.strategy_race import run_all
+from moelab.plots.style import contrast
 from moelab.roofline import load_ceilings
 from moelab.tuner.finals import Finals
 from moelab.tuner.survey import Survey
@@ -98,6 +101,23 @@ def test_a_view_that_a_control_does_not_touch_is_not_sent_again(survey: Survey) 
         sent.clear()
         choose[name].value = value
         assert sent == views, name
+
+
+@pytest.mark.parametrize("which", ["median", "worst"])
+def test_the_race_fills_its_axis_and_keeps_it(survey: Survey, which: str) -> None:
+    """0.01 to 1000 % of which a decade and a half was used; what is to come could not be seen on a dark page."""
+    traces = run_all(survey, (0,), ("race", "random"))
+    figures = [plots_race.standing(traces, budget_s, which).figure for budget_s in traces.frames()[::13]]
+    assert len({figure.layout.yaxis.range for figure in figures}) == 1
+    low, high = figures[0].layout.yaxis.range
+    drawn = np.log10(np.concatenate([trace.y for trace in figures[0].data if trace.name]))
+    assert low - 1e-6 <= drawn.min() < low + 1 and (high - 1 < drawn.max() <= high + 1e-6 or high == low + 1)
+    for one in plots_race.LOOKS.values():
+        parts = [int(one.color[i : i + 2], 16) for i in (1, 3, 5)]
+        for paper in ("#ffffff", "#111111"):
+            ground = int(paper[1:3], 16)
+            mixed = "#" + "".join(f"{round(ground + plots_race.FAINT * (part - ground)):02x}" for part in parts)
+            assert contrast(mixed, paper) >= 2.2, (one, paper)
 
 
 def test_strategy_race_follows_budget_play_and_measure(survey: Survey) -> None:

@@ -112,7 +112,7 @@ def _root(
 
 @app.command()
 def models(as_json: AsJson = False) -> None:
-    """The presets: experts E, top-k, hidden size H and intermediate size N of the whole model."""
+    """The presets and their sizes. Experts E, top-k, hidden size H and intermediate size N are of the whole model."""
     from moelab.presets import broken_presets
     from moelab.shapes import preset, preset_names
 
@@ -142,7 +142,7 @@ def shape(
     rules: Rules = "moelab",
     as_json: AsJson = False,
 ) -> None:
-    """Sizes of the layer on one rank, where they were read, and the names of the config files that a server asks for."""
+    """Sizes on one rank, and the config files that a server asks for. Says where the sizes were read."""
     from moelab import runtime
     from moelab.config_files import ask
 
@@ -212,7 +212,7 @@ def explain(
     if device is None:
         raise DeviceError(
             "No GPU here whose configs could be looked up. Expected a device's name. Pass --device, for example "
-            "--device 'NVIDIA H200'."
+            f"--device 'NVIDIA H200'{_and_triton(triton_version)}."
         )
     if kernel == "fast":
         if config_dir is not None or down or rules != "moelab":
@@ -269,7 +269,7 @@ def bench(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """On a GPU: check implementations of the layer against float64, then time them against each other.
+    """On a GPU: check implementations in float64, then time them.
 
     Exit status 1 if one is over its error bound, or could not run.
     """
@@ -318,6 +318,13 @@ def _doubts(device: str | None, asked: Question) -> list[str]:
 
     doubt = device_doubt(device) if device else None
     return [*([doubt] if doubt else []), *asking.published_otherwise(asked.shape)]
+
+
+def _and_triton(given: str | None) -> str:
+    """What else is missing where there is no Triton: said at once, not after a second try."""
+    import importlib.util
+
+    return "" if given or importlib.util.find_spec("triton") else ", and --triton-version, the server's, as in 3.6.0"
 
 
 def _installed_triton() -> str:

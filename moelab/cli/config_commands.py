@@ -143,8 +143,8 @@ def export(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write configs in a loader's naming and format, find each again through that loader's rules, and say how to serve them. The
-    up and the down file of a pair are written both or not at all."""
+    """Write configs as a loader reads them, and say how to serve them. Each is found again through that loader's rules; the up
+    and the down file of a pair are written both or not at all."""
     from moelab import config_files
 
     if shipped is not None:

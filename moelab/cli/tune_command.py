@@ -145,7 +145,7 @@ def tune(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     _tune: Annotated[bool, typer.Option("--tune", hidden=True, help="Taken for sglang's sake; does nothing.")] = False,
 ) -> None:
-    """Find a layer's fastest kernel configs, on a GPU or by replay; write the files of sglang and vLLM, or a --kernel's own."""
+    """Find a layer's fastest configs, on a GPU or by replay. Writes the files of sglang and vLLM, or a --kernel's own."""
     budget_s = resuming.seconds(budget)
     _require_meaning(context)
     if resume is None and replay is None and model is None:

@@ -18,13 +18,14 @@
 // of them. Scales: float32, and of groups bfloat16, or e8m0 for FP4, as moelab.weights.GemmWeights has them.
 template <int CODES_, bool GROUPS_, bool ZEROS_, int ROWS_, int K_, int STEP_, int SCALED_ROWS_>
 struct Coded {
-    static constexpr int CODES = CODES_, ROWS = ROWS_, K = K_, STEP = STEP_ ? STEP_ : K_, SCALED_ROWS = SCALED_ROWS_ ? SCALED_ROWS_ : ROWS_;
+    static constexpr int CODES = CODES_, ROWS = ROWS_, K = K_;
+    static constexpr int STEP = STEP_ ? STEP_ : K_, SCALED_ROWS = SCALED_ROWS_ ? SCALED_ROWS_ : ROWS_;
     static constexpr bool GROUPS = GROUPS_, ZEROS = ZEROS_;
     static constexpr int BITS = CODES == INT4 || CODES == FP4 ? 4 : 8;
-    static constexpr int BYTES = K * BITS / 8;                       // of a row
-    static constexpr int SHARE = 16 * 8 / BITS, CHUNK = 4 * SHARE;   // columns that a thread, that four read at once
+    static constexpr int BYTES = K * BITS / 8;                      // of a row, a multiple of 16: a thread's are there or not
+    static constexpr int SHARE = 16 * 8 / BITS, CHUNK = 4 * SHARE;  // columns that a thread, that four read at once
     static constexpr int CHUNKS = (K + CHUNK - 1) / CHUNK, REGISTERS = SHARE / 2;
-    static constexpr bool TAIL = K % CHUNK != 0;                     // rows are multiples of 16 bytes: a thread's are there or not
+    static constexpr bool TAIL = K % CHUNK != 0;
     static constexpr int STEPS = (K + STEP - 1) / STEP;
     // A group that is a whole number of chunks: its sums are scaled, and its zero point taken from them, not from each code.
     static constexpr bool AFTER = CODES == INT4 && STEP % CHUNK == 0;
@@ -107,8 +108,8 @@ DEVICE uint32_t fp4_factor(uint32_t scale, uint32_t& beyond) {
 // Both tiles of a chunk times the activations, added to sums; of AFTER the codes with 128 added, and `ones` times the activations
 // to `total`, by which that is taken back.
 template <typename W, int COLUMNS>
-DEVICE void multiply_chunk(const Stage& stage, const uint32_t (&x)[COLUMNS / 8][W::REGISTERS], float (&sums)[TILES][COLUMNS / 8][4],
-                           float (&total)[COLUMNS / 8][4]) {
+DEVICE void multiply_chunk(const Stage& stage, const uint32_t (&x)[COLUMNS / 8][W::REGISTERS],
+                           float (&sums)[TILES][COLUMNS / 8][4], float (&total)[COLUMNS / 8][4]) {
     uint32_t factor[2 * TILES] = {}, beyond[2 * TILES] = {}, middle[2 * TILES] = {};
     for (int h = 0; h < 2 * TILES && !W::AFTER; ++h) {
         if constexpr (W::CODES == FP4) factor[h] = twice(fp4_factor(stage.scale[h], beyond[h]));
@@ -159,7 +160,8 @@ template <int COLUMNS>
 DEVICE void put_nan(uint32_t (&found)[2 * TILES], float (&sums)[TILES][COLUMNS / 8][4]) {
     for (int i = 0; i < 2 * TILES; ++i) {
         if (any_of_four(found[i]))  // who read a row's columns, and who hold its sums
-            for (int c = 0; c < COLUMNS / 8; ++c) sums[i / 2][c][i % 2 * 2] = sums[i / 2][c][i % 2 * 2 + 1] = bits_as_float(0x7FC00000);
+            for (int c = 0; c < COLUMNS / 8; ++c)
+                for (int j = 0; j < 2; ++j) sums[i / 2][c][i % 2 * 2 + j] = bits_as_float(0x7FC00000);
         found[i] = 0;
     }
 }
@@ -326,7 +328,8 @@ DEVICE bool add_warps(float (&sums)[TILES][COLUMNS / 8][4], int warp, int lane) 
 }
 
 DEVICE int id_of(const Layer& layer, long long pair) {
-    const long long id = layer.wide_ids ? static_cast<const long long*>(layer.topk_ids)[pair] : static_cast<const int*>(layer.topk_ids)[pair];
+    const long long id = layer.wide_ids ? static_cast<const long long*>(layer.topk_ids)[pair]
+                                        : static_cast<const int*>(layer.topk_ids)[pair];
     return id >= 0 && id < layer.num_experts ? static_cast<int>(id) : -1;
 }
 
@@ -440,7 +443,8 @@ __global__ void __launch_bounds__(WARPS * 32) weight_only_up(const __grid_consta
             const int n = (tile + turn * SIDE) * 16 + lane / 4 + j % 4 / 2 * 8, column = j / 4 * 8 + lane % 4 * 2 + j % 2;
             const int pair = SORTED ? pair_of<COLUMNS>(layer, whose, column) : column ? -1 : whose;
             if (pair < 0) continue;
-            float gate = of[0][j / 4][j % 4] * scale_of<W>(layer, expert, n), up = of[1][j / 4][j % 4] * scale_of<W>(layer, expert, SIZE + n);
+            float gate = of[0][j / 4][j % 4] * scale_of<W>(layer, expert, n);
+            float up = of[1][j / 4][j % 4] * scale_of<W>(layer, expert, SIZE + n);
             if (bias) gate += __bfloat162float(bias[n]), up += __bfloat162float(bias[SIZE + n]);
             if (layer.weighted == 1) gate *= layer.topk_weights[pair], up *= layer.topk_weights[pair];
             layer.out[static_cast<long long>(pair) * SIZE + n] = __float2bfloat16_rn(activated<ACTIVATION>(gate, up));
@@ -451,7 +455,8 @@ __global__ void __launch_bounds__(WARPS * 32) weight_only_up(const __grid_consta
             layer, block_of<COLUMNS>(layer, whose, layer.top_k, W::K, lane), tile * 16, turns, warp % SPLIT, lane, store);
     else
         tiles<W, COLUMNS, STAGES, SPLIT, SIZE, SIDE * 16>(
-            layer, OnePair{layer.in + static_cast<long long>(whose / layer.top_k) * W::K, expert}, tile * 16, turns, warp % SPLIT, lane, store);
+            layer, OnePair{layer.in + static_cast<long long>(whose / layer.top_k) * W::K, expert}, tile * 16, turns,
+            warp % SPLIT, lane, store);
 }
 
 // GEMM2, 32 rows a tile. SORTED: products of blocks of pairs, each in its pair's row; else a token's sum over its pairs.
@@ -479,7 +484,8 @@ __global__ void __launch_bounds__(WARPS * 32) weight_only_down(const __grid_cons
                 for (int i = 0; i < TILES; ++i) {
                     const int h = (tile + turn * SIDE) * 32 + i * 16 + lane / 4 + j % 4 / 2 * 8;
                     float sum = expert < 0 ? 0.0f : of[i][j / 4][j % 4] * scale_of<W>(layer, expert, h);
-                    if (expert >= 0 && layer.bias) sum += __bfloat162float(layer.bias[static_cast<long long>(expert) * W::ROWS + h]);
+                    if (expert >= 0 && layer.bias)
+                        sum += __bfloat162float(layer.bias[static_cast<long long>(expert) * W::ROWS + h]);
                     layer.out[static_cast<long long>(pair) * W::ROWS + h] = __float2bfloat16_rn(sum * by);
                 }
             }

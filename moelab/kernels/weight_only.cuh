@@ -66,9 +66,9 @@ DEVICE float quotient(float a, float b) { return __fdividef(a, b); }
 DEVICE float exponential(float x) { return __expf(x); }
 DEVICE float error_function(float x) { return erff(x); }
 
-// c (16 rows, 8 columns) += a (16, 16) b (16, 8), bfloat16, sums in float32. With g = lane / 4 and t = lane % 4, a thread holds of
-// a: rows g (a0, a2) and g + 8 (a1, a3), columns 2t, 2t + 1 (a0, a1) and 8 more (a2, a3); of b: column g, those rows; of c: rows
-// g (c0, c1) and g + 8 (c2, c3), columns 2t and 2t + 1.
+// c (16 rows, 8 columns) += a (16, 16) b (16, 8), bfloat16, sums in float32. With g = lane / 4 and t = lane % 4, a thread holds
+// of a: rows g (a0, a2) and g + 8 (a1, a3), columns 2t, 2t + 1 (a0, a1) and 8 more (a2, a3); of b: column g, those rows; of c:
+// rows g (c0, c1) and g + 8 (c2, c3), columns 2t and 2t + 1.
 DEVICE void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

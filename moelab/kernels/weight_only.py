@@ -187,7 +187,8 @@ def weight_only(
 
     topk_weights (M, k) float32, topk_ids (M, k) int32 or int64. Returns (M, H) bfloat16, scaled; of a sorted form, whose
     alignment has blocks of form.columns, the (pairs, H) products that a sum-reduce adds up and scales. overlap: programmatic
-    dependent launch. Deterministic; no host synchronisation. Ids of no expert here add nothing.
+    dependent launch. Deterministic; no host synchronisation. Ids of no expert here add nothing. In int4 by groups of whole chunks
+    (128), whose zero points are taken from the sums, an infinite activation makes all of its token NaN.
     """
     pairs, size = topk_ids.numel(), weights.w13.shape[1] // 2
     inner, out = x.new_empty((pairs, size)), x.new_empty((pairs if form.sorted else x.shape[0], x.shape[1]))

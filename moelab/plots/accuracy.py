@@ -30,7 +30,7 @@ def spacing(value: float, dtype: str) -> float:
 
 def ulp(dtypes: Sequence[str] = tuple(FRACTION_BITS)) -> Panel:
     """Left: a toy format with two fraction bits on the number line. Right: one ULP by magnitude, per dtype."""
-    figure = grid("One ULP: the gap between neighbouring numbers", "arithmetic; left: a toy format with 2 fraction bits, so "
+    figure = grid("One ULP: the gap between neighbouring numbers", "computed; left: a toy format with 2 fraction bits, so "
                   "that single numbers can be seen", titles=["numbers of the toy format", "one ULP of real formats"])  # fmt: skip
     toy = [2.0**e * (1 + f / 4) for e in range(-2, 3) for f in range(4)] + [8.0]
     figure.add_scatter(x=toy, y=[0.0] * len(toy), mode="markers", marker={**SERIES[0].marker(16), "symbol": "line-ns"},

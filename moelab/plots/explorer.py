@@ -23,7 +23,7 @@ def explore(model: str, tp_size: int, num_tokens: int, at: Ceilings) -> Panel:
     chosen = roofline.floor_us(cost, at)
     figure = grid(
         f"{model}, TP {tp_size}, batch {num_tokens}: at least {number(chosen.us)} µs, {chosen.side}-bound",
-        f"arithmetic at {at.copy_bytes_per_s / 1e12:g} TB/s and {at.flops_per_s / 1e12:g} TFLOP/s ({at.device}); uniform routing",
+        f"computed at {at.copy_bytes_per_s / 1e12:g} TB/s and {at.flops_per_s / 1e12:g} TFLOP/s ({at.device}); uniform routing",
         titles=["layer, both sides of the floor", f"launches at batch {num_tokens}"],
     )
     for side, style in SIDES.items():

@@ -106,11 +106,11 @@ def _places(trace: Trace) -> _Places:
 def follow(trace: Trace, step: str = STEPS[-1], token: int | None = None) -> Panel:
     """The picture up to a step, every token in its colour; `token` alone in full colour if one is given.
 
-    Squares are rows, with who they are; strips are the values of a row, blue below zero and orange above.
+    Squares are rows, with who they are; strips are the values of a row, blue below zero and brown above.
     """
     shown, places = STEPS[: STEPS.index(step) + 1], _places(trace)
     who = "all tokens" if token is None else f"token {token}"
-    said = "computed here, by the kernels; a strip: a row’s values, blue below 0, orange above; thin lines: padding"
+    said = "computed here, by the kernels; a strip: a row’s values, blue below 0, brown above; thin lines: padding"
     figure = grid(
         f"Step {len(shown)} of {len(STEPS)}, {step}: {who}", said, height=165 + round(ROW_PIXELS * places.height)
     )

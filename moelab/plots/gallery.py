@@ -21,6 +21,7 @@ from typing import Any
 from moelab import runtime, writing
 from moelab.errors import MoelabError, RuntimeModeError
 from moelab.plots.literal import literal
+from moelab.plots.panel import TABLES
 
 PLOTLY, WIDGET, STATE = (
     "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json",
@@ -56,6 +57,12 @@ QUESTIONS = (
     ("What does a word mean?", "glossary", ""),
 )
 """Question, the notebook that answers it, the heading it is answered under."""
+
+ABOUT = (
+    "A workbench for fused Mixture-of-Experts (MoE) kernels, the layers in which each token of a language model goes through a "
+    "few of many experts: time them against their floor, check them in float64, tune them, and hand the result to a server."
+)
+"""For a reader who comes to the pages first, and has seen no README."""
 
 CELL_TIMEOUT_S = 600
 COVER_WIDTH = 900
@@ -213,7 +220,8 @@ table { border-collapse: collapse; font-size: 13px } th, td { padding: .2rem .6r
 .cards h2 { margin: .6rem 0; font-size: 1.05rem } .cards p { margin: 0; color: var(--soft); font-size: 14px }
 .cards img { width: 100%; border-radius: 4px; background: #fff }
 .cards ul { margin: 0; padding-left: 1.1rem; font-size: 14px } nav { display: flex; gap: 1.2rem; flex-wrap: wrap }
-nav.end { margin-top: 2rem } label { font-size: 14px; color: var(--soft) }
+nav:not(.end) { position: sticky; top: 0; z-index: 5; background: var(--paper); padding: .4rem 0 }
+h1, h2, h3, h4 { scroll-margin-top: 3rem } nav.end { margin-top: 2rem } label { font-size: 14px; color: var(--soft) }
 #code:not(:checked) ~ main .celltag_folded .input { display: none }
 @media (prefers-color-scheme: dark) { main .js-plotly-plot text[style*="rgb(123, 123, 123)"] { fill: #c9d1d9 !important } }
 """
@@ -228,7 +236,7 @@ def _document(title: str, head: str, body: str) -> str:
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">\n'
-        f"<style>{STYLE}{code_colors}</style>{head}</head>\n<body>{body}</body></html>\n"
+        f"<style>{STYLE}{TABLES}{code_colors}</style>{head}</head>\n<body>{body}</body></html>\n"
     )
 
 
@@ -264,7 +272,8 @@ def index_html(pages: Sequence[Page], covers: Mapping[str, str]) -> str:
         f'<li><a href="{stem}.html{f"#{heading_id(heading)}" if heading else ""}">{html.escape(question)}</a></li>'
         for question, stem, heading in QUESTIONS if stem in there
     )  # fmt: skip
-    about = f"<h1>moelab</h1><p>The notebooks as they ran on {html.escape(where.device_name)} ({where.mode}); measurements are "
+    about = f"<h1>moelab</h1><p>{ABOUT}</p>"
+    about += f"<p>The notebooks as they ran on {html.escape(where.device_name)} ({where.mode}); measurements are "
     about += (
         "recorded from real GPUs, and each figure names its recording. Pages work offline; controls need a server: "
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from moelab.config import SHORT
 from moelab.plots.panel import Panel, Row
-from moelab.plots.style import BLUE, GREEN, GREY, ORANGE, SCALE, grid
+from moelab.plots.style import BLUE, GREEN, GREY, ORANGE, SCALE, bar_title, grid, hold_margins, on_scale, text_on
 from moelab.tuner.problem import GEMMS, Gemm
 from moelab.tuner.survey import PARAMETERS, Cover, Survey, cover, importance, plateau, short_names
 
@@ -61,13 +62,12 @@ def heat_map(survey: Survey, gemm: Gemm, allowed: Allowed | None = None, rows: i
     )
     figure.add_heatmap(
         z=share[:, shown].T.astype(np.float32), x=[str(b) for b in survey.batch_sizes], y=configs, zmin=LOWEST, zmax=100,
-        colorscale=SCALE, colorbar={"title": {"text": "% of best"}, "tickfont": {"color": GREY}, "outlinewidth": 0},
+        colorscale=SCALE, colorbar={"title": bar_title("% of best"), "tickfont": {"color": GREY}, "outlinewidth": 0},
         hovertemplate="%{y}<br>batch %{x}: %{z:.1f} % of the best<extra></extra>", xgap=1, ygap=1,
     )  # fmt: skip
     figure.update_xaxes(title="batch, tokens", type="category")
-    figure.update_yaxes(
-        title="config", type="category", autorange="reversed", dtick=1, tickfont={"size": 10}, automargin=True
-    )
+    figure.update_yaxes(title="config", type="category", autorange="reversed", dtick=1, tickfont={"size": 10})
+    hold_margins(figure, configs, 10)
     table: list[Row] = []
     for index in sorted(shown, key=lambda i: -float(np.nanmean(share[:, i]))):
         known, worst = np.isfinite(share[:, index]), int(np.nanargmin(share[:, index]))
@@ -128,10 +128,12 @@ def plateaus(survey: Survey) -> Panel:
                 line={"color": color}, marker={"color": color, "symbol": solid, "size": 8}, showlegend=column == 1,
                 hovertemplate="batch %{x}: %{y} configs<extra></extra>",
             )  # fmt: skip
-        figure.update_xaxes(title="batch, tokens", type="category", tickangle=-60, row=1, col=column)
+        figure.update_xaxes(
+            title="batch, tokens", type="category", tickvals=ticks[::-2], tickangle=0, row=1, col=column
+        )
     figure.update_yaxes(title="different programs", row=1, col=1)
     figure.update_yaxes(type="log", dtick=1, row=1)
-    figure.update_layout(legend={"orientation": "h", "y": -0.3}, margin={"b": 100})
+    figure.update_layout(legend={"orientation": "h", "y": -0.22})
     table = [
         {"GEMM": GEMM_NAMES[gemm], "within": f"{found.within:.0%}", "configs needed": len(found.chosen), "config": config.short(),
          "for the batch sizes": ", ".join(map(str, batches))}
@@ -161,7 +163,8 @@ def importances(survey: Survey) -> Panel:
     names = short_names()
     figure = grid(
         "What decides the time: variance of log time explained by each parameter alone",
-        f"{survey.landscape.source()}; eta squared over every measured config; batches with the whole grid only",
+        f"{survey.landscape.source()}; the number: per cent, eta squared over every measured config<br>"
+        "batches with the whole grid only",
         titles=[GEMM_NAMES[gemm] for gemm in GEMMS],
         shared_y=True,
         height=360,
@@ -170,8 +173,14 @@ def importances(survey: Survey) -> Panel:
         z = np.array([[100 * each[name] for each in found[gemm]] for name in PARAMETERS], dtype=np.float32)
         figure.add_heatmap(
             z=z, x=[str(b) for b in batches], y=[names[name] for name in PARAMETERS], zmin=0, zmax=100, row=1, col=column,
-            colorscale=SCALE, showscale=False, texttemplate="%{z:.0f}", xgap=1, ygap=1,
-            hovertemplate="%{y} at batch %{x}: %{z:.1f} %<extra></extra>",
+            colorscale=SCALE, showscale=False, xgap=1, ygap=1, hoverinfo="skip",
+        )  # fmt: skip
+        across, down = zip(*itertools.product(map(str, batches), (names[name] for name in PARAMETERS)), strict=True)
+        shares = [float(share) for share in z.T.ravel()]
+        figure.add_scatter(
+            x=across, y=down, text=[f"{share:.0f}" for share in shares], mode="text", showlegend=False, row=1, col=column,
+            textfont={"color": [text_on(on_scale(share / 100)) for share in shares]},
+            hovertemplate="%{y} at batch %{x}: %{text} %<extra></extra>",
         )  # fmt: skip
         figure.update_xaxes(title="batch, tokens", type="category", row=1, col=column)
     figure.update_yaxes(autorange="reversed", row=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ from plotly.colors import sample_colorscale
 
 from moelab.plots.landscape import GEMM_NAMES, Allowed, describe
 from moelab.plots.panel import Panel
-from moelab.plots.style import BLUE, GREY, SCALE, grid, number, round_ticks
+from moelab.plots.style import BLUE, GREY, SCALE, grid, hold_margins, number, round_ticks
 from moelab.tuner.problem import Gemm
 from moelab.tuner.survey import PARAMETERS, Detail, Floats, Survey, short_names
 
@@ -99,13 +100,16 @@ def scatter(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, withi
     )  # fmt: skip
     floor = survey.floor_us(gemm, num_tokens)
     if np.isfinite(floor):
-        figure.add_hline(
-            y=floor, line={"color": GREY, "dash": "dot"}, annotation_text="floor", annotation_font_color=GREY
-        )
+        figure.add_hline(y=floor, line={"color": GREY, "dash": "dot"})
+        figure.add_annotation(  # of add_hline it would lie at 10**floor: on a log axis annotations count in powers of ten
+            x=1, xref="x domain", xanchor="right", y=math.log10(floor), yanchor="bottom", text="floor", showarrow=False,
+            font={"color": GREY},
+        )  # fmt: skip
     figure.update_xaxes(title=title)
     finite = [float(t) for t in times if np.isfinite(t)]
     low = min([*finite, floor] if np.isfinite(floor) else finite)
     figure.update_yaxes(title="µs", **round_ticks(low * 0.95, max(finite) * 1.05))
+    hold_margins(figure)
     figure.update_layout(legend={"orientation": "h", "y": 1.12, "x": 1, "xanchor": "right"})
     table = [
         {"config": d.config.short(), "µs": d.median_us, "95 % interval": f"{number(d.low_us, 4)} … {number(d.high_us, 4)}",
@@ -189,6 +193,7 @@ def parallel(survey: Survey, gemm: Gemm, num_tokens: int, allowed: Allowed, with
                         gridcolor=GREY, showline=False, zeroline=False, fixedrange=True)  # fmt: skip
     figure.update_yaxes(visible=False, range=[-0.12, 1.12], fixedrange=True)
     figure.update_layout(margin={"l": 30, "r": 30, "t": 110, "b": 20})
+    hold_margins(figure)
     names = short_names()
     table = [
         {

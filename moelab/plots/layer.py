@@ -79,7 +79,7 @@ def where_time_goes(recording: Recording, shape: str, at: Ceilings, one: Recordi
     batches, floors = [row["num_tokens"] for row in rows], [floor_of(row, at) for row in rows]
     fast = {row["num_tokens"]: row for row in fast_rows(one) if row["shape"] == shape} if one else {}
     figure = grid(f"What the time goes into: {shape}", f"classic: {recording.source()}, config “tuned”"
-                  f"{f'; fast: {one.source()}' if one and fast else ''}<br>sides of the floor: arithmetic at "
+                  f"{f'; fast: {one.source()}' if one and fast else ''}<br>sides of the floor: computed at "
                   f"{at.copy_bytes_per_s / 1e12:g} TB/s and {at.flops_per_s / 1e12:g} TFLOP/s")  # fmt: skip
     sides = {"memory": "reading weights and activations", "compute": "arithmetic"}
     for side, name in sides.items():
@@ -236,8 +236,9 @@ def versus_sglang(recording: Recording, peers: Sequence[Row], peer_source: str) 
     }
     figure = ratio_map.chart(
         "The classic layer beside sglang’s, same configs",
-        f"moelab: {recording.source()}<br>sglang: {peer_source}<br>another machine of the same kind, so a few per cent either "
-        "way are the machines’; searched: a short search’s one config for both GEMMs",
+        f"moelab: {recording.source()}<br>sglang: {peer_source}; green: moelab is faster, orange: sglang is<br>another "
+        "machine of the same kind, so a few per cent either way are the machines’; searched: a short search’s one config "
+        "for both GEMMs",
         cells, list(dict.fromkeys(name for name, _ in cells)), sorted(names_of(rows, "num_tokens")), bar="moelab / sglang",
     )  # fmt: skip
     ratios = [value(row) for row in rows]

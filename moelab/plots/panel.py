@@ -12,7 +12,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from moelab.plots.literal import plain
-from moelab.plots.style import INK, number
+from moelab.plots.style import INK, WIDTH, number
 
 Row = Mapping[str, Any]
 
@@ -37,8 +37,8 @@ class Panel:
 
         return pd.DataFrame([dict(row) for row in self.table])
 
-    def bundles(self) -> list[dict[str, Any]]:
-        """Mime bundles of the three, in order, for an Output widget or a test."""
+    def bundles(self, *, styled: bool = True) -> list[dict[str, Any]]:
+        """Mime bundles of the three, in order, for an Output widget or a test. styled: the table brings its style sheet."""
         bundles: list[dict[str, Any]] = []
         if self.figure is not None:
             drawn = json.loads(_packed(self.figure).to_json())
@@ -46,7 +46,8 @@ class Panel:
             bundles.append({"application/vnd.plotly.v1+json": drawn, "text/plain": text})
         bundles.append({"text/markdown": self.sentence, "text/plain": plain(self.sentence)})
         if self.table:
-            bundles.append({"text/html": table_html(self.table), "text/plain": table_text(self.table)})
+            sheet = f"<style>{TABLES}</style>" if styled else ""
+            bundles.append({"text/html": sheet + table_html(self.table), "text/plain": table_text(self.table)})
         return bundles
 
     def _ipython_display_(self) -> None:
@@ -97,6 +98,9 @@ CELLS = (
 )
 """Styles by class: in every cell of a table they would be most of a saved notebook. t: text, b: broken into lines."""
 
+TABLES = f"{CELLS} {INK} {WIDTH}"
+"""What tables and figures need of a page, which a panel brings with its table."""
+
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
     """The columns of rows that need not all have the same, in order of appearance."""
@@ -115,7 +119,7 @@ def table_html(rows: Sequence[Row]) -> str:
     head = "".join(cell("th", c, c) for c in columns)
     body = "".join("<tr>" + "".join(cell("td", c, number(row.get(c))) for c in columns) for row in rows)
     table = (
-        f'<div style="max-height: 520px; overflow: auto; margin: 4px 0 12px 0"><style>{CELLS} {INK}</style>'
+        '<div style="max-height: 520px; overflow: auto; margin: 4px 0 12px 0">'
         f'<table class="moelab{" wide" * (len(columns) > WIDE)}" style="margin: 0"><thead><tr>{head}<tbody>{body}</table></div>'
     )
     if len(rows) <= LONG:

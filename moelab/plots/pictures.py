@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from moelab.errors import MoelabError, RecordingError, RuntimeModeError
 from moelab.plots import accuracy, fast_ideas, host_time, layer, quantised_times, rivals, sum_reduce, tuned_gain
 from moelab.plots.panel import Panel, Row, columns_of
 from moelab.plots.roofline import recorded_ceilings
-from moelab.plots.style import number
+from moelab.plots.style import broken, number
 
 WIDTH = 900
 """Pixels: GitHub's column; files have twice as many for sharp text."""
@@ -157,7 +156,7 @@ def on_white(figure: go.Figure) -> go.Figure:
     drawn = go.Figure(figure)
     dark = {"color": "#24292f"}
     said = str(drawn.layout.title.subtitle.text or "").split("<br>")
-    lines = [line for part in said for line in textwrap.wrap(part, CHARACTERS)]
+    lines = [line for part in said for line in broken(part, CHARACTERS)]
     more = LINE_PIXELS * (len(lines) - len(said))
     height, top = drawn.layout.height + more, drawn.layout.margin.t + more
     drawn.update_layout(

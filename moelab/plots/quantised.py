@@ -12,7 +12,7 @@ from moelab.errors import UnknownNameError
 from moelab.formats import Format, get_format
 from moelab.plots import roofline as plots_roofline
 from moelab.plots.panel import Panel, Row
-from moelab.plots.style import GREY, grid, log_axis, number, powers, series
+from moelab.plots.style import GREY, LOOKS, grid, log_axis, number, powers, series
 from moelab.shapes import MoEShape
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def floors(
     """
     formats = [get_format(name) for name in names]
     plain = {b: _floor(shape, b, device) for b in batches}
-    figure = grid("What a format does to the floor", f"arithmetic: {shape.name} tp {shape.tp_size}, bytes of codes, scales and "
-                  f"activations and FLOP over the ceilings of {device}; uniform routing")  # fmt: skip
+    figure = grid("What a format does to the floor", f"computed: {shape.name} tp {shape.tp_size}, bytes of codes, scales and "
+                  f"activations and FLOP over the ceilings of {device.replace('_', ' ')}; uniform routing")  # fmt: skip
     table, gains = [], {}
     for name, style in series([named(f) for f in formats]).items():
         format = next(f for f in formats if named(f) == name)
@@ -214,8 +214,9 @@ def errors_by_k(found: Mapping[str, Mapping[int, Mapping[str, float]]]) -> Panel
 def way(found: Way) -> Panel:
     """The first weights of a row, and what became of them; the levels that their codes can have, where those are few."""
     format, places = found.format, list(range(len(found.values)))
+    dotted = "; dotted: what codes × scales can say" if found.levels else ""
     figure = grid(f"Weights into {format.name} and back", "computed here: normal bfloat16 weights, the fourth of them enlarged; "
-                  "one row, first columns", height=400)  # fmt: skip
+                  f"one row, first columns{dotted}", height=400)  # fmt: skip
     before, after = series(["before", "after"]).values()
     figure.add_scatter(x=places, y=found.values, name="bfloat16", mode="markers", marker=before.marker(9, hollow=True))
     figure.add_scatter(x=places, y=found.back, name="codes × scales", mode="markers", marker=after.marker(7))
@@ -257,11 +258,16 @@ def shipped(found: Mapping[str, Iterable[Shipped]], source: str) -> Panel:
     counts = {loader: Counter(one.problem for one in each if one.problem) for loader, each in rows.items()}
     kinds = sorted({kind for each in counts.values() for kind in each})
     figure = grid("Shipped for quantised experts, and of no use as they are", source, height=380)
-    for loader, style in series(list(rows)).items():
-        figure.add_bar(x=kinds, y=[counts[loader][kind] for kind in kinds], name=loader, marker={"color": style.color},
-                       text=[counts[loader][kind] or "" for kind in kinds], textposition="outside")  # fmt: skip
+    for loader, muted in series(list(rows)).items():
+        many = [counts[loader][kind] for kind in kinds]
+        figure.add_bar(x=kinds, y=many, name=loader, marker={"color": LOOKS.get(loader, muted).color})
+    totals = [sum(each[kind] for each in counts.values()) for kind in kinds]
+    figure.add_scatter(
+        x=kinds, y=totals, text=totals, mode="text", textposition="top center", showlegend=False, hoverinfo="skip"
+    )
+    figure.update_layout(barmode="stack")
     figure.update_yaxes(title="files", rangemode="tozero")
-    figure.update_xaxes(title="what is wrong")
+    figure.update_xaxes(title="what is wrong", categoryorder="array", categoryarray=kinds)
     table: list[Row] = []
     for loader, each in rows.items():
         for kind, count in counts[loader].items():

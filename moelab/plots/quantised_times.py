@@ -13,7 +13,7 @@ from moelab.formats import get_format
 from moelab.plots.cells import timed
 from moelab.plots.panel import Panel, Row, timing
 from moelab.plots.quantised import named
-from moelab.plots.style import grid, log_axis, number, series
+from moelab.plots.style import CONFIGS, grid, log_axis, number, series
 from moelab.recordings import Recording
 
 CLASSIC = "triton"
@@ -144,7 +144,8 @@ def peer(data: Mapping[str, Any]) -> Panel:
                 by[kind].setdefault(row["M"], []).append(row[kind] / row["floor"])
     means = {kind: {b: statistics.geometric_mean(r) for b, r in each.items()} for kind, each in by.items()}
     figure = grid("sglang's fp8 kernel over the floor", data["source"])
-    for (kind, label), style in zip(kinds.items(), series(list(kinds)).values(), strict=True):
+    for kind, label in kinds.items():
+        style = CONFIGS[kind if kind != "tuned" else "searched"]
         figure.add_scatter(x=list(means[kind]), y=list(means[kind].values()), name=label, mode="lines+markers",
                            line=style.line(), marker=style.marker())  # fmt: skip
     batches = sorted({row["M"] for row in data["rows"]})

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from moelab.plots.style import BETTER, WORSE, grid, text_on
+from moelab.plots.style import BETTER, WORSE, bar_title, grid, text_on
 
 TIED = "#bdbdbd"
 MIDDLE = "#f7f7f7"
 _TICKS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)
+TICK, BAR_TITLE = 15, 44
+"""Pixels: between two labels of the colour bar, and of its title with the line below."""
 LEAST_SPAN = math.log(1.25)
 """Half of the colours' range at least, so that a per cent is not drawn as a great gain."""
 
@@ -94,15 +96,10 @@ def draw(
     across = [str(b) for b in batches]
     shared = {"x": across, "y": list(names), "xgap": 2, "ygap": 2, "hoverinfo": "skip", **places}
     heights = [_heights(cells, names, batches, tie) for tie in (False, True)]
-    ticks = [t for t in _TICKS if abs(math.log(t)) <= span + 1e-9 and (low or t >= 1)]
-    ticks = [
-        t
-        for t in ticks
-        if t == 1 or all(abs(math.log(t / o)) > span / 7 for o in ticks if abs(math.log(o)) < abs(math.log(t)))
-    ]
+    ticks = _ticks(span, bool(low), figure.layout.height - figure.layout.margin.t - figure.layout.margin.b - BAR_TITLE)
     figure.add_heatmap(
         z=heights[0], zmin=-span if low else 0.0, zmax=span, colorscale=_scale(low, high), showscale=bool(bar),
-        colorbar={"title": {"text": bar}, "outlinewidth": 0, "thickness": 14, "tickvals": [math.log(t) for t in ticks],
+        colorbar={"title": bar_title(bar), "outlinewidth": 0, "thickness": 14, "tickvals": [math.log(t) for t in ticks],
                   "ticktext": [f"{t:g}" for t in ticks]},
         **shared,
     )  # fmt: skip
@@ -119,6 +116,17 @@ def draw(
     category = {"type": "category", "showgrid": False, "categoryorder": "array", **places}
     figure.update_xaxes(categoryarray=across, range=[-0.5, len(across) - 0.5], **category)
     figure.update_yaxes(categoryarray=list(names)[::-1], range=[-0.5, len(names) - 0.5], **category)
+
+
+def _ticks(span: float, both: bool, pixels: float) -> list[float]:
+    """Values for the colour bar, from the middle outwards, that have room beside each other on so many pixels."""
+    apart = max(span / 7, (1 + both) * span * TICK / max(pixels, TICK))
+    ticks = [t for t in _TICKS if abs(math.log(t)) <= span + 1e-9 and (both or t >= 1)]
+    shown = [1.0]
+    for t in sorted(ticks, key=lambda t: abs(math.log(t))):
+        if all(abs(math.log(t / o)) > apart for o in shown):
+            shown.append(t)
+    return sorted(shown)
 
 
 def _heights(

@@ -87,7 +87,7 @@ def floors(
     first = min((turn for turn in turns.values() if turn), default=None)
     until = f"memory until batch {batches[batches.index(first) - 1]}, then arithmetic" if first else "memory"
     figure = ratio_map.chart(
-        f"What bounds {what}: {until}", f"the number: the floor, µs, arithmetic: bytes / {at.copy_bytes_per_s / 1e12:g} TB/s or "
+        f"What bounds {what}: {until}", f"the number: the floor in µs, computed: bytes / {at.copy_bytes_per_s / 1e12:g} TB/s or "
         f"FLOP / {' or '.join(sorted(flops, key=float))} TFLOP/s, whichever takes longer<br>{'' if rates else 'bfloat16, '}"
         "uniform routing; blue: memory is the limit; brown: arithmetic; pale: both nearly", cells, list(shapes), batches, tall=44,
         low=SIDES["memory"].color,
@@ -140,7 +140,7 @@ def padding(name: str, shape: MoEShape, blocks: Sequence[int], batches: Sequence
     waste = {(str(m), b): roofline.padding_waste(shape, b, m).waste for m in blocks for b in batches}
     cells = {at: ratio_map.Cell(value, number(value, 2 if value < 100 else 3), False) for at, value in waste.items()}
     figure = ratio_map.chart(
-        f"Rows computed for each row that exists: {name}", "arithmetic: expected under uniform routing; each expert’s rows are "
+        f"Rows computed for each row that exists: {name}", "computed: expected under uniform routing; each expert’s rows are "
         "rounded up to BLOCK_SIZE_M", cells, [str(m) for m in blocks], batches, y="BLOCK_SIZE_M", low=None, bar="computed / real",
     )  # fmt: skip
     table: list[Row] = [{"BLOCK_SIZE_M": m} | {str(b): waste[str(m), b] for b in batches} for m in blocks]
@@ -153,7 +153,7 @@ def padding(name: str, shape: MoEShape, blocks: Sequence[int], batches: Sequence
 
 def breakdown(title: str, shape: MoEShape, peers: Sequence[Row], at: Ceilings, source: str) -> Panel:
     """Each launch's floor beside what sglang's launch took (g1, act, g2, red), as shares of the fused layer's floor."""
-    figure = grid(f"Where the time of four launches goes: {title}", f"floors: arithmetic, each launch with its own traffic; "
+    figure = grid(f"Where the time of four launches goes: {title}", f"floors: computed, each launch with its own traffic; "
                   f"measured: {source}", titles=["floor of each launch", "sglang, each launch timed alone"],
                   shared_y=True)  # fmt: skip
     keys = {"gemm1": "g1", "activation": "act", "gemm2": "g2", "sum_reduce": "red"}

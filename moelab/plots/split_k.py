@@ -24,7 +24,7 @@ CLASSIC = ("classic", 1)
 RATIO = "Split-K / classic"
 KINDS = ("atomic_f32", "atomic_out", "workspace")
 LOOKS: dict[str, Look] = {
-    "classic": look("classic"), "atomic_f32": look("split_k_atomic"), "atomic_out": SERIES[1],
+    "classic": look("classic"), "atomic_f32": look("split_k_atomic"), "atomic_out": SERIES[5],
     "workspace": look("split_k_workspace"),
 }  # fmt: skip
 SHORT = {"atomic_f32": "f32", "atomic_out": "out", "workspace": "ws"}
@@ -298,7 +298,7 @@ def int32_limits(name: str, shape: MoEShape, splits: Sequence[int] = (1, 2, 4, 8
     offsets |= {("weights, experts × N × K", b): weights - 1 for b in batches}
     cells = {at: ratio_map.Cell(max(offset, 1) / (_INT32 - 1), _times(offset), False) for at, offset in offsets.items()}
     figure = ratio_map.chart(
-        f"Where an int32 offset wraps: GEMM1’s buffers, {name}", "arithmetic, no kernel: largest offset over int32’s largest "
+        f"Where an int32 offset wraps: GEMM1’s buffers, {name}", "computed, no kernel: largest offset over int32’s largest "
         f"value; blue: fits; white: just so; red: wraps<br>top_k = {shape.top_k}, N = {N}, K = {shape.hidden_size}, "
         f"{shape.num_experts} experts", cells, [row["buffer"] for row in table], batches, low=SIDES["memory"].color, high=WRONG,
         span=math.log(16), bar="offset / limit",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from moelab.plots.panel import Panel, Row
-from moelab.plots.style import BLUE, GREEN, ORANGE, PURPLE, Look, grid, number, powers
+from moelab.plots.style import BLUE, GREEN, ORANGE, PURPLE, Look, grid, hold_margins, number, powers
 from moelab.tuner.regret import Point, Truth, trace
 from moelab.tuner.strategies import STRATEGIES
 from moelab.tuner.survey import Survey
@@ -22,6 +23,9 @@ LOOKS: Mapping[str, Look] = {
 }
 SMALLEST = 1e-4
 """Regret that a log axis still shows; less is drawn there."""
+
+FAINT = 0.75
+"""Opacity of what is still to come; with thinner lines, that it can be seen on a dark page too."""
 
 CLEAR = 0.01
 """A regret that two recorded runs do not agree to, so that it says something."""
@@ -40,6 +44,26 @@ class Traces:
     batch_sizes: tuple[int, ...]
     source: str
     runs: Mapping[str, Sequence[Sequence[Point]]]
+
+    @cached_property
+    def values(self) -> Mapping[str, Mapping[str, np.ndarray]]:
+        """ "median" and "worst" -> strategy -> regret by seed and frame, at least SMALLEST; infinite before there is a choice."""
+        times = self.frames()
+        return {
+            which: {
+                name: np.array([[max(at(run, t, which), SMALLEST) for t in times] for run in runs])
+                for name, runs in self.runs.items()
+            }
+            for which in ("median", "worst")
+        }
+
+    def range(self, which: str) -> tuple[float, float]:
+        """The whole powers of ten that hold every finite regret, whatever the moment."""
+        every = np.concatenate([each.ravel() for each in self.values[which].values()])
+        known = np.log10(every[np.isfinite(every)]) if np.isfinite(every).any() else np.array([0.0])
+        return 10 ** float(np.floor(known.min())), 10 ** max(
+            float(np.ceil(known.max())), float(np.floor(known.min())) + 1
+        )
 
     def frames(self) -> list[float]:
         """Simulated seconds to stop at, evenly spaced on a log axis, from the first choice to the last end."""
@@ -77,16 +101,15 @@ def standing(traces: Traces, budget_s: float, which: str = "median") -> Panel:
         f"replayed; {traces.source}; line: median of {seeds} seeds, shaded: their range; faint: the rest of the clock",
         height=460,
     )
-    for name, runs in traces.runs.items():
-        values = np.array([[max(at(run, t, which), SMALLEST) for t in times] for run in runs])
+    for name, values in traces.values[which].items():
         middle, style = np.median(values, axis=0), LOOKS[name]
         _band(figure, times, values, times <= budget_s, style)
         drawn = np.isfinite(middle[times <= budget_s]).any()
-        for part, opacity in ((times <= budget_s, 1.0), (times >= budget_s, 0.4)):
+        for part, opacity in ((times <= budget_s, 1.0), (times >= budget_s, FAINT)):
             known = part & np.isfinite(middle)
             figure.add_scatter(
                 x=times[known].astype(np.float32), y=100 * middle[known].astype(np.float32), mode="lines", name=name,
-                line=style.line(3 if opacity == 1 else 2) | {"shape": "hv"}, opacity=opacity, legendgroup=name,
+                line=style.line(3 if opacity == 1 else 1.5) | {"shape": "hv"}, opacity=opacity, legendgroup=name,
                 showlegend=bool((opacity == 1) == drawn), hovertemplate=f"{name}: %{{y:.2f}} % after %{{x:.1f}} s<extra></extra>",
             )  # fmt: skip
     figure.add_vline(x=budget_s, line={"color": "#7b7b7b", "width": 1})
@@ -94,9 +117,9 @@ def standing(traces: Traces, budget_s: float, which: str = "median") -> Panel:
     ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if low <= t <= high]
     seconds_axis = {"type": "log", "range": [math.log10(low), math.log10(high)], "tickvals": ticks}
     figure.update_xaxes(title="simulated seconds (compiling on 15 processes, measuring on one GPU)", **seconds_axis)
-    figure.update_yaxes(
-        title=f"{which} regret over {len(traces.batch_sizes)} batches, %", **powers(100 * SMALLEST, 1000)
-    )
+    low, high = (100 * end for end in traces.range(which))
+    figure.update_yaxes(title=f"{which} regret over {len(traces.batch_sizes)} batches, %", **powers(low, high))
+    hold_margins(figure)
     table = _table(traces, budget_s)
     finished = ", ".join(row["strategy"] for row in table if row["finished after, s"] <= budget_s) or "none"
     said = (

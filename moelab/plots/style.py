@@ -10,6 +10,8 @@ the most), so text is drawn in GREY and `INK` paints it for the page at hand.
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -32,7 +34,7 @@ SUBTITLE = 138
 """Characters of a line of a subtitle, which has to fit a page of 1000 pixels."""
 MUTED_SCALE = [[0.0, "#4f6d94"], [0.5, "#f4f4f4"], [1.0, "#8f7440"]]
 """Values to either side of 0, or of a bound: no verdict."""
-SCALE = [[0.0, "#3f6fa8"], [0.5, "#a3a3a3"], [1.0, "#f2b71f"]]
+SCALE: list[list[Any]] = [[0.0, "#3f6fa8"], [0.5, "#a3a3a3"], [1.0, "#f2b71f"]]
 """From little to much, blue over grey to yellow: neither end vanishes on a white page or on a dark one."""
 
 TEXT_ON_LIGHT, TEXT_ON_DARK = "#424a53", "#c9d1d9"
@@ -44,6 +46,14 @@ INK = (
 )
 """Style rules for GREY text: dark on a light page, light on a dark one (JupyterLab, Voila, VS Code)."""
 
+LEAST_WIDTH = 880
+"""Pixels that a figure has at least: drawn narrower, beside JupyterLab's file browser in a window of 1000, its labels would lie
+on each other and its titles end at its edge."""
+WIDTH = (
+    f".js-plotly-plot {{min-width: {LEAST_WIDTH}px}} .jp-OutputArea-child:has(> .js-plotly-plot) {{overflow-x: auto}}"
+)
+"""Style rules by which a figure in a narrower column scrolls sideways."""
+
 
 def contrast(one: str, other: str) -> float:
     """WCAG's contrast of two colours "#rrggbb": 1 for none to 21."""
@@ -52,8 +62,18 @@ def contrast(one: str, other: str) -> float:
 
 
 def text_on(ground: str) -> str:
-    """Dark or white, whichever has more contrast to a ground "#rrggbb"."""
-    return max(("#222222", "#ffffff"), key=lambda text: contrast(text, ground))
+    """Dark or white, whichever has more contrast to a ground "#rrggbb"; black where that is less than WCAG's 4.5."""
+    best = max(("#222222", "#ffffff"), key=lambda text: contrast(text, ground))
+    return best if contrast(best, ground) >= 4.5 else "#000000"
+
+
+def on_scale(share: float) -> str:
+    """The colour "#rrggbb" of SCALE at a share of it, 0 to 1."""
+    at = min(int(share * (len(SCALE) - 1)), len(SCALE) - 2)
+    (low, first), (high, last) = SCALE[at : at + 2]
+    part = (share - low) / (high - low)
+    ends = ([int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in (first, last))
+    return "#" + "".join(f"{round(a + part * (b - a)):02x}" for a, b in zip(*ends, strict=True))
 
 
 def luminance(color: str) -> float:
@@ -88,7 +108,7 @@ LOOKS: Mapping[str, Look] = {
     "grouped_mm": Look("#E98A4B", "circle-x", "dash"),
     "sglang": Look("#56B4E9", "star-square", "dot"),
     "triton_f32": Look("#2F8FC4", "x", "dashdot"),
-    "cuda": Look("#7B5BD6", "triangle-up", "solid"),
+    "cuda": Look("#7B5BD6", "triangle-right", "solid"),
     "FlashInfer": Look("#D6336C", "triangle-left", "dashdot"),
     "floor": Look(GREY, "line-ew", "dot"),
 }
@@ -171,6 +191,21 @@ def grid(
     gap: float | None = None,
 ) -> go.Figure:
     """An empty figure of rows x (len(titles) / rows) plots, with its source as the subtitle ("<br>" breaks it)."""
+    figure = copy.deepcopy(_plots(tuple(titles), rows, shared_y, gap))
+    given = source.count("<br>")
+    source = "<br>".join(part for line in source.split("<br>") for part in broken(line))
+    lines = 1 + source.count("<br>")
+    height += 16 * (lines - 1 - given)
+    plot_titles = 24 if len(titles) > 1 else 0
+    layout = figure.layout
+    layout.title.text, layout.title.subtitle.text, layout.title.y = title, source, 1 - 24 / height
+    layout.height, layout.margin.t = height, 64 + 16 * lines + plot_titles
+    return figure
+
+
+@functools.lru_cache(maxsize=128)
+def _plots(titles: tuple[str, ...], rows: int, shared_y: bool, gap: float | None) -> go.Figure:
+    """`grid` without its words and height: most of what a figure takes plotly to make, and the same at each move of a slider."""
     cols = max(1, math.ceil(len(titles) / rows))
     spacing = gap if gap is not None else (0.03 if shared_y else 0.09)
     figure = make_subplots(
@@ -182,28 +217,20 @@ def grid(
         vertical_spacing=0.17 if rows > 1 else 0.0,
     )
     figure.layout.template = TEMPLATE
-    given = source.count("<br>")
-    source = "<br>".join(part for line in source.split("<br>") for part in textwrap.wrap(line, SUBTITLE) or [""])
-    lines = 1 + source.count("<br>")
-    height += 16 * (lines - 1 - given)
-    plot_titles = 24 if len(titles) > 1 else 0
     figure.update_layout(
         title={
-            "text": title,
             "font": {"size": 17},
-            "subtitle": {"text": source, "font": {"size": 12, "color": GREY}},
+            "subtitle": {"font": {"size": 12, "color": GREY}},
             "x": 0.0,
             "xref": "container",
             "pad": {"l": 12},
             "yref": "container",
-            "y": 1 - 24 / height,
         },
         font={"size": 12, "color": GREY},
         paper_bgcolor=CLEAR,
         plot_bgcolor=CLEAR,
         colorway=[each.color for each in SERIES],
-        height=height,
-        margin={"l": 70, "r": 30, "t": 64 + 16 * lines + plot_titles, "b": 60},
+        margin={"l": 70, "r": 30, "b": 60},
         legend={"bgcolor": CLEAR, "font": {"size": 12}, "tracegroupgap": 4},
         hoverlabel={"font": {"size": 12}},
         bargap=0.25,
@@ -213,6 +240,40 @@ def grid(
     figure.update_yaxes(**axis)
     figure.update_annotations(font={"size": 13, "color": GREY})
     return figure
+
+
+def broken(line: str, width: int = SUBTITLE) -> list[str]:
+    """A line of a subtitle as lines of at most `width`, each of whole statements ("; " ends one); a statement that is longer
+    is broken into lines of about the same length."""
+    lines = [""]
+    for statement in line.split("; "):
+        together = f"{lines[-1]}; {statement}" if lines[-1] else statement
+        if len(together) <= width:
+            lines[-1] = together
+            continue
+        count = len(textwrap.wrap(statement, width))
+        even = next(w for w in range(len(statement) // count, width + 1) if len(textwrap.wrap(statement, w)) == count)
+        lines[len(lines) - (not lines[-1]) :] = textwrap.wrap(statement, even)
+    return lines
+
+
+def hold_margins(figure: go.Figure, labels: Sequence[str] = (), size: int = 12) -> None:
+    """The figure's margins as they are, the left one wide enough for its y axis' labels in that size and its title: where a
+    figure is drawn while someone waits, since plotly's automatic margins take a second drawing."""
+    widest = max(map(len, labels), default=0)
+    figure.update_xaxes(automargin=False)
+    figure.update_yaxes(automargin=False)
+    figure.layout.margin.l = max(figure.layout.margin.l, math.ceil(WIDEST_DIGIT * size * widest) + 40)
+
+
+WIDEST_DIGIT = 0.64
+"""Of the fonts at hand (DejaVu Sans), in its size: 636 of 1000 units."""
+
+
+def bar_title(text: str) -> dict[str, str]:
+    """The title of a colour bar, and a line below it that is not seen: the highest tick may stand at the bar's very end. Plotly
+    makes no room for a line of spaces."""
+    return {"text": f'{text}<br><span style="color: {CLEAR}">.</span>'}
 
 
 def log_axis(values: Sequence[float]) -> dict[str, Any]:

@@ -29,14 +29,14 @@ def gains(recording: Recording) -> Panel:
     rivals = [name for name in TITLES if recording.select(kind="summary", over=name)]
     targets = list(dict.fromkeys(row["target"] for row in recording.rows))
     found = {
-        (f"{SHORT[rival]}, {target}", row["num_tokens"]): ratio_map.cell_of(row["ratio"], row["tie"])
+        (f"{SHORT[rival]}, {target}", row["num_tokens"]): ratio_map.Cell(row["ratio"], f"{row['ratio']:.2f}", row["tie"])
         for rival in rivals for target in targets for row in _timed(recording, target, rival)
     }  # fmt: skip
     if not found:
         return Panel(None, _table(recording), _sentence(recording, rivals))
     names = list(dict.fromkeys(name for name, _ in found))
     figure = grid(
-        "Times over the tuned configs’",
+        _title(recording, rivals),
         f"{recording.source()}; whole layers, interleaved<br>green, over 1: tuned is faster; orange: it is slower; grey: a tie, "
         "the ratio’s interval holds 1; empty: not timed",
         height=190 + 30 * len(names),
@@ -65,6 +65,15 @@ def _table(recording: Recording) -> list[Row]:
         }
         for row in recording.select(kind="summary")
     ]  # fmt: skip
+
+
+def _title(recording: Recording, rivals: list[str]) -> str:
+    """How much longer a layer takes under the first rival that was timed, in the mean."""
+    times = (
+        (r, [row["ratio"] for row in recording.select(kind="layer", config_name=r) if "ratio" in row]) for r in rivals
+    )
+    rival, ratios = next((rival, ratios) for rival, ratios in times if ratios)
+    return f"What tuning gains: under {TITLES[rival]} a layer takes {geometric_mean(ratios):.2f} times as long"
 
 
 def _sentence(recording: Recording, rivals: list[str]) -> str:

@@ -193,7 +193,7 @@ def on_the_roof(
     figure = ratio_map.chart(
         f"{mine} over the floor: {name}",
         f"ours: {recording.source()}, alignment included{f'; fast: {one.source()}, order beforehand' if one else ''}<br>"
-        f"floor, and {mine} if no cache helped: arithmetic at {at.copy_bytes_per_s / 1e12:g} TB/s, {at.flops_per_s / 1e12:g} "
+        f"floor, and {mine} if no cache helped: computed at {at.copy_bytes_per_s / 1e12:g} TB/s, {at.flops_per_s / 1e12:g} "
         f"TFLOP/s; {f'live: on {here}' if live else f'{mine}: not timed here'}",
         {key: ratio_map.cell_of(value, False) for key, value in over.items()}, list(dict.fromkeys(who for who, _ in over)),
         batches, low=None, span=math.log(10), bar="time / floor",

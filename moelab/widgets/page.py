@@ -1,7 +1,8 @@
 """What a panel brings into the page besides its controls: they stay in sight, and its figures are drawn once, not three times.
 
-JupyterLab's renderer of plotly figures makes a PNG of each for the saved notebook, which draws it a second time, and then shows
-it once more: half of what a move of a slider costs the browser. Inside a panel, whose outputs no notebook saves, it is left out.
+JupyterLab's renderer of plotly figures makes a PNG of each for the saved notebook, which draws it a second time, and draws it
+once more for its size, which it has. Inside a panel, whose outputs no notebook saves, both are left out. Tables there bring no
+style sheet: for each that comes or goes a browser asks anew how every element of the page looks.
 Where the renderer is not the one expected, the script finds nothing and changes nothing.
 """
 
@@ -9,9 +10,11 @@ from __future__ import annotations
 
 import ipywidgets as widgets
 
+from moelab.plots.panel import TABLES
 from moelab.widgets.spoken import spoken_names
 
-STYLE = """<style>
+STYLE = (
+    """<style>
 .moelab-panel, .moelab-panel > .widget-vbox { overflow: visible; min-width: 0; max-width: 100%; }
 .moelab-panel > .jupyter-widgets-output-area, .moelab-panel > .widget-output { min-width: 0; max-width: 100%; overflow-x: auto; }
 .moelab-controls > *, .moelab-controls .widget-dropdown { min-width: 0; max-width: 100%; }
@@ -23,7 +26,9 @@ STYLE = """<style>
 }
 .moelab-controls .widget-html { max-width: 100%; }
 .moelab-panel textarea:disabled { opacity: 1; color: inherit; }
-</style>"""
+"""
+    + f"{TABLES}</style>"
+)
 
 DRAW_ONCE = """
 (async () => {
@@ -34,8 +39,12 @@ DRAW_ONCE = """
   if (!renderer?.loadingPlotly) return;
   await renderer.loadingPlotly;
   const own = renderer.Plotly;
-  const toImage = (plot, how) => plot?.closest?.('.moelab-panel') ? new Promise(() => {}) : own.toImage(plot, how);
-  renderer.Plotly = new Proxy(own, { get: (from, name) => (name === 'toImage' ? toImage : from[name]) });
+  const within = plot => plot?.closest?.('.moelab-panel');
+  const instead = {
+    toImage: (plot, how) => within(plot) ? new Promise(() => {}) : own.toImage(plot, how),
+    redraw: plot => within(plot) ? Promise.resolve(plot) : own.redraw(plot),  // a change of size follows, where there is one
+  };
+  renderer.Plotly = new Proxy(own, { get: (from, name) => instead[name] ?? from[name] });
 })();
 """
 

@@ -73,7 +73,7 @@ def interactive_panels(
 def show(output: widgets.Output, panels: Panel | Sequence[Panel]) -> None:
     """Put panels into an Output, in place of what it held."""
     each = [panels] if isinstance(panels, Panel) else panels
-    output.outputs = tuple(_display_data(bundle) for panel in each for bundle in panel.bundles())
+    output.outputs = tuple(_display_data(bundle) for panel in each for bundle in panel.bundles(styled=False))
 
 
 def _display_data(bundle: Mapping[str, Any]) -> dict[str, Any]:
