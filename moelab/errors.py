@@ -118,10 +118,10 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def nearest_names(name: str, known: Iterable[str], count: int = 3) -> str:
+def nearest_names(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean a, b?` for the known names closest to `name`, or an empty string."""
     if len(name) > 200:
         return ""  # comparing takes the square of the length, and no name is like that
     lowered = {k.lower(): k for k in known}
-    close = difflib.get_close_matches(name.lower(), lowered, n=count, cutoff=0.45)
+    close = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.45)
     return f" Did you mean {', '.join(lowered[c] for c in close)}?" if close else ""

@@ -95,8 +95,8 @@ HOST_RESOLUTION_US = 0.01
 """Host samples are rounded to this, and kept: a call of Python costs more, and 2,000 of them take 14 KB of JSON."""
 
 
-def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Distribution-free confidence interval of the median, from order statistics.
+def median_interval(samples: Sequence[float]) -> tuple[float, float]:
+    """Distribution-free 95 % confidence interval of the median, from order statistics.
 
     The interval [x_(j), x_(n+1-j)] covers the median with probability 1 - 2 P(B < j), B ~ Binomial(n, 1/2) (David and
     Nagaraja, Order Statistics, section 7.1). Fewer than 6 samples cannot reach 95 %: then it is (min, max).
@@ -106,15 +106,15 @@ def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple
             f"{len(samples)} samples, or some that are no numbers. Expected at least one finite sample. Measure again."
         )
     ordered, n = sorted(samples), len(samples)
-    j = _rank(n, confidence)
+    j = _rank(n)
     return ordered[j - 1], ordered[n - j]
 
 
 @lru_cache(maxsize=64)  # a second of arithmetic at 2,560 samples if every binomial coefficient is made anew each time
-def _rank(n: int, confidence: float) -> int:
-    """The j of median_interval: the largest whose tail P(B < j) is at most (1 - confidence) / 2, at least 1."""
+def _rank(n: int) -> int:
+    """The j of median_interval: the largest whose tail P(B < j) is at most 2.5 %, at least 1."""
     tail, term, j = 0, 1, 0  # in units of 2^-n, exact
-    while j < n // 2 and (tail + term) / 2**n <= (1 - confidence) / 2:
+    while j < n // 2 and (tail + term) / 2**n <= 0.025:
         tail, term, j = tail + term, term * (n - j) // (j + 1), j + 1
     return max(j, 1)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kept import kept, texts
+from kept import included, kept
 from torch import Tensor
 
 from moelab.kernels import fast_layer
@@ -99,7 +99,7 @@ def compiled(instance: Instance, dtype: torch.dtype, source: Path = SOURCE, *, r
     )  # fmt: skip
     command = ["g++", "-std=c++20", "-O1", "-DMOELAB_EMULATED", "-shared", "-fPIC"]
     command += ["-g", "-fsanitize=thread"] if races else []
-    made_of = [_compiler(), text, *command, *texts(source.parent, HERE)]
+    made_of = [_compiler(), text, *command, *included(text, source.parent, HERE)]
 
     def make(path: Path) -> None:
         path.with_name("main.cpp").write_text(text)

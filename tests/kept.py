@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from moelab.kernels import nvrtc
 from moelab.kernels.fast_instances import SOURCE
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
+INCLUDED = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 UNUSED_S = 30 * 86400
 """What nobody asked for as long as that goes: sources change."""
 
@@ -42,10 +44,22 @@ def texts(*folders: Path) -> list[str]:
     return [word for path in files for word in (path.name, path.read_text())]
 
 
+def included(source: str, *folders: Path) -> list[str]:
+    """Names and contents of the files in those folders that a source includes, and that these include: another
+    kernel's may change without it."""
+    found, left = dict[str, str](), INCLUDED.findall(source)
+    while left:
+        name = left.pop()
+        path = next((folder / name for folder in folders if (folder / name).is_file()), None)
+        if name not in found and path is not None:
+            found[name] = path.read_text()
+            left += INCLUDED.findall(found[name])
+    return [word for pair in sorted(found.items()) for word in pair]
+
+
 @functools.cache
-def _headers() -> tuple[str, ...]:
-    packages = ("nvidia-cuda-nvrtc", "nvidia-cuda-runtime", "nvidia-cuda-crt")
-    return (*(importlib.metadata.version(name) for name in packages), *texts(SOURCE.parent))
+def _compiler() -> tuple[str, ...]:
+    return tuple(map(importlib.metadata.version, ("nvidia-cuda-nvrtc", "nvidia-cuda-runtime", "nvidia-cuda-crt")))
 
 
 def hopper_code(source: str, expression: str) -> bytes:
@@ -54,4 +68,5 @@ def hopper_code(source: str, expression: str) -> bytes:
     def make(path: Path) -> None:
         path.write_bytes(nvrtc.compiled("sm_90a", source, expression).code)
 
-    return kept("cubin", (*_headers(), source, expression), make).read_bytes()
+    made_of = (*_compiler(), *included(source, SOURCE.parent), source, expression)
+    return kept("cubin", made_of, make).read_bytes()

@@ -265,7 +265,7 @@ MANY_FORMATS = (
 )
 def test_a_launch_finds_what_was_compiled_ahead(names: tuple[str, ...], tmp_path: Path) -> None:
     """For sm_90: the same cache entry, operands changing places included, and no less shared memory than predicted."""
-    entries = in_a_compiler(AHEAD.format(names=names), tmp_path)
+    (entries,) = in_a_compiler(AHEAD.format(names=names), tmp_path)
     for name, rows in entries.items():
         for i, (compiled, launched, shared, least, message) in enumerate(rows):
             assert message == "" and [entry for entry, _ in launched] == compiled, name

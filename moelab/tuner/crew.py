@@ -88,9 +88,9 @@ class Crew:
     def _is_due(member: Member) -> bool:
         return member.child is not None and (bool(member.jobs) or member.about is None)
 
-    def begin(self, count: int | None = None) -> None:
-        """Start up to `count` of the places that have no child, before there is work."""
-        for member in self.members[:count]:
+    def begin(self) -> None:
+        """Start the places that have no child, before there is work."""
+        for member in self.members:
             if member.child is None and not member.retired:
                 self._raise_up(member)
 

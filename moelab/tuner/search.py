@@ -99,14 +99,13 @@ class Search:
         rounds: int,
         *,
         stop_above_us: float | None = None,
-        repeat: int = 0,
         chunk: int | None = None,
     ) -> list[Request]:
         """Requests of up to `chunk` contenders each (default: the settings') for configs of the board, by index."""
         contenders: list[Contender] = [(self.board.configs[gemm][i],) for i in indices]
         size = chunk or self.settings.chunk
         return [
-            Request(gemm, num_tokens, tuple(contenders[i : i + size]), rounds, False, stop_above_us, repeat)
+            Request(gemm, num_tokens, tuple(contenders[i : i + size]), rounds, False, stop_above_us)
             for i in range(0, len(contenders), size)
         ]
 
