@@ -174,7 +174,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         "codes widened in registers for bfloat16 activations, few rows an expert, in CUDA C++",
         formats=frozenset(FAMILIES) - {PLAIN.family}, dtypes=("bfloat16",),
         activations=("silu", "gelu", "gelu_tanh", "swiglu_oai"), gated_only=True, weight_only=True, chips=("sm_90",),
-        look=("#2E4A7D", "triangle-up", "solid"),
+        look=("#4C5FD5", "triangle-up", "solid"),
     ),
     "torch": Implementation(
         "moelab.torch_layers:loop_pipeline",
