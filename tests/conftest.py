@@ -13,10 +13,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", str(THREADS))
 from moelab import runtime  # noqa: E402
 
 RUNTIME = runtime.prepare_triton()
-if RUNTIME.mode == "interpreter":
-    import quick_interpreter
-
-    quick_interpreter.install()
 
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402

@@ -7,7 +7,6 @@ import types
 import numpy as np
 import pytest
 import torch
-from quick_interpreter import its_dtype, kept_dtype
 
 from moelab import runtime
 
@@ -52,6 +51,7 @@ def launch() -> None:
 def test_it_is_hastened() -> None:
     launch()
     assert triton.runtime.interpreter._hastened
+    assert not triton.runtime.interpreter.interpreter_builder.options.sanitize_overflow
 
 
 def test_what_a_launch_replaces_is_put_back() -> None:
@@ -73,7 +73,8 @@ def test_another_interpreter_is_left_alone() -> None:
 
 
 def test_a_type_is_numpys_as_triton_says() -> None:
+    kept = triton.runtime.interpreter._get_np_dtype
     block, pointer = tl.block_type(tl.float16, [4, 8]), tl.pointer_type(tl.float16)
     for of in (tl.int1, tl.bfloat16, tl.float8e5, block, pointer, tl.block_type(pointer, [4])):
         for _ in range(2):
-            assert kept_dtype(of) == its_dtype(of)
+            assert kept(of) == kept.__wrapped__(of)

@@ -2,13 +2,17 @@
 
 The interpreter replaces the functions of triton.language by its own for the time of a launch. Triton 3.6.0 and 3.7.1 look
 for them anew in each launch, and again whenever a kernel calls a device function, of which `tl.sum` and its kin are made.
-Here they are found once, and a call within a launch finds them replaced.
+Here they are found once, and a call within a launch finds them replaced. For each operation they also look up numpy's type of
+Triton's, in a table made anew, and for integers compute in six operations whether it overflows, to drop the answer unless debug is
+set: the first is kept here, the second not asked.
 
 Triton 3.6.0 makes a loop's bound of an array of one number, which numpy refuses from 2.4 on; 3.7.1 drops the axis first.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from types import ModuleType
@@ -65,4 +69,23 @@ def hasten(interpreter: ModuleType, language: ModuleType) -> bool:
     changes = {"_LangPatchScope": Scope, "_patch_lang": patch_once, "_patch_builtin": patch_kept, "_hastened": True}
     for name, value in changes.items():
         setattr(interpreter, name, value)
+    if hasattr(interpreter, "_get_np_dtype"):
+        interpreter._get_np_dtype = kept_dtypes(interpreter._get_np_dtype)
+    builder = getattr(interpreter, "interpreter_builder", None)
+    options = getattr(builder, "options", None)
+    if getattr(options, "sanitize_overflow", False) and not getattr(options, "debug", True):
+        builder.options = dataclasses.replace(options, sanitize_overflow=False)  # type: ignore[type-var, union-attr]
     return True
+
+
+def kept_dtypes(its: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The interpreter's function from Triton's types to numpy's, each asked once."""
+    found: dict[str, Any] = {}
+
+    @functools.wraps(its)
+    def kept(of: Any) -> Any:
+        if of.name not in found:
+            found[of.name] = its(of)
+        return found[of.name]
+
+    return kept
