@@ -3,8 +3,8 @@
 The interpreter replaces the functions of triton.language by its own for the time of a launch. Triton 3.6.0 and 3.7.1 look
 for them anew in each launch, and again whenever a kernel calls a device function, of which `tl.sum` and its kin are made.
 Here they are found once, and a call within a launch finds them replaced. For each operation they also look up numpy's type of
-Triton's, in a table made anew, and for integers compute in six operations whether it overflows, to drop the answer unless debug is
-set: the first is kept here, the second not asked.
+Triton's, in a table made anew, and for integers compute in six operations whether it overflows, to drop the answer unless debug
+is set: the first is kept here, the second not asked.
 
 Triton 3.6.0 makes a loop's bound of an array of one number, which numpy refuses from 2.4 on; 3.7.1 drops the axis first.
 """
