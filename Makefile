@@ -68,7 +68,7 @@ lab: $(READY)
 		--ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_welcome.ipynb \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
-LASTS := about 8 minutes on two cores
+LASTS := about 6 minutes on two cores
 
 # The notebooks come first: they are long, and a run that ends with short tests keeps both processes busy to its end.
 test: $(READY)

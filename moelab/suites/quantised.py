@@ -152,7 +152,8 @@ def _contenders(name: str, layer: Layer) -> list[tuple[str, dict[str, Any], Call
     cost = cost_of(layer)
     common = {
         "shape": name, "format": shape.format.name, "num_tokens": layer.num_tokens, "experts_touched": layer.experts_touched(),
-        "bytes": cost.bytes, "flops": cost.flops,
+        # Whose rate the floor has: the format's for all implementations alike, though weight_only multiplies bfloat16.
+        "bytes": cost.bytes, "flops": cost.flops, "multiplies": shape.format.product_dtype(shape.dtype),
         "rotations": protocol.rotations,
     }  # fmt: skip
     try:
@@ -160,10 +161,7 @@ def _contenders(name: str, layer: Layer) -> list[tuple[str, dict[str, Any], Call
     except MoelabError as error:
         refused = f"{type(error).__name__}: {error}"
         return [("default", {**common, **notes["default"], "refused": refused}, None)]
-    rows = {}
-    for label, note in notes.items():
-        own = shape.dtype if IMPLEMENTATIONS[note["impl"]].weight_only else shape.format.product_dtype(shape.dtype)
-        rows[label] = {**common, "multiplies": own, **note, **judged[label]}
+    rows = {label: {**common, **notes[label], **judged[label]} for label in asked}
     return [(label, row, None if "refused" in row else asked[label]) for label, row in rows.items()]
 
 
