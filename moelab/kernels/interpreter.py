@@ -70,7 +70,7 @@ def hasten(interpreter: ModuleType, language: ModuleType) -> bool:
     for name, value in changes.items():
         setattr(interpreter, name, value)
     if hasattr(interpreter, "_get_np_dtype"):
-        interpreter._get_np_dtype = kept_dtypes(interpreter._get_np_dtype)
+        interpreter._get_np_dtype = kept_dtypes(interpreter._get_np_dtype)  # type: ignore[attr-defined]
     builder = getattr(interpreter, "interpreter_builder", None)
     options = getattr(builder, "options", None)
     if getattr(options, "sanitize_overflow", False) and not getattr(options, "debug", True):

@@ -63,16 +63,19 @@ class WeightOnly:
 
     def expression(self, gemm: str, w: GemmWeights, activation: str = "silu") -> str:
         """The template instance to compile, as NVRTC names it. gemm: "up" or "down", whose weights w are."""
-        cut, (_, rows, stored), format = self.up if gemm == "up" else self.down, w.w.shape, w.format
-        step = format.sizes[-1] if format.sizes else 0
-        scaled = {"tensor": 0, "block": format.sizes[0] if format.sizes else 0}.get(format.granularity, 1)
-        sizes = (rows, stored * format.values_per_byte, step, scaled)
-        coded = ", ".join(
-            (codes_of(format), *map(_cpp, (format.granularity == "group", format.zero_points)), *map(str, sizes))
-        )
-        cuts = ", ".join(map(str, (self.columns, cut.stages, cut.warps, cut.split, cut.turns)))
-        kind = f", {activation.upper()}" if gemm == "up" else ""
-        return f"weight_only_{gemm}<Coded<{coded}>, {cuts}, {_cpp(self.sorted)}{kind}>"
+        return _expression(self, gemm, w.w.shape[1], w.w.shape[2] * w.format.values_per_byte, w.format, activation)
+
+
+@functools.lru_cache(maxsize=4096)
+def _expression(form: WeightOnly, gemm: str, rows: int, columns: int, format: Format, activation: str) -> str:
+    """Kept: in eager decode the GPU waits for the host."""
+    cut, step = form.up if gemm == "up" else form.down, format.sizes[-1] if format.sizes else 0
+    scaled = {"tensor": 0, "block": format.sizes[0] if format.sizes else 0}.get(format.granularity, 1)
+    flags = (format.granularity == "group", format.zero_points)
+    coded = ", ".join((codes_of(format), *map(_cpp, flags), *map(str, (rows, columns, step, scaled))))
+    cuts = ", ".join(map(str, (form.columns, cut.stages, cut.warps, cut.split, cut.turns)))
+    kind = f", {activation.upper()}" if gemm == "up" else ""
+    return f"weight_only_{gemm}<Coded<{coded}>, {cuts}, {_cpp(form.sorted)}{kind}>"
 
 
 def _cpp(flag: bool) -> str:
