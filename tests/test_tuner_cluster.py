@@ -198,7 +198,8 @@ def test_a_run_that_is_given_up_leaves_the_actors_usable(ray) -> None:
     evaluator = RayEvaluator(PROBLEM, landscape=RECORDED, actors=2)
     session = TuneSession(PROBLEM, evaluator, strategy="grid", settings=SETTINGS)
     board, search = session.board, session.search
-    requests = search.requests("up", 64, board.candidates("up", 64), 3)
+    largest = PROBLEM.batch_sizes[-1]
+    requests = search.requests("up", largest, board.candidates("up", largest), 3)
     running = evaluator.run(requests)
     next(running)
     running.close()
