@@ -77,6 +77,9 @@ def test_gains_are_over_grouped_mm() -> None:
     assert panel.sentence.endswith("Without a time: batched_mm at decode 256 (OutOfMemoryError).")
     bars = [trace.error_y.array is not None for trace in panel.figure.data if trace.name == "moelab_fast"]
     assert bars == [True, True]
+    for axis in ("xaxis", "xaxis2"):  # half a cell on either side: a label keeps within its plot
+        low, high = panel.figure.layout[axis].range
+        assert low == -0.5 and high % 1 == 0.5
 
 
 def test_single_medians_call_no_tie() -> None:

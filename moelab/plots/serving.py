@@ -76,7 +76,14 @@ def gains(measured: Measured) -> Panel:
             )  # fmt: skip
     figure.add_hline(1.0, line={"color": GREY, "dash": "dot"})
     for column, kind in enumerate(shown, start=1):
-        figure.update_xaxes(title="batch" if kind == "decode" else "batch × tokens", type="category", row=1, col=column)
+        cells = len({_cell(line) for line in lines if line["kind"] == kind})
+        figure.update_xaxes(
+            title="batch" if kind == "decode" else "batch × tokens",
+            type="category",
+            range=[-0.5, cells - 0.5],
+            row=1,
+            col=column,
+        )  # a label keeps within its plot
     figure.update_yaxes(title=f"{FIRST}'s time / its time", col=1)
     table = [
         {"step": _where(line), "experts": line["impl"], "ms": line["us"] / 1e3, f"{FIRST}, ms": line["first_us"] / 1e3,
