@@ -199,9 +199,11 @@ def _gated_blocks() -> Iterator[Case]:
     ):  # fmt: skip
         for name in ("fp8_w8a8_block_128x128", "int8_w8a8_block_128x128"):
             eight = name.startswith("fp8")
-            # int8, which all chips take: within the 64 KiB of AMD's, and the registers of sm_100's
+            # int8, which all chips take: within the 64 KiB of AMD's, and the registers of sm_80's and sm_100's
             own = (
-                config if eight else replace(config, num_stages=2, BLOCK_SIZE_N=64 if config.BLOCK_SIZE_M > 16 else 256)
+                config
+                if eight
+                else replace(config, num_stages=2, BLOCK_SIZE_N=128 if config.BLOCK_SIZE_M > 16 else 256)
             )
             call = _quantised_call(name, own, "bfloat16", codes, activation="silu", gated=True)
             note = f"{name} {own.short()}{'' if codes else ' makes codes'}"
