@@ -19,6 +19,7 @@ from moelab.config_files.shipped_quantised import shipped_data
 from moelab.errors import ConfigFileError, UnknownNameError
 from moelab.formats import get_format
 from moelab.measure import Measurement
+from moelab.pipelines import quantised
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape, load_model
 from moelab.studies import fleet_gain, tuned_gain
@@ -128,8 +129,10 @@ def test_a_quantised_target_is_timed_in_its_format(
         path = tiny / runtime.triton_key() / question(shape).file_name(DEVICE, down=down)
         config_files.write_config_file(path, {3: config})
     made: list[object] = []
-    real = layer_classic.quantise_activations
-    monkeypatch.setattr(layer_classic, "quantise_activations", lambda *given: made.append(given[1]) or real(*given))
+    real = quantised.quantise_activations_unchecked
+    monkeypatch.setattr(
+        quantised, "quantise_activations_unchecked", lambda *given: made.append(given[1]) or real(*given)
+    )
     rows = rows_by_label(tuned_gain.record((ONE,), device=DEVICE, config_dir=tiny).rows, 3)
     assert {label: row["format"] for label, row in rows.items()} == dict.fromkeys(
         ("tuned", "default"), shape.format.name

@@ -21,7 +21,33 @@ from moelab.kernels.quantise_activations import quantise_activations_unchecked
 from moelab.kernels.quantised import GEMMS
 from moelab.kernels.sum_reduce import sum_reduce_unchecked
 from moelab.pipelines.call_configs import call_configs
+from moelab.routing import Alignment
 from moelab.weights import GemmWeights
+
+
+def coded_gemm(
+    a: Tensor,
+    part: GemmWeights,
+    alignment: Alignment,
+    config: KernelConfig,
+    *,
+    num_pairs: int,
+    top_k: int,
+    topk_weights: Tensor | None = None,
+) -> Tensor:
+    """`grouped_gemm` by the compatible kernel of the weights' format, codes of the activations made first where it has them.
+
+    a (num_pairs / top_k, K), as it is; returns (num_pairs, N) in its dtype. Checked once for each signature.
+    """
+    codes, a_scale = (a, None) if part.format.activations == "none" else quantise_activations_unchecked(
+        a, part.format, part.a_scale
+    )  # fmt: skip
+    product = GemmCall(codes, part, alignment, config, num_pairs, top_k, topk_weights, a_scale=a_scale)
+    check, launch = GEMMS[part.format.family]
+    out = a.new_empty((num_pairs, product.sizes[0]))
+    checked(("coded_gemm", product.seen(a_scale, out)), lambda: check(product, out))
+    launch(product, out)
+    return out
 
 
 def quantised_pipeline(call: MoECall) -> Tensor:
@@ -32,25 +58,11 @@ def quantised_pipeline(call: MoECall) -> Tensor:
     alignment = align_unchecked(call.topk_ids, up.BLOCK_SIZE_M, w.num_experts)
     on_input = call.apply_router_weight_on_input
     weights_up, weights_down = (call.topk_weights, None) if on_input else (None, call.topk_weights)
-
-    def gemm(
-        a: Tensor, part: GemmWeights, config: KernelConfig, slots: int, factors: Tensor | None, out: Tensor
-    ) -> None:
-        a_scale = None
-        if w.format.activations != "none":
-            a, a_scale = quantise_activations_unchecked(a, w.format, part.a_scale)
-        product = GemmCall(a, part, alignment, config, pairs, slots, factors, a_scale=a_scale)
-        check, launch = GEMMS[w.format.family]
-        checked(("quantised_pipeline", product.seen(a_scale, out)), lambda: check(product, out))
-        launch(product, out)
-
-    h = x.new_empty((pairs, rows))
-    gemm(x, w.up, up, top_k, weights_up, h)
+    h = coded_gemm(x, w.up, alignment, up, num_pairs=pairs, top_k=top_k, topk_weights=weights_up)
     g = x.new_empty((pairs, rows // 2 if call.gated else rows))
     activation_unchecked(h, g, call.activation, call.gated)
-    y = x.new_empty((num_tokens, top_k, x.shape[1]))
-    gemm(g, w.down, down, 1, weights_down, y.view(pairs, -1))
-    return sum_reduce_unchecked(y, call.routed_scaling_factor, torch.empty_like(x))
+    y = coded_gemm(g, w.down, alignment, down, num_pairs=pairs, top_k=1, topk_weights=weights_down)
+    return sum_reduce_unchecked(y.view(num_tokens, top_k, -1), call.routed_scaling_factor, torch.empty_like(x))
 
 
 MOST_ROWS_ON_THE_WAY = 32
@@ -62,10 +74,9 @@ def gated_quantised_pipeline(call: MoECall) -> Tensor:
     """The layer over weights in blocks with the activation in GEMM1's epilogue: align, GEMM1, GEMM2, sum-reduce, and launches
     that make codes where rows are many (x), or where no tile of GEMM1 holds a group of its result.
 
-    On an H200 (the suite `quantised` in fp8 blocks alone, 2026-12-01), against the classic layer, each under the fastest of a few
-    tiles: DeepSeek-V3 ep8 (32 experts) takes 0.96, 0.93 and 0.89 of its time at 256, 1024 and 4096 tokens; the other three shapes
-    are within 0.98 and 1.06 from 16 tokens on; at one token all are slower (1.07 to 1.53): making codes in every program costs
-    more there than a launch.
+    It wins where experts have many rows and a rank few experts (DeepSeek-V3 ep8 from 256 tokens on), is level or a little behind
+    elsewhere, and loses at one token, where codes made in every program cost more than a launch (an H200, 2026-12-01; `moelab
+    record quantised` has it among its contenders).
     """
     if not call.gated:
         raise ConfigError(

@@ -17,8 +17,8 @@ from moelab.kernels.weight_only import ROWS_DOWN, ROWS_UP, Cut, WeightOnly, chec
 from moelab.pipelines.layers import triton_pipeline
 from moelab.routing import expected_experts_touched
 
-# From tests/weight_only_forms.py on an H200 (132 SMs): Qwen3-30B-A3B tp1 and DeepSeek-V3 tp8 in int4 by groups of 128, mxfp4 and
-# int8, 1 to 128 tokens, every cut of each launch.
+# From tests/weight_only_forms.py on an H200 (132 SMs), 2026-12-01: Qwen3-30B-A3B tp1 and DeepSeek-V3 tp8 in int4 by groups of
+# 128, mxfp4 and int8, 1 to 128 tokens, every cut of each launch. What it printed is not kept; one command makes it again.
 
 MOST_REREAD = 1.2
 """Weights read by pairs over weights read once an expert, if tokens choose evenly, up to which programs of one pair are faster

@@ -19,13 +19,10 @@ from moelab.inputs import MoEInputs, make_inputs, random_tensor, routings_for
 from moelab.kernels.activation import activation
 from moelab.kernels.align import align
 from moelab.kernels.expert_order import expert_order
-from moelab.kernels.gemm_call import GemmCall
 from moelab.kernels.grouped_gemm import grouped_gemm
-from moelab.kernels.launch import checked
-from moelab.kernels.quantise_activations import quantise_activations
-from moelab.kernels.quantised import GEMMS
 from moelab.kernels.sum_reduce import sum_reduce
 from moelab.measure import Measurement, Protocol, measure, rotations_for
+from moelab.pipelines.quantised import coded_gemm
 from moelab.reading import read_json
 from moelab.recordings import Recording
 from moelab.routing import Alignment, ExpertOrder
@@ -103,7 +100,7 @@ class Layer:
         shape, down = self.shape, down_config or config
         aligned = [align(r.topk_ids, config.BLOCK_SIZE_M, shape.num_experts) for r in self.routings]
         pairs = self.num_tokens * shape.top_k
-        gemm = functools.partial(_plain_gemm if shape.format.is_plain else _coded_gemm, num_pairs=pairs)
+        gemm = functools.partial(_plain_gemm if shape.format.is_plain else coded_gemm, num_pairs=pairs)
 
         def run(i: int) -> torch.Tensor:
             w, weights = self.weights[i].weights, self.routings[i].topk_weights
@@ -162,28 +159,6 @@ def _plain_gemm(
     x: torch.Tensor, w: GemmWeights, alignment: Alignment, config: KernelConfig, **how: Any
 ) -> torch.Tensor:
     return grouped_gemm(x, w.w, alignment, config, bias=w.bias, **how)
-
-
-def _coded_gemm(
-    x: torch.Tensor,
-    w: GemmWeights,
-    alignment: Alignment,
-    config: KernelConfig,
-    *,
-    num_pairs: int,
-    top_k: int,
-    topk_weights: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """As `grouped_gemm`, of weights in a quantised format; their scales tell a kernel what the activations become."""
-    a, a_scale = x, None
-    if w.format.activations != "none":
-        a, a_scale = quantise_activations(x, w.format, w.a_scale)
-    call = GemmCall(a, w, alignment, config, num_pairs, top_k, topk_weights, a_scale=a_scale)
-    out = x.new_empty((num_pairs, call.sizes[0]))
-    check, launch = GEMMS[w.format.family]
-    checked(("layer_classic", call.seen(a_scale, out)), lambda: check(call, out))
-    launch(call, out)
-    return out
 
 
 def sample_rows(count: int, each: int = 24) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Layers of quantised experts beside each other and plain ones: time over the floor by format and batch, and the error.
 
 Each is called as a server would, through `fused_moe`: alignment, codes of the activations and the sum over slots are inside the
-time. The classic layer runs under sglang's default rule and under the fastest of a few tiles (a short screening pass, no tuning);
-the other implementations of OTHERS that take a format, as they serve the batch. All formats of one shape and batch take turns,
-over the same routings.
+time. The classic layer runs under sglang's default rule and under the fastest of a few tiles (a short screening pass, no tuning),
+`gated` under the latter where it takes the format, and OTHERS as they serve the batch. All formats of one shape and batch take
+turns, over the same routings.
 """
 
 from __future__ import annotations
@@ -55,29 +55,21 @@ _FEW = (
     (16, 64, 128, 1, 4, 4), (16, 128, 128, 1, 4, 4), (16, 64, 128, 1, 4, 6), (16, 128, 64, 1, 4, 5),
     (16, 32, 128, 1, 4, 4), (16, 32, 256, 1, 4, 3), (16, 64, 256, 1, 4, 3), (32, 64, 128, 1, 4, 4),
 )  # fmt: skip
-_GATED = {
-    True: (
-        (16, 64, 128, 1, 4, 4),
-        (16, 64, 128, 1, 4, 6),
-        (16, 128, 128, 1, 4, 4),
-        (16, 256, 128, 1, 4, 3),
-        (16, 256, 128, 1, 8, 4),
-    ),
-    False: (
-        (64, 256, 128, 16, 8, 3),
-        (64, 256, 128, 16, 8, 4),
-        (64, 128, 128, 16, 4, 3),
-        (128, 128, 128, 16, 8, 3),
-        (128, 256, 128, 16, 8, 3),
-        (64, 256, 128, 16, 4, 3),
-    ),
-}
-"""The same of `gated`, whose BLOCK_SIZE_N counts gate and up rows, by whether rows are few: 256 holds a group of its result."""
-
 _MANY = (
     (64, 128, 128, 16, 4, 3), (64, 64, 128, 16, 4, 4), (128, 128, 128, 16, 8, 3), (64, 128, 128, 16, 8, 3),
     (128, 64, 128, 16, 4, 3), (128, 128, 64, 16, 4, 4), (128, 256, 64, 16, 8, 3),
 )  # fmt: skip
+_GATED = {
+    True: (
+        (16, 64, 128, 1, 4, 4), (16, 64, 128, 1, 4, 6), (16, 128, 128, 1, 4, 4), (16, 256, 128, 1, 4, 3),
+        (16, 256, 128, 1, 8, 4),
+    ),
+    False: (
+        (64, 256, 128, 16, 8, 3), (64, 256, 128, 16, 8, 4), (64, 128, 128, 16, 4, 3), (128, 128, 128, 16, 8, 3),
+        (128, 256, 128, 16, 8, 3), (64, 256, 128, 16, 4, 3),
+    ),
+}  # fmt: skip
+"""Tiles of `gated`, by whether rows are few. BLOCK_SIZE_N counts gate and up rows: 256 of them hold a group of the result."""
 
 
 def shape_of(name: str, format: str | Format) -> MoEShape:
