@@ -149,16 +149,24 @@ def _read(block: nn.Module) -> tuple[str, bool, bool]:
 
 @torch.compiler.assume_constant_result
 def _preferred(block: Any, activation: str, gated: bool, biases: bool) -> str:
-    down = block.down_proj
-    if down.device.type == "cpu":
+    return preferred(block.down_proj, activation, gated, biases)
+
+
+def preferred(w2: Tensor, activation: str, gated: bool, biases: bool) -> str:
+    """The first of PREFERRED that takes a layer of those weights, w2 (E, H, N), where they lie; "torch" on a CPU."""
+    if w2.device.type == "cpu":
         return "torch"
     from moelab.kernels.checks import current_target
 
-    hidden, inner = down.shape[1:]
-    kind = LayerKind(dtype_name(down.dtype), activation=activation, gated=gated, biases=biases,
-                     hidden_size=hidden, moe_intermediate_size=inner)  # fmt: skip
-    takes = taking(kind, current_target())
+    takes = taking(kind_of(w2, activation, gated, biases), current_target())
     return next(impl for impl in PREFERRED if impl in takes)
+
+
+def kind_of(w2: Tensor, activation: str, gated: bool, biases: bool) -> LayerKind:
+    """What decides which implementations take a layer of plain weights, w2 (E, H, N)."""
+    hidden, inner = w2.shape[1:]
+    return LayerKind(dtype_name(w2.dtype), activation=activation, gated=gated, biases=biases,
+                     hidden_size=hidden, moe_intermediate_size=inner)  # fmt: skip
 
 
 # --- routing of a model at work ---------------------------------------------------------------------------------------

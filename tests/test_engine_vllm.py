@@ -1,0 +1,245 @@
+"""vLLM's own classes, of the wheel that the plugin was read against, with moelab's experts, on a CPU.
+
+Real: the plugin loader, the registry of replaced layers, VllmConfig, FusedMoEConfig, UnquantizedFusedMoEMethod, the choice and the
+preparation of its kernel, FusedMoEKernel with its prepare and finalize, and RoutedExperts where a test says so. Stood in for: the
+platform, which vLLM's wheel for CUDA has none of on a CPU, by vLLM's own CpuPlatform; the module that owns the weights, by a bare
+one with the attributes that the method reads. No kernel of a GPU runs. `make test-engines` makes the environment.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moelab import precision
+from moelab.engines import checks
+from moelab.engines import vllm as plugin
+from moelab.errors import ConfigError, RuntimeModeError
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vllm 0.33.0 is not installed here: `make test-engines` tests it", allow_module_level=True)
+
+pytestmark = pytest.mark.slow
+
+E, H, N, K, M = 8, 64, 32, 2, 17
+
+
+@pytest.fixture(scope="module")
+def registry() -> dict[str, type]:
+    """vLLM's layers replaced by plugins, after vLLM has loaded those that it finds."""
+    import vllm.platforms
+    from vllm.platforms.cpu import CpuPlatform
+
+    vllm.platforms._current_platform = CpuPlatform()
+    from vllm.model_executor.custom_op import op_registry_oot
+    from vllm.plugins import load_general_plugins
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(checks.CHOICE, checks.AUTO)
+        load_general_plugins()
+    return op_registry_oot
+
+
+@pytest.fixture(autouse=True)
+def asked(registry: dict[str, type], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """MOELAB_EXPERTS=auto, under a config of vLLM's."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    monkeypatch.setenv(checks.CHOICE, checks.AUTO)
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+def config(activation: str = "silu", dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
+    """vLLM's description of a layer. Options that FusedMoEParallelConfig has go there."""
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import (
+        FusedMoEConfig,
+        FusedMoEParallelConfig,
+        RoutingMethodType,
+    )
+
+    parallel = FusedMoEParallelConfig.make_no_parallel()
+    for name in [name for name in options if hasattr(parallel, name)]:
+        setattr(parallel, name, options.pop(name))
+    sizes = {"num_experts": E, "num_local_experts": E, "num_logical_experts": E, "experts_per_token": K}
+    return FusedMoEConfig(
+        hidden_dim=H, intermediate_size=N, activation=MoEActivation(activation), device="cpu", in_dtype=dtype,
+        routing_method=RoutingMethodType.Renormalize, moe_parallel_config=parallel, **(sizes | options),
+    )  # fmt: skip
+
+
+def made(moe: Any, **attributes: Any) -> tuple[Any, torch.nn.Module]:
+    """(the method, a layer whose weights it has loaded and prepared)."""
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    method, layer = UnquantizedFusedMoEMethod(moe), torch.nn.Module()
+    method.create_weights(layer, moe.num_local_experts, H, N, moe.in_dtype)
+    generator = torch.Generator().manual_seed(0)
+    for weights in layer.parameters():
+        weights.data.copy_(torch.randn(weights.shape, generator=generator) * 0.1)
+    known = {
+        "layer_name": "model.layers.3.mlp.experts", "moe_config": moe, "activation": moe.activation, "expert_map": None,
+        "apply_router_weight_on_input": False, "global_num_experts": moe.num_experts, "_expert_routing_tables": lambda: None,
+    }  # fmt: skip
+    for name, value in (known | attributes).items():
+        setattr(layer, name, value)
+    method.process_weights_after_loading(layer)
+    return method, layer
+
+
+def routed(dtype: torch.dtype = torch.bfloat16, top_k: int = K) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.rand(M, E, generator=generator).topk(top_k).indices.int()
+    weights = torch.rand(M, top_k, generator=generator)
+    return torch.randn(M, H, generator=generator).to(dtype), weights, ids
+
+
+def run(method: Any, layer: Any, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        out: torch.Tensor = method.apply(layer, x, weights, ids, None, None)
+    return out
+
+
+def check(out: torch.Tensor, layer: Any, routing: tuple[torch.Tensor, torch.Tensor, torch.Tensor], **options: Any) -> None:
+    x, weights, ids = routing
+    own, exact = precision.layer_references(x, layer.w13_weight.data, layer.w2_weight.data, weights, ids, **options)
+    precision.check(out, own, exact)
+
+
+def test_vllm_finds_and_runs_the_plugin(registry: dict[str, type]) -> None:
+    from vllm.plugins import load_plugins_by_group
+
+    assert load_plugins_by_group("vllm.general_plugins")["moelab"] is plugin.register
+    assert registry[plugin.METHOD].__module__ == "moelab.engines.vllm"
+
+
+def test_again_is_no_harm(registry: dict[str, type]) -> None:
+    before = registry[plugin.METHOD]
+    plugin.register()
+    assert registry[plugin.METHOD] is before
+
+
+@pytest.fixture()
+def unregistered(registry: dict[str, type], monkeypatch: pytest.MonkeyPatch) -> dict[str, type]:
+    monkeypatch.delitem(registry, plugin.METHOD)
+    return registry
+
+
+def test_without_the_variable_nothing_is_entered(unregistered: dict[str, type], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(checks.CHOICE)
+    plugin.register()
+    assert plugin.METHOD not in unregistered
+
+
+def test_another_version_is_refused(unregistered: dict[str, type], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.34.0")
+    with pytest.raises(RuntimeModeError, match="vllm 0.34.0 is installed.*MOELAB_TRUST_ENGINE=vllm==0.34.0"):
+        plugin.register()
+    assert plugin.METHOD not in unregistered
+
+
+def test_another_plugin_for_the_layer_is_named(unregistered: dict[str, type], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(unregistered, plugin.METHOD, TorchDispatchMode)
+    with pytest.raises(RuntimeModeError, match="replaced by torch.utils._python_dispatch.TorchDispatchMode already"):
+        plugin.register()
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_layer_is_as_close_to_the_oracle_as_torch(dtype: torch.dtype, activation: str) -> None:
+    (method, layer), routing = made(config(activation, dtype)), routed(dtype)
+    before = routing[0].clone()
+    check(run(method, layer, *routing), layer, routing, activation=activation)
+    assert type(method.moe_kernel.fused_experts).__module__ == "moelab.engines.vllm"
+    assert torch.equal(routing[0], before)
+
+
+def test_weights_on_the_input_are_applied_there_alone() -> None:
+    method, layer = made(config(experts_per_token=1), apply_router_weight_on_input=True)
+    x, weights, ids = routed(top_k=1)
+    out = run(method, layer, x, weights, ids)
+    check(out, layer, (x * weights.bfloat16(), torch.ones_like(weights), ids))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_of_expert_parallelism_adds_its_own_experts(rank: int) -> None:
+    from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
+
+    held, expert_map, _ = determine_expert_map(ep_size=2, ep_rank=rank, global_num_experts=E)
+    moe = config(num_local_experts=held, use_ep=True, ep_size=2, ep_rank=rank)
+    (method, layer), (x, weights, ids) = made(moe, expert_map=expert_map), routed()
+    ids[3] = -1  # padding
+    here = torch.where((ids >= 0) & (ids // held == rank), ids % held, -1)
+    check(run(method, layer, x, weights, ids), layer, (x, weights, here))
+
+
+def test_it_says_which_layers_it_took() -> None:
+    import logging
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("vllm").addHandler(handler)
+    checks._said.clear()
+    for _ in range(2):
+        run(*made(config()), *routed())
+    logging.getLogger("vllm").removeHandler(handler)
+    said = [line for line in lines if line.startswith("moelab: ")]
+    assert len(said) == 1
+    assert said[0].startswith(
+        "moelab: 'torch' runs the experts of model.layers.3.mlp.experts, and of all layers like it (8 experts"
+    )
+
+
+class NoWait(TorchDispatchMode):
+    """Raises at what would wait for a GPU, and so break its CUDA graph."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func._overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "item"), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_around_the_kernels_waits_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    expert_map = torch.arange(E, dtype=torch.int32)
+    method, layer = made(config(), expert_map=expert_map, apply_router_weight_on_input=True)
+    monkeypatch.setattr(plugin, "fused_moe", lambda x, *args, **options: x.clone())
+    with NoWait():
+        run(method, layer, *routed(top_k=1))
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"activation": "situ"}, "the activation situ"),
+        ({"activation": "swigluoai"}, "the activation swigluoai"),
+        ({"swiglu_limit": 7.0}, "swiglu_limit = 7.0"),
+        ({"has_bias": True}, "biases"),
+        ({"is_lora_enabled": True}, "LoRA"),
+        ({"moe_backend": "triton"}, "--moe-backend triton"),
+        ({"dp_size": 2}, "data parallelism"),
+        ({"dp_size": 2, "use_ep": True}, "the all-to-all allgather_reducescatter"),
+        ({"sp_size": 2}, "sequence parallelism"),
+        ({"enable_eplb": True}, "load balancing"),
+    ],
+)
+def test_what_would_be_computed_otherwise_is_refused_when_the_layer_is_made(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=f"{named}.*which it does not take.*take MOELAB_EXPERTS out"):
+        made(config(**options))
+
+
+def test_batch_invariance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.envs.VLLM_BATCH_INVARIANT", True, raising=False)
+    with pytest.raises(ConfigError, match="batch-invariant"):
+        made(config())
+
+
+def test_an_implementation_that_does_not_take_the_layer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(checks.CHOICE, "fast")
+    with pytest.raises(ConfigError, match="MOELAB_EXPERTS=fast was asked for activation='gelu'"):
+        run(*made(config("gelu")), *routed())
