@@ -65,13 +65,14 @@ def loaded() -> Iterator[list[str]]:
 def publish(*options: str, rank: int = 0) -> None:
     """sglang's config as its command line gives it."""
     from sglang.srt.layers.moe.utils import initialize_moe_config
-    from sglang.srt.runtime_context import SpawnRanks
+    from sglang.srt.runtime_context import SpawnRanks, reset_context
     from sglang.srt.runtime_context import publish as publish_config
     from sglang.srt.server_args import ServerArgs
 
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
     given = parser.parse_args(["--model-path", "dummy", "--device", "cpu", "--skip-tokenizer-init", *options])
+    reset_context()
     publish_config(ServerArgs.from_cli_args(given), role="scheduler", ranks=SpawnRanks(world_rank=rank))
     initialize_moe_config()
 

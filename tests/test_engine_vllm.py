@@ -1,15 +1,17 @@
 """vLLM's own classes, of the wheel that the plugin was read against, with moelab's experts, on a CPU.
 
-Real: the plugin loader, the registry of replaced layers, VllmConfig, FusedMoEConfig, UnquantizedFusedMoEMethod, the choice and the
-preparation of its kernel, FusedMoEKernel with its prepare and finalize, and RoutedExperts where a test says so. Stood in for: the
-platform, which vLLM's wheel for CUDA has none of on a CPU, by vLLM's own CpuPlatform; the module that owns the weights, by a bare
-one with the attributes that the method reads. No kernel of a GPU runs. `make test-engines` makes the environment.
+Real: the plugin loader, the registry of replaced layers, VllmConfig, FusedMoEConfig, ExpertMapManager, RoutedExperts,
+UnquantizedFusedMoEMethod, the choice and the preparation of its kernel, and FusedMoEKernel with its prepare and finalize. Stood in
+for: the platform, which vLLM's wheel for CUDA has none of on a CPU, by vLLM's own
+CpuPlatform, and for one test the group of its one rank. Router and runner are left out. No kernel of a GPU runs. `make test-engines` makes the environment.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moelab import precision
 from moelab.engines import checks
 from moelab.engines import vllm as plugin
-from moelab.errors import ConfigError, RuntimeModeError
+from moelab.errors import ConfigError, FormatError, RuntimeModeError
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm 0.33.0 is not installed here: `make test-engines` tests it", allow_module_level=True)
@@ -27,6 +29,8 @@ if importlib.util.find_spec("vllm") is None:
 pytestmark = pytest.mark.slow
 
 E, H, N, K, M = 8, 64, 32, 2, 17
+
+METHOD = "UnquantizedFusedMoEMethod"
 
 
 @pytest.fixture(scope="module")
@@ -74,23 +78,21 @@ def config(activation: str = "silu", dtype: torch.dtype = torch.bfloat16, **opti
     )  # fmt: skip
 
 
-def made(moe: Any, **attributes: Any) -> tuple[Any, torch.nn.Module]:
-    """(the method, a layer whose weights it has loaded and prepared)."""
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+def made(moe: Any, quant_config: Any = None, **options: Any) -> Any:
+    """vLLM's layer of experts, whose weights it has prepared."""
+    from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
-    method, layer = UnquantizedFusedMoEMethod(moe), torch.nn.Module()
-    method.create_weights(layer, moe.num_local_experts, H, N, moe.in_dtype)
+    experts = ExpertMapManager(
+        max_num_batched_tokens=M, top_k=moe.experts_per_token, global_num_experts=moe.num_experts, num_redundant_experts=0,
+        num_expert_group=None, moe_parallel_config=moe.moe_parallel_config, placement_strategy="linear", enable_eplb=False,
+    )  # fmt: skip
+    layer = RoutedExperts("model.layers.3.mlp.experts", moe.in_dtype, moe, quant_config, experts, **options)
     generator = torch.Generator().manual_seed(0)
     for weights in layer.parameters():
         weights.data.copy_(torch.randn(weights.shape, generator=generator) * 0.1)
-    known = {
-        "layer_name": "model.layers.3.mlp.experts", "moe_config": moe, "activation": moe.activation, "expert_map": None,
-        "apply_router_weight_on_input": False, "global_num_experts": moe.num_experts, "_expert_routing_tables": lambda: None,
-    }  # fmt: skip
-    for name, value in (known | attributes).items():
-        setattr(layer, name, value)
-    method.process_weights_after_loading(layer)
-    return method, layer
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
 
 
 def routed(dtype: torch.dtype = torch.bfloat16, top_k: int = K) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -100,9 +102,9 @@ def routed(dtype: torch.dtype = torch.bfloat16, top_k: int = K) -> tuple[torch.T
     return torch.randn(M, H, generator=generator).to(dtype), weights, ids
 
 
-def run(method: Any, layer: Any, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def run(layer: Any, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
-        out: torch.Tensor = method.apply(layer, x, weights, ids, None, None)
+        out: torch.Tensor = layer.forward_modular(x, weights, ids)
     return out
 
 
@@ -116,36 +118,36 @@ def test_vllm_finds_and_runs_the_plugin(registry: dict[str, type]) -> None:
     from vllm.plugins import load_plugins_by_group
 
     assert load_plugins_by_group("vllm.general_plugins")["moelab"] is plugin.register
-    assert registry[plugin.METHOD].__module__ == "moelab.engines.vllm"
+    assert registry[METHOD].__module__ == "moelab.engines.vllm"
 
 
 def test_again_is_no_harm(registry: dict[str, type]) -> None:
-    before = registry[plugin.METHOD]
+    before = registry[METHOD]
     plugin.register()
-    assert registry[plugin.METHOD] is before
+    assert registry[METHOD] is before
 
 
 @pytest.fixture()
 def unregistered(registry: dict[str, type], monkeypatch: pytest.MonkeyPatch) -> dict[str, type]:
-    monkeypatch.delitem(registry, plugin.METHOD)
+    monkeypatch.delitem(registry, METHOD)
     return registry
 
 
 def test_without_the_variable_nothing_is_entered(unregistered: dict[str, type], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(checks.CHOICE)
     plugin.register()
-    assert plugin.METHOD not in unregistered
+    assert METHOD not in unregistered
 
 
 def test_another_version_is_refused(unregistered: dict[str, type], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.34.0")
     with pytest.raises(RuntimeModeError, match="vllm 0.34.0 is installed.*MOELAB_TRUST_ENGINE=vllm==0.34.0"):
         plugin.register()
-    assert plugin.METHOD not in unregistered
+    assert METHOD not in unregistered
 
 
 def test_another_plugin_for_the_layer_is_named(unregistered: dict[str, type], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(unregistered, plugin.METHOD, TorchDispatchMode)
+    monkeypatch.setitem(unregistered, METHOD, TorchDispatchMode)
     with pytest.raises(RuntimeModeError, match="replaced by torch.utils._python_dispatch.TorchDispatchMode already"):
         plugin.register()
 
@@ -153,42 +155,42 @@ def test_another_plugin_for_the_layer_is_named(unregistered: dict[str, type], mo
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_layer_is_as_close_to_the_oracle_as_torch(dtype: torch.dtype, activation: str) -> None:
-    (method, layer), routing = made(config(activation, dtype)), routed(dtype)
+    layer, routing = made(config(activation, dtype)), routed(dtype)
     before = routing[0].clone()
-    check(run(method, layer, *routing), layer, routing, activation=activation)
-    assert type(method.moe_kernel.fused_experts).__module__ == "moelab.engines.vllm"
+    check(run(layer, *routing), layer, routing, activation=activation)
+    assert type(layer.quant_method.moe_kernel.fused_experts).__module__ == "moelab.engines.vllm"
     assert torch.equal(routing[0], before)
 
 
 def test_weights_on_the_input_are_applied_there_alone() -> None:
-    method, layer = made(config(experts_per_token=1), apply_router_weight_on_input=True)
+    layer = made(config(experts_per_token=1), apply_router_weight_on_input=True)
     x, weights, ids = routed(top_k=1)
-    out = run(method, layer, x, weights, ids)
+    out = run(layer, x, weights, ids)
     check(out, layer, (x * weights.bfloat16(), torch.ones_like(weights), ids))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_of_expert_parallelism_adds_its_own_experts(rank: int) -> None:
-    from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_expert_map
-
-    held, expert_map, _ = determine_expert_map(ep_size=2, ep_rank=rank, global_num_experts=E)
+    held = E // 2
     moe = config(num_local_experts=held, use_ep=True, ep_size=2, ep_rank=rank)
-    (method, layer), (x, weights, ids) = made(moe, expert_map=expert_map), routed()
+    layer, (x, weights, ids) = made(moe), routed()
     ids[3] = -1  # padding
     here = torch.where((ids >= 0) & (ids // held == rank), ids % held, -1)
-    check(run(method, layer, x, weights, ids), layer, (x, weights, here))
+    check(run(layer, x, weights, ids), layer, (x, weights, here))
 
 
 def test_it_says_which_layers_it_took() -> None:
-    import logging
+    from vllm.config.logging import LoggingConfig
+    from vllm.logger import configure_logging
 
+    configure_logging(LoggingConfig())  # as an engine does once its arguments are read
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("vllm").addHandler(handler)
     checks._said.clear()
     for _ in range(2):
-        run(*made(config()), *routed())
+        run(made(config()), *routed())
     logging.getLogger("vllm").removeHandler(handler)
     said = [line for line in lines if line.startswith("moelab: ")]
     assert len(said) == 1
@@ -206,11 +208,11 @@ class NoWait(TorchDispatchMode):
 
 
 def test_nothing_around_the_kernels_waits_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    expert_map = torch.arange(E, dtype=torch.int32)
-    method, layer = made(config(), expert_map=expert_map, apply_router_weight_on_input=True)
+    moe = config(num_local_experts=E // 2, use_ep=True, ep_size=2, ep_rank=1, experts_per_token=1)
+    layer = made(moe, apply_router_weight_on_input=True)
     monkeypatch.setattr(plugin, "fused_moe", lambda x, *args, **options: x.clone())
     with NoWait():
-        run(method, layer, *routed(top_k=1))
+        run(layer, *routed(top_k=1))
 
 
 @pytest.mark.parametrize(
@@ -233,6 +235,15 @@ def test_what_would_be_computed_otherwise_is_refused_when_the_layer_is_made(opti
         made(config(**options))
 
 
+def test_quantised_experts_are_refused_by_their_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+    monkeypatch.setattr("vllm.distributed.parallel_state._TP", SimpleNamespace(world_size=1, rank_in_group=0))
+    fp8 = Fp8Config(is_checkpoint_fp8_serialized=True, weight_block_size=[32, 32], activation_scheme="dynamic")
+    with pytest.raises(FormatError, match="model.layers.3.mlp.experts are run by Fp8MoEMethod, and MOELAB_EXPERTS asked"):
+        made(config(), quant_config=fp8)
+
+
 def test_batch_invariance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.envs.VLLM_BATCH_INVARIANT", True, raising=False)
     with pytest.raises(ConfigError, match="batch-invariant"):
@@ -242,4 +253,4 @@ def test_batch_invariance_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_implementation_that_does_not_take_the_layer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(checks.CHOICE, "fast")
     with pytest.raises(ConfigError, match="MOELAB_EXPERTS=fast was asked for activation='gelu'"):
-        run(*made(config("gelu")), *routed())
+        run(made(config("gelu")), *routed())

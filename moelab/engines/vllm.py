@@ -2,7 +2,8 @@
 
 vLLM loads `register` by the entry point `vllm.general_plugins`, in each of its processes, and `--moe-backend` takes no new name;
 so the environment variable MOELAB_EXPERTS asks, and without it nothing changes. `register` enters an out-of-tree
-UnquantizedFusedMoEMethod, by vLLM's own `register_oot`, whose experts are moelab's. Loading, routing, shared experts and the sum
+UnquantizedFusedMoEMethod, by vLLM's own `register_oot`, whose experts are moelab's, and a RoutedExperts that raises where a layer
+got another method, as quantised weights do. Loading, routing, shared experts and the sum
 over ranks stay vLLM's. Nothing waits for the host, so CUDA graphs capture it.
 """
 
@@ -13,11 +14,10 @@ from typing import Any
 import torch
 
 from moelab.engines import checks
-from moelab.errors import RuntimeModeError
+from moelab.errors import FormatError, RuntimeModeError
 from moelab.fused_moe import fused_moe
 
 OFF = f"take {checks.CHOICE} out of the environment"
-METHOD = "UnquantizedFusedMoEMethod"
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 """Gated ones, which vLLM and moelab call by the same names."""
@@ -33,16 +33,19 @@ def register() -> None:
         return
     checks.require_read("vllm")
     from vllm.model_executor.custom_op import op_registry_oot
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
-    there = op_registry_oot.get(METHOD)
-    if there is None:
-        UnquantizedFusedMoEMethod.register_oot(_method_class())
-    elif not there.__module__.startswith("moelab."):
-        raise RuntimeModeError(
-            f"{METHOD} is replaced by {there.__module__}.{there.__qualname__} already. Expected no other plugin for MoE layers. "
-            f"Leave one of the two out of VLLM_PLUGINS, or {OFF}."
-        )
+    # Both or neither: each is replaced by its class's name, wherever vLLM makes one.
+    for replaced, make in ((UnquantizedFusedMoEMethod, _method_class), (RoutedExperts, _layer_class)):
+        there = op_registry_oot.get(replaced.__name__)
+        if there is None:
+            replaced.register_oot(make())
+        elif there.__module__ != __name__:
+            raise RuntimeModeError(
+                f"{replaced.__name__} is replaced by {there.__module__}.{there.__qualname__} already. Expected no other plugin for "
+                f"MoE layers. Leave one of the two out of VLLM_PLUGINS, or {OFF}."
+            )
 
 
 def _faults(moe: Any) -> dict[str, bool]:
@@ -92,6 +95,25 @@ def _method_class() -> type:
             checks.taken["vllm"] += 1
 
     return MoelabFusedMoEMethod
+
+
+def _layer_class() -> type:
+    """vLLM's owner of the experts' weights, which raises where another method than moelab's got the layer."""
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    class MoelabRoutedExperts(RoutedExperts):
+        """Raises FormatError for a layer of quantised weights."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            if type(self.quant_method).__module__ != __name__:
+                raise FormatError(
+                    f"The experts of {self.layer_name} are run by {type(self.quant_method).__name__}, and {checks.CHOICE} asked for "
+                    "moelab's. Expected plain bfloat16 or float16 experts. Take a checkpoint that has them, or "
+                    f"{OFF}."
+                )
+
+    return MoelabRoutedExperts
 
 
 def _experts_class(logger: Any) -> type:
