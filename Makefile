@@ -17,7 +17,7 @@ NBMAKE := --nbmake --nbmake-timeout=120
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cli lab test whole notebooks test-triton36 live fuzz lint html app pictures gpu sanitize record tuned configs clean
+.PHONY: help setup cli lab test whole notebooks test-triton36 test-engines live fuzz lint html app pictures gpu sanitize record tuned configs clean
 
 help:
 	@echo 'make lab        JupyterLab on the notebooks (LAB_ARGS="--no-browser --port=8888")'
@@ -25,6 +25,7 @@ help:
 	@echo 'make test       tests and notebooks, all that needs no GPU: $(LASTS) (ARGS="-k roofline" narrows them)'
 	@echo 'make whole      all of what those tests sample, as CI runs it: 6 to 10 minutes more'
 	@echo 'make test-triton36  the kernels under Triton 3.6.0, which configs and recordings are from: 90 s on two cores'
+	@echo "make test-engines   the plugins under sglang's and vLLM's own classes, on a CPU: 420 MB of wheels, 1.1 GB, then 30 s"
 	@echo 'make fuzz       every kind of input spoiled in some hundred ways, and what became of each: minutes'
 	@echo 'make lint       ruff (lint, format) and mypy'
 	@echo 'make notebooks  runs every notebook, top to bottom'
@@ -97,6 +98,23 @@ test-triton36: $(TRITON36)/.ready
 	$(PY) -m pytest -p first_and_last -n $(WORKERS) --dist worksteal -m 'not gpu and not whole' \
 		-k 'not compiled_against and (sm_90 or not test_aot)' \
 		$(TRITON36_TESTS) $(ARGS)
+
+# Each engine's wheel alone, with what its classes import on a CPU, in an environment of its own over .venv's packages: the
+# engines pin one another's versions, and GPU packages by the gigabyte, so nothing comes by their requirements.
+ENGINES := build/engines
+
+$(ENGINES)/%/.ready: tests/engines/%.txt $(READY)
+	rm -rf $(@D)
+	$(PY) -m venv --without-pip $(@D)
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/moelab_base.pth
+	$(PY) -m pip --python $(@D)/bin/python install --quiet --no-deps --no-compile --disable-pip-version-check -r $<
+	$(PY) -m pip --python $(@D)/bin/python install --quiet --no-deps --no-build-isolation --disable-pip-version-check -e .
+	touch $@
+
+test-engines: $(ENGINES)/sglang/.ready $(ENGINES)/vllm/.ready
+	$(ENGINES)/sglang/bin/python -m pytest -m slow tests/test_engine_sglang.py $(ARGS)
+	$(ENGINES)/vllm/bin/python -m pytest -m slow tests/test_engine_vllm.py $(ARGS)
 
 # tests/live_notebooks.py compare DIR build/live sets it beside a run on another machine.
 live: $(READY)

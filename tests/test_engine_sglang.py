@@ -1,9 +1,10 @@
 """sglang's own classes, of the wheel that the plugin was read against, with moelab as their MoE runner, on a CPU.
 
 Real: the plugin loader and its hooks, the command line, the published config, FusedMoE, UnquantizedFusedMoEMethod, MoeRunner,
-StandardDispatcher, and Fp8 and Int8 methods. Stood in for: torchvision, which sglang's configs import for images alone; the
-tensor-parallel group, one rank's; the name of the device that ids are mapped on; and on a CPU sglang would call `forward_cpu`, so the layer is told to call `forward_cuda`,
-whose last branch calls the runner. No kernel of a GPU runs. `make test-engines` makes the environment.
+StandardDispatcher, and the methods for fp8 and int8. Stood in for: torchvision, which sglang's configs import for images alone;
+the tensor-parallel group, by none; in one test, the name of the device on which ids are mapped. On a CPU sglang would call
+`forward_cpu`, so the layer is told to call `forward_cuda`, whose last branch calls the runner. No kernel of a GPU runs.
+`make test-engines` makes the environment.
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ def run(layer: Any, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -
     return out
 
 
-def check(out: torch.Tensor, layer: Any, routing: tuple[torch.Tensor, torch.Tensor, torch.Tensor], **options: Any) -> None:
+def check(
+    out: torch.Tensor, layer: Any, routing: tuple[torch.Tensor, torch.Tensor, torch.Tensor], **options: Any
+) -> None:
     x, weights, ids = routing
     own, exact = precision.layer_references(x, layer.w13_weight.data, layer.w2_weight.data, weights, ids, **options)
     precision.check(out, own, exact)
@@ -189,7 +192,9 @@ def test_it_says_which_layers_it_took(loaded: list[str]) -> None:
     for number in (5, 6):
         run(layer_of(layer_id=number), *routed())
     said = [line for line in loaded if "runs the experts of layer" in line]
-    assert [line.split(" (")[0] for line in said][-1] == "moelab: 'torch' runs the experts of layer 5, and of all layers like it"
+    assert [line.split(" (")[0] for line in said][
+        -1
+    ] == "moelab: 'torch' runs the experts of layer 5, and of all layers like it"
     assert not any("layer 6" in line for line in said)
 
 
@@ -221,7 +226,9 @@ def test_a_compiled_batch_of_one_token_keeps_the_runner(loaded: list[str]) -> No
     method = layer_of().quant_method
     method._forward_method = None
     method.enter_torch_compile(num_tokens=1)
-    assert method._forward_method.__name__ == "forward_cpu"  # this platform's own, where sglang would take fused_moe_native's
+    assert (
+        method._forward_method.__name__ == "forward_cpu"
+    )  # this platform's own, where sglang would take fused_moe_native's
     method.leave_torch_compile()
 
 
@@ -237,7 +244,9 @@ def test_what_would_be_computed_otherwise_is_refused_when_the_layer_is_made(
     loaded: list[str], options: dict[str, Any], named: str
 ) -> None:
     publish(*ASKED)
-    with pytest.raises(ConfigError, match=f"layer 3 with {named}, which it does not take.*moe-runner-backend moelab out"):
+    with pytest.raises(
+        ConfigError, match=f"layer 3 with {named}, which it does not take.*moe-runner-backend moelab out"
+    ):
         layer_of(**options)
 
 

@@ -1,9 +1,9 @@
 """vLLM's own classes, of the wheel that the plugin was read against, with moelab's experts, on a CPU.
 
 Real: the plugin loader, the registry of replaced layers, VllmConfig, FusedMoEConfig, ExpertMapManager, RoutedExperts,
-UnquantizedFusedMoEMethod, the choice and the preparation of its kernel, and FusedMoEKernel with its prepare and finalize. Stood in
-for: the platform, which vLLM's wheel for CUDA has none of on a CPU, by vLLM's own
-CpuPlatform, and for one test the group of its one rank. Router and runner are left out. No kernel of a GPU runs. `make test-engines` makes the environment.
+UnquantizedFusedMoEMethod, Fp8MoEMethod, the choice and the preparation of the kernel, and FusedMoEKernel with its prepare and
+finalize. Stood in for: the platform, which vLLM's wheel for CUDA has none of on a CPU, by vLLM's own CpuPlatform; in one test,
+the group of its one rank. Router and runner are left out. No kernel of a GPU runs. `make test-engines` makes the environment.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def run(layer: Any, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -
     return out
 
 
-def check(out: torch.Tensor, layer: Any, routing: tuple[torch.Tensor, torch.Tensor, torch.Tensor], **options: Any) -> None:
+def check(
+    out: torch.Tensor, layer: Any, routing: tuple[torch.Tensor, torch.Tensor, torch.Tensor], **options: Any
+) -> None:
     x, weights, ids = routing
     own, exact = precision.layer_references(x, layer.w13_weight.data, layer.w2_weight.data, weights, ids, **options)
     precision.check(out, own, exact)
@@ -133,7 +135,9 @@ def unregistered(registry: dict[str, type], monkeypatch: pytest.MonkeyPatch) -> 
     return registry
 
 
-def test_without_the_variable_nothing_is_entered(unregistered: dict[str, type], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_variable_nothing_is_entered(
+    unregistered: dict[str, type], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv(checks.CHOICE)
     plugin.register()
     assert METHOD not in unregistered
@@ -141,14 +145,14 @@ def test_without_the_variable_nothing_is_entered(unregistered: dict[str, type], 
 
 def test_another_version_is_refused(unregistered: dict[str, type], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.34.0")
-    with pytest.raises(RuntimeModeError, match="vllm 0.34.0 is installed.*MOELAB_TRUST_ENGINE=vllm==0.34.0"):
+    with pytest.raises(RuntimeModeError, match=r"vllm 0.34.0 is installed.*MOELAB_TRUST_ENGINE=vllm==0.34.0"):
         plugin.register()
     assert METHOD not in unregistered
 
 
 def test_another_plugin_for_the_layer_is_named(unregistered: dict[str, type], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(unregistered, METHOD, TorchDispatchMode)
-    with pytest.raises(RuntimeModeError, match="replaced by torch.utils._python_dispatch.TorchDispatchMode already"):
+    with pytest.raises(RuntimeModeError, match=r"replaced by torch.utils._python_dispatch.TorchDispatchMode already"):
         plugin.register()
 
 
@@ -230,7 +234,9 @@ def test_nothing_around_the_kernels_waits_for_the_host(monkeypatch: pytest.Monke
         ({"enable_eplb": True}, "load balancing"),
     ],
 )
-def test_what_would_be_computed_otherwise_is_refused_when_the_layer_is_made(options: dict[str, Any], named: str) -> None:
+def test_what_would_be_computed_otherwise_is_refused_when_the_layer_is_made(
+    options: dict[str, Any], named: str
+) -> None:
     with pytest.raises(ConfigError, match=f"{named}.*which it does not take.*take MOELAB_EXPERTS out"):
         made(config(**options))
 
@@ -240,7 +246,9 @@ def test_quantised_experts_are_refused_by_their_method(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("vllm.distributed.parallel_state._TP", SimpleNamespace(world_size=1, rank_in_group=0))
     fp8 = Fp8Config(is_checkpoint_fp8_serialized=True, weight_block_size=[32, 32], activation_scheme="dynamic")
-    with pytest.raises(FormatError, match="model.layers.3.mlp.experts are run by Fp8MoEMethod, and MOELAB_EXPERTS asked"):
+    with pytest.raises(
+        FormatError, match=r"model.layers.3.mlp.experts are run by Fp8MoEMethod, and MOELAB_EXPERTS asked"
+    ):
         made(config(), quant_config=fp8)
 
 

@@ -79,25 +79,24 @@ def implementation(w13: Tensor, w2: Tensor, activation: str, gated: bool) -> str
     from moelab.reference import check_activation
 
     check_activation(activation, gated)
-    for name, weights in (("w13", w13), ("w2", w2)):
+    for which, weights in (("w13", w13), ("w2", w2)):
         if not weights.is_contiguous():
             raise LayoutError(
-                f"{name} has shape {tuple(weights.shape)} with strides {weights.stride()}. Expected contiguous weights. Switch "
+                f"{which} has shape {tuple(weights.shape)} with strides {weights.stride()}. Expected contiguous weights. Switch "
                 "off what pads or reorders the engine's weights."
             )
-    name = chosen()
-    if name in (None, AUTO):
+    name = chosen() or AUTO
+    if name == AUTO:
         return hf.preferred(w2, activation, gated, biases=False)
     one, kind = named(name), hf.kind_of(w2, activation, gated, biases=False)
     why = not_taken(one, kind)
     if why is None and one.no_graph and w2.device.type != "cpu":
         why = "a CUDA graph"
     if why:
-        others = ", ".join(other for other, it in IMPLEMENTATIONS.items() if not_taken(it, kind) is None)
+        others = [it for it, one in IMPLEMENTATIONS.items() if not_taken(one, kind) is None and not one.no_graph]
         raise ConfigError(
-            f"{CHOICE}={name} was asked for {why}, which it does not take. Expected {AUTO}, or one of "
-            f"{others} that runs on this device. "
-            "Set the variable to one of them."
+            f"{CHOICE}={name} was asked for {why}, which it does not take. Expected {AUTO}, or one of {', '.join(others)} that runs "
+            "on this device. Set the variable to one of them."
         )
     return name
 

@@ -43,8 +43,8 @@ def register() -> None:
             replaced.register_oot(make())
         elif there.__module__ != __name__:
             raise RuntimeModeError(
-                f"{replaced.__name__} is replaced by {there.__module__}.{there.__qualname__} already. Expected no other plugin for "
-                f"MoE layers. Leave one of the two out of VLLM_PLUGINS, or {OFF}."
+                f"{replaced.__name__} is replaced by {there.__module__}.{there.__qualname__} already. Expected no other plugin "
+                f"for MoE layers. Leave one of the two out of VLLM_PLUGINS, or {OFF}."
             )
 
 
@@ -108,8 +108,8 @@ def _layer_class() -> type:
             super().__init__(*args, **options)
             if type(self.quant_method).__module__ != __name__:
                 raise FormatError(
-                    f"The experts of {self.layer_name} are run by {type(self.quant_method).__name__}, and {checks.CHOICE} asked for "
-                    "moelab's. Expected plain bfloat16 or float16 experts. Take a checkpoint that has them, or "
+                    f"The experts of {self.layer_name} are run by {type(self.quant_method).__name__}, and {checks.CHOICE} "
+                    "asked for moelab's. Expected plain bfloat16 or float16 experts. Take a checkpoint that has them, or "
                     f"{OFF}."
                 )
 
