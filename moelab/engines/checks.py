@@ -95,8 +95,8 @@ def implementation(w13: Tensor, w2: Tensor, activation: str, gated: bool) -> str
     if why:
         others = [it for it, one in IMPLEMENTATIONS.items() if not_taken(one, kind) is None and not one.no_graph]
         raise ConfigError(
-            f"{CHOICE}={name} was asked for {why}, which it does not take. Expected {AUTO}, or one of {', '.join(others)} that runs "
-            "on this device. Set the variable to one of them."
+            f"{CHOICE}={name} was asked for {why}, which it does not take. Expected {AUTO}, or one of {', '.join(others)} that "
+            "runs on this device. Set the variable to one of them."
         )
     return name
 
