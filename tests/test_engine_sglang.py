@@ -13,9 +13,12 @@ import argparse
 import importlib.machinery
 import importlib.util
 import logging
+import re
+import shlex
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +34,8 @@ if importlib.util.find_spec("sglang") is None:
     pytest.skip("sglang 0.5.23 is not installed here: `make test-engines` tests it", allow_module_level=True)
 
 pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parent.parent
 
 E, H, N, K, M = 8, 64, 32, 2, 17
 
@@ -293,3 +298,16 @@ def test_an_implementation_that_does_not_take_the_layer_is_refused(
     monkeypatch.setenv(checks.CHOICE, "fast")
     with pytest.raises(ConfigError, match="MOELAB_EXPERTS=fast was asked for activation='gelu'"):
         run(layer_of(activation="gelu"), *routed())
+
+
+def test_the_recipe_is_taken_by_one_batch(loaded: list[str]) -> None:
+    from sglang.benchmark.one_batch import BenchArgs
+    from sglang.srt.server_args import ServerArgs
+
+    recipe = re.search(r'ARGS="(--model-path.*)"', (ROOT / "docs" / "engines.md").read_text())
+    assert recipe
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    BenchArgs.add_cli_args(parser)
+    given = parser.parse_args([*shlex.split(recipe[1]), *ASKED, "--run-name", "plugin"])
+    assert (given.moe_runner_backend, given.batch_size, given.load_format) == ("moelab", [1, 16, 64], "dummy")

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
+import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +30,8 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vllm 0.33.0 is not installed here: `make test-engines` tests it", allow_module_level=True)
 
 pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parent.parent
 
 E, H, N, K, M = 8, 64, 32, 2, 17
 
@@ -166,6 +171,17 @@ def test_the_layer_is_as_close_to_the_oracle_as_torch(dtype: torch.dtype, activa
     assert torch.equal(routing[0], before)
 
 
+def test_weights_keep_their_order_whatever_vllm_would_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as methods
+
+    swaps = methods.UnquantizedMoeBackend.FLASHINFER_CUTLASS  # up rows and then gate rows
+    monkeypatch.setattr(methods, "select_unquantized_moe_backend", lambda moe_config: (swaps, None))
+    layer, routing = made(config()), routed()
+    check(run(layer, *routing), layer, routing)
+    expected = torch.randn(layer.w13_weight.shape, generator=torch.Generator().manual_seed(0)) * 0.1
+    assert torch.equal(layer.w13_weight, expected.bfloat16())
+
+
 def test_weights_on_the_input_are_applied_there_alone() -> None:
     layer = made(config(experts_per_token=1), apply_router_weight_on_input=True)
     x, weights, ids = routed(top_k=1)
@@ -262,3 +278,16 @@ def test_an_implementation_that_does_not_take_the_layer_is_refused(monkeypatch: 
     monkeypatch.setenv(checks.CHOICE, "fast")
     with pytest.raises(ConfigError, match="MOELAB_EXPERTS=fast was asked for activation='gelu'"):
         run(made(config("gelu")), *routed())
+
+
+def test_the_recipe_is_taken_by_bench_forward() -> None:
+    from vllm.benchmarks.forward.main import add_cli_args, parse_case
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    recipe = re.search(r'ARGS="(--model .*)"', (ROOT / "docs" / "engines.md").read_text())
+    assert recipe
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    options = [*shlex.split(recipe[1]), "--output-json", "off.json", "--profile-dir", "off"]
+    given = parser.parse_args([*options, "--hf-overrides", '{"num_hidden_layers": 8}', "--routing", "balanced"])
+    assert [len(parse_case(case).requests) for case in given.case] == [32, 1, 1]
