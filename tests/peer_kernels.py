@@ -1,11 +1,12 @@
 """The compatible kernels of quantised weights beside sglang's own, on an NVIDIA GPU: same config, same problem, one run.
 
-    python tests/peer_kernels.py PATH/fused_moe_triton_kernels.py [--models deepseek-v3/8 qwen3-30b-a3b/1] [--batches 1 16 64 ...]
+    python tests/peer_kernels.py PATH/fused_moe_triton_kernels.py [--models deepseek-v3/8/8 ...] [--batches 1 16 ...]
 
 PATH: sglang 0.5.23's kernels, out of its published wheel (sglang/kernels/ops/moe); nothing of it lies here. What it imports from
 its package is replaced by answers for Hopper. One grouped product at a time (GEMM1, or GEMM2 with the routed weight), its codes,
 scales and alignment made beforehand, in a CUDA graph over rotated weights and routings, both interleaved. Prints microseconds of
-both, the ratio, ours over theirs, how far apart their results are, and the ratio's geometric mean by format.
+both, the ratio, ours over theirs, how far apart their results are, and the ratio's geometric mean by format;
+$OUT/peer_kernels.json holds the rows so far after each cell.
 """
 
 from __future__ import annotations
@@ -150,13 +151,20 @@ def cell(module: Any, shape: Any, which: str, batch: int, config: KernelConfig, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path)
-    parser.add_argument("--models", nargs="+", default=["deepseek-v3/8", "qwen3-30b-a3b/1"], help="preset/tp_size")
+    parser.add_argument(
+        "--models", nargs="+", default=["deepseek-v3/8", "qwen3-30b-a3b/1"], help="preset/tp_size[/ep_size]"
+    )
     parser.add_argument("--formats", nargs="+", default=list(FORMATS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64, 256, 1024, 4096])
     asked = parser.parse_args()
     module, rows = peer(asked.path), []
-    for (model, tp), name, which in product((m.split("/") for m in asked.models), asked.formats, ("up", "down")):
-        shape = replace(load_model(model, tp_size=int(tp), dtype="bfloat16"), format=name)
+    for (model, name), which in product(product(asked.models, asked.formats), ("up", "down")):
+        preset, *sizes = model.split("/")
+        tp_size, ep_size = (int(size) for size in (*sizes, "1")[:2])
+        plain = load_model(
+            preset, tp_size=tp_size, ep_size=ep_size, dtype="bfloat16", disable_shared_experts_fusion=True
+        )  # fmt: skip
+        shape = replace(plain, format=name)
         sets = weight_sets(which, shape)
         for batch in asked.batches:
             many = batch * shape.top_k / shape.num_experts > 24
@@ -168,9 +176,11 @@ def main() -> None:
                 row = {"model": model, "format": name, "gemm": which, "num_tokens": batch, "config": label}
                 row |= cell(module, shape, which, batch, config, sets)
                 rows.append(row)
+                if "OUT" in os.environ:
+                    (Path(os.environ["OUT"]) / "peer_kernels.json").write_text(json.dumps(rows))
                 ratio = row["ours"] / row["sglang"]
                 print(
-                    f"{model:14} {name:24} {which:4} {batch:5} {label:8} {row['ours']:9.2f} {row['sglang']:9.2f} us {ratio:.3f}"
+                    f"{model:18} {name:24} {which:4} {batch:5} {label:8} {row['ours']:9.2f} {row['sglang']:9.2f} us {ratio:.3f}"
                     f"  apart {row['apart']:.1e}",
                     flush=True,
                 )
@@ -179,8 +189,6 @@ def main() -> None:
     for name in asked.formats:
         logs = [math.log(row["ours"] / row["sglang"]) for row in rows if row["format"] == name]
         print(f"{name}: ours over sglang's, geometric mean of {len(logs)}: {math.exp(sum(logs) / len(logs)):.3f}")
-    if "OUT" in os.environ:
-        (Path(os.environ["OUT"]) / "peer_kernels.json").write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """moe_align_block_size on the device: sort (token, slot) pairs by expert, each expert padded to BLOCK_SIZE_M rows.
 
-Three ways, all deterministic, none synchronising with the host:
+Four ways, all deterministic, none synchronising with the host:
 - `align_pairs` gives every pair a block of its own: nothing to sort, for batches so small that experts rarely meet;
-- one launch, where a program's histogram holds every pair;
+- one launch of a cluster of CTAs, where `moelab.kernels.slot_order` serves;
+- elsewhere one launch, where a program's histogram holds every pair;
 - three launches (count chunks, scan, place), for anything larger.
 """
 
@@ -18,7 +19,7 @@ import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moelab.errors import DtypeError, ShapeError  # noqa: E402
-from moelab.kernels import checks  # noqa: E402
+from moelab.kernels import checks, slot_order  # noqa: E402
 from moelab.kernels.chunk_counts import CHUNK, chunk_counts, rank_in_chunk  # noqa: E402
 from moelab.kernels.launch import Launcher, checked, signature  # noqa: E402
 from moelab.kernels.tiles import bucket_of  # noqa: E402
@@ -186,6 +187,12 @@ def _sorted(topk_ids: Tensor, block_size: int, num_experts: int) -> Alignment:
     result = _allocate(length, block_size, num_pairs, num_experts, topk_ids.device)
     if num_pairs == 0:
         result.num_tokens_post_padded.zero_()
+    elif slot_order.serves(topk_ids, num_experts):
+        tokens, experts, total = result.sorted_token_ids, result.expert_ids, result.num_tokens_post_padded
+        given = slot_order.arguments(
+            topk_ids, num_experts, tokens, block_experts=experts, rows_in_use=total, block_size=block_size
+        )
+        slot_order.order_slots("ALIGNED", topk_ids, given)
     elif num_pairs <= _ONE_LAUNCH:
         _in_one_launch(topk_ids, result)
     else:
