@@ -294,6 +294,9 @@ DEVICE uint32_t packed(float low, float high, __half) {
     return *reinterpret_cast<uint32_t*>(&both);
 }
 
+DEVICE float widened(__nv_bfloat16 value) { return __bfloat162float(value); }
+DEVICE float widened(__half value) { return __half2float(value); }
+
 DEVICE void add_pair(float& low, float& high, uint32_t pair, __nv_bfloat16) {
     low += __uint_as_float(pair << 16);
     high += __uint_as_float(pair & 0xFFFF0000u);
