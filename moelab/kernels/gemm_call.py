@@ -32,9 +32,9 @@ class GemmCall(NamedTuple):
     """c[pair] = a[pair // top_k] @ w[expert of pair].T: operands, who goes where, and under which config.
 
     a: (num_pairs / top_k, K); GEMM1 has the layer's top_k, GEMM2 has 1 and one row per pair, or, of a kernel that reads sorted
-    rows, (rows, K). weights: w (E, N, K) and what belongs to it. topk_weights: num_pairs values, float32 or of a's dtype,
-    for the GEMM that applies them. activation: of a GEMM1 that applies it, and gated whether that has a gate. workspace: of a kernel that
-    needs one. a_scale: of a's codes, where a format quantises activations; see `moelab.kernels.quantise_activations`.
+    rows, (rows, K). weights: w (E, N, K) and what belongs to it. topk_weights: num_pairs values, float32 or of the
+    layer's dtype, for the GEMM that applies them. activation: of a GEMM1 that applies it, and gated whether that has a gate.
+    workspace: of a kernel that needs one. a_scale: of a's codes, where a format quantises activations; see `moelab.kernels.quantise_activations`.
     """
 
     a: Tensor
@@ -69,15 +69,8 @@ class GemmCall(NamedTuple):
     @property
     def key(self) -> tuple[Hashable, ...]:
         """What decides the compiled instance, of what every kernel takes."""
-        w = self.weights
-        return (
-            self.config,
-            self.top_k,
-            *self.sizes,
-            self.a.dtype,
-            w.bias is None,
-            None if self.topk_weights is None else self.topk_weights.dtype,
-        )
+        w, weighted = self.weights, None if self.topk_weights is None else self.topk_weights.dtype
+        return self.config, self.top_k, *self.sizes, self.a.dtype, w.bias is None, weighted
 
     @property
     def row_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
