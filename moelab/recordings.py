@@ -33,7 +33,7 @@ MADE_BY = {
     name: f"moelab record {name}"
     for name in (
         "ceilings", "sum_reduce_precision", "sum_reduce", "layer_classic", "split_k", "layer_baseline", "tma_overhead",
-        "fast_layer", "fast_choice", "fast_counters", "quantised", "serve_bench", "tuned_gain", "tuner_regret",
+        "fast_layer", "fast_choice", "fast_shapes", "fast_counters", "quantised", "serve_bench", "tuned_gain", "tuner_regret",
     )
 } | {"tune_timeline": "make tuned"}  # fmt: skip
 """Recordings by name -> the command that makes each again: suites and studies, which are layers above this, and their own."""
