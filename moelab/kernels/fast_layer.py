@@ -232,8 +232,8 @@ def fast_layer(
 ) -> Tensor:
     """The layer of checked tensors (`check_fast_layer`): x (M, H), w13 (E, 2N, H), w2 (E, H, N); out (M, H).
 
-    topk_weights (M, k), float32 or x's dtype, topk_ids (M, k) int32 or int64; tiles: of at most instance.tokens rows, in pairs where
-    instance.cluster is 2 (moelab.pipelines.fast.tiles_for makes them). weights_on_input: weigh GEMM1's rows, before the
+    topk_weights (M, k), float32 or x's dtype, topk_ids (M, k) int32 or int64; tiles: of at most instance.tokens rows, in pairs
+    where instance.cluster is 2 (moelab.pipelines.fast.tiles_for makes them). weights_on_input: weigh GEMM1's rows, before the
     activation. parts: GEMM1, GEMM2, SUM, to leave some out; where instance.apart, SUM is a launch of its own. scratch: (S, N) and
     (S, H), what GEMM1 and GEMM2 write; its own unless given. overlap: programmatic dependent launch, which sets CTAs up while the
     launch before this one ends.

@@ -34,7 +34,8 @@ class GemmCall(NamedTuple):
     a: (num_pairs / top_k, K); GEMM1 has the layer's top_k, GEMM2 has 1 and one row per pair, or, of a kernel that reads sorted
     rows, (rows, K). weights: w (E, N, K) and what belongs to it. topk_weights: num_pairs values, float32 or of the
     layer's dtype, for the GEMM that applies them. activation: of a GEMM1 that applies it, and gated whether that has a gate.
-    workspace: of a kernel that needs one. a_scale: of a's codes, where a format quantises activations; see `moelab.kernels.quantise_activations`.
+    workspace: of a kernel that needs one. a_scale: of a's codes, where a format quantises activations; see
+    `moelab.kernels.quantise_activations`.
     """
 
     a: Tensor

@@ -193,8 +193,8 @@ def weight_only(
 ) -> Tensor:
     """The layer of checked tensors (`check_weight_only`): x (M, H) bfloat16, quantised w13 (E, 2N, H) and w2 (E, H, N).
 
-    topk_weights (M, k), float32 or bfloat16, topk_ids (M, k) int32 or int64. Returns (M, H) bfloat16, scaled; of a sorted form, whose
-    alignment has blocks of form.columns, the (pairs, H) products that a sum-reduce adds up and scales. overlap: programmatic
+    topk_weights (M, k), float32 or bfloat16, topk_ids (M, k) int32 or int64. Returns (M, H) bfloat16, scaled; of a sorted form,
+    whose alignment has blocks of form.columns, the (pairs, H) products that a sum-reduce adds up and scales. overlap: programmatic
     dependent launch. Deterministic; no host synchronisation. Ids of no expert here add nothing. In int4 by groups of whole chunks
     (128), whose zero points are taken from the sums, an infinite activation makes all of its token NaN.
     """
