@@ -227,10 +227,10 @@ def few_tokens(
     """The layer of checked tensors: x (M, H), w13 (E, 2N, H), w2 (E, H, N); out (M, H). Deterministic, no host synchronisation.
 
     topk_weights (M, k), float32 or x's dtype, topk_ids (M, k) int32 or int64; those outside of the experts add nothing, whatever
-    their weight and whatever NaN the experts that nobody chose hold. scale: an int counts as the float it equals. weights_on_input: weigh
-    GEMM1's rows, before the activation. overlap: programmatic dependent launch, for NVIDIA chips since Hopper. side_by_side:
-    run programs of the same rows of all experts (GEMM1) and of all tokens (GEMM2) next to each other: of tokens that share an
-    expert only the first then reads its weights from memory, the others find them in the L2.
+    their weight and whatever NaN the experts that nobody chose hold. scale: an int counts as the float it equals.
+    weights_on_input: weigh GEMM1's rows, before the activation. overlap: programmatic dependent launch, for NVIDIA chips since
+    Hopper. side_by_side: run programs of the same rows of all experts (GEMM1) and of all tokens (GEMM2) next to each other: of
+    tokens that share an expert only the first then reads its weights from memory, the others find them in the L2.
     """
     num_experts, hidden, size = w2.shape
     num_tokens, top_k = topk_ids.shape
