@@ -156,15 +156,47 @@ def launches(
     weights_on_input: bool = False,
 ) -> tuple[Launch, Launch]:
     """GEMM1's and GEMM2's launches for these tensors. x (M, H); inner (pairs, N); out (M, H), or of a sorted form (pairs, H),
-    whose alignment has blocks of form.columns, the (pairs, H) products that a sum-reduce adds up and scales. overlap:
-    programmatic dependent launch. Deterministic; no host synchronisation. Ids of no expert here add nothing. In int4 by groups of
-    whole chunks (128), whose zero points are taken from the sums, an infinite activation makes all of its token NaN.
+    whose alignment has blocks of form.columns pairs, and which applies no scale: a sum-reduce follows."""
+    pairs, top_k = topk_ids.numel(), topk_ids.shape[1]
+    size, hidden = inner.shape[1], x.shape[1]
+    which: tuple[Any, ...] = (None, None, None)
+    if alignment is not None:
+        which = (alignment.sorted_token_ids, alignment.expert_ids, alignment.num_tokens_post_padded)
+    blocks = -(-alignment.rows_in_use // form.columns) if alignment is not None else 0
+    found = []
+    for gemm, cut, of, source_, target, tiles, programs in (
+        ("up", form.up, weights.up, x, inner, -(-size // ROWS_UP), blocks or pairs),
+        ("down", form.down, weights.down, inner, out, -(-hidden // ROWS_DOWN), blocks or x.shape[0]),
+    ):
+        pointers = (of.w, of.scale, of.zero_point, of.bias, source_, target, topk_weights, topk_ids, *which)
+        arguments = LayerArguments(
+            *(None if t is None else t.data_ptr() for t in pointers), weights.num_experts, pairs, top_k,
+            topk_ids.dtype == torch.int64, topk_weights.dtype == torch.float32, 1 if weights_on_input else 2, scale,
+        )  # fmt: skip
+        across = -(-tiles // (cut.warps // cut.split * cut.turns))
+        found.append(Launch(form.expression(gemm, of, activation), programs * across, cut.warps * 32, arguments))
+    return found[0], found[1]
+
+
+def weight_only(
+    x: Tensor,
+    weights: ExpertWeights,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    form: WeightOnly,
+    alignment: Alignment | None = None,
+    *,
+    activation: str = "silu",
+    scale: float = 1.0,
+    weights_on_input: bool = False,
+    overlap: bool = True,
+) -> Tensor:
     """The layer of checked tensors (`check_weight_only`): x (M, H) bfloat16, quantised w13 (E, 2N, H) and w2 (E, H, N).
 
     topk_weights (M, k), float32 or bfloat16, topk_ids (M, k) int32 or int64. Returns (M, H) bfloat16, scaled; of a sorted form,
-    whose alignment has blocks of form.columns, the (pairs, H) products that a sum-reduce adds up and scales. overlap: programmatic
-    dependent launch. Deterministic; no host synchronisation. Ids of no expert here add nothing. In int4 by groups of whole chunks
-    (128), whose zero points are taken from the sums, an infinite activation makes all of its token NaN.
+    whose alignment has blocks of form.columns, the (pairs, H) products that a sum-reduce adds up and scales. overlap:
+    programmatic dependent launch. Deterministic; no host synchronisation. Ids of no expert here add nothing. In int4 by groups of
+    whole chunks (128), whose zero points are taken from the sums, an infinite activation makes all of its token NaN.
     """
     pairs, size = topk_ids.numel(), weights.w13.shape[1] // 2
     if not pairs:
