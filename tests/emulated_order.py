@@ -39,12 +39,14 @@ def built(expression: str, source: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(kept("emulated", made_of, make)))
 
 
-def run(kind: str, cut: slot_order.Cut, ids: torch.dtype, order: OrderArguments, source: str | None = None) -> None:
+def run(
+    kind: slot_order.Kind, cut: slot_order.Cut, ids: torch.dtype, order: OrderArguments, source: str | None = None
+) -> None:
     """One emulated launch of that order, whose outputs lie in shared memory. source: in place of its own."""
     library = built(cut.expression(kind, ids), source or slot_order.source())
     child = os.fork()
     if not child:
-        library.run(ctypes.byref(order), cut.ctas, cut.warps * 32, cut.shared_bytes)
+        library.run(ctypes.byref(order), cut.ctas, cut.warps * 32, cut.shared_bytes(kind))
         os._exit(0)
     end = time.monotonic() + 60
     while not (done := os.waitpid(child, os.WNOHANG))[0]:

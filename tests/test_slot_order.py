@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from emulated_order import run
@@ -13,17 +11,12 @@ from sampling import sampled
 from moelab.kernels import cubin, slot_order
 from moelab.kernels.align import moe_align_block_size
 from moelab.kernels.expert_order import expert_order, ordered_tiles
-from moelab.kernels.slot_order import KINDS, MOST_ROUNDS, Cut, cut_for
+from moelab.kernels.slot_order import DENSE, MOST_ROUNDS, Cut, Kind, aligned, cut_for
 from moelab.kernels.token_tiles import TokenTiles, new_token_tiles, token_tiles_ref
 from moelab.routing import expert_order_ref, make_routing, max_padded_pairs, moe_align_block_size_ref
 
-CUTS = (Cut(1, 1, 288, warps=2), Cut(1, 2, 544, warps=2), Cut(2, 1, 288, warps=2), Cut(2, 4, 288, warps=2))
+CUTS = (Cut(1, 2, 1, 288), Cut(1, 2, 2, 544), Cut(2, 2, 1, 256), Cut(2, 2, 4, 288))
 """64 threads a CTA, as each is a thread of the system."""
-
-
-def room(cut: Cut) -> int:
-    """Slots that a cut holds."""
-    return cut.ctas * cut.rounds * cut.warps * 32
 
 
 def ids_of(num_slots: int, num_experts: int, dtype: torch.dtype) -> torch.Tensor:
@@ -48,7 +41,7 @@ CASES = sampled(CUTS, ["all", "less", "one"], [1, 2, 40, 63], [torch.int32, torc
 
 
 def sized(cut: Cut, size: str) -> int:
-    return {"all": room(cut), "less": room(cut) * 2 // 3 + 1, "one": 1}[size]
+    return {"all": cut.slots, "less": cut.slots * 2 // 3 + 1, "one": 1}[size]
 
 
 @pytest.mark.parametrize(("cut", "size", "num_experts", "dtype"), CASES)
@@ -58,10 +51,8 @@ def test_emulated_alignment(cut: Cut, size: str, num_experts: int, dtype: torch.
         expected = moe_align_block_size_ref(ids, block, num_experts)
         length = max_padded_pairs(ids.numel(), block, num_experts)
         tokens, experts, total = filled(length), filled(length // block), filled(1)
-        given = slot_order.arguments(
-            ids, num_experts, tokens, block_experts=experts, rows_in_use=total, block_size=block
-        )
-        run("ALIGNED", cut, dtype, given)
+        given = slot_order.arguments(ids, num_experts, tokens, block_experts=experts, rows_in_use=total)
+        run(aligned(block), cut, dtype, given)
         rows = int(expected.num_tokens_post_padded)
         assert int(total) == rows
         assert torch.equal(tokens[:rows], expected.sorted_token_ids[:rows])
@@ -74,7 +65,7 @@ def test_emulated_order_and_tiles(cut: Cut, size: str, num_experts: int, dtype: 
     ids = ids_of(sized(cut, size), num_experts, dtype)
     expected = expert_order_ref(ids, num_experts)
     slots, offsets = filled(ids.numel()), filled(num_experts + 1)
-    run("DENSE", cut, dtype, slot_order.arguments(ids, num_experts, slots, first_rows=offsets))
+    run(DENSE, cut, dtype, slot_order.arguments(ids, num_experts, slots, first_rows=offsets))
     assert torch.equal(slots, expected.sorted_slots) and torch.equal(offsets, expected.expert_offsets)
     for rows, grain, in_pairs in ((8, 8, False), (48, 16, True), (5, 1, True), (16, 8, False)):
         check_tiles(cut, ids, num_experts, rows, grain, in_pairs)
@@ -86,8 +77,8 @@ def check_tiles(
     order = expert_order_ref(ids, num_experts)
     expected = token_tiles_ref(order.sorted_slots, order.expert_offsets, rows, grain, in_pairs)
     made, offsets = tiles_in_memory(ids.numel(), num_experts, rows, in_pairs), filled(num_experts + 1)
-    given = slot_order.tile_arguments(ids, num_experts, made, offsets, rows, grain, in_pairs)
-    run("TILED", cut, ids.dtype, given, source)
+    given = slot_order.tile_arguments(ids, num_experts, made, offsets)
+    run(Kind("TILED", rows, grain, in_pairs), cut, ids.dtype, given, source)
     count = int(expected.num_tiles)
     assert int(made.num_tiles) == count and made.tiles[:count].tolist() == expected.tiles[:count].tolist()
     assert torch.equal(made.sorted_slots, order.sorted_slots) and torch.equal(offsets, order.expert_offsets)
@@ -98,15 +89,18 @@ def check_tiles(
     ("old", "new"),
     [
         ("c < rank ? count : 0", "c <= rank ? count : 0"),  # the CTAs below and this one
-        ("sizes - 1 - each / order.grain", "each / order.grain"),  # the smallest first
-        ("below = same & ((1u << lane) - 1);\n        const int before", "below = same;\n        const int before"),
+        ("K::SIZES - 1 - each / K::GRAIN", "each / K::GRAIN"),  # the smallest first
+        (
+            "below = same & ((1u << lane) - 1);\n            const int before",
+            "below = same;\n            const int before",
+        ),
     ],
 )
 def test_a_planted_fault_is_found(old: str, new: str) -> None:
     text = slot_order.source()
     assert text.count(old) == 1
     cut = CUTS[2]
-    ids = ids_of(room(cut), 20, torch.int32)
+    ids = ids_of(cut.slots, 20, torch.int32)
     with pytest.raises((AssertionError, RuntimeError)):  # or it runs into the ground
         check_tiles(cut, ids, 20, 48, 8, False, text.replace(old, new))
 
@@ -114,7 +108,7 @@ def test_a_planted_fault_is_found(old: str, new: str) -> None:
 @pytest.mark.parametrize(("num_slots", "num_experts"), [(1, 1), (1024, 287), (2048, 512), (8192, 256), (131072, 543)])
 def test_cuts_hold_their_slots(num_slots: int, num_experts: int) -> None:
     cut = cut_for(num_slots, num_experts)
-    assert cut is not None and room(cut) >= num_slots and num_experts < cut.buckets <= cut.warps * 32
+    assert cut is not None and cut.slots >= num_slots and num_experts < min(cut.buckets, cut.warps * 32)
 
 
 @pytest.mark.parametrize(("num_slots", "num_experts"), [(131073, 8), (8, 544)])
@@ -123,6 +117,9 @@ def test_what_no_cut_holds(num_slots: int, num_experts: int) -> None:
 
 
 EVERY = [(slots, experts) for slots in (8, 2000, 8192, 8192 * 16) for experts in (8, 512)]
+
+
+KINDS = (aligned(16), aligned(128), DENSE, Kind("TILED", 16, 8), Kind("TILED", 96, 16, True), Kind("TILED", 176, 16))
 
 
 @pytest.mark.parametrize(("kind", "size", "ids"), sampled(KINDS, EVERY, [torch.int32, torch.int64], together=1))
@@ -134,9 +131,9 @@ def test_compiles_for_hopper_without_spills(kind: str, size: tuple[int, int], id
 
 
 def test_more_shared_memory_than_asked_for_is_refused_when_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(slot_order.SHARED_BYTES, 288, 16 << 10)
+    monkeypatch.setattr(Cut, "shared_bytes", lambda *_: 4 << 10)
     with pytest.raises(Exception, match="static assertion"):
-        hopper_code(slot_order.source(), Cut(1, 1, 288).expression("DENSE", torch.int32))
+        hopper_code(slot_order.source(), Cut(1, 8, 1, 288).expression(DENSE, torch.int32))
 
 
 @pytest.mark.gpu
@@ -167,7 +164,3 @@ def test_on_a_gpu(num_experts: int, num_tokens: int) -> None:
             count = int(oracle.num_tiles)
             assert int(made.num_tiles) == count and made.tiles[:count].tolist() == oracle.tiles[:count].tolist()
             assert torch.equal(made.sorted_slots, dense.sorted_slots) and not made.ready.any()
-
-
-def test_a_cut_for_a_test_differs_in_its_threads_alone() -> None:
-    assert replace(CUTS[0], warps=slot_order.WARPS) == cut_for(1, 1)

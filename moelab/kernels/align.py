@@ -189,10 +189,8 @@ def _sorted(topk_ids: Tensor, block_size: int, num_experts: int) -> Alignment:
         result.num_tokens_post_padded.zero_()
     elif slot_order.serves(topk_ids, num_experts):
         tokens, experts, total = result.sorted_token_ids, result.expert_ids, result.num_tokens_post_padded
-        given = slot_order.arguments(
-            topk_ids, num_experts, tokens, block_experts=experts, rows_in_use=total, block_size=block_size
-        )
-        slot_order.order_slots("ALIGNED", topk_ids, given)
+        given = slot_order.arguments(topk_ids, num_experts, tokens, block_experts=experts, rows_in_use=total)
+        slot_order.order_slots(slot_order.aligned(block_size), topk_ids, given)
     elif num_pairs <= _ONE_LAUNCH:
         _in_one_launch(topk_ids, result)
     else:

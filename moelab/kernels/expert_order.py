@@ -122,7 +122,7 @@ def expert_order_unchecked(topk_ids: Tensor, num_experts: int, order: ExpertOrde
         order.expert_offsets.zero_()
     elif slot_order.serves(topk_ids, num_experts):
         given = slot_order.arguments(topk_ids, num_experts, order.sorted_slots, first_rows=order.expert_offsets)
-        slot_order.order_slots("DENSE", topk_ids, given)
+        slot_order.order_slots(slot_order.DENSE, topk_ids, given)
     elif num_slots <= _ONE_LAUNCH:
         _in_one_launch(topk_ids, num_experts, order)
     else:
@@ -163,10 +163,8 @@ def ordered_tiles(
     order = new_expert_order(topk_ids.numel(), num_experts, topk_ids.device)
     if topk_ids.numel() and slot_order.serves(topk_ids, num_experts, tile_rows, grain):
         tiles = new_token_tiles(order.sorted_slots, num_experts, tile_rows, for_clusters)
-        given = slot_order.tile_arguments(
-            topk_ids, num_experts, tiles, order.expert_offsets, tile_rows, grain, for_clusters
-        )
-        slot_order.order_slots("TILED", topk_ids, given)
+        given = slot_order.tile_arguments(topk_ids, num_experts, tiles, order.expert_offsets)
+        slot_order.order_slots(slot_order.Kind("TILED", tile_rows, grain, for_clusters), topk_ids, given)
         return tiles
     expert_order_unchecked(topk_ids, num_experts, order)
     return token_tiles_unchecked(order.sorted_slots, order.expert_offsets, tile_rows, grain, for_clusters)

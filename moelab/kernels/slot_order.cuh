@@ -17,12 +17,13 @@ typedef unsigned int uint32_t;
     extern __shared__ uint4 shared_memory[]; \
     Type& name = *reinterpret_cast<Type*>(shared_memory)
 
-// Lanes of the warp, which has come whole, whose value is this one's, as bits.
-DEVICE uint32_t lanes_with(int value) { return __match_any_sync(0xFFFFFFFF, value); }
+// Lanes of the warp, which has come whole, that say so, as bits.
+DEVICE uint32_t lanes_where(bool said) { return __ballot_sync(0xFFFFFFFF, said); }
 // The value of the lane `by` below, of the first lanes their own.
 DEVICE int from_below(int value, int by) { return __shfl_up_sync(0xFFFFFFFF, value, by); }
 DEVICE int from_lane(int value, int lane) { return __shfl_sync(0xFFFFFFFF, value, lane); }
 DEVICE int bits_set(uint32_t bits) { return __popc(bits); }
+DEVICE int lowest(uint32_t bits) { return __ffs(bits) - 1; }
 
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_threads() { __syncthreads(); }

@@ -20,10 +20,10 @@ inline auto of_warp(int value, const Found& found) {
     sync_warp();
     return result;
 }
-inline uint32_t lanes_with(int value) {
-    return of_warp(value, [=](const uint32_t* held) {
+inline uint32_t lanes_where(bool said) {
+    return of_warp(said, [](const uint32_t* held) {
         uint32_t lanes = 0;
-        for (int lane = 0; lane < 32; ++lane) lanes |= static_cast<uint32_t>(held[lane] == static_cast<uint32_t>(value)) << lane;
+        for (int lane = 0; lane < 32; ++lane) lanes |= held[lane] << lane;
         return lanes;
     });
 }
@@ -35,6 +35,7 @@ inline int from_below(int value, int by) {
     return from_lane(value, lane < by ? lane : lane - by);
 }
 inline int bits_set(uint32_t bits) { return __builtin_popcount(bits); }
+inline int lowest(uint32_t bits) { return __builtin_ctz(bits); }
 
 inline int cluster_rank() { return emulated::block->rank; }
 inline void sync_cluster() { emulated::block->of_cluster->arrive_and_wait(); }
