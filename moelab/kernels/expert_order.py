@@ -20,7 +20,7 @@ from moelab.errors import ShapeError  # noqa: E402
 from moelab.kernels import checks, slot_order  # noqa: E402
 from moelab.kernels.chunk_counts import CHUNK, chunk_counts, rank_in_chunk  # noqa: E402
 from moelab.kernels.launch import Launcher, checked, signature  # noqa: E402
-from moelab.kernels.tiles import bucket_of  # noqa: E402
+from moelab.kernels.tiles import bucket_of, start_next  # noqa: E402
 from moelab.kernels.token_tiles import TokenTiles, new_token_tiles, token_tiles_unchecked  # noqa: E402
 from moelab.routing import ExpertOrder  # noqa: E402
 
@@ -29,8 +29,11 @@ _ONE_LAUNCH = 2048
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_experts"])
-def _order_small_kernel(ids_ptr, sorted_ptr, offsets_ptr, num_slots, num_experts, CHUNK: tl.constexpr):
+def _order_small_kernel(
+    ids_ptr, sorted_ptr, offsets_ptr, num_slots, num_experts, CHUNK: tl.constexpr, PDL: tl.constexpr = False
+):
     """One program per bucket, each looking at all slots for itself: for num_slots <= CHUNK."""
+    start_next(PDL)
     bucket = tl.program_id(0)
     slot = tl.arange(0, CHUNK)
     inside = slot < num_slots
@@ -46,8 +49,10 @@ def _order_small_kernel(ids_ptr, sorted_ptr, offsets_ptr, num_slots, num_experts
 def _order_place_kernel(
     ids_ptr, before_ptr, sorted_ptr, offsets_ptr, num_slots, num_experts, num_chunks,
     BUCKETS: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program per chunk places its slots; the first writes the offsets too."""
+    start_next(PDL)
     chunk = tl.program_id(0)
     lanes = tl.arange(0, BUCKETS)
     totals = tl.load(before_ptr + num_chunks * BUCKETS + lanes, mask=lanes <= num_experts, other=0)

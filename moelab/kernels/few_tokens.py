@@ -22,6 +22,7 @@ import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moelab.kernels.launch import Launcher  # noqa: E402
+from moelab.kernels.tiles import start_next  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,6 @@ def reread(num_tokens: int, top_k: int, num_experts: int, shared: int = 0) -> fl
     return num_tokens * (shared + top_k) / (shared + touched)
 
 
-@triton.jit
-def _start_next(PDL: tl.constexpr):
-    """Lets the next launch set its programs up, once what this one was to wait for is there."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
 @triton.jit(do_not_specialize=["num_experts"])
 def _up_kernel(
     x_ptr, w_ptr, ids_ptr, routed_ptr, inner_ptr, num_experts,
@@ -119,7 +112,7 @@ def _up_kernel(
     """ROWS elements of one pair's activated row: silu(gate) * up. x (M, H), w (E, 2N, H), inner (pairs, N)."""
     pair = tl.program_id(0 if SIDE_BY_SIDE else 1)
     n = tl.program_id(1 if SIDE_BY_SIDE else 0) * ROWS + tl.arange(0, ROWS)
-    _start_next(PDL)
+    start_next(PDL)
     expert = tl.load(ids_ptr + pair).to(tl.int64)
     if (expert < 0) | (expert >= num_experts):
         return

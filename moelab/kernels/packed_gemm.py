@@ -20,7 +20,7 @@ from moelab.errors import ConfigError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.gemm_call import GemmCall, check_quantised_gemm, gemm_constants  # noqa: E402
 from moelab.kernels.launch import Launcher, checked  # noqa: E402
-from moelab.kernels.tiles import add_bias, grouped_tile, load_rows, row_block, store_rows, times_weight  # noqa: E402
+from moelab.kernels.tiles import add_bias, grouped_tile, load_rows, row_block, start_next, store_rows, times_weight  # noqa: E402
 
 FAMILIES = ("int4_w4a16_group", "int8_w8a16_group", "mxfp4_w4a16")
 
@@ -105,8 +105,10 @@ def _packed_gemm_kernel(
     BLOCK_SIZE_K: tl.constexpr,
     GROUP_SIZE_M: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """One (BLOCK_SIZE_M, BLOCK_SIZE_N) tile of c: one expert's rows times its weight, dequantised on the way."""
+    start_next(PDL)
     pid_m, pid_n = grouped_tile(
         tl.program_id(0), tl.cdiv(num_rows, BLOCK_SIZE_M), tl.cdiv(N, BLOCK_SIZE_N), GROUP_SIZE_M
     )
