@@ -181,7 +181,7 @@ def coded_arguments_of(
     w13, w2 = weights.w13, weights.w2
     hidden, nan = w2.shape[1], float("nan")
     inner, inner_scale, y = (
-        shared(t.float().fill_(nan).to(t.dtype))
+        shared(torch.full_like(t, nan, dtype=torch.float32).to(t.dtype))
         for t in coded_scratch(tiles, instance, topk_ids.numel(), weights, dtype)
     )
     out, ready = shared(torch.full((topk_ids.shape[0], hidden), nan, dtype=dtype)), shared(tiles.ready)

@@ -200,3 +200,17 @@ def instance_for(num_tokens: int, top_k: int, num_experts: int, moe_intermediate
         return PERMUTED if reads >= READS_TO_PERMUTE else INSTANCES[176]
     clustered = num_experts > WIDEST_EXPERTS and (rows > CLUSTERS_FROM or moe_intermediate_size <= SHORT_INNER)
     return CLUSTERED if clustered else INSTANCES[176]
+
+CODED = {
+    16: Instance(2, 2, 3, 16, 16, 16, ctas_per_sm=2, apart=1, scaled=1),
+    48: Instance(2, 2, 5, 48, 16, 16, apart=1, scaled=1),
+    96: Instance(2, 2, 4, 96, 16, 16, apart=1, scaled=1),
+    128: Instance(2, 2, 4, 128, 16, 16, apart=1, scaled=1),
+}
+"""Over codes: widest tile of tokens -> the instance for it. 256 weight rows, which hold a group of GEMM1's result; the registers
+of a step's sums beside those of all steps leave 128 tokens."""
+
+CODED_PERMUTED = replace(CODED[128], permutes=1)
+CODED_CLUSTERED = replace(CODED[128], cluster=2)
+CODED_BOTH = replace(CODED_PERMUTED, cluster=2)
+ALL_CODED = (*CODED.values(), CODED_PERMUTED, CODED_CLUSTERED, CODED_BOTH)
