@@ -175,7 +175,7 @@ DEVICE void gather_tokens(Shared<S>& shared, const Layer<T>& layer, const TileSc
     Starts<S> coming;
     for (int step = 0; step < scheduler.k_steps(); ++step, pipeline.advance()) {
         const int column = step * S::STEP + part * S::UNIT_ELEMENTS, bytes = column < layer.hidden ? 16 : 0;
-        const uint8_t* x = reinterpret_cast<const uint8_t*>(layer.x) + (bytes ? column * (16 / S::UNIT_ELEMENTS) : 0);
+        const uint8_t* x = reinterpret_cast<const uint8_t*>(layer.x + (bytes ? column / (S::UNIT_ELEMENTS / 8) : 0));
         barrier_wait(&shared.operands_empty[pipeline.stage], pipeline.phase ^ 1, layer.report, STAGE_EMPTY, scheduler.tokens);
         const uint32_t even = shared_address(shared.tokens[pipeline.stage]) + place, odd = even ^ 64;
         opaque(x), opaque(rows);
