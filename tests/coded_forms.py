@@ -27,7 +27,7 @@ CHECK_S = 40
 DEVICE = "cuda"
 SIZES = ((3, 8, 2, 256, 128), (70, 6, 2, 384, 256), (300, 3, 2, 512, 384), (1200, 8, 2, 1024, 768))
 """Tokens, experts, top_k, hidden size, inner size."""
-BOUNDS = {"inner": 16.5, "scale": 1e-5, "y": 2**-7, "out": 2**-7}
+BOUNDS = {"inner": 16.5, "scale": 2e-3, "y": 2**-7, "out": 2**-7}
 """Of `stages`: a code's rounding is 16 of its scale at most; bfloat16 rounds y by 2^-8 of itself."""
 
 
