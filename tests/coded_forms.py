@@ -11,6 +11,7 @@ microseconds of the whole layer (order, tiles and codes included) in CUDA graphs
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import pickle
@@ -31,10 +32,25 @@ BOUNDS = {"inner": 16.5, "scale": 1e-5, "y": 2**-7, "out": 2**-7}
 """Of `stages`: a code's rounding is 16 of its scale at most; bfloat16 rounds y by 2^-8 of itself."""
 
 
-def forms() -> list[Any]:
-    from moelab.kernels.fast_instances import ALL_CODED
+TRIED = {"t": "MOELAB_TURNS", "f": "MOELAB_FOURS"}
+"""Marks of forms, and what their source is compiled with."""
 
-    return list(ALL_CODED)
+
+def variant(instance: Any, marks: str) -> Any:
+    """That instance under some of TRIED; equal to no other."""
+    from dataclasses import astuple
+
+    base = type(instance)
+    lines = "".join(f"#define {TRIED[mark]}\n" for mark in marks)
+    made = type(f"Variant_{marks}", (base,), {"source": lambda self, dtype: lines + base.source(self, dtype), "marks": marks})
+    return made(*astuple(instance))
+
+
+@functools.cache
+def forms() -> list[Any]:
+    from moelab.kernels.fast_instances import ALL_CODED, CODED, CODED_PERMUTED
+
+    return [*ALL_CODED, *(variant(each, marks) for each in (CODED_PERMUTED, CODED[128]) for marks in ("t", "f", "tf"))]
 
 
 def compiled(number: int) -> tuple[bytes, float, tuple[int, int]]:
@@ -153,7 +169,7 @@ def check(folder: str, number: int) -> int:
 
 def short(instance: Any) -> str:
     marks = "".join(m for m, has in (("P", instance.permutes), ("C", instance.cluster > 1)) if has)
-    return f"{instance.tokens}{marks}"
+    return f"{instance.tokens}{marks}{getattr(instance, 'marks', '')}"
 
 
 def recorded(shape: str, batch: int) -> tuple[float, str]:
@@ -208,11 +224,51 @@ def times(folder: str, passed: list[int], shapes: list[str], batches: list[int],
                 f"{best / floor:.2f} ({which})", flush=True,
             )  # fmt: skip
             rows.append({"shape": name, "num_tokens": batch, "floor_us": floor, "us": found, "recorded_us": best})
+            if batch in (256, 4096):
+                fastest = min(found, key=lambda label: found[label])
+                parts = parts_of(layer, next(f for f in tried if short(f) == fastest))
+                rows[-1]["parts"] = parts
+                print(f"    {fastest}: " + ", ".join(f"{label} {us:.1f}" for label, us in parts.items()), flush=True)
         del weights
         torch.cuda.empty_cache()
     if "OUT" in os.environ:
         (Path(os.environ["OUT"]) / "coded_forms.json").write_text(json.dumps(rows))
     return 0
+
+
+def parts_of(layer: Any, instance: Any) -> dict[str, float]:
+    """Microseconds of what a call launches, each alone."""
+    from moelab.kernels.expert_order import expert_order
+    from moelab.kernels.fast_quantised import coded, coded_layer, coded_scratch
+    from moelab.kernels.token_tiles import token_tiles
+    from moelab.suites.screening import quick
+
+    shape, format = layer.shape, layer.shape.format
+
+    def tiled(i: int) -> Any:
+        order = expert_order(layer.routings[i].topk_ids, shape.num_experts)
+        return token_tiles(order.sorted_slots, order.expert_offsets, instance.tokens, 16, instance.cluster > 1)
+
+    tiles = [tiled(i) for i in range(len(layer.states))]
+    codes = [coded(x, t, shape.top_k, instance, format) for x, t in zip(layer.states, tiles, strict=True)]
+    weights = layer.weights[0].weights
+    scratch = coded_scratch(tiles[0], instance, layer.num_tokens * shape.top_k, weights, layer.states[0].dtype)
+
+    def run_of(parts: int) -> Any:
+        def run(i: int) -> Any:
+            r, w = layer.routings[i], layer.weights[i].weights
+            return coded_layer(
+                codes[i], w, r.topk_weights, r.topk_ids, tiles[i], instance, layer.states[0].dtype, parts=parts, scratch=scratch
+            )
+
+        return run
+
+    run_of(7)(0)
+    asked = {
+        "order and tiles": tiled, "codes": lambda i: coded(layer.states[i], tiles[i], shape.top_k, instance, format),
+        "GEMM1": run_of(1), "GEMM2": run_of(2), "both": run_of(3), "sums": run_of(4),
+    }  # fmt: skip
+    return {label: one.median_us for label, one in quick(asked, len(tiles)).items()}
 
 
 def started(*what: str) -> subprocess.Popen[str]:
