@@ -26,10 +26,13 @@ from typing import Any
 BEGUN = time.monotonic()
 CHECK_S = 40
 DEVICE = "cuda"
+ROWS_TRIED = {16: (0, 20), 48: (2, 100), 96: (12, 1e9), 128: (30, 1e9)}
+"""Widest tile -> rows an expert, least and most, that it is timed at."""
 SIZES = ((3, 8, 2, 256, 128), (70, 6, 2, 384, 256), (300, 3, 2, 512, 384), (1200, 8, 2, 1024, 768))
 """Tokens, experts, top_k, hidden size, inner size."""
-BOUNDS = {"inner": 16.5, "scale": 1e-5, "y": 2**-7, "out": 2**-7}
-"""Of `stages`: a code's rounding is 16 of its scale at most; bfloat16 rounds y by 2^-8 of itself."""
+BOUNDS = {"inner": 17.0, "scale": 2**-9, "y": 2**-7, "out": 2**-7}
+"""Of `stages`: a code's rounding is 16 of its scale at most; bfloat16 rounds y by 2^-8 of itself. The tensor core cuts each of the
+four products of a step of K 13 bits behind the largest (`quantised_error.KEPT_BITS`), 2^-11 in all, and inner is a product."""
 
 
 TRIED = {"t": "MOELAB_TURNS", "f": "MOELAB_FOURS"}
@@ -158,12 +161,15 @@ def check(folder: str, number: int) -> int:
     use(folder)
     wrong = False
     for parts in (1, 2, 7):
+        worst: dict[str, float] = {}
         for sizes in SIZES:
             found = stages(forms()[number], parts, sizes)
             bad = [name for name, error in found.items() if not error <= BOUNDS.get(name, 0.0)]
+            if bad:
+                print(f"parts {parts} {sizes}: {found} WRONG", flush=True)
             wrong |= bool(bad)
-            said = " ".join(f"{name} {error:.3g}" for name, error in found.items())
-            print(f"parts {parts} {sizes}: {said}{' WRONG' if bad else ''}", flush=True)
+            worst = {name: max(error, worst.get(name, 0.0)) for name, error in found.items()}
+        print(f"parts {parts}: " + " ".join(f"{name} {error:.3g}" for name, error in worst.items()), flush=True)
     return int(wrong)
 
 
@@ -213,7 +219,7 @@ def times(folder: str, passed: list[int], shapes: list[str], batches: list[int],
                 return run
 
             tried = [forms()[n] for n in passed]
-            tried = [f for f in tried if f.tokens * 6 >= average and (f.tokens <= 48 or average >= 8)]
+            tried = [f for f in tried if ROWS_TRIED[f.tokens][0] <= average <= ROWS_TRIED[f.tokens][1]]
             found = {short(f): one.median_us for f, one in quick({f: run_of(f) for f in tried}, len(layer.states)).items()}
             cost = roofline.layer_cost(shape, batch, experts_touched=layer.experts_touched())
             floor = max(cost.bytes / 4.3e6, cost.flops / 1300e6)
@@ -288,7 +294,7 @@ def finished(process: subprocess.Popen[str], seconds: float) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["deepseek-v3/tp8", "qwen3-30b-a3b/tp1", "glm-4.5-air/tp1", "deepseek-v3/ep8"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[16, 64, 256, 1024, 4096, 8192])
+    parser.add_argument("--batches", nargs="+", type=int, default=[4096, 1024, 256, 64, 16, 8192])
     parser.add_argument("--seconds", type=float, default=85)
     parser.add_argument("--child", nargs="+")
     asked = parser.parse_args()
