@@ -196,7 +196,7 @@ def times(folder: str, passed: list[int], shapes: list[str], batches: list[int],
     from moelab import roofline
     from moelab.call import MoECall
     from moelab.pipelines.fast_quantised import coded_pipeline
-    from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
+    from moelab.suites.layer_classic import Layer, weight_sets
     from moelab.suites.quantised import shape_of
     from moelab.suites.screening import quick
 
