@@ -35,7 +35,7 @@ BOUNDS = {"inner": 17.0, "scale": 2**-9, "y": 2**-7, "out": 2**-7}
 four products of a step of K 13 bits behind the largest (`quantised_error.KEPT_BITS`), 2^-11 in all, and inner is a product."""
 
 
-TRIED = {"t": "MOELAB_TURNS", "f": "MOELAB_FOURS"}
+TRIED = {"t": "MOELAB_TURNS 1", "w": "MOELAB_TURNS 2", "d": "MOELAB_TURNS 3", "f": "MOELAB_FOURS"}
 """Marks of forms, and what their source is compiled with."""
 
 
@@ -51,9 +51,11 @@ def variant(instance: Any, marks: str) -> Any:
 
 @functools.cache
 def forms() -> list[Any]:
-    from moelab.kernels.fast_instances import ALL_CODED, CODED, CODED_PERMUTED
+    from moelab.kernels.fast_instances import CODED, CODED_BOTH, CODED_PERMUTED
 
-    return [*ALL_CODED, *(variant(each, marks) for each in (CODED_PERMUTED, CODED[128]) for marks in ("t", "f", "tf"))]
+    some = [variant(CODED[128], marks) for marks in ("t", "w", "d", "f", "wf")]
+    some += [variant(each, "w") for each in (CODED[48], CODED[96], CODED_PERMUTED, CODED_BOTH)]
+    return [*CODED.values(), CODED_PERMUTED, *some]
 
 
 def compiled(number: int) -> tuple[bytes, float, tuple[int, int]]:

@@ -12,11 +12,10 @@
 #include "sm90_fast_epilogue.cuh"
 #include "sm90_fast_mainloop.cuh"
 
-#ifdef MOELAB_TURNS
-constexpr bool TAKES_TURNS = true;
-#else
-constexpr bool TAKES_TURNS = false;
+#ifndef MOELAB_TURNS
+#define MOELAB_TURNS 0
 #endif
+constexpr int TAKES_TURNS = MOELAB_TURNS;  // 1: handed on when issued, 2: when all but the last product are done, 3: when all are
 
 // sums += partial times its columns' scales, token's by block's.
 template <int N>
@@ -54,16 +53,23 @@ DEVICE void multiply_scaled(float (&sums)[2][N / 2], Shared<S>& shared, Pipeline
 #pragma unroll
         for (int block = 0; block < 2; ++block) {
             float partial[N / 2];
-            if constexpr (TAKES_TURNS) named_barrier(TURNS + group, 256);
+            if constexpr (TAKES_TURNS > 0) named_barrier(TURNS + group, 256);
             wgmma_fence();
             wgmma_first<e4m3, N>(partial, weights + block * apart, tokens);
 #pragma unroll
-            for (int k = 2; k < ROW_BYTES / UNIT; k += 2)  // 32 elements of K are 32 bytes
+            for (int k = 2; k < ROW_BYTES / UNIT; k += 2) {  // 32 elements of K are 32 bytes
+                if (TAKES_TURNS == 2 && k == 6) wgmma_commit();
                 wgmma<e4m3, N>(partial, weights + block * apart + k, tokens + k);
+            }
             wgmma_commit();
-            if constexpr (TAKES_TURNS) named_barrier_arrive(TURNS + 1 - group, 256);
+            if constexpr (TAKES_TURNS == 1) named_barrier_arrive(TURNS + 1 - group, 256);
             const float by = scales[block * scales_apart + step];
+            if constexpr (TAKES_TURNS == 2) {
+                wgmma_wait<1>();
+                named_barrier_arrive(TURNS + 1 - group, 256);
+            }
             wgmma_wait<0>();
+            if constexpr (TAKES_TURNS == 3) named_barrier_arrive(TURNS + 1 - group, 256);
             pin(partial);
             promote<N>(sums[block], partial, token_scales, by);
         }
