@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 BEGUN = time.monotonic()
 CHECK_S = 40
 DEVICE = "cuda"
-ROWS_TRIED = {16: (0, 20), 48: (2, 100), 96: (12, 1e9), 128: (30, 1e9)}
+ROWS_TRIED = {16: (0, 20), 32: (0, 40), 48: (2, 100), 96: (12, 1e9), 128: (30, 1e9)}
 """Widest tile -> rows an expert, least and most, that it is timed at."""
 SIZES = ((3, 8, 2, 256, 128), (70, 6, 2, 384, 256), (300, 3, 2, 512, 384), (1200, 8, 2, 1024, 768))
 """Tokens, experts, top_k, hidden size, inner size."""
@@ -55,7 +56,8 @@ def forms() -> list[Any]:
 
     some = [variant(CODED[128], marks) for marks in ("t", "w", "d", "f", "wf")]
     some += [variant(each, "w") for each in (CODED[48], CODED[96], CODED_PERMUTED, CODED_BOTH)]
-    return [*CODED.values(), CODED_PERMUTED, *some]
+    whole = [replace(CODED[16], apart=0), replace(CODED[16], tokens=32, stages=2, apart=0), replace(CODED[48], apart=0)]
+    return [*CODED.values(), CODED_PERMUTED, *some, *whole]
 
 
 def compiled(number: int) -> tuple[bytes, float, tuple[int, int]]:
@@ -176,7 +178,7 @@ def check(folder: str, number: int) -> int:
 
 
 def short(instance: Any) -> str:
-    marks = "".join(m for m, has in (("P", instance.permutes), ("C", instance.cluster > 1)) if has)
+    marks = "".join(m for m, has in (("P", instance.permutes), ("C", instance.cluster > 1), ("S", not instance.apart)) if has)
     return f"{instance.tokens}{marks}{getattr(instance, 'marks', '')}"
 
 
