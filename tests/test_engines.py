@@ -56,12 +56,12 @@ def test_entry_points_lead_to_the_plugins() -> None:
     assert found == {"sglang.srt.plugins": sglang.register, "vllm.general_plugins": vllm.register}
 
 
-def test_an_engine_loads_neither_notebooks_nor_the_other_engine() -> None:
+def test_an_engine_loads_neither_kernels_nor_notebooks_nor_the_other_engine() -> None:
     script = (
         "import sys, moelab.engines.sglang, moelab.engines.vllm; print(*{name.split('.')[0] for name in sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert not {"plotly", "pandas", "ipywidgets", "jupyterlab", "IPython", "ray", "sglang", "vllm"} & set(
+    assert not {"triton", "plotly", "pandas", "ipywidgets", "jupyterlab", "IPython", "ray", "sglang", "vllm"} & set(
         done.stdout.split()
     )
 

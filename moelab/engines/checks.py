@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from moelab import hf
 from moelab.dtypes import dtype_name
 from moelab.errors import ConfigError, LayoutError, RuntimeModeError
 from moelab.implementations import IMPLEMENTATIONS, named, not_taken
@@ -76,6 +75,7 @@ def implementation(w13: Tensor, w2: Tensor, activation: str, gated: bool) -> str
     Raises UnknownNameError for an activation or implementation that there is not, LayoutError for weights in another memory
     order, ConfigError for an implementation that does not take the layer or waits for the host in a CUDA graph.
     """
+    from moelab import hf  # torch's compiler comes with it: not in every process of an engine
     from moelab.reference import check_activation
 
     check_activation(activation, gated)
