@@ -49,6 +49,8 @@ def fused_moe(
     b2: Tensor | None = None,
     routed_scaling_factor: float = 1.0,
     apply_router_weight_on_input: bool = False,
+    expected_rows: float | None = None,
+    form: str | None = None,
     check_routing: bool | None = None,
 ) -> Tensor:
     """out[t] = scale * sum over slots j of weight[t, j] * w2[e] @ activation(w13[e] @ hidden_states[t]), e = ids[t, j].
@@ -74,6 +76,11 @@ def fused_moe(
     rule serves where there is none, or where "default" asks for it. The Split-K ones take SPLIT_K from each. "gated" and its
     kin count gate and up rows together as BLOCK_SIZE_N, at least 32. "fast" chooses its form by the batch and the tuned files,
     "weight_only" by the batch, and torch's own forms have nothing to configure.
+    expected_rows: rows that an expert of this rank gets on average, which "fast" and "weight_only" choose their forms by: the host
+    does not know the routing. None takes all pairs for this rank's, M * k / E; under expert parallelism pass M * k over all
+    experts of the model (`MoEShape.expected_rows`).
+    form: of "fast", in place of what it would choose: a kind ("one_launch", "few_tokens", "gated_tma", "triton") or one form by the
+    name that `moelab explain --kernel fast` prints.
     check_routing: look for ids out of range. None means always on CPU, and never on a GPU, where it would
     synchronise with the host.
     Returns (M, H) in hidden_states' dtype. Deterministic, but for those that the table says are not, on a GPU. Only "torch"
@@ -84,6 +91,10 @@ def fused_moe(
     """
     named(impl)
     _check_arguments(config, down_config, top_k)
+    if form is not None and impl != "fast":
+        raise ConfigError(
+            f"form={form!r:.60} came with impl={impl!r}. Expected it with impl='fast', which has several. Leave it out."
+        )
     weights = _weights(w13, w2, b13, b2)
     optional = {name: t for name, t in weights._asdict().items() if t is not None and name != "format"}
     _require_tensors(**{"hidden_states": hidden_states, "w13": weights.w13, "w2": weights.w2, **optional})
@@ -104,8 +115,10 @@ def fused_moe(
     _require_tensors(topk_weights=topk_weights, topk_ids=topk_ids)
     call = MoECall(
         hidden_states, weights, topk_weights, topk_ids, activation, gated,
-        _scale(routed_scaling_factor), apply_router_weight_on_input, config, down_config,
+        _scale(routed_scaling_factor), apply_router_weight_on_input, config, down_config, None, form,
     )  # fmt: skip
+    if expected_rows is not None:
+        call = call._replace(expected_rows=_expectation(expected_rows, call.num_tokens))
     compiling = torch.compiler.is_compiling()
     if compiling:
         _check_call(call, impl)
@@ -156,6 +169,17 @@ def _scale(factor: Any) -> float:
             f"routed_scaling_factor is {shown} ({type(factor).__name__}). Expected a number that a float holds. Pass 1.0 for "
             "none."
         ) from error
+
+
+def _expectation(rows: Any, num_tokens: int) -> float:
+    """Rows expected of an expert as a float, of a batch that has any."""
+    number = isinstance(rows, numbers.Real) and not isinstance(rows, bool)
+    if not number or not (0 < rows <= num_tokens or num_tokens == 0):
+        raise RoutingError(
+            f"expected_rows is {rows!r:.40} of {num_tokens} tokens. Expected a number above 0 and at most theirs: an expert gets a "
+            "token once. Pass num_tokens * top_k over the number of the model's experts, or leave it out."
+        )
+    return float(rows)
 
 
 def _check_arguments(config: Any, down_config: Any, top_k: Any) -> None:
@@ -333,6 +357,8 @@ def _fused_moe_op(
     gated: bool,
     routed_scaling_factor: float,
     apply_router_weight_on_input: bool,
+    expected_rows: float | None,
+    form: str | None,
 ) -> Tensor:
     weights = ExpertWeights(
         w13, w2, b13, b2, scales[0], scales[1], scales[2], scales[3], get_format(format), *scales[4:]
@@ -340,6 +366,7 @@ def _fused_moe_op(
     call = MoECall(
         hidden_states, weights, topk_weights, topk_ids, activation, gated,
         routed_scaling_factor, apply_router_weight_on_input, _unpack(config), _unpack(down_config),
+        expected_rows, form,
     )  # fmt: skip
     _check_once(call, impl)
     if hidden_states.device.type == "cpu":
@@ -358,7 +385,7 @@ def _through_custom_op(call: MoECall, impl: str) -> Tensor:
         call.hidden_states, w.w13, w.w2, call.topk_weights, call.topk_ids, w.b13, w.b2,
         [w.w13_scale, w.w2_scale, w.w13_zero_point, w.w2_zero_point, w.a1_scale, w.a2_scale], w.format.name, impl,
         _pack(call.config), _pack(call.down_config), call.activation, call.gated,
-        call.routed_scaling_factor, call.apply_router_weight_on_input,
+        call.routed_scaling_factor, call.apply_router_weight_on_input, call.expected_rows, call.form,
     )  # fmt: skip
 
 
