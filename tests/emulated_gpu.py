@@ -17,9 +17,11 @@ from torch import Tensor
 
 from moelab.kernels import fast_layer
 from moelab.kernels.fast_instances import SOURCE, STORAGE, Instance, constants
+from moelab.kernels.fast_quantised import Coded, coded_scratch
 from moelab.kernels.residency import in_words
 from moelab.kernels.tensor_map import TensorMap
 from moelab.kernels.token_tiles import TokenTiles
+from moelab.weights import ExpertWeights
 
 HERE = Path(__file__).parent / "emulator"
 MAIN = """
@@ -52,16 +54,16 @@ class EmulatedMap(ctypes.Structure):
     """`TensorMap` of emulated_sm90.h, field for field."""
 
     _fields_ = [
-        ("address", ctypes.c_uint64), ("rank", ctypes.c_uint32), ("unused", ctypes.c_uint32),
+        ("address", ctypes.c_uint64), ("rank", ctypes.c_uint32), ("element", ctypes.c_uint32),
         ("size", ctypes.c_uint64 * 5), ("stride", ctypes.c_uint64 * 5), ("box", ctypes.c_uint32 * 5),
         ("unused_too", ctypes.c_uint32),
     ]  # fmt: skip
 
     @classmethod
     def of(cls, spec: TensorMap, tensor: Tensor) -> EmulatedMap:
-        found = cls(tensor.data_ptr(), len(spec.sizes))
+        found = cls(tensor.data_ptr(), len(spec.sizes), tensor.itemsize)
         found.size[: len(spec.sizes)] = spec.sizes
-        found.stride[: len(spec.sizes)] = [2, *(2 * stride for stride in spec.strides)]
+        found.stride[: len(spec.sizes)] = [tensor.itemsize * stride for stride in (1, *spec.strides)]
         found.box[: len(spec.box)] = spec.box
         return found
 
@@ -160,19 +162,82 @@ def arguments_of(
     return maps, arguments, [x, w13, w2, inner, y, out, ready, rows, topk_weights, topk_ids, *tiles[:3], report]
 
 
-def run_layer(
-    *given: Any, blocks: int = 2, late: int = -1, patience_s: int = 100, source: Path = SOURCE, **options: Any
-) -> tuple[Tensor, ...]:
-    """(out, inner, y, ready, rows) of one emulated launch, and of the sums' where they are apart, of what `arguments_of` takes.
-    late: a rank in clusters. patience_s: of a wait, which then ends the launch: RuntimeError with what it reported."""
+def coded_arguments_of(
+    x: Coded,
+    weights: ExpertWeights,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    tiles: TokenTiles,
+    instance: Instance,
+    dtype: torch.dtype,
+    *,
+    scale: float = 1.0,
+    weights_on_input: bool = False,
+    parts: int = 7,
+    report: Tensor | None = None,
+) -> tuple[Any, fast_layer.LayerArguments, list[Tensor]]:
+    """(maps, arguments, every tensor they point to: out, ready, inner, its scales, y first) of an instance over codes; outputs start
+    as NaN."""
+    w13, w2 = weights.w13, weights.w2
+    hidden, nan = w2.shape[1], float("nan")
+    inner, inner_scale, y = (
+        shared(torch.full_like(t, nan, dtype=torch.float32).to(t.dtype))
+        for t in coded_scratch(tiles, instance, topk_ids.numel(), weights, dtype)
+    )
+    out, ready = shared(torch.full((topk_ids.shape[0], hidden), nan, dtype=dtype)), shared(tiles.ready)
+    if topk_ids.shape[1] == 1 and parts & fast_layer.GEMM2 and parts & fast_layer.SUM:
+        y = out
+    mapped = (w13, w2, x.codes, inner)
+    maps = (EmulatedMap * 4)(*map(EmulatedMap.of, fast_layer.tensor_maps(instance, *mapped), mapped))
+    report = torch.zeros(4, dtype=torch.int32) if report is None else report
+    arguments = fast_layer.layer_arguments(
+        x.codes, x.codes, inner, y, out, topk_weights, topk_ids, tiles._replace(ready=ready), w13.shape[0], parts,
+        report=report, scale=scale, weights_on_input=weights_on_input, powers=weights.format.power_of_two_scales,
+        scales=(x.scale, weights.w13_scale, weights.w2_scale, x.scale, inner_scale),
+    )  # fmt: skip
+    return maps, arguments, [out, ready, inner, inner_scale, y, *x, topk_weights, topk_ids, *tiles[:3], report]
+
+
+def run_layer(*given: Any, **options: Any) -> tuple[Tensor, ...]:
+    """(out, inner, y, ready, rows) of one emulated launch, and of the sums' where they are apart, of what `arguments_of` takes;
+    other options are those of `run`."""
+    runs = {name: options.pop(name) for name in ("blocks", "late", "patience_s", "source") if name in options}
     report = shared(torch.zeros(4, dtype=torch.int32))
     maps, arguments, tensors = arguments_of(*given, report=report, **options)
-    library = built(given[6], given[0].dtype, source)
+    run(given[6], given[0].dtype, maps, arguments, given[0].shape, report, **runs)
+    return tensors[5], tensors[3], tensors[4], tensors[6], tensors[7]
+
+
+def run_coded(*given: Any, **options: Any) -> tuple[Tensor, ...]:
+    """(out, ready, inner, its scales, y) likewise, of what `coded_arguments_of` takes."""
+    runs = {name: options.pop(name) for name in ("blocks", "late", "patience_s", "source") if name in options}
+    report = shared(torch.zeros(4, dtype=torch.int32))
+    maps, arguments, tensors = coded_arguments_of(*given, report=report, **options)
+    run(given[5], given[6], maps, arguments, tensors[0].shape, report, **runs)
+    return tuple(tensors[:5])
+
+
+def run(
+    instance: Instance,
+    dtype: torch.dtype,
+    maps: Any,
+    arguments: fast_layer.LayerArguments,
+    shape: tuple[int, ...],
+    report: Tensor,
+    *,
+    blocks: int = 2,
+    late: int = -1,
+    patience_s: int = 100,
+    source: Path = SOURCE,
+) -> None:
+    """One emulated launch. shape: (M, H). late: a rank in clusters. patience_s: of a wait, which then ends the launch: RuntimeError
+    with what it reported."""
+    library = built(instance, dtype, source)
     child = os.fork()
     if not child:
         library.run(maps, ctypes.byref(arguments), blocks, late, patience_s)
-        if given[6].apart and arguments.parts & fast_layer.SUM and arguments.y != arguments.out:
-            library.add_up(ctypes.byref(arguments), fast_layer.sum_ctas(*given[0].shape))
+        if instance.apart and arguments.parts & fast_layer.SUM and arguments.y != arguments.out:
+            library.add_up(ctypes.byref(arguments), fast_layer.sum_ctas(*shape))
         os._exit(0)
     deadline_s = max(2 * patience_s, 60)
     end = time.monotonic() + deadline_s
@@ -188,4 +253,3 @@ def run_layer(
     if status:
         lost = f": {in_words(report.tolist())}" if report[0] else ""
         raise RuntimeError(f"the emulated launch ended with status {os.waitstatus_to_exitcode(status)}{lost}")
-    return tensors[5], tensors[3], tensors[4], tensors[6], tensors[7]

@@ -16,7 +16,13 @@ STORAGE = {torch.bfloat16: ("__nv_bfloat16", "bf16"), torch.float16: ("__half", 
 """Type of an element in C++ and in PTX."""
 
 K_STEP = 64
-"""Elements of K in a stage: 128 bytes, TMA's widest swizzle."""
+"""Elements of K in a stage: 128 bytes, TMA's widest swizzle. Of codes twice as many."""
+
+BLOCK = 128
+"""Rows and columns of weights, and columns of activations, that share a scale in instances over codes."""
+
+MOST_STEPS = 128
+"""Steps of BLOCK elements of K that there is room for the scales of: 16,384 elements."""
 
 STAGED_BYTES = 512
 """Of a warp's outputs, that it turns round in shared memory: 8 tokens of GEMM2, 16 of GEMM1."""
@@ -31,8 +37,9 @@ SUM_THREADS = 256
 """Of a CTA of sm90_fast_sum.cu, each of which adds up eight columns."""
 
 CONSTANTS = {
-    "K_STEP": K_STEP, "STAGED_BYTES": STAGED_BYTES, "MOST_SHARED": MOST_SHARED_BYTES, "GEMM1": GEMM1, "GEMM2": GEMM2,
-    "SUM": SUM, "SUM_THREADS": SUM_THREADS, **{name: kind for kind, (name, _) in WAITS.items()},
+    "K_STEP": K_STEP, "BLOCK": BLOCK, "MOST_STEPS": MOST_STEPS, "STAGED_BYTES": STAGED_BYTES,
+    "MOST_SHARED": MOST_SHARED_BYTES, "GEMM1": GEMM1, "GEMM2": GEMM2, "SUM": SUM,
+    "SUM_THREADS": SUM_THREADS, **{name: kind for kind, (name, _) in WAITS.items()},
 }  # fmt: skip
 """What the kernels and their launchers both go by, by its name in C++."""
 
@@ -55,7 +62,8 @@ class Instance:
     one TMA load of tokens brings. ctas_per_sm: CTAs on an SM. cluster: CTAs, 1 or 2, that take tiles side by side,
     and share the weights where both are of one expert. permutes: 1 where rows of x are first written out in order of expert, to
     be loaded by TMA; 0 where three warps gather them for every tile of weight rows. apart: 1 where the sums over each token's
-    slots are a launch of their own (sm90_fast_sum.cu).
+    slots are a launch of their own (sm90_fast_sum.cu). scaled: 1 where weights and activations are codes (e4m3) with a scale for
+    every BLOCK of K (sm90_fast_scaled.cuh), in stages of 128 elements.
     """
 
     warpgroups: int
@@ -68,11 +76,12 @@ class Instance:
     cluster: int = 1
     permutes: int = 0
     apart: int = 0
+    scaled: int = 0
 
     def __repr__(self) -> str:
         """As recordings name it: by `RECORDED` words, and without what older ones had not: a cluster of one CTA, rows that are
-        gathered, sums in the same launch."""
-        later = {"cluster": 1, "permutes": 0, "apart": 0}
+        gathered, sums in the same launch, 16-bit weights."""
+        later = {"cluster": 1, "permutes": 0, "apart": 0, "scaled": 0}
         named = ((each.name, getattr(self, each.name)) for each in fields(self))
         said = (f"{RECORDED.get(name, name)}={value}" for name, value in named if later.get(name) != value)
         return f"Instance({', '.join(said)})"
@@ -96,17 +105,22 @@ class Instance:
     @property
     def shared_bytes(self) -> int:
         """Of a CTA: the pipeline, barriers of 8 bytes (two a stage, and four), twice the rows' slots and weights, and where
-        outputs are staged 512 bytes a warp, or twice that where they fit."""
-        stage = (self.rows + self.tokens) * 128 + 16
-        rest = self.stages * stage + 32 + 16 * self.tokens
+        outputs are staged 512 bytes a warp, or twice that where they fit; over codes also scales, and the largest outputs."""
+        stage = (self.rows + self.tokens) * 128 + 16 + 4 * self.tokens * self.scaled
+        rest = self.stages * stage + 32 + 16 * self.tokens + self.scaled * 16 * (MOST_STEPS + self.tokens)
         staged = self.warpgroups * 4 * STAGED_BYTES if self.stages_rows else 0
         buffers = 2 if rest + 32 + 2 * staged <= MOST_SHARED_BYTES // self.ctas_per_sm - 1024 else 1
         return rest + buffers * staged
 
     @property
+    def step(self) -> int:
+        """Elements of K in a stage: 128 bytes."""
+        return K_STEP * 2 if self.scaled else K_STEP
+
+    @property
     def stages_rows(self) -> bool:
         """Whether outputs are turned round in shared memory."""
-        return self.tokens >= 96 and self.row_blocks == 2
+        return bool(self.scaled) or (self.tokens >= 96 and self.row_blocks == 2)
 
     @property
     def shape(self) -> str:
@@ -119,7 +133,8 @@ class Instance:
 
     def source(self, dtype: torch.dtype) -> str:
         """sm90_fast_layer.cu with the wgmma shapes that this instance asks for."""
-        shapes = wgmma.functions(range(self.tokens, 0, -self.grain), *STORAGE[dtype])
+        operands = (wgmma.CODES, wgmma.CODES) if self.scaled else STORAGE[dtype]
+        shapes = wgmma.functions(range(self.tokens, 0, -self.grain), *operands)
         return f'#include "sm90.cuh"\n{constants()}{shapes}\n{SOURCE.read_text()}'
 
 
@@ -145,43 +160,16 @@ CLUSTERED = replace(INSTANCES[176], cluster=2)
 
 ALL = (*INSTANCES.values(), CLUSTERED, PERMUTED)
 
-READS_TO_PERMUTE = 6
-"""Tiles of weight rows that read the same tokens in GEMM1, from which it is faster to permute the tokens where an expert has
-more than CLUSTERS_UP_TO: in data/recordings/fast_choice.json, even and skewed, at six (Qwen3-30B-A3B) and more in 0.91 to 1.00 of
-the time of gathering them, at three (Qwen3-235B-A22B tp4) in 1.28 to 1.29, where memory has more to move than GEMM1 takes. At
-256 rows pairs that gather are 2 % slower to 70 % faster. Of WIDEST_EXPERTS, which have no clusters, it is open there:
-Mixtral-8x7B tp2 gathers, and takes permuted 0.94 to 0.95 of that time in this recording."""
+CODED = {
+    16: Instance(2, 2, 3, 16, 16, 16, ctas_per_sm=2, apart=1, scaled=1),
+    48: Instance(2, 2, 5, 48, 16, 16, apart=1, scaled=1),
+    96: Instance(2, 2, 4, 96, 16, 16, apart=1, scaled=1),
+    128: Instance(2, 2, 4, 128, 16, 16, apart=1, scaled=1),
+}
+"""Over codes: widest tile of tokens -> the instance for it. 256 weight rows, which hold a group of GEMM1's result; the registers
+of a step's sums beside those of all steps leave 128 tokens."""
 
-CLUSTERS_FROM, CLUSTERS_UP_TO = 176, 352
-"""Rows of an expert, more than the first and at most the second, that are served in clusters. In data/recordings/fast_choice.json
-pairs that gather take 0.84 to 0.99 of the time of single CTAs that do at 256 rows with uniform routing, 0.98 to 1.03 if
-skewed; from 512 rows on pairs that permute take 0.99 to 1.07 of the time of single CTAs that do, where an expert may have a
-tile without another. Of WIDEST_EXPERTS the shares are very unequal if skewed."""
-
-SHORT_INNER = 256
-"""Inner sizes of so few elements are served in clusters from one tile an expert on (there, DeepSeek-V3 tp8 at 4096 tokens: 0.98
-of the time of single CTAs, 0.97 if skewed). Why, where nothing is shared, is not shown: it may be that CTAs in step find in L2
-what others just read."""
-
-WIDEST_EXPERTS, WIDEST_ROWS = 8, 32
-"""Of so few experts one may get most of a skewed batch: from that many rows on the widest tile, which does not read weights
-twice where an expert gets twice its share, and in single CTAs."""
-
-MOST_ROWS = {16: 11.0, 48: 23.0, 96: 90.0}
-"""Widest tile of tokens -> the most rows, as an expert gets them if tokens spread evenly, that it is used for. The fastest
-forms of data/recordings/fast_choice.json lie on either side of each limit, at half and at twice as many rows or nearer."""
-
-
-def instance_for(num_tokens: int, top_k: int, num_experts: int, moe_intermediate_size: int) -> Instance:
-    """The instance for a batch, by the rows that an expert gets if tokens spread evenly. Sizes as on this rank."""
-    rows = num_tokens * top_k / num_experts
-    fits = next((most for most, limit in MOST_ROWS.items() if rows <= limit or num_tokens <= most), 176)
-    if num_experts <= WIDEST_EXPERTS and rows > WIDEST_ROWS and num_tokens > 96:
-        fits = 176
-    if fits < 176:
-        return INSTANCES[fits]
-    if rows > CLUSTERS_UP_TO:
-        reads = -(-2 * moe_intermediate_size // PERMUTED.rows)
-        return PERMUTED if reads >= READS_TO_PERMUTE else INSTANCES[176]
-    clustered = num_experts > WIDEST_EXPERTS and (rows > CLUSTERS_FROM or moe_intermediate_size <= SHORT_INNER)
-    return CLUSTERED if clustered else INSTANCES[176]
+CODED_PERMUTED = replace(CODED[128], permutes=1)
+CODED_CLUSTERED = replace(CODED[128], cluster=2)
+CODED_BOTH = replace(CODED_PERMUTED, cluster=2)
+ALL_CODED = (*CODED.values(), CODED_PERMUTED, CODED_CLUSTERED, CODED_BOTH)

@@ -19,9 +19,9 @@ from moelab.errors import DtypeError, RuntimeModeError, ShapeError
 from moelab.kernels import nvrtc, residency
 from moelab.kernels.cuda_launch import launch, launch_config
 from moelab.kernels.fast_instances import (
+    BLOCK,
     GEMM1,
     GEMM2,
-    K_STEP,
     SOURCE,
     STORAGE,
     SUM,
@@ -48,8 +48,10 @@ class LayerArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "rows", "inner", "y", "out", "topk_weights", "topk_ids")),
         *((name, ctypes.c_void_p) for name in ("sorted_slots", "tiles", "num_tiles", "ready", "report")),
         *((name, ctypes.c_int) for name in ("most_tiles", "counters", "num_experts", "num_tokens", "top_k")),
-        *((name, ctypes.c_int) for name in ("hidden", "inner_size", "parts", "wide_ids", "weighted")),
+        *((name, ctypes.c_int) for name in ("hidden", "inner_size", "parts", "wide_ids", "wide_weights", "weighted")),
         ("scale", ctypes.c_float),
+        ("powers", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("x_scale", "w13_scale", "w2_scale", "rows_scale", "inner_scale")),
     ]
 
 
@@ -68,13 +70,16 @@ def layer_arguments(
     report: Tensor,
     scale: float,
     weights_on_input: bool,
+    powers: bool = False,
+    scales: tuple[Tensor, ...] = (),
 ) -> LayerArguments:
     """The kernel's arguments for these tensors, all of them on one device, and sizes as `fast_layer` has them. report:
-    `residency.report_of`."""
+    `residency.report_of`. powers, scales: of an instance over codes, as sm90_fast_tiles.cuh has them."""
     return LayerArguments(
         *(t.data_ptr() for t in (x, rows, inner, y, out, topk_weights, topk_ids, *tiles, report)),
-        tiles.most, tiles.ready.shape[0], num_experts, x.shape[0], topk_ids.shape[1], x.shape[1], inner.shape[1], parts,
-        topk_ids.dtype == torch.int64, GEMM1 if weights_on_input else GEMM2, scale,
+        tiles.most, tiles.ready.shape[0], num_experts, *topk_ids.shape, out.shape[1], inner.shape[1], parts,
+        topk_ids.dtype == torch.int64, topk_weights.dtype == torch.float32, GEMM1 if weights_on_input else GEMM2, scale, powers,
+        *(t.data_ptr() for t in scales),
     )  # fmt: skip
 
 
@@ -82,22 +87,27 @@ def tensor_maps(instance: Instance, w13: Tensor, w2: Tensor, rows: Tensor, inner
     """Maps of w13 (E, 2N, H), w2 (E, H, N), rows (S, H) and inner (S, N), in the boxes of that instance.
 
     w13's dimensions are H, row in a group of eight, gate or up, group, expert: a box brings groups of gate and of up rows
-    in turn.
+    in turn. Of codes: H, pair of rows, row of a pair, group of eight pairs, gates or ups of an expert: a box brings groups of even
+    rows and of odd ones in turn, all gates first.
     """
     experts, doubled, hidden = w13.shape
-    size = doubled // 2
+    size, step = doubled // 2, instance.step
     rows_of_a_load = instance.rows // instance.cluster
+    of_w13 = TensorMap(
+        (hidden, 8, 2, size // 8, experts),
+        (hidden, size * hidden, 8 * hidden, doubled * hidden),
+        (step, 8, 2, rows_of_a_load // 16, 1),
+    )
+    if instance.scaled:
+        of_w13 = TensorMap(
+            (hidden, 8, 2, size // 16, 2 * experts),
+            (2 * hidden, hidden, 16 * hidden, size * hidden),
+            (step, 8, 2, BLOCK // 16, rows_of_a_load // BLOCK),
+        )
     return (
-        TensorMap(
-            (hidden, 8, 2, size // 8, experts),
-            (hidden, size * hidden, 8 * hidden, doubled * hidden),
-            (K_STEP, 8, 2, rows_of_a_load // 16, 1),
-        ),
-        TensorMap((size, hidden, experts), (size, hidden * size), (K_STEP, rows_of_a_load, 1)),
-        *(
-            TensorMap((each.shape[1], each.shape[0]), (each.shape[1],), (K_STEP, instance.box))
-            for each in (rows, inner)
-        ),
+        of_w13,
+        TensorMap((size, hidden, experts), (size, hidden * size), (step, rows_of_a_load, 1)),
+        *(TensorMap((each.shape[1], each.shape[0]), (each.shape[1],), (step, instance.box)) for each in (rows, inner)),
     )
 
 
@@ -232,8 +242,8 @@ def fast_layer(
 ) -> Tensor:
     """The layer of checked tensors (`check_fast_layer`): x (M, H), w13 (E, 2N, H), w2 (E, H, N); out (M, H).
 
-    topk_weights (M, k) float32, topk_ids (M, k) int32 or int64; tiles: of at most instance.tokens rows, in pairs where
-    instance.cluster is 2 (moelab.pipelines.fast.tiles_for makes them). weights_on_input: weigh GEMM1's rows, before the
+    topk_weights (M, k), float32 or x's dtype, topk_ids (M, k) int32 or int64; tiles: of at most instance.tokens rows, in pairs
+    where instance.cluster is 2 (moelab.pipelines.fast.tiles_for makes them). weights_on_input: weigh GEMM1's rows, before the
     activation. parts: GEMM1, GEMM2, SUM, to leave some out; where instance.apart, SUM is a launch of its own. scratch: (S, N) and
     (S, H), what GEMM1 and GEMM2 write; its own unless given. overlap: programmatic dependent launch, which sets CTAs up while the
     launch before this one ends.
@@ -263,9 +273,26 @@ def fast_layer(
         scale=scale,
         weights_on_input=weights_on_input,
     )
+    launch_layer(instance, mapped, arguments, out, topk_ids, overlap=overlap)
+    return out
+
+
+def launch_layer(
+    instance: Instance,
+    mapped: tuple[Tensor, Tensor, Tensor, Tensor],
+    arguments: LayerArguments,
+    out: Tensor,
+    topk_ids: Tensor,
+    *,
+    overlap: bool,
+) -> None:
+    """The launch of those arguments on torch's current stream, behind what `residency.Order` says, and the sums' where they are
+    apart. mapped: w13, w2, rows and inner, for TMA."""
+    device, parts = out.get_device(), arguments.parts
+    direct = arguments.y == arguments.out
     stream = torch.cuda.current_stream(device).cuda_stream
     if parts & (GEMM1 | GEMM2) or not instance.apart:
-        loaded = _loaded(device, instance, x.dtype, WATCHED)
+        loaded = _loaded(device, instance, out.dtype, WATCHED)
         maps = [spec.encode(each) for spec, each in zip(tensor_maps(instance, *mapped), mapped, strict=True)]
         parameters = (*(each.address for each in maps), ctypes.addressof(arguments))
         order = residency.order_of(device)
@@ -273,10 +300,9 @@ def fast_layer(
             waits = order.follow(stream)
             launch(loaded.function, _instance_config(instance, loaded.grid, stream, overlap and not waits), parameters)
     if instance.apart and parts & SUM and not direct:
-        _, function = _loaded_sum(device, sum_expression(topk_ids.shape[1], x.dtype, topk_ids.dtype))
-        config = launch_config(sum_ctas(*x.shape), SUM_THREADS, 0, stream, overlap)
+        _, function = _loaded_sum(device, sum_expression(topk_ids.shape[1], out.dtype, topk_ids.dtype))
+        config = launch_config(sum_ctas(*out.shape), SUM_THREADS, 0, stream, overlap)
         launch(function, config, (ctypes.addressof(arguments),))
-    return out
 
 
 def _instance_config(instance: Instance, grid: int, stream: int, overlap: bool) -> Any:

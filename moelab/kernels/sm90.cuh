@@ -18,6 +18,10 @@ typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
 
+struct e4m3 {
+    uint8_t bits;
+};
+
 struct alignas(64) TensorMap {
     uint64_t opaque[16];
 };
@@ -130,6 +134,11 @@ DEVICE void copy_async(uint32_t to, const void* from, int bytes) {
                  : "memory");
 }
 
+// 4 bytes from device memory, by way of L1: neighbours are read next.
+DEVICE void copy_async_4(uint32_t to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
 // This thread's arrival, made once all its copies so far have landed.
 DEVICE void barrier_arrive_after_copies(uint64_t* barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
@@ -160,6 +169,12 @@ DEVICE void tma_load(void* to, const TensorMap* map, uint64_t* barrier, int c0, 
         "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
         ::"r"(shared_address(to)), "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
         : "memory");
+}
+
+// So many bytes in one piece, a multiple of 16 from and to addresses that are.
+DEVICE void bulk_load(void* to, const void* from, int bytes, uint64_t* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
 }
 
 // The same to every CTA of the cluster whose bit is in `ranks`: each gets the box at `to` of its own shared memory, and the
@@ -238,6 +253,16 @@ DEVICE uint4 load_shared(uint32_t address) {
 
 DEVICE uint32_t from_neighbour(uint32_t value) { return __shfl_xor_sync(0xffffffffu, value, 1); }
 
+DEVICE float from_lane(float value, int apart) { return __shfl_xor_sync(0xffffffffu, value, apart); }
+
+DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
+DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
+
+// The larger of what lies in shared memory, as bits, and a value that is not below zero: their bits are in the same order.
+DEVICE void max_shared(uint32_t* at, float value) {
+    asm volatile("red.shared::cta.max.u32 [%0], %1;" ::"r"(shared_address(at)), "r"(float_bits(value)) : "memory");
+}
+
 DEVICE void back_off() { __nanosleep(20); }
 
 DEVICE int load_acquire(const int* address) {
@@ -292,6 +317,17 @@ DEVICE uint32_t packed(float low, float high, __nv_bfloat16) {
 DEVICE uint32_t packed(float low, float high, __half) {
     __half2 both = __floats2half2_rn(low, high);
     return *reinterpret_cast<uint32_t*>(&both);
+}
+
+DEVICE float widened(__nv_bfloat16 value) { return __bfloat162float(value); }
+DEVICE float widened(__half value) { return __half2float(value); }
+
+// Four values as e4m3, the first in the lowest byte; to nearest even, and past 448 to 448.
+DEVICE uint32_t coded(float a, float b, float c, float d) {
+    uint16_t low, high;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
+    return low | static_cast<uint32_t>(high) << 16;
 }
 
 DEVICE void add_pair(float& low, float& high, uint32_t pair, __nv_bfloat16) {

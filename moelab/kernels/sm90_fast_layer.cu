@@ -27,6 +27,7 @@
 #include "sm90_fast_permute.cuh"
 #include "sm90_fast_mainloop.cuh"
 #include "sm90_fast_epilogue.cuh"
+#include "sm90_fast_scaled.cuh"
 #include "sm90_fast_sums.cuh"
 
 template <typename S, typename T, int N>
@@ -58,6 +59,25 @@ DEVICE void compute(Shared<S>& shared, const Layer<T>& layer, const TileSchedule
     slots_pipeline.advance();
 }
 
+// The same of codes.
+template <typename S, typename T, int N>
+DEVICE void compute_scaled(Shared<S>& shared, const Layer<T>& layer, const TileScheduler<S, T, false>& scheduler,
+                           PipelineState<S::STAGES>& pipeline, PipelineState<2>& slots_pipeline) {
+    const int warp = threadIdx.x / 32 - 4, buffer = slots_pipeline.stage;
+    const uint32_t staged = shared_address(shared.staged[warp][0]);
+    float sums[2][N / 2];
+    barrier_wait(&shared.slots_full[buffer], slots_pipeline.phase);
+    multiply_scaled<S, N>(sums, shared, pipeline, shared.block_scales[buffer], scheduler.k_steps(), scheduler.gemm);
+    if (scheduler.gemm == 0)
+        stage_coded<S, T, N>(sums, shared, layer, scheduler, shared.routed[buffer], staged, buffer + 2 * slots_pipeline.phase);
+    else
+        stage_weighted<S::BUFFERS, T, N>(sums, layer, scheduler.tile, scheduler.weights * S::ROWS + warp * 32,
+                                         shared.slots[buffer], shared.routed[buffer], staged);
+    sync_warp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(&shared.slots_empty[buffer]);
+    slots_pipeline.advance();
+}
+
 // `compute` of the fewest tokens that hold this tile's.
 template <typename S, typename T, int N>
 DEVICE void compute_fitting(Shared<S>& shared, const Layer<T>& layer, const TileScheduler<S, T, false>& scheduler,
@@ -66,7 +86,10 @@ DEVICE void compute_fitting(Shared<S>& shared, const Layer<T>& layer, const Tile
         if (scheduler.tile.rows <= N - S::GRAIN)
             return compute_fitting<S, T, N - S::GRAIN>(shared, layer, scheduler, pipeline, slots_pipeline);
     }
-    compute<S, T, N>(shared, layer, scheduler, pipeline, slots_pipeline);
+    if constexpr (S::SCALED)
+        compute_scaled<S, T, N>(shared, layer, scheduler, pipeline, slots_pipeline);
+    else
+        compute<S, T, N>(shared, layer, scheduler, pipeline, slots_pipeline);
 }
 
 // A warpgroup's tiles. A tile of GEMM1 is reported after the next one, when its stores have long landed, unless what comes
@@ -79,7 +102,7 @@ DEVICE void consume(Shared<S>& shared, const Layer<T>& layer, int participants) 
     int uncounted = -1;
     int second = 0;  // tiles of GEMM2
     TileScheduler<S, T, false> scheduler(layer);
-    if constexpr (S::PERMUTES) {
+    if constexpr (S::PERMUTES_HERE) {
         const int first = scheduler.tiles1 ? Pieces<S>(layer).first(scheduler.tiles1 / scheduler.across1 * S::CLUSTER) : 0;
         permute<S>(layer, 0, first, (threadIdx.x / 32 - 4) * gridDim.x + blockIdx.x, S::WARPGROUPS * 4 * gridDim.x);
     }
@@ -116,6 +139,8 @@ __global__ void __launch_bounds__(S::THREADS, S::CTAS_PER_SM)
             barrier_init(&shared.slots_empty[buffer], S::WARPGROUPS * 4);
         }
         fence_barrier_init();
+        if constexpr (S::SCALED)
+            for (int i = 0; i < 4 * S::TOKENS; ++i) shared.largest[i / S::TOKENS][i % S::TOKENS] = 0;
         prefetch(&w13);
         prefetch(&w2);
         prefetch(&inner);

@@ -50,7 +50,8 @@ def _encoded(address: int, dtype: torch.dtype, spec: TensorMap) -> Encoded:
 
     kinds, swizzles, promotions = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle, driver.CUtensorMapL2promotion
     kind = {
-        torch.bfloat16: kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, torch.float16: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+        torch.bfloat16: kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, torch.float16: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        torch.float8_e4m3fn: kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8,
     }[dtype]  # fmt: skip
     rank, found = len(spec.sizes), Encoded()
     sides = ctypes.c_uint32 * rank

@@ -167,7 +167,9 @@ def ranked(batch: Batch, forms: Sequence[Form], chip: Chip, c: Coefficients) -> 
     """Those forms, the one that is predicted fastest first."""
     even, skewed = (predict(forms, batch, expected(batch, skewed=skewed), chip, c) for skewed in (False, True))
     first = [before_us(form, batch, c) for form in forms]
-    found = [Predicted(form, float(e) + b, float(s) + b) for form, e, s, b in zip(forms, even, skewed, first, strict=True)]
+    found = [
+        Predicted(form, float(e) + b, float(s) + b) for form, e, s, b in zip(forms, even, skewed, first, strict=True)
+    ]
     return tuple(sorted(found, key=lambda each: each.us))
 
 
@@ -188,7 +190,9 @@ def choose(
     found = [each for each in predicted if override in (kind_of(each.form), name_of(each.form))]
     if not found:
         raise _no_such(override, predicted)
-    return Choice(found[0].form, _said(found[0], batch, f"asked for as {override!r}", found[0].form in tuned), predicted)
+    return Choice(
+        found[0].form, _said(found[0], batch, f"asked for as {override!r}", found[0].form in tuned), predicted
+    )
 
 
 def _no_such(override: str, predicted: Sequence[Predicted]) -> ConfigError:

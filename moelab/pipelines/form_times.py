@@ -157,7 +157,9 @@ def one_launch_us(c: Mapping[str, Any], x: Columns, compute: Any) -> Any:
     def step(gathers: Any) -> Any:
         loads = (c["weight_step"] * x["rows"] / 128 * (1 - x["shared"] / 2) + (c["token_step"] + gathers * c["gather_step"])
                  * x["tokens"] / 64) * x["ctas"]  # fmt: skip
-        return _either(1 + c["step_power"], c["latency"] / (x["stages"] - 1), loads, c["multiply"] * wide * np.exp(compute))
+        return _either(
+            1 + c["step_power"], c["latency"] / (x["stages"] - 1), loads, c["multiply"] * wide * np.exp(compute)
+        )
 
     base = c["tile"] + c["in_step"] * x["cluster"]
     first = base + c["store"] * wide / 2 + x["steps1"] * step(x["gathers"])
@@ -165,7 +167,12 @@ def one_launch_us(c: Mapping[str, Any], x: Columns, compute: Any) -> Any:
     last = c["last_wave"] / (1 + c["last_wave"])
     tiles = (x["first"] + last * (x["waves1"] - x["first"])) * first
     tiles = tiles + (x["second"] + last * (x["waves2"] - x["second"])) * second
-    moved = c["weights"] * x["weights"] + c["states"] * x["states"] + c["again"] * x["again"] + c["gathered"] * x["gathered"]
+    moved = (
+        c["weights"] * x["weights"]
+        + c["states"] * x["states"]
+        + c["again"] * x["again"]
+        + c["gathered"] * x["gathered"]
+    )
     besides = c["launch"] + c["sum_launch"] * x["apart"] + c["permuted"] * x["permuted"]
     return besides + _either(1 + c["power"], tiles * x["compute"], moved)
 
@@ -189,7 +196,12 @@ def gemm_us(c: Mapping[str, Any], x: Columns, compute: Any, memory: Any) -> Any:
         c["load_step"] * (x["m"] + x["n"]) * x["k"] / 16384 * ctas, multiply * ctas,
     )  # fmt: skip
     tile = c["tile"] + c["store"] * x["m"] * x["n"] / 16384 * ctas + x["steps"] * step
-    moved = c["weights"] * x["weights"] + c["states"] * x["states"] + c["again"] * x["again"] + c["gathered"] * x["gathered"]
+    moved = (
+        c["weights"] * x["weights"]
+        + c["states"] * x["states"]
+        + c["again"] * x["again"]
+        + c["gathered"] * x["gathered"]
+    )
     return c["launch"] + _either(1 + c["power"], waves * tile * np.exp(compute) * x["compute"], moved * np.exp(memory))
 
 
@@ -224,7 +236,9 @@ class Coefficients:
 def place_of(batch: Batch) -> list[float]:
     """Where a layer lies among the anchors: logarithms of hidden_size, of the inner size, of top_k, and of ranks of experts."""
     ranks = batch.top_k / batch.share / batch.num_experts
-    return [float(np.log(value)) for value in (batch.hidden_size, batch.moe_intermediate_size, batch.top_k, max(ranks, 1.0))]
+    return [
+        float(np.log(value)) for value in (batch.hidden_size, batch.moe_intermediate_size, batch.top_k, max(ranks, 1.0))
+    ]
 
 
 def nearness(places: Floats, anchors: Floats, widths: Floats) -> Floats:

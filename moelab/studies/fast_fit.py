@@ -23,10 +23,13 @@ from moelab.config import KernelConfig
 from moelab.errors import RuntimeModeError
 from moelab.inputs import routings_for
 from moelab.kernels.fast_instances import Instance
-from moelab.kernels.few_tokens import FewTokens, Tile as FewTile
+from moelab.kernels.few_tokens import FewTokens
+from moelab.kernels.few_tokens import Tile as FewTile
 from moelab.pipelines import form_times as times
+from moelab.pipelines.fast import batch_of
+from moelab.pipelines.form_choice import TILES, columns_of
 from moelab.pipelines.form_times import CLASSIC, FEW_TOKENS, GATED, ONE_LAUNCH, Chip, Coefficients, Tile
-from moelab.pipelines.spread import Batch, Floats, Spread, expected, realised
+from moelab.pipelines.spread import Batch, Floats, Spread, realised
 from moelab.shapes import MoEShape
 from moelab.studies import fast_shapes
 from moelab.suites import fast_layer
@@ -90,15 +93,10 @@ def _spread_of(shape: MoEShape, num_tokens: int, routing: str, rotations: int) -
     return realised((int(count) for each in drawn for count in each.tokens_per_expert()), len(drawn))
 
 
-def batch_of(shape: MoEShape, num_tokens: int) -> Batch:
-    """A batch of a shape, under the expectation that the shape knows."""
-    return Batch(
-        num_tokens, shape.top_k, shape.num_experts, shape.hidden_size, shape.moe_intermediate_size,
-        shape.expected_rows(num_tokens),
-    )  # fmt: skip
-
-
-SUITES: Mapping[str, Callable[[str], MoEShape]] = {"fast_choice": fast_layer.shape_of, "fast_shapes": fast_shapes.shape_of}
+SUITES: Mapping[str, Callable[[str], MoEShape]] = {
+    "fast_choice": fast_layer.shape_of,
+    "fast_shapes": fast_shapes.shape_of,
+}
 """Recordings that are fitted on, and where the shapes behind their names are."""
 
 
@@ -114,7 +112,9 @@ def rows() -> tuple[Row, ...]:
             shape, cell = shape_of(row["shape"]), (row["shape"], row["routing"], row["num_tokens"])
             spread = _spread_of(shape, row["num_tokens"], row["routing"], row["rotations"])
             us = statistics.median(row["samples_us"])
-            found.append(Row(row["shape"].partition("/")[0], cell, *known, batch_of(shape, row["num_tokens"]), spread, us))
+            found.append(
+                Row(row["shape"].partition("/")[0], cell, *known, batch_of(shape, row["num_tokens"]), spread, us)
+            )
     return tuple(found)
 
 
@@ -135,11 +135,6 @@ def recorded_chip() -> tuple[str, Chip]:
 
 
 # --- the fit --------------------------------------------------------------------------------------------------------------
-
-
-def columns_of(features: Sequence[Mapping[str, float]]) -> dict[str, Floats]:
-    """One array for each feature."""
-    return {name: np.array([float(each[name]) for each in features]) for name in features[0]}
 
 
 class Fit:
@@ -168,8 +163,18 @@ class Fit:
             self.of = [np.array([self.names.index(str(pair[i])) for pair in tiles]) for i in (0, 1)]
             sizes = [(r.batch.moe_intermediate_size, r.batch.hidden_size) for r in given]
             self.x = [
-                columns_of([times.gemm_features(p[0], 2 * n, h, r.spread, chip) for p, (n, h), r in zip(tiles, sizes, given, strict=True)]),
-                columns_of([times.gemm_features(p[1], h, n, r.spread, chip) for p, (n, h), r in zip(tiles, sizes, given, strict=True)]),
+                columns_of(
+                    [
+                        times.gemm_features(p[0], 2 * n, h, r.spread, chip)
+                        for p, (n, h), r in zip(tiles, sizes, given, strict=True)
+                    ]
+                ),
+                columns_of(
+                    [
+                        times.gemm_features(p[1], h, n, r.spread, chip)
+                        for p, (n, h), r in zip(tiles, sizes, given, strict=True)
+                    ]
+                ),
                 columns_of([times.layer_features(r.batch, r.spread, chip) for r in given]),
             ]
             self.per_form, self.held = 3, (0.3, 3.0, 3.0)
@@ -195,7 +200,10 @@ class Fit:
     def solve(self, begin: Floats | None = None, evaluations: int = 60) -> Floats:
         """Least squares of those logarithms, within each cell and over all, weighted; held near where it began."""
         least_squares = _least_squares()
-        root, tight = np.sqrt(self.weight), np.concatenate([np.full(len(self.names), held) for held in (*self.held,)] or [[]])
+        root, tight = (
+            np.sqrt(self.weight),
+            np.concatenate([np.full(len(self.names), held) for held in (*self.held,)] or [[]]),
+        )
         origin = np.concatenate([self.start, np.zeros(self.per_form * len(self.names))])
         total = np.bincount(self.cells, self.weight)
         pull = np.concatenate([np.full(len(self.start), 0.02), tight])
@@ -245,12 +253,18 @@ def before(without: str | None = None) -> dict[str, list[float]]:
 
     found = {}
     for part in ("order", "align"):
-        taken = [(times.before_features(batch), us) for model, name, batch, us in before_rows() if name == part and model != without]
+        taken = [
+            (times.before_features(batch), us)
+            for model, name, batch, us in before_rows()
+            if name == part and model != without
+        ]
         found[part] = nnls(np.array([x / us for x, us in taken]), np.ones(len(taken)))[0].tolist()
     return found
 
 
-def fit(without: str | None = None, begin: Mapping[str, Floats] | None = None) -> tuple[Coefficients, dict[str, Floats]]:
+def fit(
+    without: str | None = None, begin: Mapping[str, Floats] | None = None
+) -> tuple[Coefficients, dict[str, Floats]]:
     """Coefficients by the recordings, without those of one model; and the same as the solver has them, to begin another fit at."""
     device, chip = recorded_chip()
     taken = [row for row in rows() if row.model != without]
@@ -261,7 +275,9 @@ def fit(without: str | None = None, begin: Mapping[str, Floats] | None = None) -
     anchors: list[list[float]] = []
     for kind in times.KINDS:
         # Tuned configs are of tiles that few rows have; they are held against the fit, not fitted.
-        one = Fit(kind, [r for r in taken if r.kind == kind and (kind not in (GATED, CLASSIC) or _of_the_grid(r))], best, chip)
+        one = Fit(
+            kind, [r for r in taken if r.kind == kind and (kind not in (GATED, CLASSIC) or _of_the_grid(r))], best, chip
+        )
         values = solved[kind] = one.solve(None if begin is None else begin[kind], 60 if begin is None else 12)
         shared[kind] = {name: float(np.exp(v)) for name, v in zip(START[kind], values, strict=False)}
         if kind == FEW_TOKENS:
@@ -275,8 +291,7 @@ def fit(without: str | None = None, begin: Mapping[str, Floats] | None = None) -
 
 
 def _of_the_grid(row: Row) -> bool:
-    tiles = {(m, *tile) for m, of in fast_shapes.TILES.items() for tile in of}
-    return all((c.BLOCK_SIZE_M, c.BLOCK_SIZE_N, c.BLOCK_SIZE_K, c.GROUP_SIZE_M, c.num_warps, c.num_stages) in tiles for c in row.form)
+    return all(config in TILES.get(config.BLOCK_SIZE_M, ()) for config in row.form)
 
 
 def written(found: Coefficients) -> str:

@@ -21,8 +21,8 @@
 // A tensor in memory and the box of it that one TMA load brings; the layout that moelab.kernels.tensor_map gives the driver.
 struct TensorMap {
     uint64_t address;
-    uint32_t rank, unused;
-    uint64_t size[5], stride[5];  // stride in bytes; stride[0] is 2
+    uint32_t rank, element;       // bytes of one
+    uint64_t size[5], stride[5];  // stride in bytes
     uint32_t box[5], unused_too;
 };
 
@@ -74,9 +74,10 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity, uint4* report, int 
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) { barrier_wait(barrier, parity, nullptr, 0, 0, 6); }
 
 inline void copy_async(uint32_t to, const void* from, int bytes) { copies.push_back({block->shared + to, from, bytes}); }
+inline void copy_async_4(uint32_t to, const void* from) { copy_async(to, from, 4); }
 inline void barrier_arrive_after_copies(uint64_t* barrier) {
     for (const Copy& copy : copies) {
-        std::memset(copy.to, 0, 16);
+        if (copy.bytes != 4) std::memset(copy.to, 0, 16);
         std::memcpy(copy.to, copy.from, copy.bytes);
     }
     copies.clear();
@@ -91,7 +92,7 @@ inline void land(Block* of, void* to, const TensorMap* map, uint64_t* barrier, c
     if (base % 1024) hangs("tma_load to an unaligned tile");
     int rows = 1;
     for (uint32_t d = 1; d < map->rank; ++d) rows *= map->box[d];
-    const uint32_t row_bytes = map->box[0] * 2;
+    const uint32_t element = map->element, row_bytes = map->box[0] * element, sixteen = 16 / element;
     for (int row = 0; row < rows; ++row) {
         uint64_t offset = 0;
         bool inside = true;
@@ -101,16 +102,16 @@ inline void land(Block* of, void* to, const TensorMap* map, uint64_t* barrier, c
             inside &= index >= 0 && index < static_cast<int64_t>(map->size[d]);
             offset += index * map->stride[d];
         }
-        for (uint32_t i = 0; i < map->box[0]; i += 8) {  // the swizzle keeps 16 bytes together
-            uint16_t values[8] = {};
+        for (uint32_t i = 0; i < map->box[0]; i += sixteen) {  // the swizzle keeps 16 bytes together
+            uint8_t values[16] = {};
             const uint64_t first = at[0] + i;
-            const uint8_t* from = reinterpret_cast<const uint8_t*>(map->address) + offset + first * 2;
+            const uint8_t* from = reinterpret_cast<const uint8_t*>(map->address) + offset + first * element;
             const uint64_t left = !inside || first >= map->size[0] ? 0 : map->size[0] - first;
-            if (left >= 8)  // of a length that is known, so that ThreadSanitizer sees it: it did not a call of memcpy
+            if (left >= sixteen)  // of a length that is known, so that ThreadSanitizer sees it: it did not a call of memcpy
                 std::memcpy(values, from, 16);
             else
-                for (uint64_t j = 0; j < left; ++j) std::memcpy(values + j, from + j * 2, 2);
-            std::memcpy(swizzled(base + row * row_bytes + i * 2, of), values, 16);
+                for (uint64_t j = 0; j < left * element; ++j) values[j] = from[j];
+            std::memcpy(swizzled(base + row * row_bytes + i * element, of), values, 16);
         }
     }
     Mbarrier& b = mbarrier(barrier, of);
@@ -122,6 +123,14 @@ inline void land(Block* of, void* to, const TensorMap* map, uint64_t* barrier, c
 inline void tma_load(void* to, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2 = 0, int c3 = 0, int c4 = 0) {
     land(block, to, map, barrier, {c0, c1, c2, c3, c4});
 }
+inline void bulk_load(void* to, const void* from, int bytes, uint64_t* barrier) {
+    if ((reinterpret_cast<uint64_t>(from) | shared_address(to) | bytes) % 16) hangs("bulk_load of what is not on 16 bytes");
+    for (int i = 0; i < bytes; i += 16) std::memcpy(static_cast<uint8_t*>(to) + i, static_cast<const uint8_t*>(from) + i, 16);
+    Mbarrier& b = mbarrier(barrier);
+    std::lock_guard guard(b.lock);
+    b.bytes -= bytes;
+    b.advance_if_done();
+}
 inline void tma_multicast(void* to, const TensorMap* map, uint64_t* barrier, uint16_t ranks, int c0, int c1, int c2, int c3 = 0,
                           int c4 = 0) {
     for (size_t rank = 0; rank < block->cluster.size(); ++rank)
@@ -132,27 +141,37 @@ inline void fence_async_shared() {}
 inline void fence_async_global() {}
 inline void wgmma_fence() {}
 
-// One thread's share of a 64 x N product over 16 of K, when it is waited for.
+// One thread's share of a 64 x N product over 32 bytes of K, when it is waited for.
 template <typename T, int N>
 inline void wgmma(float (&sums)[N / 2], uint64_t weights, uint64_t tokens) {
+    constexpr int K = 32 / sizeof(T);
     for (uint64_t tile : {weights, tokens})
         if (tile >> 62 != 1) hangs("a wgmma of a tile without the 128-byte swizzle");
-    const auto read = [](float (&values)[16], uint64_t tile, int row) {  // two times the 16 bytes that the swizzle keeps together
+    const auto read = [](float (&values)[K], uint64_t tile, int row) {  // two times the 16 bytes that the swizzle keeps together
         const uint32_t start = (tile & 0x3FFF) << 4, groups = (tile >> 32 & 0x3FFF) << 4;
-        T found[16];
-        for (int half : {0, 8}) std::memcpy(found + half, swizzled(start + row / 8 * groups + row % 8 * 128 + half * 2), 16);
-        for (int k = 0; k < 16; ++k) values[k] = widened(found[k]);
+        T found[K];
+        for (int half : {0, 1})
+            std::memcpy(found + half * K / 2, swizzled(start + row / 8 * groups + row % 8 * 128 + half * 16), 16);
+        for (int k = 0; k < K; ++k) values[k] = widened(found[k]);
     };
     issued.push_back([&sums, weights, tokens, read] {
         const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-        float of_weights[2][16], of_token[16];
+        float of_weights[2][K], of_token[K];
         for (int odd : {0, 1}) read(of_weights[odd], weights, warp * 16 + lane / 4 + odd * 8);
         for (int i = 0; i < N / 4; ++i) {
             read(of_token, tokens, i / 2 * 8 + lane % 4 * 2 + i % 2);
             for (int odd : {0, 1})
-                for (int k = 0; k < 16; ++k) sums[i / 2 * 4 + odd * 2 + i % 2] += of_weights[odd][k] * of_token[k];
+                for (int k = 0; k < K; ++k) sums[i / 2 * 4 + odd * 2 + i % 2] += of_weights[odd][k] * of_token[k];
         }
     });
+}
+// The same, of sums that are taken for zeros.
+template <typename T, int N>
+inline void wgmma_first(float (&sums)[N / 2], uint64_t weights, uint64_t tokens) {
+    issued.push_back([&sums] {
+        for (float& sum : sums) sum = 0.0f;
+    });
+    wgmma<T, N>(sums, weights, tokens);
 }
 inline void wgmma_commit() {
     groups.push_back(std::move(issued));
@@ -227,6 +246,24 @@ inline uint32_t from_neighbour(uint32_t value) {
     return of_lane(value, [](const uint32_t* lanes) { return lanes[(threadIdx.x % 32) ^ 1]; });
 }
 
+inline uint32_t float_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+inline float bits_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+inline float from_lane(float value, int apart) {
+    return bits_float(of_lane(float_bits(value), [apart](const uint32_t* lanes) { return lanes[(threadIdx.x % 32) ^ apart]; }));
+}
+inline void max_shared(uint32_t* at, float value) {
+    uint32_t before = __atomic_load_n(at, __ATOMIC_RELAXED);
+    while (before < float_bits(value) && !__atomic_compare_exchange_n(at, &before, float_bits(value), true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+}
+
 inline int load_acquire(const int* address) { return __atomic_load_n(address, __ATOMIC_ACQUIRE); }
 inline void wait_for_count(const int* address, int count, uint4* report, int what, int tile) {
     deliver();
@@ -256,6 +293,9 @@ inline void griddepcontrol_launch_dependents() {}
 template <typename T>
 inline uint32_t packed(float low, float high, T as) {
     return narrowed(low, as) | narrowed(high, as) << 16;
+}
+inline uint32_t coded(float a, float b, float c, float d) {
+    return narrowed(a, e4m3()) | narrowed(b, e4m3()) << 8 | narrowed(c, e4m3()) << 16 | narrowed(d, e4m3()) << 24;
 }
 template <typename T>
 inline void add_pair(float& low, float& high, uint32_t pair, T) {
