@@ -76,11 +76,9 @@ def fused_moe(
     rule serves where there is none, or where "default" asks for it. The Split-K ones take SPLIT_K from each. "gated" and its
     kin count gate and up rows together as BLOCK_SIZE_N, at least 32. "fast" chooses its form by the batch and the tuned files,
     "weight_only" by the batch, and torch's own forms have nothing to configure.
-    expected_rows: rows that an expert of this rank gets on average, which "fast" and "weight_only" choose their forms by: the host
-    does not know the routing. None takes all pairs for this rank's, M * k / E; under expert parallelism pass M * k over all
-    experts of the model (`MoEShape.expected_rows`).
-    form: of "fast", in place of what it would choose: a kind ("one_launch", "few_tokens", "gated_tma", "triton") or one form by the
-    name that `moelab explain --kernel fast` prints.
+    expected_rows: of an expert, by which "fast" and "weight_only" choose their forms; None: M * k / E. Where other ranks have
+    experts too: M * k over the model's. form: of "fast", a kind or a form as `moelab explain --kernel fast` names them, in place
+    of what is predicted fastest; None: MOELAB_FAST_FORM, if it is set.
     check_routing: look for ids out of range. None means always on CPU, and never on a GPU, where it would
     synchronise with the host.
     Returns (M, H) in hidden_states' dtype. Deterministic, but for those that the table says are not, on a GPU. Only "torch"
@@ -90,11 +88,7 @@ def fused_moe(
     SharedMemoryError or RuntimeModeError, each saying what was expected.
     """
     named(impl)
-    _check_arguments(config, down_config, top_k)
-    if form is not None and impl != "fast":
-        raise ConfigError(
-            f"form={form!r:.60} came with impl={impl!r}. Expected it with impl='fast', which has several. Leave it out."
-        )
+    _check_arguments(config, down_config, top_k, impl, form)
     weights = _weights(w13, w2, b13, b2)
     optional = {name: t for name, t in weights._asdict().items() if t is not None and name != "format"}
     _require_tensors(**{"hidden_states": hidden_states, "w13": weights.w13, "w2": weights.w2, **optional})
@@ -104,10 +98,7 @@ def fused_moe(
             router_logits, topk_weights, topk_ids, top_k, renormalize, hidden_states, weights
         )
     elif top_k is not None and topk_ids is not None and top_k != topk_ids.shape[-1]:
-        raise RoutingError(
-            f"top_k = {top_k} but topk_ids has shape {tuple(topk_ids.shape)}. Expected top_k columns. Leave top_k out: it "
-            "goes with router_logits."
-        )
+        raise _another_top_k(top_k, topk_ids)
     if topk_weights is None or topk_ids is None:
         raise RoutingError(
             "No routing given. Expected topk_weights and topk_ids, or router_logits and top_k. Pass one of the pairs."
@@ -115,10 +106,9 @@ def fused_moe(
     _require_tensors(topk_weights=topk_weights, topk_ids=topk_ids)
     call = MoECall(
         hidden_states, weights, topk_weights, topk_ids, activation, gated,
-        _scale(routed_scaling_factor), apply_router_weight_on_input, config, down_config, None, form,
+        _scale(routed_scaling_factor), apply_router_weight_on_input, config, down_config,
+        _expectation(expected_rows, topk_ids), form,
     )  # fmt: skip
-    if expected_rows is not None:
-        call = call._replace(expected_rows=_expectation(expected_rows, call.num_tokens))
     compiling = torch.compiler.is_compiling()
     if compiling:
         _check_call(call, impl)
@@ -171,18 +161,32 @@ def _scale(factor: Any) -> float:
         ) from error
 
 
-def _expectation(rows: Any, num_tokens: int) -> float:
-    """Rows expected of an expert as a float, of a batch that has any."""
+def _another_top_k(top_k: int, topk_ids: Tensor) -> RoutingError:
+    return RoutingError(
+        f"top_k = {top_k} but topk_ids has shape {tuple(topk_ids.shape)}. Expected top_k columns. Leave top_k out: it goes with "
+        "router_logits."
+    )
+
+
+def _expectation(rows: Any, topk_ids: Tensor) -> float | None:
+    """Rows expected of an expert as a float, if any are said."""
+    if rows is None:
+        return None
+    num_tokens = topk_ids.shape[0] if topk_ids.ndim else 0
     number = isinstance(rows, numbers.Real) and not isinstance(rows, bool)
     if not number or not (0 < rows <= num_tokens or num_tokens == 0):
         raise RoutingError(
-            f"expected_rows is {rows!r:.40} of {num_tokens} tokens. Expected a number above 0 and at most theirs: an expert gets a "
-            "token once. Pass num_tokens * top_k over the number of the model's experts, or leave it out."
+            f"expected_rows is {rows!r:.40} of {num_tokens} tokens. Expected a number above 0 and at most theirs: an expert "
+            "gets a token once. Pass num_tokens * top_k over the number of the model's experts, or leave it out."
         )
     return float(rows)
 
 
-def _check_arguments(config: Any, down_config: Any, top_k: Any) -> None:
+def _check_arguments(config: Any, down_config: Any, top_k: Any, impl: str, form: Any) -> None:
+    if form is not None and (impl != "fast" or not isinstance(form, str)):
+        raise ConfigError(
+            f"form={form!r:.60} came with impl={impl!r}. Expected a name, with impl='fast', which has several. Leave it out."
+        )
     for one in (config, down_config):
         if one is not None and one != "default" and not isinstance(one, KernelConfig):
             raise ConfigError(
@@ -357,8 +361,8 @@ def _fused_moe_op(
     gated: bool,
     routed_scaling_factor: float,
     apply_router_weight_on_input: bool,
-    expected_rows: float | None,
-    form: str | None,
+    expected_rows: float | None = None,
+    form: str | None = None,
 ) -> Tensor:
     weights = ExpertWeights(
         w13, w2, b13, b2, scales[0], scales[1], scales[2], scales[3], get_format(format), *scales[4:]

@@ -122,7 +122,7 @@ def _experts_named(block: Any) -> list[Any]:
 
 
 def _expected_rows(block: Any, top_k_index: Tensor, here: int) -> float | None:
-    """Rows that an expert gets if tokens choose evenly among the model's; None where the config does not say how many there are."""
+    """Rows that an expert gets if tokens choose evenly among the model's; None where the config does not say how many."""
     most = max((said for said in _experts_named(block) if isinstance(said, int)), default=0)
     return top_k_index.numel() / most if most >= max(here, top_k_index.shape[1]) and top_k_index.numel() else None
 

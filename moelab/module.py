@@ -19,8 +19,8 @@ from moelab.shapes import MoEShape
 def _share(share: float | None) -> float | None:
     if share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
         raise RoutingError(
-            f"expected_share is {share!r:.40}. Expected a number above 0 and at most 1: an expert gets a token once. Pass top_k over "
-            "the number of the model's experts, or leave it out."
+            f"expected_share is {share!r:.40}. Expected a number above 0 and at most 1: an expert gets a token once. Pass "
+            "top_k over the number of the model's experts, or leave it out."
         )
     return share
 
@@ -29,9 +29,9 @@ class FusedMoE(nn.Module):
     """The experts of one MoE layer; forward takes hidden states and a routing, or router logits.
 
     Parameters w13 (E, 2N, H) ((E, N, H) ungated), w2 (E, H, N), and with bias=True b13 (E, 2N), b2 (E, H).
-    impl, config, down_config and form are those of moelab.fused_moe.fused_moe, and may be set between calls. expected_share: rows that
-    an expert of this rank is expected to get for each token of a batch, for whom experts of other ranks come as ids of -1: top_k
-    over all experts of the model; None takes all for this rank's.
+    impl, config, down_config and form are those of moelab.fused_moe.fused_moe, and may be set between calls. expected_share:
+    rows that an expert of this rank is expected to get for each token of a batch, where experts of other ranks come as ids of
+    -1: top_k over all experts of the model; None takes all for this rank's.
     """
 
     def __init__(

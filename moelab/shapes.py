@@ -103,8 +103,8 @@ class MoEShape:
         return self.num_experts - self.num_shared_experts_fused
 
     def expected_rows(self, num_tokens: int) -> float:
-        """Rows that an expert of this rank gets of a batch, if tokens choose evenly among all routed experts of the model; the mean
-        over this rank's, of which fused shared experts get every token."""
+        """Rows that an expert of this rank gets of a batch, if tokens choose evenly among all routed experts of the model; the
+        mean over this rank's, of which fused shared experts get every token."""
         shared = self.num_shared_experts_fused
         return num_tokens * ((self.top_k - shared) / self.ep_size + shared) / self.num_experts
 

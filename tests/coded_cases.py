@@ -54,9 +54,7 @@ def case(
 
     up, down = quantise(matrix(2 * size, hidden), format), quantise(matrix(hidden, size), format)
     x = torch.randn(num_tokens, hidden, generator=g)
-    x *= torch.exp2(torch.randint(-3, 4, (num_tokens, hidden // BLOCK), generator=g).float()).repeat_interleave(
-        BLOCK, 1
-    )
+    x *= torch.exp2(torch.randint(-3, 4, (num_tokens, hidden // BLOCK), generator=g).float()).repeat_interleave(BLOCK, 1)
     if ids is None:
         ids = torch.stack([torch.randperm(experts, generator=g)[:top_k] for _ in range(num_tokens)]).int()
     return Case(x.to(dtype), ExpertWeights.of(up, down), torch.rand(ids.shape, generator=g), ids)
@@ -112,9 +110,7 @@ def stages(
         error = (got - wanted).abs().amax(1) / wanted.abs().amax(1)
         found["y"] = max(found["y"], float(error.nan_to_num(nan=float("inf")).max())) if rows else found["y"]
         total.index_add_(0, slots // top_k, got * (1.0 if top_k == 1 else scale))
-    found["out"] = float(
-        (out.double() - total).abs().nan_to_num(nan=float("inf")).max() / total.abs().max().clamp(min=1e-9)
-    )
+    found["out"] = float((out.double() - total).abs().nan_to_num(nan=float("inf")).max() / total.abs().max().clamp(min=1e-9))
     return found
 
 
@@ -124,8 +120,6 @@ BOUNDS = {"inner": 16.5, "scale": 1e-5, "y": 2**-10, "out": 2**-10}
 
 def compare(instance: Instance, *sizes: int, **options: Any) -> None:
     """One emulated layer within BOUNDS at each stage."""
-    runs = {
-        name: options.pop(name) for name in ("blocks", "on_input", "source", "late", "lost_weights") if name in options
-    }
+    runs = {name: options.pop(name) for name in ("blocks", "on_input", "source", "late", "lost_weights") if name in options}
     found = stages(case(*sizes, **options), instance, **runs)
     assert all(found[name] <= bound for name, bound in BOUNDS.items()), found

@@ -159,13 +159,9 @@ def short(instance: Any) -> str:
 def recorded(shape: str, batch: int) -> tuple[float, str]:
     """Microseconds of the fastest that was recorded, and its name."""
     rows = json.loads((Path(__file__).parents[1] / "data" / "recordings" / "quantised.json").read_text())["rows"]
-    of = [
-        r for r in rows if (r["shape"], r["num_tokens"]) == (shape, batch) and r["format"].startswith("fp8_w8a8_block")
-    ]
+    of = [r for r in rows if (r["shape"], r["num_tokens"]) == (shape, batch) and r["format"].startswith("fp8_w8a8_block")]
     found = [
-        (sorted(r["samples_us"])[len(r["samples_us"]) // 2], f"{r['impl']} {r['config_name']}")
-        for r in of
-        if r.get("samples_us")
+        (sorted(r["samples_us"])[len(r["samples_us"]) // 2], f"{r['impl']} {r['config_name']}") for r in of if r.get("samples_us")
     ]
     return min(found, default=(float("nan"), "nothing"))
 
@@ -178,7 +174,7 @@ def times(folder: str, passed: list[int], shapes: list[str], batches: list[int],
     from moelab import roofline
     from moelab.call import MoECall
     from moelab.pipelines.fast_quantised import coded_pipeline
-    from moelab.suites.layer_classic import Layer, weight_sets
+    from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
     from moelab.suites.quantised import shape_of
     from moelab.suites.screening import quick
 
@@ -196,17 +192,13 @@ def times(folder: str, passed: list[int], shapes: list[str], batches: list[int],
             def run_of(form: Any, layer: Any = layer) -> Any:
                 def run(i: int) -> Any:
                     r = layer.routings[i]
-                    return coded_pipeline(
-                        MoECall(layer.states[i], layer.weights[i].weights, r.topk_weights, r.topk_ids), form
-                    )
+                    return coded_pipeline(MoECall(layer.states[i], layer.weights[i].weights, r.topk_weights, r.topk_ids), form)
 
                 return run
 
             tried = [forms()[n] for n in passed]
             tried = [f for f in tried if f.tokens * 6 >= average and (f.tokens <= 48 or average >= 8)]
-            found = {
-                short(f): one.median_us for f, one in quick({f: run_of(f) for f in tried}, len(layer.states)).items()
-            }
+            found = {short(f): one.median_us for f, one in quick({f: run_of(f) for f in tried}, len(layer.states)).items()}
             cost = roofline.layer_cost(shape, batch, experts_touched=layer.experts_touched())
             floor = max(cost.bytes / 4.3e6, cost.flops / 1300e6)
             best, which = recorded(name, batch)
@@ -239,9 +231,7 @@ def finished(process: subprocess.Popen[str], seconds: float) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--shapes", nargs="+", default=["deepseek-v3/tp8", "qwen3-30b-a3b/tp1", "glm-4.5-air/tp1", "deepseek-v3/ep8"]
-    )
+    parser.add_argument("--shapes", nargs="+", default=["deepseek-v3/tp8", "qwen3-30b-a3b/tp1", "glm-4.5-air/tp1", "deepseek-v3/ep8"])
     parser.add_argument("--batches", nargs="+", type=int, default=[16, 64, 256, 1024, 4096, 8192])
     parser.add_argument("--seconds", type=float, default=85)
     parser.add_argument("--child", nargs="+")
@@ -257,31 +247,16 @@ def main() -> int:
         with ProcessPoolExecutor(min(len(numbers), os.cpu_count() or 1)) as pool:
             for number, (code, seconds, usage) in zip(numbers, pool.map(compiled, numbers), strict=True):
                 (Path(folder) / f"{number}.pickle").write_bytes(code)
-                print(
-                    f"{short(forms()[number]):>6}: {usage[0]} registers, {usage[1]} of stack, {seconds:.0f} s",
-                    flush=True,
-                )
+                print(f"{short(forms()[number]):>6}: {usage[0]} registers, {usage[1]} of stack, {seconds:.0f} s", flush=True)
         running = {n: started("--child", folder, "check", str(n)) for n in numbers}
         check_end, passed = min(time.monotonic() + CHECK_S, end - 20), []
         for number, process in running.items():
             said = finished(process, check_end - time.monotonic())
-            print(
-                "".join(f"{short(forms()[number]):>6} {line}\n" for line in said.splitlines()[-20:]), end="", flush=True
-            )
+            print("".join(f"{short(forms()[number]):>6} {line}\n" for line in said.splitlines()[-20:]), end="", flush=True)
             passed += [number] if process.returncode == 0 else []
         print(f"{time.monotonic() - BEGUN:.0f} s; passed: {[short(forms()[n]) for n in passed]}", flush=True)
         if passed:
-            command = [
-                sys.executable,
-                "-u",
-                __file__,
-                "--child",
-                folder,
-                "times",
-                json.dumps(passed),
-                "--shapes",
-                *asked.shapes,
-            ]
+            command = [sys.executable, "-u", __file__, "--child", folder, "times", json.dumps(passed), "--shapes", *asked.shapes]
             command += ["--batches", *map(str, asked.batches), "--seconds", str(end - 4)]
             try:
                 subprocess.run(command, timeout=max(end - time.monotonic(), 5))

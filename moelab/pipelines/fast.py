@@ -84,8 +84,8 @@ def tuned(
 
 @functools.lru_cache(maxsize=64)
 def chip_of(device: str) -> Chip:
-    """What the prediction knows of a device: by data/devices, beside the GPU of the recordings, as which it counts where it is not
-    there. Its SMs, where it is the current GPU, by the driver."""
+    """What the prediction knows of a device: by data/devices, beside the GPU of the recordings, as which one counts that is not
+    there. The SMs of the current GPU by its driver."""
     recorded = form_times.fitted().chip
     chip = Chip(int(recorded["sms"]))
     try:
@@ -147,8 +147,7 @@ def choose_for(
     override: str | None = None,
 ) -> Choice:
     """What serves a batch of a layer's sizes. target: the chip, None where it is not known; device: whose tuned files count, None
-    for none; triton_version: under which they are looked up, None for the one installed; override: as `fused_moe`'s form, by default
-    what MOELAB_FAST_FORM says.
+    for none; triton_version: under which they are looked up, None for the one installed; override: as `fused_moe`'s form.
 
     Raises what `fused_moe(impl="fast")` would for such a layer there: ConfigError, RuntimeModeError, DtypeError, ShapeError.
     """
@@ -199,8 +198,8 @@ def route_for(router_logits: Tensor, top_k: int, instance: Instance, **rule: Any
 
 
 def fast_pipeline(call: MoECall, form: Form | None = None) -> Tensor:
-    """The layer by the form that serves the batch: a few tokens' two launches; a Triton layer, gated or classic, under tuned configs
-    or predicted ones; order by expert, tiles, and one launch, or two.
+    """The layer by the form that serves the batch: a few tokens' two launches; a Triton layer, gated or classic, under tuned or
+    predicted configs; order by expert, tiles, and one launch, or two.
 
     form: that one, whatever the batch. CTAs of a one-launch layer wait for each other, so all must be resident on the GPU at
     once: launches from several streams are ordered, replays of graphs beside each other or beside a stream are not, nor other

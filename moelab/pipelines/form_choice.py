@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -77,6 +78,13 @@ class Choice(NamedTuple):
     predicted: tuple[Predicted, ...] = ()
 
 
+def runners_up(choice: Choice, count: int = 8) -> list[Predicted]:
+    """What is shown beside a choice: it, the fastest of all, and the fastest of each kind, in order."""
+    kinds = {kind_of(each.form): each for each in reversed(choice.predicted)}
+    shown = [*choice.predicted[:count], *kinds.values()]
+    return [each for each in choice.predicted if each in shown or each.form == choice.form]
+
+
 def kind_of(form: Form) -> str:
     """One of KINDS."""
     return _KIND[type(form)]
@@ -112,7 +120,11 @@ def predict(forms: Sequence[Form], batch: Batch, spread: Spread, chip: Chip, c: 
         found[few] = times.few_us(c.shared[FEW_TOKENS], x, own[:, 0] + own[:, 1:] @ near)
     for kind in (GATED, CLASSIC):
         if places := of_kind[kind]:
-            pairs = [(Tile.of(form.up), Tile.of(form.down)) for form in forms if kind_of(form) == kind]  # type: ignore[union-attr]
+            pairs = [
+                (Tile.of(form.up), Tile.of(form.down))
+                for form in forms
+                if isinstance(form, Gated | Classic) and kind_of(form) == kind
+            ]
             found[places] = _triton(kind, pairs, batch, spread, chip, c)
     return found
 
@@ -137,14 +149,30 @@ def columns_of(features: Sequence[Mapping[str, float]]) -> dict[str, Floats]:
     return {name: np.array([float(each[name]) for each in features]) for name in features[0]}
 
 
-def before_us(form: Form, batch: Batch, c: Coefficients) -> float:
-    """Of what comes before that form: order and tiles, alignment, or nothing."""
-    if isinstance(form, FewTokens):
-        return 0.0
-    return float(times.before_features(batch) @ c.before["order" if isinstance(form, Instance) else "align"])
+def before_us(batch: Batch, c: Coefficients) -> dict[str, float]:
+    """Of what comes before each kind of form: order and tiles, alignment, or nothing."""
+    x = times.before_features(batch)
+    order, align = (float(x @ c.before[part]) for part in ("order", "align"))
+    return {ONE_LAUNCH: order, FEW_TOKENS: 0.0, GATED: align, CLASSIC: align}
 
 
 # --- what serves a batch --------------------------------------------------------------------------------------------------
+
+
+NEAR = 4
+"""Tiles of tokens that are recorded, and serve, hold at most so many times the rows that an expert gets, and at least a NEARth of
+them; the smallest whatever it gets, and the largest."""
+
+
+def near_instances(rows: float, among: Sequence[Instance]) -> list[Instance]:
+    """Those whose tiles are near so many rows an expert."""
+    most, least = max(each.tokens for each in among), 48
+    return [each for each in among if min(max(rows, 1.0), most) / NEAR <= each.tokens <= max(NEAR * rows, least)]
+
+
+def near_blocks(rows: float) -> list[int]:
+    """Values of BLOCK_SIZE_M in TILES that are near so many rows an expert."""
+    return [m for m in TILES if rows / NEAR <= m <= max(NEAR * rows, min(TILES))] or [max(TILES)]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -153,22 +181,27 @@ def _configs(m: int, K: int, dtype: str) -> tuple[KernelConfig, ...]:
     return tuple(tile for tile in TILES[m] if not config_room.violations(tile, dtype=dtype, target=target, K=K))
 
 
-def candidates(batch: Batch, dtype: str = "bfloat16") -> list[Form]:
-    """All forms that serve such a batch without a tuned file."""
+def candidates(batch: Batch, dtype: str = "bfloat16", *, near: bool = True) -> list[Form]:
+    """The forms that serve such a batch without a tuned file: of tiles those that are near the rows of an expert, or all."""
     size, hidden = batch.moe_intermediate_size, batch.hidden_size
     few = [each for each in few_tokens.FORMS if few_tokens.serves(each, batch.num_tokens, batch.top_k, hidden, size)]
-    pairs = [
-        pair for m in TILES for pair in itertools.product(_configs(m, hidden, dtype), _configs(m, size, dtype))
-    ]  # fmt: skip
-    return [*ALL, *few, *(Gated(*pair) for pair in pairs), *(Classic(*pair) for pair in pairs)]
+    blocks = near_blocks(batch.rows) if near else list(TILES)
+    pairs = [pair for m in blocks for pair in itertools.product(_configs(m, hidden, dtype), _configs(m, size, dtype))]
+    return [
+        *(near_instances(batch.rows, ALL) if near else ALL),
+        *few,
+        *(Gated(*pair) for pair in pairs),
+        *(Classic(*pair) for pair in pairs),
+    ]
 
 
 def ranked(batch: Batch, forms: Sequence[Form], chip: Chip, c: Coefficients) -> tuple[Predicted, ...]:
     """Those forms, the one that is predicted fastest first."""
     even, skewed = (predict(forms, batch, expected(batch, skewed=skewed), chip, c) for skewed in (False, True))
-    first = [before_us(form, batch, c) for form in forms]
+    first = before_us(batch, c)
     found = [
-        Predicted(form, float(e) + b, float(s) + b) for form, e, s, b in zip(forms, even, skewed, first, strict=True)
+        Predicted(form, float(e) + first[kind_of(form)], float(s) + first[kind_of(form)])
+        for form, e, s in zip(forms, even, skewed, strict=True)
     ]
     return tuple(sorted(found, key=lambda each: each.us))
 
@@ -181,13 +214,17 @@ def choose(
     tuned: forms under configs of tuned files, which take the place of others of their kind. override: a kind of form, of which
     the fastest serves, or one form by its name. Raises ConfigError for an override that fits none.
     """
-    replaced = {kind_of(form) for form in tuned}
-    forms = [form for form in candidates(batch, dtype) if kind_of(form) not in replaced]
-    predicted = ranked(batch, [*forms, *tuned], chip, times.fitted())
+    c = times.fitted()
+    predicted = ranked(batch, candidates(batch, dtype), chip, c)
+    for form in tuned:
+        predicted = with_tuned(form, predicted, batch, chip, c)
     if override is None:
         best = predicted[0]
         return Choice(best.form, _said(best, batch, "predicted fastest", best.form in tuned), predicted)
     found = [each for each in predicted if override in (kind_of(each.form), name_of(each.form))]
+    if not found:  # a tile far from the rows of an expert, too
+        further = [form for form in candidates(batch, dtype, near=False) if override == name_of(form)]
+        found = list(ranked(batch, further, chip, c)) if further else []
     if not found:
         raise _no_such(override, predicted)
     return Choice(
@@ -195,13 +232,27 @@ def choose(
     )
 
 
+def with_tuned(
+    form: Form, predicted: Sequence[Predicted], batch: Batch, chip: Chip, c: Coefficients
+) -> tuple[Predicted, ...]:
+    """With a tuned form in the place of all others of its kind. If tokens choose evenly, which files are tuned by, it takes what
+    the fastest of them is predicted to, or a little less, as recorded tuned configs do: of its own tiles there may be no
+    recording. How much more it takes if skewed is by its tiles."""
+    kind = kind_of(form)
+    best = min((each.even_us for each in predicted if kind_of(each.form) == kind), default=math.inf)
+    (own,) = ranked(batch, [form], chip, c)
+    even = min(best * c.shared[kind]["tuned"], own.even_us)
+    found = Predicted(form, even, even * own.skewed_us / own.even_us)
+    return tuple(sorted([found, *(each for each in predicted if kind_of(each.form) != kind)], key=lambda each: each.us))
+
+
 def _no_such(override: str, predicted: Sequence[Predicted]) -> ConfigError:
     names = [name_of(each.form) for each in predicted]
     kinds = list(dict.fromkeys(kind_of(each.form) for each in predicted))
     return ConfigError(
-        f"The form {override!r:.80} serves no such batch here.{nearest_names(override, [*kinds, *names])} Expected a kind, one of "
-        f"{', '.join(kinds)}, or one form, such as {', '.join(names[:4])}. `moelab explain --kernel fast` lists those that do; "
-        "name one of them, or leave it out (form=, MOELAB_FAST_FORM)."
+        f"The form {override!r:.80} serves no such batch here.{nearest_names(override, [*kinds, *names])} Expected a kind, one "
+        f"of {', '.join(kinds)}, or one form, such as {', '.join(names[:4])}. `moelab explain --kernel fast` lists those that "
+        "do; name one of them, or leave it out (form=, MOELAB_FAST_FORM)."
     )
 
 

@@ -30,6 +30,14 @@ FILE = "fast_times.json"
 ELEMENT = 2e-6
 """MB of an element of bfloat16 or float16, which all forms take."""
 
+MOVED = ("weights", "states", "again", "gathered")
+"""What memory moves, the L2 among it: experts' weights once; rows of both GEMMs; weights that another tile of the same expert has
+read; rows that tiles of other columns have read."""
+
+FAR = 30.0
+"""MB of an expert's weights in one GEMM of which a Triton layer finds half in the L2 when another tile of the same expert reads
+them again: half an H200's L2. How much that costs is fitted."""
+
 Columns = Mapping[str, Any]
 """Name of a feature -> its value, or an array of it, one for each form and batch."""
 
@@ -121,6 +129,7 @@ def gemm_features(tile: Tile, columns: int, K: int, spread: Spread, chip: Chip) 
         "m": tile.m, "n": tile.n, "k": tile.k, "stages": tile.stages, "ctas": ctas, "steps": -(-K // tile.k),
         "ctas_there": min(max(blocks * across / chip.sms, 1.0), ctas), "waves": blocks * across / chip.sms / ctas,
         "weights": spread.touched * weights, "again": (blocks - spread.touched) * weights,
+        "far": (blocks - spread.touched) * weights * weights / (weights + FAR * chip.memory),
         "states": spread.pairs * (K + columns) * ELEMENT * chip.memory,
         "gathered": spread.pairs * K * across * ELEMENT * chip.memory, "compute": chip.compute,
     }  # fmt: skip
@@ -167,13 +176,9 @@ def one_launch_us(c: Mapping[str, Any], x: Columns, compute: Any) -> Any:
     last = c["last_wave"] / (1 + c["last_wave"])
     tiles = (x["first"] + last * (x["waves1"] - x["first"])) * first
     tiles = tiles + (x["second"] + last * (x["waves2"] - x["second"])) * second
-    moved = (
-        c["weights"] * x["weights"]
-        + c["states"] * x["states"]
-        + c["again"] * x["again"]
-        + c["gathered"] * x["gathered"]
-    )
-    besides = c["launch"] + c["sum_launch"] * x["apart"] + c["permuted"] * x["permuted"]
+    moved = sum(c[name] * x[name] for name in MOVED)
+    moved = moved + c["permuted"] * x["permuted"]
+    besides = c["launch"] + c["sum_launch"] * x["apart"]
     return besides + _either(1 + c["power"], tiles * x["compute"], moved)
 
 
@@ -196,12 +201,7 @@ def gemm_us(c: Mapping[str, Any], x: Columns, compute: Any, memory: Any) -> Any:
         c["load_step"] * (x["m"] + x["n"]) * x["k"] / 16384 * ctas, multiply * ctas,
     )  # fmt: skip
     tile = c["tile"] + c["store"] * x["m"] * x["n"] / 16384 * ctas + x["steps"] * step
-    moved = (
-        c["weights"] * x["weights"]
-        + c["states"] * x["states"]
-        + c["again"] * x["again"]
-        + c["gathered"] * x["gathered"]
-    )
+    moved = sum(c[name] * x[name] for name in (*MOVED, "far"))
     return c["launch"] + _either(1 + c["power"], waves * tile * np.exp(compute) * x["compute"], moved * np.exp(memory))
 
 
@@ -215,9 +215,10 @@ def layer_us(c: Mapping[str, Any], x: Columns) -> Any:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """As the file holds them. shared: kind -> coefficient -> value. own: kind -> a form's or tile's name -> its own, as logarithms:
-    of an instance its factor of multiplying; of a tile those of multiplying, of memory, and of memory in GEMM2; of a form for a few
-    tokens its mean, then one for each of `anchors`. anchors: logarithms of sizes of recorded layers; widths: how far they reach.
+    """As the file holds them. shared: kind -> coefficient -> value; of Triton layers "tuned" is what tuned configs take over the
+    best that is predicted. own: kind -> a form's or tile's name -> its own, as logarithms: of an instance its factor of
+    multiplying; of a tile those of multiplying, of memory, and of memory in GEMM2; of a form for a few tokens its mean, then
+    one for each of `anchors`. anchors: logarithms of sizes of recorded layers; widths: how far they reach.
     before: "order" and "align" -> coefficients of `before_features`. chip: of the recordings. sources: those."""
 
     shared: Mapping[str, Mapping[str, float]]

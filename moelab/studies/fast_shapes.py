@@ -34,7 +34,7 @@ from moelab.kernels.expert_order import expert_order
 from moelab.kernels.fast_instances import CLUSTERED, INSTANCES, Instance
 from moelab.kernels.few_tokens import FewTokens
 from moelab.pipelines.fast import tiles_for
-from moelab.pipelines.form_choice import TILES, Classic, Form, Gated, kind_of
+from moelab.pipelines.form_choice import TILES, Classic, Form, Gated, kind_of, near_blocks, near_instances
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape, load_model
 from moelab.suites import fast_choice, fast_layer, partial
@@ -66,9 +66,6 @@ STEPS = (
 )
 """Routing and batch sizes, what tells most first: a run that is cut has all shapes at the first of them."""
 
-NEAR = 4
-"""BLOCK_SIZE_M that are timed hold at most so many times the rows that an expert gets, and at least a NEARth of them."""
-
 LIKELY = 4
 """Configs of each Triton layer that are timed on a skewed batch: the fastest of the even one."""
 
@@ -79,7 +76,13 @@ Contender = Callable[[int], Any]
 def shape_of(name: str) -> MoEShape:
     """The sharded shape behind a name of SHAPES, in plain weights, without fused shared experts."""
     model, tp_size, ep_size = SHAPES[name]
-    shape = load_model(model, tp_size=tp_size, ep_size=ep_size, dtype="bfloat16", disable_shared_experts_fusion=True)
+    return plain(load_model(
+        model, tp_size=tp_size, ep_size=ep_size, dtype="bfloat16", disable_shared_experts_fusion=True
+    ))  # fmt: skip
+
+
+def plain(shape: MoEShape) -> MoEShape:
+    """The sizes of a layer, with the activation that the fast layer has."""
     return replace(shape, activation="silu")
 
 
@@ -93,16 +96,10 @@ def name_of(form: Form) -> str:
 # --- what is tried ------------------------------------------------------------------------------------------------
 
 
-def rows_of(shape: MoEShape, num_tokens: int) -> float:
-    """Rows that an expert gets if tokens spread evenly over all of the model's, and no fewer than one."""
-    return max(1.0, num_tokens * shape.top_k / (shape.num_experts * shape.ep_size))
-
-
 def tile_pairs(rows: float, shape: MoEShape) -> list[tuple[KernelConfig, KernelConfig]]:
     """Config pairs of TILES near so many rows an expert: each tile for both GEMMs, and beside its neighbour for GEMM2."""
-    near = [m for m in TILES if rows / NEAR <= m <= max(NEAR * rows, 16)] or [max(TILES)]
     found = []
-    for m in near:
+    for m in near_blocks(rows):
         tiles = TILES[m]
         for up, down in [*zip(tiles, tiles, strict=True), *zip(tiles, [*tiles[1:], tiles[0]], strict=True)]:
             if _runs(up, shape.hidden_size, shape.dtype) and _runs(down, shape.moe_intermediate_size, shape.dtype):
@@ -116,11 +113,8 @@ def _runs(config: KernelConfig, K: int, dtype: str) -> bool:
 
 def forms_for(shape: MoEShape, num_tokens: int) -> list[Form]:
     """All that is timed for a batch of that size; the classic layer's default among them."""
-    rows = rows_of(shape, num_tokens)
-    most = max(each.tokens for each in fast_choice.CANDIDATES)
-    instances = [
-        each for each in fast_choice.CANDIDATES if min(rows, most) / NEAR <= each.tokens <= max(NEAR * rows, 48)
-    ]
+    rows = max(1.0, shape.expected_rows(num_tokens))
+    instances = near_instances(rows, fast_choice.CANDIDATES)
     few = few_tokens.FORMS if num_tokens <= few_tokens.MOST_TOKENS else ()
     default = config_room.default_config(num_tokens, shape.num_experts, shape.dtype)
     pairs = tile_pairs(rows, shape)

@@ -16,7 +16,7 @@ import torch
 from moelab import runtime
 from moelab.kernels import few_tokens
 from moelab.kernels.fast_instances import ALL, Instance
-from moelab.pipelines.form_choice import Form
+from moelab.pipelines.form_choice import Form, near_instances
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape
 from moelab.suites import fast_layer as suite
@@ -40,18 +40,11 @@ CANDIDATES = (
 
 BATCHES = tuple(sorted({*suite.BATCHES, 2, 8}))
 
-NEAR = 4
-"""Candidates that are timed hold at most so many times the rows that an expert gets, and the two smallest tiles whatever it gets,
-or at the least a NEARth of them."""
-
 
 def candidates_for(num_tokens: int, shape: MoEShape) -> list[Instance]:
     """Candidates whose tiles are near what an expert gets if tokens spread evenly, the one that is chosen first."""
     by_rule = suite.instance_of(shape, num_tokens)
-    rows = max(1.0, min(num_tokens, num_tokens * shape.top_k / shape.num_experts))
-    most = max(each.tokens for each in CANDIDATES)
-    near = [each for each in CANDIDATES if min(rows, most) / NEAR <= each.tokens <= max(NEAR * rows, 48)]
-    return list(dict.fromkeys([by_rule, *near]))
+    return list(dict.fromkeys([by_rule, *near_instances(shape.expected_rows(num_tokens), CANDIDATES)]))
 
 
 def forms_for(num_tokens: int, shape: MoEShape) -> list[Form]:

@@ -238,8 +238,9 @@ def from_logits(layer: Layer, form: Form) -> Contender:
         weights, ids = routed.topk_weights, routed.topk_ids
         if isinstance(form, FewTokens):
             return few_tokens(x, w.w13, w.w2, weights, ids, form)
-        given = {"impl": kind_of(form), "config": form.up, "down_config": form.down}
-        return fused_moe(x, w.w13, w.w2, topk_weights=weights, topk_ids=ids, **given)
+        return fused_moe(
+            x, w.w13, w.w2, topk_weights=weights, topk_ids=ids, impl=kind_of(form), config=form.up, down_config=form.down
+        )  # fmt: skip
 
     return run
 
