@@ -74,11 +74,9 @@ def fused_moe(
     config, down_config: for GEMM1 and GEMM2 of those made of Triton kernels; the first for both where only it is given. None
     looks up the tuned file for this device, these sizes and this batch size, as the servers do, once each; sglang's default
     rule serves where there is none, or where "default" asks for it. The Split-K ones take SPLIT_K from each. "gated" and its
-    kin count gate and up rows together as BLOCK_SIZE_N, at least 32. "fast" chooses its form by the batch and the tuned files,
-    "weight_only" by the batch, and torch's own forms have nothing to configure.
-    expected_rows: of an expert, by which "fast" and "weight_only" choose their forms; None: M * k / E. Where other ranks have
-    experts too: M * k over the model's. form: of "fast", a kind or a form as `moelab explain --kernel fast` names them, in place
-    of what is predicted fastest; None: MOELAB_FAST_FORM, if it is set.
+    kin count gate and up rows together as BLOCK_SIZE_N, at least 32. "fast" and "weight_only" choose theirs, torch has none.
+    expected_rows: of an expert, which those two choose by; None: M * k / E; where other ranks have experts too, M * k over the
+    model's. form: of "fast", a kind or one as `moelab explain --kernel fast` names it; None: MOELAB_FAST_FORM, or the fastest.
     check_routing: look for ids out of range. None means always on CPU, and never on a GPU, where it would
     synchronise with the host.
     Returns (M, H) in hidden_states' dtype. Deterministic, but for those that the table says are not, on a GPU. Only "torch"

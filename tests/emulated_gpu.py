@@ -176,7 +176,7 @@ def coded_arguments_of(
     parts: int = 7,
     report: Tensor | None = None,
 ) -> tuple[Any, fast_layer.LayerArguments, list[Tensor]]:
-    """(maps, arguments, every tensor they point to: out, ready, inner, its scales, y first) of an instance over codes; outputs start
+    """(maps, arguments, every tensor they point to, out, ready, inner, its scales and y first) of an instance over codes; outputs start
     as NaN."""
     w13, w2 = weights.w13, weights.w2
     hidden, nan = w2.shape[1], float("nan")
@@ -195,7 +195,8 @@ def coded_arguments_of(
         report=report, scale=scale, weights_on_input=weights_on_input, powers=weights.format.power_of_two_scales,
         scales=(x.scale, weights.w13_scale, weights.w2_scale, x.scale, inner_scale),
     )  # fmt: skip
-    return maps, arguments, [out, ready, inner, inner_scale, y, *x, topk_weights, topk_ids, *tiles[:3], report]
+    made = [out, ready, inner, inner_scale, y, *x, *weights.tensors().values(), topk_weights, topk_ids, *tiles[:3]]
+    return maps, arguments, [*made, report]
 
 
 def run_layer(*given: Any, **options: Any) -> tuple[Tensor, ...]:

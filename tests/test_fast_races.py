@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import coded_cases
 import emulated_gpu
 import pytest
 import torch
@@ -32,13 +33,15 @@ def move(buffer, places):
     for place in places:
         struct.pack_into("Q", buffer, place, struct.unpack_from("Q", buffer, place)[0] + ctypes.addressof(data))
 move(maps, range(0, 4 * MAP, MAP))
-move(arguments, range(0, 88, 8))
+move(arguments, POINTERS)
 ctypes.CDLL(library).run(maps, arguments, BLOCKS, -1, 100)
 print("done")
 """
 INSTANCE = Instance(2, 1, 2, 32, 16, 16)
 PAIR = replace(INSTANCE, cluster=2)
 PERMUTED, PERMUTED_PAIR = (replace(each, permutes=1) for each in (INSTANCE, PAIR))
+CODED = Instance(2, 2, 2, 32, 16, 16, apart=1, scaled=1)
+CODED_PAIR, CODED_PERMUTED = replace(CODED, cluster=2), replace(CODED, permutes=1)
 STAGED = Instance(1, 2, 2, 96, 48, 16)  # outputs by way of two buffers a warp
 
 
@@ -59,14 +62,19 @@ def launch_files(folder: Path, instance: Instance) -> list[str]:
     slots = torch.argsort(ids.flatten(), stable=True).int()
     offsets = torch.tensor([0, *rows.cumsum(0)], dtype=torch.int32)
     tiles = token_tiles_ref(slots, offsets, instance.tokens, 16, instance.cluster > 1)
-    maps, arguments, tensors = emulated_gpu.arguments_of(x, w13, w2, torch.rand(tokens, 2), ids, tiles, instance)
+    if instance.scaled:
+        of = coded_cases.case(tokens, experts, 2, 384, 128, ids=ids)
+        given = (coded_cases.coded(of, tiles, instance), of.weights, of.topk_weights, ids, tiles, instance, torch.float16)
+        maps, arguments, tensors = emulated_gpu.coded_arguments_of(*given)
+    else:
+        maps, arguments, tensors = emulated_gpu.arguments_of(x, w13, w2, torch.rand(tokens, 2), ids, tiles, instance)
     piece, moved = b"", {}
     for tensor in tensors:
         moved[tensor.data_ptr()] = len(piece)
         content = ctypes.string_at(tensor.data_ptr(), tensor.numel() * tensor.itemsize)
         piece += content + bytes(-len(content) % 64)
     packed = bytearray(bytes(arguments))
-    for place in range(0, 88, 8):
+    for place in pointers(instance):
         struct.pack_into("Q", packed, place, moved[struct.unpack_from("Q", packed, place)[0]])
     for one in maps:
         one.address = moved[one.address]
@@ -74,8 +82,13 @@ def launch_files(folder: Path, instance: Instance) -> list[str]:
     for name, content in (("tensors", piece), ("maps", bytes(maps)), ("arguments", bytes(packed))):
         (folder / name).write_bytes(content)
         paths.append(str(folder / name))
-    assert LayerArguments.report.offset == 88  # which stays where it is: nothing is given up
     return paths
+
+
+def pointers(instance: Instance) -> list[int]:
+    """Where a launch's addresses stand in its arguments; the report's, which stays where it is: nothing is given up."""
+    names = [name for name, kind in LayerArguments._fields_ if kind is ctypes.c_void_p and name != "report"]
+    return [getattr(LayerArguments, name).offset for name in names if instance.scaled or not name.endswith("_scale")]
 
 
 @functools.cache
@@ -96,6 +109,7 @@ def races_of(source: Path, folder: Path, instance: Instance = INSTANCE) -> str:
     command, environment = watched()
     library = emulated_gpu.compiled(instance, torch.float16, source, races=True)
     child = CHILD.replace("MAP", str(ctypes.sizeof(emulated_gpu.EmulatedMap)))
+    child = child.replace("POINTERS", str(pointers(instance)))
     child = child.replace("BLOCKS", str(2 * instance.cluster))
     arguments = [*command, child, str(library), *launch_files(folder, instance)]
     run = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=True, timeout=300)
@@ -110,6 +124,8 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++, 
     "instance",
     [
         STAGED_IN_ONE,
+        CODED,
+        *map(whole, (CODED_PAIR, CODED_PERMUTED)),
         *map(whole, (PERMUTED_PAIR, INSTANCE, PERMUTED, STAGED)),
     ],
     ids=str,
@@ -125,6 +141,19 @@ def test_a_barrier_that_is_missing_is_seen(tmp_path: Path) -> None:
     barrier = "    named_barrier(CONSUMERS + threadIdx.x / 128 - 1, 128);\n    if (threadIdx.x % 128 == 0) add_release"
     source = emulated_gpu.altered(tmp_path, ("sm90_fast_sums.cuh", barrier, barrier.splitlines()[1]))
     assert "data race" in races_of(source, tmp_path)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "line",
+    [
+        "    named_barrier(ALL_CONSUMERS, S::WARPGROUPS * 128);\n",
+        whole("        sync_warp();  // all lanes have read the tokens' scales\n"),
+    ],
+)
+def test_codes_and_scales_that_are_not_waited_for_are_seen(tmp_path: Path, line: str) -> None:
+    source = emulated_gpu.altered(tmp_path, ("sm90_fast_scaled.cuh", line, ""))
+    assert "data race" in races_of(source, tmp_path, CODED)
 
 
 @needs_compiler

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from emulated_order import run
@@ -14,6 +16,7 @@ from moelab.kernels.expert_order import expert_order, ordered_tiles
 from moelab.kernels.slot_order import DENSE, MOST_ROUNDS, Cut, Kind, aligned, cut_for
 from moelab.kernels.token_tiles import TokenTiles, new_token_tiles, token_tiles_ref
 from moelab.routing import expert_order_ref, make_routing, max_padded_pairs, moe_align_block_size_ref
+from moelab.suites.slot_order import forced
 
 CUTS = (Cut(1, 2, 1, 288), Cut(1, 2, 2, 544), Cut(2, 2, 1, 256), Cut(2, 2, 4, 288))
 """64 threads a CTA, as each is a thread of the system."""
@@ -139,12 +142,18 @@ def test_more_shared_memory_than_asked_for_is_refused_when_compiled(monkeypatch:
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_experts", [8, 32, 128, 257, 512])
 @pytest.mark.parametrize("num_tokens", [1, 3, 96, 128, 300, 1024, 2500, 8192])
-def test_on_a_gpu(num_experts: int, num_tokens: int) -> None:
-    """As callers get it; the launch itself, its Triton kernels' results beside it."""
+@pytest.mark.parametrize("always", [True, False])
+def test_on_a_gpu(num_experts: int, num_tokens: int, always: bool) -> None:
+    """As callers get it, and the launch itself at every size."""
+    with forced(True) if always else contextlib.nullcontext():
+        check_on_a_gpu(num_experts, num_tokens)
+
+
+def check_on_a_gpu(num_experts: int, num_tokens: int) -> None:
     top_k = min(8, num_experts)
     ids = make_routing("zipf", num_tokens, num_experts, top_k, seed=num_tokens, device="cuda").topk_ids
     for each in (ids, torch.where(ids % 3 == 0, -1, ids).long()):
-        assert slot_order.serves(each, num_experts)
+        assert slot_order.takes(DENSE, each, num_experts)
         order, dense = expert_order(each, num_experts), expert_order_ref(each, num_experts)
         assert torch.equal(order.sorted_slots, dense.sorted_slots)
         assert torch.equal(order.expert_offsets, dense.expert_offsets)

@@ -199,10 +199,10 @@ def _sorted(topk_ids: Tensor, block_size: int, num_experts: int) -> Alignment:
     result = _allocate(length, block_size, num_pairs, num_experts, topk_ids.device)
     if num_pairs == 0:
         result.num_tokens_post_padded.zero_()
-    elif slot_order.serves(topk_ids, num_experts):
+    elif slot_order.serves(kind := slot_order.aligned(block_size), topk_ids, num_experts):
         tokens, experts, total = result.sorted_token_ids, result.expert_ids, result.num_tokens_post_padded
         given = slot_order.arguments(topk_ids, num_experts, tokens, block_experts=experts, rows_in_use=total)
-        slot_order.order_slots(slot_order.aligned(block_size), topk_ids, given)
+        slot_order.order_slots(kind, topk_ids, given)
     elif num_pairs <= _ONE_LAUNCH:
         _in_one_launch(topk_ids, result)
     else:

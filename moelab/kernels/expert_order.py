@@ -125,7 +125,7 @@ def expert_order_unchecked(topk_ids: Tensor, num_experts: int, order: ExpertOrde
     num_slots = topk_ids.numel()
     if num_slots == 0:
         order.expert_offsets.zero_()
-    elif slot_order.serves(topk_ids, num_experts):
+    elif slot_order.serves(slot_order.DENSE, topk_ids, num_experts):
         given = slot_order.arguments(topk_ids, num_experts, order.sorted_slots, first_rows=order.expert_offsets)
         slot_order.order_slots(slot_order.DENSE, topk_ids, given)
     elif num_slots <= _ONE_LAUNCH:
@@ -166,10 +166,11 @@ def ordered_tiles(
     topk_ids as `expert_order` takes them, checked by the caller. No host synchronisation.
     """
     order = new_expert_order(topk_ids.numel(), num_experts, topk_ids.device)
-    if topk_ids.numel() and slot_order.serves(topk_ids, num_experts, tile_rows, grain):
+    kind = slot_order.Kind("TILED", tile_rows, grain, for_clusters)
+    if topk_ids.numel() and slot_order.serves(kind, topk_ids, num_experts):
         tiles = new_token_tiles(order.sorted_slots, num_experts, tile_rows, for_clusters)
         given = slot_order.tile_arguments(topk_ids, num_experts, tiles, order.expert_offsets)
-        slot_order.order_slots(slot_order.Kind("TILED", tile_rows, grain, for_clusters), topk_ids, given)
+        slot_order.order_slots(kind, topk_ids, given)
         return tiles
     expert_order_unchecked(topk_ids, num_experts, order)
     return token_tiles_unchecked(order.sorted_slots, order.expert_offsets, tile_rows, grain, for_clusters)

@@ -124,19 +124,25 @@ DEVICE void cut(Memory<WARPS, BUCKETS, K::SIZES>& m, const Order& order, int ran
     const int all_whole = all / LEFT, count = all_whole + all % LEFT;
     if (expert) m.begin[mine] = both / LEFT, m.left[mine] = all_whole + both % LEFT;
     sync_threads();
-    each_in_use<CTAS, WARPS>(order.num_experts, rank, m.rows, [&](int e) {
+    // An expert's tiles, every `stride`-th from the i-th on.
+    const auto tell = [&](int e, int i, int stride) {
         const int first = m.starts[e], end = first + m.rows[e], step = m.each[e];
         const int of = (end - first + K::ROWS - 1) / K::ROWS, in_pairs = K::IN_PAIRS ? of / 2 * 2 : of;
-        for (int i = lane; i < of; i += 32) {
+        if (i == 0 && of > in_pairs && m.left[e] == count - 1 && count % 2)  // the other of its pair has no rows
+            store_four(order.tiles + 4 * count, end, 0, e, 0);
+        for (; i < of; i += stride) {
+            const int row = first + i * step, rows = step < end - row ? step : end - row;
             int* tile = order.tiles + 4 * (i < in_pairs ? m.begin[e] + i : m.left[e]);
-            const int row = first + i * step;
-            tile[0] = row, tile[1] = step < end - row ? step : end - row, tile[2] = e;
+            if (stride == 1) store_four(tile, row, rows, e, 0);
+            else tile[0] = row, tile[1] = rows, tile[2] = e;  // another CTA may tell the slot at any time
         }
-        if (lane == 0 && of > in_pairs && m.left[e] == count - 1 && count % 2) {  // the other of its pair has no rows
-            int* tile = order.tiles + 4 * count;
-            tile[0] = end, tile[1] = 0, tile[2] = e, tile[3] = 0;
-        }
-    });
+    };
+    if (CTAS == 1) {  // few slots, and tiles
+        if (expert) tell(t, 0, 1);
+        sync_threads();  // before slots are told
+    } else {
+        each_in_use<CTAS, WARPS>(order.num_experts, rank, m.rows, [&](int e) { tell(e, lane, 32); });
+    }
     if (rank == 0 && t == 0) *order.num_tiles = K::IN_PAIRS ? up_to(count, 2) : count;
     for (int i = rank * WARPS * 32 + t; i < order.counters; i += CTAS * WARPS * 32) order.ready[i] = 0;
 }
@@ -207,6 +213,16 @@ __global__ void __launch_bounds__(WARPS * 32) slot_order(const __grid_constant__
     if (t < buckets) m.starts[t] = start, m.rows[t] = rows, m.first[t] = start + of_ctas_below;
     sync_threads();
     if constexpr (KIND == TILED) cut<K, CTAS>(m, order, rank);
+    if constexpr (KIND == ALIGNED && CTAS == 1) {  // few slots: padding is most of the rows
+        for (int row = t; row < in_use; row += WARPS * 32) order.sorted[row] = order.num_slots;
+        for (int block = t; block < in_use / K::ROWS; block += WARPS * 32) {
+            int bucket = 0;  // the last that begins at or before the block's first row, and so has rows
+            for (int half = BUCKETS; half; half /= 2)
+                while (bucket + half < buckets && m.starts[bucket + half] <= block * K::ROWS) bucket += half;
+            order.block_experts[block] = bucket < order.num_experts ? bucket : -1;
+        }
+        sync_threads();
+    }
 
 #pragma unroll
     for (int r = 0; r < ROUNDS; ++r) {
@@ -220,13 +236,13 @@ __global__ void __launch_bounds__(WARPS * 32) slot_order(const __grid_constant__
     }
     if (KIND != ALIGNED) {
         if (rank == 0 && t < buckets) order.first_rows[t] = m.starts[t];
-    } else {
+    } else if (CTAS > 1) {
         each_in_use<CTAS, WARPS>(buckets, rank, m.rows, [&](int b) {
             const int end = m.starts[b] + up_to(m.rows[b], K::ROWS), expert = b < order.num_experts ? b : -1;
             for (int row = m.starts[b] + m.rows[b] + lane; row < end; row += 32) order.sorted[row] = order.num_slots;
             for (int i = m.starts[b] / K::ROWS + lane; i < end / K::ROWS; i += 32) order.block_experts[i] = expert;
         });
-        if (rank == 0 && t == 0) *order.rows_in_use = in_use;
     }
+    if (KIND == ALIGNED && rank == 0 && t == 0) *order.rows_in_use = in_use;
     if (CTAS > 1) sync_cluster();  // no CTA ends while another reads its counts
 }

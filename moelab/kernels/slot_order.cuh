@@ -25,6 +25,9 @@ DEVICE int from_lane(int value, int lane) { return __shfl_sync(0xFFFFFFFF, value
 DEVICE int bits_set(uint32_t bits) { return __popc(bits); }
 DEVICE int lowest(uint32_t bits) { return __ffs(bits) - 1; }
 
+// 16 bytes at once.
+DEVICE void store_four(int* to, int a, int b, int c, int d) { *reinterpret_cast<int4*>(to) = make_int4(a, b, c, d); }
+
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_threads() { __syncthreads(); }
 

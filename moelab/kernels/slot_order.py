@@ -23,9 +23,9 @@ from moelab.kernels.token_tiles import TokenTiles
 
 SOURCE = Path(__file__).with_name("slot_order.cu")
 
-SERVING, OVERLAP = True, True
-"""For measurements (the suite slot_order): without SERVING, the Triton kernels do it all; without OVERLAP, a launch begins when
-the one before it has ended, in place of programmatic dependent launch."""
+OVERLAP = True
+"""For measurements (the suite slot_order): without it a launch begins when the one before it has ended, in place of programmatic
+dependent launch."""
 
 MOST_CTAS, MOST_WARPS = 8, 32
 """Of a cluster that every GPU of this kind takes (CUDA C++ Programming Guide, thread block clusters), and of a CTA."""
@@ -38,6 +38,10 @@ ROOMS = (256, 288, 544)
 
 MOST_ROUNDS = 16
 """Slots of a thread, in registers."""
+
+FEW_SLOTS, FEW_PRODUCT, FEW_EXPERTS = 2048, 1 << 17, 256
+MANY_SLOTS, MANY_EXPERTS = 32768, 128
+"""Where Triton's launches are faster: see `serves`. Few: slots, slots times experts, and of ALIGNED experts, at most."""
 
 LEFT = 1024
 """More than experts whose last tile is in no pair."""
@@ -124,10 +128,19 @@ def _available() -> bool:
     return found and target is not None and target.name == "sm_90"
 
 
-def serves(ids: Tensor, num_experts: int, tile_rows: int = 1, grain: int = 1) -> bool:
-    """Whether one launch sorts these ids, and cuts them into such tiles: on a Hopper GPU, with the extra `cuda`."""
-    few_sizes = tile_rows // grain < MOST_SIZES
-    return SERVING and ids.is_cuda and few_sizes and _available() and cut_for(ids.numel(), num_experts) is not None
+def takes(kind: Kind, ids: Tensor, num_experts: int) -> bool:
+    """Whether one launch can do it: on a Hopper GPU, with the extra `cuda`."""
+    return ids.is_cuda and kind.sizes <= MOST_SIZES and _available() and cut_for(ids.numel(), num_experts) is not None
+
+
+def serves(kind: Kind, ids: Tensor, num_experts: int) -> bool:
+    """Whether it takes it, and serves it best: tiles always, else neither few slots of few experts nor very many slots of some,
+    where Triton's launches take less time (data/recordings/slot_order.json)."""
+    if not takes(kind, ids, num_experts):
+        return False
+    slots = ids.numel()
+    few = slots <= FEW_SLOTS and slots * num_experts <= FEW_PRODUCT and (kind == DENSE or num_experts <= FEW_EXPERTS)
+    return kind.name == "TILED" or not (few or (slots >= MANY_SLOTS and num_experts <= MANY_EXPERTS))
 
 
 class OrderArguments(ctypes.Structure):

@@ -231,6 +231,11 @@ DEVICE void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// An arrival there that waits for nobody.
+DEVICE void named_barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // An 8 x 8 matrix of 16-bit values, two in each lane (row lane / 4, columns 2 * (lane % 4) and the next), transposed.
 DEVICE uint32_t transposed(uint32_t pair) {
     uint32_t result;
@@ -342,6 +347,17 @@ DEVICE void add_pair(float& low, float& high, uint32_t pair, __half) {
 
 // 16 bytes that another CTA wrote in this launch: past L1.
 DEVICE uint4 load_written(const void* address) { return __ldcg(static_cast<const uint4*>(address)); }
+
+DEVICE float power_of_two(float x) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+}
+DEVICE float reciprocal(float x) {
+    float part;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(part) : "f"(x));
+    return part;
+}
 
 // By the chip's own powers of two and reciprocals, without the steps that denormals would need: a power that flushes to zero
 // leaves x, a reciprocal that does leaves zero, as both ends of silu should.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-
 CODES = "e4m3"
 """Storage and kind of products of fp8 codes."""
 

@@ -26,6 +26,7 @@ from moelab.kernels.residency import raise_if_lost
 from moelab.kernels.route import new_routed, route, tiles_in_one_launch
 from moelab.kernels.token_tiles import TokenTiles, new_token_tiles, token_tiles_unchecked
 from moelab.pipelines import form_choice, form_times
+from moelab.pipelines.fast_quantised import coded_pipeline
 from moelab.pipelines.form_choice import Choice, Classic, Form, Gated
 from moelab.pipelines.form_times import CLASSIC, GATED, Chip
 from moelab.pipelines.layers import sorted_pipeline, triton_pipeline
@@ -207,6 +208,13 @@ def fast_pipeline(call: MoECall, form: Form | None = None) -> Tensor:
     earlier launch waited for seconds and ended itself.
     """
     raise_if_lost()
+    if not call.weights.format.is_plain:
+        check_kind(call.activation, call.gated, biases=call.weights.has_bias)
+        if call.form is not None:
+            raise ConfigError(
+                f"form={call.form!r:.60} came with {call.weights.format.name}. Expected none there. Leave it out."
+            )
+        return coded_pipeline(call)
     x, (w13, w2, *_), ids = call.hidden_states, call.weights, call.topk_ids
     aligned = not (x.data_ptr() | w13.data_ptr() | w2.data_ptr()) % 16
     what = (call.activation, call.gated, call.weights.has_bias, aligned)

@@ -5,8 +5,9 @@ What every layer here begins with. There is next to nothing to move, so that lau
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,13 +42,21 @@ IMPLEMENTATIONS = {"triton": (False, False), "cuda": (True, False), "cuda, PDL":
 ROTATIONS = 8
 
 
+@contextlib.contextmanager
+def forced(serves: bool, overlap: bool = True) -> Iterator[None]:
+    """Inside, slot_order.cu does all that it takes, or nothing."""
+    before = slot_order.serves
+    slot_order.serves, slot_order.OVERLAP = (slot_order.takes if serves else lambda *_: False), overlap
+    try:
+        yield
+    finally:
+        slot_order.serves, slot_order.OVERLAP = before, True
+
+
 def _sorted(kind: str, impl: str, routing: Routing) -> Tensor:
     """The slots in their order, by that implementation."""
-    slot_order.SERVING, slot_order.OVERLAP = IMPLEMENTATIONS[impl]
-    try:
+    with forced(*IMPLEMENTATIONS[impl]):
         found = KINDS[kind](routing.topk_ids, routing.num_experts)
-    finally:
-        slot_order.SERVING = slot_order.OVERLAP = True
     return found.sorted_token_ids if isinstance(found, Alignment) else found.sorted_slots
 
 

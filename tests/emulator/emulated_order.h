@@ -34,6 +34,7 @@ inline int from_below(int value, int by) {
     const int lane = threadIdx.x % 32;
     return from_lane(value, lane < by ? lane : lane - by);
 }
+inline void store_four(int* to, int a, int b, int c, int d) { to[0] = a, to[1] = b, to[2] = c, to[3] = d; }
 inline int bits_set(uint32_t bits) { return __builtin_popcount(bits); }
 inline int lowest(uint32_t bits) { return __builtin_ctz(bits); }
 
