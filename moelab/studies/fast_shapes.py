@@ -30,10 +30,10 @@ from moelab.errors import MoelabError
 from moelab.kernels import few_tokens, nvrtc
 from moelab.kernels.align import align
 from moelab.kernels.checks import current_target
-from moelab.kernels.expert_order import expert_order
+from moelab.kernels.expert_order import ordered_tiles
 from moelab.kernels.fast_instances import CLUSTERED, INSTANCES, Instance
 from moelab.kernels.few_tokens import FewTokens
-from moelab.pipelines.fast import tiles_for
+from moelab.pipelines.fast import cut_of
 from moelab.pipelines.form_choice import TILES, Classic, Form, Gated, kind_of, near_blocks, near_instances
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape, load_model
@@ -236,7 +236,7 @@ def beforehand(layer: Layer) -> dict[str, Contender]:
     ids, experts = [r.topk_ids for r in layer.routings], layer.shape.num_experts
 
     def ordered(instance: Instance) -> Contender:
-        return lambda i: tiles_for(expert_order(ids[i], experts), instance)
+        return lambda i: ordered_tiles(ids[i], experts, *cut_of(instance))
 
     def aligned(block_size: int) -> Contender:
         return lambda i: align(ids[i], block_size, experts)
