@@ -47,10 +47,10 @@ def test_leave_one_model_out_over_all_recorded_forms() -> None:
     hidden size that no other recording is near to; and skewed batches of few experts, which the host does not know of."""
     judged = fast_judge.leave_one_out()
     mean, worst, then = regrets(judged)
-    assert len(judged) == 200 and mean < 0.014 and worst < 0.18 and then > 2 * mean
+    assert len(judged) == 200 and mean < 0.0125 and worst < 0.18 and then > 2 * mean
     even = [each for each in judged if each.cell[1] == "uniform"]
-    assert statistics.mean(each.regret for each in even) < 0.0125 and max(each.regret for each in even) < 0.10
-    assert sum(each.regret > 0.05 for each in judged) <= 24
+    assert statistics.mean(each.regret for each in even) < 0.0105 and max(each.regret for each in even) < 0.10
+    assert sum(each.regret > 0.05 for each in judged) <= 18
 
 
 @pytest.mark.whole

@@ -218,7 +218,7 @@ class Coefficients:
     """As the file holds them. shared: kind -> coefficient -> value; of Triton layers "tuned" is what tuned configs take over the
     best that is predicted. own: kind -> a form's or tile's name -> its own, as logarithms: of an instance its factor of
     multiplying; of a tile those of multiplying, of memory, and of memory in GEMM2; of a form for a few tokens its mean, then
-    one for each of `anchors`. anchors: logarithms of sizes of recorded layers; widths: how far they reach.
+    one for each of `anchors`. anchors: logarithms of sizes of recorded batches; widths: how far they reach.
     before: "order" and "align" -> coefficients of `before_features`. chip: of the recordings. sources: those."""
 
     shared: Mapping[str, Mapping[str, float]]
@@ -235,11 +235,11 @@ class Coefficients:
 
 
 def place_of(batch: Batch) -> list[float]:
-    """Where a layer lies among the anchors: logarithms of hidden_size, of the inner size, of top_k, and of ranks of experts."""
-    ranks = batch.top_k / batch.share / batch.num_experts
-    return [
-        float(np.log(value)) for value in (batch.hidden_size, batch.moe_intermediate_size, batch.top_k, max(ranks, 1.0))
-    ]
+    """Where a batch lies among the anchors: logarithms of hidden_size, of the inner size, of top_k, of ranks of experts, and of
+    tokens."""
+    ranks = max(batch.top_k / batch.share / batch.num_experts, 1.0)
+    sizes = batch.hidden_size, batch.moe_intermediate_size, batch.top_k, ranks, batch.num_tokens
+    return [float(np.log(value)) for value in sizes]
 
 
 def nearness(places: Floats, anchors: Floats, widths: Floats) -> Floats:

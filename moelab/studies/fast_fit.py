@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import re
 import statistics
@@ -52,7 +53,7 @@ START = {**START, CLASSIC: {**START[GATED], "between": 0.25}}
 NEAR_BEST, ALL_OTHERS = 0.08, 0.02
 """A form counts less the further it is behind the fastest of its cell: by exp(-loss / NEAR_BEST), and a little at least."""
 
-WIDTHS = (0.25, 0.7, 0.7, 1.0)
+WIDTHS = (0.25, 0.7, 0.7, 1.0, 1.5)
 """How far a recorded layer says something of another in `form_times.place_of`; spread of what it says, and of its noise."""
 LOCAL, NOISE = 0.07, 0.015
 
@@ -233,17 +234,17 @@ def _least_squares() -> Any:
 def local(fit: Fit, values: Floats) -> tuple[list[list[float]], dict[str, list[float]]]:
     """Anchors, and of each form for a few tokens its mean and weights over them: what recorded layers take more than is
     predicted, carried over to layers of nearly their sizes (the mean of a Gaussian process)."""
-    off, shapes = -fit.off(values), sorted({row.cell[0] for row in fit.rows})
-    place = {row.cell[0]: times.place_of(row.batch) for row in fit.rows}
-    anchors = np.array([place[name] for name in shapes])
-    table = np.zeros((len(fit.names), len(shapes)))
-    for i, name in enumerate(shapes):
-        for form in range(len(fit.names)):
-            here = (fit.of[0] == form) & np.array([row.cell[0] == name for row in fit.rows])
-            table[form, i] = np.average(off[here], weights=fit.weight[here]) if here.any() else 0.0
+    off, cells = -fit.off(values), sorted({(row.cell[0], row.cell[2]) for row in fit.rows})
+    place = {(row.cell[0], row.cell[2]): times.place_of(row.batch) for row in fit.rows}
+    anchors = np.array([place[cell] for cell in cells])
+    of_cell = np.array([cells.index((row.cell[0], row.cell[2])) for row in fit.rows])
+    table = np.zeros((len(fit.names), len(cells)))
+    for i, form in itertools.product(range(len(cells)), range(len(fit.names))):
+        here = (fit.of[0] == form) & (of_cell == i)
+        table[form, i] = np.average(off[here], weights=fit.weight[here]) if here.any() else 0.0
     mean = table.mean(1)
     near = times.nearness(anchors, anchors, np.array(WIDTHS)) * LOCAL**2
-    weights = np.linalg.solve(near + np.eye(len(shapes)) * NOISE**2, (table - mean[:, None]).T) * LOCAL**2
+    weights = np.linalg.solve(near + np.eye(len(cells)) * NOISE**2, (table - mean[:, None]).T) * LOCAL**2
     return anchors.tolist(), {name: [float(mean[i]), *weights[:, i].tolist()] for i, name in enumerate(fit.names)}
 
 
