@@ -16,7 +16,8 @@ Config = KernelConfig | Literal["default"] | None
 
 class MoECall(NamedTuple):
     """One checked call, as implementations get it: hidden_states (M, H), the experts' weights, topk_weights (M, k), float32 or
-    hidden_states' dtype, and topk_ids (M, k), then what kind of layer it is, and under which configs."""
+    hidden_states' dtype, and topk_ids (M, k), then what kind of layer it is, and under which configs; expected_rows and form as
+    `fused_moe` has them."""
 
     hidden_states: Tensor
     weights: ExpertWeights
@@ -28,6 +29,8 @@ class MoECall(NamedTuple):
     apply_router_weight_on_input: bool = False
     config: Config = None
     down_config: Config = None
+    expected_rows: float | None = None
+    form: str | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -44,6 +47,11 @@ class MoECall(NamedTuple):
     @property
     def num_experts(self) -> int:
         return self.weights.num_experts
+
+    @property
+    def rows_an_expert(self) -> float:
+        """Rows that an expert of this rank is expected to get: as given, or as if all pairs were this rank's."""
+        return self.num_pairs / self.num_experts if self.expected_rows is None else self.expected_rows
 
     @property
     def moe_intermediate_size(self) -> int:

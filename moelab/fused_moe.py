@@ -49,6 +49,8 @@ def fused_moe(
     b2: Tensor | None = None,
     routed_scaling_factor: float = 1.0,
     apply_router_weight_on_input: bool = False,
+    expected_rows: float | None = None,
+    form: str | None = None,
     check_routing: bool | None = None,
 ) -> Tensor:
     """out[t] = scale * sum over slots j of weight[t, j] * w2[e] @ activation(w13[e] @ hidden_states[t]), e = ids[t, j].
@@ -72,8 +74,9 @@ def fused_moe(
     config, down_config: for GEMM1 and GEMM2 of those made of Triton kernels; the first for both where only it is given. None
     looks up the tuned file for this device, these sizes and this batch size, as the servers do, once each; sglang's default
     rule serves where there is none, or where "default" asks for it. The Split-K ones take SPLIT_K from each. "gated" and its
-    kin count gate and up rows together as BLOCK_SIZE_N, at least 32. "fast" chooses its form by the batch and the tuned files,
-    "weight_only" by the batch, and torch's own forms have nothing to configure.
+    kin count gate and up rows together as BLOCK_SIZE_N, at least 32. "fast" and "weight_only" choose theirs, torch has none.
+    expected_rows: of an expert, which those two choose by; None: M * k / E; where other ranks have experts too, M * k over the
+    model's. form: of "fast", a kind or one as `moelab explain --kernel fast` names it; None: MOELAB_FAST_FORM, or the fastest.
     check_routing: look for ids out of range. None means always on CPU, and never on a GPU, where it would
     synchronise with the host.
     Returns (M, H) in hidden_states' dtype. Deterministic, but for those that the table says are not, on a GPU. Only "torch"
@@ -83,7 +86,7 @@ def fused_moe(
     SharedMemoryError or RuntimeModeError, each saying what was expected.
     """
     named(impl)
-    _check_arguments(config, down_config, top_k)
+    _check_arguments(config, down_config, top_k, impl, form)
     weights = _weights(w13, w2, b13, b2)
     optional = {name: t for name, t in weights._asdict().items() if t is not None and name != "format"}
     _require_tensors(**{"hidden_states": hidden_states, "w13": weights.w13, "w2": weights.w2, **optional})
@@ -93,10 +96,7 @@ def fused_moe(
             router_logits, topk_weights, topk_ids, top_k, renormalize, hidden_states, weights
         )
     elif top_k is not None and topk_ids is not None and top_k != topk_ids.shape[-1]:
-        raise RoutingError(
-            f"top_k = {top_k} but topk_ids has shape {tuple(topk_ids.shape)}. Expected top_k columns. Leave top_k out: it "
-            "goes with router_logits."
-        )
+        raise _another_top_k(top_k, topk_ids)
     if topk_weights is None or topk_ids is None:
         raise RoutingError(
             "No routing given. Expected topk_weights and topk_ids, or router_logits and top_k. Pass one of the pairs."
@@ -105,6 +105,7 @@ def fused_moe(
     call = MoECall(
         hidden_states, weights, topk_weights, topk_ids, activation, gated,
         _scale(routed_scaling_factor), apply_router_weight_on_input, config, down_config,
+        _expectation(expected_rows, topk_ids), form,
     )  # fmt: skip
     compiling = torch.compiler.is_compiling()
     if compiling:
@@ -158,7 +159,32 @@ def _scale(factor: Any) -> float:
         ) from error
 
 
-def _check_arguments(config: Any, down_config: Any, top_k: Any) -> None:
+def _another_top_k(top_k: int, topk_ids: Tensor) -> RoutingError:
+    return RoutingError(
+        f"top_k = {top_k} but topk_ids has shape {tuple(topk_ids.shape)}. Expected top_k columns. Leave top_k out: it goes with "
+        "router_logits."
+    )
+
+
+def _expectation(rows: Any, topk_ids: Tensor) -> float | None:
+    """Rows expected of an expert as a float, if any are said."""
+    if rows is None:
+        return None
+    num_tokens = topk_ids.shape[0] if topk_ids.ndim else 0
+    number = isinstance(rows, numbers.Real) and not isinstance(rows, bool)
+    if not number or not (0 < rows <= num_tokens or num_tokens == 0):
+        raise RoutingError(
+            f"expected_rows is {rows!r:.40} of {num_tokens} tokens. Expected a number above 0 and at most theirs: an expert "
+            "gets a token once. Pass num_tokens * top_k over the number of the model's experts, or leave it out."
+        )
+    return float(rows)
+
+
+def _check_arguments(config: Any, down_config: Any, top_k: Any, impl: str, form: Any) -> None:
+    if form is not None and (impl != "fast" or not isinstance(form, str)):
+        raise ConfigError(
+            f"form={form!r:.60} came with impl={impl!r}. Expected a name, with impl='fast', which has several. Leave it out."
+        )
     for one in (config, down_config):
         if one is not None and one != "default" and not isinstance(one, KernelConfig):
             raise ConfigError(
@@ -333,6 +359,8 @@ def _fused_moe_op(
     gated: bool,
     routed_scaling_factor: float,
     apply_router_weight_on_input: bool,
+    expected_rows: float | None = None,
+    form: str | None = None,
 ) -> Tensor:
     weights = ExpertWeights(
         w13, w2, b13, b2, scales[0], scales[1], scales[2], scales[3], get_format(format), *scales[4:]
@@ -340,6 +368,7 @@ def _fused_moe_op(
     call = MoECall(
         hidden_states, weights, topk_weights, topk_ids, activation, gated,
         routed_scaling_factor, apply_router_weight_on_input, _unpack(config), _unpack(down_config),
+        expected_rows, form,
     )  # fmt: skip
     _check_once(call, impl)
     if hidden_states.device.type == "cpu":
@@ -358,7 +387,7 @@ def _through_custom_op(call: MoECall, impl: str) -> Tensor:
         call.hidden_states, w.w13, w.w2, call.topk_weights, call.topk_ids, w.b13, w.b2,
         [w.w13_scale, w.w2_scale, w.w13_zero_point, w.w2_zero_point, w.a1_scale, w.a2_scale], w.format.name, impl,
         _pack(call.config), _pack(call.down_config), call.activation, call.gated,
-        call.routed_scaling_factor, call.apply_router_weight_on_input,
+        call.routed_scaling_factor, call.apply_router_weight_on_input, call.expected_rows, call.form,
     )  # fmt: skip
 
 

@@ -93,15 +93,17 @@ def _forward(impl: str | None, configs: Configs = _looked_up) -> Forward:
         activation, gated, has_bias = _layer(block)
         w13 = block.gate_up_proj if gated else block.up_proj
         b13, b2 = _biases(block, gated) if has_bias else (None, None)
+        expected = None
         if getattr(block, "_is_expert_parallel", _shared_out(block, w13)):
             top_k_index = top_k_index.masked_fill(top_k_index >= w13.shape[0], -1)
+            expected = _expected_rows(block, top_k_index, w13.shape[0])
         if top_k_weights.dtype not in (torch.float32, hidden_states.dtype):
             top_k_weights = top_k_weights.float()
         up, down = configs(block.down_proj, hidden_states.shape[0])
         return fused_moe(
             hidden_states, w13, block.down_proj, b13=b13, b2=b2, topk_weights=top_k_weights, topk_ids=top_k_index,
             impl=impl or _preferred(block, activation, gated, has_bias), config=up, down_config=down,
-            activation=activation, gated=gated,
+            activation=activation, gated=gated, expected_rows=expected,
         )  # fmt: skip
 
     return experts_forward
@@ -110,8 +112,19 @@ def _forward(impl: str | None, configs: Configs = _looked_up) -> Forward:
 def _shared_out(block: Any, w13: Tensor) -> bool:
     """Whether other ranks' experts may come, as ids of num_experts and above: before 5.23 no flag says so. Where the block holds
     every expert that its config names none do, and the two launches that would map their ids are left out."""
+    return w13.shape[0] not in _experts_named(block)
+
+
+def _experts_named(block: Any) -> list[Any]:
+    """What the block's config says of the model's experts; one name means all of them, another may mean a rank's."""
     named = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    return all(getattr(block.config, name, None) != w13.shape[0] for name in named)
+    return [getattr(block.config, name, None) for name in named]
+
+
+def _expected_rows(block: Any, top_k_index: Tensor, here: int) -> float | None:
+    """Rows that an expert gets if tokens choose evenly among the model's; None where the config does not say how many."""
+    most = max((said for said in _experts_named(block) if isinstance(said, int)), default=0)
+    return top_k_index.numel() / most if most >= max(here, top_k_index.shape[1]) and top_k_index.numel() else None
 
 
 def _biases(block: nn.Module, gated: bool) -> tuple[Any, Any]:

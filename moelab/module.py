@@ -16,11 +16,22 @@ from moelab.reference import check_activation
 from moelab.shapes import MoEShape
 
 
+def _share(share: float | None) -> float | None:
+    if share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
+        raise RoutingError(
+            f"expected_share is {share!r:.40}. Expected a number above 0 and at most 1: an expert gets a token once. Pass "
+            "top_k over the number of the model's experts, or leave it out."
+        )
+    return share
+
+
 class FusedMoE(nn.Module):
     """The experts of one MoE layer; forward takes hidden states and a routing, or router logits.
 
     Parameters w13 (E, 2N, H) ((E, N, H) ungated), w2 (E, H, N), and with bias=True b13 (E, 2N), b2 (E, H).
-    impl, config and down_config are those of moelab.fused_moe.fused_moe, and may be set between calls.
+    impl, config, down_config and form are those of moelab.fused_moe.fused_moe, and may be set between calls. expected_share:
+    rows that an expert of this rank is expected to get for each token of a batch, where experts of other ranks come as ids of
+    -1: top_k over all experts of the model; None takes all for this rank's.
     """
 
     def __init__(
@@ -37,15 +48,16 @@ class FusedMoE(nn.Module):
         routed_scaling_factor: float = 1.0,
         renormalize: bool = True,
         apply_router_weight_on_input: bool = False,
+        expected_share: float | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device | None = None,
     ) -> None:
         super().__init__()
         check_activation(activation, gated)
-        if not 1 <= top_k <= num_experts:
+        if not 1 <= top_k <= num_experts and (top_k < 1 or expected_share is None):  # a token's others may be elsewhere
             raise RoutingError(
                 f"top_k = {top_k} with {num_experts} experts. Expected 1 <= top_k <= num_experts. Take it from the model's "
-                "config.json."
+                "config.json; where other ranks have more experts, pass expected_share."
             )
         rows = (2 if gated else 1) * moe_intermediate_size
 
@@ -59,6 +71,8 @@ class FusedMoE(nn.Module):
         self.top_k, self.activation, self.gated = top_k, activation, gated
         self.impl, self.routed_scaling_factor, self.renormalize = impl, routed_scaling_factor, renormalize
         self.apply_router_weight_on_input = apply_router_weight_on_input
+        self.expected_share = _share(expected_share)
+        self.form: str | None = None
         self.config: KernelConfig | None = None
         self.down_config: KernelConfig | None = None
 
@@ -67,7 +81,7 @@ class FusedMoE(nn.Module):
         """An empty module of a shape's sizes and activation."""
         return cls(
             shape.num_experts, shape.top_k, shape.hidden_size, shape.moe_intermediate_size,
-            activation=shape.activation, gated=shape.gated, bias=bias, **options,
+            activation=shape.activation, gated=shape.gated, bias=bias, **{"expected_share": shape.expected_rows(1), **options},
         )  # fmt: skip
 
     @classmethod
@@ -132,6 +146,7 @@ class FusedMoE(nn.Module):
             activation=self.activation, gated=self.gated, b13=self.b13, b2=self.b2,
             routed_scaling_factor=self.routed_scaling_factor,
             apply_router_weight_on_input=self.apply_router_weight_on_input,
+            expected_rows=None if self.expected_share is None else self.expected_share * max(flat.shape[0], 1), form=self.form,
         )  # fmt: skip
         return out.view(hidden_states.shape)
 

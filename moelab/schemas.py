@@ -150,6 +150,32 @@ class _Device(TypedDict):
 DEVICE: TypeAdapter[Any] = TypeAdapter(_Device)
 
 
+# --- what predicts the times of forms -------------------------------------------------------------------------------------
+
+_Numbers = Annotated[list[float], Field(max_length=1000)]
+
+
+class _Chip(TypedDict):
+    __pydantic_config__ = CLOSED  # type: ignore[misc]
+    device: Name
+    sms: Size
+
+
+class _FastTimes(TypedDict):
+    __pydantic_config__ = CLOSED  # type: ignore[misc]
+    schema: Annotated[int, Field(ge=1, le=1)]
+    shared: dict[Literal["one_launch", "few_tokens", "gated_tma", "triton"], dict[str, Positive]]
+    own: dict[Literal["one_launch", "few_tokens", "gated_tma", "triton"], dict[str, _Numbers]]
+    anchors: Annotated[list[_Numbers], Field(max_length=1000)]
+    widths: _Numbers
+    before: dict[Literal["order", "align"], _Numbers]
+    chip: _Chip
+    sources: list[Name]
+
+
+FAST_TIMES: TypeAdapter[Any] = TypeAdapter(_FastTimes)
+
+
 # --- a model's config.json -----------------------------------------------------------------------------------------
 
 Strings = list[str] | tuple[str, ...] | None

@@ -102,6 +102,12 @@ class MoEShape:
         """Routed experts on this rank: num_experts without the fused shared ones."""
         return self.num_experts - self.num_shared_experts_fused
 
+    def expected_rows(self, num_tokens: int) -> float:
+        """Rows that an expert of this rank gets of a batch, if tokens choose evenly among all routed experts of the model; the
+        mean over this rank's, of which fused shared experts get every token."""
+        shared = self.num_shared_experts_fused
+        return num_tokens * ((self.top_k - shared) / self.ep_size + shared) / self.num_experts
+
     @property
     def w13_shape(self) -> tuple[int, int, int]:
         """(E, 2N, H), or (E, N, H) for experts without a gate."""

@@ -106,10 +106,11 @@ def test_the_sample_has_every_case_and_every_target() -> None:
 
 
 def test_every_form_for_a_few_tokens_is_compiled() -> None:
-    from moelab.kernels.few_tokens import FORMS, form_for
+    from moelab.kernels.few_tokens import FORMS, serves
 
-    sizes = [(tokens, top_k, experts, hidden, size) for tokens, _, experts, hidden, size, top_k in aot_cases.FEW_TOKENS]
-    assert {form_for(*one) for one in sizes} == set(FORMS)
+    assert len(aot_cases.FEW_TOKENS) >= len(FORMS)
+    for tokens, _, _, hidden, size, top_k in aot_cases.FEW_TOKENS:
+        assert all(serves(form, tokens, top_k, hidden, size) for form in FORMS)
 
 
 def shipped_configs() -> list[KernelConfig]:

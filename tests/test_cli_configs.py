@@ -192,23 +192,39 @@ def test_explain_says_what_fast_runs(run) -> None:
     asked = ("--disable-shared-experts-fusion", "--kernel", "fast")
     scout = ("explain", "--model", "llama-4-scout", "--tp-size", "4", *asked, "--device", "NVIDIA H200")
     status, out, _ = run(*scout, "--batch-size", "1")
-    assert status == 0 and out.startswith("two launches for a few tokens: 1 pairs")
+    assert status == 0 and out.startswith("few_tokens:1x512/4x256, predicted fastest: ")
     deepseek = ("explain", "--model", "deepseek-v3", "--tp-size", "8", *asked, "--batch-size", "64", "--device")
     status, out, _ = run(*deepseek, "NVIDIA H200")
-    assert status == 0 and out.startswith("gated_tma with its tuned configs: 2 rows an expert")
+    assert (
+        status == 0
+        and out.startswith("gated_tma:16x")
+        and "under its tuned configs, predicted" in out
+        and "2 rows an" in out
+    )
     status, out, _ = run(*deepseek, "NVIDIA H100")
-    assert status == 0 and out.startswith("classic: an inner size of 256 is short")
+    assert status == 0 and out.startswith("gated_tma:16x") and "tuned" not in out
+    best, *others = [line for line in out.splitlines() if line.startswith(("* ", "  "))]
+    assert best.startswith("* gated_tma:16x") and {line.split(":")[0].strip() for line in others} >= {
+        "triton",
+        "one_launch",
+    }
     status, out, err = run(*deepseek, "NVIDIA H20", "--json")
     (warning,) = json.loads(out)["warnings"]
     assert status == 0 and err == f"moelab: {warning}\n" and "'NVIDIA H20'" in warning and "NVIDIA_H200" in warning
     assert not json.loads(run(*deepseek, "NVIDIA_H200", "--json")[1])["warnings"]
     status, out, _ = run(*scout, "--batch-size", "64", "--json")
     said = json.loads(out)
-    assert status == 0 and said["form"]["kind"] == "Gated" and said["form"]["up"]["BLOCK_SIZE_M"] == 16
+    assert status == 0 and said["form"]["kind"] == "gated_tma" and said["form"]["up"]["BLOCK_SIZE_M"] == 16
     status, out, _ = run(*scout, "--batch-size", "8192", "--json")
     said = json.loads(out)
     assert status == 0 and said["form"]["tokens"] == 176 and said["form"]["permutes"] == 1
-    assert said["reason"].startswith("one launch: 512 rows an expert")
+    assert (
+        said["reason"].startswith("one_launch:256x176x4-permuted, predicted fastest: ")
+        and "512 rows an expert" in said["reason"]
+    )
+    first, second, *_ = said["predicted"]
+    assert first["name"] == said["form"]["name"] and first["even_us"] > 0
+    assert first["even_us"] * first["skewed_us"] <= second["even_us"] * second["skewed_us"]
 
 
 def test_explain_of_fast_refuses_what_fast_refuses(run) -> None:

@@ -22,7 +22,7 @@ from fast_cases import (
 from sampling import whole
 
 from moelab.kernels import fast_layer
-from moelab.kernels.fast_instances import PERMUTED, Instance, instance_for
+from moelab.kernels.fast_instances import PERMUTED, Instance
 
 
 @needs_compiler
@@ -105,12 +105,6 @@ def test_rows_that_are_not_waited_for_are_seen(tmp_path: Path) -> None:
     compare(MIDDLE_PERMUTED, 64, 2, 2, 1032, 64, source=emulated_gpu.altered(tmp_path / "right", sleeps))
     with pytest.raises(AssertionError, match="nan"):
         compare(MIDDLE_PERMUTED, 64, 2, 2, 1032, 64, source=source)
-
-
-@pytest.mark.parametrize("inner", [640, 641, 7168])
-def test_tokens_are_permuted_where_they_are_read_often(inner: int) -> None:
-    assert instance_for(8192, 8, 128, inner).permutes == (inner > 640)
-    assert instance_for(1024, 8, 128, inner).permutes == 0, "64 rows an expert"
 
 
 def test_a_form_that_gathers_keeps_its_recorded_name() -> None:

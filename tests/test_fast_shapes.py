@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from moelab import recordings, runtime
-from moelab.kernels.fast_instances import Instance
+from moelab.call import MoECall
+from moelab.config import KernelConfig
+from moelab.kernels.fast_instances import INSTANCES, Instance
 from moelab.kernels.few_tokens import FewTokens
 from moelab.measure import Measurement
-from moelab.pipelines.fast import Gated
+from moelab.pipelines import fast, form_choice
+from moelab.pipelines.form_choice import Classic, Gated
 from moelab.shapes import MoEShape
-from moelab.studies import fast_shapes
-from moelab.studies.fast_shapes import Classic
+from moelab.studies import fast_check, fast_shapes
 from moelab.suites import fast_layer, layer_classic, screening
 from moelab.tuner.compile import Compiled
 from tests.test_fast_suite import few_stand_in, stand_in
@@ -38,7 +40,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_layer, "few_tokens", few_stand_in)
     monkeypatch.setattr(fast_layer, "gated_gemm", lambda *a, tma, **k: gemm(*a, tma=False, **k))
     monkeypatch.setattr(fast_layer, "sorted_gemm", lambda *a, tma, **k: down(*a, tma=False, **k))
-    monkeypatch.setattr(fast_shapes, "TILES", {16: ((32, 32, 1, 4, 2), (64, 32, 1, 4, 2))})
+    tiles = {16: (KernelConfig(16, 32, 32, 1, 4, 2), KernelConfig(16, 64, 32, 1, 4, 2))}
+    monkeypatch.setattr(fast_shapes, "TILES", tiles)
+    monkeypatch.setattr(form_choice, "TILES", tiles)
     monkeypatch.setattr(fast_shapes, "STEPS", (("uniform", (3,)), ("zipf", (3,)), ("uniform", (1,))))
 
 
@@ -87,3 +91,39 @@ def test_kernels_compile_ahead_in_other_processes() -> None:
     jobs = fast_shapes.jobs_of(shape, forms)
     assert len(jobs) == len(set(jobs)) and {kernel for _, kernel, _ in jobs} == {"gated_tma", "grouped_gemm"}
     assert torch.bfloat16 == getattr(torch, shape.dtype)
+
+
+def test_the_choice_is_set_beside_the_fastest_and_another_rule(
+    small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """The whole layer, order included, by each form; ids of the other rank's experts among them."""
+
+    def clock(contenders: dict, protocol: object) -> dict:
+        return {name: Measurement(name, (5.0 - i, 5.0 - i)) for i, name in enumerate(contenders)}
+
+    def without_tma(call: MoECall, tma: bool) -> torch.Tensor:
+        return sorted_pipeline(call, False)
+
+    sorted_pipeline = fast.sorted_pipeline
+    for name, stand in (("few_tokens", few_stand_in), ("fast_layer", stand_in), ("sorted_pipeline", without_tma)):
+        monkeypatch.setattr(fast, name, stand if name == "sorted_pipeline" else lambda *a, stand=stand, **k: stand(*a))
+    monkeypatch.setattr(fast, "_check", lambda call: None)
+    monkeypatch.setattr(fast_check, "measure", clock)
+    monkeypatch.setattr(fast_check, "shape_of", lambda name: SMALL)
+    monkeypatch.setattr(fast_check, "protocol_for", lambda num_tokens: screening.short_pass(1))
+    monkeypatch.setattr(fast_check, "STEPS", (("uniform", (3,)), ("zipf", (3,))))
+    monkeypatch.setattr(fast_check, "EACH", 1)
+    monkeypatch.setattr(fast_check, "LIKELY", 1.0)
+    monkeypatch.setattr(form_choice, "TILES", {16: (KernelConfig(16, 32, 32, 1, 4, 2),)})
+    fast.chosen.cache_clear()
+    form_choice._configs.cache_clear()
+    other = repr(INSTANCES[16])
+    made = fast_check.record(("small",), others={"small|3": other})
+    rows = recordings.load(recordings.write(made, tmp_path / "fast_check.json")).rows
+    assert [row["routing"] for row in rows] == ["uniform", "zipf"] and not any(row["wrong"] for row in rows)
+    assert all(row["tried"] >= 4 and row["other"] and row["chosen"] and row["best"] for row in rows)
+    printed = capsys.readouterr().out
+    assert printed.count("small") == 2 and "%" in printed
+    assert "chosen" in fast_check.summary(rows) and "other" in fast_check.summary(rows)
+    fast.chosen.cache_clear()
+    form_choice._configs.cache_clear()

@@ -14,22 +14,11 @@ from moelab import fused_moe, recordings, reference, runtime
 from moelab.config import KernelConfig
 from moelab.errors import UnknownNameError
 from moelab.kernels.expert_order import expert_order
-from moelab.kernels.fast_instances import (
-    ALL,
-    CLUSTERED,
-    CLUSTERS_FROM,
-    CLUSTERS_UP_TO,
-    INSTANCES,
-    PERMUTED,
-    READS_TO_PERMUTE,
-    WIDEST_EXPERTS,
-    Instance,
-    instance_for,
-)  # fmt: skip
+from moelab.kernels.fast_instances import ALL, INSTANCES, Instance
 from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM
 from moelab.kernels.few_tokens import FORMS, FewTokens
 from moelab.measure import Measurement
-from moelab.pipelines.fast import Choice, Gated, choose_for
+from moelab.pipelines.form_choice import Classic, Gated, near_instances
 from moelab.shapes import MoEShape
 from moelab.suites import bench, fast_choice, fast_layer, fast_rivals, layer_classic, screening
 from moelab.suites.layer_classic import Layer, weight_sets
@@ -86,7 +75,7 @@ def recorded(num_tokens: int, tmp_path: Path) -> dict[str, list[dict]]:
 
 def test_every_contender_gets_a_row_that_loads(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served = fast_layer.instance_of(SMALL, 3)
-    monkeypatch.setattr(fast_layer, "choose_form", lambda *asked: Choice(served, ""))
+    monkeypatch.setattr(fast_layer, "served_by", lambda *asked: served)
     rows = recorded(3, tmp_path)
     uniform = [row["impl"] for row in rows["uniform"]]
     assert uniform[:3] == ["classic", "grouped_mm", "fast"] and rows["uniform"][2]["instance"] == repr(served)
@@ -99,7 +88,7 @@ def test_every_contender_gets_a_row_that_loads(small: None, tmp_path: Path, monk
 
 def test_a_few_tokens_are_timed_as_they_are_served(small: None, tmp_path: Path) -> None:
     rows = recorded(1, tmp_path)["uniform"]
-    assert [row["instance"] for row in rows if row["impl"] == "fast"] == [repr(FORMS[0])]
+    assert [row["instance"] for row in rows if row["impl"] == "fast"] == [repr(fast_layer.served_by(SMALL, 1))]
     ideas = {row["impl"].removeprefix("fast without ") for row in rows if "without" in row["impl"]}
     assert ideas == {
         "programmatic dependent launch (PDL)", "prefetch of weights before griddepcontrol.wait", "grid order for L2 reuse",
@@ -113,7 +102,7 @@ def test_the_gated_kernels_are_timed_where_they_serve(
     """With their configs in the row, over an alignment made beforehand, and without TMA as their idea switched off."""
     gated, asked = Gated(TILE, TILE), []
     gemm = fast_layer.gated_gemm
-    monkeypatch.setattr(fast_layer, "choose_form", lambda *asked: Choice(gated, ""))
+    monkeypatch.setattr(fast_layer, "served_by", lambda *asked: gated)
     monkeypatch.setattr(fast_layer, "gated_gemm", lambda *a, tma, **k: asked.append(tma) or gemm(*a, tma=False, **k))
     rows = {row["impl"]: row for row in recorded(3, tmp_path)["zipf"]}
     assert rows["fast"]["instance"] == "gated_tma" and rows["fast"]["config"] == TILE.to_json()
@@ -127,21 +116,23 @@ def test_the_gated_kernels_are_timed_where_they_serve(
 def test_where_the_classic_layer_serves_its_run_is_fast(
     small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three tokens of this layer: classic's own configs under its own name and under "fast", and the best form beside them."""
+    """Three tokens of this layer: the classic layer's configs under "fast", and the best form beside them."""
     called = []
     layer_of = Layer.contender
+    monkeypatch.setattr(fast_layer, "served_by", lambda *asked: Classic(TILE, TILE))
     monkeypatch.setattr(Layer, "contender", lambda self, *pair: called.append(pair) or layer_of(self, *pair))
     rows = {row["impl"]: row for row in recorded(3, tmp_path)["uniform"]}
-    assert fast_layer.served_by(SMALL, 3) is None and set(called) == {(TILE, TILE)}
-    assert rows["fast"]["config"] == rows["classic"]["config"] and "instance" not in rows["fast"]
-    assert rows["fast, best instance"]["instance"] in map(repr, fast_layer.forms_near(SMALL, 3))
+    assert set(called) == {(TILE, TILE)}
+    assert rows["fast"]["config"] == rows["classic"]["config"] and rows["fast"]["instance"] == "triton"
+    best = rows.get("fast, best instance", rows["fast"])["instance"]
+    assert best in map(fast_layer.name_of, fast_layer.forms_near(SMALL, 3))
     assert not any("without" in impl or "alone" in impl for impl in rows)
 
 
 def test_the_forms_for_a_few_tokens_may_be_the_best() -> None:
     assert set(FORMS) < set(fast_layer.forms_near(SMALL, 1)) and set(FORMS) < set(fast_layer.forms_near(SMALL, 4))
-    assert set(FORMS) < set(fast_layer.forms_near(SMALL, 8))
-    assert all(isinstance(each, Instance) for each in fast_layer.forms_near(SMALL, 9))
+    assert set(FORMS) < set(fast_layer.forms_near(SMALL, 12))
+    assert not any(isinstance(each, FewTokens) for each in fast_layer.forms_near(SMALL, 13))
 
 
 def test_each_idea_of_a_few_tokens_is_off_alone(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +209,8 @@ def test_neighbours() -> None:
 def test_candidates_are_near_the_rows_of_an_expert(num_tokens: int, top_k: int, num_experts: int) -> None:
     shape = MoEShape.from_sizes(num_experts=num_experts, top_k=top_k, hidden_size=64, moe_intermediate_size=768)
     found = fast_choice.candidates_for(num_tokens, shape)
-    assert found[0] == instance_for(num_tokens, top_k, num_experts, 768) and 1 < len(found) == len(set(found))
+    assert found[0] == fast_layer.instance_of(shape, num_tokens) and 1 < len(found) == len(set(found))
+    assert set(near_instances(shape.expected_rows(num_tokens), fast_choice.CANDIDATES)) == set(found)
     smallest = sorted({each.tokens for each in ALL})
     assert (
         num_tokens > 1 or max(each.tokens for each in found) <= smallest[1]
@@ -226,13 +218,12 @@ def test_candidates_are_near_the_rows_of_an_expert(num_tokens: int, top_k: int, 
     assert num_tokens < 4096 or min(each.tokens for each in found) >= 32
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 8, 9])
+@pytest.mark.parametrize("num_tokens", [1, 2, 12, 13])
 def test_candidates_for_a_few_tokens(num_tokens: int) -> None:
     found = fast_choice.forms_for(num_tokens, SMALL)
     few = [each for each in found if isinstance(each, FewTokens)]
-    assert set(few) == (set(FORMS) if num_tokens < 9 else set()) and len(set(found)) == len(found)
-    first = fast_layer.served_by(SMALL, num_tokens) or fast_layer.instance_of(SMALL, num_tokens)
-    assert found[0] == first and isinstance(first, FewTokens) == (num_tokens <= 2)
+    assert set(few) == (set(FORMS) if num_tokens < 13 else set()) and len(set(found)) == len(found)
+    assert found[0] == fast_layer.served_by(SMALL, num_tokens)
 
 
 def test_candidates_fit_a_processor() -> None:
@@ -263,30 +254,6 @@ def test_a_candidate_that_is_wrong_is_told_and_not_timed(small: None, monkeypatc
     assert row["instance"] == repr(wrong) and row["problem"] and "samples_us" not in row
 
 
-def test_the_rule_is_near_the_best_recorded() -> None:
-    """Over the cells of fast_choice: what the rule's form takes over the fastest form's time. What serves a batch, where that
-    was recorded, else the rule's instance."""
-    recorded = recordings.load("fast_choice")
-    assert all(row["within_bound"] for row in recorded.rows)
-    lost = {}
-    for name in fast_layer.SHAPES:
-        shape = fast_layer.shape_of(name)
-        for b in fast_choice.BATCHES:
-            times = {
-                row["instance"]: statistics.median(row["samples_us"])
-                for row in recorded.select(shape=name, num_tokens=b, routing="uniform")
-            }
-            form = choose_for(shape, b, None, recorded.provenance["gpu"]).form
-            served = "" if form is None else fast_layer.name_of(form)
-            rule = served if served in times else repr(fast_layer.instance_of(shape, b))
-            lost[name, b] = times[rule] / min(times.values())
-    # Of eight tokens most are not served as few, which would be up to 11 % faster if they choose evenly, and slower if not.
-    eight = {cell: lost.pop(cell) for cell in list(lost) if cell[1] == 8}
-    assert len(eight) == 6 and max(eight.values()) < 1.11
-    assert len(lost) == 54 and max(lost.values()) < 1.06, max(lost, key=lambda cell: lost[cell])
-    assert statistics.geometric_mean(lost.values()) < 1.01
-
-
 def ratios(form: Instance, other: Instance, routing: str) -> dict[tuple[str, float], float]:
     """(Shape, rows an expert gets) -> recorded time of that form over that of the other, in every cell that has both."""
     found, recorded = {}, recordings.load("fast_choice")
@@ -300,49 +267,8 @@ def ratios(form: Instance, other: Instance, routing: str) -> dict[tuple[str, flo
 
 
 def test_small_tiles_are_those_of_16_alone() -> None:
-    """Up to 3 rows an expert they take the time of the tiles of 8 and of one CTA an SM that went, and no recorded cell is served
-    by them: a few tokens' form or tuned configs are."""
+    """Up to 3 rows an expert they take the time of the tiles of 8 and of one CTA an SM that went."""
     eight, one_token = Instance(1, 2, 6, 8, 8, 8, 2), Instance(2, 1, 12, 8, 8, 8)
     for other, routing in itertools.product((eight, one_token), fast_layer.ROUTINGS):
         few = [found for (_, rows), found in ratios(INSTANCES[16], other, routing).items() if rows <= 3]
         assert len(few) == 18 and 0.98 < statistics.geometric_mean(few) < 1.0
-    recorded = recordings.load("fast_choice")
-    for name, b in itertools.product(fast_layer.SHAPES, fast_choice.BATCHES):
-        form = choose_for(fast_layer.shape_of(name), b, None, recorded.provenance["gpu"]).form
-        assert not isinstance(form, Instance) or form.tokens > 16
-
-
-def test_pairs_serve_where_they_were_recorded_faster() -> None:
-    """What fast_instances says of them, by the form that they are of; at 96 tokens level, and faster if skewed."""
-    both = replace(PERMUTED, cluster=2)
-    for routing, least, most in (("uniform", 0.84, 1.0), ("zipf", 0.97, 1.03)):
-        two = [
-            found for (name, rows), found in ratios(CLUSTERED, INSTANCES[176], routing).items()
-            if CLUSTERS_FROM < rows <= CLUSTERS_UP_TO and fast_layer.shape_of(name).num_experts > WIDEST_EXPERTS
-        ]  # fmt: skip
-        assert len(two) == 4 and min(two) > least and max(two) < most
-        more = [found for (_, rows), found in ratios(both, PERMUTED, routing).items() if rows > CLUSTERS_UP_TO]
-        assert len(more) == 7 and min(more) > 0.99 and max(more) < 1.08
-    middle = replace(INSTANCES[96], cluster=1)
-    of_middle = [
-        [found for (_, rows), found in ratios(INSTANCES[96], middle, routing).items() if rows == 64.0]
-        for routing in fast_layer.ROUTINGS
-    ]
-    assert all(0.99 < each < 1.02 for each in of_middle[0]) and all(0.89 <= each < 1.0 for each in of_middle[1])
-
-
-def test_tokens_are_permuted_where_that_was_recorded_faster() -> None:
-    """By how many tiles read them, from three tiles an expert on; of few experts two would do."""
-    for routing in fast_layer.ROUTINGS:
-        often: list[float] = []
-        seldom: list[float] = []
-        for (name, rows), found in ratios(PERMUTED, INSTANCES[176], routing).items():
-            reads = -(-2 * fast_layer.shape_of(name).moe_intermediate_size // PERMUTED.rows)
-            if rows > CLUSTERS_UP_TO:
-                (often if reads >= READS_TO_PERMUTE else seldom).append(found)
-        assert len(often) == 6 and min(often) > 0.9 and max(often) < 1.01
-        assert len(seldom) == 1 and seldom[0] > 1.2
-        gathered = ratios(PERMUTED, CLUSTERED, routing)
-        assert all(each > 0.97 for (name, rows), each in gathered.items() if rows == 256 and "mixtral" not in name)
-        single = ratios(PERMUTED, INSTANCES[176], routing)
-        assert 0.94 < single["mixtral-8x7b/tp2", 256.0] < 0.96

@@ -137,6 +137,20 @@ def test_ids_of_other_ranks_add_nothing() -> None:
         assert torch.equal(kept, block(x, ids, torch.where(ids == 1, 0.0, weights)))
 
 
+def test_a_rank_expects_its_share_of_the_models_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rows as an expert gets of all that the config names; a whole block expects all pairs, and says nothing."""
+    asked = []
+    monkeypatch.setattr(hf, "fused_moe", lambda x, *given, expected_rows, **options: asked.append(expected_rows) or x)
+    block = tiny_block("qwen3_moe.modeling_qwen3_moe", "Qwen3MoeExperts")
+    x, ids = torch.randn(6, block.down_proj.shape[1]), torch.zeros(6, K, dtype=torch.int64)
+    forward = hf._forward("torch")
+    for experts, expert_parallel in ((E, False), (4 * E, True), (4 * E, False)):
+        block.config.num_experts = block.config.num_local_experts = experts
+        block._is_expert_parallel = expert_parallel
+        forward(block, x, ids, torch.ones(6, K))
+    assert asked == [None, 6 * K / (4 * E), None]
+
+
 def test_ids_are_mapped_only_where_other_ranks_have_experts() -> None:
     """Before 5.23 transformers flags no expert parallelism; a block of all its config's experts needs no launch for it."""
     block = tiny_block("qwen3_moe.modeling_qwen3_moe", "Qwen3MoeExperts")

@@ -336,3 +336,22 @@ def test_from_shape_and_router_logits() -> None:
     direct = module(x, topk_weights=weights / weights.sum(-1, keepdim=True), topk_ids=ids.int())
     torch.testing.assert_close(module(x, logits), direct)
     assert direct.shape == x.shape and "E=4, k=2, H=32" in repr(module)
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.5, float("nan"), "1"])
+def test_a_share_that_no_expert_gets_is_refused(share: object) -> None:
+    with pytest.raises(RoutingError, match=r"expected_share is .* Expected a number above 0 and at most 1"):
+        FusedMoE(4, 2, 32, 16, expected_share=share)  # type: ignore[arg-type]
+
+
+def test_a_rank_with_fewer_experts_than_a_token_chooses() -> None:
+    """Where it says what share it expects; of the whole model's experts a token cannot choose more than there are."""
+    shape = MoEShape.from_sizes(
+        num_experts=16, top_k=8, hidden_size=32, moe_intermediate_size=16, tp_size=4, ep_size=4, dtype="float32"
+    )
+    module = FusedMoE.from_shape(shape, dtype=torch.float32, impl="torch")
+    assert module.expected_share == 0.5 == shape.expected_rows(1) and shape.expected_rows(10) == 5.0
+    with pytest.raises(RoutingError, match="pass expected_share"):
+        FusedMoE(4, 8, 32, 16)
+    shared = MoEShape("shared", 5, 9, 32, 16, tp_size=4, ep_size=4, num_shared_experts_fused=1)
+    assert shared.expected_rows(10) == pytest.approx((10 * 8 / 4 + 10) / 5), "each token goes to the shared expert"

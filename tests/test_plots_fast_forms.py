@@ -7,10 +7,11 @@ from made_recordings import whole
 from test_plots_fast_layer import SMALL, WIDE, made, row
 
 from moelab import recordings
-from moelab.kernels.fast_instances import Instance, instance_for
+from moelab.kernels.fast_instances import Instance
 from moelab.kernels.few_tokens import FORMS
 from moelab.plots import fast_forms
 from moelab.shapes import MoEShape, load_model
+from moelab.suites.fast_layer import instance_of
 
 CHOICE = made(
     row("mixtral", 4, "", 20.0, instance=SMALL), row("mixtral", 4, "", 25.0, instance=WIDE),
@@ -80,7 +81,7 @@ def test_other_forms_stand_beside_the_instances() -> None:
     panel = fast_forms.instances(made(*CHOICE.rows, *other, suite="fast_choice"), SHAPES)
     assert list(panel.figure.data[0].y)[:2] == [fast_forms.words(repr(FORMS[2])), fast_forms.words("gated_tma")]
     assert panel.table[0]["the rule’s"] == "few tokens: GEMM1 1 × 2048 weights, GEMM2 2 × 256"
-    assert fast_forms.rule_in_use(CHOICE)(SHAPES["mixtral"], 1) == repr(instance_for(1, 2, 8, 7168))
+    assert fast_forms.rule_in_use(CHOICE)(SHAPES["mixtral"], 1) == repr(instance_of(SHAPES["mixtral"], 1))
 
 
 def test_the_shipped_choice_draws() -> None:

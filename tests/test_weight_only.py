@@ -257,3 +257,14 @@ def test_past_two_to_the_31st_on_the_gpu() -> None:
     precision.check(
         out, *precision.layer_references(i.hidden_states, *wide, i.topk_weights, ids.int()), name="past 2^31"
     )
+
+
+def test_a_rank_takes_only_its_own_pairs_for_its_batch() -> None:
+    """Before: of DeepSeek-V3 at EP 8, 256 tokens were 64 rows an expert, past what this serves; they are 8."""
+    format = get_format("int4_w4a16_group_128")
+    taken_for_all = form_for(256, 8, 32, 7168, 2048, format)
+    right = form_for(256, 8, 32, 7168, 2048, format, expected_rows=8.0)
+    assert taken_for_all is None and right is not None and right.sorted
+    few = form_for(2, 8, 32, 7168, 2048, format, expected_rows=2 * 8 / 256)
+    assert few is not None and not few.sorted
+    assert form_for(64, 8, 128, 2048, 768, format) == form_for(64, 8, 128, 2048, 768, format, expected_rows=4.0)

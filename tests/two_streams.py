@@ -47,8 +47,9 @@ def served(num_tokens: int) -> Callable[[], Any]:
 
 def one_launch(i: Any, missing: int = 0) -> Callable[[], Any]:
     """fast_layer, its order and tiles made beforehand. missing: of the counts that GEMM2's first tile waits for."""
+    from forms import instance_for
+
     from moelab.kernels.expert_order import expert_order
-    from moelab.kernels.fast_instances import instance_for
     from moelab.kernels.fast_layer import fast_layer
     from moelab.pipelines.fast import tiles_for
 

@@ -30,12 +30,14 @@ def register(app: typer.Typer) -> None:
 
 
 def explain_fast(found: MoEShape, num_tokens: int, device: str, triton_version: str | None, as_json: bool) -> None:
-    """What `fused_moe(impl="fast")` runs for a batch, and why. device: whose tuned files count; one not known is taken for one
-    that it runs on, and a warning says so. triton_version: None for the one installed."""
+    """What `fused_moe(impl="fast")` runs for a batch, why, and the runners-up with what they are predicted to take. device: whose
+    tuned files count; one not known is taken for one that it runs on, and a warning says so. triton_version: None for the one
+    installed."""
     from dataclasses import asdict
 
     from moelab.chips import get_target
     from moelab.pipelines.fast import choose_for
+    from moelab.pipelines.form_choice import kind_of, name_of, runners_up
     from moelab.roofline import device_data, device_names
     from moelab.shapes import require_plain
 
@@ -48,10 +50,17 @@ def explain_fast(found: MoEShape, num_tokens: int, device: str, triton_version: 
     for warning in warnings:
         print(f"moelab: {warning}", file=sys.stderr)
     if as_json:
-        form = None if choice.form is None else {"kind": type(choice.form).__name__, **asdict(choice.form)}
-        printing.print_json({"kernel": "fast", "form": form, "reason": choice.reason, "warnings": warnings})
-    else:
-        print(choice.reason)
+        form = {"kind": kind_of(choice.form), "name": name_of(choice.form), **asdict(choice.form)}
+        every = [
+            {"name": name_of(each.form), "even_us": each.even_us, "skewed_us": each.skewed_us} for each in choice.predicted
+        ]
+        said = {"kernel": "fast", "form": form, "reason": choice.reason, "predicted": every, "warnings": warnings}
+        printing.print_json(said)
+        return
+    print(choice.reason)
+    print(f"{'predicted, us':<44}{'even':>9}{'skewed':>9}")
+    for each in runners_up(choice):
+        print(f"{'* ' if each.form == choice.form else '  '}{name_of(each.form):<42}{each.even_us:>9.1f}{each.skewed_us:>9.1f}")
 
 
 def kernel_warnings(kernel: str | None, config_dir: Path | None) -> list[str]:

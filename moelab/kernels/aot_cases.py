@@ -24,7 +24,7 @@ from moelab.formats import get_format  # noqa: E402
 from moelab.kernels.activation import activation  # noqa: E402
 from moelab.kernels.align import align_pairs, moe_align_block_size  # noqa: E402
 from moelab.kernels.expert_order import expert_order  # noqa: E402
-from moelab.kernels.few_tokens import few_tokens, form_for  # noqa: E402
+from moelab.kernels.few_tokens import FORMS, FewTokens, few_tokens  # noqa: E402
 from moelab.kernels.gated_block_gemm import gated_block_gemm  # noqa: E402
 from moelab.kernels.gated_gemm import gated_gemm  # noqa: E402
 from moelab.kernels.gemm_call import GemmCall  # noqa: E402
@@ -278,10 +278,10 @@ def _routers() -> Iterator[Case]:
     yield router("257 experts", 100, 257, 257)
 
 
-def _few_tokens(num_tokens: int, dtype: str, num_experts: int, hidden: int, size: int, top_k: int) -> Case:
-    """The layer for a few tokens at the sizes of a model, by the form that serves it, as its target launches it."""
-    form = form_for(num_tokens, top_k, num_experts, hidden, size)
-    assert form is not None
+def _few_tokens(
+    form: FewTokens, num_tokens: int, dtype: str, num_experts: int, hidden: int, size: int, top_k: int
+) -> Case:
+    """The layer for a few tokens at the sizes of a model, by one of its forms, as its target launches it."""
 
     def launch(target: Target) -> None:
         few_tokens(
@@ -297,5 +297,6 @@ def cases() -> list[Case]:
     """Every Triton kernel, in the dtypes and configs that are claimed to compile everywhere."""
     return [
         *_grouped_products(), *_products_of_sorted_rows(), *_split_products(), *_quantised_products(), *_gated_blocks(),
-        *_element_by_element(), *_orders(), *_routers(), *(_few_tokens(*sizes) for sizes in FEW_TOKENS),
+        *_element_by_element(), *_orders(), *_routers(),
+        *(_few_tokens(FORMS[i % len(FORMS)], *sizes) for i, sizes in enumerate(FEW_TOKENS)),
     ]  # fmt: skip

@@ -160,47 +160,6 @@ CLUSTERED = replace(INSTANCES[176], cluster=2)
 
 ALL = (*INSTANCES.values(), CLUSTERED, PERMUTED)
 
-READS_TO_PERMUTE = 6
-"""Tiles of weight rows that read the same tokens in GEMM1, from which it is faster to permute the tokens where an expert has
-more than CLUSTERS_UP_TO: in data/recordings/fast_choice.json, even and skewed, at six (Qwen3-30B-A3B) and more in 0.91 to 1.00 of
-the time of gathering them, at three (Qwen3-235B-A22B tp4) in 1.28 to 1.29, where memory has more to move than GEMM1 takes. At
-256 rows pairs that gather are 2 % slower to 70 % faster. Of WIDEST_EXPERTS, which have no clusters, it is open there:
-Mixtral-8x7B tp2 gathers, and takes permuted 0.94 to 0.95 of that time in this recording."""
-
-CLUSTERS_FROM, CLUSTERS_UP_TO = 176, 352
-"""Rows of an expert, more than the first and at most the second, that are served in clusters. In data/recordings/fast_choice.json
-pairs that gather take 0.84 to 0.99 of the time of single CTAs that do at 256 rows with uniform routing, 0.98 to 1.03 if
-skewed; from 512 rows on pairs that permute take 0.99 to 1.07 of the time of single CTAs that do, where an expert may have a
-tile without another. Of WIDEST_EXPERTS the shares are very unequal if skewed."""
-
-SHORT_INNER = 256
-"""Inner sizes of so few elements are served in clusters from one tile an expert on (there, DeepSeek-V3 tp8 at 4096 tokens: 0.98
-of the time of single CTAs, 0.97 if skewed). Why, where nothing is shared, is not shown: it may be that CTAs in step find in L2
-what others just read."""
-
-WIDEST_EXPERTS, WIDEST_ROWS = 8, 32
-"""Of so few experts one may get most of a skewed batch: from that many rows on the widest tile, which does not read weights
-twice where an expert gets twice its share, and in single CTAs."""
-
-MOST_ROWS = {16: 11.0, 48: 23.0, 96: 90.0}
-"""Widest tile of tokens -> the most rows, as an expert gets them if tokens spread evenly, that it is used for. The fastest
-forms of data/recordings/fast_choice.json lie on either side of each limit, at half and at twice as many rows or nearer."""
-
-
-def instance_for(num_tokens: int, top_k: int, num_experts: int, moe_intermediate_size: int) -> Instance:
-    """The instance for a batch, by the rows that an expert gets if tokens spread evenly. Sizes as on this rank."""
-    rows = num_tokens * top_k / num_experts
-    fits = next((most for most, limit in MOST_ROWS.items() if rows <= limit or num_tokens <= most), 176)
-    if num_experts <= WIDEST_EXPERTS and rows > WIDEST_ROWS and num_tokens > 96:
-        fits = 176
-    if fits < 176:
-        return INSTANCES[fits]
-    if rows > CLUSTERS_UP_TO:
-        reads = -(-2 * moe_intermediate_size // PERMUTED.rows)
-        return PERMUTED if reads >= READS_TO_PERMUTE else INSTANCES[176]
-    clustered = num_experts > WIDEST_EXPERTS and (rows > CLUSTERS_FROM or moe_intermediate_size <= SHORT_INNER)
-    return CLUSTERED if clustered else INSTANCES[176]
-
 CODED = {
     16: Instance(2, 2, 3, 16, 16, 16, ctas_per_sm=2, apart=1, scaled=1),
     48: Instance(2, 2, 5, 48, 16, 16, apart=1, scaled=1),

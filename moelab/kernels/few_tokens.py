@@ -13,7 +13,6 @@ from moelab import runtime
 
 runtime.prepare_triton()
 
-import bisect  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
 import torch  # noqa: E402
@@ -55,22 +54,8 @@ FORMS = (
 SM in each, at the fewest tokens and the largest hidden size that it serves (of the last: of these shapes): fewer
 leave memory idle, more come in turns."""
 
-MOST_HIDDEN = (2048, 4096, 5120)
-"""Largest hidden_size that a form but the last serves: the first form for one token, the second for more; then one form each."""
-
-MOST_REREAD = {4: 1.25, 8: 1.12}
-"""Most tokens of a batch -> weights read by pairs over weights read once an expert, if tokens choose evenly, over which another
-form is faster: each pair reads its expert's for itself, if mostly from the L2. In
-data/recordings/fast_choice.json at four tokens Mixtral-8x7B (1.46) is faster by another form, LFM2-8B (1.21) by these; at eight
-DeepSeek-V3 (1.11) by these, Qwen3 (1.24) only if tokens choose evenly."""
-
-MOST_IF_SHARED = 1.5
-"""The same, at most, if all tokens have one of their experts in common, as where shared experts are fused, and choose the others
-evenly. Four skewed tokens of LFM2-8B read weights 1.47 times (experts_touched in data/recordings/fast_layer.json) and take 0.99
-of the time of other forms in fast_choice.json; of Mixtral-8x7B, 1.60 times and 1.14 of the time."""
-
-MOST_TOKENS = max(MOST_REREAD)
-"""Of a batch that goes here."""
+MOST_TOKENS = 12
+"""Of a batch that the forms are recorded at, and predicted for."""
 
 MOST_STEPS = 256
 """Of a program: they are unrolled, so that all loads may be on their way together."""
@@ -79,28 +64,12 @@ MOST_PROGRAMS = 65535
 """In a grid's second dimension (CUDA C++ Programming Guide, technical specifications per compute capability)."""
 
 
-def form_for(
-    num_tokens: int, top_k: int, num_experts: int, hidden_size: int, moe_intermediate_size: int
-) -> FewTokens | None:
-    """The form that serves a batch of these sizes, as on this rank; None where another kernel is faster."""
-    limit = next((most for tokens, most in MOST_REREAD.items() if num_tokens <= tokens), 0.0)
-    if num_tokens < 1 or reread(num_tokens, top_k, num_experts) > limit:
-        return None
-    if top_k > 1 and reread(num_tokens, top_k, num_experts, shared=1) > MOST_IF_SHARED:
-        return None
-    place = bisect.bisect_left(MOST_HIDDEN, hidden_size)
-    form = FORMS[place + (place > 0 or num_tokens > 1)]
+def serves(form: FewTokens, num_tokens: int, top_k: int, hidden_size: int, moe_intermediate_size: int) -> bool:
+    """Whether a form can run a batch of these sizes, as on this rank: its programs are neither too long to unroll nor too many.
+    Of more than MOST_TOKENS none is tried: each pair reads its expert's weights for itself."""
     steps = max(-(-hidden_size // form.up.columns), top_k * -(-moe_intermediate_size // form.down.columns))
     programs = max(-(-moe_intermediate_size // form.up.rows), -(-hidden_size // form.down.rows))
-    return form if steps <= MOST_STEPS and programs <= MOST_PROGRAMS else None
-
-
-def reread(num_tokens: int, top_k: int, num_experts: int, shared: int = 0) -> float:
-    """How often an expert's weights are read, on average, if every token chooses `shared` of the experts, the same for all, and
-    the rest of its top_k evenly among the others; fewer are shared than chosen."""
-    top_k, num_experts = top_k - shared, num_experts - shared
-    touched = num_experts * (1 - (1 - min(top_k / max(num_experts, 1), 1.0)) ** num_tokens)
-    return num_tokens * (shared + top_k) / (shared + touched)
+    return 0 < num_tokens <= MOST_TOKENS and steps <= MOST_STEPS and programs <= MOST_PROGRAMS
 
 
 @triton.jit(do_not_specialize=["num_experts"])

@@ -1,122 +1,41 @@
-"""The fastest layer there is here for a batch, for Hopper: what serves it, and why."""
+"""The fastest layer there is here for a batch, for Hopper: what is predicted to serve it fastest, run."""
 
 from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moelab import runtime
+from moelab import roofline, runtime
 from moelab.call import MoECall
 from moelab.chips import TARGETS, Target
-from moelab.config import KernelConfig
 from moelab.config_files import lookup
 from moelab.dtypes import dtype_name, torch_dtype
-from moelab.errors import ConfigError, counted
+from moelab.errors import ConfigError, DeviceFileError, ShapeError, UnknownNameError
 from moelab.formats import PLAIN
 from moelab.kernels import checks
 from moelab.kernels.expert_order import ordered_tiles
-from moelab.kernels.fast_instances import SHORT_INNER, Instance, instance_for
+from moelab.kernels.fast_instances import Instance
 from moelab.kernels.fast_layer import check_fast_layer, fast_layer
-from moelab.kernels.few_tokens import FewTokens, few_tokens, form_for
+from moelab.kernels.few_tokens import FewTokens, few_tokens
 from moelab.kernels.launch import checked, signature
 from moelab.kernels.residency import raise_if_lost
 from moelab.kernels.route import new_routed, route, tiles_in_one_launch
 from moelab.kernels.token_tiles import TokenTiles, new_token_tiles, token_tiles_unchecked
+from moelab.pipelines import form_choice, form_times
 from moelab.pipelines.fast_quantised import coded_pipeline
+from moelab.pipelines.form_choice import Choice, Classic, Form, Gated
+from moelab.pipelines.form_times import CLASSIC, GATED, Chip
 from moelab.pipelines.layers import sorted_pipeline, triton_pipeline
+from moelab.pipelines.spread import Batch
 from moelab.routing import ExpertOrder, Routed
 from moelab.shapes import MoEShape
 
-FEW_TILES = 40
-"""GEMM1 tiles of 128 weight rows, over all experts that a batch can touch, under which most SMs would have
-nothing to read: the classic layer, with narrower tiles, was recorded faster at 32 (fast_layer.json of commit 66551de,
-Llama-4-Scout tp4 and DeepSeek-V3 tp8 at one token), and not at 48 (Qwen3-235B-A22B tp4)."""
-
-ENOUGH_ROWS = 32
-"""An inner size on this rank of at most SHORT_INNER elements makes GEMM2's tiles four steps of 64, whose beginnings and ends
-weigh more than the steps, until an expert has so many rows: DeepSeek-V3 tp8 was slower in every form from 4 to 256 tokens (as
-above)."""
-
-GATED_KERNEL = "gated_tma"
-"""The implementation, and the kernel= of its tuned files, for batches between a few tokens and tiles full of them."""
-
-MOST_ROWS_OF_GATED = 24
-"""Rows that an expert gets, if tokens spread evenly, up to which GATED_KERNEL serves under its tuned configs; below ENOUGH_ROWS
-where the inner size is short. In data/recordings/fast_choice.json, uniform routing, it takes 0.95 to 1.00 of the time of every
-other form at 4, 8 and 16 rows; at 32, 0.99 for DeepSeek-V3 tp8 (1.03 if skewed) and 1.02 for LFM2-8B (1.08); at 64, 1.06 to
-1.12."""
-
-UNEVEN_EXPERTS, UNEVEN_TOKENS = 16, 128
-"""Of so few experts one may get a large part of a skewed batch, whose weights small tiles then read again and again: with more
-tokens than that the one-launch layer serves (as recorded there: Llama-4-Scout tp4 at 256 tokens)."""
-
-
-@dataclass(frozen=True)
-class Gated:
-    """GATED_KERNEL's tuned configs of GEMM1 and of GEMM2."""
-
-    up: KernelConfig
-    down: KernelConfig
-
-
-Form = Instance | FewTokens | Gated
-"""What can serve a batch beside the classic layer."""
-
-
-class Choice(NamedTuple):
-    """The form for a batch, None for the classic layer, and a sentence that says why."""
-
-    form: Form | None
-    reason: str
-
-
-def choose(
-    num_tokens: int,
-    top_k: int,
-    num_experts: int,
-    moe_intermediate_size: int,
-    hidden_size: int,
-    gated: Gated | None = None,
-) -> Choice:
-    """What serves a batch of that size, whatever its routing: the host does not know it. Sizes as on this rank.
-
-    gated: what the tuned files of GATED_KERNEL have for it, if there are any.
-    """
-    few = form_for(num_tokens, top_k, num_experts, hidden_size, moe_intermediate_size)
-    if few is not None:
-        return Choice(
-            few, f"two launches for a few tokens: {num_tokens * top_k} pairs of a token and an expert, a program for every few "
-            "elements of each, no order and no tiles",
-        )  # fmt: skip
-    rows = num_tokens * top_k / num_experts
-    even = f"{rows:.3g} rows an expert if tokens spread evenly"
-    uneven = num_experts <= UNEVEN_EXPERTS and num_tokens > UNEVEN_TOKENS
-    short = moe_intermediate_size <= SHORT_INNER
-    fewer, limit = rows <= MOST_ROWS_OF_GATED, f"at most {MOST_ROWS_OF_GATED}"
-    if short:
-        fewer, limit = rows < ENOUGH_ROWS, f"under {ENOUGH_ROWS}"
-    if gated is not None and fewer and not uneven:
-        return Choice(gated, f"{GATED_KERNEL} with its tuned configs: {even}, {limit}")
-    tiles = min(num_tokens * top_k, num_experts) * -(-2 * moe_intermediate_size // 128)
-    if tiles < FEW_TILES:
-        return Choice(
-            None,
-            f"classic: GEMM1 has at most {tiles} tiles of 128 weight rows, too few for all SMs",
-        )
-    if short and rows < ENOUGH_ROWS:
-        return Choice(None, f"classic: an inner size of {moe_intermediate_size} is short for one launch, with {even}")
-    instance = instance_for(num_tokens, top_k, num_experts, moe_intermediate_size)
-    ctas = f"{counted(instance.ctas_per_sm, 'CTA')} an SM"
-    permuted = ", activations permuted first" if instance.permutes else ""
-    launches = "one launch, and one for the sums" if instance.apart and top_k > 1 else "one launch"
-    clustered = ", in clusters of two that share an expert's weights" if instance.cluster > 1 else ""
-    tile = f"tiles of at most {instance.tokens} tokens by {instance.rows} weight rows"
-    return Choice(instance, f"{launches}: {even}: {tile}, {ctas}{clustered}{permuted}")
+OVERRIDE = "MOELAB_FAST_FORM"
+"""Names a form, or a kind of form, in the place of what is predicted fastest: a call's own `form` comes first."""
 
 
 def cut_of(instance: Instance) -> tuple[int, int, bool]:
@@ -129,29 +48,139 @@ def tiles_for(order: ExpertOrder, instance: Instance) -> TokenTiles:
     return token_tiles_unchecked(order.sorted_slots, order.expert_offsets, *cut_of(instance))
 
 
-def tuned_gated(
-    num_experts: int, moe_intermediate_size: int, device: str, triton_version: str, dtype: str, num_tokens: int
-) -> Gated | None:
-    """What the tuned files of GATED_KERNEL have for such a batch on a device, None without a file. Kept: a file is read once a
-    batch size. Raises ConfigFileError for a file that is broken."""
-    asked = num_experts, moe_intermediate_size, device, triton_version, dtype, num_tokens
-    return _tuned_gated(*asked, os.environ.get("MOELAB_CONFIG_DIR"))
+# --- what serves a batch --------------------------------------------------------------------------------------------------
+
+
+def here() -> tuple[str, str]:
+    """The current device and this Triton, as config files are looked up by."""
+    return runtime.current().device_name, runtime.triton_version() or "unknown"
 
 
 @functools.lru_cache(maxsize=4096)
-def _tuned_gated(
-    num_experts: int, size: int, device: str, triton_version: str, dtype: str, num_tokens: int, config_dir: str | None
-) -> Gated | None:
+def tuned(
+    kind: str,
+    num_experts: int,
+    size: int,
+    device: str,
+    triton_version: str,
+    dtype: str,
+    num_tokens: int,
+    config_dir: str | None,
+) -> Gated | Classic | None:
+    """What the tuned files of that kind of Triton layer have for such a batch on a device, None without a file. Kept: a file is
+    read once a batch size. config_dir: MOELAB_CONFIG_DIR. Raises ConfigFileError for a file that is broken."""
     up, down = (
         lookup(
             num_experts, size, device, num_tokens=num_tokens, triton_version=triton_version, down=of_gemm2,
-            dtype_selector=PLAIN.dtype_selector(dtype), kernel=GATED_KERNEL,
+            dtype_selector=PLAIN.dtype_selector(dtype), kernel=GATED if kind == GATED else None,
         )
         for of_gemm2 in (False, True)
     )  # fmt: skip
     if up.is_default or down.is_default or up.config is None or down.config is None:
         return None
-    return Gated(up.config, down.config)
+    if up.config.BLOCK_SIZE_M != down.config.BLOCK_SIZE_M or {up.config.SPLIT_K, down.config.SPLIT_K} != {1}:
+        return None
+    return (Gated if kind == GATED else Classic)(up.config, down.config)
+
+
+@functools.lru_cache(maxsize=64)
+def chip_of(device: str) -> Chip:
+    """What the prediction knows of a device: by data/devices, beside the GPU of the recordings, as which one counts that is not
+    there. The SMs of the current GPU by its driver."""
+    recorded = form_times.fitted().chip
+    chip = Chip(int(recorded["sms"]))
+    try:
+        mine, theirs = roofline.device_data(device), roofline.device_data(recorded["device"])
+        (memory, compute), (memory0, compute0) = (_ceilings_of(data) for data in (mine, theirs))
+        sms = int(mine["SMs"])
+        chip = Chip(sms, memory0 / memory, compute0 / compute * sms / chip.sms)
+    except (UnknownNameError, DeviceFileError):
+        pass
+    if runtime.current().mode == "gpu" and device == runtime.current().device_name:
+        sms = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+        chip = Chip(sms, chip.memory, chip.compute)
+    return chip
+
+
+def _ceilings_of(data: Any) -> tuple[float, float]:
+    """Bytes and FLOP a second, by the datasheet, which every device's file has."""
+    of = data["ceilings"]["datasheet"]
+    return of["copy_bytes_per_s"], of["flops_per_s"]["bfloat16"]
+
+
+@functools.lru_cache(maxsize=8192)
+def chosen(
+    batch: Batch, dtype: str, device: str | None, triton_version: str, config_dir: str | None, override: str | None
+) -> Choice:
+    """`form_choice.choose` with what tuned files have, once for each batch. device: None for the GPU of the recordings, without
+    files."""
+    files = []
+    if device is not None:
+        asked = (
+            batch.num_experts,
+            batch.moe_intermediate_size,
+            device,
+            triton_version,
+            dtype,
+            batch.num_tokens,
+            config_dir,
+        )
+        files = [form for kind in (GATED, CLASSIC) if (form := tuned(kind, *asked)) is not None]
+    chip = chip_of(device or str(form_times.fitted().chip["device"]))
+    return form_choice.choose(batch, chip, tuned=files, override=override, dtype=dtype)
+
+
+def _chosen(call: MoECall) -> Form:
+    num_experts, hidden_size, size = call.weights.w2.shape
+    batch = Batch(
+        call.num_tokens, call.top_k, num_experts, hidden_size, size, min(call.rows_an_expert, call.num_tokens)
+    )
+    environment = os.environ.get("MOELAB_CONFIG_DIR"), call.form or os.environ.get(OVERRIDE) or None
+    return chosen(batch, dtype_name(call.weights.w2.dtype), *here(), *environment).form
+
+
+def choose_for(
+    shape: MoEShape,
+    num_tokens: int,
+    target: Target | None,
+    device: str | None = None,
+    triton_version: str | None = None,
+    override: str | None = None,
+) -> Choice:
+    """What serves a batch of a layer's sizes. target: the chip, None where it is not known; device: whose tuned files count, None
+    for none; triton_version: under which they are looked up, None for the one installed; override: as `fused_moe`'s form.
+
+    Raises what `fused_moe(impl="fast")` would for such a layer there: ConfigError, RuntimeModeError, DtypeError, ShapeError.
+    """
+    check_kind(shape.activation, shape.gated, biases=False)
+    dtype = torch_dtype(shape.dtype)
+    w13, w2 = (torch.empty(size, dtype=dtype, device="meta") for size in (shape.w13_shape, shape.w2_shape))
+    x = torch.empty((num_tokens, shape.hidden_size), dtype=dtype, device="meta")
+    check_fast_layer(x, w13, w2, target or TARGETS["sm_90"])
+    return choose_unchecked(shape, num_tokens, device, triton_version, override)
+
+
+def choose_unchecked(
+    shape: MoEShape, num_tokens: int, device: str | None, triton_version: str | None = None, override: str | None = None
+) -> Choice:
+    """`choose_for` a layer that is known to be one that these forms compute."""
+    version, override = triton_version or here()[1], override or os.environ.get(OVERRIDE) or None
+    return chosen(
+        batch_of(shape, num_tokens), shape.dtype, device, version, os.environ.get("MOELAB_CONFIG_DIR"), override
+    )
+
+
+def batch_of(shape: MoEShape, num_tokens: int) -> Batch:
+    """A batch of a shape, under the expectation that the shape knows. Raises ShapeError for one without tokens."""
+    if num_tokens < 1:
+        raise ShapeError(
+            f"A batch of {num_tokens} tokens. Expected at least one: nothing runs for none. Ask for another."
+        )
+    rows = min(shape.expected_rows(num_tokens), num_tokens)
+    return Batch(num_tokens, shape.top_k, shape.num_experts, shape.hidden_size, shape.moe_intermediate_size, rows)
+
+
+# --- running it -----------------------------------------------------------------------------------------------------------
 
 
 def route_for(router_logits: Tensor, top_k: int, instance: Instance, **rule: Any) -> tuple[Routed, TokenTiles]:
@@ -170,8 +199,8 @@ def route_for(router_logits: Tensor, top_k: int, instance: Instance, **rule: Any
 
 
 def fast_pipeline(call: MoECall, form: Form | None = None) -> Tensor:
-    """The layer by what `choose` says serves the batch: a few tokens' two launches; the gated pipeline under its tuned configs;
-    order by expert, tiles, and one launch, or two; or `triton_pipeline` with the call's configs.
+    """The layer by the form that serves the batch: a few tokens' two launches; a Triton layer, gated or classic, under tuned or
+    predicted configs; order by expert, tiles, and one launch, or two.
 
     form: that one, whatever the batch. CTAs of a one-launch layer wait for each other, so all must be resident on the GPU at
     once: launches from several streams are ordered, replays of graphs beside each other or beside a stream are not, nor other
@@ -181,6 +210,10 @@ def fast_pipeline(call: MoECall, form: Form | None = None) -> Tensor:
     raise_if_lost()
     if not call.weights.format.is_plain:
         check_kind(call.activation, call.gated, biases=call.weights.has_bias)
+        if call.form is not None:
+            raise ConfigError(
+                f"form={call.form!r:.60} came with {call.weights.format.name}. Expected none there. Leave it out."
+            )
         return coded_pipeline(call)
     x, (w13, w2, *_), ids = call.hidden_states, call.weights, call.topk_ids
     aligned = not (x.data_ptr() | w13.data_ptr() | w2.data_ptr()) % 16
@@ -188,8 +221,8 @@ def fast_pipeline(call: MoECall, form: Form | None = None) -> Tensor:
     checked(("fast_pipeline", signature(x, w13, w2), what), lambda: _check(call))
     if form is None:
         form = _chosen(call)
-    if form is None:
-        return triton_pipeline(call)
+    if isinstance(form, Classic):
+        return triton_pipeline(call._replace(config=form.up, down_config=form.down))
     if isinstance(form, Gated):
         return sorted_pipeline(call._replace(config=form.up, down_config=form.down), tma=True)
     options: dict[str, Any] = {
@@ -199,18 +232,6 @@ def fast_pipeline(call: MoECall, form: Form | None = None) -> Tensor:
         return few_tokens(x, w13, w2, call.topk_weights, ids, form, **options)
     tiles = ordered_tiles(ids, call.num_experts, *cut_of(form))
     return fast_layer(x, w13, w2, call.topk_weights, ids, tiles, form, **options)
-
-
-def here() -> tuple[str, str]:
-    """The current device and this Triton, as config files are looked up by."""
-    return runtime.current().device_name, runtime.triton_version() or "unknown"
-
-
-def _chosen(call: MoECall) -> Form | None:
-    hidden_size, size = call.weights.w2.shape[1:]
-    dtype = dtype_name(call.weights.w2.dtype)
-    gated = tuned_gated(call.num_experts, size, *here(), dtype, call.num_tokens)
-    return choose(call.num_tokens, call.top_k, call.num_experts, size, hidden_size, gated).form
 
 
 def _check(call: MoECall) -> None:
@@ -226,27 +247,3 @@ def check_kind(activation: str, gated: bool, *, biases: bool) -> None:
             f"impl='fast' was asked for {', '.join(more)}. Expected silu-gated experts without biases. Use impl='triton' for "
             "these."
         )
-
-
-def choose_for(
-    shape: MoEShape,
-    num_tokens: int,
-    target: Target | None,
-    device: str | None = None,
-    triton_version: str | None = None,
-) -> Choice:
-    """`choose` for a layer's sizes. target: the chip, None where it is not known; device: whose tuned files count, None for none;
-    triton_version: under which they are looked up, None for the one installed.
-
-    Raises what `fused_moe(impl="fast")` would for such a layer there: ConfigError, RuntimeModeError, DtypeError, ShapeError.
-    """
-    check_kind(shape.activation, shape.gated, biases=False)
-    dtype = torch_dtype(shape.dtype)
-    w13, w2 = (torch.empty(size, dtype=dtype, device="meta") for size in (shape.w13_shape, shape.w2_shape))
-    x = torch.empty((num_tokens, shape.hidden_size), dtype=dtype, device="meta")
-    check_fast_layer(x, w13, w2, target or TARGETS["sm_90"])
-    gated, size = None, shape.moe_intermediate_size
-    if device is not None:
-        version = triton_version or here()[1]
-        gated = tuned_gated(shape.num_experts, size, device, version, shape.dtype, num_tokens)
-    return choose(num_tokens, shape.top_k, shape.num_experts, size, shape.hidden_size, gated)

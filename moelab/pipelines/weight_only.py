@@ -10,12 +10,10 @@ from moelab.call import MoECall
 from moelab.formats import Format
 from moelab.kernels import checks
 from moelab.kernels.align import align_unchecked
-from moelab.kernels.few_tokens import reread
 from moelab.kernels.launch import checked, signature
 from moelab.kernels.sum_reduce import sum_reduce_unchecked
 from moelab.kernels.weight_only import ROWS_DOWN, ROWS_UP, Cut, WeightOnly, check_weight_only, weight_only
 from moelab.pipelines.layers import triton_pipeline
-from moelab.routing import expected_experts_touched
 
 # From tests/weight_only_forms.py on an H200 (132 SMs), 2026-12-01: Qwen3-30B-A3B tp1 and DeepSeek-V3 tp8 in int4 by groups of
 # 128, mxfp4 and int8, 1 to 128 tokens, every cut of each launch. What it printed is not kept; one command makes it again.
@@ -48,17 +46,23 @@ for each of their columns' number of rows."""
 
 
 def form_for(
-    num_tokens: int, top_k: int, num_experts: int, hidden_size: int, moe_intermediate_size: int, format: Format
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    hidden_size: int,
+    moe_intermediate_size: int,
+    format: Format,
+    expected_rows: float | None = None,
 ) -> WeightOnly | None:
     """The form for a batch of at least one token, whatever its routing: the host does not know it. None where the compatible
-    kernel serves. Sizes as on this rank: under expert parallelism pairs of other ranks' experts count as if they were here, so
-    that a batch is taken for a larger one."""
-    pairs = num_tokens * top_k
+    kernel serves. Sizes as on this rank. expected_rows: of an expert, if tokens choose evenly; None takes all pairs for this
+    rank's."""
+    share = min((num_tokens * top_k / num_experts if expected_rows is None else expected_rows) / num_tokens, 1.0)
+    pairs, touched = num_tokens * num_experts * share, num_experts * (1 - (1 - share) ** num_tokens)
     up, down = moe_intermediate_size // ROWS_UP, hidden_size // ROWS_DOWN
-    if reread(num_tokens, min(top_k, num_experts), num_experts) <= MOST_REREAD:
+    rows = pairs / touched  # of an expert that has any
+    if rows <= MOST_REREAD:
         return WeightOnly(_divided(pairs * up), _divided(num_tokens * down))
-    touched = expected_experts_touched(num_experts, min(top_k, num_experts), num_tokens)
-    rows = pairs / touched
     if rows > MOST_ROWS and format.activations == "none":
         return None
     narrow = format.family == "int4_w4a16_group" and format.sizes[0] % 128 == 0
@@ -68,7 +72,7 @@ def form_for(
     return WeightOnly(first, Cut(2, 4, 1, 4 if blocks * down > TILES_TO_TURN else 2), True, columns)
 
 
-def _divided(tiles: int) -> Cut:
+def _divided(tiles: float) -> Cut:
     warps = 8 if tiles <= FEW_TILES else 4
     return Cut(2, warps, warps)
 
@@ -87,7 +91,7 @@ def weight_only_pipeline(call: MoECall, form: WeightOnly | None = None) -> Tenso
     )
     checks.check_kernel_device("hidden_states", x)  # each time: what device is current is no part of a signature
     if form is None:
-        form = form_for(num_tokens, top_k, w.num_experts, x.shape[1], w.w13.shape[1] // 2, w.format)
+        form = form_for(num_tokens, top_k, w.num_experts, x.shape[1], w.w13.shape[1] // 2, w.format, call.expected_rows)
     if form is None:
         return triton_pipeline(call)
     options: dict[str, Any] = {"activation": call.activation, "weights_on_input": call.apply_router_weight_on_input}

@@ -55,11 +55,12 @@ Rule = Callable[[MoEShape, int], str]
 
 
 def rule_in_use(recording: Recording) -> Rule:
-    """What `moelab.pipelines.fast` chooses on the recording's device, the rule's instance where that is the classic layer: the
+    """What `moelab.pipelines.fast` chooses on the recording's device, of instances where that is the classic layer: the
     rule follows the recording, whose `by_rule` is of the rule before. Of a recording of instances alone, what their rule
     chooses.
     """
     from moelab.pipelines.fast import choose_for
+    from moelab.pipelines.form_choice import Classic
     from moelab.suites.fast_layer import instance_of, name_of
 
     others = any(not row["instance"].startswith("Instance") for row in recording.rows if "instance" in row)
@@ -67,7 +68,7 @@ def rule_in_use(recording: Recording) -> Rule:
 
     def rule(shape: MoEShape, num_tokens: int) -> str:
         served = choose_for(shape, num_tokens, None, device).form if others else None
-        return name_of(served or instance_of(shape, num_tokens))
+        return name_of(instance_of(shape, num_tokens) if served is None or isinstance(served, Classic) else served)
 
     return rule
 

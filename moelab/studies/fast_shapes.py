@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ from moelab.errors import MoelabError
 from moelab.kernels import few_tokens, nvrtc
 from moelab.kernels.align import align
 from moelab.kernels.checks import current_target
-from moelab.kernels.expert_order import expert_order
+from moelab.kernels.expert_order import ordered_tiles
 from moelab.kernels.fast_instances import CLUSTERED, INSTANCES, Instance
 from moelab.kernels.few_tokens import FewTokens
-from moelab.pipelines.fast import Form, Gated, tiles_for
+from moelab.pipelines.fast import cut_of
+from moelab.pipelines.form_choice import TILES, Classic, Form, Gated, kind_of, near_blocks, near_instances
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape, load_model
 from moelab.suites import fast_choice, fast_layer, partial
@@ -65,75 +66,41 @@ STEPS = (
 )
 """Routing and batch sizes, what tells most first: a run that is cut has all shapes at the first of them."""
 
-MOST_TOKENS_OF_FEW = 12
-"""Of a batch that the forms for a few tokens are timed at: beyond what they serve, so that the end of it is seen."""
-
-TILES: Mapping[int, tuple[tuple[int, int, int, int, int], ...]] = {
-    # BLOCK_SIZE_M -> (BLOCK_SIZE_N, BLOCK_SIZE_K, GROUP_SIZE_M, warps, stages)
-    16: ((32, 128, 1, 4, 4), (64, 128, 1, 4, 4), (128, 128, 1, 4, 3), (64, 256, 1, 4, 3), (128, 64, 1, 4, 5)),
-    32: ((64, 128, 1, 4, 4), (128, 128, 1, 4, 3), (128, 64, 1, 4, 4), (256, 64, 1, 8, 3)),
-    64: ((64, 128, 8, 4, 3), (128, 64, 8, 4, 4), (128, 128, 8, 4, 3), (256, 64, 8, 8, 4)),
-    128: ((64, 64, 16, 4, 4), (128, 64, 16, 8, 3), (256, 64, 16, 8, 3), (128, 128, 16, 8, 3)),
-}
-NEAR = 4
-"""BLOCK_SIZE_M that are timed hold at most so many times the rows that an expert gets, and at least a NEARth of them."""
-
 LIKELY = 4
 """Configs of each Triton layer that are timed on a skewed batch: the fastest of the even one."""
 
 
-@dataclass(frozen=True)
-class Classic:
-    """The classic layer's configs of GEMM1 and of GEMM2."""
-
-    up: KernelConfig
-    down: KernelConfig
-
-
-Timed = Form | Classic
 Contender = Callable[[int], Any]
 
 
 def shape_of(name: str) -> MoEShape:
     """The sharded shape behind a name of SHAPES, in plain weights, without fused shared experts."""
     model, tp_size, ep_size = SHAPES[name]
-    shape = load_model(model, tp_size=tp_size, ep_size=ep_size, dtype="bfloat16", disable_shared_experts_fusion=True)
+    return plain(load_model(
+        model, tp_size=tp_size, ep_size=ep_size, dtype="bfloat16", disable_shared_experts_fusion=True
+    ))  # fmt: skip
+
+
+def plain(shape: MoEShape) -> MoEShape:
+    """The sizes of a layer, with the activation that the fast layer has."""
     return replace(shape, activation="silu")
 
 
-def name_of(form: Timed) -> str:
+def name_of(form: Form) -> str:
     """A name of its own for each contender of a cell."""
     if isinstance(form, Gated | Classic):
         return f"{kind_of(form)} {form.up.short()} / {form.down.short()}"
     return repr(form)
 
 
-def kind_of(form: Timed) -> str:
-    """What a row calls the kind of form that it is of."""
-    return {Gated: "gated_tma", Classic: "triton", FewTokens: "few_tokens", Instance: "one_launch"}[type(form)]
-
-
-def note_of(form: Timed) -> dict[str, Any]:
-    """What a row says of its form."""
-    if isinstance(form, Gated | Classic):
-        return {"instance": kind_of(form), "config": form.up.to_json(), "down_config": form.down.to_json()}
-    return {"instance": repr(form)}
-
-
 # --- what is tried ------------------------------------------------------------------------------------------------
-
-
-def rows_of(shape: MoEShape, num_tokens: int) -> float:
-    """Rows that an expert gets if tokens spread evenly over all of the model's, and no fewer than one."""
-    return max(1.0, num_tokens * shape.top_k / (shape.num_experts * shape.ep_size))
 
 
 def tile_pairs(rows: float, shape: MoEShape) -> list[tuple[KernelConfig, KernelConfig]]:
     """Config pairs of TILES near so many rows an expert: each tile for both GEMMs, and beside its neighbour for GEMM2."""
-    near = [m for m in TILES if rows / NEAR <= m <= max(NEAR * rows, 16)] or [max(TILES)]
     found = []
-    for m in near:
-        tiles = [KernelConfig(m, n, k, group, warps, stages) for n, k, group, warps, stages in TILES[m]]
+    for m in near_blocks(rows):
+        tiles = TILES[m]
         for up, down in [*zip(tiles, tiles, strict=True), *zip(tiles, [*tiles[1:], tiles[0]], strict=True)]:
             if _runs(up, shape.hidden_size, shape.dtype) and _runs(down, shape.moe_intermediate_size, shape.dtype):
                 found.append((up, down))
@@ -144,24 +111,21 @@ def _runs(config: KernelConfig, K: int, dtype: str) -> bool:
     return not config_room.violations(config, dtype=dtype, target=current_target(), K=K)
 
 
-def forms_for(shape: MoEShape, num_tokens: int) -> list[Timed]:
+def forms_for(shape: MoEShape, num_tokens: int) -> list[Form]:
     """All that is timed for a batch of that size; the classic layer's default among them."""
-    rows = rows_of(shape, num_tokens)
-    most = max(each.tokens for each in fast_choice.CANDIDATES)
-    instances = [
-        each for each in fast_choice.CANDIDATES if min(rows, most) / NEAR <= each.tokens <= max(NEAR * rows, 48)
-    ]
-    few = few_tokens.FORMS if num_tokens <= MOST_TOKENS_OF_FEW else ()
+    rows = max(1.0, shape.expected_rows(num_tokens))
+    instances = near_instances(rows, fast_choice.CANDIDATES)
+    few = few_tokens.FORMS if num_tokens <= few_tokens.MOST_TOKENS else ()
     default = config_room.default_config(num_tokens, shape.num_experts, shape.dtype)
     pairs = tile_pairs(rows, shape)
     served = fast_layer.served_by(shape, num_tokens)
     return list(dict.fromkeys([
-        *([served] if served is not None else []), *instances, *few, *(Gated(*pair) for pair in pairs),
+        served, *instances, *few, *(Gated(*pair) for pair in pairs),
         Classic(default, default), *(Classic(*pair) for pair in pairs),
     ]))  # fmt: skip
 
 
-def likely(forms: Sequence[Timed], even: Sequence[Mapping[str, Any]]) -> list[Timed]:
+def likely(forms: Sequence[Form], even: Sequence[Mapping[str, Any]]) -> list[Form]:
     """What is timed on a skewed batch: of the Triton layers the LIKELY fastest of the even one's rows, of others all."""
     times = {row["form"]: statistics.median(row["samples_us"]) for row in even if "samples_us" in row}
     best = []
@@ -211,7 +175,7 @@ def compile_few(shape: MoEShape, form: FewTokens) -> Compiled:
     return Compiled(time.perf_counter() - begin)
 
 
-def jobs_of(shape: MoEShape, forms: Sequence[Timed]) -> list[Job]:
+def jobs_of(shape: MoEShape, forms: Sequence[Form]) -> list[Job]:
     """What is to be compiled for these forms by Triton."""
     found: list[Job] = []
     for form in forms:
@@ -254,7 +218,7 @@ def compile_all(
     return dict(pool.known)  # type: ignore[arg-type]
 
 
-def refused(shape: MoEShape, forms: Sequence[Timed], compiled: Mapping[Job, Compiled]) -> dict[Timed, str]:
+def refused(shape: MoEShape, forms: Sequence[Form], compiled: Mapping[Job, Compiled]) -> dict[Form, str]:
     """Forms that cannot run, for a kernel of theirs was not compiled or takes more than there is: why."""
     found = {}
     for form in forms:
@@ -267,19 +231,12 @@ def refused(shape: MoEShape, forms: Sequence[Timed], compiled: Mapping[Job, Comp
 # --- a cell -------------------------------------------------------------------------------------------------------
 
 
-def contender_of(layer: Layer, form: Timed) -> Contender:
-    """The layer by that form; order and alignment are made here."""
-    if isinstance(form, Classic):
-        return layer.contender(form.up, form.down)
-    return fast_layer.by_form(layer, form)
-
-
 def beforehand(layer: Layer) -> dict[str, Contender]:
     """What is made beforehand for the others: order and tiles of the one-launch layer, alignment of the Triton layers."""
     ids, experts = [r.topk_ids for r in layer.routings], layer.shape.num_experts
 
     def ordered(instance: Instance) -> Contender:
-        return lambda i: tiles_for(expert_order(ids[i], experts), instance)
+        return lambda i: ordered_tiles(ids[i], experts, *cut_of(instance))
 
     def aligned(block_size: int) -> Contender:
         return lambda i: align(ids[i], block_size, experts)
@@ -290,15 +247,13 @@ def beforehand(layer: Layer) -> dict[str, Contender]:
 
 
 def cell(
-    name: str, layer: Layer, routing: str, forms: Sequence[Timed], failed: Mapping[Timed, str]
+    name: str, layer: Layer, routing: str, forms: Sequence[Form], failed: Mapping[Form, str]
 ) -> list[dict[str, Any]]:
     """A row for each form, and for order and alignment alone; those that have failed, are refused or wrong say why and are not
     timed."""
     shape = layer.shape
-    contenders = {form: contender_of(layer, form) for form in forms if form not in failed}
-    in_triton: dict[Timed, Contender] = {
-        form: run for form, run in contenders.items() if not isinstance(form, Instance)
-    }
+    contenders = {form: fast_layer.by_form(layer, form) for form in forms if form not in failed}
+    in_triton: dict[Form, Contender] = {form: run for form, run in contenders.items() if not isinstance(form, Instance)}
     failed = {**failed, **usable(in_triton)[1]}
     runs = {name_of(form): run for form, run in contenders.items() if form not in failed}
     judged = judge(layer, runs)
@@ -312,7 +267,7 @@ def cell(
     served = fast_layer.served_by(shape, layer.num_tokens)
     rows = [
         {
-            **common, "kind": kind_of(form), "form": name_of(form), **note_of(form), "by_rule": form == served,
+            **common, "kind": kind_of(form), "form": name_of(form), **fast_layer.note_of(form), "by_rule": form == served,
             **({"refused": failed[form]} if form in failed else judged[name_of(form)]),
             **fast_layer.samples_of(timed, name_of(form)),
         }

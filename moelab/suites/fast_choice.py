@@ -2,7 +2,7 @@
 
 Every candidate is checked against float64 and timed, a short pass each, at every shape and batch size of the suite fast_layer,
 and at those between where a few tokens end.
-`moelab.kernels.fast_instances` is chosen by what it found, and tests/test_fast_suite.py holds its rule to the recording.
+`moelab.pipelines.form_times` is fitted on what it found, and tests/test_fast_fit.py holds the choice to the recording.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from moelab import runtime
 from moelab.kernels import few_tokens
 from moelab.kernels.fast_instances import ALL, Instance
-from moelab.pipelines.fast import Form
+from moelab.pipelines.form_choice import Form, near_instances
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape
 from moelab.suites import fast_layer as suite
@@ -38,26 +38,18 @@ CANDIDATES = (
 )
 """Those in use, and what might be better, by the reason beside each."""
 
-BATCHES = tuple(sorted({*suite.BATCHES, 2, few_tokens.MOST_TOKENS}))
-
-NEAR = 4
-"""Candidates that are timed hold at most so many times the rows that an expert gets, and the two smallest tiles whatever it gets,
-or at the least a NEARth of them."""
+BATCHES = tuple(sorted({*suite.BATCHES, 2, 8}))
 
 
 def candidates_for(num_tokens: int, shape: MoEShape) -> list[Instance]:
-    """Candidates whose tiles are near what an expert gets if tokens spread evenly, the rule's choice among them."""
+    """Candidates whose tiles are near what an expert gets if tokens spread evenly, the one that is chosen first."""
     by_rule = suite.instance_of(shape, num_tokens)
-    rows = max(1.0, min(num_tokens, num_tokens * shape.top_k / shape.num_experts))
-    most = max(each.tokens for each in CANDIDATES)
-    near = [each for each in CANDIDATES if min(rows, most) / NEAR <= each.tokens <= max(NEAR * rows, 48)]
-    return list(dict.fromkeys([by_rule, *near]))
+    return list(dict.fromkeys([by_rule, *near_instances(shape.expected_rows(num_tokens), CANDIDATES)]))
 
 
 def forms_for(num_tokens: int, shape: MoEShape) -> list[Form]:
-    """All candidates for a batch, what serves it first: of the instances the rule's, where that is the classic layer."""
-    instances = candidates_for(num_tokens, shape)
-    served = suite.served_by(shape, num_tokens) or instances[0]
+    """All candidates for a batch, what serves it first."""
+    instances, served = candidates_for(num_tokens, shape), suite.served_by(shape, num_tokens)
     few = few_tokens.FORMS if num_tokens <= few_tokens.MOST_TOKENS else ()
     gated = suite.gated_of(shape, num_tokens)
     return list(dict.fromkeys([served, *instances, *few, *([gated] if gated else [])]))

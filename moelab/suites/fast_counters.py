@@ -63,8 +63,8 @@ LAUNCHES = ("whole", "GEMM1", "GEMM2", "the sum")
 def launch(name: str, num_tokens: int) -> None:
     """The layer whole, then its parts alone, in the order of LAUNCHES, each once warm and once between profiler marks.
 
-    By the instance that `instance_for` names, also where a batch is served by another form: the counters are those of the
-    one-launch kernel.
+    By the one-launch instance that is predicted fastest, also where a batch is served by another form: the counters are those of
+    the one-launch kernel.
     """
     shape = suite.shape_of(name)
     layer = Layer(shape, num_tokens, 1, weight_sets(shape)[:1])

@@ -7,6 +7,7 @@ from router logits, routing and order included, is a figure of its own.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,7 @@ from moelab.fused_moe import fused_moe
 from moelab.inputs import random_tensor
 from moelab.kernels import few_tokens as few_room
 from moelab.kernels.align import align
-from moelab.kernels.fast_instances import ALL, Instance, instance_for
+from moelab.kernels.fast_instances import ALL, Instance
 from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM, fast_layer
 from moelab.kernels.few_tokens import FewTokens, few_tokens
 from moelab.kernels.gated_gemm import gated_gemm
@@ -30,8 +31,9 @@ from moelab.kernels.sorted_gemm import sorted_gemm
 from moelab.kernels.sum_reduce import sum_reduce
 from moelab.kernels.token_tiles import TokenTiles
 from moelab.measure import Measurement, measure
-from moelab.pipelines.fast import GATED_KERNEL, Form, Gated, here, route_for, tiles_for, tuned_gated
-from moelab.pipelines.fast import choose as choose_form
+from moelab.pipelines.fast import choose_unchecked, here, route_for, tiles_for, tuned
+from moelab.pipelines.form_choice import Classic, Form, Gated, kind_of
+from moelab.pipelines.form_times import GATED, ONE_LAUNCH
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape, load_model
 from moelab.suites import layer_classic
@@ -58,30 +60,33 @@ def shape_of(name: str) -> MoEShape:
     return load_model(model, tp_size=tp_size, disable_shared_experts_fusion=True)
 
 
-def served_by(shape: MoEShape, num_tokens: int) -> Form | None:
-    """The form that serves such a batch here, None for the classic layer: what a user gets."""
-    sizes = shape.top_k, shape.num_experts, shape.moe_intermediate_size, shape.hidden_size
-    return choose_form(num_tokens, *sizes, gated_of(shape, num_tokens)).form
+def served_by(shape: MoEShape, num_tokens: int) -> Form:
+    """The form that serves such a batch here: what a user gets."""
+    return choose_unchecked(shape, num_tokens, *here()).form
 
 
 def instance_of(shape: MoEShape, num_tokens: int) -> Instance:
     """The one-launch layer's instance for such a batch, whether or not that is what serves it."""
-    return instance_for(num_tokens, shape.top_k, shape.num_experts, shape.moe_intermediate_size)
+    form = choose_unchecked(shape, num_tokens, *here(), ONE_LAUNCH).form
+    assert isinstance(form, Instance)
+    return form
 
 
 def gated_of(shape: MoEShape, num_tokens: int) -> Gated | None:
     """What the tuned files here have for such a batch."""
-    return tuned_gated(shape.num_experts, shape.moe_intermediate_size, *here(), shape.dtype, num_tokens)
+    sizes = shape.num_experts, shape.moe_intermediate_size
+    found = tuned(GATED, *sizes, *here(), shape.dtype, num_tokens, os.environ.get("MOELAB_CONFIG_DIR"))
+    return found if isinstance(found, Gated) else None
 
 
 def name_of(form: Form) -> str:
     """As rows name it."""
-    return GATED_KERNEL if isinstance(form, Gated) else repr(form)
+    return kind_of(form) if isinstance(form, Gated | Classic) else repr(form)
 
 
 def note_of(form: Form) -> dict[str, Any]:
     """What a row says of its form."""
-    if isinstance(form, Gated):
+    if isinstance(form, Gated | Classic):
         return {"instance": name_of(form), "config": form.up.to_json(), "down_config": form.down.to_json()}
     return {"instance": name_of(form)}
 
@@ -170,6 +175,8 @@ def by_form(layer: Layer, form: Form) -> Contender:
     """The layer by that form."""
     if isinstance(form, FewTokens):
         return of_few_tokens(layer, form)
+    if isinstance(form, Classic):
+        return layer.contender(form.up, form.down)
     return of_gated(layer, form) if isinstance(form, Gated) else fast(layer, form)
 
 
@@ -213,8 +220,8 @@ def without(layer: Layer, instance: Instance) -> dict[str, Contender]:
     return off
 
 
-def from_logits(layer: Layer, form: Form | None, config: tuple[KernelConfig, KernelConfig]) -> Contender:
-    """The whole layer from router logits: by that form, or with None by the classic layer, aligned by `align`."""
+def from_logits(layer: Layer, form: Form) -> Contender:
+    """The whole layer from router logits by that form; the Triton layers aligned by `align`."""
     shape = layer.shape
     size = (layer.num_tokens, shape.num_experts)
     logits = [
@@ -231,8 +238,9 @@ def from_logits(layer: Layer, form: Form | None, config: tuple[KernelConfig, Ker
         weights, ids = routed.topk_weights, routed.topk_ids
         if isinstance(form, FewTokens):
             return few_tokens(x, w.w13, w.w2, weights, ids, form)
-        impl, (up, down) = ("triton", config) if form is None else (GATED_KERNEL, (form.up, form.down))
-        return fused_moe(x, w.w13, w.w2, topk_weights=weights, topk_ids=ids, impl=impl, config=up, down_config=down)
+        return fused_moe(
+            x, w.w13, w.w2, topk_weights=weights, topk_ids=ids, impl=kind_of(form), config=form.up, down_config=form.down
+        )  # fmt: skip
 
     return run
 
@@ -256,11 +264,10 @@ def forms_near(shape: MoEShape, num_tokens: int) -> list[Form]:
     """Forms that may be the fastest for a batch: what serves it, instances about the rule's, those for a few tokens."""
     served = served_by(shape, num_tokens)
     few = few_room.FORMS if num_tokens <= few_room.MOST_TOKENS else ()
-    found: list[Form] = [] if served is None else [served]
-    return list(dict.fromkeys([*found, *near(instance_of(shape, num_tokens)), *few]))
+    return list(dict.fromkeys([served, *near(instance_of(shape, num_tokens)), *few]))
 
 
-def ablated(layer: Layer, form: Form | None) -> tuple[dict[str, Contender], dict[str, Contender]]:
+def ablated(layer: Layer, form: Form) -> tuple[dict[str, Contender], dict[str, Contender]]:
     """What is served without each of its ideas, and its parts alone; of the classic layer neither."""
     if isinstance(form, FewTokens):
         return {
@@ -270,13 +277,13 @@ def ablated(layer: Layer, form: Form | None) -> tuple[dict[str, Contender], dict
         }, {}
     if isinstance(form, Gated):
         return {"weights by TMA": of_gated(layer, form, tma=False)}, {}
-    return ({}, {}) if form is None else (without(layer, form), alone(layer, form))
+    return ({}, {}) if isinstance(form, Classic) else (without(layer, form), alone(layer, form))
 
 
 def cell(name: str, layer: Layer, routing: str, *, ablation: bool) -> list[dict[str, Any]]:
     """A row for each contender at one shape, batch size and routing: checked, then timed interleaved.
 
-    "fast" is what serves the batch: a form, or the classic layer's own run; "fast, best instance" the fastest form, where that is
+    "fast" is what serves the batch; "fast, best instance" the fastest form, where that is
     another.
     """
     protocol, served = protocol_for(layer.num_tokens), served_by(layer.shape, layer.num_tokens)
@@ -285,9 +292,9 @@ def cell(name: str, layer: Layer, routing: str, *, ablation: bool) -> list[dict[
     contenders: dict[str, Contender] = {
         "classic": run_classic,
         "grouped_mm": grouped_mm(layer),
-        "fast": run_classic if served is None else by_form(layer, served),
+        "fast": by_form(layer, served),
     }
-    notes: dict[str, dict[str, Any]] = {"classic": tiles, "fast": tiles if served is None else note_of(served)}
+    notes: dict[str, dict[str, Any]] = {"classic": tiles, "fast": note_of(served)}
     if best != served:
         contenders["fast, best instance"], notes["fast, best instance"] = by_form(layer, best), note_of(best)
     ideas, parts = ablated(layer, served) if ablation else ({}, {})
@@ -296,8 +303,8 @@ def cell(name: str, layer: Layer, routing: str, *, ablation: bool) -> list[dict[
     pair = KernelConfig.from_json(tiles["config"]), KernelConfig.from_json(tiles["down_config"])
     timed = dict(contenders)
     if routing == "uniform":
-        timed["classic, from logits"] = from_logits(layer, None, pair)
-        timed["fast, from logits"] = from_logits(layer, served, pair)
+        timed["classic, from logits"] = from_logits(layer, Classic(*pair))
+        timed["fast, from logits"] = from_logits(layer, served)
     timed |= {f"fast, {name} alone": run for name, run in parts.items()}
     measured = measure({label: run for label, run in timed.items() if "refused" not in judged.get(label, {})}, protocol)
     cost = cost_of(layer)

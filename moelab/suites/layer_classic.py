@@ -122,6 +122,7 @@ class Layer:
             return fused_moe(
                 self.states[i], w.weights, topk_weights=r.topk_weights, topk_ids=r.topk_ids, impl=impl,
                 config=config, down_config=down_config, activation=shape.activation, gated=shape.gated,
+                expected_rows=shape.expected_rows(self.num_tokens),
             )  # fmt: skip
 
         return run
