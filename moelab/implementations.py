@@ -166,7 +166,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "fast": Implementation(
         "moelab.pipelines.fast:fast_pipeline",
         "the form that is recorded fastest on Hopper for the batch: a few tokens' two launches, gated_tma, or one launch",
-        formats=frozenset((PLAIN.family, "fp8_w8a8_block")), dtypes=("bfloat16", "float16"), activations=("silu",), gated_only=True, biases=False, row_bytes=16,
+        formats=frozenset((PLAIN.family, "fp8_w8a8_block")), dtypes=("bfloat16", "float16"), activations=("silu",),
+        gated_only=True, biases=False, row_bytes=16,
         chips=("sm_90",), look=("#A55BD6", "star", "solid"),
     ),
     "weight_only": Implementation(

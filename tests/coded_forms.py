@@ -19,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,13 @@ CHECK_S = 40
 DEVICE = "cuda"
 ROWS_TRIED = {16: (0, 20), 32: (0, 40), 48: (2, 100), 96: (12, 1e9), 128: (30, 1e9)}
 """Widest tile -> rows an expert, least and most, that it is timed at."""
+SHAPES = ("deepseek-v3/tp8", "qwen3-30b-a3b/tp1", "glm-4.5-air/tp1", "deepseek-v3/ep8")
 SIZES = ((3, 8, 2, 256, 128), (70, 6, 2, 384, 256), (300, 3, 2, 512, 384), (1200, 8, 2, 1024, 768))
 """Tokens, experts, top_k, hidden size, inner size."""
 BOUNDS = {"inner": 17.0, "scale": 2**-9, "y": 2**-7, "out": 2**-7}
-"""Of `stages`: a code's rounding is 16 of its scale at most; bfloat16 rounds y by 2^-8 of itself. The tensor core cuts each of the
-four products of a step of K 13 bits behind the largest (`quantised_error.KEPT_BITS`), 2^-11 in all, and inner is a product."""
+"""Of `stages`: a code's rounding is 16 of its scale at most; bfloat16 rounds y by 2^-8 of itself. The tensor core cuts each of
+the four products of a step of K 13 bits behind the largest (`quantised_error.KEPT_BITS`), 2^-11
+in all, and inner is a product."""
 
 
 TRIED = {"t": "MOELAB_TURNS 1", "w": "MOELAB_TURNS 2", "d": "MOELAB_TURNS 3", "f": "MOELAB_FOURS"}
@@ -46,7 +48,9 @@ def variant(instance: Any, marks: str) -> Any:
 
     base = type(instance)
     lines = "".join(f"#define {TRIED[mark]}\n" for mark in marks)
-    made = type(f"Variant_{marks}", (base,), {"source": lambda self, dtype: lines + base.source(self, dtype), "marks": marks})
+    made = type(
+        f"Variant_{marks}", (base,), {"source": lambda self, dtype: lines + base.source(self, dtype), "marks": marks}
+    )
     return made(*astuple(instance))
 
 
@@ -178,16 +182,22 @@ def check(folder: str, number: int) -> int:
 
 
 def short(instance: Any) -> str:
-    marks = "".join(m for m, has in (("P", instance.permutes), ("C", instance.cluster > 1), ("S", not instance.apart)) if has)
+    marks = "".join(
+        m for m, has in (("P", instance.permutes), ("C", instance.cluster > 1), ("S", not instance.apart)) if has
+    )
     return f"{instance.tokens}{marks}{getattr(instance, 'marks', '')}"
 
 
 def recorded(shape: str, batch: int) -> tuple[float, str]:
     """Microseconds of the fastest that was recorded, and its name."""
     rows = json.loads((Path(__file__).parents[1] / "data" / "recordings" / "quantised.json").read_text())["rows"]
-    of = [r for r in rows if (r["shape"], r["num_tokens"]) == (shape, batch) and r["format"].startswith("fp8_w8a8_block")]
+    of = [
+        r for r in rows if (r["shape"], r["num_tokens"]) == (shape, batch) and r["format"].startswith("fp8_w8a8_block")
+    ]
     found = [
-        (sorted(r["samples_us"])[len(r["samples_us"]) // 2], f"{r['impl']} {r['config_name']}") for r in of if r.get("samples_us")
+        (sorted(r["samples_us"])[len(r["samples_us"]) // 2], f"{r['impl']} {r['config_name']}")
+        for r in of
+        if r.get("samples_us")
     ]
     return min(found, default=(float("nan"), "nothing"))
 
@@ -218,13 +228,17 @@ def times(folder: str, passed: list[int], shapes: list[str], batches: list[int],
             def run_of(form: Any, layer: Any = layer) -> Any:
                 def run(i: int) -> Any:
                     r = layer.routings[i]
-                    return coded_pipeline(MoECall(layer.states[i], layer.weights[i].weights, r.topk_weights, r.topk_ids), form)
+                    return coded_pipeline(
+                        MoECall(layer.states[i], layer.weights[i].weights, r.topk_weights, r.topk_ids), form
+                    )
 
                 return run
 
             tried = [forms()[n] for n in passed]
             tried = [f for f in tried if ROWS_TRIED[f.tokens][0] <= average <= ROWS_TRIED[f.tokens][1]]
-            found = {short(f): one.median_us for f, one in quick({f: run_of(f) for f in tried}, len(layer.states)).items()}
+            found = {
+                short(f): one.median_us for f, one in quick({f: run_of(f) for f in tried}, len(layer.states)).items()
+            }
             cost = roofline.layer_cost(shape, batch, experts_touched=layer.experts_touched())
             floor = max(cost.bytes / 4.3e6, cost.flops / 1300e6)
             best, which = recorded(name, batch)
@@ -268,7 +282,15 @@ def parts_of(layer: Any, instance: Any) -> dict[str, float]:
         def run(i: int) -> Any:
             r, w = layer.routings[i], layer.weights[i].weights
             return coded_layer(
-                codes[i], w, r.topk_weights, r.topk_ids, tiles[i], instance, layer.states[0].dtype, parts=parts, scratch=scratch
+                codes[i],
+                w,
+                r.topk_weights,
+                r.topk_ids,
+                tiles[i],
+                instance,
+                layer.states[0].dtype,
+                parts=parts,
+                scratch=scratch,
             )
 
         return run
@@ -297,7 +319,7 @@ def finished(process: subprocess.Popen[str], seconds: float) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["deepseek-v3/tp8", "qwen3-30b-a3b/tp1", "glm-4.5-air/tp1", "deepseek-v3/ep8"])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--batches", nargs="+", type=int, default=[4096, 1024, 256, 64, 16, 8192])
     parser.add_argument("--seconds", type=float, default=85)
     parser.add_argument("--child", nargs="+")
@@ -313,16 +335,31 @@ def main() -> int:
         with ProcessPoolExecutor(min(len(numbers), os.cpu_count() or 1)) as pool:
             for number, (code, seconds, usage) in zip(numbers, pool.map(compiled, numbers), strict=True):
                 (Path(folder) / f"{number}.pickle").write_bytes(code)
-                print(f"{short(forms()[number]):>6}: {usage[0]} registers, {usage[1]} of stack, {seconds:.0f} s", flush=True)
+                print(
+                    f"{short(forms()[number]):>6}: {usage[0]} registers, {usage[1]} of stack, {seconds:.0f} s",
+                    flush=True,
+                )
         running = {n: started("--child", folder, "check", str(n)) for n in numbers}
         check_end, passed = min(time.monotonic() + CHECK_S, end - 20), []
         for number, process in running.items():
             said = finished(process, check_end - time.monotonic())
-            print("".join(f"{short(forms()[number]):>6} {line}\n" for line in said.splitlines()[-20:]), end="", flush=True)
+            print(
+                "".join(f"{short(forms()[number]):>6} {line}\n" for line in said.splitlines()[-20:]), end="", flush=True
+            )
             passed += [number] if process.returncode == 0 else []
         print(f"{time.monotonic() - BEGUN:.0f} s; passed: {[short(forms()[n]) for n in passed]}", flush=True)
         if passed:
-            command = [sys.executable, "-u", __file__, "--child", folder, "times", json.dumps(passed), "--shapes", *asked.shapes]
+            command = [
+                sys.executable,
+                "-u",
+                __file__,
+                "--child",
+                folder,
+                "times",
+                json.dumps(passed),
+                "--shapes",
+                *asked.shapes,
+            ]
             command += ["--batches", *map(str, asked.batches), "--seconds", str(end - 4)]
             try:
                 subprocess.run(command, timeout=max(end - time.monotonic(), 5))

@@ -176,8 +176,8 @@ def coded_arguments_of(
     parts: int = 7,
     report: Tensor | None = None,
 ) -> tuple[Any, fast_layer.LayerArguments, list[Tensor]]:
-    """(maps, arguments, every tensor they point to, out, ready, inner, its scales and y first) of an instance over codes; outputs start
-    as NaN."""
+    """(maps, arguments, every tensor they point to, out, ready, inner, its scales and y first) of an instance over codes;
+    outputs start as NaN."""
     w13, w2 = weights.w13, weights.w2
     hidden, nan = w2.shape[1], float("nan")
     inner, inner_scale, y = (
@@ -231,8 +231,8 @@ def run(
     patience_s: int = 100,
     source: Path = SOURCE,
 ) -> None:
-    """One emulated launch. shape: (M, H). late: a rank in clusters. patience_s: of a wait, which then ends the launch: RuntimeError
-    with what it reported."""
+    """One emulated launch. shape: (M, H). late: a rank in clusters. patience_s: of a wait, which then ends the launch:
+    RuntimeError with what it reported."""
     library = built(instance, dtype, source)
     child = os.fork()
     if not child:

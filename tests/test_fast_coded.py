@@ -84,25 +84,22 @@ def test_in_bfloat16() -> None:
     assert found["inner"] <= 16.5 and found["scale"] < 1e-5 and found["y"] <= 2**-7 and found["out"] <= 2**-7, found
 
 
+PRODUCERS, SCALED = "sm90_fast_producers.cuh", "sm90_fast_scaled.cuh"
+STORED = "to[step] = from[block * apart + step];\n        }\n"
 WRONG = {
     "the neighbour's block of weight rows": (
-        "sm90_fast_producers.cuh", "int row = gemm ? 2 * scheduler.weights : scheduler.weights;",
-        "int row = gemm ? 2 * scheduler.weights : 1 - scheduler.weights;",
+        PRODUCERS, "gemm ? 2 * scheduler.weights : scheduler.weights;", "gemm ? 2 * scheduler.weights : 1 - scheduler.weights;"
     ),
-    "one block's for gates and ups": (
-        "sm90_fast_scaled.cuh", "const int scales_apart = gemm ? 0 : MOST_STEPS;", "const int scales_apart = 0;"
-    ),
-    "one warpgroup's for both": ("sm90_fast_scaled.cuh", "block_scales[gemm ? group : 0];", "block_scales[0];"),
+    "one block's for gates and ups": (SCALED, "scales_apart = gemm ? 0 : MOST_STEPS;", "scales_apart = 0;"),
+    "one warpgroup's for both": (SCALED, "block_scales[gemm ? group : 0];", "block_scales[0];"),
     "weights' transposed": (
-        "sm90_fast_producers.cuh", "to[step] = from[block * apart + step];\n        }\n    }\n};",
-        "to[step] = from[block * apart + step];\n        }\n"
-        "        shared.block_scales[buffer][0][1] = shared.block_scales[buffer][1][0];\n    }\n};",
+        PRODUCERS, STORED, f"{STORED}auto& found = shared.block_scales[buffer];\nfound[0][1] = found[1][0];\n"
     ),
-    "the step's before": ("sm90_fast_scaled.cuh", "scales[block * scales_apart + step];", "scales[block * scales_apart + (step ? step - 1 : 0)];"),
-    "another token's": ("sm90_fast_producers.cuh", "scale_place(first + i * TOKEN_THREADS)", "scale_place((first + i * TOKEN_THREADS) ^ 1)"),
-    "another step's of tokens": ("sm90_fast_producers.cuh", "layer.x_scale + starts[i] + step);", "layer.x_scale + starts[i] + (step ^ 1));"),
-    "another group's of inner": ("sm90_fast_producers.cuh", "scheduler.k_steps() + step;", "scheduler.k_steps() + (step ^ 1);"),
-    "one warp's largest": ("sm90_fast_scaled.cuh", "        if ((lane & 4) == 0) {", "        if ((lane & 4) == 0 && warp == 0) {"),
+    "the step's before": (SCALED, "scales_apart + step];", "scales_apart + (step ? step - 1 : 0)];"),
+    "another token's": (PRODUCERS, "(first + i * TOKEN_THREADS), layer", "((first + i * TOKEN_THREADS) ^ 1), layer"),
+    "another step's of tokens": (PRODUCERS, "x_scale + starts[i] + step);", "x_scale + starts[i] + (step ^ 1));"),
+    "another group's of inner": (PRODUCERS, "scheduler.k_steps() + step;", "scheduler.k_steps() + (step ^ 1);"),
+    "one warp's largest": (SCALED, "if ((lane & 4) == 0) {", "if ((lane & 4) == 0 && warp == 0) {"),
 }  # fmt: skip
 
 
@@ -132,7 +129,7 @@ def test_a_wait_that_never_ends_says_what_it_was_for() -> None:
     tiles = ordered(of.ids, 1, SMALL)
     tiles.ready[0] = -1
     given = (coded_cases.coded(of, tiles, SMALL), of.weights, of.topk_weights, of.ids, tiles, SMALL, torch.float16)
-    with pytest.raises(RuntimeError, match="waited for (the rows that a tile multiplies|all tiles of GEMM2)"):
+    with pytest.raises(RuntimeError, match=r"waited for (the rows that a tile multiplies|all tiles of GEMM2)"):
         emulated_gpu.run_coded(*given, patience_s=1)
 
 
@@ -145,10 +142,19 @@ def test_sizes_and_places_are_those_of_the_source() -> None:
     refused = emulated_gpu.refused(lines)
     assert refused.count("static assertion failed") == refused.count("error:") == 1, refused
     assert sorted(map(scale_place, range(128))) == list(range(128))
-    assert [scale_place(row) for row in (0, 1, 8, 9, 2, 16)] == [0, 1, 2, 3, 4, 16]  # 16 bytes of a thread's four columns
+    assert [scale_place(row) for row in (0, 1, 8, 9, 2, 16)] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        16,
+    ]  # 16 bytes of a thread's four columns
 
 
-@pytest.mark.parametrize("instance", [CODED[16], CODED_PERMUTED, *(whole(i) for i in ALL_CODED if i not in (CODED[16], CODED_PERMUTED))], ids=str)
+@pytest.mark.parametrize(
+    "instance", [each if each in (CODED[16], CODED_PERMUTED) else whole(each) for each in ALL_CODED], ids=str
+)
 def test_instances_compile_for_hopper(instance: Instance) -> None:
     """No spill, no wgmma that the compiler had to serialise, and as many blocks an SM as it says."""
     assert (instance.shared_bytes + 1024) * instance.ctas_per_sm <= 228 * 1024
@@ -183,15 +189,15 @@ def test_what_it_does_not_take() -> None:
     check_coded_layer(*layer(256, 128), hopper)
     with pytest.raises(RuntimeModeError, match="Hopper"):
         check_coded_layer(*layer(256, 128), TARGETS["sm_100"])
-    with pytest.raises(FormatError, match="64x64.*128x128"):
+    with pytest.raises(FormatError, match=r"64x64.*128x128"):
         check_coded_layer(*layer(256, 128, "fp8_w8a8_block_64x64"), hopper)
-    with pytest.raises(ShapeError, match="hidden_size is 192.*multiple of 128"):
+    with pytest.raises(ShapeError, match=r"hidden_size is 192.*multiple of 128"):
         check_coded_layer(*layer(192, 128), hopper)
     x, weights = layer(256, 128)
     with pytest.raises(DtypeError, match="float32"):
         check_coded_layer(x.float(), weights, hopper)
     wide = weights._replace(w2=torch.empty(2, 16512, 128, dtype=torch.float8_e4m3fn, device="meta"))
-    with pytest.raises(ShapeError, match="hidden_size is 16512.*at most 16384"):
+    with pytest.raises(ShapeError, match=r"hidden_size is 16512.*at most 16384"):
         check_coded_layer(torch.empty(2, 16512, dtype=torch.float16, device="meta"), wide, hopper)
     with pytest.raises(ShapeError, match="w13 starts 8 bytes"):
         storage = torch.zeros(weights.w13.numel() + 8, dtype=torch.uint8)

@@ -64,7 +64,15 @@ def launch_files(folder: Path, instance: Instance) -> list[str]:
     tiles = token_tiles_ref(slots, offsets, instance.tokens, 16, instance.cluster > 1)
     if instance.scaled:
         of = coded_cases.case(tokens, experts, 2, 384, 128, ids=ids)
-        given = (coded_cases.coded(of, tiles, instance), of.weights, of.topk_weights, ids, tiles, instance, torch.float16)
+        given = (
+            coded_cases.coded(of, tiles, instance),
+            of.weights,
+            of.topk_weights,
+            ids,
+            tiles,
+            instance,
+            torch.float16,
+        )
         maps, arguments, tensors = emulated_gpu.coded_arguments_of(*given)
     else:
         maps, arguments, tensors = emulated_gpu.arguments_of(x, w13, w2, torch.rand(tokens, 2), ids, tiles, instance)

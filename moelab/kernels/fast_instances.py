@@ -201,6 +201,7 @@ def instance_for(num_tokens: int, top_k: int, num_experts: int, moe_intermediate
     clustered = num_experts > WIDEST_EXPERTS and (rows > CLUSTERS_FROM or moe_intermediate_size <= SHORT_INNER)
     return CLUSTERED if clustered else INSTANCES[176]
 
+
 CODED = {
     16: Instance(2, 2, 3, 16, 16, 16, ctas_per_sm=2, apart=1, scaled=1),
     48: Instance(2, 2, 5, 48, 16, 16, apart=1, scaled=1),

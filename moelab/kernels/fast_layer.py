@@ -86,8 +86,8 @@ def tensor_maps(instance: Instance, w13: Tensor, w2: Tensor, rows: Tensor, inner
     """Maps of w13 (E, 2N, H), w2 (E, H, N), rows (S, H) and inner (S, N), in the boxes of that instance.
 
     w13's dimensions are H, row in a group of eight, gate or up, group, expert: a box brings groups of gate and of up rows
-    in turn. Of codes: H, pair of rows, row of a pair, group of eight pairs, gates or ups of an expert: a box brings groups of even
-    rows and of odd ones in turn, all gates first.
+    in turn. Of codes: H, pair of rows, row of a pair, group of eight pairs, gates or ups of an expert: a box brings groups of
+    even rows and of odd ones in turn, all gates first.
     """
     experts, doubled, hidden = w13.shape
     size, step = doubled // 2, instance.step

@@ -27,8 +27,8 @@ FAMILY = "fp8_w8a8_block"
 
 
 class Coded(NamedTuple):
-    """Activations as an instance reads them: codes (M, H) and scales (M, H / BLOCK), or of one that permutes codes (S, H) in order
-    of expert and scales (tiles.most, H / BLOCK, tokens), each tile's as `scale_place` orders them."""
+    """Activations as an instance reads them: codes (M, H) and scales (M, H / BLOCK), or of one that permutes codes (S, H) in
+    order of expert and scales (tiles.most, H / BLOCK, tokens), each tile's as `scale_place` orders them."""
 
     codes: Tensor
     scale: Tensor
@@ -82,8 +82,8 @@ def check_coded_layer(x: Tensor, weights: ExpertWeights, target: Target | None) 
     for name, size in (("hidden_size", x.shape[1]), ("moe_intermediate_size", weights.w2.shape[2])):
         if size % BLOCK or size > BLOCK * MOST_STEPS:
             raise ShapeError(
-                f"{name} is {size}. Expected a multiple of {BLOCK}, at most {BLOCK * MOST_STEPS}, for impl='fast' over weights in "
-                "blocks. Shard the layer otherwise, or use impl='triton'."
+                f"{name} is {size}. Expected a multiple of {BLOCK}, at most {BLOCK * MOST_STEPS}, for impl='fast' over weights "
+                "in blocks. Shard the layer otherwise, or use impl='triton'."
             )
     for name, tensor in (("w13", weights.w13), ("w2", weights.w2)):
         if tensor.data_ptr() % 16:
@@ -110,8 +110,8 @@ def coded_layer(
 ) -> Tensor:
     """`fast_layer` of checked tensors (`check_coded_layer`) over codes: x as `coded` makes it; out (M, H) of dtype.
 
-    instance: one that is scaled; tiles, topk_weights, topk_ids, weights_on_input, parts, overlap, and what is said there of launches
-    beside each other: as there. scratch: as `coded_scratch` makes it; its own unless given.
+    instance: one that is scaled; tiles, topk_weights, topk_ids, weights_on_input, parts, overlap, and what is said there of
+    launches beside each other: as there. scratch: as `coded_scratch` makes it; its own unless given.
     Deterministic; no host synchronisation. Raises RuntimeModeError; KernelTimeoutError.
     """
     residency.raise_if_lost()

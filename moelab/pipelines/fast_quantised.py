@@ -1,4 +1,4 @@
-"""The fastest layer there is here over fp8 weights in blocks, for Hopper: what serves a batch, and the one-launch layer of codes."""
+"""The fastest layer there is here over fp8 weights in blocks, for Hopper: which instance of the one-launch layer serves a batch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def coded_pipeline(call: MoECall, form: Instance | None = None) -> Tensor:
     order = new_expert_order(ids.numel(), call.num_experts, x.device)
     expert_order_unchecked(ids, call.num_experts, order)
     grain = min(16, instance.grain)
-    tiles = token_tiles_unchecked(order.sorted_slots, order.expert_offsets, instance.tokens, grain, instance.cluster > 1)
+    tiles = token_tiles_unchecked(
+        order.sorted_slots, order.expert_offsets, instance.tokens, grain, instance.cluster > 1
+    )
     return coded_layer(
         coded(x, tiles, call.top_k, instance, w.format), w, call.topk_weights, ids, tiles, instance, x.dtype,
         scale=call.routed_scaling_factor, weights_on_input=call.apply_router_weight_on_input,
