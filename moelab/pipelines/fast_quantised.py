@@ -1,4 +1,4 @@
-"""The fastest layer there is here over fp8 weights in blocks, for Hopper: which instance of the one-launch layer serves a batch."""
+"""The fastest layer there is here over fp8 weights in blocks, for Hopper: which instance of the one-launch layer serves."""
 
 from __future__ import annotations
 
