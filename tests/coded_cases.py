@@ -70,7 +70,7 @@ def coded(of: Case, tiles: TokenTiles, instance: Instance) -> Coded:
     token = tiles.sorted_slots.long() // of.ids.shape[1]
     tiled = torch.full((tiles.most, scale.shape[1], instance.tokens), float("nan"))
     for tile, (first, rows, *_) in enumerate(tiles.tiles[: int(tiles.num_tiles)].tolist()):
-        places = torch.tensor([scale_place(row) for row in range(rows)], dtype=torch.long)
+        places = torch.tensor([scale_place(row, instance) for row in range(rows)], dtype=torch.long)
         tiled[tile][:, places] = scale[token[first : first + rows]].T
     return Coded(codes.view(torch.uint8)[token].view(codes.dtype), tiled)
 
@@ -99,7 +99,7 @@ def stages(
         by = of.topk_weights.flatten()[slots].double()[:, None]
         h = x[slots // top_k] @ w13[expert].T
         exact = reference.activation_ref(h * by if on_input else h, "silu", gated=True)
-        places = torch.tensor([scale_place(row) for row in range(rows)], dtype=torch.long)
+        places = torch.tensor([scale_place(row, instance) for row in range(rows)], dtype=torch.long)
         scales = inner_scale[tile][:, places].T
         expected = quantise_activations(exact.float(), of.format)[1]
         given = dequantise_activations(inner[first : first + rows], scales, of.format)

@@ -38,8 +38,8 @@ the four products of a step of K 13 bits behind the largest (`quantised_error.KE
 in all, and inner is a product."""
 
 
-TRIED = {"t": "MOELAB_TURNS 1", "w": "MOELAB_TURNS 2", "d": "MOELAB_TURNS 3", "f": "MOELAB_FOURS"}
-"""Marks of forms, and what their source is compiled with."""
+TRIED = {"p": "MOELAB_NO_PROMOTE", "m": "MOELAB_NO_PRODUCT", "l": "MOELAB_NO_LOADS"}
+"""Marks of forms, and what their source is compiled with: they compute nothing, and show what bounds the rest."""
 
 
 def variant(instance: Any, marks: str) -> Any:
@@ -56,12 +56,14 @@ def variant(instance: Any, marks: str) -> Any:
 
 @functools.cache
 def forms() -> list[Any]:
-    from moelab.kernels.fast_instances import CODED, CODED_BOTH, CODED_PERMUTED
+    from moelab.kernels.fast_instances import CODED, CODED_PERMUTED, ROWS, ROWS_BOTH, ROWS_PERMUTED
 
-    some = [variant(CODED[128], marks) for marks in ("t", "w", "d", "f", "wf")]
-    some += [variant(each, "w") for each in (CODED[48], CODED[96], CODED_PERMUTED, CODED_BOTH)]
-    whole = [replace(CODED[16], apart=0), replace(CODED[16], tokens=32, stages=2, apart=0), replace(CODED[48], apart=0)]
-    return [*CODED.values(), CODED_PERMUTED, *some, *whole]
+    some = [ROWS, ROWS_PERMUTED, ROWS_BOTH, *(variant(ROWS_PERMUTED, mark) for mark in TRIED)]
+    return [*some, CODED[96], CODED_PERMUTED]
+
+
+def grain_of(instance: Any) -> int:
+    return 64 if instance.scaled == 2 else 16
 
 
 def compiled(number: int) -> tuple[bytes, float, tuple[int, int]]:
@@ -117,7 +119,7 @@ def stages(instance: Any, parts: int, sizes: tuple[int, ...]) -> dict[str, float
     x = (i.hidden_states * spread.repeat_interleave(BLOCK, 1)).bfloat16()
     ids, weights = i.topk_ids.int(), i.weights
     order = expert_order(ids, experts)
-    tiles = token_tiles(order.sorted_slots, order.expert_offsets, instance.tokens, 16, instance.cluster > 1)
+    tiles = token_tiles(order.sorted_slots, order.expert_offsets, instance.tokens, grain_of(instance), instance.cluster > 1)
     scratch = coded_scratch(tiles, instance, ids.numel(), weights, x.dtype)
     for each in scratch:
         each.view(torch.uint8).fill_(0xFF)
@@ -130,7 +132,7 @@ def stages(instance: Any, parts: int, sizes: tuple[int, ...]) -> dict[str, float
         slots = tiles.sorted_slots[first : first + rows].long()
         h = exact_x[slots // top_k] @ w13[expert].T
         exact[tile] = torch.nn.functional.silu(h[:, :size]) * h[:, size:]
-        places[tile] = torch.tensor([scale_place(row) for row in range(rows)], device=DEVICE, dtype=torch.long)
+        places[tile] = torch.tensor([scale_place(row, instance) for row in range(rows)], device=DEVICE, dtype=torch.long)
         if not parts & GEMM1 and rows:
             codes, scale = quantise_activations(exact[tile].float(), format)
             inner.view(torch.uint8)[first : first + rows] = codes.view(torch.uint8)
@@ -182,10 +184,8 @@ def check(folder: str, number: int) -> int:
 
 
 def short(instance: Any) -> str:
-    marks = "".join(
-        m for m, has in (("P", instance.permutes), ("C", instance.cluster > 1), ("S", not instance.apart)) if has
-    )
-    return f"{instance.tokens}{marks}{getattr(instance, 'marks', '')}"
+    marks = {"R": instance.scaled == 2, "P": instance.permutes, "C": instance.cluster > 1, "S": not instance.apart}
+    return f"{instance.tokens}{''.join(m for m, has in marks.items() if has)}{getattr(instance, 'marks', '')}"
 
 
 def recorded(shape: str, batch: int) -> tuple[float, str]:
@@ -223,7 +223,6 @@ def times(folder: str, passed: list[int], shapes: list[str], batches: list[int],
                 print("no time left")
                 break
             layer = Layer(shape, batch, 3 if batch >= 4096 else 4, weights)
-            average = batch * shape.top_k / shape.num_experts / shape.ep_size
 
             def run_of(form: Any, layer: Any = layer) -> Any:
                 def run(i: int) -> Any:
@@ -234,25 +233,18 @@ def times(folder: str, passed: list[int], shapes: list[str], batches: list[int],
 
                 return run
 
-            tried = [forms()[n] for n in passed]
-            tried = [f for f in tried if ROWS_TRIED[f.tokens][0] <= average <= ROWS_TRIED[f.tokens][1]]
-            found = {
-                short(f): one.median_us for f, one in quick({f: run_of(f) for f in tried}, len(layer.states)).items()
-            }
             cost = roofline.layer_cost(shape, batch, experts_touched=layer.experts_touched())
             floor = max(cost.bytes / 4.3e6, cost.flops / 1300e6)
             best, which = recorded(name, batch)
-            said = " ".join(f"{label} {us / floor:.2f}" for label, us in found.items())
-            print(
-                f"{name:18}{batch:5} floor {floor:7.1f} us  best {min(found.values()):7.1f} us  {said}  recorded "
-                f"{best / floor:.2f} ({which})", flush=True,
-            )  # fmt: skip
-            rows.append({"shape": name, "num_tokens": batch, "floor_us": floor, "us": found, "recorded_us": best})
-            if batch in (256, 4096):
-                fastest = min(found, key=lambda label: found[label])
-                parts = parts_of(layer, next(f for f in tried if short(f) == fastest))
-                rows[-1]["parts"] = parts
-                print(f"    {fastest}: " + ", ".join(f"{label} {us:.1f}" for label, us in parts.items()), flush=True)
+            print(f"{name:18}{batch:5} floor {floor:7.1f} us  recorded {best / floor:.2f} ({which})", flush=True)
+            for form in [forms()[n] for n in passed]:
+                found = parts_of(layer, form)
+                if not hasattr(form, "marks"):
+                    found |= {"all": quick({0: run_of(form)}, len(layer.states))[0].median_us}
+                    found |= {"over": found["all"] / floor}
+                said = ", ".join(f"{label} {us:.1f}" for label, us in found.items() if label != "over")
+                print(f"{short(form):>8} {found.get('over', 0.0):5.2f}: {said}", flush=True)
+                rows.append({"shape": name, "num_tokens": batch, "floor_us": floor, "form": short(form), **found})
         del weights
         torch.cuda.empty_cache()
     if "OUT" in os.environ:
@@ -271,7 +263,7 @@ def parts_of(layer: Any, instance: Any) -> dict[str, float]:
 
     def tiled(i: int) -> Any:
         order = expert_order(layer.routings[i].topk_ids, shape.num_experts)
-        return token_tiles(order.sorted_slots, order.expert_offsets, instance.tokens, 16, instance.cluster > 1)
+        return token_tiles(order.sorted_slots, order.expert_offsets, instance.tokens, grain_of(instance), instance.cluster > 1)
 
     tiles = [tiled(i) for i in range(len(layer.states))]
     codes = [coded(x, t, shape.top_k, instance, format) for x, t in zip(layer.states, tiles, strict=True)]
@@ -320,7 +312,7 @@ def finished(process: subprocess.Popen[str], seconds: float) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
-    parser.add_argument("--batches", nargs="+", type=int, default=[4096, 1024, 256, 64, 16, 8192])
+    parser.add_argument("--batches", nargs="+", type=int, default=[4096, 8192, 1024])
     parser.add_argument("--seconds", type=float, default=85)
     parser.add_argument("--child", nargs="+")
     asked = parser.parse_args()
@@ -339,7 +331,8 @@ def main() -> int:
                     f"{short(forms()[number]):>6}: {usage[0]} registers, {usage[1]} of stack, {seconds:.0f} s",
                     flush=True,
                 )
-        running = {n: started("--child", folder, "check", str(n)) for n in numbers}
+        sound = [n for n in numbers if not hasattr(forms()[n], "marks")]
+        running = {n: started("--child", folder, "check", str(n)) for n in sound}
         check_end, passed = min(time.monotonic() + CHECK_S, end - 20), []
         for number, process in running.items():
             said = finished(process, check_end - time.monotonic())
@@ -349,6 +342,7 @@ def main() -> int:
             passed += [number] if process.returncode == 0 else []
         print(f"{time.monotonic() - BEGUN:.0f} s; passed: {[short(forms()[n]) for n in passed]}", flush=True)
         if passed:
+            passed += [n for n in numbers if n not in sound]
             command = [
                 sys.executable,
                 "-u",
@@ -365,7 +359,7 @@ def main() -> int:
                 subprocess.run(command, timeout=max(end - time.monotonic(), 5))
             except subprocess.TimeoutExpired:
                 print("times: HANGS")
-        return int(len(passed) < len(numbers))
+        return int(len(passed) < len(sound))
 
 
 if __name__ == "__main__":

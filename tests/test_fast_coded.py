@@ -141,8 +141,8 @@ def test_sizes_and_places_are_those_of_the_source() -> None:
     lines += [f"static_assert(sizeof(Shared<{SMALL.shape}>) == 1);"]  # it can fail
     refused = emulated_gpu.refused(lines)
     assert refused.count("static assertion failed") == refused.count("error:") == 1, refused
-    assert sorted(map(scale_place, range(128))) == list(range(128))
-    assert [scale_place(row) for row in (0, 1, 8, 9, 2, 16)] == [
+    assert sorted(scale_place(row, SMALL) for row in range(128)) == list(range(128))
+    assert [scale_place(row, SMALL) for row in (0, 1, 8, 9, 2, 16)] == [
         0,
         1,
         2,
@@ -171,7 +171,7 @@ def test_codes_in_order_of_expert() -> None:
     """Those of `quantise_activations`, each token's as often as it has slots."""
     of = case(70, 3, 2, 640, 128)
     tiles = ordered(of.ids, 3, PERMUTED)
-    codes, scale = quantise_tiles_unchecked(of.x, tiles, 2, PERMUTED.tokens, of.format)
+    codes, scale = quantise_tiles_unchecked(of.x, tiles, 2, PERMUTED.tokens, of.format, in_rows=False)
     expected = coded_cases.coded(of, tiles, PERMUTED)
     real = ~expected.scale.isnan()
     assert torch.equal(scale[real], expected.scale[real]) and real.sum() == 140 * 5

@@ -97,6 +97,12 @@ def tensor_maps(instance: Instance, w13: Tensor, w2: Tensor, rows: Tensor, inner
         (hidden, size * hidden, 8 * hidden, doubled * hidden),
         (step, 8, 2, rows_of_a_load // 16, 1),
     )
+    if instance.scaled == 2:
+        return (
+            _in_chunks(hidden, experts * doubled, 16),
+            _in_chunks(size, experts * hidden, 8),
+            *(TensorMap((each.shape[1], each.shape[0]), (each.shape[1],), (step, instance.box)) for each in (rows, inner)),
+        )
     if instance.scaled:
         of_w13 = TensorMap(
             (hidden, 8, 2, size // 16, 2 * experts),
@@ -107,6 +113,17 @@ def tensor_maps(instance: Instance, w13: Tensor, w2: Tensor, rows: Tensor, inner
         of_w13,
         TensorMap((size, hidden, experts), (size, hidden * size), (step, rows_of_a_load, 1)),
         *(TensorMap((each.shape[1], each.shape[0]), (each.shape[1],), (step, instance.box)) for each in (rows, inner)),
+    )
+
+
+def _in_chunks(K: int, rows: int, chunk: int) -> TensorMap:
+    """Of all experts' rows of K codes: boxes of BLOCK rows, of which wgmma leaves a thread whole chunks of `chunk` neighbours. A
+    thread's columns are 8 j + 2 q and the next, q being its lane's number in four: in shared memory the rows of a chunk are
+    eight apart, two by two, and the chunks of four lanes side by side."""
+    return TensorMap(
+        (K, 2, 4, chunk // 2, rows // (4 * chunk)),
+        (K, chunk * K, 2 * K, 4 * chunk * K),
+        (BLOCK, 2, 4, chunk // 2, BLOCK // (4 * chunk)),
     )
 
 

@@ -34,15 +34,17 @@ class Coded(NamedTuple):
     scale: Tensor
 
 
-def scale_place(row: int) -> int:
+def scale_place(row: int, instance: Instance) -> int:
     """Where the scale of a tile's row lies among its tile's, as in sm90_fast_tiles.cuh."""
+    if instance.scaled == 2:
+        return row
     return (row & ~15) | (row & 6) << 1 | (row & 8) >> 2 | (row & 1)
 
 
 def coded(x: Tensor, tiles: TokenTiles, top_k: int, instance: Instance, format: Format) -> Coded:
     """x (M, H) as that instance reads it; one launch."""
     if instance.permutes:
-        return Coded(*quantise_tiles_unchecked(x, tiles, top_k, instance.tokens, format))
+        return Coded(*quantise_tiles_unchecked(x, tiles, top_k, instance.tokens, format, in_rows=instance.scaled == 2))
     codes, scale = quantise_activations_unchecked(x, format)
     return Coded(codes, scale)
 

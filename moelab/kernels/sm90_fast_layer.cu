@@ -28,6 +28,7 @@
 #include "sm90_fast_mainloop.cuh"
 #include "sm90_fast_epilogue.cuh"
 #include "sm90_fast_scaled.cuh"
+#include "sm90_fast_rows.cuh"
 #include "sm90_fast_sums.cuh"
 
 template <typename S, typename T, int N>
@@ -78,6 +79,25 @@ DEVICE void compute_scaled(Shared<S>& shared, const Layer<T>& layer, const TileS
     slots_pipeline.advance();
 }
 
+// The same with tokens as wgmma's M.
+template <typename S, typename T>
+DEVICE void compute_rows(Shared<S>& shared, const Layer<T>& layer, const TileScheduler<S, T, false>& scheduler,
+                         PipelineState<S::STAGES>& pipeline, PipelineState<2>& slots_pipeline) {
+    const int buffer = slots_pipeline.stage, first = (threadIdx.x / 128 - 1) * 64;
+    const int row = first + threadIdx.x % 128 / 32 * 16 + (threadIdx.x & 31) / 4;
+    float sums[2][BLOCK / 2];
+    barrier_wait(&shared.slots_full[buffer], slots_pipeline.phase);
+    multiply_rows<S>(sums, shared, pipeline, shared.block_scales[buffer], scheduler.k_steps(), !S::PERMUTES && !scheduler.gemm,
+                     first < scheduler.tile.rows);
+    if (scheduler.gemm == 0)
+        store_coded<S>(sums, layer, scheduler, row, shared.routed[buffer]);
+    else
+        store_rows<S>(sums, layer, scheduler, row, shared.slots[buffer], shared.routed[buffer]);
+    sync_warp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(&shared.slots_empty[buffer]);
+    slots_pipeline.advance();
+}
+
 // `compute` of the fewest tokens that hold this tile's.
 template <typename S, typename T, int N>
 DEVICE void compute_fitting(Shared<S>& shared, const Layer<T>& layer, const TileScheduler<S, T, false>& scheduler,
@@ -86,7 +106,9 @@ DEVICE void compute_fitting(Shared<S>& shared, const Layer<T>& layer, const Tile
         if (scheduler.tile.rows <= N - S::GRAIN)
             return compute_fitting<S, T, N - S::GRAIN>(shared, layer, scheduler, pipeline, slots_pipeline);
     }
-    if constexpr (S::SCALED)
+    if constexpr (S::TOKENS_FIRST)
+        compute_rows<S>(shared, layer, scheduler, pipeline, slots_pipeline);
+    else if constexpr (S::SCALED)
         compute_scaled<S, T, N>(shared, layer, scheduler, pipeline, slots_pipeline);
     else
         compute<S, T, N>(shared, layer, scheduler, pipeline, slots_pipeline);

@@ -64,12 +64,12 @@ struct Shape {
     static constexpr int WARPGROUPS = WARPGROUPS_, ROW_BLOCKS = ROW_BLOCKS_, STAGES = STAGES_, TOKENS = TOKENS_,
                          GRAIN = GRAIN_, BOX = BOX_, CTAS_PER_SM = CTAS_PER_SM_, CLUSTER = CLUSTER_;
     static constexpr bool PERMUTES = PERMUTES_, APART = APART_, SCALED = SCALED_;
-    static constexpr bool PERMUTES_HERE = PERMUTES && !SCALED;
+    static constexpr bool PERMUTES_HERE = PERMUTES && !SCALED, TOKENS_FIRST = SCALED_ == 2;
     static constexpr int STEP = SCALED ? 2 * K_STEP : K_STEP, UNIT_ELEMENTS = SCALED ? 16 : 8;  // elements of K in a stage, of 16 bytes
     static constexpr int ROWS = WARPGROUPS * ROW_BLOCKS * 64;  // of weights in a tile
     static constexpr int THREADS = (WARPGROUPS + 1) * 128;
     // Whether outputs are turned round in shared memory, and buffers that each warp has for it: two, if they fit.
-    static constexpr bool STAGES_ROWS = SCALED || (TOKENS >= 96 && ROW_BLOCKS == 2);
+    static constexpr bool STAGES_ROWS = SCALED ? !TOKENS_FIRST : TOKENS >= 96 && ROW_BLOCKS == 2;
     static constexpr int SCALE_BYTES = SCALED ? 4 * TOKENS : 0;  // of a stage
     static constexpr int WITH_TWO =
         STAGES * ((ROWS + TOKENS) * ROW_BYTES + SCALE_BYTES + 16) + 16 * TOKENS + 64 + WARPGROUPS * 8 * STAGED_BYTES +
@@ -80,7 +80,7 @@ struct Shape {
     // consumers, whose sum may not pass what the CTA was given (PTX ISA, setmaxnreg: it waits for ever).
     static constexpr int LAUNCHED_REGISTERS = 65536 / (THREADS * CTAS_PER_SM) / 8 * 8;
     static constexpr bool REALLOCATES = (ROW_BLOCKS + SCALED) * TOKENS / 2 + 64 > LAUNCHED_REGISTERS;
-    static constexpr int PRODUCER_REGISTERS = SCALED ? (PERMUTES ? 56 : 72) : WARPGROUPS == 2 ? 72 : WARPGROUPS == 3 ? 32 : 40;
+    static constexpr int PRODUCER_REGISTERS = SCALED ? (PERMUTES && !TOKENS_FIRST ? 56 : 72) : WARPGROUPS == 2 ? 72 : WARPGROUPS == 3 ? 32 : 40;
     static constexpr int CONSUMER_REGISTERS = ((WARPGROUPS + 1) * LAUNCHED_REGISTERS - PRODUCER_REGISTERS) / WARPGROUPS / 8 * 8;
     static constexpr int GIVEN_REGISTERS = PRODUCER_REGISTERS + WARPGROUPS * CONSUMER_REGISTERS;
     static_assert(!REALLOCATES || (CONSUMER_REGISTERS <= 240 && GIVEN_REGISTERS <= (WARPGROUPS + 1) * LAUNCHED_REGISTERS),
@@ -89,6 +89,7 @@ struct Shape {
     static_assert(CLUSTER == 1 || CLUSTER == 2, "descriptors come two by two");
     static_assert(!SCALED || (ROWS == 2 * BLOCK && ROW_BLOCKS == 2 && TOKENS % 16 == 0),
                   "a tile holds a block of gate rows and one of up rows, or a block of w2 a warpgroup");
+    static_assert(!TOKENS_FIRST || (TOKENS == 64 * WARPGROUPS && TOKENS == GRAIN), "a warpgroup has 64 tokens");
     static_assert((TOKENS % 16 == 0 && GRAIN % 16 == 0) || TOKENS <= 16, "a thread stores two groups of eight tokens");
 };
 
@@ -127,8 +128,12 @@ template <typename S>
 struct Shared : Buffers<S>, Scales<S> {};
 
 // Where the scale of a tile's row lies: what a thread multiplies its columns by, 16 * i + 2 * (lane % 4) and the next, and these
-// eight further, is 16 bytes.
-DEVICE int scale_place(int row) { return (row & ~15) | (row & 6) << 1 | (row & 8) >> 2 | (row & 1); }
+// eight further, is 16 bytes; where tokens come first, as rows lie.
+template <typename S>
+DEVICE int scale_place(int row) {
+    if (S::TOKENS_FIRST) return row;
+    return (row & ~15) | (row & 6) << 1 | (row & 8) >> 2 | (row & 1);
+}
 
 // A place in the pipeline of stages.
 template <int STAGES>

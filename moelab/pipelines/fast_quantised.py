@@ -39,7 +39,7 @@ def coded_pipeline(call: MoECall, form: Instance | None = None) -> Tensor:
     instance = form or instance_for(call.num_tokens, call.top_k, call.num_experts)
     order = new_expert_order(ids.numel(), call.num_experts, x.device)
     expert_order_unchecked(ids, call.num_experts, order)
-    grain = min(16, instance.grain)
+    grain = 64 if instance.scaled == 2 else 16
     tiles = token_tiles_unchecked(
         order.sorted_slots, order.expert_offsets, instance.tokens, grain, instance.cluster > 1
     )
