@@ -19,7 +19,7 @@ from moelab.kernels.launch import Launcher  # noqa: E402
 from moelab.kernels.quantise_activations import CODE_LIMIT, quantise_rows  # noqa: E402
 from moelab.kernels.token_tiles import TokenTiles  # noqa: E402
 
-ROWS, GROUPS = 8, 4
+ROWS, GROUPS = 8, 16
 """Rows and groups of a program."""
 
 
@@ -72,7 +72,7 @@ def quantise_tiles_unchecked(
         lambda: (
             {"TOKENS": tokens, "IN_ROWS": in_rows, "GROUP": group, "ROWS": ROWS, "GROUPS": GROUPS, "LIMIT": limit,
              "POWER": format.power_of_two_scales},
-            {"num_warps": 4},
+            {"num_warps": 8},
         ),
     )  # fmt: skip
     return codes, scale

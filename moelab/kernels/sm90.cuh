@@ -260,6 +260,9 @@ DEVICE uint32_t from_neighbour(uint32_t value) { return __shfl_xor_sync(0xffffff
 
 DEVICE float from_lane(float value, int apart) { return __shfl_xor_sync(0xffffffffu, value, apart); }
 
+// What is the same in all lanes of a warp, so that the compiler knows it.
+DEVICE int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
 DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 

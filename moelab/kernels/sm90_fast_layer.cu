@@ -83,12 +83,12 @@ DEVICE void compute_scaled(Shared<S>& shared, const Layer<T>& layer, const TileS
 template <typename S, typename T>
 DEVICE void compute_rows(Shared<S>& shared, const Layer<T>& layer, const TileScheduler<S, T, false>& scheduler,
                          PipelineState<S::STAGES>& pipeline, PipelineState<2>& slots_pipeline) {
-    const int buffer = slots_pipeline.stage, first = (threadIdx.x / 128 - 1) * 64;
+    const int buffer = slots_pipeline.stage, first = uniform(threadIdx.x / 128 - 1) * 64;
     const int row = first + threadIdx.x % 128 / 32 * 16 + (threadIdx.x & 31) / 4;
     float sums[2][BLOCK / 2];
     barrier_wait(&shared.slots_full[buffer], slots_pipeline.phase);
     multiply_rows<S>(sums, shared, pipeline, shared.block_scales[buffer], scheduler.k_steps(), !S::PERMUTES && !scheduler.gemm,
-                     first < scheduler.tile.rows);
+                     uniform(first < scheduler.tile.rows));
     if (scheduler.gemm == 0)
         store_coded<S>(sums, layer, scheduler, row, shared.routed[buffer]);
     else

@@ -13,7 +13,7 @@
 template <typename S>
 DEVICE void multiply_rows(float (&sums)[2][BLOCK / 2], Shared<S>& shared, PipelineState<S::STAGES>& pipeline,
                           const float (&block_scales)[2][MOST_STEPS], int k_steps, bool gathered, bool has_rows) {
-    const int first = (threadIdx.x / 128 - 1) * 64, row = first + threadIdx.x % 128 / 32 * 16 + (threadIdx.x & 31) / 4;
+    const int first = uniform(threadIdx.x / 128 - 1) * 64, row = first + threadIdx.x % 128 / 32 * 16 + (threadIdx.x & 31) / 4;
 #pragma unroll
     for (int block = 0; block < 2; ++block)
 #pragma unroll

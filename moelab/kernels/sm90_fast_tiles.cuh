@@ -80,7 +80,7 @@ struct Shape {
     // consumers, whose sum may not pass what the CTA was given (PTX ISA, setmaxnreg: it waits for ever).
     static constexpr int LAUNCHED_REGISTERS = 65536 / (THREADS * CTAS_PER_SM) / 8 * 8;
     static constexpr bool REALLOCATES = (ROW_BLOCKS + SCALED) * TOKENS / 2 + 64 > LAUNCHED_REGISTERS;
-    static constexpr int PRODUCER_REGISTERS = SCALED ? (PERMUTES && !TOKENS_FIRST ? 56 : 72) : WARPGROUPS == 2 ? 72 : WARPGROUPS == 3 ? 32 : 40;
+    static constexpr int PRODUCER_REGISTERS = SCALED ? (PERMUTES ? 56 : 72) : WARPGROUPS == 2 ? 72 : WARPGROUPS == 3 ? 32 : 40;
     static constexpr int CONSUMER_REGISTERS = ((WARPGROUPS + 1) * LAUNCHED_REGISTERS - PRODUCER_REGISTERS) / WARPGROUPS / 8 * 8;
     static constexpr int GIVEN_REGISTERS = PRODUCER_REGISTERS + WARPGROUPS * CONSUMER_REGISTERS;
     static_assert(!REALLOCATES || (CONSUMER_REGISTERS <= 240 && GIVEN_REGISTERS <= (WARPGROUPS + 1) * LAUNCHED_REGISTERS),

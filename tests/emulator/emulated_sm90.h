@@ -244,6 +244,7 @@ inline uint32_t from_neighbour(uint32_t value) {
     return of_lane(value, [](const uint32_t* lanes) { return lanes[(threadIdx.x % 32) ^ 1]; });
 }
 
+inline int uniform(int value) { return value; }
 inline uint32_t float_bits(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
