@@ -123,7 +123,6 @@ DEVICE void consume(Shared<S>& shared, const Layer<T>& layer, int participants) 
     PipelineState<2> slots_pipeline;
     int uncounted = -1;
     int second = 0;  // tiles of GEMM2
-    if (S::SCALED && TAKES_TURNS && threadIdx.x >= 256) named_barrier_arrive(TURNS, 256);
     TileScheduler<S, T, false> scheduler(layer);
     if constexpr (S::PERMUTES_HERE) {
         const int first = scheduler.tiles1 ? Pieces<S>(layer).first(scheduler.tiles1 / scheduler.across1 * S::CLUSTER) : 0;

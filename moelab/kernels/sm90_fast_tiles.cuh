@@ -12,7 +12,7 @@ constexpr int ROW_BYTES = 128;
 constexpr int TOKEN_THREADS = 96;            // of the producers' 128; the first warp streams weights
 constexpr int PERMUTED = 1 << 16;            // what a permuted piece adds to a descriptor's count, above GEMM1's tiles
 constexpr int LOADER = 64;                   // of those, the thread that loads GEMM2's tokens by TMA
-enum Barrier { CONSUMERS = 1, TURNS = 6, ALL_CONSUMERS = 8 };  // named barriers: the first, and a warpgroup's number
+enum Barrier { CONSUMERS = 1, ALL_CONSUMERS = 8 };  // named barriers: the first, and a warpgroup's number
 
 // Tokens of one expert that are multiplied together: the expert-sorted rows first .. first + rows. The slot of the first is
 // here too: where experts have one token each, it saves a trip to memory. A descriptor without rows only makes a pair whole.
