@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +61,6 @@ def forms() -> list[Any]:
     return [*some, CODED[96], CODED_PERMUTED]
 
 
-def grain_of(instance: Any) -> int:
-    return 64 if instance.scaled == 2 else 16
-
-
 def compiled(number: int) -> tuple[bytes, float, tuple[int, int]]:
     """An instance's object code, pickled; seconds; registers and stack."""
     import torch
@@ -103,8 +98,7 @@ def stages(instance: Any, parts: int, sizes: tuple[int, ...]) -> dict[str, float
     from moelab.inputs import make_inputs
     from moelab.kernels.expert_order import expert_order
     from moelab.kernels.fast_instances import BLOCK, GEMM1, GEMM2, SUM
-    from moelab.kernels.fast_quantised import coded, coded_layer, coded_scratch, scale_place
-    from moelab.kernels.token_tiles import token_tiles
+    from moelab.kernels.fast_quantised import coded, coded_layer, coded_scratch, coded_tiles, scale_place
     from moelab.quantised_weights import dequantise, dequantise_activations, quantise_activations
     from moelab.shapes import MoEShape
 
@@ -118,8 +112,7 @@ def stages(instance: Any, parts: int, sizes: tuple[int, ...]) -> dict[str, float
     spread = torch.exp2(torch.randint(-3, 4, (num_tokens, hidden // BLOCK), generator=g, device=DEVICE).float())
     x = (i.hidden_states * spread.repeat_interleave(BLOCK, 1)).bfloat16()
     ids, weights = i.topk_ids.int(), i.weights
-    order = expert_order(ids, experts)
-    tiles = token_tiles(order.sorted_slots, order.expert_offsets, instance.tokens, grain_of(instance), instance.cluster > 1)
+    tiles = coded_tiles(expert_order(ids, experts), instance)
     scratch = coded_scratch(tiles, instance, ids.numel(), weights, x.dtype)
     for each in scratch:
         each.view(torch.uint8).fill_(0xFF)
@@ -132,7 +125,9 @@ def stages(instance: Any, parts: int, sizes: tuple[int, ...]) -> dict[str, float
         slots = tiles.sorted_slots[first : first + rows].long()
         h = exact_x[slots // top_k] @ w13[expert].T
         exact[tile] = torch.nn.functional.silu(h[:, :size]) * h[:, size:]
-        places[tile] = torch.tensor([scale_place(row, instance) for row in range(rows)], device=DEVICE, dtype=torch.long)
+        places[tile] = torch.tensor(
+            [scale_place(row, instance) for row in range(rows)], device=DEVICE, dtype=torch.long
+        )
         if not parts & GEMM1 and rows:
             codes, scale = quantise_activations(exact[tile].float(), format)
             inner.view(torch.uint8)[first : first + rows] = codes.view(torch.uint8)
@@ -255,15 +250,13 @@ def times(folder: str, passed: list[int], shapes: list[str], batches: list[int],
 def parts_of(layer: Any, instance: Any) -> dict[str, float]:
     """Microseconds of what a call launches, each alone."""
     from moelab.kernels.expert_order import expert_order
-    from moelab.kernels.fast_quantised import coded, coded_layer, coded_scratch
-    from moelab.kernels.token_tiles import token_tiles
+    from moelab.kernels.fast_quantised import coded, coded_layer, coded_scratch, coded_tiles
     from moelab.suites.screening import quick
 
     shape, format = layer.shape, layer.shape.format
 
     def tiled(i: int) -> Any:
-        order = expert_order(layer.routings[i].topk_ids, shape.num_experts)
-        return token_tiles(order.sorted_slots, order.expert_offsets, instance.tokens, grain_of(instance), instance.cluster > 1)
+        return coded_tiles(expert_order(layer.routings[i].topk_ids, shape.num_experts), instance)
 
     tiles = [tiled(i) for i in range(len(layer.states))]
     codes = [coded(x, t, shape.top_k, instance, format) for x, t in zip(layer.states, tiles, strict=True)]

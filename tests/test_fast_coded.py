@@ -10,7 +10,19 @@ import coded_cases
 import emulated_gpu
 import pytest
 import torch
-from coded_cases import MIDDLE, PAIR, PERMUTED, PERMUTED_PAIR, SMALL, WIDE, case, compare
+from coded_cases import (
+    FIRST,
+    FIRST_PAIR,
+    FIRST_PERMUTED,
+    MIDDLE,
+    PAIR,
+    PERMUTED,
+    PERMUTED_PAIR,
+    SMALL,
+    WIDE,
+    case,
+    compare,
+)
 from fast_cases import needs_compiler, ordered
 from kept import hopper_code
 from sampling import whole
@@ -45,6 +57,10 @@ from moelab.weights import ExpertWeights
         whole(PAIR, (150, 3, 2, 384, 256), 4),
         (PERMUTED, (40, 3, 2, 384, 128), 2),
         whole(PERMUTED_PAIR, (70, 3, 2, 256, 256), 4),
+        (FIRST, (40, 3, 2, 384, 128), 3),  # GEMM2's last tile has one of two blocks; of one warpgroup no tokens
+        whole(FIRST, (3, 4, 1, 128, 128), 1),
+        (FIRST_PERMUTED, (140, 2, 2, 256, 256), 2),  # several tiles of tokens an expert
+        whole(FIRST_PAIR, (270, 2, 2, 384, 256), 4),
     ],
 )
 def test_each_stage_is_right_and_ends(instance: Instance, sizes: tuple[int, ...], blocks: int) -> None:
@@ -52,7 +68,7 @@ def test_each_stage_is_right_and_ends(instance: Instance, sizes: tuple[int, ...]
 
 
 @needs_compiler
-@pytest.mark.parametrize("instance", [SMALL, whole(PERMUTED), whole(PAIR)])
+@pytest.mark.parametrize("instance", [SMALL, *map(whole, (PERMUTED, PAIR, FIRST))])
 def test_slots_of_other_ranks_count_nothing(instance: Instance) -> None:
     ids = torch.tensor([[0, -1], [-1, -1], [1, 0], [-1, 1]], dtype=torch.int32)
     compare(instance, 4, 3, 2, 256, 128, ids=ids)
@@ -61,21 +77,22 @@ def test_slots_of_other_ranks_count_nothing(instance: Instance) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("instance", [whole(SMALL), whole(MIDDLE), PERMUTED])
+@pytest.mark.parametrize("instance", [whole(SMALL), whole(MIDDLE), PERMUTED, FIRST])
 def test_weights_on_the_input(instance: Instance) -> None:
     """Ahead of the activation, whose codes they change."""
     compare(instance, 20, 3, 2, 256, 128, on_input=True)
 
 
 @needs_compiler
-@pytest.mark.parametrize("instance", [whole(MIDDLE), PAIR])
+@pytest.mark.parametrize("instance", [whole(MIDDLE), PAIR, whole(FIRST_PAIR)])
 def test_one_expert_that_takes_all(instance: Instance) -> None:
     compare(instance, 100, 6, 1, 128, 128, ids=torch.full((100, 1), 4, dtype=torch.int32), blocks=4)
 
 
 @needs_compiler
 def test_scales_that_are_powers_of_two() -> None:
-    compare(SMALL, 9, 3, 2, 256, 128, format=get_format("fp8_w8a8_block_128x128_ue8m0"))
+    for instance in (SMALL, FIRST):
+        compare(instance, 9, 3, 2, 256, 128, format=get_format("fp8_w8a8_block_128x128_ue8m0"))
 
 
 @needs_compiler
@@ -113,6 +130,21 @@ def test_a_wrong_scale_is_found(kind: str, tmp_path: Path) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("{low * by, high * by};", "{low * by, low * by};"),  # one token's for both of a thread's
+        whole(("const float by = block_scales[block][step]", "const float by = block_scales[0][step]")),
+        whole(("        largest = fmaxf(largest, from_lane(largest, 2));\n", "")),  # half of a token's group
+    ],
+)
+def test_a_wrong_scale_is_found_where_tokens_come_first(change: tuple[str, str], tmp_path: Path) -> None:
+    source = emulated_gpu.altered(tmp_path, ("sm90_fast_rows.cuh", *change))
+    with pytest.raises(AssertionError):
+        compare(FIRST, 12, 2, 2, 256, 256, source=source)
+
+
+@needs_compiler
 @pytest.mark.parametrize("instance", [SMALL, whole(PERMUTED_PAIR)])
 def test_the_same_bits_every_time(instance: Instance) -> None:
     of = case(33, 4, 2, 256, 128)
@@ -135,7 +167,7 @@ def test_a_wait_that_never_ends_says_what_it_was_for() -> None:
 
 @needs_compiler
 def test_sizes_and_places_are_those_of_the_source() -> None:
-    forms = (SMALL, MIDDLE, WIDE, PAIR, PERMUTED, *ALL_CODED)
+    forms = (SMALL, MIDDLE, WIDE, PAIR, PERMUTED, FIRST_PAIR, *ALL_CODED)
     lines = [f"static_assert(sizeof(Shared<{each.shape}>) == {each.shared_bytes});" for each in forms]
     lines += [f"static_assert(sizeof(Layer<__half>) == {ctypes.sizeof(fast_layer.LayerArguments)});"]
     lines += [f"static_assert(sizeof(Shared<{SMALL.shape}>) == 1);"]  # it can fail

@@ -35,11 +35,13 @@ def explain_fast(found: MoEShape, num_tokens: int, device: str, triton_version: 
     from dataclasses import asdict
 
     from moelab.chips import get_target
+    from moelab.implementations import IMPLEMENTATIONS
     from moelab.pipelines.fast import choose_for
     from moelab.roofline import device_data, device_names
     from moelab.shapes import require_plain
 
-    require_plain(found, "The implementation fast")
+    if found.format.family not in IMPLEMENTATIONS["fast"].formats:
+        require_plain(found, "The implementation fast")
     known = device.replace(" ", "_") in device_names()
     name = device_data(device).get("target") if known else None
     choice = choose_for(found, num_tokens, None if name is None else get_target(name), device, triton_version)

@@ -101,7 +101,10 @@ def tensor_maps(instance: Instance, w13: Tensor, w2: Tensor, rows: Tensor, inner
         return (
             _in_chunks(hidden, experts * doubled, 16),
             _in_chunks(size, experts * hidden, 8),
-            *(TensorMap((each.shape[1], each.shape[0]), (each.shape[1],), (step, instance.box)) for each in (rows, inner)),
+            *(
+                TensorMap((each.shape[1], each.shape[0]), (each.shape[1],), (step, instance.box))
+                for each in (rows, inner)
+            ),
         )
     if instance.scaled:
         of_w13 = TensorMap(

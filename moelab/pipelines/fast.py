@@ -27,7 +27,7 @@ from moelab.kernels.launch import checked, signature
 from moelab.kernels.residency import raise_if_lost
 from moelab.kernels.route import new_routed, route, tiles_in_one_launch
 from moelab.kernels.token_tiles import TokenTiles, new_token_tiles, token_tiles_unchecked
-from moelab.pipelines.fast_quantised import coded_pipeline
+from moelab.pipelines.fast_quantised import coded_choice, coded_pipeline
 from moelab.pipelines.layers import sorted_pipeline, triton_pipeline
 from moelab.routing import ExpertOrder, Routed
 from moelab.shapes import MoEShape
@@ -236,9 +236,12 @@ def choose_for(
     """`choose` for a layer's sizes. target: the chip, None where it is not known; device: whose tuned files count, None for none;
     triton_version: under which they are looked up, None for the one installed.
 
-    Raises what `fused_moe(impl="fast")` would for such a layer there: ConfigError, RuntimeModeError, DtypeError, ShapeError.
+    Raises what `fused_moe(impl="fast")` would for such a layer there: ConfigError, RuntimeModeError, FormatError, DtypeError,
+    ShapeError.
     """
     check_kind(shape.activation, shape.gated, biases=False)
+    if not shape.format.is_plain:
+        return Choice(*coded_choice(shape, num_tokens, target or TARGETS["sm_90"]))
     dtype = torch_dtype(shape.dtype)
     w13, w2 = (torch.empty(size, dtype=dtype, device="meta") for size in (shape.w13_shape, shape.w2_shape))
     x = torch.empty((num_tokens, shape.hidden_size), dtype=dtype, device="meta")
