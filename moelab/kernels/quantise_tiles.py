@@ -26,8 +26,8 @@ ROWS, GROUPS = 8, 16
 @triton.jit(do_not_specialize=["top_k"])
 def _quantise_tiles_kernel(
     x_ptr, slots_ptr, tiles_ptr, num_tiles_ptr, out_ptr, scale_ptr, top_k, K,
-    TOKENS: tl.constexpr, IN_ROWS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, LIMIT: tl.constexpr,
-    POWER: tl.constexpr,
+    TOKENS: tl.constexpr, IN_ROWS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    LIMIT: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
     """GROUPS groups of ROWS rows of a tile."""
     groups = K // GROUP
