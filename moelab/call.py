@@ -15,8 +15,8 @@ Config = KernelConfig | Literal["default"] | None
 
 
 class MoECall(NamedTuple):
-    """One checked call, as implementations get it: hidden_states (M, H), the experts' weights, topk_weights (M, k) float32 and
-    topk_ids (M, k), then what kind of layer it is, and under which configs."""
+    """One checked call, as implementations get it: hidden_states (M, H), the experts' weights, topk_weights (M, k), float32 or
+    hidden_states' dtype, and topk_ids (M, k), then what kind of layer it is, and under which configs."""
 
     hidden_states: Tensor
     weights: ExpertWeights

@@ -39,6 +39,12 @@ class Target:
         generation = self.name.removeprefix("sm_").rstrip("af")
         return generation.isdecimal() and int(generation) >= 90
 
+    @property
+    def has_pdl(self) -> bool:
+        """Whether a launch may begin while the one before it ends (programmatic dependent launch): sm_90 and later (PTX ISA,
+        griddepcontrol)."""
+        return self.has_tma
+
 
 # Limits: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability" (opt-in maximum
 # per block), and the LDS size of AMD's CDNA3 and CDNA4 instruction-set documents.

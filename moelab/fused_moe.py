@@ -57,8 +57,8 @@ def fused_moe(
     rows, or (E, N, H) with gated=False; w2: (E, H, N); b13 (E, 2N) and b2 (E, H) optional; all in one dtype. Or, in place of
     the four, one `ExpertWeights`, also of a quantised format, which "triton" takes: `moelab.quantised_weights` makes them, and
     its `require_values` looks, once, for scales that no checkpoint has.
-    Routing: either topk_weights (M, k) float32 and topk_ids (M, k) int32 or int64, or router_logits (M, E) with top_k
-    (softmax, then top-k, weights renormalised unless told otherwise).
+    Routing: either topk_weights (M, k), float32 or hidden_states' dtype, and topk_ids (M, k) int32 or int64, or router_logits
+    (M, E) with top_k (softmax, then top-k, weights renormalised unless told otherwise).
     An id of -1 is another rank's expert and adds nothing, whatever its weight, NaN and infinity too; NaN and infinity go
     where plain arithmetic on a token's chosen experts takes them, and nowhere else: not from another token, nor from rows of
     weights that this token did not choose.
@@ -259,7 +259,7 @@ def _check_call(call: MoECall, impl: str) -> None:
         checks.check_stored("w2", w.down, w.num_experts, x.shape[1], inner)
         checks.check_static_scales(w)
     checks.check_dtype("topk_ids", ids, (torch.int32, torch.int64))
-    checks.check_dtype("topk_weights", call.topk_weights, (torch.float32,))
+    checks.check_routed(call.topk_weights, x.dtype)
     if ids.shape[1] < 1:
         raise RoutingError(f"topk_ids has shape {tuple(ids.shape)}. Expected at least one expert a token. Raise top_k.")
     for name, bias, size in (("b13", w.b13, rows), ("b2", w.b2, x.shape[1])):

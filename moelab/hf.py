@@ -95,9 +95,11 @@ def _forward(impl: str | None, configs: Configs = _looked_up) -> Forward:
         b13, b2 = _biases(block, gated) if has_bias else (None, None)
         if getattr(block, "_is_expert_parallel", _shared_out(block, w13)):
             top_k_index = top_k_index.masked_fill(top_k_index >= w13.shape[0], -1)
+        if top_k_weights.dtype not in (torch.float32, hidden_states.dtype):
+            top_k_weights = top_k_weights.float()
         up, down = configs(block.down_proj, hidden_states.shape[0])
         return fused_moe(
-            hidden_states, w13, block.down_proj, b13=b13, b2=b2, topk_weights=top_k_weights.float(), topk_ids=top_k_index,
+            hidden_states, w13, block.down_proj, b13=b13, b2=b2, topk_weights=top_k_weights, topk_ids=top_k_index,
             impl=impl or _preferred(block, activation, gated, has_bias), config=up, down_config=down,
             activation=activation, gated=gated,
         )  # fmt: skip

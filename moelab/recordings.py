@@ -33,9 +33,10 @@ MADE_BY = {
     name: f"moelab record {name}"
     for name in (
         "ceilings", "sum_reduce_precision", "sum_reduce", "layer_classic", "split_k", "layer_baseline", "tma_overhead",
-        "fast_layer", "fast_choice", "fast_counters", "quantised", "serve_bench", "tuned_gain", "tuner_regret",
+        "fast_layer", "fast_choice", "fast_shapes", "fast_counters", "quantised", "serve_bench", "slot_order", "tuned_gain",
+        "tuner_regret",
     )
-} | {"tune_timeline": "make tuned"}  # fmt: skip
+} | {"tune_timeline": "make tuned", "peer_kernels": "python tests/peer_kernels.py KERNELS_OF_SGLANG"}  # fmt: skip
 """Recordings by name -> the command that makes each again: suites and studies, which are layers above this, and their own."""
 
 _SAID_BY_SOURCE = ("gpu", "date")  # a recording that cannot say these two names no source at all

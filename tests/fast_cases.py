@@ -40,11 +40,11 @@ def ordered(topk_ids: torch.Tensor, num_experts: int, instance: Instance) -> Tok
 def compare(
     instance: Instance, num_tokens: int, experts: int, top_k: int, hidden: int, size: int, *,
     dtype: torch.dtype = torch.float16, blocks: int = 2, ids: torch.Tensor | None = None, on_input: bool = False,
-    source: Path = SOURCE, late: int = -1, lost_weights: float | None = None,
+    source: Path = SOURCE, late: int = -1, lost_weights: float | None = None, narrow: bool = False,
 ) -> None:  # fmt: skip
     """One emulated layer against float64, within twice the error of torch's own layer in that dtype.
 
-    lost_weights: the weight of ids that are no expert, in the kernel's input.
+    lost_weights: the weight of ids that are no expert, in the kernel's input. narrow: weights of that dtype.
     """
     g = torch.Generator().manual_seed(0)
     x = torch.randn(num_tokens, hidden, generator=g).to(dtype)
@@ -53,6 +53,7 @@ def compare(
     if ids is None:
         ids = torch.stack([torch.randperm(experts, generator=g)[:top_k] for _ in range(num_tokens)]).int()
     weights = torch.rand(num_tokens, top_k, generator=g)
+    weights = weights.to(dtype) if narrow else weights
     tiles = ordered(ids, experts, instance)
     lost = (ids < 0) | (ids >= experts)
     given = weights if lost_weights is None else torch.where(lost, lost_weights, weights)

@@ -1,20 +1,20 @@
 """The compatible kernels of quantised weights beside sglang's own, on an NVIDIA GPU: same config, same problem, one run.
 
-    python tests/peer_kernels.py PATH/fused_moe_triton_kernels.py [--models deepseek-v3/8 qwen3-30b-a3b/1] [--batches 1 16 64 ...]
+    python tests/peer_kernels.py PATH/fused_moe_triton_kernels.py [--models deepseek-v3/8/8 ...] [--batches 1 16 ...]
 
 PATH: sglang 0.5.23's kernels, out of its published wheel (sglang/kernels/ops/moe); nothing of it lies here. What it imports from
 its package is replaced by answers for Hopper. One grouped product at a time (GEMM1, or GEMM2 with the routed weight), its codes,
 scales and alignment made beforehand, in a CUDA graph over rotated weights and routings, both interleaved. Prints microseconds of
-both, the ratio, ours over theirs, how far apart their results are, and the ratio's geometric mean by format.
+both, the ratio, ours over theirs, how far apart their results are, and the ratio's geometric mean by format. The recording, by
+default data/recordings/peer_kernels.json, is written after each product.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
-import os
+import statistics
 import sys
 import types
 from dataclasses import replace
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from moelab import recordings, runtime
 from moelab.config import KernelConfig
 from moelab.inputs import random_tensor, routing_for
 from moelab.kernels.align import align
@@ -33,6 +34,7 @@ from moelab.kernels.quantise_activations import quantise_activations
 from moelab.kernels.quantised import GEMMS
 from moelab.measure import measure, rotations_for
 from moelab.pipelines.call_configs import default_of
+from moelab.recordings import Recording
 from moelab.shapes import load_model
 from moelab.suites.layer_classic import protocol_for
 from moelab.suites.stages import weight_sets
@@ -114,7 +116,7 @@ def theirs(module: Any, call: GemmCall, out: torch.Tensor) -> None:
 
 
 def cell(module: Any, shape: Any, which: str, batch: int, config: KernelConfig, sets: list[Any]) -> dict[str, Any]:
-    """One product: microseconds of both, and the largest difference over the largest value."""
+    """One product: samples of both, and the largest difference over the largest value."""
     pairs, format = batch * shape.top_k, shape.format
     top_k, K = (shape.top_k, shape.hidden_size) if which == "up" else (1, shape.moe_intermediate_size)
     weight_bytes = sets[0].w.numel() * min(1.0, pairs / shape.num_experts)
@@ -144,19 +146,32 @@ def cell(module: Any, shape: Any, which: str, batch: int, config: KernelConfig, 
         return out[1]
 
     found = measure({"ours": ours, "sglang": peers}, protocol)
-    return {name: one.median_us for name, one in found.items()} | {"apart": apart}
+    return {name: one.samples_us for name, one in found.items()} | {"apart": apart}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path)
-    parser.add_argument("--models", nargs="+", default=["deepseek-v3/8", "qwen3-30b-a3b/1"], help="preset/tp_size")
+    parser.add_argument(
+        "--models", nargs="+", default=["deepseek-v3/8", "qwen3-30b-a3b/1"], help="preset/tp_size[/ep_size]"
+    )
     parser.add_argument("--formats", nargs="+", default=list(FORMATS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64, 256, 1024, 4096])
+    parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    module, rows = peer(asked.path), []
-    for (model, tp), name, which in product((m.split("/") for m in asked.models), asked.formats, ("up", "down")):
-        shape = replace(load_model(model, tp_size=int(tp), dtype="bfloat16"), format=name)
+    module, rows, logs = peer(asked.path), list[dict[str, Any]](), dict[str, list[float]]()
+    protocol = {
+        **protocol_for(1).describe(),
+        "rotations": "in each row",
+        "sglang": "0.5.23, its kernels out of its wheel",
+    }
+    for (model, name), which in product(product(asked.models, asked.formats), ("up", "down")):
+        preset, *sizes = model.split("/")
+        tp_size, ep_size = (int(size) for size in (*sizes, "1")[:2])
+        plain = load_model(
+            preset, tp_size=tp_size, ep_size=ep_size, dtype="bfloat16", disable_shared_experts_fusion=True
+        )  # fmt: skip
+        shape = replace(plain, format=name)
         sets = weight_sets(which, shape)
         for batch in asked.batches:
             many = batch * shape.top_k / shape.num_experts > 24
@@ -165,22 +180,22 @@ def main() -> None:
                 "tile": KernelConfig(*TILES[64 if many else 16]),
             }
             for label, config in configs.items():
-                row = {"model": model, "format": name, "gemm": which, "num_tokens": batch, "config": label}
-                row |= cell(module, shape, which, batch, config, sets)
-                rows.append(row)
-                ratio = row["ours"] / row["sglang"]
+                found = cell(module, shape, which, batch, config, sets)
+                row = {"shape": model, "format": name, "gemm": which, "num_tokens": batch, "config_name": label,
+                       "config": config.to_json(), "apart": found["apart"]}  # fmt: skip
+                rows += [{**row, "impl": impl, "samples_us": found[impl]} for impl in ("ours", "sglang")]
+                ours, theirs = (statistics.median(found[impl]) for impl in ("ours", "sglang"))
+                logs.setdefault(name, []).append(math.log(ours / theirs))
                 print(
-                    f"{model:14} {name:24} {which:4} {batch:5} {label:8} {row['ours']:9.2f} {row['sglang']:9.2f} us {ratio:.3f}"
-                    f"  apart {row['apart']:.1e}",
+                    f"{model:18} {name:24} {which:4} {batch:5} {label:8} {ours:9.2f} {theirs:9.2f} us {ours / theirs:.3f}"
+                    f"  apart {found['apart']:.1e}",
                     flush=True,
                 )
+        recordings.write(Recording("peer_kernels", runtime.provenance(seed=0), protocol, tuple(rows)), asked.out)
         del sets
         torch.cuda.empty_cache()
-    for name in asked.formats:
-        logs = [math.log(row["ours"] / row["sglang"]) for row in rows if row["format"] == name]
-        print(f"{name}: ours over sglang's, geometric mean of {len(logs)}: {math.exp(sum(logs) / len(logs)):.3f}")
-    if "OUT" in os.environ:
-        (Path(os.environ["OUT"]) / "peer_kernels.json").write_text(json.dumps(rows))
+    for name, of in logs.items():
+        print(f"{name}: ours over sglang's, geometric mean of {len(of)}: {math.exp(statistics.mean(of)):.3f}")
 
 
 if __name__ == "__main__":

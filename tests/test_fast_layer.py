@@ -64,13 +64,13 @@ def test_the_layer_is_right_and_ends(instance: Instance, sizes: tuple[int, ...],
 @needs_compiler
 @pytest.mark.parametrize("instance", [whole(MIDDLE), MIDDLE_PAIR])
 def test_in_bfloat16(instance: Instance) -> None:
-    compare(instance, 20, 3, 2, 128, 64, dtype=torch.bfloat16)
+    compare(instance, 20, 3, 2, 128, 64, dtype=torch.bfloat16, narrow=True)
 
 
 @needs_compiler
 @pytest.mark.parametrize("instance", [whole(SMALL), whole(MIDDLE), MIDDLE_APART, SMALL_PAIR, whole(MIDDLE_PAIR)])
 def test_weights_on_the_input(instance: Instance) -> None:
-    compare(instance, 20, 3, 1, 128, 64, on_input=True)
+    compare(instance, 20, 3, 1, 128, 64, on_input=True, narrow=instance.cluster > 1)
 
 
 @needs_compiler

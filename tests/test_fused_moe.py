@@ -162,6 +162,32 @@ def test_repeated_runs_are_bitwise_equal(impl: str, device: str) -> None:
     assert all(torch.equal(first, call(CASES[3], inputs, impl, **configs)) for _ in range(again))
 
 
+@pytest.mark.parametrize("on_input", [False, True])
+def test_weights_of_the_layers_dtype_are_as_good_as_float32(on_input: bool, device: str) -> None:
+    """As transformers' routers hand them on: read as they are, to the same bits; NaN at an id of -1 adds nothing."""
+    case = replace(CASES[3], on_input=on_input)
+    i = case.inputs(torch.float16, device)
+    narrow = i.topk_weights.half()
+    i.topk_ids[0, 0], narrow[0, 0] = -1, float("nan")
+    wide = narrow.float()
+    for impl in ("torch", "triton", *SPLIT_IMPLS, "tma", *SORTED_IMPLS):
+        configs = split_configs(case) if impl in SPLIT_IMPLS else {"config": TILE}
+        both = [call(case, replace(i, topk_weights=weights), impl, **configs) for weights in (narrow, wide)]
+        assert torch.equal(*both), impl
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 40, 700])
+@pytest.mark.parametrize("impl", ["fast", "triton", "gated_tma"])
+def test_weights_of_the_layers_dtype_on_the_gpu(impl: str, num_tokens: int) -> None:
+    case = Case("narrow", num_tokens, 16, 4, 512, 256)
+    i = case.inputs(torch.bfloat16, "cuda")
+    narrow = i.topk_weights.bfloat16()
+    both = [call(case, replace(i, topk_weights=weights), impl) for weights in (narrow, narrow.float())]
+    assert torch.equal(*both)
+    judge(case, replace(i, topk_weights=narrow), both[0])
+
+
 def test_router_logits_are_routed(device: str) -> None:
     case = CASES[1]
     i = case.inputs(torch.float32, device)

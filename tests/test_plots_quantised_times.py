@@ -113,3 +113,25 @@ def test_a_recording_that_appears_is_drawn_outside_notebooks_too(
 def test_without_a_recording_its_command_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(recordings, "recordings_dir", lambda: tmp_path)
     assert "`moelab record quantised`" in times.times().sentence
+
+
+def test_ours_beside_the_peers_kernel() -> None:
+    ratios = {
+        ("fp8_w8a8_block_128x128", 1): (0.5, 2.0),
+        ("fp8_w8a8_block_128x128", 64): (0.9, 0.9),
+        ("int4_w4a16_group_128", 1): (0.3,),
+    }
+    rows = [
+        {"shape": f"shape {i}", "format": format, "gemm": "up", "num_tokens": batch, "config_name": "default", "impl": impl,
+         "samples_us": [us] * 3}
+        for (format, batch), of in ratios.items()
+        for i, ratio in enumerate(of)
+        for impl, us in (("ours", 10 * ratio), ("sglang", 10.0))
+    ]  # fmt: skip
+    panel = times.beside(
+        Recording("peer_kernels", PROVENANCE | {"gpu": "NVIDIA H200"}, {"kind": "made up"}, tuple(rows))
+    )
+    whole(panel, "NVIDIA H200")
+    blocks, int4 = panel.table
+    assert (blocks["1"], blocks["64"], blocks["worst"], blocks["products"]) == pytest.approx((1.0, 0.9, 2.0, 4))
+    assert int4["geometric mean"] == pytest.approx(0.3) and 0.3 in numbers(panel.sentence)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,44 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_serving import DEVICE, LAYERS, PAIR, QUICK, E, a_file, plan
 
 from moelab import hf, recordings, runtime
 from moelab.config import KernelConfig
 from moelab.errors import (
-    ConfigFileError,
     FolderError,
-    FormatError,
-    MoelabError,
-    OptionError,
     RecordingError,
     RoutingError,
     RuntimeModeError,
-    UnknownArchitectureError,
     UnknownNameError,
 )
 from moelab.recordings import Recording
 from moelab.serving import clock, contenders, model, prediction, requests, routes, steps, suite, table
-from moelab.serving.clock import Limit, Protocol
-from moelab.suites.partial import keeper
+from moelab.serving.clock import Limit
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-E, K, LAYERS = 8, 2, 3
-CONFIG = {
-    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": E, "num_experts_per_tok": K,
-    "hidden_size": 32, "moe_intermediate_size": 24, "intermediate_size": 48, "num_hidden_layers": LAYERS,
-    "hidden_act": "silu", "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64,
-}  # fmt: skip
-QUICK = Protocol(sample_ms=0.01, cell_s=0.01, fewest=2, most=2)
-DEVICE = runtime.current().device
-PAIR = (
-    ("eager", "moelab_torch") if DEVICE == "cpu" else ("batched_mm", "moelab_triton")
-)  # on a GPU those that a graph takes
-
-
-def a_file(folder: Path, **changes: Any) -> Path:
-    path = folder / "config.json"
-    path.write_text(json.dumps({key: value for key, value in {**CONFIG, **changes}.items() if value is not None}))
-    return path
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,13 +48,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(config: Path) -> Any:
     contenders.known()
     return model.build(model.read_config(config), DEVICE, torch.float32)
-
-
-def plan(config: Path, **changes: Any) -> suite.Plan:
-    load = requests.Load(2, 5, 3, rate=math.inf, runs=1)
-    given = {"dtype": "float32", "contenders": PAIR, "prefills": ((2, 8),), "decodes": (3,), "context": 6,
-             "load": load, "protocol": QUICK}  # fmt: skip
-    return suite.Plan(str(config), **given | changes)
 
 
 @pytest.fixture(scope="module")
@@ -293,71 +261,6 @@ def test_a_captured_step_gives_the_eager_step(config: Path) -> None:
 # --- the model ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "words"),
-    [
-        (
-            {"num_attention_heads": None, "vocab_size": None},
-            ConfigFileError,
-            "num_attention_heads, vocab_size.*defaults",
-        ),
-        ({"num_key_value_heads": None}, ConfigFileError, "num_key_value_heads or kv_lora_rank"),
-        ({"quantization_config": {"quant_method": "fp8"}}, FormatError, "registries of their own"),
-        ({"num_experts": None, "num_experts_per_tok": None}, UnknownArchitectureError, "num_experts"),
-        ({"architectures": None, "model_type": "qwen3_mo"}, UnknownArchitectureError, "Did you mean qwen3_moe"),
-    ],
-)
-def test_a_config_that_no_model_can_be_made_of(
-    tmp_path: Path, changes: dict, error: type[MoelabError], words: str
-) -> None:
-    with pytest.raises(error, match=words):
-        model.read_config(a_file(tmp_path, **changes))
-
-
-def test_the_presets_that_name_the_whole_model() -> None:
-    found = model.read_config("qwen3-30b-a3b")
-    assert (found.num_attention_heads, found.num_key_value_heads, found.head_dim, found.vocab_size) == (
-        32,
-        4,
-        128,
-        151936,
-    )
-    assert found.rope_parameters["rope_theta"] == 1e6 and found.norm_topk_prob is True
-    assert model.weight_bytes(found, torch.bfloat16)["all"] == 2 * 30_532_122_624, "as its card says: 30.5B"
-    with pytest.raises(ConfigFileError, match="as it was published"):
-        model.read_config("mixtral-8x22b")
-
-
-def test_the_first_layers_alone(config: Path) -> None:
-    assert model.read_config(config, 2).num_hidden_layers == 2
-    kinds = ["conv", "full_attention", "conv"]
-    mixed = transformers.AutoConfig.for_model("lfm2_moe", num_hidden_layers=3, layer_types=kinds)
-    assert model.cut(mixed, 2).layer_types == kinds[:2]
-    with pytest.raises(OptionError, match="Expected 1 to 3"):
-        model.read_config(config, 4)
-    dense = model.read_config("glm-4.5-air", 1)
-    dense.update(
-        {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "head_dim": 16, "vocab_size": 64}
-    )
-    with pytest.raises(UnknownNameError, match="no experts"):
-        model.build(dense, DEVICE, torch.float32)
-
-
-def test_no_room_says_how_many_layers_fit(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = model.read_config(config)
-    sizes = model.weight_bytes(found, torch.float32)
-    for short, words in (
-        (1, "--layers 2,"),
-        (sizes["last layer"] + 1, "--layers 1,"),
-        (sizes["all"], "Not one layer fits"),
-    ):
-        monkeypatch.setattr(model, "free_bytes", lambda _, short=short: (sizes["all"] - short) / (1 - model.SPARE))
-        with pytest.raises(RuntimeModeError, match=words):
-            model.build(found, DEVICE, torch.float32)
-    monkeypatch.setattr(model, "free_bytes", lambda _: sizes["all"] / (1 - model.SPARE) + 1)
-    model.require_room(found, DEVICE, torch.float32)
-
-
 def test_runs_of_one_place_lie_in_one_recording(found: tuple[Recording, list[int]], tmp_path: Path) -> None:
     first = found[0]
     other = replace(
@@ -465,183 +368,3 @@ def test_a_verdict_in_one_line() -> None:
 
 
 # --- the command --------------------------------------------------------------------------------------------------------
-
-SMALL = (
-    "--dtype",
-    "float32",
-    "--experts",
-    "eager",
-    "--decode",
-    "1",
-    "--prefill",
-    "1x4",
-    "--context",
-    "4",
-    "--requests",
-    "0",
-)
-
-
-def test_the_command_prints_and_writes(run, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite, "Protocol", lambda: QUICK)
-    out = tmp_path / "a.json"
-    status, printed, told = run("serve-bench", "--model", str(config), *SMALL, "--layers", "1", "--out", str(out))
-    assert status == 0 and "decode 1x4" in printed and "wrote" in told and "1 layers" in told
-    assert recordings.load(out).rows and [path.name for path in tmp_path.iterdir()] == ["a.json"]
-    status, again, _ = run("serve-bench", "--replay", str(out))
-    assert status == 0 and again == printed, "as it was printed, and without a model made"
-    status, _, told = run("serve-bench", "--replay", str(out), "--model", "mixtral-8x7b")
-    assert status == 2 and "with that model" in told
-    status, _, told = run("serve-bench")
-    assert status == 2 and "--replay" in told
-    keeper("serve_bench", out)(recordings.load(out).rows[:3])
-    status, again, _ = run("serve-bench", "--replay", f"{out}.partial")
-    assert status == 0 and "decode 1x4" in again
-    Path(f"{out}.partial").unlink()
-    status, printed, _ = run("serve-bench", "--model", str(config), *SMALL, "--limit", "1", "--json")
-    assert status == 0 and set(json.loads(printed)) == {"source", "protocol", "times", "serving", "errors", "verdicts"}
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--prefill", "4*2048"), "no batch and length"),
-        (("--rate", "0"), "no rate"),
-        (("--rate", "fast"), "no rate"),
-        (("--routing", "even"), "Unknown routing"),
-        (("--experts", "fast"), "Unknown implementation"),
-        (("--dtype", "int8"), "no dtype of weights"),
-        (("--tree", "nowhere"), "holds no config file"),
-    ],
-)
-def test_bad_options_are_named(run, config: Path, options: tuple[str, ...], words: str) -> None:
-    status, _, told = run("serve-bench", "--model", str(config), *SMALL, *options)
-    assert status == 2 and words in " ".join(told.split())
-
-
-@pytest.mark.skipif(runtime.current().mode == "gpu", reason="has a GPU, and would measure")
-def test_the_suite_needs_a_gpu() -> None:
-    with pytest.raises(RuntimeModeError, match="'serve_bench' needs an NVIDIA GPU"):
-        suite.record()
-
-
-# --- the path of a GPU, with stand-ins for its graphs, streams and events ----------------------------------------------------
-
-
-class Graph:
-    """Replays the work that was run while it was captured."""
-
-    work: steps.Work
-    replays = 0
-
-    def replay(self) -> None:
-        Graph.replays += 1
-        self.work.run()
-
-
-class Event:
-    """Times by the wall; enters no queue."""
-
-    def __init__(self, **_: object) -> None:
-        self.at = 0.0
-
-    def record(self) -> None:
-        self.at = time.perf_counter()
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed_time(self, end: Event) -> float:
-        return (end.at - self.at) * 1e3
-
-
-class Stream:
-    def wait_stream(self, other: object) -> None:
-        pass
-
-
-@pytest.fixture
-def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that takes its CPU for a GPU."""
-    for name, one in {"CUDAGraph": Graph, "Event": Event, "Stream": Stream, "current_stream": Stream}.items():
-        monkeypatch.setattr(torch.cuda, name, one)
-    for name in ("graph", "stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(runtime, "current", lambda: runtime.Runtime("gpu", "cpu", "pretended", "a test"))
-    prepared = clock._prepared
-
-    def of_work(made: Any, work: steps.Work, name: str, graph: bool) -> Any:
-        monkeypatch.setattr(Graph, "work", work, raising=False)
-        return prepared(made, work, name, graph)
-
-    monkeypatch.setattr(clock, "_prepared", of_work)
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="has a GPU, which does it itself")
-def test_the_path_of_a_gpu(config: Path, pretended: None) -> None:
-    found = suite.serve_bench(plan(config, contenders=("batched_mm", "eager"), load=None))
-    graphs = {row["kind"]: row["graph"] for row in found.rows if "graph" in row}
-    assert graphs == {"decode": True, "decode, eager": False, "experts of decode": True, "prefill": False,
-                      "prefill, graph": True, "experts of prefill": True}  # fmt: skip
-    assert all("samples_us" in row for row in found.rows if "graph" in row) and Graph.replays > 0
-    assert "a CUDA graph" in found.protocol["decode"]
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="has a GPU, which does it itself")
-def test_a_context_that_is_gone_ends_the_run_and_keeps_its_rows(
-    config: Path, pretended: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def lost() -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    def fatal(*_: Any) -> Any:
-        monkeypatch.setattr(torch.cuda, "synchronize", lost)
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    rows: list[Any] = []
-    monkeypatch.setattr(suite, "decode", fatal)
-    with pytest.raises(RuntimeModeError, match="ended this process's CUDA context"):
-        suite.serve_bench(
-            plan(config, contenders=("eager",), load=None), lambda so_far: rows.__setitem__(slice(None), so_far)
-        )
-    assert {row["kind"] for row in rows} == {"error", "logits"}
-
-
-class Paced:
-    """A contender that takes so many microseconds by its own account."""
-
-    def __init__(self, us: float) -> None:
-        self.us, self.work = us, steps.Work("decode", 1, lambda: None)
-
-    def once(self) -> float:
-        return self.us
-
-    def sample(self, runs: int) -> float:
-        return self.us
-
-
-def test_a_slow_one_gets_few_samples_and_the_others_their_rounds() -> None:
-    protocol = Protocol(sample_ms=1.0, cell_s=0.1, fewest=3, most=9)
-    found = clock._sampled({"a": Paced(1000.0), "b": Paced(1100.0), "c": Paced(1e6)}, protocol)  # type: ignore[dict-item]
-    assert {name: len(samples) for name, samples in found.items()} == {"a": 9, "b": 9, "c": 3}
-    assert clock._sampled({}, protocol) == {}
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="has a GPU, which does it itself")
-def test_the_watch_stays_while_a_thread_of_the_run_does(pretended: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(
-        clock.faulthandler, "dump_traceback_later", lambda seconds, **_: said.append(f"armed {seconds:.0f}")
-    )
-    monkeypatch.setattr(clock.faulthandler, "cancel_dump_traceback_later", lambda: said.append("cancelled"))
-    end = threading.Event()
-    hung = threading.Thread(target=end.wait)
-    with clock.watched(Limit(10.0)):
-        hung.start()
-    assert said == ["armed 130"]
-    end.set()
-    hung.join()
-    with pytest.raises(ZeroDivisionError), clock.watched(Limit(10.0)):
-        1 / 0  # noqa: B018
-    assert said == ["armed 130", "armed 130", "cancelled"]

@@ -91,10 +91,10 @@ def test_tails_biases_and_other_ranks_experts(name: str, form: str, activation: 
     ids, weights = i.topk_ids.clone(), i.topk_weights.clone()
     ids[1, 1], ids[2] = -1, torch.tensor([-1, -1])
     weights[1, 1], weights[2] = float("nan"), float("inf")
-    i = replace(i, topk_ids=ids.long(), topk_weights=weights)
+    i = replace(i, topk_ids=ids.long(), topk_weights=weights.bfloat16())  # as transformers hands them on
     on_input = form == "sorted"
     out = emulated(i, FORMS[form], activation=activation, scale=2.5, weights_on_input=on_input)
-    sound = replace(i, topk_weights=torch.where(ids < 0, 0.0, weights))
+    sound = replace(i, topk_weights=torch.where(ids < 0, 0.0, i.topk_weights))
     judge(
         sound, out, activation=activation, routed_scaling_factor=2.5, apply_router_weight_on_input=on_input
     )  # fmt: skip
@@ -219,6 +219,7 @@ def test_on_the_gpu(name: str, num_tokens: int) -> None:
     """The served path, against float64, bitwise the same again; sizes of a shard of Qwen3-30B-A3B."""
     inner = 192 if get_format(name).granularity in ("channel", "tensor") else 256
     i = make_inputs(MoEShape("shard", 32, 8, 2048, inner, format=name), num_tokens, device="cuda")
+    i = replace(i, topk_weights=i.topk_weights.bfloat16())
     given = {"topk_weights": i.topk_weights, "topk_ids": i.topk_ids, "impl": "weight_only"}
     first, second = (fused_moe(i.hidden_states, i.weights, **given) for _ in range(2))
     assert torch.equal(first, second)

@@ -16,7 +16,7 @@ from torch import Tensor  # noqa: E402
 from moelab.errors import ShapeError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.launch import Launcher, checked, signature  # noqa: E402
-from moelab.kernels.tiles import gated_activation, plain_activation  # noqa: E402
+from moelab.kernels.tiles import gated_activation, plain_activation, start_next  # noqa: E402
 from moelab.reference import check_activation  # noqa: E402
 
 # 1024 values a program in 4 warps is one 16-byte load a thread in bf16; smaller rows share a program.
@@ -33,8 +33,10 @@ def _activation_kernel(
     GATED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """A (BLOCK_ROWS, BLOCK_COLS) tile of out, computed in float32 (float64 for float64) and rounded once."""
+    start_next(PDL)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     mask = (rows < num_rows)[:, None] & (cols < N)[None, :]

@@ -1,8 +1,9 @@
 """moe_align_block_size on the device: sort (token, slot) pairs by expert, each expert padded to BLOCK_SIZE_M rows.
 
-Three ways, all deterministic, none synchronising with the host:
+Four ways, all deterministic, none synchronising with the host:
 - `align_pairs` gives every pair a block of its own: nothing to sort, for batches so small that experts rarely meet;
-- one launch, where a program's histogram holds every pair;
+- one launch of a cluster of CTAs, where `moelab.kernels.slot_order` serves;
+- elsewhere one launch, where a program's histogram holds every pair;
 - three launches (count chunks, scan, place), for anything larger.
 """
 
@@ -18,10 +19,10 @@ import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moelab.errors import DtypeError, ShapeError  # noqa: E402
-from moelab.kernels import checks  # noqa: E402
+from moelab.kernels import checks, slot_order  # noqa: E402
 from moelab.kernels.chunk_counts import CHUNK, chunk_counts, rank_in_chunk  # noqa: E402
 from moelab.kernels.launch import Launcher, checked, signature  # noqa: E402
-from moelab.kernels.tiles import bucket_of  # noqa: E402
+from moelab.kernels.tiles import bucket_of, start_next  # noqa: E402
 from moelab.routing import Alignment, max_padded_pairs  # noqa: E402
 
 # Up to this many pairs one launch does everything; above it chunks are counted, scanned and placed apart.
@@ -59,8 +60,10 @@ def _finish_bucket(
 def _align_small_kernel(
     ids_ptr, sorted_ptr, expert_ids_ptr, total_ptr, num_pairs, num_experts,
     BLOCK_SIZE: tl.constexpr, BUCKETS: tl.constexpr, CHUNK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program per bucket, each counting all pairs for itself: for num_pairs <= CHUNK."""
+    start_next(PDL)
     bucket = tl.program_id(0)
     pairs = tl.arange(0, CHUNK)
     inside = pairs < num_pairs
@@ -80,8 +83,10 @@ def _align_small_kernel(
 def _place_kernel(
     ids_ptr, before_ptr, totals_ptr, sorted_ptr, expert_ids_ptr, total_ptr, num_pairs, num_experts, num_chunks,
     BLOCK_SIZE: tl.constexpr, BUCKETS: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Programs below num_chunks place a chunk's pairs; the others finish a bucket each."""
+    start_next(PDL)
     chunk = tl.program_id(0)
     lanes = tl.arange(0, BUCKETS)
     totals = tl.load(totals_ptr + lanes, mask=lanes <= num_experts, other=0)
@@ -103,9 +108,17 @@ def _place_kernel(
 
 @triton.jit(do_not_specialize=["num_pairs", "num_experts"])
 def _align_pairs_kernel(
-    ids_ptr, sorted_ptr, expert_ids_ptr, total_ptr, num_pairs, num_experts, BLOCK_SIZE: tl.constexpr
+    ids_ptr,
+    sorted_ptr,
+    expert_ids_ptr,
+    total_ptr,
+    num_pairs,
+    num_experts,
+    BLOCK_SIZE: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """Block i holds pair i and padding."""
+    start_next(PDL)
     pair = tl.program_id(0)
     rows = tl.arange(0, BLOCK_SIZE)
     tl.store(sorted_ptr + pair * BLOCK_SIZE + rows, tl.where(rows == 0, pair, num_pairs))
@@ -186,6 +199,10 @@ def _sorted(topk_ids: Tensor, block_size: int, num_experts: int) -> Alignment:
     result = _allocate(length, block_size, num_pairs, num_experts, topk_ids.device)
     if num_pairs == 0:
         result.num_tokens_post_padded.zero_()
+    elif slot_order.serves(kind := slot_order.aligned(block_size), topk_ids, num_experts):
+        tokens, experts, total = result.sorted_token_ids, result.expert_ids, result.num_tokens_post_padded
+        given = slot_order.arguments(topk_ids, num_experts, tokens, block_experts=experts, rows_in_use=total)
+        slot_order.order_slots(kind, topk_ids, given)
     elif num_pairs <= _ONE_LAUNCH:
         _in_one_launch(topk_ids, result)
     else:

@@ -44,6 +44,11 @@ def check_dtype(name: str, tensor: Tensor, expected: Iterable[torch.dtype]) -> N
         raise DtypeError(f"{name} is {found}. Expected {wanted}. Cast it with .to(...), or cast the others to match.")
 
 
+def check_routed(topk_weights: Tensor, dtype: torch.dtype) -> None:
+    """Raise DtypeError unless routed weights are float32, or of the layer's dtype, as transformers hands them on."""
+    check_dtype("topk_weights", topk_weights, dict.fromkeys((torch.float32, dtype)))
+
+
 def check_given(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Raise FormatError without the tensor, ShapeError or DtypeError unless it has this shape and dtype."""
     if tensor is None:

@@ -16,15 +16,18 @@ import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moelab.kernels.launch import Launcher  # noqa: E402
-from moelab.kernels.tiles import bucket_of  # noqa: E402
+from moelab.kernels.tiles import bucket_of, start_next  # noqa: E402
 
 # Chunks of 128 in 8 warps were the fastest of a sweep on an H200, up to 65,536 pairs of 256 experts.
 CHUNK = 128
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_experts"])
-def _count_kernel(ids_ptr, counts_ptr, num_pairs, num_experts, BUCKETS: tl.constexpr, CHUNK: tl.constexpr):
+def _count_kernel(
+    ids_ptr, counts_ptr, num_pairs, num_experts, BUCKETS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr = False
+):
     """counts[chunk, bucket]: the pairs of each bucket in one chunk."""
+    start_next(PDL)
     chunk = tl.program_id(0)
     pairs = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = pairs < num_pairs
@@ -36,8 +39,11 @@ def _count_kernel(ids_ptr, counts_ptr, num_pairs, num_experts, BUCKETS: tl.const
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
-def _scan_kernel(counts_ptr, totals_ptr, num_chunks, BUCKETS: tl.constexpr, ROWS: tl.constexpr):
+def _scan_kernel(
+    counts_ptr, totals_ptr, num_chunks, BUCKETS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr = False
+):
     """Replace counts[chunk, bucket] by the pairs of that bucket in earlier chunks; totals[bucket]. One program a bucket."""
+    start_next(PDL)
     bucket = tl.program_id(0)
     before = 0
     for first in range(0, num_chunks, ROWS):

@@ -1,7 +1,8 @@
 """The order of a batch's slots by expert, without padding: the sort of a layer whose kernels find their rows themselves.
 
-Stable and deterministic, no host synchronisation. One launch while a program can look at every slot, three above
-(chunks counted, scanned, placed). From router logits `moelab.kernels.route` gives the same order along with them.
+Stable and deterministic, no host synchronisation. One launch where `moelab.kernels.slot_order` serves, and while a program can
+look at every slot; three above (chunks counted, scanned, placed). From router logits `moelab.kernels.route` gives the same
+order along with them.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moelab.errors import ShapeError  # noqa: E402
-from moelab.kernels import checks  # noqa: E402
+from moelab.kernels import checks, slot_order  # noqa: E402
 from moelab.kernels.chunk_counts import CHUNK, chunk_counts, rank_in_chunk  # noqa: E402
 from moelab.kernels.launch import Launcher, checked, signature  # noqa: E402
-from moelab.kernels.tiles import bucket_of  # noqa: E402
+from moelab.kernels.tiles import bucket_of, start_next  # noqa: E402
+from moelab.kernels.token_tiles import TokenTiles, new_token_tiles, token_tiles_unchecked  # noqa: E402
 from moelab.routing import ExpertOrder  # noqa: E402
 
 # Up to this many slots one launch does everything; as for `align`, whose sweep on an H200 chose it.
@@ -27,8 +29,11 @@ _ONE_LAUNCH = 2048
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_experts"])
-def _order_small_kernel(ids_ptr, sorted_ptr, offsets_ptr, num_slots, num_experts, CHUNK: tl.constexpr):
+def _order_small_kernel(
+    ids_ptr, sorted_ptr, offsets_ptr, num_slots, num_experts, CHUNK: tl.constexpr, PDL: tl.constexpr = False
+):
     """One program per bucket, each looking at all slots for itself: for num_slots <= CHUNK."""
+    start_next(PDL)
     bucket = tl.program_id(0)
     slot = tl.arange(0, CHUNK)
     inside = slot < num_slots
@@ -44,8 +49,10 @@ def _order_small_kernel(ids_ptr, sorted_ptr, offsets_ptr, num_slots, num_experts
 def _order_place_kernel(
     ids_ptr, before_ptr, sorted_ptr, offsets_ptr, num_slots, num_experts, num_chunks,
     BUCKETS: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program per chunk places its slots; the first writes the offsets too."""
+    start_next(PDL)
     chunk = tl.program_id(0)
     lanes = tl.arange(0, BUCKETS)
     totals = tl.load(before_ptr + num_chunks * BUCKETS + lanes, mask=lanes <= num_experts, other=0)
@@ -118,6 +125,9 @@ def expert_order_unchecked(topk_ids: Tensor, num_experts: int, order: ExpertOrde
     num_slots = topk_ids.numel()
     if num_slots == 0:
         order.expert_offsets.zero_()
+    elif slot_order.serves(slot_order.DENSE, topk_ids, num_experts):
+        given = slot_order.arguments(topk_ids, num_experts, order.sorted_slots, first_rows=order.expert_offsets)
+        slot_order.order_slots(slot_order.DENSE, topk_ids, given)
     elif num_slots <= _ONE_LAUNCH:
         _in_one_launch(topk_ids, num_experts, order)
     else:
@@ -146,3 +156,21 @@ def _in_three_launches(topk_ids: Tensor, num_experts: int, order: ExpertOrder) -
         (topk_ids.numel(), num_experts, chunks),
         lambda: ({"BUCKETS": buckets, "CHUNK": CHUNK, "COLUMNS": 32}, {"num_warps": 8}),
     )
+
+
+def ordered_tiles(
+    topk_ids: Tensor, num_experts: int, tile_rows: int, grain: int = 1, for_clusters: bool = False
+) -> TokenTiles:
+    """`expert_order`, and its slots cut into tiles as by `token_tiles`: in one launch where `moelab.kernels.slot_order` serves.
+
+    topk_ids as `expert_order` takes them, checked by the caller. No host synchronisation.
+    """
+    order = new_expert_order(topk_ids.numel(), num_experts, topk_ids.device)
+    kind = slot_order.Kind("TILED", tile_rows, grain, for_clusters)
+    if topk_ids.numel() and slot_order.serves(kind, topk_ids, num_experts):
+        tiles = new_token_tiles(order.sorted_slots, num_experts, tile_rows, for_clusters)
+        given = slot_order.tile_arguments(topk_ids, num_experts, tiles, order.expert_offsets)
+        slot_order.order_slots(kind, topk_ids, given)
+        return tiles
+    expert_order_unchecked(topk_ids, num_experts, order)
+    return token_tiles_unchecked(order.sorted_slots, order.expert_offsets, tile_rows, grain, for_clusters)

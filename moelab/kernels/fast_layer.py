@@ -48,7 +48,7 @@ class LayerArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "rows", "inner", "y", "out", "topk_weights", "topk_ids")),
         *((name, ctypes.c_void_p) for name in ("sorted_slots", "tiles", "num_tiles", "ready", "report")),
         *((name, ctypes.c_int) for name in ("most_tiles", "counters", "num_experts", "num_tokens", "top_k")),
-        *((name, ctypes.c_int) for name in ("hidden", "inner_size", "parts", "wide_ids", "weighted")),
+        *((name, ctypes.c_int) for name in ("hidden", "inner_size", "parts", "wide_ids", "wide_weights", "weighted")),
         ("scale", ctypes.c_float),
         ("powers", ctypes.c_int),
         *((name, ctypes.c_void_p) for name in ("x_scale", "w13_scale", "w2_scale", "rows_scale", "inner_scale")),
@@ -78,7 +78,8 @@ def layer_arguments(
     return LayerArguments(
         *(t.data_ptr() for t in (x, rows, inner, y, out, topk_weights, topk_ids, *tiles, report)),
         tiles.most, tiles.ready.shape[0], num_experts, *topk_ids.shape, out.shape[1], inner.shape[1], parts,
-        topk_ids.dtype == torch.int64, GEMM1 if weights_on_input else GEMM2, scale, powers, *(t.data_ptr() for t in scales),
+        topk_ids.dtype == torch.int64, topk_weights.dtype == torch.float32, GEMM1 if weights_on_input else GEMM2, scale, powers,
+        *(t.data_ptr() for t in scales),
     )  # fmt: skip
 
 
@@ -261,8 +262,8 @@ def fast_layer(
 ) -> Tensor:
     """The layer of checked tensors (`check_fast_layer`): x (M, H), w13 (E, 2N, H), w2 (E, H, N); out (M, H).
 
-    topk_weights (M, k) float32, topk_ids (M, k) int32 or int64; tiles: of at most instance.tokens rows, in pairs where
-    instance.cluster is 2 (moelab.pipelines.fast.tiles_for makes them). weights_on_input: weigh GEMM1's rows, before the
+    topk_weights (M, k), float32 or x's dtype, topk_ids (M, k) int32 or int64; tiles: of at most instance.tokens rows, in pairs
+    where instance.cluster is 2 (moelab.pipelines.fast.tiles_for makes them). weights_on_input: weigh GEMM1's rows, before the
     activation. parts: GEMM1, GEMM2, SUM, to leave some out; where instance.apart, SUM is a launch of its own. scratch: (S, N) and
     (S, H), what GEMM1 and GEMM2 write; its own unless given. overlap: programmatic dependent launch, which sets CTAs up while the
     launch before this one ends.

@@ -22,6 +22,7 @@ import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moelab.kernels.launch import Launcher  # noqa: E402
+from moelab.kernels.tiles import start_next  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,6 @@ def reread(num_tokens: int, top_k: int, num_experts: int, shared: int = 0) -> fl
     return num_tokens * (shared + top_k) / (shared + touched)
 
 
-@triton.jit
-def _start_next(PDL: tl.constexpr):
-    """Lets the next launch set its programs up, once what this one was to wait for is there."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
 @triton.jit(do_not_specialize=["num_experts"])
 def _up_kernel(
     x_ptr, w_ptr, ids_ptr, routed_ptr, inner_ptr, num_experts,
@@ -119,7 +112,7 @@ def _up_kernel(
     """ROWS elements of one pair's activated row: silu(gate) * up. x (M, H), w (E, 2N, H), inner (pairs, N)."""
     pair = tl.program_id(0 if SIDE_BY_SIDE else 1)
     n = tl.program_id(1 if SIDE_BY_SIDE else 0) * ROWS + tl.arange(0, ROWS)
-    _start_next(PDL)
+    start_next(PDL)
     expert = tl.load(ids_ptr + pair).to(tl.int64)
     if (expert < 0) | (expert >= num_experts):
         return
@@ -226,11 +219,11 @@ def few_tokens(
 ) -> Tensor:
     """The layer of checked tensors: x (M, H), w13 (E, 2N, H), w2 (E, H, N); out (M, H). Deterministic, no host synchronisation.
 
-    topk_weights (M, k) float32, topk_ids (M, k) int32 or int64; those outside of the experts add nothing, whatever their weight
-    and whatever NaN the experts that nobody chose hold. scale: an int counts as the float it equals. weights_on_input: weigh
-    GEMM1's rows, before the activation. overlap: programmatic dependent launch, for NVIDIA chips since Hopper. side_by_side:
-    run programs of the same rows of all experts (GEMM1) and of all tokens (GEMM2) next to each other: of tokens that share an
-    expert only the first then reads its weights from memory, the others find them in the L2.
+    topk_weights (M, k), float32 or x's dtype, topk_ids (M, k) int32 or int64; those outside of the experts add nothing, whatever
+    their weight and whatever NaN the experts that nobody chose hold. scale: an int counts as the float it equals.
+    weights_on_input: weigh GEMM1's rows, before the activation. overlap: programmatic dependent launch, for NVIDIA chips since
+    Hopper. side_by_side: run programs of the same rows of all experts (GEMM1) and of all tokens (GEMM2) next to each other: of
+    tokens that share an expert only the first then reads its weights from memory, the others find them in the L2.
     """
     num_experts, hidden, size = w2.shape
     num_tokens, top_k = topk_ids.shape
@@ -255,7 +248,19 @@ def few_tokens(
         across = triton.cdiv(rows, tile.rows)
         options = {"num_warps": tile.warps, **({"launch_pdl": True} if overlap else {})}
         launcher(
-            (x.dtype, topk_ids.dtype, hidden, size, top_k, weights_on_input, tile, early, overlap, side_by_side),
+            (
+                x.dtype,
+                topk_weights.dtype,
+                topk_ids.dtype,
+                hidden,
+                size,
+                top_k,
+                weights_on_input,
+                tile,
+                early,
+                overlap,
+                side_by_side,
+            ),
             (programs, across) if side_by_side else (across, programs),
             tensors,
             (num_experts, *values),

@@ -36,6 +36,7 @@ from moelab.kernels.tiles import (  # noqa: E402
     load_weights,
     operand_ptrs,
     row_block,
+    start_next,
     store_rows,
     times_weight,
 )
@@ -84,11 +85,13 @@ def _gated_block_gemm_kernel(
     BLOCK_SIZE_K: tl.constexpr,
     GROUP_SIZE_M: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """One (BLOCK_SIZE_M, BLOCK_SIZE_N / 2) tile of activation(gate) * up, in its pairs' rows of c (pairs, N).
 
     Without a_scale_ptr a is no codes yet; with c_scale_ptr c is codes, and a tile's columns are one group.
     """
+    start_next(PDL)
     WIDTH: tl.constexpr = BLOCK_SIZE_N // 2
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(num_rows, BLOCK_SIZE_M), tl.cdiv(N, WIDTH), GROUP_SIZE_M)
     if pid_m * BLOCK_SIZE_M >= tl.load(num_tokens_post_padded_ptr):

@@ -31,6 +31,7 @@ from moelab.kernels.tiles import (  # noqa: E402
     operand_ptrs,
     plain_activation,
     row_block,
+    start_next,
     store_rows,
     times_weight,
     tma_dot_loop,
@@ -64,11 +65,13 @@ def _gated_gemm_kernel(
     BLOCK_SIZE_K: tl.constexpr,
     GROUP_SIZE_M: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """One (BLOCK_SIZE_M, BLOCK_SIZE_N / 2) tile of c (rows, N): activation(gate) * up of one expert's rows.
 
     An expert's weights are two of N rows, gate and up: 2 * expert and 2 * expert + 1. w_ptr is a descriptor with TMA.
     """
+    start_next(PDL)
     WIDTH: tl.constexpr = BLOCK_SIZE_N // 2
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(num_rows, BLOCK_SIZE_M), tl.cdiv(N, WIDTH), GROUP_SIZE_M)
     if pid_m * BLOCK_SIZE_M >= tl.load(num_tokens_post_padded_ptr):
@@ -120,8 +123,10 @@ def _activated_gemm_kernel(
     BLOCK_SIZE_K: tl.constexpr,
     GROUP_SIZE_M: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """One (BLOCK_SIZE_M, BLOCK_SIZE_N) tile of c (rows, N) for a layer without a gate. w_ptr is a descriptor with TMA."""
+    start_next(PDL)
     pid_m, pid_n = grouped_tile(
         tl.program_id(0), tl.cdiv(num_rows, BLOCK_SIZE_M), tl.cdiv(N, BLOCK_SIZE_N), GROUP_SIZE_M
     )

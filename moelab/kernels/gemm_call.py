@@ -15,6 +15,7 @@ from moelab.kernels.checks import (
     check_dtype,
     check_given,
     check_kernel_device,
+    check_routed,
     check_shape,
     check_stored,
     check_together,
@@ -31,9 +32,10 @@ class GemmCall(NamedTuple):
     """c[pair] = a[pair // top_k] @ w[expert of pair].T: operands, who goes where, and under which config.
 
     a: (num_pairs / top_k, K); GEMM1 has the layer's top_k, GEMM2 has 1 and one row per pair, or, of a kernel that reads sorted
-    rows, (rows, K). weights: w (E, N, K) and what belongs to it. topk_weights: num_pairs float32 values, for the GEMM that
-    applies them. activation: of a GEMM1 that applies it, and gated whether that has a gate. workspace: of a kernel that
-    needs one. a_scale: of a's codes, where a format quantises activations; see `moelab.kernels.quantise_activations`.
+    rows, (rows, K). weights: w (E, N, K) and what belongs to it. topk_weights: num_pairs values, float32 or of the
+    layer's dtype, for the GEMM that applies them. activation: of a GEMM1 that applies it, and gated whether that has a gate.
+    workspace: of a kernel that needs one. a_scale: of a's codes, where a format quantises activations; see
+    `moelab.kernels.quantise_activations`.
     """
 
     a: Tensor
@@ -68,8 +70,8 @@ class GemmCall(NamedTuple):
     @property
     def key(self) -> tuple[Hashable, ...]:
         """What decides the compiled instance, of what every kernel takes."""
-        w = self.weights
-        return self.config, self.top_k, *self.sizes, self.a.dtype, w.bias is None, self.topk_weights is None
+        w, weighted = self.weights, None if self.topk_weights is None else self.topk_weights.dtype
+        return self.config, self.top_k, *self.sizes, self.a.dtype, w.bias is None, weighted
 
     @property
     def row_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,7 +122,7 @@ def check_gemm(call: GemmCall, a_rows: int | None = None) -> tuple[int, int]:
         check_shape("bias", bias, (experts, N))
         check_dtype("bias", bias, (a.dtype,))
     if topk_weights is not None:
-        check_dtype("topk_weights", topk_weights, (torch.float32,))
+        check_routed(topk_weights, a.dtype)
         if topk_weights.numel() != num_pairs:
             raise ShapeError(
                 f"topk_weights holds {topk_weights.numel()} values for {num_pairs} pairs. Expected one per pair. "
@@ -174,6 +176,8 @@ def check_quantised_gemm(
     check_together(a=a, out=result, a_scale=call.a_scale, topk_weights=call.topk_weights, **w.tensors())
     if w.bias is not None:
         check_given("bias", w.bias, (w.w.shape[0], N), dtype)
+    if call.topk_weights is not None:
+        check_routed(call.topk_weights, dtype)
     if call.topk_weights is not None and call.topk_weights.numel() != call.num_pairs:
         raise ShapeError(
             f"topk_weights holds {call.topk_weights.numel()} values for {call.num_pairs} pairs. Expected one per pair. "

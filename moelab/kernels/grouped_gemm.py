@@ -26,6 +26,7 @@ from moelab.kernels.tiles import (  # noqa: E402
     grouped_tile,
     operand_ptrs,
     row_block,
+    start_next,
     store_rows,
     times_weight,
 )
@@ -54,8 +55,10 @@ def _grouped_gemm_kernel(
     BLOCK_SIZE_K: tl.constexpr,
     GROUP_SIZE_M: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """One (BLOCK_SIZE_M, BLOCK_SIZE_N) tile of c: one expert's rows times its weight."""
+    start_next(PDL)
     pid_m, pid_n = grouped_tile(
         tl.program_id(0), tl.cdiv(num_rows, BLOCK_SIZE_M), tl.cdiv(N, BLOCK_SIZE_N), GROUP_SIZE_M
     )

@@ -31,6 +31,9 @@ if RUNTIME.mode == "interpreter":
     mend(interpreter)
     hasten(interpreter, triton.language)
 
+OVERLAP = True
+"""For measurements (tests/overlap_times.py): without it, a launch begins when the one before it has ended."""
+
 Compilation = tuple[Mapping[str, Any], Mapping[str, Any]]
 """What an instance is compiled with: constants by name, launch options by name."""
 
@@ -75,12 +78,12 @@ class Launcher:
             union |= address
         if union & 15:
             key = (key, tuple([address & 15 == 0 for address in addresses]))
-        found = self._instances.get((key, device))
+        found = self._instances.get((key, device, OVERLAP))
         if found is None or _hooked():
             arguments = [*tensors, *values]
             for place, descriptor in descriptors:
                 arguments[place] = descriptor
-            self._through_triton((key, device), grid, first, arguments, instance)
+            self._through_triton((key, device, OVERLAP), grid, first, arguments, instance)
             return
         for place, descriptor in descriptors:
             addresses[place] = descriptor
@@ -92,6 +95,15 @@ class Launcher:
     def _check_device(self, first: Tensor) -> None:
         checks.check_kernel_device(self.kernel.arg_names[0].removesuffix("_ptr"), first)
 
+    def _overlapped(self, constants: Mapping[str, Any], options: Mapping[str, Any]) -> Compilation:
+        """The instance with programmatic dependent launch where the kernel has PDL, the chip does it (since sm_90, PTX ISA,
+        griddepcontrol), and its launcher has not said."""
+        if "PDL" not in self.kernel.arg_names or "PDL" in constants:
+            return constants, options
+        target = checks.launch_target()
+        overlaps = OVERLAP and RUNTIME.mode != "interpreter" and target is not None and target.has_pdl
+        return {**constants, "PDL": overlaps}, {**options, **({"launch_pdl": True} if overlaps else {})}
+
     def _through_triton(
         self,
         key: Hashable,
@@ -100,7 +112,7 @@ class Launcher:
         arguments: Sequence[Any],
         instance: Callable[[], Compilation],
     ) -> None:
-        constants, options = instance()
+        constants, options = self._overlapped(*instance())
         made = checks.COMPILED_ONLY.get()
         if made is not None:
             made.append(self.kernel.warmup(*arguments, grid=grid, **constants, **options))

@@ -18,9 +18,11 @@ from torch import Tensor  # noqa: E402
 
 from moelab.errors import ConfigError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
+from moelab.kernels.checks import launch_target  # noqa: E402
 from moelab.kernels.gemm_call import GemmCall, check_quantised_gemm, gemm_constants  # noqa: E402
 from moelab.kernels.launch import Launcher, checked  # noqa: E402
-from moelab.kernels.tiles import add_bias, grouped_tile, load_rows, row_block, store_rows, times_weight  # noqa: E402
+from moelab.kernels.nibbles import weights_of_pairs  # noqa: E402
+from moelab.kernels.tiles import add_bias, grouped_tile, load_rows, row_block, start_next, store_rows, times_weight  # noqa: E402
 
 FAMILIES = ("int4_w4a16_group", "int8_w8a16_group", "mxfp4_w4a16")
 
@@ -44,17 +46,14 @@ def small_integer(code):
 
 
 @triton.jit
-def _codes_of_step(w_ptrs, left, BITS: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, EVEN_K: tl.constexpr):
-    """(BN, BK) int32 codes of one step of K; a byte that two share is loaded once."""
+def _stored_of_step(w_ptrs, left, BITS: tl.constexpr, BLOCK_SIZE_K: tl.constexpr, EVEN_K: tl.constexpr):
+    """(BN, BK * BITS / 8) bytes of one step of K; a byte that two codes share is loaded once."""
     PER_BYTE: tl.constexpr = 8 // BITS
     if EVEN_K:
         stored = tl.load(w_ptrs)
     else:
         offs = tl.arange(0, BLOCK_SIZE_K // PER_BYTE)
         stored = tl.load(w_ptrs, mask=(offs * PER_BYTE < left)[None, :], other=0)
-    stored = stored.to(tl.int32)
-    if BITS == 4:
-        stored = tl.interleave(stored & 15, stored >> 4)
     return stored
 
 
@@ -100,13 +99,16 @@ def _packed_gemm_kernel(
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
     FP4: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK_SIZE_M: tl.constexpr,
     BLOCK_SIZE_N: tl.constexpr,
     BLOCK_SIZE_K: tl.constexpr,
     GROUP_SIZE_M: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """One (BLOCK_SIZE_M, BLOCK_SIZE_N) tile of c: one expert's rows times its weight, dequantised on the way."""
+    start_next(PDL)
     pid_m, pid_n = grouped_tile(
         tl.program_id(0), tl.cdiv(num_rows, BLOCK_SIZE_M), tl.cdiv(N, BLOCK_SIZE_N), GROUP_SIZE_M
     )
@@ -131,16 +133,28 @@ def _packed_gemm_kernel(
     acc = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_SIZE_K):
         a = load_rows(a_ptrs, row_mask, K - k, BLOCK_SIZE_K, EVEN_K)
-        code = _codes_of_step(w_ptrs, K - k, BITS, BLOCK_SIZE_K, EVEN_K)
-        scale = _per_weight(scale_ptrs, k, K - k, GROUP, BLOCK_SIZE_N, BLOCK_SIZE_K, EVEN_K)
-        if FP4:
-            w = fp4_value(code) * (scale.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+        # Two codes a byte have scales, and columns, by bytes: PER of each.
+        PER: tl.constexpr = 2 if PAIRS else 1
+        scale = _per_weight(
+            scale_ptrs, k // PER, (K - k) // PER, GROUP // PER, BLOCK_SIZE_N, BLOCK_SIZE_K // PER, EVEN_K
+        )
+        zero = 1 << (BITS - 1)
+        if zero_ptr is not None:
+            zero = _per_weight(
+                zero_ptrs, k // PER, (K - k) // PER, GROUP // PER, BLOCK_SIZE_N, BLOCK_SIZE_K // PER, EVEN_K
+            )
+            zero = (zero.to(tl.int32) >> shift) & (2**BITS - 1)
+        stored = _stored_of_step(w_ptrs, K - k, BITS, BLOCK_SIZE_K, EVEN_K)
+        if PAIRS:
+            w = weights_of_pairs(stored, scale, zero, a.dtype, FP4)
         else:
-            middle = float(1 << (BITS - 1))
-            if zero_ptr is not None:
-                zero = _per_weight(zero_ptrs, k, K - k, GROUP, BLOCK_SIZE_N, BLOCK_SIZE_K, EVEN_K).to(tl.int32)
-                middle = small_integer((zero >> shift) & (2**BITS - 1))
-            w = (small_integer(code) - middle) * scale.to(tl.float32)
+            code = stored.to(tl.int32)
+            if BITS == 4:
+                code = tl.interleave(code & 15, code >> 4)
+            if FP4:
+                w = fp4_value(code) * (scale.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+            else:
+                w = (small_integer(code) - small_integer(zero)) * scale.to(tl.float32)
         # Past K the rows of a are zeros, and codes and scales are zeros, so that nothing is added.
         acc = tl.dot(a, tl.trans(w.to(a.dtype)), acc, input_precision="ieee")
         a_ptrs += BLOCK_SIZE_K
@@ -173,13 +187,26 @@ def packed_gemm_unchecked(call: GemmCall, out: Tensor) -> None:
     w, config, (N, K) = call.weights, call.config, call.sizes
     format, fp4 = w.format, w.format.family == "mxfp4_w4a16"
     scale = w.scale.view(torch.uint8) if fp4 and w.scale is not None else w.scale  # Triton has no e8m0
+    pairs = widens_pairs(call)
     _launcher(
-        (call.key, format),
+        (call.key, format, pairs),
         (call.num_tiles, 1),
         (call.a, w.w, out, scale, w.zero_point, w.bias, call.topk_weights, *call.row_tensors),
         (N, K, call.num_pairs, call.num_rows),
-        lambda: gemm_constants(config, K, TOP_K=call.top_k, GROUP=format.sizes[0], BITS=format.bits, FP4=fp4),
-    )
+        lambda: gemm_constants(
+            config, K, TOP_K=call.top_k, GROUP=format.sizes[0], BITS=format.bits, FP4=fp4, PAIRS=pairs
+        ),
+    )  # fmt: skip
+
+
+def widens_pairs(call: GemmCall) -> bool:
+    """Whether codes are widened two at a time (`moelab.kernels.nibbles`), in a few instructions: 4 bits on an NVIDIA chip, where
+    the activations' dtype holds scales too: of e2m1 codes bfloat16, of integers their own."""
+    w, dtype = call.weights, call.a.dtype
+    if w.format.bits != 4 or w.scale is None or (target := launch_target()) is None:
+        return False
+    fits = dtype == torch.bfloat16 if w.format.family == "mxfp4_w4a16" else w.scale.dtype == dtype
+    return fits and not target.is_amd
 
 
 def check_packed_gemm(call: GemmCall, out: Tensor) -> None:

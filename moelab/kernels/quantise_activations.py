@@ -18,6 +18,7 @@ from moelab.errors import FormatError  # noqa: E402
 from moelab.formats import Format  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.launch import Launcher, checked, signature  # noqa: E402
+from moelab.kernels.tiles import start_next  # noqa: E402
 from moelab.quantised_weights import empty_activations  # noqa: E402
 
 CODE_LIMIT = {"float8_e4m3fn": 448.0, "int8": 127.0}
@@ -58,8 +59,10 @@ def _quantise_groups_kernel(
     x_ptr, out_ptr, scale_ptr, num_rows, K,
     GROUP: tl.constexpr, ROWS: tl.constexpr, LIMIT: tl.constexpr, NEAREST: tl.constexpr, POWER: tl.constexpr,
     TO_NEAREST: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One group of columns of ROWS rows: scale (rows, K / GROUP rounded up) and codes. GROUP is a power of two or more than K."""
+    start_next(PDL)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1)
     columns = group * GROUP + tl.arange(0, GROUP)
@@ -73,9 +76,17 @@ def _quantise_groups_kernel(
 
 @triton.jit(do_not_specialize=["num_values"])
 def _quantise_by_one_kernel(
-    x_ptr, out_ptr, scale_ptr, num_values, BLOCK: tl.constexpr, LIMIT: tl.constexpr, TO_NEAREST: tl.constexpr
+    x_ptr,
+    out_ptr,
+    scale_ptr,
+    num_values,
+    BLOCK: tl.constexpr,
+    LIMIT: tl.constexpr,
+    TO_NEAREST: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """Codes of BLOCK values under the one scale that lies at scale_ptr."""
+    start_next(PDL)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < num_values, other=0.0).to(tl.float32)
     codes = _codes(x / tl.load(scale_ptr), out_ptr.dtype.element_ty, LIMIT, False, TO_NEAREST)

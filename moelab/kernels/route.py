@@ -23,6 +23,7 @@ from moelab.errors import RoutingError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.expert_order import check_order, expert_order_unchecked  # noqa: E402
 from moelab.kernels.launch import Launcher, checked, signature  # noqa: E402
+from moelab.kernels.tiles import start_next  # noqa: E402
 from moelab.kernels.token_tiles import TokenTiles  # noqa: E402
 from moelab.kernels.top_k import (  # noqa: E402
     LOWEST,
@@ -103,8 +104,10 @@ def _route_kernel(
     TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, SCORE: tl.constexpr, RENORMALIZE: tl.constexpr,
     NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, TOP_K_GROUPS: tl.constexpr, SUM_OF_TWO: tl.constexpr,
     LANES: tl.constexpr, ROWS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Weights and ids, ROWS tokens a program."""
+    start_next(PDL)
     # int64: num_tokens * num_experts passes 2^31 at 8.4 million tokens of 256 experts.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     _route_rows(
@@ -135,8 +138,10 @@ def _route_order_kernel(
     TOP_K: tl.constexpr, NUM_EXPERTS: tl.constexpr, SCORE: tl.constexpr, RENORMALIZE: tl.constexpr,
     NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, TOP_K_GROUPS: tl.constexpr, SUM_OF_TWO: tl.constexpr,
     LANES: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Weights, ids and order of at most ROWS tokens, SLOTS slots, by one program; and a tile an expert where asked for."""
+    start_next(PDL)
     slot, chosen, local = _route_rows(
         logits_ptr, bias_ptr, weights_ptr, ids_ptr, tl.arange(0, ROWS), num_tokens, first_expert, num_local, scale,
         TOP_K, NUM_EXPERTS, SCORE, RENORMALIZE, NUM_GROUPS, GROUPS, TOP_K_GROUPS, SUM_OF_TWO, LANES,

@@ -322,6 +322,9 @@ DEVICE uint32_t packed(float low, float high, __half) {
     return *reinterpret_cast<uint32_t*>(&both);
 }
 
+DEVICE float widened(__nv_bfloat16 value) { return __bfloat162float(value); }
+DEVICE float widened(__half value) { return __half2float(value); }
+
 // Four values as e4m3, the first in the lowest byte; to nearest even, and past 448 to 448.
 DEVICE uint32_t coded(float a, float b, float c, float d) {
     uint16_t low, high;

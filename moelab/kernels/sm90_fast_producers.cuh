@@ -257,7 +257,7 @@ DEVICE void load_slots(Shared<S>& shared, const Layer<T>& layer, const TileSched
 #pragma unroll
     for (int i = 0; i < MOST; ++i) slots[i] = lane + i * 32 < rows ? scheduler.slot_of(lane + i * 32) : 0;
 #pragma unroll
-    for (int i = 0; i < MOST; ++i) routed[i] = unweighted || lane + i * 32 >= rows ? 1.0f : layer.topk_weights[slots[i]];
+    for (int i = 0; i < MOST; ++i) routed[i] = unweighted || lane + i * 32 >= rows ? 1.0f : layer.routed_weight(slots[i]);
     barrier_wait(&shared.slots_empty[pipeline.stage], pipeline.phase ^ 1, layer.report, SLOTS_EMPTY, scheduler.tokens);
 #pragma unroll
     for (int i = 0; i < MOST; ++i) {

@@ -29,7 +29,7 @@ struct Layer {
     T* inner;                    // (S, I), expert-sorted rows
     T* y;                        // (S, H), row = flat slot, weighted; `out` itself where a token has one slot
     T* out;                      // (num_tokens, H)
-    const float* topk_weights;   // (S)
+    const void* topk_weights;    // (S) float with wide_weights, else T
     const void* topk_ids;        // (S) int, or long long with wide_ids; slots of ids outside of the experts count as zeros
     const int* sorted_slots;     // (S), flat slots token * top_k + j by expert
     const TileDescriptor* tiles;      // (most_tiles), *num_tiles in use
@@ -39,7 +39,7 @@ struct Layer {
     uint4* report;               // in host memory: of a wait that was given up
     int most_tiles, counters;
     int num_experts, num_tokens, top_k, hidden, inner_size;
-    int parts, wide_ids;
+    int parts, wide_ids, wide_weights;
     int weighted;                // the part that the routed weight is applied in: GEMM1, before the activation, or GEMM2
     float scale;                 // of the sum
     int powers;                  // of SCALED forms, from here on: whether inner's scales are rounded up to powers of two
@@ -48,6 +48,10 @@ struct Layer {
     const float* w2_scale;       // (E, H / BLOCK, I / BLOCK)
     const float* rows_scale;     // (most_tiles, H / BLOCK, TOKENS), a tile's in the order of scale_place; of forms that permute
     float* inner_scale;          // (most_tiles, I / BLOCK, TOKENS), likewise
+
+    DEVICE float routed_weight(int slot) const {
+        return wide_weights ? static_cast<const float*>(topk_weights)[slot] : widened(static_cast<const T*>(topk_weights)[slot]);
+    }
 
     // Whether GEMM2 writes the output: a sum over one slot is that slot, scaled.
     DEVICE bool direct() const { return y == out; }

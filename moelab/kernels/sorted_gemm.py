@@ -35,6 +35,7 @@ from moelab.kernels.tiles import (  # noqa: E402
     grouped_tile,
     operand_ptrs,
     row_block,
+    start_next,
     store_rows,
     times_weight,
     tma_tma_dot_loop,
@@ -66,11 +67,13 @@ def _sorted_gemm_kernel(
     BLOCK_SIZE_K: tl.constexpr,
     GROUP_SIZE_M: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """One (BLOCK_SIZE_M, BLOCK_SIZE_N) tile: stored in its pairs' rows of c, or added to their tokens'.
 
     a_ptr and w_ptr are descriptors with TMA.
     """
+    start_next(PDL)
     pid_m, pid_n = grouped_tile(
         tl.program_id(0), tl.cdiv(num_rows, BLOCK_SIZE_M), tl.cdiv(N, BLOCK_SIZE_N), GROUP_SIZE_M
     )

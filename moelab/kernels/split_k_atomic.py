@@ -28,6 +28,7 @@ from moelab.kernels.tiles import (  # noqa: E402
     grouped_tile,
     operand_ptrs,
     row_block,
+    start_next,
     times_weight,
 )
 from moelab.routing import Alignment  # noqa: E402
@@ -57,8 +58,10 @@ def _split_k_atomic_kernel(
     GROUP_SIZE_M: tl.constexpr,
     SPLIT_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """Add every SPLIT_K-th block of K of one (BLOCK_SIZE_M, BLOCK_SIZE_N) tile to c, which holds zeros at the start."""
+    start_next(PDL)
     # Neighbours share a tile: its rows are read from L2, and its sums meet there.
     split = tl.program_id(0) % SPLIT_K
     pid_m, pid_n = grouped_tile(

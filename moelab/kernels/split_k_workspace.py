@@ -29,6 +29,7 @@ from moelab.kernels.tiles import (  # noqa: E402
     operand_ptrs,
     plain_activation,
     row_block,
+    start_next,
     store_rows,
     times_weight,
 )
@@ -62,8 +63,10 @@ def _split_k_partial_kernel(
     GROUP_SIZE_M: tl.constexpr,
     SPLIT_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """workspace[split, pair] = every SPLIT_K-th block of K of one (BLOCK_SIZE_M, BLOCK_SIZE_N) tile."""
+    start_next(PDL)
     # Neighbours share a tile, whose rows they then read from L2.
     split = tl.program_id(0) % SPLIT_K
     pid_m, pid_n = grouped_tile(
@@ -111,8 +114,10 @@ def _split_k_reduce_kernel(
     GATED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """A (BLOCK_ROWS, BLOCK_COLS) tile of out (num_pairs, N): slices added, activated and rounded once."""
+    start_next(PDL)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     mask = (rows < num_pairs)[:, None] & (cols < N)[None, :]

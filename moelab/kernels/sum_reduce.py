@@ -22,14 +22,18 @@ from torch import Tensor  # noqa: E402
 from moelab.errors import RuntimeModeError, ShapeError, UnknownNameError, nearest_names  # noqa: E402
 from moelab.kernels import checks, sum_reduce_cuda  # noqa: E402
 from moelab.kernels.launch import Launcher, checked, signature  # noqa: E402
+from moelab.kernels.tiles import start_next  # noqa: E402
 
 # Slots summed in straight-line code, all their loads in flight; more go through a loop.
 _MAX_UNROLLED_TOP_K = 32
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _sum_reduce_f32_kernel(x_ptr, out_ptr, scale, num_tokens, top_k, hidden, BLOCK_COLS: tl.constexpr):
+def _sum_reduce_f32_kernel(
+    x_ptr, out_ptr, scale, num_tokens, top_k, hidden, BLOCK_COLS: tl.constexpr, PDL: tl.constexpr = False
+):
     """One token, BLOCK_COLS columns, float32 accumulator: upstream's precision and its launch (sglang #10654)."""
+    start_next(PDL)
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     mask = cols < hidden
@@ -48,12 +52,14 @@ def _sum_reduce_kernel(
     TOP_K: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     UNROLL: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """One token, BLOCK_COLS columns, accumulated in float32, or in float64 for float64.
 
     scale says its type because Triton passes a float as float32 otherwise: 0.3 would be off by 1.2e-8. It is rounded to
     the accumulator's once, as a constant would be, and costs no compile for each factor as one does.
     """
+    start_next(PDL)
     token = tl.program_id(0).to(tl.int64)  # int64: tokens * TOP_K * hidden passes 2^31 at 32,768 of 8 x 8192
     cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     mask = cols < hidden

@@ -11,6 +11,15 @@ import triton.language as tl  # noqa: E402
 
 
 @triton.jit
+def start_next(PDL: tl.constexpr):
+    """Waits for what the launches before this one write, then lets the next launch set its programs up, which waits in turn: for
+    programmatic dependent launch (PDL), at the head of every kernel, whatever a program then does."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def grouped_tile(pid, num_pid_m, num_pid_n, GROUP_SIZE_M: tl.constexpr):
     """Tile (pid_m, pid_n) of a program: columns of GROUP_SIZE_M row blocks, so that weights are reused in L2."""
     pids_per_group = GROUP_SIZE_M * num_pid_n

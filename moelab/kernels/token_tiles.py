@@ -21,6 +21,7 @@ from torch import Tensor  # noqa: E402
 from moelab.errors import ShapeError  # noqa: E402
 from moelab.kernels import checks  # noqa: E402
 from moelab.kernels.launch import Launcher  # noqa: E402
+from moelab.kernels.tiles import start_next  # noqa: E402
 
 
 class TokenTiles(NamedTuple):
@@ -70,8 +71,10 @@ def _rows_of_a_tile(rows, ROWS: tl.constexpr, GRAIN: tl.constexpr):
 def _token_tiles_kernel(
     slots_ptr, offsets_ptr, tiles_ptr, num_tiles_ptr, ready_ptr, num_experts, room,
     ROWS: tl.constexpr, GRAIN: tl.constexpr, FOR_CLUSTERS: tl.constexpr, EXPERTS: tl.constexpr, ROOM: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program."""
+    start_next(PDL)
     expert = tl.arange(0, EXPERTS)
     real = expert < num_experts
     first = tl.load(offsets_ptr + expert, mask=real, other=0)

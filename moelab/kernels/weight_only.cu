@@ -42,10 +42,10 @@ struct Layer {
     const uint8_t* zeros;
     const __nv_bfloat16 *bias, *in;  // in: GEMM1: hidden states (tokens, K); GEMM2: inner (pairs, K)
     __nv_bfloat16* out;              // GEMM1: inner (pairs, ROWS / 2); GEMM2: (pairs, ROWS), or the output (tokens, ROWS)
-    const float* topk_weights;       // (tokens, top_k)
+    const void* topk_weights;        // (tokens, top_k), float with wide_weights, else bfloat16
     const void* topk_ids;            // (tokens, top_k), int32 or int64
     const int *sorted_pairs, *block_experts, *rows_in_use;  // of blocks of COLUMNS pairs; null without
-    int num_experts, num_pairs, top_k, wide_ids, weighted;
+    int num_experts, num_pairs, top_k, wide_ids, wide_weights, weighted;
     float factor;
 };
 
@@ -332,6 +332,11 @@ DEVICE bool add_warps(float (&sums)[TILES][COLUMNS / 8][4], int warp, int lane) 
     return true;
 }
 
+DEVICE float routed_weight(const Layer& layer, long long pair) {
+    return layer.wide_weights ? static_cast<const float*>(layer.topk_weights)[pair]
+                              : __bfloat162float(static_cast<const __nv_bfloat16*>(layer.topk_weights)[pair]);
+}
+
 DEVICE int id_of(const Layer& layer, long long pair) {
     const long long id = layer.wide_ids ? static_cast<const long long*>(layer.topk_ids)[pair]
                                         : static_cast<const int*>(layer.topk_ids)[pair];
@@ -451,7 +456,7 @@ __global__ void __launch_bounds__(WARPS * 32) weight_only_up(const __grid_consta
             float gate = of[0][j / 4][j % 4] * scale_of<W>(layer, expert, n);
             float up = of[1][j / 4][j % 4] * scale_of<W>(layer, expert, SIZE + n);
             if (bias) gate += __bfloat162float(bias[n]), up += __bfloat162float(bias[SIZE + n]);
-            if (layer.weighted == 1) gate *= layer.topk_weights[pair], up *= layer.topk_weights[pair];
+            if (layer.weighted == 1) gate *= routed_weight(layer, pair), up *= routed_weight(layer, pair);
             layer.out[static_cast<long long>(pair) * SIZE + n] = __float2bfloat16_rn(activated<ACTIVATION>(gate, up));
         }
     };
@@ -484,7 +489,7 @@ __global__ void __launch_bounds__(WARPS * 32) weight_only_down(const __grid_cons
             for (int j = 0; j < COLUMNS / 2; ++j) {
                 const int column = j / 4 * 8 + lane % 4 * 2 + j % 2, pair = pair_of<COLUMNS>(layer, whose, column);
                 if (pair < 0) continue;
-                const float by = expert >= 0 && layer.weighted == 2 ? layer.topk_weights[pair] : 1.0f;
+                const float by = expert >= 0 && layer.weighted == 2 ? routed_weight(layer, pair) : 1.0f;
 #pragma unroll
                 for (int i = 0; i < TILES; ++i) {
                     const int h = (tile + turn * SIDE) * 32 + i * 16 + lane / 4 + j % 4 / 2 * 8;
@@ -510,7 +515,7 @@ __global__ void __launch_bounds__(WARPS * 32) weight_only_down(const __grid_cons
         for (int slot = threadIdx.x; slot < layer.top_k; slot += WARPS * 32) {
             const long long pair = static_cast<long long>(whose) * layer.top_k + slot;
             experts[slot] = id_of(layer, pair);
-            weights[slot] = layer.weighted == 2 ? layer.topk_weights[pair] : 1.0f;
+            weights[slot] = layer.weighted == 2 ? routed_weight(layer, pair) : 1.0f;
         }
         __syncthreads();
         const OneToken token{layer.in + static_cast<long long>(whose) * layer.top_k * W::K, experts, weights, W::K};

@@ -123,7 +123,10 @@ class LayerArguments(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("topk_weights", "topk_ids", "sorted_pairs", "block_experts", "rows_in_use")
         ),
-        *((name, ctypes.c_int) for name in ("num_experts", "num_pairs", "top_k", "wide_ids", "weighted")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("num_experts", "num_pairs", "top_k", "wide_ids", "wide_weights", "weighted")
+        ),
         ("factor", ctypes.c_float),
     ]
 
@@ -168,7 +171,7 @@ def launches(
         pointers = (of.w, of.scale, of.zero_point, of.bias, source_, target, topk_weights, topk_ids, *which)
         arguments = LayerArguments(
             *(None if t is None else t.data_ptr() for t in pointers), weights.num_experts, pairs, top_k,
-            topk_ids.dtype == torch.int64, 1 if weights_on_input else 2, scale,
+            topk_ids.dtype == torch.int64, topk_weights.dtype == torch.float32, 1 if weights_on_input else 2, scale,
         )  # fmt: skip
         across = -(-tiles // (cut.warps // cut.split * cut.turns))
         found.append(Launch(form.expression(gemm, of, activation), programs * across, cut.warps * 32, arguments))
@@ -190,10 +193,10 @@ def weight_only(
 ) -> Tensor:
     """The layer of checked tensors (`check_weight_only`): x (M, H) bfloat16, quantised w13 (E, 2N, H) and w2 (E, H, N).
 
-    topk_weights (M, k) float32, topk_ids (M, k) int32 or int64. Returns (M, H) bfloat16, scaled; of a sorted form, whose
-    alignment has blocks of form.columns, the (pairs, H) products that a sum-reduce adds up and scales. overlap: programmatic
-    dependent launch. Deterministic; no host synchronisation. Ids of no expert here add nothing. In int4 by groups of whole chunks
-    (128), whose zero points are taken from the sums, an infinite activation makes all of its token NaN.
+    topk_weights (M, k), float32 or bfloat16, topk_ids (M, k) int32 or int64. Returns (M, H) bfloat16, scaled; of a sorted form,
+    whose alignment has blocks of form.columns, the (pairs, H) products that a sum-reduce adds up and scales. overlap:
+    programmatic dependent launch. Deterministic; no host synchronisation. Ids of no expert here add nothing. In int4 by groups of
+    whole chunks (128), whose zero points are taken from the sums, an infinite activation makes all of its token NaN.
     """
     pairs, size = topk_ids.numel(), weights.w13.shape[1] // 2
     if not pairs:

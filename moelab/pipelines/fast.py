@@ -19,7 +19,7 @@ from moelab.dtypes import dtype_name, torch_dtype
 from moelab.errors import ConfigError, counted
 from moelab.formats import PLAIN
 from moelab.kernels import checks
-from moelab.kernels.expert_order import expert_order_unchecked, new_expert_order
+from moelab.kernels.expert_order import ordered_tiles
 from moelab.kernels.fast_instances import SHORT_INNER, Instance, instance_for
 from moelab.kernels.fast_layer import check_fast_layer, fast_layer
 from moelab.kernels.few_tokens import FewTokens, few_tokens, form_for
@@ -119,10 +119,14 @@ def choose(
     return Choice(instance, f"{launches}: {even}: {tile}, {ctas}{clustered}{permuted}")
 
 
+def cut_of(instance: Instance) -> tuple[int, int, bool]:
+    """How that instance's tiles are cut: most rows, their grain, and whether in pairs."""
+    return instance.tokens, min(8 if instance.tokens % 16 else 16, instance.grain), instance.cluster > 1
+
+
 def tiles_for(order: ExpertOrder, instance: Instance) -> TokenTiles:
     """An order's slots in the tiles of that instance."""
-    grain = min(8 if instance.tokens % 16 else 16, instance.grain)
-    return token_tiles_unchecked(order.sorted_slots, order.expert_offsets, instance.tokens, grain, instance.cluster > 1)
+    return token_tiles_unchecked(order.sorted_slots, order.expert_offsets, *cut_of(instance))
 
 
 def tuned_gated(
@@ -193,9 +197,7 @@ def fast_pipeline(call: MoECall, form: Form | None = None) -> Tensor:
     }  # fmt: skip
     if isinstance(form, FewTokens):
         return few_tokens(x, w13, w2, call.topk_weights, ids, form, **options)
-    order = new_expert_order(ids.numel(), call.num_experts, x.device)
-    expert_order_unchecked(ids, call.num_experts, order)
-    tiles = tiles_for(order, form)
+    tiles = ordered_tiles(ids, call.num_experts, *cut_of(form))
     return fast_layer(x, w13, w2, call.topk_weights, ids, tiles, form, **options)
 
 

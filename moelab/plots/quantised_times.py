@@ -163,6 +163,49 @@ def peer(data: Mapping[str, Any]) -> Panel:
     return Panel(figure, table, sentence)
 
 
+def beside(recording: Recording) -> Panel:
+    """Ours over sglang's own kernel by format and batch, geometric means over shapes, GEMMs and configs.
+
+    recording: `peer_kernels`, as tests/peer_kernels.py makes it: both under the same config, at the same problem.
+    """
+    times = {(*_product(row), row["impl"]): timing(row).median_us for row in recording.rows}
+    ratios: dict[str, dict[int, list[float]]] = {}
+    for (*product, impl), ours in times.items():
+        if impl == "ours":
+            format, num_tokens, *_ = product
+            ratios.setdefault(format, {}).setdefault(num_tokens, []).append(ours / times[*product, "sglang"])
+    figure = grid("Ours over sglang's own kernel", f"{recording.source()}; same config, same problem")
+    for format, style in series(list(ratios)).items():
+        by = {batch: statistics.geometric_mean(of) for batch, of in ratios[format].items()}
+        figure.add_scatter(x=list(by), y=list(by.values()), name=named(get_format(format)), mode="lines+markers",
+                           line=style.line(), marker=style.marker())  # fmt: skip
+    batches = sorted({batch for by in ratios.values() for batch in by})
+    figure.update_xaxes(title="batch, tokens", **log_axis(batches))
+    figure.update_yaxes(title="time / sglang's", rangemode="tozero")
+    figure.add_hline(y=1.0, line_dash="dot")
+    table = [
+        {
+            "format": format,
+            "products": sum(map(len, by.values())),
+            "geometric mean": _mean(by),
+            "worst": max(map(max, by.values())),
+        }
+        | {f"{batch}": statistics.geometric_mean(of) for batch, of in by.items()}
+        for format, by in ratios.items()
+    ]
+    said = ", ".join(f"{named(get_format(format))} {number(_mean(by))}" for format, by in ratios.items())
+    sentence = f"**Ours over sglang's own kernel, under the same config, geometric means: {said}.** One GEMM at a time."
+    return Panel(figure, table, sentence)
+
+
+def _product(row: Row) -> tuple[Any, ...]:
+    return row["format"], row["num_tokens"], row["shape"], row["gemm"], row["config_name"]
+
+
+def _mean(by: Mapping[int, list[float]]) -> float:
+    return statistics.geometric_mean(ratio for of in by.values() for ratio in of)
+
+
 def in_short(found: Panel) -> str:
     """How near recorded layers come to their floor, or that none are recorded."""
     return found.sentence.replace("**", "")

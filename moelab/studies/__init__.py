@@ -13,6 +13,7 @@ from moelab.suites.later import Later
 
 STUDIES: Mapping[str, Callable[..., Recording]] = {
     "tuned_gain": Later("moelab.studies.tuned_gain"),
+    "fast_shapes": Later("moelab.studies.fast_shapes"),
     "tuner_regret": Later("moelab.studies.tuner_regret"),
 }
 

@@ -15,6 +15,7 @@ SUITES: dict[str, Callable[..., Recording]] = {
     "ceilings": Later("moelab.suites.ceilings"),
     "sum_reduce_precision": Later("moelab.suites.sum_reduce", "record_precision"),
     "sum_reduce": Later("moelab.suites.sum_reduce", "record_speed"),
+    "slot_order": Later("moelab.suites.slot_order"),
     "layer_classic": Later("moelab.suites.layer_classic"),
     "split_k": Later("moelab.suites.split_k"),
     "layer_baseline": Later("moelab.suites.layer_baseline"),
