@@ -96,9 +96,9 @@ def stages(instance: Any, parts: int, sizes: tuple[int, ...]) -> dict[str, float
 
     from moelab.formats import get_format
     from moelab.inputs import make_inputs
-    from moelab.kernels.expert_order import expert_order
+    from moelab.kernels.expert_order import ordered_tiles
     from moelab.kernels.fast_instances import BLOCK, GEMM1, GEMM2, SUM
-    from moelab.kernels.fast_quantised import coded, coded_layer, coded_scratch, coded_tiles, scale_place
+    from moelab.kernels.fast_quantised import coded, coded_cut, coded_layer, coded_scratch, scale_place
     from moelab.quantised_weights import dequantise, dequantise_activations, quantise_activations
     from moelab.shapes import MoEShape
 
@@ -112,7 +112,7 @@ def stages(instance: Any, parts: int, sizes: tuple[int, ...]) -> dict[str, float
     spread = torch.exp2(torch.randint(-3, 4, (num_tokens, hidden // BLOCK), generator=g, device=DEVICE).float())
     x = (i.hidden_states * spread.repeat_interleave(BLOCK, 1)).bfloat16()
     ids, weights = i.topk_ids.int(), i.weights
-    tiles = coded_tiles(expert_order(ids, experts), instance)
+    tiles = ordered_tiles(ids, experts, *coded_cut(instance))
     scratch = coded_scratch(tiles, instance, ids.numel(), weights, x.dtype)
     for each in scratch:
         each.view(torch.uint8).fill_(0xFF)
@@ -249,14 +249,14 @@ def times(folder: str, passed: list[int], shapes: list[str], batches: list[int],
 
 def parts_of(layer: Any, instance: Any) -> dict[str, float]:
     """Microseconds of what a call launches, each alone."""
-    from moelab.kernels.expert_order import expert_order
-    from moelab.kernels.fast_quantised import coded, coded_layer, coded_scratch, coded_tiles
+    from moelab.kernels.expert_order import ordered_tiles
+    from moelab.kernels.fast_quantised import coded, coded_cut, coded_layer, coded_scratch
     from moelab.suites.screening import quick
 
     shape, format = layer.shape, layer.shape.format
 
     def tiled(i: int) -> Any:
-        return coded_tiles(expert_order(layer.routings[i].topk_ids, shape.num_experts), instance)
+        return ordered_tiles(layer.routings[i].topk_ids, shape.num_experts, *coded_cut(instance))
 
     tiles = [tiled(i) for i in range(len(layer.states))]
     codes = [coded(x, t, shape.top_k, instance, format) for x, t in zip(layer.states, tiles, strict=True)]

@@ -20,8 +20,7 @@ from moelab.kernels.fast_instances import BLOCK, GEMM1, GEMM2, MOST_STEPS, STORA
 from moelab.kernels.fast_layer import launch_layer, layer_arguments
 from moelab.kernels.quantise_activations import quantise_activations_unchecked
 from moelab.kernels.quantise_tiles import quantise_tiles_unchecked
-from moelab.kernels.token_tiles import TokenTiles, token_tiles_unchecked
-from moelab.routing import ExpertOrder
+from moelab.kernels.token_tiles import TokenTiles
 from moelab.weights import ExpertWeights
 
 FAMILY = "fp8_w8a8_block"
@@ -42,10 +41,9 @@ def scale_place(row: int, instance: Instance) -> int:
     return (row & ~15) | (row & 6) << 1 | (row & 8) >> 2 | (row & 1)
 
 
-def coded_tiles(order: ExpertOrder, instance: Instance) -> TokenTiles:
-    """An order's slots in the tiles of that instance, whose tokens are multiplied by 16, or by 64 where they are wgmma's M."""
-    grain = 64 if instance.scaled == 2 else 16
-    return token_tiles_unchecked(order.sorted_slots, order.expert_offsets, instance.tokens, grain, instance.cluster > 1)
+def coded_cut(instance: Instance) -> tuple[int, int, bool]:
+    """How that instance's tiles are cut, as `ordered_tiles` takes it: tokens are multiplied by 16, by 64 where they are wgmma's M."""
+    return instance.tokens, 64 if instance.scaled == 2 else 16, instance.cluster > 1
 
 
 def coded(x: Tensor, tiles: TokenTiles, top_k: int, instance: Instance, format: Format) -> Coded:

@@ -17,6 +17,7 @@ from torch import Tensor  # noqa: E402
 from moelab.formats import Format  # noqa: E402
 from moelab.kernels.launch import Launcher  # noqa: E402
 from moelab.kernels.quantise_activations import CODE_LIMIT, quantise_rows  # noqa: E402
+from moelab.kernels.tiles import start_next  # noqa: E402
 from moelab.kernels.token_tiles import TokenTiles  # noqa: E402
 
 ROWS, GROUPS = 8, 16
@@ -27,9 +28,10 @@ ROWS, GROUPS = 8, 16
 def _quantise_tiles_kernel(
     x_ptr, slots_ptr, tiles_ptr, num_tiles_ptr, out_ptr, scale_ptr, top_k, K,
     TOKENS: tl.constexpr, IN_ROWS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
-    LIMIT: tl.constexpr, POWER: tl.constexpr,
+    LIMIT: tl.constexpr, POWER: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """GROUPS groups of ROWS rows of a tile."""
+    start_next(PDL)
     groups = K // GROUP
     tile, across = tl.program_id(0), tl.cdiv(groups, GROUPS)
     begin = tl.program_id(1) // across * ROWS

@@ -9,9 +9,9 @@ from moelab.call import MoECall
 from moelab.chips import Target
 from moelab.dtypes import torch_dtype
 from moelab.kernels import checks
-from moelab.kernels.expert_order import expert_order_unchecked, new_expert_order
+from moelab.kernels.expert_order import ordered_tiles
 from moelab.kernels.fast_instances import CODED, CODED_PERMUTED, Instance
-from moelab.kernels.fast_quantised import check_coded_layer, coded, coded_layer, coded_tiles
+from moelab.kernels.fast_quantised import check_coded_layer, coded, coded_cut, coded_layer
 from moelab.kernels.launch import checked, signature
 from moelab.quantised_weights import empty_weights
 from moelab.shapes import MoEShape
@@ -59,9 +59,7 @@ def coded_pipeline(call: MoECall, form: Instance | None = None) -> Tensor:
     )
     checks.check_kernel_device("hidden_states", x)  # each time: what device is current is no part of a signature
     instance = form or coded_instance_for(call.num_tokens, call.top_k, call.num_experts)
-    order = new_expert_order(ids.numel(), call.num_experts, x.device)
-    expert_order_unchecked(ids, call.num_experts, order)
-    tiles = coded_tiles(order, instance)
+    tiles = ordered_tiles(ids, call.num_experts, *coded_cut(instance))
     return coded_layer(
         coded(x, tiles, call.top_k, instance, w.format), w, call.topk_weights, ids, tiles, instance, x.dtype,
         scale=call.routed_scaling_factor, weights_on_input=call.apply_router_weight_on_input,
