@@ -42,7 +42,7 @@ def scale_place(row: int, instance: Instance) -> int:
 
 
 def coded_cut(instance: Instance) -> tuple[int, int, bool]:
-    """How that instance's tiles are cut, as `ordered_tiles` takes it: tokens are multiplied by 16, by 64 where they are wgmma's M."""
+    """How that instance's tiles are cut, as `ordered_tiles` takes it: by 16 tokens, by 64 where they are wgmma's M."""
     return instance.tokens, 64 if instance.scaled == 2 else 16, instance.cluster > 1
 
 
