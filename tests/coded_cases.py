@@ -71,7 +71,7 @@ def coded(of: Case, tiles: TokenTiles, instance: Instance) -> Coded:
     codes, scale = quantise_activations(of.x, of.format)
     if not instance.permutes:
         return Coded(codes, scale)
-    token = tiles.sorted_slots.long() // of.ids.shape[1]
+    token = tiles.sorted_slots.long().clamp(0, of.ids.numel() - 1) // of.ids.shape[1]  # left out slots: no matter whose
     tiled = torch.full((tiles.most, scale.shape[1], instance.tokens), float("nan"))
     for tile, (first, rows, *_) in enumerate(tiles.tiles[: int(tiles.num_tiles)].tolist()):
         places = torch.tensor([scale_place(row, instance) for row in range(rows)], dtype=torch.long)

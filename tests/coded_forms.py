@@ -263,7 +263,7 @@ def parts_of(layer: Any, instance: Any) -> dict[str, float]:
     weights = layer.weights[0].weights
     scratch = coded_scratch(tiles[0], instance, layer.num_tokens * shape.top_k, weights, layer.states[0].dtype)
 
-    def run_of(parts: int) -> Any:
+    def run_of(parts: int, **more: Any) -> Any:
         def run(i: int) -> Any:
             r, w = layer.routings[i], layer.weights[i].weights
             return coded_layer(
@@ -276,6 +276,7 @@ def parts_of(layer: Any, instance: Any) -> dict[str, float]:
                 layer.states[0].dtype,
                 parts=parts,
                 scratch=scratch,
+                **more,
             )
 
         return run
@@ -283,7 +284,8 @@ def parts_of(layer: Any, instance: Any) -> dict[str, float]:
     run_of(7)(0)
     asked = {
         "order and tiles": tiled, "codes": lambda i: coded(layer.states[i], tiles[i], shape.top_k, instance, format),
-        "GEMM1": run_of(1), "GEMM2": run_of(2), "both": run_of(3), "sums": run_of(4),
+        "GEMM1": run_of(1), "GEMM2": run_of(2), "both": run_of(3), "sums": run_of(4, looks=True),
+        "sums of all": run_of(4, looks=False),
     }  # fmt: skip
     return {label: one.median_us for label, one in quick(asked, len(tiles)).items()}
 

@@ -194,10 +194,12 @@ def _loaded(device: int, instance: Instance, dtype: torch.dtype, watched: bool) 
     return _Loaded(kernel, function, grid_of(instance, ctas, _clusters_at_once(function, instance, ctas)))
 
 
-def sum_expression(top_k: int, dtype: torch.dtype, ids: torch.dtype = torch.int32) -> str:
-    """The template instance of sm90_fast_sum.cu to compile, as NVRTC names it. ids: int32 or int64."""
+def sum_expression(top_k: int, dtype: torch.dtype, ids: torch.dtype = torch.int32, *, looks: bool = False) -> str:
+    """The template instance of sm90_fast_sum.cu to compile, as NVRTC names it. ids: int32 or int64. looks: at them first, to read
+    no row that counts for nothing."""
     slots = next((slots for slots in (2, 4) if top_k <= slots), 8)
-    return f"fast_sum<{STORAGE[dtype][0]}, {slots}, {'long long' if ids == torch.int64 else 'int'}>"
+    more = ", true" if looks else ""
+    return f"fast_sum<{STORAGE[dtype][0]}, {slots}, {'long long' if ids == torch.int64 else 'int'}{more}>"
 
 
 def sum_source() -> str:
@@ -305,9 +307,10 @@ def launch_layer(
     topk_ids: Tensor,
     *,
     overlap: bool,
+    looks: bool = False,
 ) -> None:
     """The launch of those arguments on torch's current stream, behind what `residency.Order` says, and the sums' where they are
-    apart. mapped: w13, w2, rows and inner, for TMA."""
+    apart. mapped: w13, w2, rows and inner, for TMA. looks: of the sums, at ids first (`sum_expression`)."""
     device, parts = out.get_device(), arguments.parts
     direct = arguments.y == arguments.out
     stream = torch.cuda.current_stream(device).cuda_stream
@@ -320,7 +323,7 @@ def launch_layer(
             waits = order.follow(stream)
             launch(loaded.function, _instance_config(instance, loaded.grid, stream, overlap and not waits), parameters)
     if instance.apart and parts & SUM and not direct:
-        _, function = _loaded_sum(device, sum_expression(topk_ids.shape[1], out.dtype, topk_ids.dtype))
+        _, function = _loaded_sum(device, sum_expression(topk_ids.shape[1], out.dtype, topk_ids.dtype, looks=looks))
         config = launch_config(sum_ctas(*out.shape), SUM_THREADS, 0, stream, overlap)
         launch(function, config, (ctypes.addressof(arguments),))
 

@@ -25,6 +25,10 @@ from moelab.weights import ExpertWeights
 
 FAMILY = "fp8_w8a8_block"
 
+LOOKS_FROM = 512
+"""Tokens from which the sums look at ids first: under expert parallelism most slots are other ranks', whose rows nobody wrote. Of
+fewer tokens the second trip to memory would weigh more."""
+
 
 class Coded(NamedTuple):
     """Activations as an instance reads them: codes (M, H) and scales (M, H / BLOCK), or of one that permutes codes (S, H) in
@@ -114,11 +118,13 @@ def coded_layer(
     parts: int = GEMM1 | GEMM2 | SUM,
     scratch: tuple[Tensor, Tensor, Tensor] | None = None,
     overlap: bool = True,
+    looks: bool | None = None,
 ) -> Tensor:
     """`fast_layer` of checked tensors (`check_coded_layer`) over codes: x as `coded` makes it; out (M, H) of dtype.
 
     instance: one that is scaled; tiles, topk_weights, topk_ids, weights_on_input, parts, overlap, and what is said there of
-    launches beside each other: as there. scratch: as `coded_scratch` makes it; its own unless given.
+    launches beside each other: as there. scratch: as `coded_scratch` makes it; its own unless given. looks: whether sums look
+    at ids before they read rows, None for LOOKS_FROM.
     Deterministic; no host synchronisation. Raises RuntimeModeError; KernelTimeoutError.
     """
     residency.raise_if_lost()
@@ -134,5 +140,6 @@ def coded_layer(
         powers=weights.format.power_of_two_scales,
         scales=(x.scale, weights.w13_scale, weights.w2_scale, x.scale, inner_scale),
     )  # fmt: skip
-    launch_layer(instance, (w13, w2, x.codes, inner), arguments, out, topk_ids, overlap=overlap)
+    looks = num_tokens >= LOOKS_FROM if looks is None else looks
+    launch_layer(instance, (w13, w2, x.codes, inner), arguments, out, topk_ids, overlap=overlap, looks=looks)
     return out
