@@ -25,7 +25,7 @@ MIDDLE = Instance(2, 2, 2, 48, 16, 16, scaled=1)
 WIDE = Instance(2, 2, 2, 128, 64, 16, apart=1, scaled=1)
 PAIR, PERMUTED = (replace(MIDDLE, apart=1, **more) for more in ({"cluster": 2}, {"permutes": 1}))
 PERMUTED_PAIR = replace(PERMUTED, cluster=2)
-FIRST = Instance(2, 2, 2, 128, 128, 64, apart=1, scaled=2)
+FIRST = Instance(2, 2, 2, 128, 64, 64, apart=1, scaled=2)
 """Tokens as wgmma's M."""
 FIRST_PERMUTED = replace(FIRST, permutes=1)
 FIRST_PAIR = replace(FIRST_PERMUTED, cluster=2)

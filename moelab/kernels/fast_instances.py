@@ -213,7 +213,7 @@ CODED = {
 """Over codes: widest tile of tokens -> the instance for it. 256 weight rows, which hold a group of GEMM1's result; the registers
 of a step's sums beside those of all steps leave 128 tokens."""
 
-ROWS = Instance(2, 2, 4, 128, 128, 64, apart=1, scaled=2)
+ROWS = Instance(2, 2, 4, 128, 64, 64, apart=1, scaled=2)
 ROWS_PERMUTED = replace(ROWS, permutes=1)
 ROWS_BOTH = replace(ROWS_PERMUTED, cluster=2)
 CODED_PERMUTED = replace(CODED[128], permutes=1)

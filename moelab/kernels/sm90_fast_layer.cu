@@ -79,20 +79,21 @@ DEVICE void compute_scaled(Shared<S>& shared, const Layer<T>& layer, const TileS
     slots_pipeline.advance();
 }
 
-// The same with tokens as wgmma's M.
-template <typename S, typename T>
+// The same with tokens as wgmma's M: 64 a warpgroup, or where N is 64 the same for both, and half of each block.
+template <typename S, typename T, int N>
 DEVICE void compute_rows(Shared<S>& shared, const Layer<T>& layer, const TileScheduler<S, T, false>& scheduler,
                          PipelineState<S::STAGES>& pipeline, PipelineState<2>& slots_pipeline) {
     const int buffer = slots_pipeline.stage, first = uniform(threadIdx.x / 128 - 1) * 64;
-    const int row = first + threadIdx.x % 128 / 32 * 16 + (threadIdx.x & 31) / 4;
-    float sums[2][BLOCK / 2];
+    const int token = N < BLOCK ? 0 : first, column = N < BLOCK ? first : 0;
+    float sums[2][N / 2];
     barrier_wait(&shared.slots_full[buffer], slots_pipeline.phase);
-    multiply_rows<S>(sums, shared, pipeline, shared.block_scales[buffer], scheduler.k_steps(), !S::PERMUTES && !scheduler.gemm,
-                     uniform(first < scheduler.tile.rows));
+    multiply_rows<S, N>(sums, shared, pipeline, shared.block_scales[buffer], scheduler.k_steps(),
+                        !S::PERMUTES && !scheduler.gemm, token, column);
+    const int row = token + threadIdx.x % 128 / 32 * 16 + (threadIdx.x & 31) / 4;
     if (scheduler.gemm == 0)
-        store_coded<S>(sums, layer, scheduler, row, shared.routed[buffer]);
+        store_coded<N>(sums, shared, layer, scheduler, row, column, shared.routed[buffer]);
     else
-        store_rows<S>(sums, layer, scheduler, row, shared.slots[buffer], shared.routed[buffer]);
+        store_rows<N>(sums, layer, scheduler, row, column, shared.slots[buffer], shared.routed[buffer]);
     sync_warp();
     if (threadIdx.x % 32 == 0) barrier_arrive(&shared.slots_empty[buffer]);
     slots_pipeline.advance();
@@ -107,7 +108,7 @@ DEVICE void compute_fitting(Shared<S>& shared, const Layer<T>& layer, const Tile
             return compute_fitting<S, T, N - S::GRAIN>(shared, layer, scheduler, pipeline, slots_pipeline);
     }
     if constexpr (S::TOKENS_FIRST)
-        compute_rows<S>(shared, layer, scheduler, pipeline, slots_pipeline);
+        compute_rows<S, T, N>(shared, layer, scheduler, pipeline, slots_pipeline);
     else if constexpr (S::SCALED)
         compute_scaled<S, T, N>(shared, layer, scheduler, pipeline, slots_pipeline);
     else

@@ -93,7 +93,7 @@ struct Shape {
     static_assert(CLUSTER == 1 || CLUSTER == 2, "descriptors come two by two");
     static_assert(!SCALED || (ROWS == 2 * BLOCK && ROW_BLOCKS == 2 && TOKENS % 16 == 0),
                   "a tile holds a block of gate rows and one of up rows, or a block of w2 a warpgroup");
-    static_assert(!TOKENS_FIRST || (TOKENS == 64 * WARPGROUPS && TOKENS == GRAIN), "a warpgroup has 64 tokens");
+    static_assert(!TOKENS_FIRST || (TOKENS == BLOCK && GRAIN == 64), "a warpgroup has 64 tokens, or 64 rows of each block");
     static_assert((TOKENS % 16 == 0 && GRAIN % 16 == 0) || TOKENS <= 16, "a thread stores two groups of eight tokens");
 };
 
