@@ -26,7 +26,7 @@ from typing import Any
 BEGUN = time.monotonic()
 CHECK_S = 40
 DEVICE = "cuda"
-ROWS_TRIED = {16: (0, 20), 32: (0, 40), 48: (2, 100), 96: (12, 1e9), 128: (30, 1e9)}
+ROWS_TRIED = {16: (0, 20), 32: (0, 40), 48: (2, 100), 96: (12, 1e9), 128: (24, 1e9)}
 """Widest tile -> rows an expert, least and most, that it is timed at."""
 SHAPES = ("deepseek-v3/tp8", "qwen3-30b-a3b/tp1", "glm-4.5-air/tp1", "deepseek-v3/ep8")
 SIZES = ((3, 8, 2, 256, 128), (70, 6, 2, 384, 256), (300, 3, 2, 512, 384), (1200, 8, 2, 1024, 768))
@@ -58,7 +58,7 @@ def forms() -> list[Any]:
     from moelab.kernels.fast_instances import CODED, CODED_PERMUTED, ROWS, ROWS_BOTH, ROWS_PERMUTED
 
     some = [ROWS, ROWS_PERMUTED, ROWS_BOTH, *(variant(ROWS_PERMUTED, mark) for mark in TRIED)]
-    return [*some, CODED[96], CODED_PERMUTED]
+    return [*some, *CODED.values(), CODED_PERMUTED]
 
 
 def compiled(number: int) -> tuple[bytes, float, tuple[int, int]]:
@@ -231,15 +231,21 @@ def times(folder: str, passed: list[int], shapes: list[str], batches: list[int],
             cost = roofline.layer_cost(shape, batch, experts_touched=layer.experts_touched())
             floor = max(cost.bytes / 4.3e6, cost.flops / 1300e6)
             best, which = recorded(name, batch)
-            print(f"{name:18}{batch:5} floor {floor:7.1f} us  recorded {best / floor:.2f} ({which})", flush=True)
-            for form in [forms()[n] for n in passed]:
-                found = parts_of(layer, form)
-                if not hasattr(form, "marks"):
-                    found |= {"all": quick({0: run_of(form)}, len(layer.states))[0].median_us}
-                    found |= {"over": found["all"] / floor}
-                said = ", ".join(f"{label} {us:.1f}" for label, us in found.items() if label != "over")
-                print(f"{short(form):>8} {found.get('over', 0.0):5.2f}: {said}", flush=True)
-                rows.append({"shape": name, "num_tokens": batch, "floor_us": floor, "form": short(form), **found})
+            average = batch * shape.top_k / shape.num_experts / shape.ep_size
+            tried = [forms()[n] for n in passed]
+            tried = [f for f in tried if ROWS_TRIED[f.tokens][0] <= average <= ROWS_TRIED[f.tokens][1]]
+            served = {short(f): run_of(f) for f in tried if not hasattr(f, "marks")}
+            served["served"] = run_of(None)
+            found = {label: one.median_us for label, one in quick(served, len(layer.states)).items()}
+            said = " ".join(f"{label} {us / floor:.2f}" for label, us in found.items())
+            print(
+                f"{name:18}{batch:5} floor {floor:7.1f} us  {said}  recorded {best / floor:.2f} ({which})", flush=True
+            )
+            rows.append({"shape": name, "num_tokens": batch, "floor_us": floor, "us": found, "recorded_us": best})
+            for form in tried if batch == 4096 else ():
+                parts = parts_of(layer, form)
+                rows[-1][short(form)] = parts
+                print(f"{short(form):>8}: " + ", ".join(f"{label} {us:.1f}" for label, us in parts.items()), flush=True)
         del weights
         torch.cuda.empty_cache()
     if "OUT" in os.environ:
@@ -307,7 +313,7 @@ def finished(process: subprocess.Popen[str], seconds: float) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
-    parser.add_argument("--batches", nargs="+", type=int, default=[4096, 8192, 1024])
+    parser.add_argument("--batches", nargs="+", type=int, default=[4096, 8192, 1024, 256, 64, 16, 4, 1])
     parser.add_argument("--seconds", type=float, default=85)
     parser.add_argument("--child", nargs="+")
     asked = parser.parse_args()

@@ -10,14 +10,14 @@ from moelab.chips import Target
 from moelab.dtypes import torch_dtype
 from moelab.kernels import checks
 from moelab.kernels.expert_order import ordered_tiles
-from moelab.kernels.fast_instances import CODED, CODED_PERMUTED, Instance
+from moelab.kernels.fast_instances import CODED, Instance
 from moelab.kernels.fast_quantised import check_coded_layer, coded, coded_cut, coded_layer
 from moelab.kernels.launch import checked, signature
 from moelab.quantised_weights import empty_weights
 from moelab.shapes import MoEShape
 from moelab.weights import ExpertWeights
 
-MOST_ROWS = {16: 11.0, 48: 32.0, 96: 80.0}
+MOST_ROWS = {16: 3.0, 48: 40.0, 96: 80.0}
 """Widest tile of tokens -> the most rows, as an expert gets them if tokens spread evenly, that it is used for."""
 
 
@@ -25,7 +25,7 @@ def coded_instance_for(num_tokens: int, top_k: int, num_experts: int) -> Instanc
     """The instance for a batch, by the rows that an expert gets if tokens spread evenly. Sizes as on this rank."""
     rows = num_tokens * top_k / num_experts
     fits = next((most for most, limit in MOST_ROWS.items() if rows <= limit or num_tokens <= most), None)
-    return CODED_PERMUTED if fits is None else CODED[fits]
+    return CODED[128 if fits is None else fits]
 
 
 def coded_choice(shape: MoEShape, num_tokens: int, target: Target) -> tuple[Instance, str]:
