@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from sampling import whole
 from moelab.chips import TARGETS
 from moelab.errors import DtypeError, FormatError, RuntimeModeError, ShapeError
 from moelab.formats import get_format
+from moelab.implementations import IMPLEMENTATIONS, LayerKind, not_taken
 from moelab.inputs import make_inputs
 from moelab.kernels import cubin, fast_layer
 from moelab.kernels.fast_instances import ALL_CODED, CODED, ROWS_PERMUTED, Instance
@@ -240,6 +242,17 @@ def test_what_it_does_not_take() -> None:
         storage = torch.zeros(weights.w13.numel() + 8, dtype=torch.uint8)
         moved = storage[8:].view(weights.w13.shape).view(torch.float8_e4m3fn)
         check_coded_layer(x, weights._replace(w13=moved), hopper)
+
+
+def test_the_table_knows_what_it_does_not_take() -> None:
+    """Before a launch: who asks for what serves a layer is not given one that refuses it."""
+    of = {name: LayerKind(format=get_format(f"fp8_w8a8_block_{name}")) for name in ("128x128", "64x64", "128x64")}
+    assert not_taken(IMPLEMENTATIONS["fast"], of["128x128"]) is None
+    assert not_taken(IMPLEMENTATIONS["triton"], of["64x64"]) is None
+    for name in ("64x64", "128x64"):
+        assert not_taken(IMPLEMENTATIONS["fast"], of[name]) == f"weights in the format fp8_w8a8_block_{name}"
+    narrow = replace(of["128x128"], hidden_size=256, moe_intermediate_size=192)
+    assert "moe_intermediate_size = 192" in str(not_taken(IMPLEMENTATIONS["fast"], narrow))
 
 
 hopper_only = pytest.mark.skipif(
