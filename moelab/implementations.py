@@ -53,7 +53,8 @@ class Implementation:
     run: the layer, or "module:function" of it, imported when it first runs; called with one `MoECall`, checked, and `options`.
     about: what it is, in one clause. formats: families of weight formats; dtypes: of plain weights and of activations;
     activations: None for all; gated_only, biases: whether it takes layers without a gate, and with biases.
-    row_bytes: rows of both weights must be a multiple of so many bytes. chips: targets that it runs on, None for all.
+    row_bytes: rows of both weights must be a multiple of so many bytes. block: of weights in scaled blocks, the one size that it
+    takes, which must divide both sizes of the layer; None for all. chips: targets that it runs on, None for all.
     needs_tma: NVIDIA chips from sm_90 on. triton: made of Triton kernels: takes configs, and runs under Triton's interpreter, but
     for bfloat16. split_k: values of SPLIT_K that its configs may have. deterministic: repeated runs on a GPU are bitwise
     equal. rounds_every_sum: to the layer's dtype after each addition, where torch does once: it may be past twice torch's
@@ -71,6 +72,7 @@ class Implementation:
     gated_only: bool = False
     biases: bool = True
     row_bytes: int = 1
+    block: int | None = None
     chips: tuple[str, ...] | None = None
     needs_tma: bool = False
     triton: bool = False
@@ -166,7 +168,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "fast": Implementation(
         "moelab.pipelines.fast:fast_pipeline",
         "the form that is recorded fastest on Hopper for the batch: a few tokens' two launches, gated_tma, or one launch",
-        formats=frozenset((PLAIN.family, "fp8_w8a8_block")), dtypes=("bfloat16", "float16"), activations=("silu",), gated_only=True, biases=False, row_bytes=16,
+        formats=frozenset((PLAIN.family, "fp8_w8a8_block")), dtypes=("bfloat16", "float16"), activations=("silu",),
+        gated_only=True, biases=False, row_bytes=16, block=128,
         chips=("sm_90",), look=("#A55BD6", "star", "solid"),
     ),
     "weight_only": Implementation(
@@ -223,7 +226,8 @@ def named(name: str) -> Implementation:
 
 def not_taken(one: Implementation, kind: LayerKind) -> str | None:
     """What of a kind of layer that implementation does not take, on any chip: the first, as a clause; None if it takes all."""
-    if kind.format.family not in one.formats:
+    other_block = one.block and kind.format.granularity == "block" and set(kind.format.sizes) != {one.block}
+    if kind.format.family not in one.formats or other_block:
         return f"weights in the format {kind.format.name}"
     if kind.dtype not in one.dtypes:
         return kind.dtype
@@ -235,6 +239,8 @@ def not_taken(one: Implementation, kind: LayerKind) -> str | None:
         return "biases"
     for name in ("hidden_size", "moe_intermediate_size"):
         size = getattr(kind, name)
+        if size is not None and one.block and kind.format.granularity == "block" and size % one.block:
+            return f"{name} = {size} over weights in blocks, which no whole number of {one.block} makes"
         if size is not None and size * dtype_bytes(kind.dtype) % one.row_bytes:
             return f"{name} = {size} in {kind.dtype}, whose rows are no multiple of {one.row_bytes} bytes"
     return None

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,19 @@ from typing import Any
 BEGUN = time.monotonic()
 CHECK_S = 40
 DEVICE = "cuda"
-ROWS_TRIED = {16: (0, 20), 32: (0, 40), 48: (2, 100), 96: (12, 1e9), 128: (30, 1e9)}
+ROWS_TRIED = {16: (0, 20), 32: (0, 40), 48: (2, 100), 96: (12, 1e9), 128: (24, 1e9)}
 """Widest tile -> rows an expert, least and most, that it is timed at."""
+SHAPES = ("deepseek-v3/tp8", "qwen3-30b-a3b/tp1", "glm-4.5-air/tp1", "deepseek-v3/ep8")
 SIZES = ((3, 8, 2, 256, 128), (70, 6, 2, 384, 256), (300, 3, 2, 512, 384), (1200, 8, 2, 1024, 768))
 """Tokens, experts, top_k, hidden size, inner size."""
 BOUNDS = {"inner": 17.0, "scale": 2**-9, "y": 2**-7, "out": 2**-7}
-"""Of `stages`: a code's rounding is 16 of its scale at most; bfloat16 rounds y by 2^-8 of itself. The tensor core cuts each of the
-four products of a step of K 13 bits behind the largest (`quantised_error.KEPT_BITS`), 2^-11 in all, and inner is a product."""
+"""Of `stages`: a code's rounding is 16 of its scale at most; bfloat16 rounds y by 2^-8 of itself. The tensor core cuts each of
+the four products of a step of K 13 bits behind the largest (`quantised_error.KEPT_BITS`), 2^-11
+in all, and inner is a product."""
 
 
-TRIED = {"t": "MOELAB_TURNS 1", "w": "MOELAB_TURNS 2", "d": "MOELAB_TURNS 3", "f": "MOELAB_FOURS"}
-"""Marks of forms, and what their source is compiled with."""
+TRIED = {"p": "MOELAB_NO_PROMOTE", "m": "MOELAB_NO_PRODUCT", "l": "MOELAB_NO_LOADS"}
+"""Marks of forms, and what their source is compiled with: they compute nothing, and show what bounds the rest."""
 
 
 def variant(instance: Any, marks: str) -> Any:
@@ -46,18 +47,18 @@ def variant(instance: Any, marks: str) -> Any:
 
     base = type(instance)
     lines = "".join(f"#define {TRIED[mark]}\n" for mark in marks)
-    made = type(f"Variant_{marks}", (base,), {"source": lambda self, dtype: lines + base.source(self, dtype), "marks": marks})
+    made = type(
+        f"Variant_{marks}", (base,), {"source": lambda self, dtype: lines + base.source(self, dtype), "marks": marks}
+    )
     return made(*astuple(instance))
 
 
 @functools.cache
 def forms() -> list[Any]:
-    from moelab.kernels.fast_instances import CODED, CODED_BOTH, CODED_PERMUTED
+    from moelab.kernels.fast_instances import CODED, CODED_PERMUTED, ROWS, ROWS_BOTH, ROWS_PERMUTED
 
-    some = [variant(CODED[128], marks) for marks in ("t", "w", "d", "f", "wf")]
-    some += [variant(each, "w") for each in (CODED[48], CODED[96], CODED_PERMUTED, CODED_BOTH)]
-    whole = [replace(CODED[16], apart=0), replace(CODED[16], tokens=32, stages=2, apart=0), replace(CODED[48], apart=0)]
-    return [*CODED.values(), CODED_PERMUTED, *some, *whole]
+    some = [ROWS, ROWS_PERMUTED, ROWS_BOTH, *(variant(ROWS_PERMUTED, mark) for mark in TRIED)]
+    return [*some, *CODED.values(), CODED_PERMUTED]
 
 
 def compiled(number: int) -> tuple[bytes, float, tuple[int, int]]:
@@ -95,10 +96,9 @@ def stages(instance: Any, parts: int, sizes: tuple[int, ...]) -> dict[str, float
 
     from moelab.formats import get_format
     from moelab.inputs import make_inputs
-    from moelab.kernels.expert_order import expert_order
+    from moelab.kernels.expert_order import ordered_tiles
     from moelab.kernels.fast_instances import BLOCK, GEMM1, GEMM2, SUM
-    from moelab.kernels.fast_quantised import coded, coded_layer, coded_scratch, scale_place
-    from moelab.kernels.token_tiles import token_tiles
+    from moelab.kernels.fast_quantised import coded, coded_cut, coded_layer, coded_scratch, scale_place
     from moelab.quantised_weights import dequantise, dequantise_activations, quantise_activations
     from moelab.shapes import MoEShape
 
@@ -112,8 +112,7 @@ def stages(instance: Any, parts: int, sizes: tuple[int, ...]) -> dict[str, float
     spread = torch.exp2(torch.randint(-3, 4, (num_tokens, hidden // BLOCK), generator=g, device=DEVICE).float())
     x = (i.hidden_states * spread.repeat_interleave(BLOCK, 1)).bfloat16()
     ids, weights = i.topk_ids.int(), i.weights
-    order = expert_order(ids, experts)
-    tiles = token_tiles(order.sorted_slots, order.expert_offsets, instance.tokens, 16, instance.cluster > 1)
+    tiles = ordered_tiles(ids, experts, *coded_cut(instance))
     scratch = coded_scratch(tiles, instance, ids.numel(), weights, x.dtype)
     for each in scratch:
         each.view(torch.uint8).fill_(0xFF)
@@ -126,7 +125,9 @@ def stages(instance: Any, parts: int, sizes: tuple[int, ...]) -> dict[str, float
         slots = tiles.sorted_slots[first : first + rows].long()
         h = exact_x[slots // top_k] @ w13[expert].T
         exact[tile] = torch.nn.functional.silu(h[:, :size]) * h[:, size:]
-        places[tile] = torch.tensor([scale_place(row) for row in range(rows)], device=DEVICE, dtype=torch.long)
+        places[tile] = torch.tensor(
+            [scale_place(row, instance) for row in range(rows)], device=DEVICE, dtype=torch.long
+        )
         if not parts & GEMM1 and rows:
             codes, scale = quantise_activations(exact[tile].float(), format)
             inner.view(torch.uint8)[first : first + rows] = codes.view(torch.uint8)
@@ -178,16 +179,20 @@ def check(folder: str, number: int) -> int:
 
 
 def short(instance: Any) -> str:
-    marks = "".join(m for m, has in (("P", instance.permutes), ("C", instance.cluster > 1), ("S", not instance.apart)) if has)
-    return f"{instance.tokens}{marks}{getattr(instance, 'marks', '')}"
+    marks = {"R": instance.scaled == 2, "P": instance.permutes, "C": instance.cluster > 1, "S": not instance.apart}
+    return f"{instance.tokens}{''.join(m for m, has in marks.items() if has)}{getattr(instance, 'marks', '')}"
 
 
 def recorded(shape: str, batch: int) -> tuple[float, str]:
     """Microseconds of the fastest that was recorded, and its name."""
     rows = json.loads((Path(__file__).parents[1] / "data" / "recordings" / "quantised.json").read_text())["rows"]
-    of = [r for r in rows if (r["shape"], r["num_tokens"]) == (shape, batch) and r["format"].startswith("fp8_w8a8_block")]
+    of = [
+        r for r in rows if (r["shape"], r["num_tokens"]) == (shape, batch) and r["format"].startswith("fp8_w8a8_block")
+    ]
     found = [
-        (sorted(r["samples_us"])[len(r["samples_us"]) // 2], f"{r['impl']} {r['config_name']}") for r in of if r.get("samples_us")
+        (sorted(r["samples_us"])[len(r["samples_us"]) // 2], f"{r['impl']} {r['config_name']}")
+        for r in of
+        if r.get("samples_us")
     ]
     return min(found, default=(float("nan"), "nothing"))
 
@@ -213,32 +218,34 @@ def times(folder: str, passed: list[int], shapes: list[str], batches: list[int],
                 print("no time left")
                 break
             layer = Layer(shape, batch, 3 if batch >= 4096 else 4, weights)
-            average = batch * shape.top_k / shape.num_experts / shape.ep_size
 
             def run_of(form: Any, layer: Any = layer) -> Any:
                 def run(i: int) -> Any:
                     r = layer.routings[i]
-                    return coded_pipeline(MoECall(layer.states[i], layer.weights[i].weights, r.topk_weights, r.topk_ids), form)
+                    return coded_pipeline(
+                        MoECall(layer.states[i], layer.weights[i].weights, r.topk_weights, r.topk_ids), form
+                    )
 
                 return run
 
-            tried = [forms()[n] for n in passed]
-            tried = [f for f in tried if ROWS_TRIED[f.tokens][0] <= average <= ROWS_TRIED[f.tokens][1]]
-            found = {short(f): one.median_us for f, one in quick({f: run_of(f) for f in tried}, len(layer.states)).items()}
             cost = roofline.layer_cost(shape, batch, experts_touched=layer.experts_touched())
             floor = max(cost.bytes / 4.3e6, cost.flops / 1300e6)
             best, which = recorded(name, batch)
+            average = batch * shape.top_k / shape.num_experts / shape.ep_size
+            tried = [forms()[n] for n in passed]
+            tried = [f for f in tried if ROWS_TRIED[f.tokens][0] <= average <= ROWS_TRIED[f.tokens][1]]
+            served = {short(f): run_of(f) for f in tried if not hasattr(f, "marks")}
+            served["served"] = run_of(None)
+            found = {label: one.median_us for label, one in quick(served, len(layer.states)).items()}
             said = " ".join(f"{label} {us / floor:.2f}" for label, us in found.items())
             print(
-                f"{name:18}{batch:5} floor {floor:7.1f} us  best {min(found.values()):7.1f} us  {said}  recorded "
-                f"{best / floor:.2f} ({which})", flush=True,
-            )  # fmt: skip
+                f"{name:18}{batch:5} floor {floor:7.1f} us  {said}  recorded {best / floor:.2f} ({which})", flush=True
+            )
             rows.append({"shape": name, "num_tokens": batch, "floor_us": floor, "us": found, "recorded_us": best})
-            if batch in (256, 4096):
-                fastest = min(found, key=lambda label: found[label])
-                parts = parts_of(layer, next(f for f in tried if short(f) == fastest))
-                rows[-1]["parts"] = parts
-                print(f"    {fastest}: " + ", ".join(f"{label} {us:.1f}" for label, us in parts.items()), flush=True)
+            for form in tried if batch == 4096 else ():
+                parts = parts_of(layer, form)
+                rows[-1][short(form)] = parts
+                print(f"{short(form):>8}: " + ", ".join(f"{label} {us:.1f}" for label, us in parts.items()), flush=True)
         del weights
         torch.cuda.empty_cache()
     if "OUT" in os.environ:
@@ -248,27 +255,34 @@ def times(folder: str, passed: list[int], shapes: list[str], batches: list[int],
 
 def parts_of(layer: Any, instance: Any) -> dict[str, float]:
     """Microseconds of what a call launches, each alone."""
-    from moelab.kernels.expert_order import expert_order
-    from moelab.kernels.fast_quantised import coded, coded_layer, coded_scratch
-    from moelab.kernels.token_tiles import token_tiles
+    from moelab.kernels.expert_order import ordered_tiles
+    from moelab.kernels.fast_quantised import coded, coded_cut, coded_layer, coded_scratch
     from moelab.suites.screening import quick
 
     shape, format = layer.shape, layer.shape.format
 
     def tiled(i: int) -> Any:
-        order = expert_order(layer.routings[i].topk_ids, shape.num_experts)
-        return token_tiles(order.sorted_slots, order.expert_offsets, instance.tokens, 16, instance.cluster > 1)
+        return ordered_tiles(layer.routings[i].topk_ids, shape.num_experts, *coded_cut(instance))
 
     tiles = [tiled(i) for i in range(len(layer.states))]
     codes = [coded(x, t, shape.top_k, instance, format) for x, t in zip(layer.states, tiles, strict=True)]
     weights = layer.weights[0].weights
     scratch = coded_scratch(tiles[0], instance, layer.num_tokens * shape.top_k, weights, layer.states[0].dtype)
 
-    def run_of(parts: int) -> Any:
+    def run_of(parts: int, **more: Any) -> Any:
         def run(i: int) -> Any:
             r, w = layer.routings[i], layer.weights[i].weights
             return coded_layer(
-                codes[i], w, r.topk_weights, r.topk_ids, tiles[i], instance, layer.states[0].dtype, parts=parts, scratch=scratch
+                codes[i],
+                w,
+                r.topk_weights,
+                r.topk_ids,
+                tiles[i],
+                instance,
+                layer.states[0].dtype,
+                parts=parts,
+                scratch=scratch,
+                **more,
             )
 
         return run
@@ -276,7 +290,8 @@ def parts_of(layer: Any, instance: Any) -> dict[str, float]:
     run_of(7)(0)
     asked = {
         "order and tiles": tiled, "codes": lambda i: coded(layer.states[i], tiles[i], shape.top_k, instance, format),
-        "GEMM1": run_of(1), "GEMM2": run_of(2), "both": run_of(3), "sums": run_of(4),
+        "GEMM1": run_of(1), "GEMM2": run_of(2), "both": run_of(3), "sums": run_of(4, looks=True),
+        "sums of all": run_of(4, looks=False),
     }  # fmt: skip
     return {label: one.median_us for label, one in quick(asked, len(tiles)).items()}
 
@@ -297,8 +312,8 @@ def finished(process: subprocess.Popen[str], seconds: float) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["deepseek-v3/tp8", "qwen3-30b-a3b/tp1", "glm-4.5-air/tp1", "deepseek-v3/ep8"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[4096, 1024, 256, 64, 16, 8192])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[4096, 8192, 1024, 256, 64, 16, 4, 1])
     parser.add_argument("--seconds", type=float, default=85)
     parser.add_argument("--child", nargs="+")
     asked = parser.parse_args()
@@ -313,22 +328,39 @@ def main() -> int:
         with ProcessPoolExecutor(min(len(numbers), os.cpu_count() or 1)) as pool:
             for number, (code, seconds, usage) in zip(numbers, pool.map(compiled, numbers), strict=True):
                 (Path(folder) / f"{number}.pickle").write_bytes(code)
-                print(f"{short(forms()[number]):>6}: {usage[0]} registers, {usage[1]} of stack, {seconds:.0f} s", flush=True)
-        running = {n: started("--child", folder, "check", str(n)) for n in numbers}
+                print(
+                    f"{short(forms()[number]):>6}: {usage[0]} registers, {usage[1]} of stack, {seconds:.0f} s",
+                    flush=True,
+                )
+        sound = [n for n in numbers if not hasattr(forms()[n], "marks")]
+        running = {n: started("--child", folder, "check", str(n)) for n in sound}
         check_end, passed = min(time.monotonic() + CHECK_S, end - 20), []
         for number, process in running.items():
             said = finished(process, check_end - time.monotonic())
-            print("".join(f"{short(forms()[number]):>6} {line}\n" for line in said.splitlines()[-20:]), end="", flush=True)
+            print(
+                "".join(f"{short(forms()[number]):>6} {line}\n" for line in said.splitlines()[-20:]), end="", flush=True
+            )
             passed += [number] if process.returncode == 0 else []
         print(f"{time.monotonic() - BEGUN:.0f} s; passed: {[short(forms()[n]) for n in passed]}", flush=True)
         if passed:
-            command = [sys.executable, "-u", __file__, "--child", folder, "times", json.dumps(passed), "--shapes", *asked.shapes]
+            passed += [n for n in numbers if n not in sound]
+            command = [
+                sys.executable,
+                "-u",
+                __file__,
+                "--child",
+                folder,
+                "times",
+                json.dumps(passed),
+                "--shapes",
+                *asked.shapes,
+            ]
             command += ["--batches", *map(str, asked.batches), "--seconds", str(end - 4)]
             try:
                 subprocess.run(command, timeout=max(end - time.monotonic(), 5))
             except subprocess.TimeoutExpired:
                 print("times: HANGS")
-        return int(len(passed) < len(numbers))
+        return int(len(passed) < len(sound))
 
 
 if __name__ == "__main__":

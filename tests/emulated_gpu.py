@@ -30,7 +30,9 @@ MAIN = """
 #include "{sums}"
 template <typename T, typename Id>
 void sums(const Layer<T>& given) {{
-    given.top_k <= 2 ? fast_sum<T, 2, Id>(given) : given.top_k <= 4 ? fast_sum<T, 4, Id>(given) : fast_sum<T, 8, Id>(given);
+    constexpr bool LOOKS = {looks};
+    if (given.top_k <= 2) return fast_sum<T, 2, Id, LOOKS>(given);
+    given.top_k <= 4 ? fast_sum<T, 4, Id, LOOKS>(given) : fast_sum<T, 8, Id, LOOKS>(given);
 }}
 extern "C" void run(const TensorMap* maps, const void* layer, int blocks, int late, int patience) {{
     typedef {storage} T;
@@ -95,7 +97,7 @@ def _compiler() -> str:
 def compiled(instance: Instance, dtype: torch.dtype, source: Path = SOURCE, *, races: bool = False) -> Path:
     """Its file; with `races` it tells ThreadSanitizer of all that it reads and writes."""
     text = MAIN.format(
-        constants=constants(), source=source.name, sums=fast_layer.SUM_SOURCE.name,
+        constants=constants(), looks=str(instance.scaled == 1).lower(), source=source.name, sums=fast_layer.SUM_SOURCE.name,
         storage=STORAGE[dtype][0], shape=instance.shape,
         threads=instance.threads, expression=instance.expression(dtype), cluster=instance.cluster,
     )  # fmt: skip
@@ -176,8 +178,8 @@ def coded_arguments_of(
     parts: int = 7,
     report: Tensor | None = None,
 ) -> tuple[Any, fast_layer.LayerArguments, list[Tensor]]:
-    """(maps, arguments, every tensor they point to, out, ready, inner, its scales and y first) of an instance over codes; outputs start
-    as NaN."""
+    """(maps, arguments, every tensor they point to, out, ready, inner, its scales and y first) of an instance over codes;
+    outputs start as NaN."""
     w13, w2 = weights.w13, weights.w2
     hidden, nan = w2.shape[1], float("nan")
     inner, inner_scale, y = (
@@ -231,8 +233,8 @@ def run(
     patience_s: int = 100,
     source: Path = SOURCE,
 ) -> None:
-    """One emulated launch. shape: (M, H). late: a rank in clusters. patience_s: of a wait, which then ends the launch: RuntimeError
-    with what it reported."""
+    """One emulated launch. shape: (M, H). late: a rank in clusters. patience_s: of a wait, which then ends the launch:
+    RuntimeError with what it reported."""
     library = built(instance, dtype, source)
     child = os.fork()
     if not child:

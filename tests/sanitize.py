@@ -25,6 +25,7 @@ from moelab.kernels.split_k_atomic import split_k_atomic_out
 from moelab.kernels.sum_reduce import SUM_REDUCE, sum_reduce
 from moelab.kernels.weight_only import Cut, WeightOnly, not_taken
 from moelab.pipelines.fast import tiles_for
+from moelab.pipelines.fast_quantised import coded_pipeline
 from moelab.pipelines.weight_only import weight_only_pipeline
 from moelab.routing import make_routing
 from moelab.shapes import MoEShape
@@ -113,6 +114,10 @@ def quantised() -> None:
             for impl in taking(LayerKind("bfloat16", format), checks.current_target()):
                 config = KernelConfig(16, 2 * min(whole, 32), step, 1) if IMPLEMENTATIONS[impl].triton else None
                 fused_moe(i.hidden_states, i.weights, **routing, impl=impl, config=config)
+                if impl == "fast":
+                    for instance in fast_instances.ALL_CODED:
+                        call = MoECall(i.hidden_states, i.weights, i.topk_weights, i.topk_ids)
+                        coded_pipeline(call, instance)
                 if impl == "weight_only":
                     for form in forms:
                         weight_only_pipeline(MoECall(i.hidden_states, i.weights, i.topk_weights, i.topk_ids), form)

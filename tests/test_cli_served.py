@@ -69,7 +69,7 @@ def test_a_shard_that_no_block_divides_is_said(run, fp8: Path, command: str) -> 
     ("arguments", "words"),
     [
         (("tune", "--tp-size", 4), ("192", "Choose tp_size 1, 2")),
-        (("explain", "--batch-size", 8, "--kernel", "fast", *H200), ("fast takes plain weights",)),
+        (("explain", "--tp-size", 4, "--batch-size", 8, "--kernel", "fast", *H200), ("moe_intermediate_size is 192",)),
     ],
 )
 def test_what_has_no_quantised_kernel_yet_refuses_by_name(
@@ -79,6 +79,12 @@ def test_what_has_no_quantised_kernel_yet_refuses_by_name(
     command, *rest = arguments
     status, out, err = run(command, "--model", fp8, *rest)
     assert status == 2 and out == "" and all(word in err for word in words) and "Traceback" not in err
+
+
+def test_explain_says_what_fast_runs_over_codes(run, fp8: Path) -> None:
+    """Before, it took plain weights alone."""
+    status, out, _ = run("explain", "--model", fp8, "--batch-size", 4096, "--kernel", "fast", *H200)
+    assert status == 0 and out.startswith("one launch over fp8 codes, and one for the sums: 256 rows an expert")
 
 
 def test_a_kernel_of_plain_weights_is_not_tuned_for_others() -> None:

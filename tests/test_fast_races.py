@@ -42,6 +42,7 @@ PAIR = replace(INSTANCE, cluster=2)
 PERMUTED, PERMUTED_PAIR = (replace(each, permutes=1) for each in (INSTANCE, PAIR))
 CODED = Instance(2, 2, 2, 32, 16, 16, apart=1, scaled=1)
 CODED_PAIR, CODED_PERMUTED = replace(CODED, cluster=2), replace(CODED, permutes=1)
+TOKENS_FIRST = Instance(2, 2, 2, 128, 64, 64, apart=1, scaled=2)
 STAGED = Instance(1, 2, 2, 96, 48, 16)  # outputs by way of two buffers a warp
 
 
@@ -64,7 +65,15 @@ def launch_files(folder: Path, instance: Instance) -> list[str]:
     tiles = token_tiles_ref(slots, offsets, instance.tokens, 16, instance.cluster > 1)
     if instance.scaled:
         of = coded_cases.case(tokens, experts, 2, 384, 128, ids=ids)
-        given = (coded_cases.coded(of, tiles, instance), of.weights, of.topk_weights, ids, tiles, instance, torch.float16)
+        given = (
+            coded_cases.coded(of, tiles, instance),
+            of.weights,
+            of.topk_weights,
+            ids,
+            tiles,
+            instance,
+            torch.float16,
+        )
         maps, arguments, tensors = emulated_gpu.coded_arguments_of(*given)
     else:
         maps, arguments, tensors = emulated_gpu.arguments_of(x, w13, w2, torch.rand(tokens, 2), ids, tiles, instance)
@@ -125,7 +134,7 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++, 
     [
         STAGED_IN_ONE,
         CODED,
-        *map(whole, (CODED_PAIR, CODED_PERMUTED)),
+        *map(whole, (CODED_PAIR, CODED_PERMUTED, TOKENS_FIRST)),
         *map(whole, (PERMUTED_PAIR, INSTANCE, PERMUTED, STAGED)),
     ],
     ids=str,

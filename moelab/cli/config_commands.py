@@ -36,12 +36,14 @@ def explain_fast(found: MoEShape, num_tokens: int, device: str, triton_version: 
     from dataclasses import asdict
 
     from moelab.chips import get_target
+    from moelab.implementations import IMPLEMENTATIONS
     from moelab.pipelines.fast import choose_for
     from moelab.pipelines.form_choice import kind_of, name_of, runners_up
     from moelab.roofline import device_data, device_names
     from moelab.shapes import require_plain
 
-    require_plain(found, "The implementation fast")
+    if found.format.family not in IMPLEMENTATIONS["fast"].formats:
+        require_plain(found, "The implementation fast")
     known = device.replace(" ", "_") in device_names()
     name = device_data(device).get("target") if known else None
     choice = choose_for(found, num_tokens, None if name is None else get_target(name), device, triton_version)
@@ -52,7 +54,8 @@ def explain_fast(found: MoEShape, num_tokens: int, device: str, triton_version: 
     if as_json:
         form = {"kind": kind_of(choice.form), "name": name_of(choice.form), **asdict(choice.form)}
         every = [
-            {"name": name_of(each.form), "even_us": each.even_us, "skewed_us": each.skewed_us} for each in choice.predicted
+            {"name": name_of(each.form), "even_us": each.even_us, "skewed_us": each.skewed_us}
+            for each in choice.predicted
         ]
         said = {"kernel": "fast", "form": form, "reason": choice.reason, "predicted": every, "warnings": warnings}
         printing.print_json(said)
@@ -60,7 +63,9 @@ def explain_fast(found: MoEShape, num_tokens: int, device: str, triton_version: 
     print(choice.reason)
     print(f"{'predicted, us':<44}{'even':>9}{'skewed':>9}")
     for each in runners_up(choice):
-        print(f"{'* ' if each.form == choice.form else '  '}{name_of(each.form):<42}{each.even_us:>9.1f}{each.skewed_us:>9.1f}")
+        print(
+            f"{'* ' if each.form == choice.form else '  '}{name_of(each.form):<42}{each.even_us:>9.1f}{each.skewed_us:>9.1f}"
+        )
 
 
 def kernel_warnings(kernel: str | None, config_dir: Path | None) -> list[str]:

@@ -62,8 +62,9 @@ class Instance:
     one TMA load of tokens brings. ctas_per_sm: CTAs on an SM. cluster: CTAs, 1 or 2, that take tiles side by side,
     and share the weights where both are of one expert. permutes: 1 where rows of x are first written out in order of expert, to
     be loaded by TMA; 0 where three warps gather them for every tile of weight rows. apart: 1 where the sums over each token's
-    slots are a launch of their own (sm90_fast_sum.cu). scaled: 1 where weights and activations are codes (e4m3) with a scale for
-    every BLOCK of K (sm90_fast_scaled.cuh), in stages of 128 elements.
+    slots are a launch of their own (sm90_fast_sum.cu). scaled: 1 or 2 where weights and activations are codes (e4m3) with a
+    scale for every BLOCK of K, in stages of 128 elements: 1 with weights as wgmma's M (sm90_fast_scaled.cuh), 2 with tokens
+    (sm90_fast_rows.cuh), 64 a warpgroup.
     """
 
     warpgroups: int
@@ -106,8 +107,9 @@ class Instance:
     def shared_bytes(self) -> int:
         """Of a CTA: the pipeline, barriers of 8 bytes (two a stage, and four), twice the rows' slots and weights, and where
         outputs are staged 512 bytes a warp, or twice that where they fit; over codes also scales, and the largest outputs."""
-        stage = (self.rows + self.tokens) * 128 + 16 + 4 * self.tokens * self.scaled
-        rest = self.stages * stage + 32 + 16 * self.tokens + self.scaled * 16 * (MOST_STEPS + self.tokens)
+        scaled = self.scaled > 0
+        stage = (self.rows + self.tokens) * 128 + 16 + 4 * self.tokens * scaled
+        rest = self.stages * stage + 32 + 16 * self.tokens + scaled * 16 * (MOST_STEPS + self.tokens)
         staged = self.warpgroups * 4 * STAGED_BYTES if self.stages_rows else 0
         buffers = 2 if rest + 32 + 2 * staged <= MOST_SHARED_BYTES // self.ctas_per_sm - 1024 else 1
         return rest + buffers * staged
@@ -120,7 +122,7 @@ class Instance:
     @property
     def stages_rows(self) -> bool:
         """Whether outputs are turned round in shared memory."""
-        return bool(self.scaled) or (self.tokens >= 96 and self.row_blocks == 2)
+        return self.scaled == 1 or (not self.scaled and self.tokens >= 96 and self.row_blocks == 2)
 
     @property
     def shape(self) -> str:
@@ -169,7 +171,8 @@ CODED = {
 """Over codes: widest tile of tokens -> the instance for it. 256 weight rows, which hold a group of GEMM1's result; the registers
 of a step's sums beside those of all steps leave 128 tokens."""
 
+ROWS = Instance(2, 2, 4, 128, 64, 64, apart=1, scaled=2)
+ROWS_PERMUTED = replace(ROWS, permutes=1)
+ROWS_BOTH = replace(ROWS_PERMUTED, cluster=2)
 CODED_PERMUTED = replace(CODED[128], permutes=1)
-CODED_CLUSTERED = replace(CODED[128], cluster=2)
-CODED_BOTH = replace(CODED_PERMUTED, cluster=2)
-ALL_CODED = (*CODED.values(), CODED_PERMUTED, CODED_CLUSTERED, CODED_BOTH)
+ALL_CODED = (*CODED.values(), CODED_PERMUTED, ROWS, ROWS_PERMUTED, ROWS_BOTH)

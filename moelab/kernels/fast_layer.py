@@ -87,8 +87,8 @@ def tensor_maps(instance: Instance, w13: Tensor, w2: Tensor, rows: Tensor, inner
     """Maps of w13 (E, 2N, H), w2 (E, H, N), rows (S, H) and inner (S, N), in the boxes of that instance.
 
     w13's dimensions are H, row in a group of eight, gate or up, group, expert: a box brings groups of gate and of up rows
-    in turn. Of codes: H, pair of rows, row of a pair, group of eight pairs, gates or ups of an expert: a box brings groups of even
-    rows and of odd ones in turn, all gates first.
+    in turn. Of codes: H, pair of rows, row of a pair, group of eight pairs, gates or ups of an expert: a box brings groups of
+    even rows and of odd ones in turn, all gates first.
     """
     experts, doubled, hidden = w13.shape
     size, step = doubled // 2, instance.step
@@ -98,6 +98,15 @@ def tensor_maps(instance: Instance, w13: Tensor, w2: Tensor, rows: Tensor, inner
         (hidden, size * hidden, 8 * hidden, doubled * hidden),
         (step, 8, 2, rows_of_a_load // 16, 1),
     )
+    if instance.scaled == 2:
+        return (
+            _in_chunks(hidden, experts * doubled, 16),
+            _in_chunks(size, experts * hidden, 8),
+            *(
+                TensorMap((each.shape[1], each.shape[0]), (each.shape[1],), (step, instance.box))
+                for each in (rows, inner)
+            ),
+        )
     if instance.scaled:
         of_w13 = TensorMap(
             (hidden, 8, 2, size // 16, 2 * experts),
@@ -108,6 +117,17 @@ def tensor_maps(instance: Instance, w13: Tensor, w2: Tensor, rows: Tensor, inner
         of_w13,
         TensorMap((size, hidden, experts), (size, hidden * size), (step, rows_of_a_load, 1)),
         *(TensorMap((each.shape[1], each.shape[0]), (each.shape[1],), (step, instance.box)) for each in (rows, inner)),
+    )
+
+
+def _in_chunks(K: int, rows: int, chunk: int) -> TensorMap:
+    """Of all experts' rows of K codes: boxes of BLOCK rows, of which wgmma leaves a thread whole chunks of `chunk` neighbours. A
+    thread's columns are 8 j + 2 q and the next, q being its lane's number in four: in shared memory the rows of a chunk are
+    eight apart, two by two, and the chunks of four lanes side by side."""
+    return TensorMap(
+        (K, 2, 4, chunk // 2, rows // (4 * chunk)),
+        (K, chunk * K, 2 * K, 4 * chunk * K),
+        (BLOCK, 2, 4, chunk // 2, BLOCK // (4 * chunk)),
     )
 
 
@@ -174,10 +194,12 @@ def _loaded(device: int, instance: Instance, dtype: torch.dtype, watched: bool) 
     return _Loaded(kernel, function, grid_of(instance, ctas, _clusters_at_once(function, instance, ctas)))
 
 
-def sum_expression(top_k: int, dtype: torch.dtype, ids: torch.dtype = torch.int32) -> str:
-    """The template instance of sm90_fast_sum.cu to compile, as NVRTC names it. ids: int32 or int64."""
+def sum_expression(top_k: int, dtype: torch.dtype, ids: torch.dtype = torch.int32, *, looks: bool = False) -> str:
+    """The template instance of sm90_fast_sum.cu to compile, as NVRTC names it. ids: int32 or int64. looks: at them first, to read
+    no row that counts for nothing."""
     slots = next((slots for slots in (2, 4) if top_k <= slots), 8)
-    return f"fast_sum<{STORAGE[dtype][0]}, {slots}, {'long long' if ids == torch.int64 else 'int'}>"
+    more = ", true" if looks else ""
+    return f"fast_sum<{STORAGE[dtype][0]}, {slots}, {'long long' if ids == torch.int64 else 'int'}{more}>"
 
 
 def sum_source() -> str:
@@ -285,9 +307,10 @@ def launch_layer(
     topk_ids: Tensor,
     *,
     overlap: bool,
+    looks: bool = False,
 ) -> None:
     """The launch of those arguments on torch's current stream, behind what `residency.Order` says, and the sums' where they are
-    apart. mapped: w13, w2, rows and inner, for TMA."""
+    apart. mapped: w13, w2, rows and inner, for TMA. looks: of the sums, at ids first (`sum_expression`)."""
     device, parts = out.get_device(), arguments.parts
     direct = arguments.y == arguments.out
     stream = torch.cuda.current_stream(device).cuda_stream
@@ -300,7 +323,7 @@ def launch_layer(
             waits = order.follow(stream)
             launch(loaded.function, _instance_config(instance, loaded.grid, stream, overlap and not waits), parameters)
     if instance.apart and parts & SUM and not direct:
-        _, function = _loaded_sum(device, sum_expression(topk_ids.shape[1], out.dtype, topk_ids.dtype))
+        _, function = _loaded_sum(device, sum_expression(topk_ids.shape[1], out.dtype, topk_ids.dtype, looks=looks))
         config = launch_config(sum_ctas(*out.shape), SUM_THREADS, 0, stream, overlap)
         launch(function, config, (ctypes.addressof(arguments),))
 

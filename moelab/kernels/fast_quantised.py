@@ -25,24 +25,35 @@ from moelab.weights import ExpertWeights
 
 FAMILY = "fp8_w8a8_block"
 
+LOOKS_FROM = 512
+"""Tokens from which the sums look at ids first: under expert parallelism most slots are other ranks', whose rows nobody wrote. Of
+fewer tokens the second trip to memory would weigh more."""
+
 
 class Coded(NamedTuple):
-    """Activations as an instance reads them: codes (M, H) and scales (M, H / BLOCK), or of one that permutes codes (S, H) in order
-    of expert and scales (tiles.most, H / BLOCK, tokens), each tile's as `scale_place` orders them."""
+    """Activations as an instance reads them: codes (M, H) and scales (M, H / BLOCK), or of one that permutes codes (S, H) in
+    order of expert and scales (tiles.most, H / BLOCK, tokens), each tile's as `scale_place` orders them."""
 
     codes: Tensor
     scale: Tensor
 
 
-def scale_place(row: int) -> int:
+def scale_place(row: int, instance: Instance) -> int:
     """Where the scale of a tile's row lies among its tile's, as in sm90_fast_tiles.cuh."""
+    if instance.scaled == 2:
+        return row
     return (row & ~15) | (row & 6) << 1 | (row & 8) >> 2 | (row & 1)
+
+
+def coded_cut(instance: Instance) -> tuple[int, int, bool]:
+    """How that instance's tiles are cut, as `ordered_tiles` takes it: by 16 tokens, by 64 where they are wgmma's M."""
+    return instance.tokens, 64 if instance.scaled == 2 else 16, instance.cluster > 1
 
 
 def coded(x: Tensor, tiles: TokenTiles, top_k: int, instance: Instance, format: Format) -> Coded:
     """x (M, H) as that instance reads it; one launch."""
     if instance.permutes:
-        return Coded(*quantise_tiles_unchecked(x, tiles, top_k, instance.tokens, format))
+        return Coded(*quantise_tiles_unchecked(x, tiles, top_k, instance.tokens, format, in_rows=instance.scaled == 2))
     codes, scale = quantise_activations_unchecked(x, format)
     return Coded(codes, scale)
 
@@ -82,8 +93,8 @@ def check_coded_layer(x: Tensor, weights: ExpertWeights, target: Target | None) 
     for name, size in (("hidden_size", x.shape[1]), ("moe_intermediate_size", weights.w2.shape[2])):
         if size % BLOCK or size > BLOCK * MOST_STEPS:
             raise ShapeError(
-                f"{name} is {size}. Expected a multiple of {BLOCK}, at most {BLOCK * MOST_STEPS}, for impl='fast' over weights in "
-                "blocks. Shard the layer otherwise, or use impl='triton'."
+                f"{name} is {size}. Expected a multiple of {BLOCK}, at most {BLOCK * MOST_STEPS}, for impl='fast' over weights "
+                "in blocks. Shard the layer otherwise, or use impl='triton'."
             )
     for name, tensor in (("w13", weights.w13), ("w2", weights.w2)):
         if tensor.data_ptr() % 16:
@@ -107,11 +118,13 @@ def coded_layer(
     parts: int = GEMM1 | GEMM2 | SUM,
     scratch: tuple[Tensor, Tensor, Tensor] | None = None,
     overlap: bool = True,
+    looks: bool | None = None,
 ) -> Tensor:
     """`fast_layer` of checked tensors (`check_coded_layer`) over codes: x as `coded` makes it; out (M, H) of dtype.
 
-    instance: one that is scaled; tiles, topk_weights, topk_ids, weights_on_input, parts, overlap, and what is said there of launches
-    beside each other: as there. scratch: as `coded_scratch` makes it; its own unless given.
+    instance: one that is scaled; tiles, topk_weights, topk_ids, weights_on_input, parts, overlap, and what is said there of
+    launches beside each other: as there. scratch: as `coded_scratch` makes it; its own unless given. looks: whether sums look
+    at ids before they read rows, None for LOOKS_FROM.
     Deterministic; no host synchronisation. Raises RuntimeModeError; KernelTimeoutError.
     """
     residency.raise_if_lost()
@@ -127,5 +140,6 @@ def coded_layer(
         powers=weights.format.power_of_two_scales,
         scales=(x.scale, weights.w13_scale, weights.w2_scale, x.scale, inner_scale),
     )  # fmt: skip
-    launch_layer(instance, (w13, w2, x.codes, inner), arguments, out, topk_ids, overlap=overlap)
+    looks = num_tokens >= LOOKS_FROM if looks is None else looks
+    launch_layer(instance, (w13, w2, x.codes, inner), arguments, out, topk_ids, overlap=overlap, looks=looks)
     return out

@@ -17,19 +17,21 @@ from torch import Tensor  # noqa: E402
 from moelab.formats import Format  # noqa: E402
 from moelab.kernels.launch import Launcher  # noqa: E402
 from moelab.kernels.quantise_activations import CODE_LIMIT, quantise_rows  # noqa: E402
+from moelab.kernels.tiles import start_next  # noqa: E402
 from moelab.kernels.token_tiles import TokenTiles  # noqa: E402
 
-ROWS, GROUPS = 8, 4
+ROWS, GROUPS = 8, 16
 """Rows and groups of a program."""
 
 
 @triton.jit(do_not_specialize=["top_k"])
 def _quantise_tiles_kernel(
     x_ptr, slots_ptr, tiles_ptr, num_tiles_ptr, out_ptr, scale_ptr, top_k, K,
-    TOKENS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, LIMIT: tl.constexpr,
-    POWER: tl.constexpr,
+    TOKENS: tl.constexpr, IN_ROWS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    LIMIT: tl.constexpr, POWER: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """GROUPS groups of ROWS rows of a tile."""
+    start_next(PDL)
     groups = K // GROUP
     tile, across = tl.program_id(0), tl.cdiv(groups, GROUPS)
     begin = tl.program_id(1) // across * ROWS
@@ -46,7 +48,7 @@ def _quantise_tiles_kernel(
     x = tl.load(x_ptr + token.to(tl.int64)[:, None] * K + columns, mask=real[:, None], other=0.0).to(tl.float32)
     codes, scale = quantise_rows(x, out_ptr.dtype.element_ty, LIMIT, POWER)
     tl.store(out_ptr + (first + row).to(tl.int64)[:, None] * K + columns, codes, mask=real[:, None])
-    place = (row & ~15) | ((row & 6) << 1) | ((row & 8) >> 2) | (row & 1)
+    place = row if IN_ROWS else (row & ~15) | ((row & 6) << 1) | ((row & 8) >> 2) | (row & 1)
     tl.store(scale_ptr + (tile.to(tl.int64) * groups + group) * TOKENS + place, scale, mask=real)
 
 
@@ -54,10 +56,10 @@ _launcher = Launcher(_quantise_tiles_kernel)
 
 
 def quantise_tiles_unchecked(
-    x: Tensor, tiles: TokenTiles, top_k: int, tokens: int, format: Format
+    x: Tensor, tiles: TokenTiles, top_k: int, tokens: int, format: Format, *, in_rows: bool
 ) -> tuple[Tensor, Tensor]:
     """x (M, K) floating -> codes (S, K) in the order of tiles.sorted_slots, and float32 scales (tiles.most, K / g, tokens), each
-    tile's as `fast_quantised.scale_place` orders them; what no row of a tile has is not written.
+    tile's as `fast_quantised.scale_place` orders them, or as rows lie; what no row of a tile has is not written.
 
     tiles: of slots token * top_k + j, at most `tokens` rows each. format: fp8 in blocks whose groups of g divide K.
     """
@@ -65,14 +67,14 @@ def quantise_tiles_unchecked(
     codes = torch.empty((tiles.sorted_slots.shape[0], K), dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty((tiles.most, K // group, tokens), dtype=torch.float32, device=x.device)
     _launcher(
-        (format, x.dtype, K, tokens),
+        (format, x.dtype, K, tokens, in_rows),
         (tiles.most, -(-tokens // ROWS) * -(-(K // group) // GROUPS)),
         (x, tiles.sorted_slots, tiles.tiles, tiles.num_tiles, codes, scale),
         (top_k, K),
         lambda: (
-            {"TOKENS": tokens, "GROUP": group, "ROWS": ROWS, "GROUPS": GROUPS, "LIMIT": limit,
+            {"TOKENS": tokens, "IN_ROWS": in_rows, "GROUP": group, "ROWS": ROWS, "GROUPS": GROUPS, "LIMIT": limit,
              "POWER": format.power_of_two_scales},
-            {"num_warps": 4},
+            {"num_warps": 8},
         ),
     )  # fmt: skip
     return codes, scale

@@ -231,11 +231,6 @@ DEVICE void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// An arrival there that waits for nobody.
-DEVICE void named_barrier_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // An 8 x 8 matrix of 16-bit values, two in each lane (row lane / 4, columns 2 * (lane % 4) and the next), transposed.
 DEVICE uint32_t transposed(uint32_t pair) {
     uint32_t result;
@@ -259,6 +254,9 @@ DEVICE uint4 load_shared(uint32_t address) {
 DEVICE uint32_t from_neighbour(uint32_t value) { return __shfl_xor_sync(0xffffffffu, value, 1); }
 
 DEVICE float from_lane(float value, int apart) { return __shfl_xor_sync(0xffffffffu, value, apart); }
+
+// What is the same in all lanes of a warp, so that the compiler knows it.
+DEVICE int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
 DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
@@ -348,11 +346,6 @@ DEVICE void add_pair(float& low, float& high, uint32_t pair, __half) {
 // 16 bytes that another CTA wrote in this launch: past L1.
 DEVICE uint4 load_written(const void* address) { return __ldcg(static_cast<const uint4*>(address)); }
 
-DEVICE float power_of_two(float x) {
-    float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
-    return power;
-}
 DEVICE float reciprocal(float x) {
     float part;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(part) : "f"(x));

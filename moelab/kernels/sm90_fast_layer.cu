@@ -28,6 +28,7 @@
 #include "sm90_fast_mainloop.cuh"
 #include "sm90_fast_epilogue.cuh"
 #include "sm90_fast_scaled.cuh"
+#include "sm90_fast_rows.cuh"
 #include "sm90_fast_sums.cuh"
 
 template <typename S, typename T, int N>
@@ -78,6 +79,26 @@ DEVICE void compute_scaled(Shared<S>& shared, const Layer<T>& layer, const TileS
     slots_pipeline.advance();
 }
 
+// The same with tokens as wgmma's M: 64 a warpgroup, or where N is 64 the same for both, and half of each block.
+template <typename S, typename T, int N>
+DEVICE void compute_rows(Shared<S>& shared, const Layer<T>& layer, const TileScheduler<S, T, false>& scheduler,
+                         PipelineState<S::STAGES>& pipeline, PipelineState<2>& slots_pipeline) {
+    const int buffer = slots_pipeline.stage, first = uniform(threadIdx.x / 128 - 1) * 64;
+    const int token = N < BLOCK ? 0 : first, column = N < BLOCK ? first : 0;
+    float sums[2][N / 2];
+    barrier_wait(&shared.slots_full[buffer], slots_pipeline.phase);
+    multiply_rows<S, N>(sums, shared, pipeline, shared.block_scales[buffer], scheduler.k_steps(),
+                        !S::PERMUTES && !scheduler.gemm, token, column);
+    const int row = token + threadIdx.x % 128 / 32 * 16 + (threadIdx.x & 31) / 4;
+    if (scheduler.gemm == 0)
+        store_coded<N>(sums, shared, layer, scheduler, row, column, shared.routed[buffer]);
+    else
+        store_rows<N>(sums, layer, scheduler, row, column, shared.slots[buffer], shared.routed[buffer]);
+    sync_warp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(&shared.slots_empty[buffer]);
+    slots_pipeline.advance();
+}
+
 // `compute` of the fewest tokens that hold this tile's.
 template <typename S, typename T, int N>
 DEVICE void compute_fitting(Shared<S>& shared, const Layer<T>& layer, const TileScheduler<S, T, false>& scheduler,
@@ -86,7 +107,9 @@ DEVICE void compute_fitting(Shared<S>& shared, const Layer<T>& layer, const Tile
         if (scheduler.tile.rows <= N - S::GRAIN)
             return compute_fitting<S, T, N - S::GRAIN>(shared, layer, scheduler, pipeline, slots_pipeline);
     }
-    if constexpr (S::SCALED)
+    if constexpr (S::TOKENS_FIRST)
+        compute_rows<S, T, N>(shared, layer, scheduler, pipeline, slots_pipeline);
+    else if constexpr (S::SCALED)
         compute_scaled<S, T, N>(shared, layer, scheduler, pipeline, slots_pipeline);
     else
         compute<S, T, N>(shared, layer, scheduler, pipeline, slots_pipeline);
@@ -101,7 +124,6 @@ DEVICE void consume(Shared<S>& shared, const Layer<T>& layer, int participants) 
     PipelineState<2> slots_pipeline;
     int uncounted = -1;
     int second = 0;  // tiles of GEMM2
-    if (S::SCALED && TAKES_TURNS && threadIdx.x >= 256) named_barrier_arrive(TURNS, 256);
     TileScheduler<S, T, false> scheduler(layer);
     if constexpr (S::PERMUTES_HERE) {
         const int first = scheduler.tiles1 ? Pieces<S>(layer).first(scheduler.tiles1 / scheduler.across1 * S::CLUSTER) : 0;

@@ -52,7 +52,7 @@ DEVICE int bytes_of_rows(const TileScheduler<S, T>& scheduler) {
 template <typename S, typename T>
 DEVICE PipelineState<S::STAGES> produce_weights(Shared<S>& shared, const Layer<T>& layer, const TensorMap* w13,
                                                const TensorMap* w2, const TensorMap* rows, const TensorMap* inner) {
-    constexpr int PART = S::ROWS / S::CLUSTER;
+    constexpr int PART = S::ROWS / (S::TOKENS_FIRST ? 2 : S::CLUSTER);
     PipelineState<S::STAGES> pipeline;
     for (TileScheduler<S, T> scheduler(layer); scheduler.next();)
         for (int step = 0; step < scheduler.k_steps(); ++step, pipeline.advance()) {
@@ -60,6 +60,10 @@ DEVICE PipelineState<S::STAGES> produce_weights(Shared<S>& shared, const Layer<T
             barrier_wait(&shared.operands_empty[pipeline.stage], pipeline.phase ^ 1, layer.report, STAGE_EMPTY,
                          scheduler.tokens);
             const int token_bytes = S::PERMUTES ? bytes_of_rows(scheduler) : 0;
+#ifdef MOELAB_NO_LOADS
+            barrier_arrive(full);
+            continue;
+#endif
             barrier_arrive_expect(full, sizeof(shared.weights[0]) + token_bytes);
             const bool shares = S::CLUSTER > 1 && scheduler.shares;
             const int from = shares ? cluster_rank() * PART : 0;
@@ -67,7 +71,13 @@ DEVICE PipelineState<S::STAGES> produce_weights(Shared<S>& shared, const Layer<T
             for (int first = from; first < (shares ? from + PART : S::ROWS); first += PART) {
                 uint8_t* to = shared.weights[pipeline.stage] + first * ROW_BYTES;
                 const int row = scheduler.weights * S::ROWS + first;
-                if (scheduler.gemm)
+                if (S::TOKENS_FIRST && scheduler.gemm)
+                    load_weights<S>(shares, to, w2, full, step * S::STEP, 0, 0, 0,
+                                    (scheduler.tile.expert * layer.hidden + row) / 32);
+                else if (S::TOKENS_FIRST)
+                    load_weights<S>(shares, to, w13, full, step * S::STEP, 0, 0, 0,
+                                    ((2 * scheduler.tile.expert + first / BLOCK) * layer.inner_size + scheduler.weights * BLOCK) / 64);
+                else if (scheduler.gemm)
                     load_weights<S>(shares, to, w2, full, step * S::STEP, row, scheduler.tile.expert);
                 else if (S::SCALED)
                     load_weights<S>(shares, to, w13, full, step * S::STEP, 0, 0, scheduler.weights * (BLOCK / 16),
@@ -126,7 +136,7 @@ struct ScaleStarts<S, true> {
 #pragma unroll
         for (int i = 0; i < MOST; ++i)
             if (i * TOKEN_THREADS < rows)
-                copy_async_4(to + 4 * scale_place(first + i * TOKEN_THREADS), layer.x_scale + starts[i] + step);
+                copy_async_4(to + 4 * scale_place<S>(first + i * TOKEN_THREADS), layer.x_scale + starts[i] + step);
     }
 };
 

@@ -12,11 +12,6 @@
 #include "sm90_fast_epilogue.cuh"
 #include "sm90_fast_mainloop.cuh"
 
-#ifndef MOELAB_TURNS
-#define MOELAB_TURNS 0
-#endif
-constexpr int TAKES_TURNS = MOELAB_TURNS;  // 1: handed on when issued, 2: when all but the last product are done, 3: when all are
-
 // sums += partial times its columns' scales, token's by block's.
 template <int N>
 DEVICE void promote(float (&sums)[N / 2], const float (&partial)[N / 2], const float4* token_scales, float by) {
@@ -53,23 +48,14 @@ DEVICE void multiply_scaled(float (&sums)[2][N / 2], Shared<S>& shared, Pipeline
 #pragma unroll
         for (int block = 0; block < 2; ++block) {
             float partial[N / 2];
-            if constexpr (TAKES_TURNS > 0) named_barrier(TURNS + group, 256);
             wgmma_fence();
             wgmma_first<e4m3, N>(partial, weights + block * apart, tokens);
 #pragma unroll
-            for (int k = 2; k < ROW_BYTES / UNIT; k += 2) {  // 32 elements of K are 32 bytes
-                if (TAKES_TURNS == 2 && k == 6) wgmma_commit();
+            for (int k = 2; k < ROW_BYTES / UNIT; k += 2)  // 32 elements of K are 32 bytes
                 wgmma<e4m3, N>(partial, weights + block * apart + k, tokens + k);
-            }
             wgmma_commit();
-            if constexpr (TAKES_TURNS == 1) named_barrier_arrive(TURNS + 1 - group, 256);
             const float by = scales[block * scales_apart + step];
-            if constexpr (TAKES_TURNS == 2) {
-                wgmma_wait<1>();
-                named_barrier_arrive(TURNS + 1 - group, 256);
-            }
             wgmma_wait<0>();
-            if constexpr (TAKES_TURNS == 3) named_barrier_arrive(TURNS + 1 - group, 256);
             pin(partial);
             promote<N>(sums[block], partial, token_scales, by);
         }
@@ -126,23 +112,8 @@ DEVICE void activate(float (&sums)[2][N / 2], float (&largest)[N / 4], const Lay
             for (int i = 0; i < 8; ++i) sums[i >> 2][4 * j + (i & 3)] *= i & 1 ? by.y : by.x;
         }
     }
-#ifdef MOELAB_FOURS
-#pragma unroll
-    for (int i = 0; i < N / 2; i += 4) {
-        float parts[4];
-#pragma unroll
-        for (int v = 0; v < 4; ++v) parts[v] = 1.0f + power_of_two(fminf(-1.44269504f * sums[0][i + v], 30.0f));
-        const float low = parts[0] * parts[1], high = parts[2] * parts[3], all = reciprocal(low * high);
-        const float of_low = high * all, of_high = low * all;
-        sums[0][i] *= of_low * parts[1] * sums[1][i];
-        sums[0][i + 1] *= of_low * parts[0] * sums[1][i + 1];
-        sums[0][i + 2] *= of_high * parts[3] * sums[1][i + 2];
-        sums[0][i + 3] *= of_high * parts[2] * sums[1][i + 3];
-    }
-#else
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) sums[0][i] = silu(sums[0][i]) * sums[1][i];
-#endif
 #pragma unroll
     for (int c = 0; c < N / 4; ++c)
         largest[c] = fmaxf(fabsf(sums[0][c / 2 * 4 + c % 2]), fabsf(sums[0][c / 2 * 4 + c % 2 + 2]));

@@ -8,10 +8,10 @@
 
 #include "sm90_fast_sums.cuh"
 
-template <typename T, int SLOTS, typename Id>
+template <typename T, int SLOTS, typename Id, bool LOOKS = false>
 __global__ void __launch_bounds__(SUM_THREADS) fast_sum(const __grid_constant__ Layer<T> layer) {
     griddepcontrol_wait();
     griddepcontrol_launch_dependents();
     const int place = blockIdx.x * SUM_THREADS + threadIdx.x, columns = layer.hidden / 8, token = place / columns;
-    sum_places<Id, SLOTS, 1>(layer, {{token < layer.num_tokens ? token : -1, (place - token * columns) * 8}});
+    sum_places<Id, SLOTS, 1, LOOKS>(layer, {{token < layer.num_tokens ? token : -1, (place - token * columns) * 8}});
 }

@@ -35,8 +35,8 @@ struct Place {
 };
 
 // out[token][column ..] = scale * sum over slots of y, at so many places, and of SLOTS slots each at a time: all of these rows
-// are on their way together.
-template <typename Id, int SLOTS, int PLACES, typename T>
+// are on their way together. LOOKS: at ids first, to load no row of another rank's.
+template <typename Id, int SLOTS, int PLACES, bool LOOKS = false, typename T>
 DEVICE void sum_places(const Layer<T>& layer, const Place (&places)[PLACES]) {
     float sums[PLACES][8] = {};
 #pragma unroll 1
@@ -50,9 +50,11 @@ DEVICE void sum_places(const Layer<T>& layer, const Place (&places)[PLACES]) {
 #pragma unroll
             for (int s = 0; s < SLOTS; ++s) {
                 const bool is_slot = places[p].token >= 0 && first + s < layer.top_k;
-                // Loaded whether it counts or not: to look at the id first would be a second trip to memory.
-                eights[p][s] = is_slot ? load_written(from + static_cast<uint64_t>(s) * layer.hidden) : uint4{};
-                count[p][s] = is_slot && is_ours<Id>(layer, slot + s);
+                // Without LOOKS loaded whether it counts or not: to look at the id first is a second trip to memory.
+                if constexpr (LOOKS) count[p][s] = is_slot && is_ours<Id>(layer, slot + s);
+                const bool is_read = LOOKS ? count[p][s] : is_slot;
+                eights[p][s] = is_read ? load_written(from + static_cast<uint64_t>(s) * layer.hidden) : uint4{};
+                if constexpr (!LOOKS) count[p][s] = is_slot && is_ours<Id>(layer, slot + s);
             }
         }
 #pragma unroll

@@ -12,7 +12,7 @@ constexpr int ROW_BYTES = 128;
 constexpr int TOKEN_THREADS = 96;            // of the producers' 128; the first warp streams weights
 constexpr int PERMUTED = 1 << 16;            // what a permuted piece adds to a descriptor's count, above GEMM1's tiles
 constexpr int LOADER = 64;                   // of those, the thread that loads GEMM2's tokens by TMA
-enum Barrier { CONSUMERS = 1, TURNS = 6, ALL_CONSUMERS = 8 };  // named barriers: the first, and a warpgroup's number
+enum Barrier { CONSUMERS = 1, ALL_CONSUMERS = 8 };  // named barriers: the first, and a warpgroup's number
 
 // Tokens of one expert that are multiplied together: the expert-sorted rows first .. first + rows. The slot of the first is
 // here too: where experts have one token each, it saves a trip to memory. A descriptor without rows only makes a pair whole.
@@ -68,12 +68,12 @@ struct Shape {
     static constexpr int WARPGROUPS = WARPGROUPS_, ROW_BLOCKS = ROW_BLOCKS_, STAGES = STAGES_, TOKENS = TOKENS_,
                          GRAIN = GRAIN_, BOX = BOX_, CTAS_PER_SM = CTAS_PER_SM_, CLUSTER = CLUSTER_;
     static constexpr bool PERMUTES = PERMUTES_, APART = APART_, SCALED = SCALED_;
-    static constexpr bool PERMUTES_HERE = PERMUTES && !SCALED;
+    static constexpr bool PERMUTES_HERE = PERMUTES && !SCALED, TOKENS_FIRST = SCALED_ == 2;
     static constexpr int STEP = SCALED ? 2 * K_STEP : K_STEP, UNIT_ELEMENTS = SCALED ? 16 : 8;  // elements of K in a stage, of 16 bytes
     static constexpr int ROWS = WARPGROUPS * ROW_BLOCKS * 64;  // of weights in a tile
     static constexpr int THREADS = (WARPGROUPS + 1) * 128;
     // Whether outputs are turned round in shared memory, and buffers that each warp has for it: two, if they fit.
-    static constexpr bool STAGES_ROWS = SCALED || (TOKENS >= 96 && ROW_BLOCKS == 2);
+    static constexpr bool STAGES_ROWS = SCALED ? !TOKENS_FIRST : TOKENS >= 96 && ROW_BLOCKS == 2;
     static constexpr int SCALE_BYTES = SCALED ? 4 * TOKENS : 0;  // of a stage
     static constexpr int WITH_TWO =
         STAGES * ((ROWS + TOKENS) * ROW_BYTES + SCALE_BYTES + 16) + 16 * TOKENS + 64 + WARPGROUPS * 8 * STAGED_BYTES +
@@ -93,6 +93,7 @@ struct Shape {
     static_assert(CLUSTER == 1 || CLUSTER == 2, "descriptors come two by two");
     static_assert(!SCALED || (ROWS == 2 * BLOCK && ROW_BLOCKS == 2 && TOKENS % 16 == 0),
                   "a tile holds a block of gate rows and one of up rows, or a block of w2 a warpgroup");
+    static_assert(!TOKENS_FIRST || (TOKENS == BLOCK && GRAIN == 64), "a warpgroup has 64 tokens, or 64 rows of each block");
     static_assert((TOKENS % 16 == 0 && GRAIN % 16 == 0) || TOKENS <= 16, "a thread stores two groups of eight tokens");
 };
 
@@ -131,8 +132,12 @@ template <typename S>
 struct Shared : Buffers<S>, Scales<S> {};
 
 // Where the scale of a tile's row lies: what a thread multiplies its columns by, 16 * i + 2 * (lane % 4) and the next, and these
-// eight further, is 16 bytes.
-DEVICE int scale_place(int row) { return (row & ~15) | (row & 6) << 1 | (row & 8) >> 2 | (row & 1); }
+// eight further, is 16 bytes; where tokens come first, as rows lie.
+template <typename S>
+DEVICE int scale_place(int row) {
+    if (S::TOKENS_FIRST) return row;
+    return (row & ~15) | (row & 6) << 1 | (row & 8) >> 2 | (row & 1);
+}
 
 // A place in the pipeline of stages.
 template <int STAGES>

@@ -26,7 +26,7 @@ from moelab.kernels.residency import raise_if_lost
 from moelab.kernels.route import new_routed, route, tiles_in_one_launch
 from moelab.kernels.token_tiles import TokenTiles, new_token_tiles, token_tiles_unchecked
 from moelab.pipelines import form_choice, form_times
-from moelab.pipelines.fast_quantised import coded_pipeline
+from moelab.pipelines.fast_quantised import coded_choice, coded_pipeline
 from moelab.pipelines.form_choice import Choice, Classic, Form, Gated
 from moelab.pipelines.form_times import CLASSIC, GATED, Chip
 from moelab.pipelines.layers import sorted_pipeline, triton_pipeline
@@ -153,6 +153,8 @@ def choose_for(
     Raises what `fused_moe(impl="fast")` would for such a layer there: ConfigError, RuntimeModeError, DtypeError, ShapeError.
     """
     check_kind(shape.activation, shape.gated, biases=False)
+    if not shape.format.is_plain:
+        return Choice(*coded_choice(shape, num_tokens, target or TARGETS["sm_90"]))
     dtype = torch_dtype(shape.dtype)
     w13, w2 = (torch.empty(size, dtype=dtype, device="meta") for size in (shape.w13_shape, shape.w2_shape))
     x = torch.empty((num_tokens, shape.hidden_size), dtype=dtype, device="meta")

@@ -1,26 +1,48 @@
-"""The fastest layer there is here over fp8 weights in blocks, for Hopper: what serves a batch, and the one-launch layer of codes."""
+"""The fastest layer there is here over fp8 weights in blocks, for Hopper: which instance of the one-launch layer serves."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from moelab.call import MoECall
+from moelab.chips import Target
+from moelab.dtypes import torch_dtype
 from moelab.kernels import checks
-from moelab.kernels.expert_order import expert_order_unchecked, new_expert_order
-from moelab.kernels.fast_instances import CODED, CODED_PERMUTED, Instance
-from moelab.kernels.fast_quantised import check_coded_layer, coded, coded_layer
+from moelab.kernels.expert_order import ordered_tiles
+from moelab.kernels.fast_instances import CODED, Instance
+from moelab.kernels.fast_quantised import check_coded_layer, coded, coded_cut, coded_layer
 from moelab.kernels.launch import checked, signature
-from moelab.kernels.token_tiles import token_tiles_unchecked
+from moelab.quantised_weights import empty_weights
+from moelab.shapes import MoEShape
+from moelab.weights import ExpertWeights
 
-MOST_ROWS = {16: 11.0, 48: 32.0, 96: 80.0}
+MOST_ROWS = {16: 3.0, 48: 40.0, 96: 80.0}
 """Widest tile of tokens -> the most rows, as an expert gets them if tokens spread evenly, that it is used for."""
 
 
-def instance_for(num_tokens: int, top_k: int, num_experts: int) -> Instance:
+def coded_instance_for(num_tokens: int, top_k: int, num_experts: int) -> Instance:
     """The instance for a batch, by the rows that an expert gets if tokens spread evenly. Sizes as on this rank."""
     rows = num_tokens * top_k / num_experts
     fits = next((most for most, limit in MOST_ROWS.items() if rows <= limit or num_tokens <= most), None)
-    return CODED_PERMUTED if fits is None else CODED[fits]
+    return CODED[128 if fits is None else fits]
+
+
+def coded_choice(shape: MoEShape, num_tokens: int, target: Target) -> tuple[Instance, str]:
+    """The instance for a layer's sizes, and a sentence that says why. Raises what `check_coded_layer` does."""
+    up, down = (
+        empty_weights(shape.format, *size, torch_dtype(shape.dtype), "meta")
+        for size in (shape.w13_shape, shape.w2_shape)
+    )
+    x = torch.empty((num_tokens, shape.hidden_size), dtype=torch_dtype(shape.dtype), device="meta")
+    check_coded_layer(x, ExpertWeights.of(up, down), target)
+    instance = coded_instance_for(num_tokens, shape.top_k, shape.num_experts)
+    rows = num_tokens * shape.top_k / shape.num_experts
+    how = "in order of expert" if instance.permutes else "as they lie"
+    return instance, (
+        f"one launch over fp8 codes, and one for the sums: {rows:.3g} rows an expert if tokens spread evenly: tiles of at most "
+        f"{instance.tokens} tokens by {instance.rows} weight rows, activations made codes {how} ahead"
+    )
 
 
 def coded_pipeline(call: MoECall, form: Instance | None = None) -> Tensor:
@@ -36,11 +58,8 @@ def coded_pipeline(call: MoECall, form: Instance | None = None) -> Tensor:
         lambda: check_coded_layer(x, w, checks.current_target()),
     )
     checks.check_kernel_device("hidden_states", x)  # each time: what device is current is no part of a signature
-    instance = form or instance_for(call.num_tokens, call.top_k, call.num_experts)
-    order = new_expert_order(ids.numel(), call.num_experts, x.device)
-    expert_order_unchecked(ids, call.num_experts, order)
-    grain = min(16, instance.grain)
-    tiles = token_tiles_unchecked(order.sorted_slots, order.expert_offsets, instance.tokens, grain, instance.cluster > 1)
+    instance = form or coded_instance_for(call.num_tokens, call.top_k, call.num_experts)
+    tiles = ordered_tiles(ids, call.num_experts, *coded_cut(instance))
     return coded_layer(
         coded(x, tiles, call.top_k, instance, w.format), w, call.topk_weights, ids, tiles, instance, x.dtype,
         scale=call.routed_scaling_factor, weights_on_input=call.apply_router_weight_on_input,

@@ -195,14 +195,16 @@ inline void reg_alloc() {}
 template <int COUNT>
 inline void reg_dealloc() {}
 
-inline std::barrier<>* named(int id, int threads) {
-    std::lock_guard guard(block->lock);
-    auto& slot = block->named[id];
-    if (!slot) slot = std::make_unique<std::barrier<>>(threads);
-    return slot.get();
+inline void named_barrier(int id, int threads) {
+    std::barrier<>* found;
+    {
+        std::lock_guard guard(block->lock);
+        auto& slot = block->named[id];
+        if (!slot) slot = std::make_unique<std::barrier<>>(threads);
+        found = slot.get();
+    }
+    found->arrive_and_wait();
 }
-inline void named_barrier(int id, int threads) { named(id, threads)->arrive_and_wait(); }
-inline void named_barrier_arrive(int id, int threads) { (void)named(id, threads)->arrive(); }
 
 // Every lane's value, once all lanes have given theirs.
 inline uint32_t of_lane(uint32_t mine, const std::function<uint32_t(const uint32_t*)>& pick) {
@@ -244,6 +246,7 @@ inline uint32_t from_neighbour(uint32_t value) {
     return of_lane(value, [](const uint32_t* lanes) { return lanes[(threadIdx.x % 32) ^ 1]; });
 }
 
+inline int uniform(int value) { return value; }
 inline uint32_t float_bits(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
@@ -301,7 +304,6 @@ inline void add_pair(float& low, float& high, uint32_t pair, T) {
     high += widened(T{static_cast<uint16_t>(pair >> 16)});
 }
 inline uint4 load_written(const void* address) { return *static_cast<const uint4*>(address); }
-inline float power_of_two(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 inline float silu(float x) { return x / (1.0f + std::exp(-x)); }
 
