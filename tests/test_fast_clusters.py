@@ -124,7 +124,7 @@ def test_a_form_of_single_blocks_keeps_its_recorded_name() -> None:
     assert {repr(each) for each in ALL} <= recorded
     assert repr(MIDDLE_PAIR) == repr(MIDDLE)[:-1] + ", cluster=2)"
     assert Instance.named(repr(MIDDLE_PAIR)) == MIDDLE_PAIR != MIDDLE == Instance.named(repr(MIDDLE))
-    assert MIDDLE_PAIR.shape == "Shape<2, 1, 3, 64, 16, 16, 1, 2, 0, 0>"
+    assert MIDDLE_PAIR.shape == "Shape<2, 1, 3, 64, 16, 16, 1, 2, 0, 0, 0>"
 
 
 @pytest.mark.parametrize("instance", [MIDDLE, MIDDLE_PAIR])
