@@ -112,4 +112,4 @@ def test_a_form_that_gathers_keeps_its_recorded_name() -> None:
         repr(PERMUTED).endswith("per_processor=1, permutes=1, apart=1)") and Instance.named(repr(PERMUTED)) == PERMUTED
     )
     assert repr(PAIR_PERMUTED).endswith("cluster=2, permutes=1)") and "permutes" not in repr(MIDDLE_PAIR)
-    assert PERMUTED.shape == "Shape<2, 2, 4, 176, 16, 16, 1, 1, 1, 1, 0, 0>"
+    assert PERMUTED.shape == "Shape<2, 2, 4, 176, 16, 16, 1, 1, 1, 1, 0>"
