@@ -11,7 +11,6 @@ microseconds of the whole layer (order, tiles and codes included) in CUDA graphs
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import pickle
@@ -26,7 +25,7 @@ from typing import Any
 BEGUN = time.monotonic()
 CHECK_S = 40
 DEVICE = "cuda"
-ROWS_TRIED = {16: (0, 20), 32: (0, 40), 48: (2, 100), 96: (12, 1e9), 128: (24, 1e9)}
+ROWS_TRIED = {16: (0, 20), 48: (2, 100), 128: (24, 1e9)}
 """Widest tile -> rows an expert, least and most, that it is timed at."""
 SHAPES = ("deepseek-v3/tp8", "qwen3-30b-a3b/tp1", "glm-4.5-air/tp1", "deepseek-v3/ep8")
 SIZES = ((3, 8, 2, 256, 128), (70, 6, 2, 384, 256), (300, 3, 2, 512, 384), (1200, 8, 2, 1024, 768))
@@ -37,28 +36,10 @@ the four products of a step of K 13 bits behind the largest (`quantised_error.KE
 in all, and inner is a product."""
 
 
-TRIED = {"p": "MOELAB_NO_PROMOTE", "m": "MOELAB_NO_PRODUCT", "l": "MOELAB_NO_LOADS"}
-"""Marks of forms, and what their source is compiled with: they compute nothing, and show what bounds the rest."""
-
-
-def variant(instance: Any, marks: str) -> Any:
-    """That instance under some of TRIED; equal to no other."""
-    from dataclasses import astuple
-
-    base = type(instance)
-    lines = "".join(f"#define {TRIED[mark]}\n" for mark in marks)
-    made = type(
-        f"Variant_{marks}", (base,), {"source": lambda self, dtype: lines + base.source(self, dtype), "marks": marks}
-    )
-    return made(*astuple(instance))
-
-
-@functools.cache
 def forms() -> list[Any]:
-    from moelab.kernels.fast_instances import CODED, CODED_PERMUTED, ROWS, ROWS_BOTH, ROWS_PERMUTED
+    from moelab.kernels.fast_instances import ALL_CODED
 
-    some = [ROWS, ROWS_PERMUTED, ROWS_BOTH, *(variant(ROWS_PERMUTED, mark) for mark in TRIED)]
-    return [*some, *CODED.values(), CODED_PERMUTED]
+    return list(ALL_CODED)
 
 
 def compiled(number: int) -> tuple[bytes, float, tuple[int, int]]:
@@ -180,7 +161,7 @@ def check(folder: str, number: int) -> int:
 
 def short(instance: Any) -> str:
     marks = {"R": instance.scaled == 2, "P": instance.permutes, "C": instance.cluster > 1, "S": not instance.apart}
-    return f"{instance.tokens}{''.join(m for m, has in marks.items() if has)}{getattr(instance, 'marks', '')}"
+    return f"{instance.tokens}{''.join(m for m, has in marks.items() if has)}"
 
 
 def recorded(shape: str, batch: int) -> tuple[float, str]:
@@ -222,9 +203,9 @@ def times(folder: str, passed: list[int], shapes: list[str], batches: list[int],
             def run_of(form: Any, layer: Any = layer) -> Any:
                 def run(i: int) -> Any:
                     r = layer.routings[i]
-                    return coded_pipeline(
-                        MoECall(layer.states[i], layer.weights[i].weights, r.topk_weights, r.topk_ids), form
-                    )
+                    given = (layer.states[i], layer.weights[i].weights, r.topk_weights, r.topk_ids)
+                    rows = layer.shape.expected_rows(layer.num_tokens)
+                    return coded_pipeline(MoECall(*given, expected_rows=rows), form)
 
                 return run
 
@@ -234,7 +215,7 @@ def times(folder: str, passed: list[int], shapes: list[str], batches: list[int],
             average = batch * shape.top_k / shape.num_experts / shape.ep_size
             tried = [forms()[n] for n in passed]
             tried = [f for f in tried if ROWS_TRIED[f.tokens][0] <= average <= ROWS_TRIED[f.tokens][1]]
-            served = {short(f): run_of(f) for f in tried if not hasattr(f, "marks")}
+            served = {short(f): run_of(f) for f in tried}
             served["served"] = run_of(None)
             found = {label: one.median_us for label, one in quick(served, len(layer.states)).items()}
             said = " ".join(f"{label} {us / floor:.2f}" for label, us in found.items())
@@ -273,17 +254,9 @@ def parts_of(layer: Any, instance: Any) -> dict[str, float]:
         def run(i: int) -> Any:
             r, w = layer.routings[i], layer.weights[i].weights
             return coded_layer(
-                codes[i],
-                w,
-                r.topk_weights,
-                r.topk_ids,
-                tiles[i],
-                instance,
-                layer.states[0].dtype,
-                parts=parts,
-                scratch=scratch,
-                **more,
-            )
+                codes[i], w, r.topk_weights, r.topk_ids, tiles[i], instance, layer.states[0].dtype, parts=parts,
+                scratch=scratch, **more,
+            )  # fmt: skip
 
         return run
 
@@ -332,8 +305,7 @@ def main() -> int:
                     f"{short(forms()[number]):>6}: {usage[0]} registers, {usage[1]} of stack, {seconds:.0f} s",
                     flush=True,
                 )
-        sound = [n for n in numbers if not hasattr(forms()[n], "marks")]
-        running = {n: started("--child", folder, "check", str(n)) for n in sound}
+        running = {n: started("--child", folder, "check", str(n)) for n in numbers}
         check_end, passed = min(time.monotonic() + CHECK_S, end - 20), []
         for number, process in running.items():
             said = finished(process, check_end - time.monotonic())
@@ -343,24 +315,13 @@ def main() -> int:
             passed += [number] if process.returncode == 0 else []
         print(f"{time.monotonic() - BEGUN:.0f} s; passed: {[short(forms()[n]) for n in passed]}", flush=True)
         if passed:
-            passed += [n for n in numbers if n not in sound]
-            command = [
-                sys.executable,
-                "-u",
-                __file__,
-                "--child",
-                folder,
-                "times",
-                json.dumps(passed),
-                "--shapes",
-                *asked.shapes,
-            ]
-            command += ["--batches", *map(str, asked.batches), "--seconds", str(end - 4)]
+            command = [sys.executable, "-u", __file__, "--child", folder, "times", json.dumps(passed)]
+            command += ["--shapes", *asked.shapes, "--batches", *map(str, asked.batches), "--seconds", str(end - 4)]
             try:
                 subprocess.run(command, timeout=max(end - time.monotonic(), 5))
             except subprocess.TimeoutExpired:
                 print("times: HANGS")
-        return int(len(passed) < len(sound))
+        return int(len(passed) < len(numbers))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from moelab.formats import get_format
 from moelab.implementations import IMPLEMENTATIONS, LayerKind, not_taken
 from moelab.inputs import make_inputs
 from moelab.kernels import cubin, fast_layer
-from moelab.kernels.fast_instances import ALL_CODED, CODED, ROWS_PERMUTED, Instance
+from moelab.kernels.fast_instances import ALL_CODED, CODED, CODED_SHARED, Instance
 from moelab.kernels.fast_quantised import check_coded_layer, scale_place
 from moelab.kernels.quantise_activations import quantise_activations_unchecked
 from moelab.kernels.quantise_tiles import quantise_tiles_unchecked
@@ -189,7 +189,7 @@ def test_sizes_and_places_are_those_of_the_source() -> None:
 
 
 @pytest.mark.parametrize(
-    "instance", [each if each in (CODED[16], ROWS_PERMUTED) else whole(each) for each in ALL_CODED], ids=str
+    "instance", [each if each in (CODED[16], CODED_SHARED) else whole(each) for each in ALL_CODED], ids=str
 )
 def test_instances_compile_for_hopper(instance: Instance) -> None:
     """No spill, no wgmma that the compiler had to serialise, and as many blocks an SM as it says. Where tokens come first one

@@ -107,7 +107,9 @@ def test_the_gpu_gives_the_bits_of_the_plain_way(
     from moelab.kernels.gemm_call import GemmCall
 
     experts, rows, columns, tokens = 4, 192, 512, 40
-    weights = quantise(random_tensor((experts, rows, columns), 0.05, dtype=dtype, device="cuda", seed=1), get_format(name))
+    weights = quantise(
+        random_tensor((experts, rows, columns), 0.05, dtype=dtype, device="cuda", seed=1), get_format(name)
+    )
     x = random_tensor((tokens, columns), 1.0, dtype=dtype, device="cuda", seed=3)
     ids = (torch.arange(tokens, device="cuda", dtype=torch.int32) % experts).view(-1, 1)
     for config in (KernelConfig(16, 64, 128, 1), KernelConfig(64, 128, 64, 8)):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_serving import DEVICE, LAYERS, PAIR, QUICK, E, a_file, plan
+from tiny_serving import DEVICE, LAYERS, PAIR, QUICK, E, a_file, alone, plan
 
 from moelab import hf, recordings, runtime
 from moelab.config import KernelConfig
@@ -32,11 +32,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """A tiny model gains nothing by more, and beside other processes each call would wait for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    yield from alone()
 
 
 @pytest.fixture(scope="module")

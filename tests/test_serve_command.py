@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny_serving import DEVICE, QUICK, a_file
+from tiny_serving import DEVICE, QUICK, a_file, alone
 
 from moelab import recordings, runtime
 from moelab.errors import (
@@ -21,7 +20,7 @@ from moelab.errors import (
     UnknownArchitectureError,
     UnknownNameError,
 )
-from moelab.serving import contenders, model, suite
+from moelab.serving import model, suite
 from moelab.suites.partial import keeper
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -29,22 +28,12 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """A tiny model gains nothing by more, and beside other processes each call would wait for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    yield from alone()
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return a_file(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def tiny(config: Path) -> Any:
-    contenders.known()
-    return model.build(model.read_config(config), DEVICE, torch.float32)
 
 
 @pytest.mark.parametrize(

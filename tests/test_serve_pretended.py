@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_serving import DEVICE, a_file, plan
+from tiny_serving import DEVICE, a_file, alone, plan
 
 from moelab import runtime
 from moelab.errors import (
     RuntimeModeError,
 )
-from moelab.serving import clock, contenders, model, steps, suite
+from moelab.serving import clock, steps, suite
 from moelab.serving.clock import Limit, Protocol
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -25,22 +25,12 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """A tiny model gains nothing by more, and beside other processes each call would wait for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    yield from alone()
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return a_file(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def tiny(config: Path) -> Any:
-    contenders.known()
-    return model.build(model.read_config(config), DEVICE, torch.float32)
 
 
 class Graph:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moelab import runtime
 from moelab.serving import requests, suite
@@ -38,3 +40,11 @@ def plan(config: Path, **changes: Any) -> suite.Plan:
     given = {"dtype": "float32", "contenders": PAIR, "prefills": ((2, 8),), "decodes": (3,), "context": 6,
              "load": load, "protocol": QUICK}  # fmt: skip
     return suite.Plan(str(config), **given | changes)
+
+
+def alone() -> Iterator[None]:
+    """For a fixture: one thread. A tiny model gains nothing by more, and beside other processes each call would wait for them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -165,14 +165,12 @@ ALL = (*INSTANCES.values(), CLUSTERED, PERMUTED)
 CODED = {
     16: Instance(2, 2, 3, 16, 16, 16, ctas_per_sm=2, apart=1, scaled=1),
     48: Instance(2, 2, 5, 48, 16, 16, apart=1, scaled=1),
-    96: Instance(2, 2, 4, 96, 16, 16, apart=1, scaled=1),
-    128: Instance(2, 2, 4, 128, 16, 16, apart=1, scaled=1),
+    128: Instance(2, 2, 4, 128, 64, 64, apart=1, scaled=2),
 }
 """Over codes: widest tile of tokens -> the instance for it. 256 weight rows, which hold a group of GEMM1's result; the registers
 of a step's sums beside those of all steps leave 128 tokens."""
 
-ROWS = Instance(2, 2, 4, 128, 64, 64, apart=1, scaled=2)
-ROWS_PERMUTED = replace(ROWS, permutes=1)
-ROWS_BOTH = replace(ROWS_PERMUTED, cluster=2)
-CODED_PERMUTED = replace(CODED[128], permutes=1)
-ALL_CODED = (*CODED.values(), CODED_PERMUTED, ROWS, ROWS_PERMUTED, ROWS_BOTH)
+CODED_SHARED = replace(CODED[128], permutes=1, cluster=2)
+"""Where the same tokens are read for many tiles of weight rows: written out once, for TMA, and weights read by pairs of CTAs."""
+
+ALL_CODED = (*CODED.values(), CODED_SHARED)

@@ -60,10 +60,6 @@ DEVICE PipelineState<S::STAGES> produce_weights(Shared<S>& shared, const Layer<T
             barrier_wait(&shared.operands_empty[pipeline.stage], pipeline.phase ^ 1, layer.report, STAGE_EMPTY,
                          scheduler.tokens);
             const int token_bytes = S::PERMUTES ? bytes_of_rows(scheduler) : 0;
-#ifdef MOELAB_NO_LOADS
-            barrier_arrive(full);
-            continue;
-#endif
             barrier_arrive_expect(full, sizeof(shared.weights[0]) + token_bytes);
             const bool shares = S::CLUSTER > 1 && scheduler.shares;
             const int from = shares ? cluster_rank() * PART : 0;

@@ -28,19 +28,6 @@ DEVICE void multiply_rows(float (&sums)[2][N / 2], Shared<S>& shared, PipelineSt
 #pragma unroll
         for (int block = 0; block < 2; ++block) {
             float partial[N / 2];
-#ifdef MOELAB_NO_PRODUCT
-            continue;
-#endif
-#ifdef MOELAB_NO_PROMOTE
-            wgmma_fence();
-#pragma unroll
-            for (int k = 0; k < ROW_BYTES / UNIT; k += 2)
-                wgmma<e4m3, N>(sums[block], tokens + k, weights + block * (BLOCK * ROW_BYTES / UNIT) + k);
-            wgmma_commit();
-            wgmma_wait<0>();
-            pin(sums[block]);
-            continue;
-#endif
             wgmma_fence();
             wgmma_first<e4m3, N>(partial, tokens, weights + block * (BLOCK * ROW_BYTES / UNIT));
 #pragma unroll

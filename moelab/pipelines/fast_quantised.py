@@ -10,22 +10,28 @@ from moelab.chips import Target
 from moelab.dtypes import torch_dtype
 from moelab.kernels import checks
 from moelab.kernels.expert_order import ordered_tiles
-from moelab.kernels.fast_instances import CODED, Instance
+from moelab.kernels.fast_instances import CODED, CODED_SHARED, Instance
 from moelab.kernels.fast_quantised import check_coded_layer, coded, coded_cut, coded_layer
 from moelab.kernels.launch import checked, signature
 from moelab.quantised_weights import empty_weights
 from moelab.shapes import MoEShape
 from moelab.weights import ExpertWeights
 
-MOST_ROWS = {16: 3.0, 48: 40.0, 96: 80.0}
-"""Widest tile of tokens -> the most rows, as an expert gets them if tokens spread evenly, that it is used for."""
+MOST_ROWS = {16: 3.0, 48: 40.0}
+"""Widest tile of tokens -> the most rows, as an expert is expected to get them, that it is used for (tests/coded_forms.py times
+every instance)."""
+
+SHARED_READS, SHARED_ROWS = 8, 80
+"""Tiles of weight rows that read the same tokens, and rows of an expert, from and above which CODED_SHARED serves."""
 
 
-def coded_instance_for(num_tokens: int, top_k: int, num_experts: int) -> Instance:
-    """The instance for a batch, by the rows that an expert gets if tokens spread evenly. Sizes as on this rank."""
-    rows = num_tokens * top_k / num_experts
+def coded_instance_for(num_tokens: int, rows: float, moe_intermediate_size: int) -> Instance:
+    """The instance for a batch, by the rows that an expert is expected to get. Sizes as on this rank."""
     fits = next((most for most, limit in MOST_ROWS.items() if rows <= limit or num_tokens <= most), None)
-    return CODED[128 if fits is None else fits]
+    if fits is not None:
+        return CODED[fits]
+    reads = -(-2 * moe_intermediate_size // CODED_SHARED.rows)
+    return CODED_SHARED if reads >= SHARED_READS and rows > SHARED_ROWS else CODED[128]
 
 
 def coded_choice(shape: MoEShape, num_tokens: int, target: Target) -> tuple[Instance, str]:
@@ -36,8 +42,8 @@ def coded_choice(shape: MoEShape, num_tokens: int, target: Target) -> tuple[Inst
     )
     x = torch.empty((num_tokens, shape.hidden_size), dtype=torch_dtype(shape.dtype), device="meta")
     check_coded_layer(x, ExpertWeights.of(up, down), target)
-    instance = coded_instance_for(num_tokens, shape.top_k, shape.num_experts)
-    rows = num_tokens * shape.top_k / shape.num_experts
+    rows = shape.expected_rows(num_tokens)
+    instance = coded_instance_for(num_tokens, rows, shape.moe_intermediate_size)
     how = "in order of expert" if instance.permutes else "as they lie"
     return instance, (
         f"one launch over fp8 codes, and one for the sums: {rows:.3g} rows an expert if tokens spread evenly: tiles of at most "
@@ -58,7 +64,7 @@ def coded_pipeline(call: MoECall, form: Instance | None = None) -> Tensor:
         lambda: check_coded_layer(x, w, checks.current_target()),
     )
     checks.check_kernel_device("hidden_states", x)  # each time: what device is current is no part of a signature
-    instance = form or coded_instance_for(call.num_tokens, call.top_k, call.num_experts)
+    instance = form or coded_instance_for(call.num_tokens, call.rows_an_expert, call.moe_intermediate_size)
     tiles = ordered_tiles(ids, call.num_experts, *coded_cut(instance))
     return coded_layer(
         coded(x, tiles, call.top_k, instance, w.format), w, call.topk_weights, ids, tiles, instance, x.dtype,
