@@ -46,6 +46,10 @@ FORMATS = (
     "int8_w8a16_channel",
     "int4_w4a16_group_128",
 )
+MODELS = {
+    "deepseek-v3/8": FORMATS, "qwen3-30b-a3b/1": FORMATS, "glm-4.5-air/1": FORMATS[:1], "deepseek-v3/8/8": FORMATS[:1]
+}  # fmt: skip
+"""What is recorded: the layers of data/upstream/h200_fp8_sglang.json in blocks, the first two in every format."""
 TILES = {16: (16, 64, 128, 1, 4, 4), 64: (64, 128, 128, 16, 4, 3)}
 """By BLOCK_SIZE_M: for few rows an expert, and for many."""
 
@@ -152,10 +156,8 @@ def cell(module: Any, shape: Any, which: str, batch: int, config: KernelConfig, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path)
-    parser.add_argument(
-        "--models", nargs="+", default=["deepseek-v3/8", "qwen3-30b-a3b/1"], help="preset/tp_size[/ep_size]"
-    )
-    parser.add_argument("--formats", nargs="+", default=list(FORMATS))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="preset/tp_size[/ep_size]")
+    parser.add_argument("--formats", nargs="+", help="default: those of MODELS")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64, 256, 1024, 4096])
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
@@ -165,7 +167,8 @@ def main() -> None:
         "rotations": "in each row",
         "sglang": "0.5.23, its kernels out of its wheel",
     }
-    for (model, name), which in product(product(asked.models, asked.formats), ("up", "down")):
+    every = [(model, name) for model in asked.models for name in asked.formats or MODELS.get(model, FORMATS)]
+    for (model, name), which in product(every, ("up", "down")):
         preset, *sizes = model.split("/")
         tp_size, ep_size = (int(size) for size in (*sizes, "1")[:2])
         plain = load_model(
