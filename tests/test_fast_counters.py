@@ -11,6 +11,7 @@ import torch
 
 from moelab import recordings, runtime, suites
 from moelab.errors import RecordingError, RuntimeModeError
+from moelab.kernels.fast_instances import INSTANCES
 from moelab.kernels.fast_layer import GEMM1, GEMM2, SUM
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape
@@ -180,21 +181,23 @@ def test_all_runs_it_after_the_others_so_that_none_is_lost(tmp_path: Path, monke
 # --- what is launched ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_tokens", "launched"), [(3, GEMM1 | GEMM2 | SUM), (384, GEMM1 | GEMM2)])
+@pytest.mark.parametrize(("tokens", "launched"), [(16, GEMM1 | GEMM2 | SUM), (176, GEMM1 | GEMM2)])
 def test_each_launch_once_warm_then_once_marked_in_order(
-    monkeypatch: pytest.MonkeyPatch, num_tokens: int, launched: int
+    monkeypatch: pytest.MonkeyPatch, tokens: int, launched: int
 ) -> None:
+    """By an instance that adds up in the same launch, and one that does not."""
     seen: list[str] = []
     small = MoEShape.from_sizes(num_experts=8, top_k=2, hidden_size=64, moe_intermediate_size=32, dtype="float32")
 
     def launches(label: str, given: object):
-        assert given == fast_layer.instance_of(small, num_tokens)
+        assert given == INSTANCES[tokens]
         return lambda i: seen.append(label)
 
     marks = SimpleNamespace(cudaProfilerStart=lambda: seen.append("<"), cudaProfilerStop=lambda: seen.append(">"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: marks)
     monkeypatch.setattr(fast_counters.suite, "shape_of", lambda name: small)
+    monkeypatch.setattr(fast_counters.suite, "instance_of", lambda *_: INSTANCES[tokens])
     monkeypatch.setattr(
         fast_counters.suite, "fast", lambda layer, instance, parts, overlap: launches(f"whole {parts}", instance)
     )
@@ -202,6 +205,6 @@ def test_each_launch_once_warm_then_once_marked_in_order(
     monkeypatch.setattr(
         fast_counters.suite, "alone", lambda layer, instance: {name: launches(name, instance) for name in alone}
     )
-    fast_counters.launch("small", num_tokens)
+    fast_counters.launch("small", 3)
     each = [(name, "<", name, ">") for name in (f"whole ({launched},)", "GEMM1", "GEMM2", "the sum")]
     assert seen == [event for events in each for event in events]

@@ -224,7 +224,7 @@ found = []
 def recorded(self, key, grid, tensors, values, instance, descriptors=()):
     if "gemm" not in self.kernel.__name__:
         return
-    constants, options = instance()
+    constants, options = self._overlapped(*instance())
     found.append((self.kernel.run(*tensors, *values, grid=grid, warmup=True, **constants, **options).hash, constants.get("SWAP")))
 plain = Launcher.__call__
 rig.align = lambda ids, block, experts: align._allocate(

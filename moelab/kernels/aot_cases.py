@@ -31,6 +31,7 @@ from moelab.kernels.gemm_call import GemmCall  # noqa: E402
 from moelab.kernels.grouped_gemm import grouped_gemm  # noqa: E402
 from moelab.kernels.grouped_gemm_tma import grouped_gemm_tma  # noqa: E402
 from moelab.kernels.quantise_activations import quantise_activations  # noqa: E402
+from moelab.kernels.quantise_tiles import quantise_tiles_unchecked  # noqa: E402
 from moelab.kernels.quantised import GEMMS  # noqa: E402
 from moelab.kernels.route import new_routed, route  # noqa: E402
 from moelab.kernels.sorted_gemm import sorted_gemm  # noqa: E402
@@ -228,6 +229,14 @@ def _quantised_products() -> Iterator[Case]:
         static = empty(of="float32") if format.activations == "static" else None
         launch = by(quantise_activations, empty(64, 2048, of="bfloat16"), format, static)
         yield Case(f"{format.weight_dtype} codes by {format.activations}", format.name, launch, eight)
+    blocks, tiles = (
+        get_format("fp8_w8a8_block_128x128"),
+        new_token_tiles(empty(64 * TOP_K, of="int32"), NUM_EXPERTS, 128),
+    )
+    for in_rows in (False, True):
+        given = (empty(64, 2048, of="bfloat16"), tiles, TOP_K, 128, blocks)
+        launch = by(quantise_tiles_unchecked, *given, in_rows=in_rows)
+        yield Case("float8_e4m3fn codes of tiles", "in rows" if in_rows else "in columns", launch, True)
 
 
 def _element_by_element() -> Iterator[Case]:
