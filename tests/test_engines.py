@@ -122,3 +122,9 @@ def test_global_ids_become_this_ranks() -> None:
     held = torch.tensor([-1, -1, 0, 1], dtype=torch.int32)
     assert vllm.local_ids(ids, held).tolist() == [[-1, 1], [-1, 0]]
     assert vllm.local_ids(ids, None) is ids
+
+
+def test_an_expert_is_expected_to_get_its_share_of_the_models_rows() -> None:
+    ids = torch.zeros(6, 4, dtype=torch.int32)
+    assert checks.expected_rows(ids, 48) == 0.5 and checks.expected_rows(ids, 2) == 6
+    assert checks.expected_rows(ids, None) is checks.expected_rows(ids, -1) is checks.expected_rows(ids[:0], 8) is None

@@ -101,6 +101,14 @@ def implementation(w13: Tensor, w2: Tensor, activation: str, gated: bool) -> str
     return name
 
 
+def expected_rows(topk_ids: Tensor, num_experts: int | None) -> float | None:
+    """Rows that an expert gets if tokens choose evenly among the model's num_experts, of whom other ranks have some; None where
+    their number is not known, or there is no token. topk_ids (M, k)."""
+    if num_experts is None or num_experts < 1 or not topk_ids.numel():
+        return None
+    return min(topk_ids.numel() / num_experts, float(topk_ids.shape[0]))
+
+
 def say(engine: str, log: Callable[[str], object], where: str, impl: str, w2: Tensor, activation: str) -> None:
     """Log that it runs a layer, once for each kind of layer in this process. where: the layer's name; w2 (E, H, N)."""
     experts, hidden, inner = w2.shape

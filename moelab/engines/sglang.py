@@ -163,7 +163,7 @@ def _core_class() -> type:
             out = fused_moe(
                 dispatch_output.hidden_states, q.w13_weight, q.w2_weight,
                 topk_weights=topk.topk_weights, topk_ids=topk.topk_ids, impl=self.impl,
-                activation=c.activation, gated=c.is_gated,
+                activation=c.activation, gated=c.is_gated, expected_rows=checks.expected_rows(topk.topk_ids, c.num_experts),
                 routed_scaling_factor=1.0 if c.routed_scaling_factor is None else c.routed_scaling_factor,
                 apply_router_weight_on_input=c.apply_router_weight_on_input,
             )  # fmt: skip

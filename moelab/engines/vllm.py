@@ -179,7 +179,7 @@ def _experts_class(logger: Any) -> type:
             output.copy_(
                 fused_moe(
                     hidden_states, w1, w2, topk_weights=topk_weights, topk_ids=local_ids(topk_ids, expert_map),
-                    impl=self.impl, activation=name,
+                    impl=self.impl, activation=name, expected_rows=checks.expected_rows(topk_ids, global_num_experts),
                 )
             )  # fmt: skip
 
