@@ -235,6 +235,12 @@ def test_explain_of_fast_refuses_what_fast_refuses(run) -> None:
     assert status != 0 and "float32" in err
     status, _, err = run(*asked, "NVIDIA H200", "--model", "gpt-oss-20b")
     assert status != 0 and "activation=" in err
+    status, _, err = run(*asked, "NVIDIA H200", "--model", "kimi-k2-thinking", "--tp", "8")
+    assert (
+        status != 0 and "int4_w4a16_group_32" in err and "fp8_w8a8_block_128x128" in err
+    )  # what it takes beside plain ones
+    status, out, _ = run(*asked, "NVIDIA H200", "--model", "deepseek-v3-fp8", "--tp", "8")
+    assert status == 0 and "fp8 codes" in out and "predicted" not in out  # a table without rows
     for option in (["--down"], ["--rules", "vllm"], ["--config-dir", "."]):
         status, _, err = run(*asked, "NVIDIA H200", "--model", "mixtral-8x7b", *option)
         assert status == 2 and "takes no" in err, option

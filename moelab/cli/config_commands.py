@@ -36,14 +36,10 @@ def explain_fast(found: MoEShape, num_tokens: int, device: str, triton_version: 
     from dataclasses import asdict
 
     from moelab.chips import get_target
-    from moelab.implementations import IMPLEMENTATIONS
     from moelab.pipelines.fast import choose_for
     from moelab.pipelines.form_choice import kind_of, name_of, runners_up
     from moelab.roofline import device_data, device_names
-    from moelab.shapes import require_plain
 
-    if found.format.family not in IMPLEMENTATIONS["fast"].formats:
-        require_plain(found, "The implementation fast")
     known = device.replace(" ", "_") in device_names()
     name = device_data(device).get("target") if known else None
     choice = choose_for(found, num_tokens, None if name is None else get_target(name), device, triton_version)
@@ -61,7 +57,8 @@ def explain_fast(found: MoEShape, num_tokens: int, device: str, triton_version: 
         printing.print_json(said)
         return
     print(choice.reason)
-    print(f"{'predicted, us':<44}{'even':>9}{'skewed':>9}")
+    if choice.predicted:  # over codes none is
+        print(f"{'predicted, us':<44}{'even':>9}{'skewed':>9}")
     for each in runners_up(choice):
         print(
             f"{'* ' if each.form == choice.form else '  '}{name_of(each.form):<42}{each.even_us:>9.1f}{each.skewed_us:>9.1f}"
