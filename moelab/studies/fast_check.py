@@ -34,7 +34,8 @@ from moelab.pipelines.form_times import KINDS
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape, load_model
 from moelab.studies import fast_fit, fast_shapes
-from moelab.studies.fast_shapes import Contender, compile_all, jobs_of, name_of, refused
+from moelab.studies.ahead import compile_all
+from moelab.studies.fast_shapes import Contender, jobs_of, name_of, refused
 from moelab.suites.bench import judge
 from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
 from moelab.suites.partial import OnRows, ignore, keeper

@@ -15,19 +15,16 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from moelab import config as config_room
 from moelab import recordings, runtime
 from moelab.config import KernelConfig
 from moelab.dtypes import torch_dtype
 from moelab.errors import MoelabError
-from moelab.kernels import few_tokens, nvrtc
+from moelab.kernels import few_tokens
 from moelab.kernels.align import align
 from moelab.kernels.checks import current_target
 from moelab.kernels.expert_order import ordered_tiles
@@ -37,13 +34,14 @@ from moelab.pipelines.fast import cut_of
 from moelab.pipelines.form_choice import TILES, Classic, Form, Gated, kind_of, near_blocks, near_instances
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape, load_model
+from moelab.studies.ahead import Job, compile_all
 from moelab.suites import fast_choice, fast_layer, partial
 from moelab.suites.bench import cost_of, judge
 from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
 from moelab.suites.partial import OnRows, ignore
 from moelab.suites.screening import quick, short_pass, usable
-from moelab.tuner.compile import Compiled, CompilePool, TritonCompiler, first_words
-from moelab.tuner.problem import COMPATIBLE, Gemm, Problem
+from moelab.tuner.compile import Compiled
+from moelab.tuner.problem import COMPATIBLE
 
 SHAPES = {
     "qwen3-next/tp2": ("qwen3-next-80b-a3b", 2, 1),
@@ -138,43 +136,6 @@ def likely(forms: Sequence[Form], even: Sequence[Mapping[str, Any]]) -> list[For
 # --- compiling beforehand -----------------------------------------------------------------------------------------
 
 
-Job = tuple[MoEShape, str, FewTokens | tuple[Gemm, KernelConfig]]
-"""A shape, the tuner's name of a kernel, and what of it: GEMM and config; or a form for a few tokens, whatever the name."""
-
-
-class Compiler:
-    """`TritonCompiler` for kernels of several shapes, and for the forms of a few tokens; in a process of its own."""
-
-    def __init__(self, problem: Problem) -> None:
-        self._like, self._of = problem, {(problem.shape, problem.kernel): TritonCompiler(problem)}
-
-    def __call__(self, job: Job) -> Compiled:
-        """Compile what one job names, unless the cache holds it already."""
-        shape, kernel, what = job
-        if (shape, kernel) not in self._of:
-            self._of[shape, kernel] = TritonCompiler(replace(self._like, shape=shape, kernel=kernel))
-        if not isinstance(what, FewTokens):
-            return self._of[shape, kernel](what)
-        try:
-            return compile_few(shape, what)
-        except Exception as error:  # a compiler fails with anything
-            return Compiled(0.0, "compile", first_words(error))
-
-
-def compile_few(shape: MoEShape, form: FewTokens) -> Compiled:
-    """Compile both kernels of a form for a few tokens, as a launch over this shape would."""
-    from moelab.kernels.launch import compiling
-
-    begin, dtype = time.perf_counter(), torch_dtype(shape.dtype)
-    x = torch.empty((1, shape.hidden_size), dtype=dtype, device="meta")
-    w13, w2 = (torch.empty(size, dtype=dtype, device="meta") for size in (shape.w13_shape, shape.w2_shape))
-    weights = torch.empty((1, shape.top_k), device="meta")
-    ids = torch.empty((1, shape.top_k), dtype=torch.int32, device="meta")
-    with compiling():
-        few_tokens.few_tokens(x, w13, w2, weights, ids, form)
-    return Compiled(time.perf_counter() - begin)
-
-
 def jobs_of(shape: MoEShape, forms: Sequence[Form]) -> list[Job]:
     """What is to be compiled for these forms by Triton."""
     found: list[Job] = []
@@ -185,37 +146,6 @@ def jobs_of(shape: MoEShape, forms: Sequence[Form]) -> list[Job]:
         elif isinstance(form, Gated | Classic):
             found += [(shape, kernel, ("up", form.up)), (shape, kernel, ("down", form.down))]
     return list(dict.fromkeys(found))
-
-
-def compile_all(
-    jobs: Sequence[Job], instances: Sequence[Instance], dtype: torch.dtype, until: float
-) -> dict[Job, Compiled]:
-    """Compile them, Triton's in processes and NVRTC's in threads; what became of Triton's, of those done by `until`
-    (perf_counter). The rest is compiled where it is first launched."""
-
-    def by_nvrtc(instance: Instance) -> None:
-        nvrtc.compiled("sm_90a", instance.source(dtype), instance.expression(dtype))
-
-    target = current_target()
-    problem = Problem(
-        jobs[0][0],
-        runtime.current().device_name,
-        target.name if target else "sm_90",
-        runtime.triton_version() or "unknown",
-    )
-    pool = CompilePool(problem, compiler="moelab.studies.fast_shapes:Compiler")
-    with ThreadPoolExecutor(4) as threads:
-        waiting: list[Future[None]] = [threads.submit(by_nvrtc, each) for each in instances]
-        try:
-            pool.ask(jobs)  # type: ignore[arg-type]
-            while len(pool.known) < len(jobs) and time.perf_counter() < until:
-                if not list(pool.poll()):
-                    time.sleep(0.02)
-        finally:
-            pool.close()
-        for each in waiting:
-            each.result()
-    return dict(pool.known)  # type: ignore[arg-type]
 
 
 def refused(shape: MoEShape, forms: Sequence[Form], compiled: Mapping[Job, Compiled]) -> dict[Form, str]:

@@ -20,13 +20,14 @@ from moelab.errors import ConfigFileError, UnknownNameError
 from moelab.measure import Measurement, measure
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape
+from moelab.studies.ahead import Job, compile_all
 from moelab.studies.targets import TARGETS, Target
 from moelab.suites.bench import judge
 from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
 from moelab.suites.partial import OnRows, ignore
 from moelab.tuner import landscape
 from moelab.tuner.finals import Finals
-from moelab.tuner.problem import Pair, default_of
+from moelab.tuner.problem import COMPATIBLE, GEMMS, Pair, default_of
 from moelab.tuner.results import gain_between
 
 RIVALS = ("default", "shipped", "second")
@@ -66,12 +67,18 @@ def record(
                 f"None of {', '.join(target.name for target in targets)} has a config file for {device} under this Triton. "
                 "Expected one at least. Tune them first: make tuned."
             )
+        others = {
+            target: {
+                "shipped": shipped_pairs(target.shape(), device, sglang, tuple(pairs)),
+                "second": second_pairs(target, device, second),
+            }
+            for target, pairs in found.items()
+        }
+        compile_all(_kernels(found, others))
         rows: list[dict[str, Any]] = []
         for target, pairs in found.items():
             if pairs:
-                others = {"shipped": shipped_pairs(target.shape(), device, sglang, tuple(pairs))}
-                others["second"] = second_pairs(target, device, second)
-                rows += target_rows(target, pairs, others)
+                rows += target_rows(target, pairs, others[target])
                 on_rows(rows)
     protocol = protocol_for(1).describe() | {
         "rotations": "in each row",
@@ -134,6 +141,21 @@ def second_pairs(target: Target, device: str, given: Mapping[str, str | Path] | 
         )
     winners = Finals.of_landscape(run).result().batches
     return {b: (w.up, w.down) for b, w in winners.items() if w.up is not None and w.down is not None}
+
+
+def _kernels(
+    tuned: Mapping[Target, Mapping[int, Pair]], others: Mapping[Target, Mapping[str, Mapping[int, Pair]]]
+) -> list[Job]:
+    """What is to be compiled for all of them, each kernel once."""
+    found: dict[Job, None] = {}
+    for target, by_batch in tuned.items():
+        shape = target.shape()
+        for num_tokens, pair in by_batch.items():
+            default = default_of(shape, runtime.current().device_name, num_tokens)
+            beside = (pairs[num_tokens] for pairs in others[target].values() if num_tokens in pairs)
+            for one in (pair, (default, default), *beside):
+                found |= dict.fromkeys((shape, COMPATIBLE, job) for job in zip(GEMMS, one, strict=True))
+    return list(found)
 
 
 def _sizes(shape: MoEShape) -> tuple[object, ...]:
