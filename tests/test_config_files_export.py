@@ -167,7 +167,7 @@ def test_sources_of_a_file_a_folder_and_a_tree(tmp_path: Path) -> None:
 
 def test_there_and_back_again(tmp_path: Path) -> None:
     """Through all three formats, the bytes are the first ones."""
-    first = source = cf.sources(runtime.config_dir())[0]
+    first = source = next(one for one in cf.sources(runtime.config_dir()) if cf.left_out(one.name, "vllm") is None)
     for turn, rules in enumerate(("vllm", "sglang", "moelab")):
         done = cf.export(source.configs, source.name, rules=rules, out=tmp_path / str(turn), triton_version="3.6.0")
         source = cf.sources(done.path)[0]

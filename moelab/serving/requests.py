@@ -45,7 +45,7 @@ class Load:
 def serve(model: Any, load: Load, seed: int = 0) -> dict[str, Any]:
     """One run with the model's experts as they are switched: ttft_ms, tpot_ms, itl_ms (lists), duration_s, output_tok_s.
 
-    Raises RuntimeModeError where a request failed, or not all were done within load.limit_s.
+    Raises RuntimeModeError where a request failed, the generation died, or not all were done within load.limit_s.
     """
     prompts = random_ids(model, load.requests, load.prompt_tokens, seed).tolist()
     manager = _manager(model, load)
@@ -98,9 +98,14 @@ def _served(
         left = begin + load.limit_s - time.perf_counter()
         output = manager.get_result(timeout=1.0) if left > 0 and manager.is_running() else None
         if output is None and (left <= 0 or not manager.is_running()):
+            how = (
+                f"were not done within {load.limit_s:.0f} s"
+                if left <= 0
+                else "were dropped: the generation thread has died"
+            )
             raise RuntimeModeError(
-                f"{len(due) - len(done)} of {len(due)} requests were not done within {load.limit_s:.0f} s. Expected all of them. "
-                "Lower the number of requests or of tokens, or see what transformers' generation thread has logged."
+                f"{len(due) - len(done)} of {len(due)} requests {how}. Expected tokens of all of them. Lower the number of "
+                "requests or of tokens, or see what transformers' generation thread has logged."
             )
         if output is not None and output.error:
             raise RuntimeModeError(
