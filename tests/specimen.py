@@ -95,6 +95,7 @@ MISTAKES: tuple[Mistake, ...] = (
     Mistake("unknown_device", "a device that data/devices does not have", _here(1059, device="Abacus_9"), _GOOD),
     Mistake("left_out", "USE_TMA, which only sglang's kernel heeds", _here(1063), _changed({"USE_TMA": True}), "moelab"),
     Mistake("unpacked_columns", "an int4 file named by values, not bytes", _here(384, ",dtype=int4_w4a16", size=2048), _GOOD),
+    Mistake("forms", "a file of forms of another version", _here(1069, ",kernel=fast"), {"forms_version": 0, "layers": {}}),
     Mistake("shared", "a name that fits two models", _here(128, size=768), _GOOD),
 )  # fmt: skip
 """Every kind of finding, most of them once."""

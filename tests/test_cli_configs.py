@@ -56,6 +56,14 @@ def test_doctor_warns_without_failing(run, tmp_path: Path) -> None:
 # --- export -------------------------------------------------------------------------------------------------
 
 
+def asked_for_by_all() -> config_files.Source:
+    """A file of ours that every loader has a name for."""
+    own = config_files.sources(runtime.config_dir())
+    return next(
+        one for one in own if all(config_files.left_out(one.name, rules) is None for rules in config_files.RULES)
+    )
+
+
 @pytest.mark.parametrize(
     ("rules", "below"), [("moelab", "triton_3_6_0"), ("sglang", "configs/triton_3_6_0"), ("vllm", ".")]
 )
@@ -102,7 +110,7 @@ def test_export_needs_a_triton_version(run, tmp_path: Path) -> None:
 
 
 def test_export_of_two_versions_into_one_flat_folder_is_refused(run, tmp_path: Path) -> None:
-    [source, *_] = config_files.sources(runtime.config_dir())
+    source = asked_for_by_all()
     for version in ("3.5.1", "3.6.0"):
         config_files.export(source.configs, source.name, rules="moelab", out=tmp_path, triton_version=version)
     status, _, err = run("export", tmp_path, "--rules", "vllm", "--out", tmp_path / "flat")
@@ -111,7 +119,7 @@ def test_export_of_two_versions_into_one_flat_folder_is_refused(run, tmp_path: P
 
 
 def test_export_of_a_folder_leaves_out_what_the_loader_has_no_name_for(run, tmp_path: Path) -> None:
-    [source, *_] = config_files.sources(runtime.config_dir())
+    source = asked_for_by_all()
     for more in ({}, {"down": True}, {"kernel": "split_k_workspace"}):
         name = dataclasses.replace(source.name, **more)
         config_files.export(source.configs, name, rules="moelab", out=tmp_path, triton_version="3.6.0")

@@ -18,6 +18,7 @@ from moelab.pipelines.form_choice import Classic, Gated
 from moelab.shapes import MoEShape
 from moelab.studies import fast_check, fast_shapes
 from moelab.suites import fast_layer, layer_classic, screening
+from moelab.tuner import form_race
 from moelab.tuner.compile import Compiled
 from tests.test_fast_suite import few_stand_in, stand_in
 
@@ -108,12 +109,12 @@ def test_the_choice_is_set_beside_the_fastest_and_another_rule(
     for name, stand in (("few_tokens", few_stand_in), ("fast_layer", stand_in), ("sorted_pipeline", without_tma)):
         monkeypatch.setattr(fast, name, stand if name == "sorted_pipeline" else lambda *a, stand=stand, **k: stand(*a))
     monkeypatch.setattr(fast, "_check", lambda call: None)
-    monkeypatch.setattr(fast_check, "measure", clock)
+    monkeypatch.setattr(form_race, "measure", clock)
     monkeypatch.setattr(fast_check, "shape_of", lambda name: SMALL)
     monkeypatch.setattr(fast_check, "protocol_for", lambda num_tokens: screening.short_pass(1))
     monkeypatch.setattr(fast_check, "STEPS", (("uniform", (3,)), ("zipf", (3,))))
-    monkeypatch.setattr(fast_check, "EACH", 1)
-    monkeypatch.setattr(fast_check, "LIKELY", 1.0)
+    monkeypatch.setattr(form_race, "EACH", 1)
+    monkeypatch.setattr(form_race, "LIKELY", 1.0)
     monkeypatch.setattr(form_choice, "TILES", {16: (KernelConfig(16, 32, 32, 1, 4, 2),)})
     fast.chosen.cache_clear()
     form_choice._configs.cache_clear()

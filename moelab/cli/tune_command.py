@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moelab.cli import asking, options, printing, resuming, terminal
+from moelab.cli import asking, form_command, options, printing, resuming, terminal
 
 if TYPE_CHECKING:
     from moelab.tuner.evaluate import Evaluator
@@ -107,7 +107,8 @@ def tune(
         str | None,
         typer.Option(
             "--kernel",
-            help="Of fused_moe: triton (as sglang and vLLM run; the default), tma, split_k_workspace, gated, gated_tma.",
+            help="Of fused_moe: triton (as sglang and vLLM run; the default), tma, split_k_workspace, gated, gated_tma; or fast: "
+            "which form serves a batch.",
         ),
     ] = None,
     down: Annotated[bool, typer.Option("--down/--no-down", help="A config file of its own for GEMM2.")] = True,
@@ -154,15 +155,19 @@ def tune(
         raise typer.BadParameter("--freeze keeps measurements, and a replay makes none. Expected one of the two.")
     shown = _Bar()
     run: Path | None
+    asked = {
+        "model": model, "tp_size": tp_size, "ep_size": ep_size, "rules": rules, "batch_sizes": batch_size, "routing": routing,
+        "dtype": asking.asked_dtype(dtype, per_channel_quant, block_shape), "seed": seed, "separate_down": down,
+        "disable_shared_experts_fusion": disable_shared_experts_fusion, "kernel": kernel, "gpus": options.gpus(gpus),
+    }  # fmt: skip
+    if kernel == "fast":
+        if not form_command.tune_fast(asked, _given(context), budget_s, out or Path("tuned"), as_json, shown.line):
+            raise typer.Exit(1)
+        return
     if resume is not None:
         session, run = _resumed(resume, ray, options.gpus(gpus), budget_s, shown), resume
         out = out or resuming.folder_of(resume)
     else:
-        asked = {
-            "model": model, "tp_size": tp_size, "ep_size": ep_size, "rules": rules, "batch_sizes": batch_size, "routing": routing,
-            "dtype": asking.asked_dtype(dtype, per_channel_quant, block_shape), "seed": seed, "separate_down": down,
-            "disable_shared_experts_fusion": disable_shared_experts_fusion, "kernel": kernel, "gpus": options.gpus(gpus),
-        }  # fmt: skip
         out = out or (None if replay else Path("tuned"))
         session, run = _new(asked, replay, ray, strategy, budget_s, out, shown)
     how = resuming.options(run, out, _given(context)) if run else None

@@ -11,6 +11,7 @@ from typing import Any
 
 from moelab.chips import Target
 from moelab.config import LARGEST_VALUE, KernelConfig
+from moelab.config_files import form_entries
 from moelab.config_files.content import BATCH_KEY, LARGEST, split_entry
 from moelab.config_files.defaults import device_target
 from moelab.config_files.findings import Finding, Severity
@@ -19,7 +20,7 @@ from moelab.config_files.quantised_names import cut_steps, unpacked_columns
 from moelab.config_files.questions import users_of
 from moelab.config_files.rules import RULES, USE_TMA, Rules
 from moelab.config_files.running import run_violations
-from moelab.errors import nearest_names
+from moelab.errors import ConfigFileError, nearest_names
 from moelab.reading import UnreadableError, parse_json, read_bytes
 
 MAX_STEP = 4
@@ -40,6 +41,8 @@ _CORRECT = "Correct the entry, or tune the shape again."
 
 def check_content(path: Path, name: FileName, rules: Rules) -> list[Finding]:
     """What a lookup under `rules` would find wrong in the file, and what it finds that cannot run."""
+    if name.kernel == form_entries.KERNEL:
+        return _check_forms(path, name)
     rules = RULES["moelab"] if name.kernel else rules
     try:
         raw = read_bytes(path, LARGEST)
@@ -60,6 +63,18 @@ def check_content(path: Path, name: FileName, rules: Rules) -> list[Finding]:
             Finding(path, "note", "unknown_device", reason, "Add the device to data/devices to have it checked.")
         )
     return found
+
+
+def _check_forms(path: Path, name: FileName) -> list[Finding]:
+    """A file of forms, which is not of configs."""
+    if name.down:
+        why = "a form is of the whole layer, and no lookup asks for one of GEMM2 alone"
+        return [Finding(path, "error", "forms", why, "Remove it.")]
+    try:
+        form_entries.read_form_file(path)
+    except ConfigFileError as error:
+        return [Finding(path, "error", "forms", str(error), "Tune it again: moelab tune --kernel fast.")]
+    return []
 
 
 def _problems(content: Any, name: FileName, rules: Rules, target: Target | None) -> Iterator[_Problem]:

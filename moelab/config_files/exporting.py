@@ -10,6 +10,7 @@ from typing import Any
 
 from moelab import runtime, writing
 from moelab.config import KernelConfig
+from moelab.config_files import form_entries
 from moelab.config_files.content import file_text, parse, read_config_file, read_with_rest
 from moelab.config_files.defaults import device_target
 from moelab.config_files.names import FileName, checked_name, parse_file_name
@@ -141,6 +142,8 @@ def _source(path: Path) -> Source:
     inside = parse(path).get("triton_version")
     version = match[1].replace("_", ".") if match else inside if isinstance(inside, str) else None
     name = parse_file_name(path.name, "moelab" if match else "vllm")
+    if name.kernel == form_entries.KERNEL:
+        return Source({}, name, version, path, {})
     configs, rest = read_with_rest(path, "moelab")
     lost = {key: {k: v for k, v in left.items() if v} for key, left in rest.items()}
     return Source(configs, name, version, path, {key: left for key, left in lost.items() if left})
@@ -149,6 +152,8 @@ def _source(path: Path) -> Source:
 def left_out(name: FileName, rules: str) -> str | None:
     """Why this loader could not ask for such a file, so that `export` refuses it; None if it could."""
     loader = get_rules(rules)
+    if name.kernel == form_entries.KERNEL:
+        return "a file of forms holds no configs: only moelab's 'fast' reads it, as it is"
     unsaid = name.unsaid(loader)
     if not unsaid:
         return None

@@ -147,6 +147,13 @@ def find(
     return answer
 
 
+def first_path(name: FileName, triton_version: str, config_dir: str | Path | None = None) -> Path | None:
+    """The first file of that name in moelab's order, whatever it holds; None where there is none."""
+    rules = get_rules("moelab")
+    found = (place.path for place in _places(name, rules, folders(rules, config_dir), triton_version))
+    return next((path for path in found if path.exists()), None)
+
+
 def _unsaid(part: str, rules: Rules) -> Step:
     why = rules.reasons.get(f"names_{part}", "files with and without it share a name")
     return Step(part, "left out", f"{rules.name}'s file names have no place for it: {why}")

@@ -28,6 +28,7 @@ from moelab.kernels.token_tiles import TokenTiles, new_token_tiles, token_tiles_
 from moelab.pipelines import form_choice, form_times
 from moelab.pipelines.fast_quantised import coded_choice, coded_pipeline
 from moelab.pipelines.form_choice import Choice, Classic, Form, Gated
+from moelab.pipelines.form_files import tuned_form
 from moelab.pipelines.form_times import CLASSIC, GATED, Chip
 from moelab.pipelines.layers import sorted_pipeline, triton_pipeline
 from moelab.pipelines.spread import Batch
@@ -112,22 +113,26 @@ def _ceilings_of(data: Any) -> tuple[float, float]:
 def chosen(
     batch: Batch, dtype: str, device: str | None, triton_version: str, config_dir: str | None, override: str | None
 ) -> Choice:
-    """`form_choice.choose` with what tuned files have, once for each batch. device: None for the GPU of the recordings, without
-    files."""
+    """What serves a batch: as asked for, as the file of forms says, or as predicted. device: None for the GPU of the recordings,
+    without files."""
+    measured = None
+    if device is not None and (found := tuned_form(batch, device, triton_version, dtype, config_dir)):
+        measured = found.form, f"measured fastest at {found.key} tokens ({found.path.name})"
+    return predicted(batch, dtype, device, triton_version, config_dir, override, measured)
+
+
+def predicted(
+    batch: Batch, dtype: str, device: str | None, triton_version: str, config_dir: str | None,
+    override: str | None = None, measured: tuple[Form, str] | None = None,
+) -> Choice:  # fmt: skip
+    """`form_choice.choose` with what tuned files of the Triton layers have."""
     files = []
     if device is not None:
-        asked = (
-            batch.num_experts,
-            batch.moe_intermediate_size,
-            device,
-            triton_version,
-            dtype,
-            batch.num_tokens,
-            config_dir,
-        )
+        sizes = batch.num_experts, batch.moe_intermediate_size
+        asked = (*sizes, device, triton_version, dtype, batch.num_tokens, config_dir)
         files = [form for kind in (GATED, CLASSIC) if (form := tuned(kind, *asked)) is not None]
     chip = chip_of(device or str(form_times.fitted().chip["device"]))
-    return form_choice.choose(batch, chip, tuned=files, override=override, dtype=dtype)
+    return form_choice.choose(batch, chip, tuned=files, measured=measured, override=override, dtype=dtype)
 
 
 def _chosen(call: MoECall) -> Form:

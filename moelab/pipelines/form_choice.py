@@ -207,17 +207,24 @@ def ranked(batch: Batch, forms: Sequence[Form], chip: Chip, c: Coefficients) -> 
 
 
 def choose(
-    batch: Batch, chip: Chip, *, tuned: Sequence[Form] = (), override: str | None = None, dtype: str = "bfloat16"
-) -> Choice:
+    batch: Batch, chip: Chip, *, tuned: Sequence[Form] = (), measured: tuple[Form, str] | None = None,
+    override: str | None = None, dtype: str = "bfloat16",
+) -> Choice:  # fmt: skip
     """What serves a batch, whatever its routing: the host does not know it.
 
-    tuned: forms under configs of tuned files, which take the place of others of their kind. override: a kind of form, of which
-    the fastest serves, or one form by its name. Raises ConfigError for an override that fits none.
+    tuned: forms under configs of tuned files, which take the place of others of their kind. measured: the form that was fastest
+    of all when they were measured, and where that is said: it overrules the prediction. override: a kind of form, of which the
+    fastest serves, or one form by its name, before either. Raises ConfigError for an override that fits none.
     """
     c = times.fitted()
     predicted = ranked(batch, candidates(batch, dtype), chip, c)
     for form in tuned:
         predicted = with_tuned(form, predicted, batch, chip, c)
+    if measured is not None and override is None:
+        form, why = measured
+        own = next(each for each in (*predicted, *ranked(batch, [form], chip, c)) if each.form == form)
+        every = tuple(sorted({own, *predicted}, key=lambda each: each.us))
+        return Choice(form, _said(own, batch, why, form in tuned), every)
     if override is None:
         best = predicted[0]
         return Choice(best.form, _said(best, batch, "predicted fastest", best.form in tuned), predicted)

@@ -1,8 +1,7 @@
 """The choice of a form on models that no recording holds: beside the fastest of all forms that are likely, timed in the same run.
 
-The whole layer from top-k ids, order or alignment included. The forms that are predicted within LIKELY of the fastest, and the
-fastest few of each kind, are checked against float64 and timed by a short pass; the three fastest, the chosen one and, with
---beside, what another rule would run are timed again, interleaved.
+Each cell is a race as the tuner has it (`moelab.tuner.form_race`); the chosen form and, with --beside, what another rule would
+run are in its finals.
 
 `python -m moelab.studies.fast_check --out FILE --budget SECONDS` prints a line for each cell and stops when the time is over.
 """
@@ -19,27 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moelab import recordings, runtime
-from moelab.call import MoECall
 from moelab.config import default_config
 from moelab.dtypes import torch_dtype
 from moelab.errors import MoelabError
 from moelab.kernels.fast_instances import Instance
-from moelab.measure import Protocol, measure
-from moelab.pipelines.fast import choose_unchecked, fast_pipeline, here
-from moelab.pipelines.form_choice import Choice, Classic, Form, kind_of
-from moelab.pipelines.form_times import KINDS
+from moelab.measure import Protocol
+from moelab.pipelines.fast import choose_unchecked, here
+from moelab.pipelines.form_choice import Choice, Classic, Form
+from moelab.pipelines.form_files import label, named
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape, load_model
-from moelab.studies import fast_fit, fast_shapes
-from moelab.studies.ahead import compile_all
-from moelab.studies.fast_shapes import Contender, jobs_of, name_of, refused
-from moelab.suites.bench import judge
+from moelab.studies import fast_shapes
 from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
 from moelab.suites.partial import OnRows, ignore, keeper
-from moelab.suites.screening import quick, usable
+from moelab.tuner.ahead import compile_all
+from moelab.tuner.form_race import jobs_of, likely, race, refused
 
 SHAPES = {
     "ling-mini-2.0/tp1": ("ling-mini-2.0", 1, 1),
@@ -60,9 +55,6 @@ STEPS = (
     ("zipf", (20, 1500)),
     ("uniform", (6000,)),
 )
-LIKELY, EACH, MOST = 1.06, 3, 20
-"""Predicted time over the fastest's up to which a form is tried; how many of each kind are, whatever they are predicted; how many
-of all."""
 
 
 def shape_of(name: str) -> MoEShape:
@@ -73,68 +65,28 @@ def shape_of(name: str) -> MoEShape:
     ))  # fmt: skip
 
 
-def likely(choice: Choice) -> list[Form]:
-    """What may be the fastest, by the prediction; the chosen first."""
-    least, left = choice.predicted[0].us, dict.fromkeys(KINDS, EACH)
-    first, rest = [choice.form], []
-    for each in choice.predicted:
-        if left[kind_of(each.form)] > 0:
-            first.append(each.form)
-        elif each.us <= LIKELY * least:
-            rest.append(each.form)
-        left[kind_of(each.form)] -= 1
-    return list(dict.fromkeys([*first, *rest]))[:MOST]
-
-
-def whole(layer: Layer, form: Form) -> Contender:
-    """The layer by that form from top-k ids."""
-
-    def run(i: int) -> Tensor:
-        r, w = layer.routings[i], layer.weights[i]
-        return fast_pipeline(MoECall(layer.states[i], w.weights, r.topk_weights, r.topk_ids), form)
-
-    return run
-
-
 def other_form(said: str, choice: Choice, num_tokens: int, num_experts: int) -> Form | None:
     """What another rule runs, as its file says: an instance or a form for a few tokens as recordings name it, "classic" under
     sglang's default rule."""
     if said == "classic":
         config = default_config(num_tokens, num_experts)
         return Classic(config, config)
-    known = fast_fit.form_of({"instance": said})
-    return None if known is None else known[1]
+    return named(said)
 
 
 def cell(
     name: str, layer: Layer, routing: str, choice: Choice, other: Form | None, failed: Mapping[Form, str]
 ) -> dict[str, Any]:
     """One row: what is chosen, the fastest, and what the other rule runs, each with its samples."""
-    forms = list(dict.fromkeys([*likely(choice), *([other] if other is not None else [])]))
-    contenders = {form: whole(layer, form) for form in forms if form not in failed}
-    in_triton: dict[Form, Contender] = {form: run for form, run in contenders.items() if not isinstance(form, Instance)}
-    runs: dict[Form, Contender] = {
-        **usable(in_triton)[0],
-        **{form: run for form, run in contenders.items() if isinstance(form, Instance)},
-    }
-    judged = judge(layer, {name_of(form): run for form, run in runs.items()})
-    right = {form: run for form, run in runs.items() if judged[name_of(form)]["within_bound"]}
-    wrong = [name_of(form) for form in forms if form not in right]
-    times = {form: found.median_us for form, found in quick(right, len(layer.routings)).items()}
-    finals = dict.fromkeys(
-        [*sorted(times, key=lambda form: times[form])[:3], *(f for f in (choice.form, other) if f in right)]
-    )
-    timed = measure(
-        {name_of(form): right[form] for form in finals}, Protocol(len(layer.routings), rounds=9, graph_us=300.0)
-    )
-    best = min(finals, key=lambda form: timed[name_of(form)].median_us)
+    others = [other] if other is not None else []
+    raced = race(layer, [*likely(choice), *others], failed, [choice.form, *others], rounds=9)
     row: dict[str, Any] = {
         "shape": name, "num_tokens": layer.num_tokens, "routing": routing, "rotations": len(layer.routings),
-        "tried": len(right), "wrong": wrong, "predicted_us": choice.predicted[0].us,
+        "tried": len(raced.tried), "wrong": list(raced.wrong), "predicted_us": choice.predicted[0].us,
     }  # fmt: skip
-    for role, form in (("chosen", choice.form), ("best", best), ("other", other)):
-        if form is not None and form in finals:
-            row |= {role: name_of(form), f"{role}_samples_us": list(timed[name_of(form)].samples_us)}
+    for role, form in (("chosen", choice.form), ("best", raced.best), ("other", other)):
+        if form is not None and form in raced.finals:
+            row |= {role: label(form), f"{role}_samples_us": list(raced.finals[form].samples_us)}
     return row
 
 

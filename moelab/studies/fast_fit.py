@@ -10,7 +10,6 @@ import argparse
 import functools
 import itertools
 import json
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +22,10 @@ from moelab import recordings, roofline, runtime, writing
 from moelab.config import KernelConfig, default_config
 from moelab.errors import RuntimeModeError
 from moelab.inputs import routings_for
-from moelab.kernels.fast_instances import Instance
-from moelab.kernels.few_tokens import FewTokens
-from moelab.kernels.few_tokens import Tile as FewTile
 from moelab.pipelines import form_times as times
 from moelab.pipelines.fast import batch_of
 from moelab.pipelines.form_choice import TILES, candidates, columns_of, kind_of, predict
+from moelab.pipelines.form_files import named
 from moelab.pipelines.form_times import CLASSIC, FEW_TOKENS, GATED, ONE_LAUNCH, Chip, Coefficients, Tile
 from moelab.pipelines.spread import Batch, Floats, Spread, realised
 from moelab.shapes import MoEShape
@@ -84,11 +81,8 @@ class Row:
 def form_of(row: Mapping[str, Any]) -> tuple[str, Any] | None:
     """(kind, form) of a recorded row: an instance, a form for a few tokens, or a pair of configs; None for anything else."""
     name = row.get("instance", "")
-    if name.startswith("Instance"):
-        return ONE_LAUNCH, Instance.named(name)
-    if name.startswith("FewTokens"):
-        rows, columns, warps, *second, early = (int(value) for value in re.findall(r"=(\d+)", name))
-        return FEW_TOKENS, FewTokens(FewTile(rows, columns, warps), FewTile(*second), early)
+    if (known := named(name)) is not None:
+        return kind_of(known), known
     if name in (GATED, CLASSIC):
         return name, tuple(KernelConfig.from_json(row[key]) for key in ("config", "down_config"))
     return None

@@ -14,7 +14,7 @@ import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,19 +29,19 @@ from moelab.kernels.align import align
 from moelab.kernels.checks import current_target
 from moelab.kernels.expert_order import ordered_tiles
 from moelab.kernels.fast_instances import CLUSTERED, INSTANCES, Instance
-from moelab.kernels.few_tokens import FewTokens
 from moelab.pipelines.fast import cut_of
 from moelab.pipelines.form_choice import TILES, Classic, Form, Gated, kind_of, near_blocks, near_instances
+from moelab.pipelines.form_files import label
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape, load_model
-from moelab.studies.ahead import Job, compile_all
 from moelab.suites import fast_choice, fast_layer, partial
 from moelab.suites.bench import cost_of, judge
 from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
 from moelab.suites.partial import OnRows, ignore
 from moelab.suites.screening import quick, short_pass, usable
+from moelab.tuner.ahead import Job, compile_all
 from moelab.tuner.compile import Compiled
-from moelab.tuner.problem import COMPATIBLE
+from moelab.tuner.form_race import Contender, jobs_of, refused
 
 SHAPES = {
     "qwen3-next/tp2": ("qwen3-next-80b-a3b", 2, 1),
@@ -68,9 +68,6 @@ LIKELY = 4
 """Configs of each Triton layer that are timed on a skewed batch: the fastest of the even one."""
 
 
-Contender = Callable[[int], Any]
-
-
 def shape_of(name: str) -> MoEShape:
     """The sharded shape behind a name of SHAPES, in plain weights, without fused shared experts."""
     model, tp_size, ep_size = SHAPES[name]
@@ -82,13 +79,6 @@ def shape_of(name: str) -> MoEShape:
 def plain(shape: MoEShape) -> MoEShape:
     """The sizes of a layer, with the activation that the fast layer has."""
     return replace(shape, activation="silu")
-
-
-def name_of(form: Form) -> str:
-    """A name of its own for each contender of a cell."""
-    if isinstance(form, Gated | Classic):
-        return f"{kind_of(form)} {form.up.short()} / {form.down.short()}"
-    return repr(form)
 
 
 # --- what is tried ------------------------------------------------------------------------------------------------
@@ -129,33 +119,8 @@ def likely(forms: Sequence[Form], even: Sequence[Mapping[str, Any]]) -> list[For
     best = []
     for kind in (Gated, Classic):
         of_kind = [each for each in forms if isinstance(each, kind)]
-        best += sorted(of_kind, key=lambda each: times.get(name_of(each), float("inf")))[:LIKELY]
+        best += sorted(of_kind, key=lambda each: times.get(label(each), float("inf")))[:LIKELY]
     return [each for each in forms if not isinstance(each, Gated | Classic) or each in best]
-
-
-# --- compiling beforehand -----------------------------------------------------------------------------------------
-
-
-def jobs_of(shape: MoEShape, forms: Sequence[Form]) -> list[Job]:
-    """What is to be compiled for these forms by Triton."""
-    found: list[Job] = []
-    for form in forms:
-        kernel = "gated_tma" if isinstance(form, Gated) else COMPATIBLE
-        if isinstance(form, FewTokens):
-            found.append((shape, kernel, form))
-        elif isinstance(form, Gated | Classic):
-            found += [(shape, kernel, ("up", form.up)), (shape, kernel, ("down", form.down))]
-    return list(dict.fromkeys(found))
-
-
-def refused(shape: MoEShape, forms: Sequence[Form], compiled: Mapping[Job, Compiled]) -> dict[Form, str]:
-    """Forms that cannot run, for a kernel of theirs was not compiled or takes more than there is: why."""
-    found = {}
-    for form in forms:
-        made = [compiled[job] for job in jobs_of(shape, [form]) if job in compiled]
-        if why := [f"{each.failure}: {each.message}" for each in made if each.failure]:
-            found[form] = why[0]
-    return found
 
 
 # --- a cell -------------------------------------------------------------------------------------------------------
@@ -185,7 +150,7 @@ def cell(
     contenders = {form: fast_layer.by_form(layer, form) for form in forms if form not in failed}
     in_triton: dict[Form, Contender] = {form: run for form, run in contenders.items() if not isinstance(form, Instance)}
     failed = {**failed, **usable(in_triton)[1]}
-    runs = {name_of(form): run for form, run in contenders.items() if form not in failed}
+    runs = {label(form): run for form, run in contenders.items() if form not in failed}
     judged = judge(layer, runs)
     right = {label: run for label, run in runs.items() if judged[label]["within_bound"]}
     timed = quick({**right, **beforehand(layer)}, len(layer.routings))
@@ -197,9 +162,9 @@ def cell(
     served = fast_layer.served_by(shape, layer.num_tokens)
     rows = [
         {
-            **common, "kind": kind_of(form), "form": name_of(form), **fast_layer.note_of(form), "by_rule": form == served,
-            **({"refused": failed[form]} if form in failed else judged[name_of(form)]),
-            **fast_layer.samples_of(timed, name_of(form)),
+            **common, "kind": kind_of(form), "form": label(form), **fast_layer.note_of(form), "by_rule": form == served,
+            **({"refused": failed[form]} if form in failed else judged[label(form)]),
+            **fast_layer.samples_of(timed, label(form)),
         }
         for form in forms
     ]  # fmt: skip

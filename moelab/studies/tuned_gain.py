@@ -20,12 +20,12 @@ from moelab.errors import ConfigFileError, UnknownNameError
 from moelab.measure import Measurement, measure
 from moelab.recordings import Recording
 from moelab.shapes import MoEShape
-from moelab.studies.ahead import Job, compile_all
 from moelab.studies.targets import TARGETS, Target
 from moelab.suites.bench import judge
 from moelab.suites.layer_classic import Layer, protocol_for, weight_sets
 from moelab.suites.partial import OnRows, ignore
 from moelab.tuner import landscape
+from moelab.tuner.ahead import Job, compile_all
 from moelab.tuner.finals import Finals
 from moelab.tuner.problem import COMPATIBLE, GEMMS, Pair, default_of
 from moelab.tuner.results import gain_between

@@ -65,12 +65,12 @@ def compile_all(
     until: float = math.inf,
 ) -> dict[Job, Compiled]:
     """Compile them, Triton's in processes and NVRTC's in threads, whose weights are of that dtype; what became of Triton's, of
-    those done by `until` (perf_counter). The rest is compiled where it is first launched."""
+    those done by `until` (perf_counter). The rest is compiled where it is first launched; without a GPU all of it."""
 
     def by_nvrtc(instance: Instance) -> None:
         nvrtc.compiled("sm_90a", instance.source(dtype), instance.expression(dtype))
 
-    if not jobs:
+    if not jobs or runtime.current().mode != "gpu":
         return {}
 
     target = current_target()
@@ -80,7 +80,7 @@ def compile_all(
         target.name if target else "sm_90",
         runtime.triton_version() or "unknown",
     )
-    pool = CompilePool(problem, compiler="moelab.studies.ahead:Compiler")
+    pool = CompilePool(problem, compiler="moelab.tuner.ahead:Compiler")
     with ThreadPoolExecutor(4) as threads:
         waiting: list[Future[None]] = [threads.submit(by_nvrtc, each) for each in instances]
         try:
