@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from moelab.config import KernelConfig
@@ -16,8 +17,8 @@ Config = KernelConfig | Literal["default"] | None
 
 class MoECall(NamedTuple):
     """One checked call, as implementations get it: hidden_states (M, H), the experts' weights, topk_weights (M, k), float32 or
-    hidden_states' dtype, and topk_ids (M, k), then what kind of layer it is, and under which configs; expected_rows and form as
-    `fused_moe` has them."""
+    hidden_states' dtype, and topk_ids (M, k), then what kind of layer it is, and under which configs; expected_rows, form and
+    out as `fused_moe` has them."""
 
     hidden_states: Tensor
     weights: ExpertWeights
@@ -31,6 +32,11 @@ class MoECall(NamedTuple):
     down_config: Config = None
     expected_rows: float | None = None
     form: str | None = None
+    out: Tensor | None = None
+
+    def result(self) -> Tensor:
+        """(M, H) to write the layer's result to: `out`, or where none was given a new one."""
+        return torch.empty_like(self.hidden_states) if self.out is None else self.out
 
     @property
     def num_tokens(self) -> int:

@@ -4,27 +4,20 @@
     out = fused_moe(hidden_states, w13, w2, router_logits=logits, top_k=8)
 
 No implementation is ever replaced by another: what cannot run raises. Under torch.compile the call becomes the
-custom op `moelab::fused_moe`, opaque to the compiler; in eager mode it is a plain Python call.
+custom op `moelab::fused_moe` (`moelab.custom_op`), opaque to the compiler; in eager mode it is a plain Python call.
 """
 
 from __future__ import annotations
 
-import functools
-import numbers
-from dataclasses import asdict, replace
-from types import ModuleType
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from moelab import call_checks
 from moelab.call import Config, MoECall
-from moelab.config import KernelConfig
+from moelab.custom_op import through_custom_op
 from moelab.dtypes import dtype_name
-from moelab.errors import ConfigError, DtypeError, LayoutError, RoutingError, RuntimeModeError, ShapeError
-from moelab.formats import get_format
-from moelab.implementations import IMPLEMENTATIONS, LayerKind, named, not_taken, taking
-from moelab.reference import check_activation
+from moelab.errors import RoutingError, ShapeError
+from moelab.implementations import IMPLEMENTATIONS, LayerKind, named, taking
 from moelab.routers import softmax_topk
 from moelab.routing import check_ids
 from moelab.weights import ExpertWeights
@@ -52,6 +45,7 @@ def fused_moe(
     expected_rows: float | None = None,
     form: str | None = None,
     check_routing: bool | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """out[t] = scale * sum over slots j of weight[t, j] * w2[e] @ activation(w13[e] @ hidden_states[t]), e = ids[t, j].
 
@@ -77,6 +71,8 @@ def fused_moe(
     kin count gate and up rows together as BLOCK_SIZE_N, at least 32. "fast" and "weight_only" choose theirs, torch has none.
     expected_rows: of an expert, which those two choose by; None: M * k / E; where other ranks have experts too, M * k over the
     model's. form: of "fast", a kind or one as `moelab explain --kernel fast` names it; None: MOELAB_FAST_FORM, or the fastest.
+    out: (M, H), hidden_states' dtype, contiguous from a multiple of 16 bytes and apart from what is read: the result is written
+    there by the last kernel, without a copy (torch's own layers copy), and `out` is returned.
     check_routing: look for ids out of range. None means always on CPU, and never on a GPU, where it would
     synchronise with the host.
     Returns (M, H) in hidden_states' dtype. Deterministic, but for those that the table says are not, on a GPU. Only "torch"
@@ -86,39 +82,42 @@ def fused_moe(
     SharedMemoryError or RuntimeModeError, each saying what was expected.
     """
     named(impl)
-    _check_arguments(config, down_config, top_k, impl, form)
+    call_checks.check_arguments(config, down_config, top_k, impl, form)
     weights = _weights(w13, w2, b13, b2)
     optional = {name: t for name, t in weights._asdict().items() if t is not None and name != "format"}
-    _require_tensors(**{"hidden_states": hidden_states, "w13": weights.w13, "w2": weights.w2, **optional})
+    call_checks.require_tensors(**{"hidden_states": hidden_states, "w13": weights.w13, "w2": weights.w2, **optional})
     if router_logits is not None:
-        _require_tensors(router_logits=router_logits)
+        call_checks.require_tensors(router_logits=router_logits)
         topk_weights, topk_ids = _route(
             router_logits, topk_weights, topk_ids, top_k, renormalize, hidden_states, weights
         )
     elif top_k is not None and topk_ids is not None and top_k != topk_ids.shape[-1]:
-        raise _another_top_k(top_k, topk_ids)
+        raise call_checks.another_top_k(top_k, topk_ids)
     if topk_weights is None or topk_ids is None:
         raise RoutingError(
             "No routing given. Expected topk_weights and topk_ids, or router_logits and top_k. Pass one of the pairs."
         )
-    _require_tensors(topk_weights=topk_weights, topk_ids=topk_ids)
+    given = {"topk_weights": topk_weights, "topk_ids": topk_ids} | ({} if out is None else {"out": out})
+    call_checks.require_tensors(**given)
     call = MoECall(
         hidden_states, weights, topk_weights, topk_ids, activation, gated,
-        _scale(routed_scaling_factor), apply_router_weight_on_input, config, down_config,
-        _expectation(expected_rows, topk_ids), form,
+        call_checks.scale_of(routed_scaling_factor), apply_router_weight_on_input, config, down_config,
+        call_checks.expectation(expected_rows, topk_ids), form, out,
     )  # fmt: skip
     compiling = torch.compiler.is_compiling()
     if compiling:
-        _check_call(call, impl)
+        call_checks.check_call(call, impl)
     else:
-        _check_once(call, impl)
-    _check_grad(call, impl, compiling)
+        call_checks.check_once(call, impl)
+    call_checks.check_grad(call, impl, compiling)
+    if not compiling:  # a traced tensor lies nowhere: the op looks
+        call_checks.check_out(call)
     if check_routing or (check_routing is None and not compiling and hidden_states.device.type == "cpu"):
         check_ids(topk_ids, weights.num_experts)
     if call.num_tokens == 0:
-        return torch.empty_like(hidden_states)
+        return call.result()
     if compiling:
-        return _through_custom_op(call, impl)
+        return through_custom_op(call, impl)
     return IMPLEMENTATIONS[impl](call)
 
 
@@ -130,82 +129,6 @@ def _weights(w13: Tensor | ExpertWeights, w2: Tensor | None, b13: Tensor | None,
             "ExpertWeights came with w2, b13 or b2 beside it. Expected all in the one. Put them into its fields."
         )
     return w13
-
-
-def _require_tensors(**given: Any) -> None:
-    for name, value in given.items():
-        if not isinstance(value, Tensor):
-            raise DtypeError(
-                f"{name} is {type(value).__name__}. Expected a torch.Tensor. Make one with torch.as_tensor, or leave out what "
-                "is optional."
-            )
-        if value.layout is not torch.strided:
-            raise LayoutError(f"{name} is {value.layout}. Expected a strided tensor. Call .to_dense() on it.")
-
-
-def _scale(factor: Any) -> float:
-    """The factor as a float: an int and a float of one value are one compiled kernel."""
-    if type(factor) is float:
-        return factor
-    try:
-        if isinstance(factor, bool) or not isinstance(factor, numbers.Real):
-            raise TypeError
-        return float(factor)
-    except (TypeError, OverflowError) as error:
-        shown = repr(factor) if len(repr(factor)) < 40 else f"{repr(factor)[:30]}..."
-        raise ConfigError(
-            f"routed_scaling_factor is {shown} ({type(factor).__name__}). Expected a number that a float holds. Pass 1.0 for "
-            "none."
-        ) from error
-
-
-def _another_top_k(top_k: int, topk_ids: Tensor) -> RoutingError:
-    return RoutingError(
-        f"top_k = {top_k} but topk_ids has shape {tuple(topk_ids.shape)}. Expected top_k columns. Leave top_k out: it goes with "
-        "router_logits."
-    )
-
-
-def _expectation(rows: Any, topk_ids: Tensor) -> float | None:
-    """Rows expected of an expert as a float, if any are said."""
-    if rows is None:
-        return None
-    num_tokens = topk_ids.shape[0] if topk_ids.ndim else 0
-    number = isinstance(rows, numbers.Real) and not isinstance(rows, bool)
-    if not number or not (0 < rows <= num_tokens or num_tokens == 0):
-        raise RoutingError(
-            f"expected_rows is {rows!r:.40} of {num_tokens} tokens. Expected a number above 0 and at most theirs: an expert "
-            "gets a token once. Pass num_tokens * top_k over the number of the model's experts, or leave it out."
-        )
-    return float(rows)
-
-
-def _check_arguments(config: Any, down_config: Any, top_k: Any, impl: str, form: Any) -> None:
-    if form is not None and (impl != "fast" or not isinstance(form, str)):
-        raise ConfigError(
-            f"form={form!r:.60} came with impl={impl!r}. Expected a name, with impl='fast', which has several. Leave it out."
-        )
-    for one in (config, down_config):
-        if one is not None and one != "default" and not isinstance(one, KernelConfig):
-            raise ConfigError(
-                f"config is {one!r:.60}. Expected a KernelConfig, None or 'default'. Build one with "
-                "KernelConfig.from_json(entry)."
-            )
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int)):
-        raise RoutingError(f"top_k is {top_k!r:.60}. Expected a whole number of experts. Pass an int.")
-
-
-def _check_grad(call: MoECall, impl: str, compiling: bool) -> None:
-    """Refuse to lose a gradient: only plain torch has a backward."""
-    if not torch.is_grad_enabled() or (IMPLEMENTATIONS[impl].backward and not compiling):
-        return
-    tensors = {"hidden_states": call.hidden_states, **call.weights.tensors(), "topk_weights": call.topk_weights}
-    for name, tensor in tensors.items():
-        if tensor.requires_grad:
-            raise RuntimeModeError(
-                f"{name} requires a gradient, and impl={impl!r} has no backward. Expected inference. Call it under "
-                "torch.no_grad() or torch.inference_mode(), or use impl='torch' outside torch.compile."
-            )
 
 
 def _route(
@@ -230,165 +153,6 @@ def _route(
             "w13. Route the tokens that you pass; under expert parallelism pass topk_ids, mapped to this rank's experts."
         )
     return softmax_topk(logits, top_k, renormalize=renormalize)
-
-
-def _check_once(call: MoECall, impl: str) -> None:
-    """`_check_call`, once for each signature: in eager decode every microsecond of it is one that the GPU waits."""
-    launch, w = _launching(), call.weights
-    tensors = launch.signature(
-        call.hidden_states, w.w13, w.w2, call.topk_weights, call.topk_ids, w.b13, w.b2,
-        w.w13_scale, w.w2_scale, w.w13_zero_point, w.w2_zero_point, w.a1_scale, w.a2_scale,
-    )  # fmt: skip
-    launch.checked(("fused_moe", impl, call.activation, call.gated, w.format, tensors), lambda: _check_call(call, impl))
-
-
-@functools.cache
-def _launching() -> ModuleType:
-    """moelab.kernels.launch, which imports triton: not before the first call."""
-    from moelab.kernels import launch
-
-    return launch
-
-
-def _check_call(call: MoECall, impl: str) -> None:
-    from moelab.kernels import checks
-
-    check_activation(call.activation, call.gated)
-    x, ids, w = call.hidden_states, call.topk_ids, call.weights
-    checks.check_shape("hidden_states", x, ("num_tokens", "hidden_size"))
-    hidden = x.shape[1] // (1 if w.format.is_plain else w.format.values_per_byte)
-    checks.check_shape("w13", w.w13, ("num_experts", "rows", hidden))
-    rows = w.w13.shape[1]
-    if call.gated and rows % 2:
-        raise ShapeError(
-            f"w13 has {rows} rows an expert. Expected an even number, gate rows and then up rows. Pass gated=False for "
-            "none."
-        )
-    inner = rows // 2 if call.gated else rows
-    if w.format.is_plain:
-        checks.check_shape("w2", w.w2, (w.num_experts, x.shape[1], inner))
-    for name, sizes in (("hidden_states", x.shape[1:]), ("w13", w.w13.shape), ("w2", w.w2.shape)):
-        if not all(sizes):
-            raise ShapeError(
-                f"{name} has shape {tuple(getattr(w, name, x).shape)}. Expected no size of 0 but the number of tokens. Give "
-                "the layer at least one expert, row and column."
-            )
-    checks.check_dtype("hidden_states", x, checks.FLOATS)
-    _require_taken(call, impl)
-    checks.check_shape("topk_ids", ids, (x.shape[0], "top_k"))
-    checks.check_shape("topk_weights", call.topk_weights, tuple(ids.shape))
-    if w.format.is_plain:
-        checks.check_dtype("w13", w.w13, (x.dtype,))
-        checks.check_dtype("w2", w.w2, (x.dtype,))
-    else:
-        checks.check_stored("w13", w.up, w.num_experts, rows, x.shape[1])
-        checks.check_stored("w2", w.down, w.num_experts, x.shape[1], inner)
-        checks.check_static_scales(w)
-    checks.check_dtype("topk_ids", ids, (torch.int32, torch.int64))
-    checks.check_routed(call.topk_weights, x.dtype)
-    if ids.shape[1] < 1:
-        raise RoutingError(f"topk_ids has shape {tuple(ids.shape)}. Expected at least one expert a token. Raise top_k.")
-    for name, bias, size in (("b13", w.b13, rows), ("b2", w.b2, x.shape[1])):
-        if bias is not None:
-            checks.check_shape(name, bias, (w.num_experts, size))
-            checks.check_dtype(name, bias, (x.dtype,))
-    checks.check_together(hidden_states=x, topk_ids=ids, topk_weights=call.topk_weights, **w.tensors())
-
-
-def kind_of(call: MoECall) -> LayerKind:
-    """What decides which implementations take the call."""
-    x, w = call.hidden_states, call.weights
-    dtype = dtype_name(x.dtype)
-    return LayerKind(dtype, w.format, call.activation, call.gated, w.has_bias, x.shape[1], call.moe_intermediate_size)
-
-
-def _require_taken(call: MoECall, impl: str) -> None:
-    """Raise DtypeError or ConfigError for a kind of layer that the implementation takes nowhere.
-
-    What sizes it takes, and what this chip lacks, its kernels tell.
-    """
-    one, kind = named(impl), kind_of(call)
-    if what := not_taken(one, replace(kind, hidden_size=None, moe_intermediate_size=None)):
-        from moelab.kernels.checks import current_target
-
-        others = taking(kind, current_target())
-        error = ConfigError if kind.dtype in one.dtypes else DtypeError
-        raise error(
-            f"impl={impl!r} was asked for {what}, which it does not take. Expected one of those that do and run here: "
-            f"{', '.join(others) or 'none'}. Name one of them."
-        )
-
-
-# --- torch custom op ----------------------------------------------------------------------------------------------
-
-_CONFIG_FIELDS = tuple(KernelConfig.__dataclass_fields__)
-
-
-def _pack(config: Config) -> list[int]:
-    """[] for None, [0] for the default rule, else the fields."""
-    if config is None:
-        return []
-    if not isinstance(config, KernelConfig):
-        return [0]
-    values = asdict(config)
-    return [-1 if values.get(name) is None else values[name] for name in _CONFIG_FIELDS]
-
-
-def _unpack(values: list[int]) -> Config:
-    if len(values) < 2:
-        return "default" if values else None
-    named: dict[str, Any] = dict(zip(_CONFIG_FIELDS, (None if v == -1 else v for v in values), strict=False))
-    return KernelConfig(**named)
-
-
-@torch.library.custom_op("moelab::fused_moe", mutates_args=())
-def _fused_moe_op(
-    hidden_states: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    b13: Tensor | None,
-    b2: Tensor | None,
-    scales: list[Tensor | None],
-    format: str,
-    impl: str,
-    config: list[int],
-    down_config: list[int],
-    activation: str,
-    gated: bool,
-    routed_scaling_factor: float,
-    apply_router_weight_on_input: bool,
-    expected_rows: float | None = None,
-    form: str | None = None,
-) -> Tensor:
-    weights = ExpertWeights(
-        w13, w2, b13, b2, scales[0], scales[1], scales[2], scales[3], get_format(format), *scales[4:]
-    )
-    call = MoECall(
-        hidden_states, weights, topk_weights, topk_ids, activation, gated,
-        routed_scaling_factor, apply_router_weight_on_input, _unpack(config), _unpack(down_config),
-        expected_rows, form,
-    )  # fmt: skip
-    _check_once(call, impl)
-    if hidden_states.device.type == "cpu":
-        check_ids(topk_ids, w13.shape[0])
-    return IMPLEMENTATIONS[impl](call)
-
-
-@_fused_moe_op.register_fake
-def _(hidden_states: Tensor, *args: object) -> Tensor:
-    return torch.empty_like(hidden_states)
-
-
-def _through_custom_op(call: MoECall, impl: str) -> Tensor:
-    w = call.weights
-    return _fused_moe_op(
-        call.hidden_states, w.w13, w.w2, call.topk_weights, call.topk_ids, w.b13, w.b2,
-        [w.w13_scale, w.w2_scale, w.w13_zero_point, w.w2_zero_point, w.a1_scale, w.a2_scale], w.format.name, impl,
-        _pack(call.config), _pack(call.down_config), call.activation, call.gated,
-        call.routed_scaling_factor, call.apply_router_weight_on_input, call.expected_rows, call.form,
-    )  # fmt: skip
 
 
 def available_implementations(dtype: torch.dtype = torch.float32) -> tuple[str, ...]:

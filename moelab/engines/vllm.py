@@ -176,11 +176,9 @@ def _experts_class(logger: Any) -> type:
                 checks.say("vllm", logger.info, self.where, self.impl, w2, name)
             if apply_router_weight_on_input:
                 topk_weights = torch.ones_like(topk_weights)
-            output.copy_(
-                fused_moe(
-                    hidden_states, w1, w2, topk_weights=topk_weights, topk_ids=local_ids(topk_ids, expert_map),
-                    impl=self.impl, activation=name, expected_rows=checks.expected_rows(topk_ids, global_num_experts),
-                )
+            fused_moe(
+                hidden_states, w1, w2, topk_weights=topk_weights, topk_ids=local_ids(topk_ids, expert_map),
+                impl=self.impl, activation=name, expected_rows=checks.expected_rows(topk_ids, global_num_experts), out=output,
             )  # fmt: skip
 
     return MoelabExperts

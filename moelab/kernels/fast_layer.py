@@ -261,6 +261,7 @@ def fast_layer(
     parts: int = GEMM1 | GEMM2 | SUM,
     scratch: tuple[Tensor, Tensor] | None = None,
     overlap: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The layer of checked tensors (`check_fast_layer`): x (M, H), w13 (E, 2N, H), w2 (E, H, N); out (M, H).
 
@@ -279,7 +280,7 @@ def fast_layer(
     residency.raise_if_lost()
     device = x.get_device()
     num_slots, size = topk_ids.numel(), w2.shape[2]
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     direct = num_slots == x.shape[0] and parts & GEMM2 and parts & SUM  # GEMM2 writes the output
     inner, y = scratch or (x.new_empty((num_slots, size)), out if direct else x.new_empty((num_slots, x.shape[1])))
     y = out if direct else y

@@ -119,6 +119,7 @@ def coded_layer(
     scratch: tuple[Tensor, Tensor, Tensor] | None = None,
     overlap: bool = True,
     looks: bool | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`fast_layer` of checked tensors (`check_coded_layer`) over codes: x as `coded` makes it; out (M, H) of dtype.
 
@@ -129,7 +130,7 @@ def coded_layer(
     """
     residency.raise_if_lost()
     w13, w2, (num_tokens, top_k) = weights.w13, weights.w2, topk_ids.shape
-    out = w2.new_empty((num_tokens, w2.shape[1]), dtype=dtype)
+    out = w2.new_empty((num_tokens, w2.shape[1]), dtype=dtype) if out is None else out
     inner, inner_scale, y = scratch or coded_scratch(tiles, instance, topk_ids.numel(), weights, dtype)
     if top_k == 1 and parts & GEMM2 and parts & SUM:
         y = out  # GEMM2 writes the output

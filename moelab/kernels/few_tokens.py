@@ -185,6 +185,7 @@ def few_tokens(
     weights_on_input: bool = False,
     overlap: bool = True,
     side_by_side: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The layer of checked tensors: x (M, H), w13 (E, 2N, H), w2 (E, H, N); out (M, H). Deterministic, no host synchronisation.
 
@@ -196,7 +197,7 @@ def few_tokens(
     """
     num_experts, hidden, size = w2.shape
     num_tokens, top_k = topk_ids.shape
-    inner, out = x.new_empty((num_tokens * top_k, size)), torch.empty_like(x)
+    inner, out = x.new_empty((num_tokens * top_k, size)), torch.empty_like(x) if out is None else out
     early = min(form.early, top_k * triton.cdiv(size, form.down.columns))
     for launcher, tile, programs, rows, tensors, values, own in (
         (_up, form.up, num_tokens * top_k, size, (x, w13, topk_ids, topk_weights, inner), (), {}),

@@ -190,18 +190,21 @@ def weight_only(
     scale: float = 1.0,
     weights_on_input: bool = False,
     overlap: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The layer of checked tensors (`check_weight_only`): x (M, H) bfloat16, quantised w13 (E, 2N, H) and w2 (E, H, N).
 
     topk_weights (M, k), float32 or bfloat16, topk_ids (M, k) int32 or int64. Returns (M, H) bfloat16, scaled; of a sorted form,
-    whose alignment has blocks of form.columns, the (pairs, H) products that a sum-reduce adds up and scales. overlap:
-    programmatic dependent launch. Deterministic; no host synchronisation. Ids of no expert here add nothing. In int4 by groups of
-    whole chunks (128), whose zero points are taken from the sums, an infinite activation makes all of its token NaN.
+    whose alignment has blocks of form.columns, the (pairs, H) products that a sum-reduce adds up and scales. out: for that.
+    overlap: programmatic dependent launch. Deterministic; no host synchronisation. Ids of no expert here add nothing. In int4 by
+    groups of whole chunks (128), whose zero points are taken from the sums, an infinite activation makes all of its token NaN.
     """
     pairs, size = topk_ids.numel(), weights.w13.shape[1] // 2
+    if out is None:
+        out = x.new_empty((pairs if form.sorted else x.shape[0], x.shape[1]))
     if not pairs:
-        return torch.empty_like(x)
-    inner, out = x.new_empty((pairs, size)), x.new_empty((pairs if form.sorted else x.shape[0], x.shape[1]))
+        return out
+    inner = x.new_empty((pairs, size))
     options: dict[str, Any] = {"activation": activation, "scale": scale, "weights_on_input": weights_on_input}
     for each in launches(x, weights, topk_weights, topk_ids, inner, out, form, alignment, **options):
         start(x, each, overlap)

@@ -233,7 +233,7 @@ def fast_pipeline(call: MoECall, form: Form | None = None) -> Tensor:
     if isinstance(form, Gated):
         return sorted_pipeline(call._replace(config=form.up, down_config=form.down), tma=True)
     options: dict[str, Any] = {
-        "scale": call.routed_scaling_factor, "weights_on_input": call.apply_router_weight_on_input
+        "scale": call.routed_scaling_factor, "weights_on_input": call.apply_router_weight_on_input, "out": call.out
     }  # fmt: skip
     if isinstance(form, FewTokens):
         return few_tokens(x, w13, w2, call.topk_weights, ids, form, **options)

@@ -68,5 +68,5 @@ def coded_pipeline(call: MoECall, form: Instance | None = None) -> Tensor:
     tiles = ordered_tiles(ids, call.num_experts, *coded_cut(instance))
     return coded_layer(
         coded(x, tiles, call.top_k, instance, w.format), w, call.topk_weights, ids, tiles, instance, x.dtype,
-        scale=call.routed_scaling_factor, weights_on_input=call.apply_router_weight_on_input,
+        scale=call.routed_scaling_factor, weights_on_input=call.apply_router_weight_on_input, out=call.out,
     )  # fmt: skip

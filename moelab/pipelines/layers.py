@@ -55,7 +55,7 @@ def triton_pipeline(call: MoECall) -> Tensor:
     activation_unchecked(h, g, call.activation, call.gated)
     y = x.new_empty((num_tokens, top_k, hidden_size))
     grouped_gemm_unchecked(GemmCall(g, weights.down, alignment, down, pairs, 1, weights_down), y)
-    return sum_reduce_unchecked(y, call.routed_scaling_factor, x.new_empty((num_tokens, hidden_size)))
+    return sum_reduce_unchecked(y, call.routed_scaling_factor, call.result())
 
 
 def _check_configs(call: MoECall, up: KernelConfig, down: KernelConfig) -> None:
@@ -99,7 +99,7 @@ def split_k_atomic_pipeline(call: MoECall) -> Tensor:
         h, w.w2, alignment, down,
         num_pairs=call.num_pairs, top_k=1, bias=w.b2, topk_weights=weights_down, pairs_per_row=call.top_k,
     )  # fmt: skip
-    return torch.mul(y, call.routed_scaling_factor, out=torch.empty_like(call.hidden_states))
+    return torch.mul(y, call.routed_scaling_factor, out=call.result())
 
 
 def split_k_workspace_pipeline(call: MoECall) -> Tensor:
@@ -127,9 +127,7 @@ def sorted_pipeline(call: MoECall, tma: bool) -> Tensor:
 def sorted_atomic_pipeline(call: MoECall) -> Tensor:
     """As `sorted_pipeline`, GEMM2 adding to its token's row by atomics in the layer's dtype, zeroed first."""
     y = _sorted_gemms(call, None, atomic=True)
-    if call.routed_scaling_factor == 1.0:
-        return y
-    return torch.mul(y, call.routed_scaling_factor, out=torch.empty_like(call.hidden_states))
+    return y if call.routed_scaling_factor == 1.0 else y.mul_(call.routed_scaling_factor)
 
 
 def _sorted_gemms(call: MoECall, kernel: str | None, *, tma: bool = False, atomic: bool = False) -> Tensor:
@@ -142,9 +140,10 @@ def _sorted_gemms(call: MoECall, kernel: str | None, *, tma: bool = False, atomi
     )  # fmt: skip
     return sorted_gemm(
         h, w.w2, alignment, down, num_pairs=call.num_pairs, bias=w.b2, topk_weights=weights_down,
-        atomic=atomic, top_k=call.top_k if atomic else 1, tma=tma,
+        atomic=atomic, top_k=call.top_k if atomic else 1, tma=tma, out=call.out if atomic else None,
     )  # fmt: skip
 
 
 def _sum_of_slots(call: MoECall, y: Tensor) -> Tensor:
-    return sum_reduce(y.view(call.num_tokens, call.top_k, -1), call.routed_scaling_factor, impl="triton")
+    y = y.view(call.num_tokens, call.top_k, -1)
+    return sum_reduce(y, call.routed_scaling_factor, impl="triton", out=call.out)

@@ -5,7 +5,6 @@ layer's dtype.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from moelab.call import MoECall
@@ -62,7 +61,7 @@ def quantised_pipeline(call: MoECall) -> Tensor:
     g = x.new_empty((pairs, rows // 2 if call.gated else rows))
     activation_unchecked(h, g, call.activation, call.gated)
     y = coded_gemm(g, w.down, alignment, down, num_pairs=pairs, top_k=1, topk_weights=weights_down)
-    return sum_reduce_unchecked(y.view(num_tokens, top_k, -1), call.routed_scaling_factor, torch.empty_like(x))
+    return sum_reduce_unchecked(y.view(num_tokens, top_k, -1), call.routed_scaling_factor, call.result())
 
 
 MOST_ROWS_ON_THE_WAY = 32
@@ -101,4 +100,4 @@ def gated_quantised_pipeline(call: MoECall) -> Tensor:
         g, g_scale = codes(g, down)
     y = x.new_empty((num_tokens, top_k, x.shape[1]))
     block_scaled_gemm(GemmCall(g, w.down, alignment, down, pairs, 1, weights_down, a_scale=g_scale), y.view(pairs, -1))
-    return sum_reduce_unchecked(y, call.routed_scaling_factor, torch.empty_like(x))
+    return sum_reduce_unchecked(y, call.routed_scaling_factor, call.result())

@@ -97,6 +97,6 @@ def weight_only_pipeline(call: MoECall, form: WeightOnly | None = None) -> Tenso
     options: dict[str, Any] = {"activation": call.activation, "weights_on_input": call.apply_router_weight_on_input}
     given = (x, w, call.topk_weights, call.topk_ids, form)
     if not form.sorted:
-        return weight_only(*given, scale=call.routed_scaling_factor, **options)
+        return weight_only(*given, scale=call.routed_scaling_factor, out=call.out, **options)
     y = weight_only(*given, align_unchecked(call.topk_ids, form.columns, w.num_experts), **options)
-    return sum_reduce_unchecked(y.view(num_tokens, top_k, -1), call.routed_scaling_factor, x.new_empty(x.shape))
+    return sum_reduce_unchecked(y.view(num_tokens, top_k, -1), call.routed_scaling_factor, call.result())
