@@ -220,7 +220,11 @@ def test_a_few_tokens_go_to_their_kernel(monkeypatch: pytest.MonkeyPatch, device
     out = fused_moe(i.hidden_states, i.w13, i.w2, impl="fast", **given, **case.options)
     assert out.equal(i.hidden_states)
     (found,) = asked
-    assert found[0] == torch.int64 and found[1] in FORMS and found[2] == {"scale": 2.5, "weights_on_input": True, "out": None}
+    assert (
+        found[0] == torch.int64
+        and found[1] in FORMS
+        and found[2] == {"scale": 2.5, "weights_on_input": True, "out": None}
+    )
 
 
 def test_tuned_configs_go_to_the_gated_kernels(monkeypatch: pytest.MonkeyPatch, device: str) -> None:

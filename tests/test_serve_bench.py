@@ -57,10 +57,11 @@ def test_a_run_has_every_kind_of_cell_for_every_contender(found: tuple[Recording
     recording, counts = found
     kinds = {row["kind"] for row in recording.rows}
     graphs = {"decode, eager", "prefill, graph"} if DEVICE == "cuda" else set()
-    assert (
-        kinds == {"error", "logits", "decode", "experts of decode", "prefill", "experts of prefill", "serving"} | graphs
-    )
-    for kind in kinds:
+    without = {"decode, no experts", "prefill, graph, no experts" if graphs else "prefill, no experts"}
+    steps = {"decode", "experts of decode", "prefill", "experts of prefill", "serving"} | graphs
+    assert kinds == {"error", "logits"} | steps | without
+    assert {row["impl"] for row in recording.rows if row["kind"] in without} == {contenders.WITHOUT}
+    for kind in kinds - without:
         assert {row["impl"] for row in recording.rows if row["kind"] == kind} == set(PAIR)
     assert not any("refused" in row for row in recording.rows) and all(
         row.get("within_bound", True) for row in recording.rows
@@ -83,7 +84,8 @@ def test_a_cell_says_what_its_experts_were_asked(found: tuple[Recording, list[in
 
 def test_the_tables_of_a_run(found: tuple[Recording, list[int]]) -> None:
     times, served = table.times(found[0].rows), table.serving(found[0].rows)
-    assert [line["cell"] for line in times][:4:2] == ["decode 3x6", "experts of decode 3x6"]
+    cells = list(dict.fromkeys(line["cell"] for line in times))
+    assert cells[:3] == ["decode 3x6", "decode, no experts 3x6", "experts of decode 3x6"]
     assert sum(line[""] == "fastest" for line in times) == len({line["cell"] for line in times})
     assert all(line["low"] <= line["ms"] <= line["high"] for line in times)
     assert {line["experts"] for line in served} == set(PAIR)
@@ -343,6 +345,15 @@ def test_a_gain_is_predicted_from_the_share_of_the_experts() -> None:
     assert line["predicted"] == pytest.approx(1 / 0.7) and line["off"] == pytest.approx(71 / 70 - 1)
     assert line["predicted_by_layer"] == pytest.approx(100 / (100 - 2 * 30 + 2 * 10))
     assert line["off_by_layer"] == pytest.approx(71 / 60 - 1)
+    assert line["within"] is None, "nobody has timed the step without experts"
+    without = {
+        **rows[0],
+        "kind": prediction.without_of(rows[0]["kind"]),
+        "impl": contenders.WITHOUT,
+        "samples_us": [30.0] * 9,
+    }
+    (told,) = prediction.gains([*rows, without])
+    assert told["within"] == (told["first_us"] - 30.0, told["us"] - 30.0) and told["gain"] == line["gain"]
     (bare,) = prediction.gains(rows[:2])
     assert bare["predicted"] is bare["share"] is bare["predicted_by_layer"] is None
     slow = [*rows[:2], *rows_of("experts of decode", grouped_mm=101.0, moelab_fast=30.0)]

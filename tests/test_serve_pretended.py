@@ -88,7 +88,8 @@ def test_the_path_of_a_gpu(config: Path, pretended: None) -> None:
     found = suite.serve_bench(plan(config, contenders=("batched_mm", "eager"), load=None))
     graphs = {row["kind"]: row["graph"] for row in found.rows if "graph" in row}
     assert graphs == {"decode": True, "decode, eager": False, "experts of decode": True, "prefill": False,
-                      "prefill, graph": True, "experts of prefill": True}  # fmt: skip
+                      "prefill, graph": True, "experts of prefill": True, "decode, no experts": True,
+                      "prefill, graph, no experts": True}  # fmt: skip
     assert all("samples_us" in row for row in found.rows if "graph" in row) and Graph.replays > 0
     assert "a CUDA graph" in found.protocol["decode"]
 

@@ -250,6 +250,10 @@ def _why(line: Row, off: float, measured: Measured) -> str | None:
         return "eager: where the host is the slower one, a layer's time changes nothing"
     if measured.single:
         return "the recorded layer lacks grouped_mm's sort, and its own order by expert"
+    if line["alone"] and line["within"]:
+        both = (f"{name} {alone / 1e3:.3g} ms alone, {within / 1e3:.3g} within the step" for name, alone, within in zip(
+            (line["first"], line["impl"]), line["alone"], line["within"], strict=True))  # fmt: skip
+        return f"the experts of {'; of '.join(both)}"
     return "the experts alone are not what they are between attention and gates"
 
 

@@ -29,15 +29,19 @@ ON_CPU = ("eager", "grouped_mm", "batched_mm", "moelab_torch")
 EXACT = "moelab_float64"
 """Experts in float64, by the oracle: what logits are judged by. Never timed."""
 
+WITHOUT = "moelab_no_experts"
+"""No experts: a block hands on what it gets. A step's time under it is all that no implementation of experts can shorten."""
+
 
 def known() -> list[str]:
     """Every name that a model can be switched to here."""
     names = hf.register()
     hf.register_under(DEFAULT_RULE, "triton", _default_rule)
     hf.register_function(EXACT, _exact)
+    hf.register_function(WITHOUT, lambda block, hidden_states, top_k_index, top_k_weights: hidden_states)
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    return sorted({"eager", *names, *ALL_EXPERTS_FUNCTIONS.valid_keys()} - {EXACT})
+    return sorted({"eager", *names, *ALL_EXPERTS_FUNCTIONS.valid_keys()} - {EXACT, WITHOUT})
 
 
 def chosen(names: Sequence[str]) -> tuple[str, ...]:

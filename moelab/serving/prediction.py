@@ -43,13 +43,20 @@ def experts_of(kind: str) -> str:
     return f"experts of {kind.partition(',')[0]}"
 
 
+def without_of(kind: str) -> str:
+    """The kind of the row that holds such a step's time without any experts."""
+    return f"{kind}, no experts"
+
+
 def gains(
     rows: Sequence[Row], first: str = "grouped_mm", layer: Mapping[tuple[str, int], float] | None = None
 ) -> list[dict[str, Any]]:
     """A row for each cell and contender beside `first`: both steps, the share, the measured and the predicted gain.
 
-    off, off_by_layer: how far the step is from the predicted one, in parts of it. tie: the 95 % intervals of the two steps
-    overlap. layer: (implementation of `fast_layer`, tokens) -> microseconds, for the second prediction.
+    off, off_by_layer: how far the step is from the predicted one, in parts of it. alone, within: microseconds of the experts of
+    `first` and of `impl` by themselves, and within the step, by what it takes more than without experts; None unless known.
+    tie: the 95 % intervals of the two steps overlap. layer: (implementation of `fast_layer`, tokens) -> microseconds, for the
+    second prediction.
     """
     found = cells(rows)
     table = []
@@ -70,9 +77,16 @@ def gains(
                 "share": share(alone, first, own.median_us),
             }  # fmt: skip
             line["predicted"], line["off"] = _predicted(line, alone)
+            rest = found.get((model, layers, without_of(kind), batch, length), {})
+            line["alone"] = (alone[first], alone[name]) if {first, name} <= set(alone) else None
+            line["within"] = next(((own.median_us - less, step.median_us - less) for less in _medians(rest)), None)
             line["predicted_by_layer"], line["off_by_layer"] = _predicted(line, recorded)
             table.append(line)
     return table
+
+
+def _medians(cell: Mapping[str, Row]) -> list[float]:
+    return [_measurement(row).median_us for row in cell.values()]
 
 
 def by_layer(row: Row, layer: Mapping[tuple[str, int], float]) -> dict[str, float]:

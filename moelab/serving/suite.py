@@ -19,10 +19,10 @@ from moelab.errors import DtypeError, RecordingError
 from moelab.recordings import Recording
 from moelab.serving import requests
 from moelab.serving.clock import Limit, Protocol, in_turns, rows_of, watched
-from moelab.serving.contenders import chosen, failures, release, require_timed, told, use
+from moelab.serving.contenders import WITHOUT, chosen, failures, release, require_timed, told, use
 from moelab.serving.judging import judged
 from moelab.serving.model import build, read_config
-from moelab.serving.prediction import experts_of
+from moelab.serving.prediction import experts_of, without_of
 from moelab.serving.routes import asked, load_of, require_routing, routed
 from moelab.serving.steps import Work, decode, experts, prefill
 from moelab.suites.partial import OnRows, ignore
@@ -123,6 +123,7 @@ def _protocol(plan: Plan, limit: Limit, model: Any) -> Row:
         "decode": "a CUDA graph over a StaticCache" if graphs else "without a graph: there is no GPU",
         "prefill": "wall time of an eager forward to the argmax of its last token; graph: its time in a CUDA graph",
         "experts": "all blocks of experts after one another, asked as in a forward",
+        "no experts": "the step, its blocks of experts handing on what they get",
         "weights": "random", "routing": plan.routing, "dtype": plan.dtype, "not begun for want of time": limit.skipped,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "load": None if plan.load is None else {k: v if v != float("inf") else "at once" for k, v in asdict(plan.load).items()},
@@ -157,9 +158,11 @@ def _timed(model: Any, plan: Plan, names: Sequence[str], common: Row) -> Iterato
     told_of = common | {"num_tokens": work.num_tokens, **load_of(model, found)}
     captured = graphs and decoding
     yield from rows_of(in_turns(model, work, names, plan.protocol, graph=captured), told_of | {"graph": captured})
+    step = told_of | {"kind": "decode" if decoding else "prefill, graph" if graphs else "prefill", "graph": graphs}
     if graphs and not decoding:
-        rest = told_of | {"kind": "prefill, graph", "graph": True}
-        yield from rows_of(in_turns(model, work, names, plan.protocol, graph=True), rest)
+        yield from rows_of(in_turns(model, work, names, plan.protocol, graph=True), step)
+    rest = in_turns(model, work, (WITHOUT,), plan.protocol, graph=graphs)
+    yield from rows_of(rest, step | {"kind": without_of(step["kind"])})
     if captured and plan.eager:
         yield from rows_of(
             in_turns(model, work, names, plan.protocol), told_of | {"kind": "decode, eager", "graph": False}
