@@ -89,16 +89,20 @@ def check_arguments(config: Any, down_config: Any, top_k: Any, impl: str, form: 
 
 
 def check_grad(call: MoECall, impl: str, compiling: bool) -> None:
-    """Refuse to lose a gradient: only plain torch has a backward, and none has through `out`."""
-    if not torch.is_grad_enabled() or (IMPLEMENTATIONS[impl].backward and not compiling and call.out is None):
+    """Refuse to lose a gradient: only plain torch has a backward, and none through codes or `out`."""
+    plain = call.weights.format.is_plain
+    backward = IMPLEMENTATIONS[impl].backward and plain and call.out is None
+    if not torch.is_grad_enabled() or (backward and not compiling):
         return
     tensors = {"hidden_states": call.hidden_states, **call.weights.tensors(), "topk_weights": call.topk_weights}
     tensors |= {} if call.out is None else {"out": call.out}
+    why = " with out" if call.out is not None else "" if plain else " over quantised weights"
     for name, tensor in tensors.items():
         if tensor.requires_grad:
             raise RuntimeModeError(
-                f"{name} requires a gradient, and impl={impl!r} has no backward. Expected inference. Call it under "
-                "torch.no_grad() or torch.inference_mode(), or use impl='torch' outside torch.compile."
+                f"{name} requires a gradient, and impl={impl!r} has no backward{why}. Expected inference. Call it under "
+                "torch.no_grad() or torch.inference_mode()"
+                f"{', or use impl=' + repr('torch') + ' outside torch.compile' if not why else ''}."
             )
 
 

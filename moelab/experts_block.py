@@ -63,6 +63,21 @@ def read_experts(
     return Experts(tensors["w13"], tensors["w2"], tensors.get("b13"), tensors.get("b2"), name, gated)
 
 
+def read_activation(block: nn.Module, gated: bool) -> str:
+    """The activation of a block whose gate rows precede its up rows, by its values, whatever its weights are stored as.
+
+    Raises what `read_experts` does of it; LayoutError for a gate of rows that alternate.
+    """
+    _refuse_other_layers(block, one_rank=True)
+    name, alternate = _activation([block], None, gated)
+    if alternate:
+        raise LayoutError(
+            f"{type(block).__name__} takes gate and up rows in turn. Expected gate rows and then up rows. Keep this model's own "
+            "implementation."
+        )
+    return name
+
+
 # --- the activation, by its values ------------------------------------------------------------------------------------
 
 # Either side of every clamp in use (7, 10) and far past it, the bend around zero, and the tails.
@@ -215,22 +230,27 @@ def _refuse_other_layers(owner: nn.Module, one_rank: bool) -> None:
         )
 
 
+def refuse_foreign(key: str, tensor: Tensor) -> None:
+    """Raise LayoutError for what is no plain memory with values: sharded, sparse, torch's own quantised, on meta."""
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    if not plain or tensor.layout != torch.strided or tensor.is_quantized:
+        what = type(tensor).__name__ if not plain else "sparse" if tensor.layout != torch.strided else "quantised"
+        raise LayoutError(
+            f"{key} is {what}. Expected a plain tensor. Gather it first (DTensor.full_tensor()), or dequantise it."
+        )
+    if tensor.is_meta:
+        raise LayoutError(f"{key} lies on meta. Expected values. Load the weights first.")
+
+
 def _refuse_unplain(state: Mapping[str, Any]) -> None:
     """Raise where a tensor is not plain floating-point memory: sharded, quantised, sparse, without values, of two dtypes."""
     for key, tensor in state.items():
-        plain = type(tensor) in (Tensor, nn.Parameter)
-        if not plain or tensor.layout != torch.strided or tensor.is_quantized:
-            what = type(tensor).__name__ if not plain else "sparse" if tensor.layout != torch.strided else "quantised"
-            raise LayoutError(
-                f"{key} is {what}. Expected a plain tensor. Gather it first (DTensor.full_tensor()), or dequantise it."
-            )
+        refuse_foreign(key, tensor)
         if dtype_name(tensor.dtype) not in LAYER_DTYPES:
             raise DtypeError(
                 f"{key} is {dtype_name(tensor.dtype)}. Expected one of {', '.join(LAYER_DTYPES)}: FusedMoE takes no quantised "
                 "weights. Dequantise them first."
             )
-        if tensor.is_meta:
-            raise LayoutError(f"{key} lies on meta. Expected values. Load the weights first.")
     dtypes = {key: tensor.dtype for key, tensor in state.items()}
     if len(set(dtypes.values())) > 1:
         named = ", ".join(f"{key} {dtype_name(dtype)}" for key, dtype in list(dtypes.items())[:4])

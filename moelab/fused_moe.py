@@ -51,8 +51,8 @@ def fused_moe(
 
     hidden_states: (M, H), bfloat16, float16, float32 or float64, contiguous. w13: (E, 2N, H), gate rows and then up
     rows, or (E, N, H) with gated=False; w2: (E, H, N); b13 (E, 2N) and b2 (E, H) optional; all in one dtype. Or, in place of
-    the four, one `ExpertWeights`, also of a quantised format, which "triton" takes: `moelab.quantised_weights` makes them, and
-    its `require_values` looks, once, for scales that no checkpoint has.
+    the four, one `ExpertWeights`, also of a quantised format, which "triton" and "torch" take: `moelab.quantised_weights` makes
+    them, and its `require_values` looks, once, for scales that no checkpoint has.
     Routing: either topk_weights (M, k), float32 or hidden_states' dtype, and topk_ids (M, k) int32 or int64, or router_logits
     (M, E) with top_k (softmax, then top-k, weights renormalised unless told otherwise).
     An id of -1 is another rank's expert and adds nothing, whatever its weight, NaN and infinity too; NaN and infinity go
@@ -76,7 +76,7 @@ def fused_moe(
     check_routing: look for ids out of range. None means always on CPU, and never on a GPU, where it would
     synchronise with the host.
     Returns (M, H) in hidden_states' dtype. Deterministic, but for those that the table says are not, on a GPU. Only "torch"
-    and "compiled" have a backward.
+    and "compiled" have a backward, over plain weights.
 
     Raises UnknownNameError, ShapeError, DtypeError, DeviceError, LayoutError, RoutingError, ConfigError,
     SharedMemoryError or RuntimeModeError, each saying what was expected.

@@ -58,9 +58,9 @@ class Implementation:
     needs_tma: NVIDIA chips from sm_90 on. triton: made of Triton kernels: takes configs, and runs under Triton's interpreter, but
     for bfloat16. split_k: values of SPLIT_K that its configs may have. deterministic: repeated runs on a GPU are bitwise
     equal. rounds_every_sum: to the layer's dtype after each addition, where torch does once: it may be past twice torch's
-    error, and then wins nothing. no_graph: why no CUDA graph takes it. backward: it has one. weight_only: it leaves activations
-    as they are in formats, too, whose other kernels quantise them, and is judged so. tuning: None where the tuner does not know
-    it. look: colour, marker symbol and line dash in figures.
+    error, and then wins nothing. no_graph: why no CUDA graph takes it. backward: it has one, over plain weights. weight_only: it
+    leaves activations as they are in formats, too, whose other kernels quantise them, and is judged so. tuning: None where the
+    tuner does not know it. look: colour, marker symbol and line dash in figures.
     """
 
     run: str | Callable[..., Tensor]
@@ -182,7 +182,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     ),
     "torch": Implementation(
         "moelab.torch_layers:loop_pipeline",
-        "a loop over experts in eager torch",
+        "a loop over experts in eager torch, of quantised ones over the values that their codes stand for",
+        formats=frozenset(FAMILIES),
         no_graph="not timed in a CUDA graph: it asks the host which tokens each expert got", backward=True,
         look=("#D55E00", "circle", "solid"),
     ),

@@ -14,11 +14,15 @@ from torch import Tensor
 
 from moelab.call import MoECall
 from moelab.dtypes import accumulator_dtype
+from moelab.quantised_weights import as_multiplied, dequantise_activations, quantise_activations
 from moelab.reference import activation_ref
+from moelab.weights import GemmWeights
 
 
 def loop_pipeline(call: MoECall) -> Tensor:
     """Expert by expert, each adding to the output's rows; synchronises with the host for each expert."""
+    if not call.weights.format.is_plain:
+        return coded_loop(call)
     x, (w13, w2, b13, b2, *_) = call.hidden_states, call.weights
     wide, on_input = accumulator_dtype(x.dtype), call.apply_router_weight_on_input
     out = torch.zeros(x.shape, dtype=wide, device=x.device)
@@ -36,6 +40,40 @@ def loop_pipeline(call: MoECall) -> Tensor:
         y = y if on_input else (y * pair_weights).to(x.dtype)
         out.index_add_(0, token, y.to(wide))
     return (out * call.routed_scaling_factor).to(x.dtype)
+
+
+def coded_loop(call: MoECall) -> Tensor:
+    """`loop_pipeline` over quantised weights: one expert dequantised at a time, activations through codes and back where the
+    format has them; products in float32 (float64 of float64), rounded to the layer's dtype where the compatible kernels round."""
+    x, weights = call.hidden_states, call.weights
+    wide, on_input = accumulator_dtype(x.dtype), call.apply_router_weight_on_input
+
+    def product(a: Tensor, part: GemmWeights, expert: int) -> Tensor:
+        w = as_multiplied(part, x.dtype, torch.tensor([expert], device=a.device))[0]
+        y = a @ w.to(wide).T
+        return y if part.bias is None else y + part.bias[expert].to(wide)
+
+    def read(a: Tensor, part: GemmWeights) -> Tensor:
+        if part.format.activations == "none":
+            return a.to(wide)
+        return dequantise_activations(*quantise_activations(a, part.format, part.a_scale), part.format).to(wide)
+
+    ids, factors = call.topk_ids.flatten(), call.topk_weights.flatten().unsqueeze(1).to(wide)
+    here = [expert for expert in ids.unique().tolist() if 0 <= expert < weights.num_experts]
+    rows, size = read(x, weights.up), weights.w13.shape[1] // (2 if call.gated else 1)
+    inner = x.new_zeros(ids.numel(), size)
+    for expert in here:
+        pair = torch.where(ids == expert)[0]
+        h = product(rows[pair // call.top_k], weights.up, expert)
+        h = (h * factors[pair] if on_input else h).to(x.dtype)
+        inner[pair] = activation_ref(h, call.activation, gated=call.gated)
+    rows, out = read(inner, weights.down), x.new_zeros(ids.numel(), x.shape[1])
+    for expert in here:
+        pair = torch.where(ids == expert)[0]
+        y = product(rows[pair], weights.down, expert)
+        out[pair] = (y if on_input else y * factors[pair]).to(x.dtype)
+    total = out.view(*call.topk_ids.shape, -1).to(wide).sum(1)
+    return (total * call.routed_scaling_factor).to(x.dtype)
 
 
 def grouped_mm_layer(call: MoECall) -> Tensor:

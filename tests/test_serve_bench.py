@@ -23,9 +23,11 @@ from moelab.errors import (
     RuntimeModeError,
     UnknownNameError,
 )
+from moelab.formats import get_format
 from moelab.recordings import Recording
 from moelab.serving import clock, contenders, model, prediction, requests, routes, steps, suite, table
 from moelab.serving.clock import Limit
+from moelab.weights import ExpertWeights
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -144,7 +146,8 @@ class Stubborn:
 
 def test_two_trees_of_configs_beside_each_other(tmp_path: Path) -> None:
     tile = KernelConfig(16, 32, 32, 1, 4, 2)
-    name = f"E={E},N=24,device_name={runtime.device_key()},dtype=float32.json"
+    stem = f"E={E},N=24,device_name={runtime.device_key()},dtype="
+    name = f"{stem}float32.json"
     for tree, nested in (("a", "configs/triton_3_6_0"), ("b", "triton_3_6_0")):
         (tmp_path / tree / nested).mkdir(parents=True)
     (tmp_path / "a/configs/triton_3_6_0" / name).write_text(json.dumps({"4": tile.to_json()}))
@@ -154,10 +157,18 @@ def test_two_trees_of_configs_beside_each_other(tmp_path: Path) -> None:
     names = contenders.of_trees([tmp_path / "a", tmp_path / "b"])
     assert names == (f"moelab_triton of {tmp_path / 'a'}", f"moelab_triton of {tmp_path / 'b'}")
     assert set(names) <= set(contenders.known())
-    w2 = torch.empty(E, 32, 24)
-    taken = [contenders._of_tree(tmp_path / tree, w2, 4)[0] for tree in ("a/configs", "b")]
+    x, experts = torch.empty(4, 32), ExpertWeights(torch.empty(E, 48, 32), torch.empty(E, 32, 24))
+    taken = [contenders._of_tree(tmp_path / tree, experts, x)[0] for tree in ("a/configs", "b")]
     assert [one.BLOCK_SIZE_N for one in taken] == [32, 16]
-    assert contenders._of_tree(tmp_path / "b", torch.empty(E + 1, 32, 24), 4) == ("default", "default")
+    more = ExpertWeights(torch.empty(E + 1, 48, 32), torch.empty(E + 1, 32, 24))
+    assert contenders._of_tree(tmp_path / "b", more, x) == ("default", "default")
+    coded = experts._replace(format=get_format("fp8_w8a8_block_8x16"))
+    assert contenders._of_tree(tmp_path / "b", coded, x) == ("default", "default")
+    (tmp_path / "b/triton_3_6_0" / f"{stem}fp8_w8a8,block_shape=[8, 16].json").write_text(
+        json.dumps({"4": tile.to_json()})
+    )
+    contenders._found.cache_clear()
+    assert contenders._of_tree(tmp_path / "b", coded, x)[0] == tile
 
 
 def test_the_default_rule_and_a_tree_reach_the_kernel(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_serving import DEVICE, QUICK, a_file, alone
+from tiny_serving import CONFIG, DEVICE, QUICK, a_file, alone
 
 from moelab import recordings, runtime
 from moelab.errors import (
@@ -20,7 +20,7 @@ from moelab.errors import (
     UnknownArchitectureError,
     UnknownNameError,
 )
-from moelab.serving import model, suite
+from moelab.serving import coded, model, suite
 from moelab.suites.partial import keeper
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -36,6 +36,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return a_file(tmp_path_factory.mktemp("tiny"))
 
 
+IN_BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [8, 8]}
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
@@ -45,7 +48,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "num_attention_heads, vocab_size.*defaults",
         ),
         ({"num_key_value_heads": None}, ConfigFileError, "num_key_value_heads or kv_lora_rank"),
-        ({"quantization_config": {"quant_method": "fp8"}}, FormatError, "registries of their own"),
+        ({"quantization_config": {"quant_method": "fp8"}}, FormatError, "fp8_w8a8_tensor .fp8.*fp8 in blocks"),
+        ({"quantization_config": {**IN_BLOCKS, "scale_fmt": "ue8m0"}}, FormatError, "_ue8m0 .*float32 scales"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, FormatError, "mxfp4_w4a16.*in bfloat16"),
         ({"num_experts": None, "num_experts_per_tok": None}, UnknownArchitectureError, "num_experts"),
         ({"architectures": None, "model_type": "qwen3_mo"}, UnknownArchitectureError, "Did you mean qwen3_moe"),
     ],
@@ -69,6 +74,26 @@ def test_the_presets_that_name_the_whole_model() -> None:
     assert model.weight_bytes(found, torch.bfloat16)["all"] == 2 * 30_532_122_624, "as its card says: 30.5B"
     with pytest.raises(ConfigFileError, match="as it was published"):
         model.read_config("mixtral-8x22b")
+
+
+def test_a_preset_in_fp8_has_the_codes_of_its_experts_and_nothing_else_in_fp8() -> None:
+    found = model.read_config("qwen3-30b-a3b-fp8", 2)
+    plain = model.weight_bytes(model.read_config("qwen3-30b-a3b", 2), torch.bfloat16)
+    codes = 128 * 3 * 2048 * 768
+    saved = codes - 4 * codes // 128**2
+    sizes = model.weight_bytes(found, torch.bfloat16)
+    assert (plain["all"] - sizes["all"], plain["last layer"] - sizes["last layer"]) == (2 * saved, saved)
+
+
+def test_experts_that_are_plain_in_a_quantised_checkpoint_are_plain(tmp_path: Path) -> None:
+    ignored = {**IN_BLOCKS, "modules_to_not_convert": ["re:.*experts.*"]}
+    assert coded.kept("it", {"quantization_config": ignored}, CONFIG) is None
+
+
+def test_a_transformers_without_fp8_experts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coded.hf_fp8, "interface", lambda: None)
+    with pytest.raises(FormatError, match=f"transformers {transformers.__version__} has no FP8ExpertsInterface"):
+        model.read_config({**CONFIG, "quantization_config": IN_BLOCKS})
 
 
 def test_the_first_layers_alone(config: Path) -> None:

@@ -146,6 +146,10 @@ def _measured(plan: Plan, out: Path | None) -> Recording:
     return found[0]
 
 
+SAID = ("decode", "routing", "format", "in that format")
+"""Of the protocol, above the tables."""
+
+
 def _show(found: Recording, trees: tuple[str, ...], as_json: bool) -> None:
     from moelab.serving import prediction, table
 
@@ -155,8 +159,8 @@ def _show(found: Recording, trees: tuple[str, ...], as_json: bool) -> None:
         printing.print_json({"source": found.source(), "protocol": dict(found.protocol), "times": timed, "serving": served,
                              "errors": judged, "verdicts": verdicts})  # fmt: skip
         return
-    how = [f"{name}: {found.protocol[name]}" for name in ("decode", "routing") if name in found.protocol]
-    over = [f"gains over {timed[0]['experts']}"] if timed else []
+    how = [f"{name}: {found.protocol[name]}" for name in SAID if name in found.protocol]
+    over = [f"gains over {line['experts']}" for line in timed if "ms" in line][:1]
     print("; ".join([found.source(), *how, *over]), end="\n\n")
     for rows in (judged, timed, served):
         if rows:

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelab import hf, runtime
+from moelab import hf, hf_fp8, runtime
 from moelab.call import Config
 from moelab.config_files import lookup
 from moelab.dtypes import dtype_name
 from moelab.errors import FolderError, MoelabError, RuntimeModeError, UnknownNameError, nearest_names
 from moelab.experts_block import read_experts
+from moelab.formats import Format
 from moelab.implementations import IMPLEMENTATIONS
+from moelab.quantised_weights import dequantise
 from moelab.reference import fused_moe_ref
+from moelab.weights import ExpertWeights
 
 DEFAULT_RULE = "moelab_triton_default"
 """The compatible kernel under sglang's default rule, whatever files there are; "moelab_triton" looks them up."""
@@ -99,19 +102,20 @@ def of_trees(folders: Sequence[Path]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _of_tree(root: Path, w2: Tensor, num_tokens: int) -> tuple[Config, Config]:
-    return _found(root, w2.shape[0], w2.shape[2], dtype_name(w2.dtype), num_tokens)
+def _of_tree(root: Path, weights: ExpertWeights, hidden_states: Tensor) -> tuple[Config, Config]:
+    experts, _, size = weights.w2.shape
+    return _found(root, experts, size, dtype_name(hidden_states.dtype), weights.format, len(hidden_states))
 
 
 @functools.lru_cache(maxsize=4096)
-def _found(root: Path, num_experts: int, size: int, dtype: str, num_tokens: int) -> tuple[Config, Config]:
-    from moelab.formats import PLAIN
-
+def _found(
+    root: Path, num_experts: int, size: int, dtype: str, format: Format, num_tokens: int
+) -> tuple[Config, Config]:
     up, down = (
         lookup(
             num_experts, size, runtime.current().device_name, num_tokens=num_tokens,
             triton_version=runtime.triton_version() or "unknown", down=of_gemm2, config_dir=root,
-            dtype_selector=PLAIN.dtype_selector(dtype),
+            dtype_selector=format.dtype_selector(dtype), block_shape=format.block_shape,
         )
         for of_gemm2 in (False, True)
     )  # fmt: skip
@@ -119,19 +123,56 @@ def _found(root: Path, num_experts: int, size: int, dtype: str, num_tokens: int)
     return first, first if down.is_default or down.config is None else down.config
 
 
-def _default_rule(w2: Tensor, num_tokens: int) -> tuple[Config, Config]:
+def _default_rule(weights: ExpertWeights, hidden_states: Tensor) -> tuple[Config, Config]:
     return "default", "default"
 
 
 def _exact(block: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The block's experts in float64, rounded once to hidden_states' dtype."""
+    return exact(block, hidden_states, top_k_index, top_k_weights).to(hidden_states.dtype)
+
+
+def exact(block: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The block's experts in float64, of codes the values that they stand for; no activation is quantised. (T, H) float64."""
+    x, weights = hidden_states.double(), top_k_weights.double()
+    if hf_fp8.is_coded(block):
+        return _exact_of_codes(block, x, top_k_index, weights)
     found = read_experts(block, None, None, None, one_rank=True)
     w13, w2, b13, b2 = (None if t is None else t.double() for t in (found.w13, found.w2, found.b13, found.b2))
-    out = fused_moe_ref(
-        hidden_states.double(), w13, w2, top_k_weights.double(), top_k_index, b13=b13, b2=b2,  # type: ignore[arg-type]
-        activation=found.activation, gated=found.gated,
+    return fused_moe_ref(
+        x, w13, w2, weights, top_k_index, b13=b13, b2=b2, activation=found.activation, gated=found.gated  # type: ignore[arg-type]
     )  # fmt: skip
-    return out.to(hidden_states.dtype)
+
+
+def _exact_of_codes(block: Any, x: Tensor, ids: Tensor, factors: Tensor) -> Tensor:
+    """Expert by expert: all at once take eight times the codes' memory."""
+    weights, activation, gated = hf.layer_of(block)
+    out = torch.zeros_like(x)
+    for expert in ids.unique().tolist():
+        if 0 <= expert < weights.num_experts:
+            w13, w2 = (
+                dequantise(part, experts=torch.tensor([expert], device=x.device)) for part in (weights.up, weights.down)
+            )
+            mine = torch.where(ids == expert, 0, -1)
+            out += fused_moe_ref(x, w13, w2, factors, mine, activation=activation, gated=gated)
+    return out
+
+
+def yardstick(model: Any) -> str:
+    """By whose error contenders are judged: "eager", the model's own forward; of experts in fp8 whose own has no kernel here,
+    "moelab_torch", which rounds where the compatible kernels do, activations to codes among it."""
+    block: Any = next(iter(hf.experts_of(model).values()))
+    if not hf_fp8.is_coded(block):
+        return "eager"
+    x = torch.zeros((1, block.down_proj.shape[1]), dtype=model.dtype, device=model.device)
+    ids = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
+    use(model, "eager")
+    try:
+        with torch.no_grad():
+            block(x, ids, x[:, :1])
+    except failures():
+        return "moelab_torch"
+    return "eager"
 
 
 # --- what becomes of a contender ------------------------------------------------------------------------------------------

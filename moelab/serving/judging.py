@@ -10,9 +10,7 @@ from torch import Tensor
 
 from moelab import hf, precision
 from moelab.errors import PrecisionError
-from moelab.experts_block import read_experts
-from moelab.reference import fused_moe_ref
-from moelab.serving.contenders import EXACT, failures, release, told, use
+from moelab.serving.contenders import EXACT, exact, failures, release, told, use
 from moelab.serving.routes import routed, top_k_of
 from moelab.serving.steps import random_ids
 
@@ -22,51 +20,47 @@ TOKENS = 64
 Row = dict[str, Any]
 
 
-def judged(model: Any, names: Sequence[str]) -> list[Row]:
+def judged(model: Any, names: Sequence[str], own: str) -> list[Row]:
     """A row for each contender and kind, "error" (one block) and "logits": rel_error, rel_error_eager, within_bound.
 
-    Both by moelab's policy: at most twice the error of the model's own experts ("eager"), and a rounding. For logits the
-    experts of the reference are float64's, all else the model's; their routing is balanced, for under gates of random weights
-    a rounding would send tokens elsewhere.
+    Both by moelab's policy: at most twice the error of `own`, the model's `yardstick` (its own experts, "eager"; another is named
+    in the row, as `beside`), and a rounding. For logits the experts of the reference are float64's, all else the model's; their
+    routing is balanced, for under gates of random weights a rounding would send tokens elsewhere.
     """
     with torch.no_grad():
-        rows = _of_block(model, names)
+        rows = _of_block(model, names, own)
         with routed(model, "balanced", TOKENS):
-            return rows + _of_logits(model, names)
+            return rows + _of_logits(model, names, own)
 
 
-def _of_block(model: Any, names: Sequence[str]) -> list[Row]:
+def _of_block(model: Any, names: Sequence[str], own: str) -> list[Row]:
     block: Any = next(iter(hf.experts_of(model).values()))
-    found = read_experts(block, None, None, None, one_rank=True)
+    experts, *sizes = block.down_proj.shape
     drawn = torch.Generator().manual_seed(0)
-    x = torch.randn((TOKENS, found.w2.shape[1]), generator=drawn).to(found.w2)
-    logits = torch.randn((TOKENS, found.w2.shape[0]), generator=drawn).to(x.device)
+    x = torch.randn((TOKENS, sizes[block.is_transposed]), generator=drawn).to(model.device, model.dtype)
+    logits = torch.randn((TOKENS, experts), generator=drawn).to(x.device)
     weights, ids = logits.softmax(-1).topk(top_k_of(block))
     weights = weights.to(x.dtype)
-    wide = [None if t is None else t.double() for t in (found.w13, found.w2, found.b13, found.b2)]
-    exact = fused_moe_ref(
-        x.double(), wide[0], wide[1], weights.double(), ids, b13=wide[2], b2=wide[3],  # type: ignore[arg-type]
-        activation=found.activation, gated=found.gated,
-    )  # fmt: skip
-    return _rows("error", model, names, lambda: block(x, ids, weights), exact)
+    return _rows("error", model, names, own, lambda: block(x, ids, weights), exact(block, x, ids, weights))
 
 
-def _of_logits(model: Any, names: Sequence[str]) -> list[Row]:
+def _of_logits(model: Any, names: Sequence[str], own: str) -> list[Row]:
     ids = random_ids(model, 1, TOKENS, seed=1)
 
     def run() -> Tensor:
         return model(input_ids=ids, use_cache=False).logits[0]
 
     use(model, EXACT)
-    return _rows("logits", model, names, run, run().double())
+    return _rows("logits", model, names, own, run, run().double())
 
 
-def _rows(kind: str, model: Any, names: Sequence[str], run: Any, exact: Tensor) -> list[Row]:
-    use(model, "eager")
+def _rows(kind: str, model: Any, names: Sequence[str], beside: str, run: Any, exact: Tensor) -> list[Row]:
+    use(model, beside)
     own = run()
     rows = []
     for name in names:
         row: Row = {"kind": kind, "impl": name, "num_tokens": TOKENS}
+        row |= {} if beside == "eager" else {"beside": beside}
         try:
             use(model, name)
             row |= _verdict(run(), own, exact)

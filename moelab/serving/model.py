@@ -13,7 +13,6 @@ from torch import nn
 from moelab import hf
 from moelab.errors import (
     ConfigFileError,
-    FormatError,
     OptionError,
     RuntimeModeError,
     UnknownArchitectureError,
@@ -21,6 +20,7 @@ from moelab.errors import (
 )
 from moelab.model_config import load_config_file, read_model_config
 from moelab.presets import source_of
+from moelab.serving.coded import filled, format_of, kept, with_codes
 
 SIZES = (
     ("num_hidden_layers",), ("num_attention_heads",), ("num_key_value_heads", "kv_lora_rank"), ("vocab_size",),
@@ -34,25 +34,26 @@ SPARE = 0.05
 def read_config(model: str | Path | Mapping[str, Any], layers: int | None = None) -> Any:
     """The transformers config of a preset, an id, a config.json or what stands in one, of its first `layers` layers.
 
-    Raises ConfigFileError for a file without the attention's sizes, FormatError for quantised weights, OptionError for a number
-    of layers that the model has not, UnknownArchitectureError for one that transformers does not know, UnknownModelError.
+    Quantised experts: fp8 in blocks, as `moelab.serving.coded` has them. Raises ConfigFileError for a file without the
+    attention's sizes, FormatError for other quantised weights, OptionError for a number of layers that the model has not,
+    UnknownArchitectureError for one that transformers does not know, UnknownModelError.
     """
     source = "The config" if isinstance(model, Mapping) else source_of(model)[0]
     content = dict(model) if isinstance(model, Mapping) else load_config_file(source)
     section = dict(read_model_config(content).section)
     kind = section.get("model_type") or content.get("model_type")
-    if content.get("quantization_config") or section.get("quantization_config"):
-        raise FormatError(
-            f"{source} has a quantization_config. Expected plain weights: transformers' quantised experts have registries of "
-            "their own, which moelab does not serve yet. Name the config.json of the model in bfloat16."
-        )
+    coded = kept(source, content, section)
+    section.pop("quantization_config", None)
     lacking = [" or ".join(names) for names in SIZES if not any(section.get(name) for name in names)]
     if lacking:
         raise ConfigFileError(
             f"{source} says no {', '.join(lacking)}. Expected the sizes of the whole model, not of its experts alone: "
             "transformers would put its own defaults in their place. Give the path of the config.json as it was published."
         )
-    return cut(_config_class(kind).from_dict(section), layers)
+    config = _config_class(kind).from_dict(section)
+    if coded is not None:
+        config.quantization_config = coded
+    return cut(config, layers)
 
 
 def _config_class(kind: Any) -> Any:
@@ -85,7 +86,7 @@ def cut(config: Any, layers: int | None) -> Any:
 
 
 def build(config: Any, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
-    """The model for inference, its weights drawn where they lie.
+    """The model for inference, its weights drawn where they lie; of experts in fp8 the codes, and nothing else in fp8.
 
     Raises RuntimeModeError, before anything is made, where the memory holds it not: it says how many layers would fit.
     """
@@ -93,8 +94,11 @@ def build(config: Any, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
 
     require_room(config, device, dtype)
     torch.manual_seed(seed)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    if format_of(config) is None:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    else:
+        model = filled(_on_meta(config, dtype), device, seed)
     hf.experts_of(model)  # raises where none of the layers has any
     return model.eval().requires_grad_(False)
 
@@ -115,12 +119,19 @@ def require_room(config: Any, device: str, dtype: torch.dtype) -> None:
 
 def weight_bytes(config: Any, dtype: torch.dtype) -> Mapping[str, int]:
     """Bytes of the model's weights ("all") and of its last layer's, found without making them."""
+    model = _on_meta(config, dtype)
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers]
+    return {"all": _bytes_of(model), "last layer": _bytes_of(lists[0][-1]) if lists else 0}
+
+
+def _on_meta(config: Any, dtype: torch.dtype) -> Any:
+    """The model without values."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers]
-    return {"all": _bytes_of(model), "last layer": _bytes_of(lists[0][-1]) if lists else 0}
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    format = format_of(config)
+    return model if format is None else with_codes(model, format)
 
 
 def _bytes_of(module: nn.Module) -> int:

@@ -91,7 +91,7 @@ def experts(model: Any, found: Mapping[str, Asked]) -> Work:
     tokens = len(next(iter(found.values())).ids)
     weight = next(iter(blocks.values())).down_proj
     states = torch.randn((tokens, weight.shape[1]), generator=torch.Generator().manual_seed(0))
-    states = states.to(weight.device, weight.dtype)
+    states = states.to(weight.device, model.dtype)
 
     def run() -> Tensor:
         with torch.no_grad():

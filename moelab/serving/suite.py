@@ -19,7 +19,17 @@ from moelab.errors import DtypeError, RecordingError
 from moelab.recordings import Recording
 from moelab.serving import requests
 from moelab.serving.clock import Limit, Protocol, in_turns, rows_of, watched
-from moelab.serving.contenders import WITHOUT, chosen, failures, release, require_timed, told, use
+from moelab.serving.coded import REST, format_of
+from moelab.serving.contenders import (
+    WITHOUT,
+    chosen,
+    failures,
+    release,
+    require_timed,
+    told,
+    use,
+    yardstick,
+)  # fmt: skip
 from moelab.serving.judging import judged
 from moelab.serving.model import build, read_config
 from moelab.serving.prediction import experts_of, without_of
@@ -89,13 +99,14 @@ def serve_bench(plan: Plan, on_rows: OnRows = ignore, say: Callable[[str], None]
         common = {
             "model": plan.name, "layers": config.num_hidden_layers, "moe_layers": len(hf.experts_of(model)),
         }  # fmt: skip
-        rows += [common | {"batch": 1, "length": row["num_tokens"]} | row for row in judged(model, names)]
+        own = yardstick(model)
+        rows += [common | {"batch": 1, "length": row["num_tokens"]} | row for row in judged(model, names, own)]
         on_rows(rows)
         for kind, batch, length in plan.cells():
             if limit.allows(what := f"{kind} {batch}x{length}"):
                 say(what)
                 try:
-                    for row in _cell(model, plan, names, kind, batch, length):
+                    for row in _cell(model, plan, (names, own), kind, batch, length):
                         rows.append(common | row)
                 finally:
                     on_rows(rows)
@@ -117,22 +128,26 @@ def _provenance() -> Row:
 
 
 def _protocol(plan: Plan, limit: Limit, model: Any) -> Row:
-    graphs = runtime.current().mode == "gpu"
+    graphs, format = runtime.current().mode == "gpu", format_of(model.config)
+    in_codes = {} if format is None else {"format": format.name, "in that format": REST}
     return {
         "kind": "one model, contenders in turns by set_experts_implementation", "model": plan.name,
         "decode": "a CUDA graph over a StaticCache" if graphs else "without a graph: there is no GPU",
         "prefill": "wall time of an eager forward to the argmax of its last token; graph: its time in a CUDA graph",
         "experts": "all blocks of experts after one another, asked as in a forward",
         "no experts": "the step, its blocks of experts handing on what they get",
-        "weights": "random", "routing": plan.routing, "dtype": plan.dtype, "not begun for want of time": limit.skipped,
+        "weights": "random", **in_codes, "routing": plan.routing, "dtype": plan.dtype,
+        "not begun for want of time": limit.skipped,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "load": None if plan.load is None else {k: v if v != float("inf") else "at once" for k, v in asdict(plan.load).items()},
         **asdict(plan.protocol),
     }  # fmt: skip
 
 
-def _cell(model: Any, plan: Plan, names: Sequence[str], kind: str, batch: int, length: int) -> Iterator[Row]:
-    """The rows of one cell. What has no room at all, as a cache, is a row for each contender."""
+def _cell(model: Any, plan: Plan, who: tuple[Sequence[str], str], kind: str, batch: int, length: int) -> Iterator[Row]:
+    """The rows of one cell. who: the contenders, and who runs what is not timed. What has no room at all, as a cache, is a row
+    for each contender."""
+    names, own = who
     common: Row = {"kind": kind, "batch": batch, "length": length, "routing": plan.routing}
     most = requests.most_tokens(plan.load) if kind == "serving" and plan.load else batch * length
     refused = None
@@ -141,7 +156,7 @@ def _cell(model: Any, plan: Plan, names: Sequence[str], kind: str, batch: int, l
             if kind == "serving":
                 yield from _serving(model, plan, names, common)
             else:
-                yield from _timed(model, plan, names, common)
+                yield from _timed(model, plan, names, own, common)
     except failures() as error:
         refused = told(error)
     if refused:
@@ -149,9 +164,9 @@ def _cell(model: Any, plan: Plan, names: Sequence[str], kind: str, batch: int, l
         yield from ({**common, "impl": name, "refused": refused} for name in names)
 
 
-def _timed(model: Any, plan: Plan, names: Sequence[str], common: Row) -> Iterator[Row]:
+def _timed(model: Any, plan: Plan, names: Sequence[str], own: str, common: Row) -> Iterator[Row]:
     graphs, decoding = runtime.current().mode == "gpu", common["kind"] == "decode"
-    use(model, "eager")
+    use(model, own)
     work = (decode if decoding else prefill)(model, common["batch"], common["length"])
     with asked(model) as found:
         work.run()

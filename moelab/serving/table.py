@@ -20,10 +20,10 @@ def where(row: Row) -> str:
 def times(rows: Sequence[Row], first: str | None = None) -> list[dict[str, Any]]:
     """A line for each cell and contender: ms with its 95 % interval, fastest or tie, the experts' share, and gains over `first`.
 
-    first: None is the first contender of the rows. A contender that was refused has the reason in place of times.
+    first: None is the first contender of the rows that was timed. A contender that was refused has the reason in place of times.
     """
     done = [row for row in rows if row["kind"] not in ("error", "logits", "serving")]
-    first = first or next((row["impl"] for row in done), "")
+    first = first or next((row["impl"] for row in done if "samples_us" in row), "")
     layers = {model: recorded_layer(f"{model}/tp1") for model in {row["model"] for row in done}}
     gained = {(one["model"], one["kind"], one["batch"], one["length"], one["impl"]): one
               for model, layer in layers.items()
@@ -69,8 +69,8 @@ def serving(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def errors(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A line for each contender: its relative error beside eager's, of one block and of the logits."""
-    kept = ("impl", "kind", "rel_error", "rel_error_eager", "within_bound", "problem", "refused")
+    """A line for each contender: its relative error beside eager's, or that of `beside`, of one block and of the logits."""
+    kept = ("impl", "kind", "rel_error", "rel_error_eager", "beside", "within_bound", "problem", "refused")
     return [
         {"model": row["model"], **{name: row.get(name) for name in kept}}
         for row in rows
