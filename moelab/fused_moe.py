@@ -86,19 +86,9 @@ def fused_moe(
     weights = _weights(w13, w2, b13, b2)
     optional = {name: t for name, t in weights._asdict().items() if t is not None and name != "format"}
     call_checks.require_tensors(**{"hidden_states": hidden_states, "w13": weights.w13, "w2": weights.w2, **optional})
-    if router_logits is not None:
-        call_checks.require_tensors(router_logits=router_logits)
-        topk_weights, topk_ids = _route(
-            router_logits, topk_weights, topk_ids, top_k, renormalize, hidden_states, weights
-        )
-    elif top_k is not None and topk_ids is not None and top_k != topk_ids.shape[-1]:
-        raise call_checks.another_top_k(top_k, topk_ids)
-    if topk_weights is None or topk_ids is None:
-        raise RoutingError(
-            "No routing given. Expected topk_weights and topk_ids, or router_logits and top_k. Pass one of the pairs."
-        )
-    given = {"topk_weights": topk_weights, "topk_ids": topk_ids} | ({} if out is None else {"out": out})
-    call_checks.require_tensors(**given)
+    topk_weights, topk_ids = _routing(router_logits, topk_weights, topk_ids, top_k, renormalize, hidden_states, weights)
+    if out is not None:
+        call_checks.require_tensors(out=out)
     call = MoECall(
         hidden_states, weights, topk_weights, topk_ids, activation, gated,
         call_checks.scale_of(routed_scaling_factor), apply_router_weight_on_input, config, down_config,
@@ -129,6 +119,29 @@ def _weights(w13: Tensor | ExpertWeights, w2: Tensor | None, b13: Tensor | None,
             "ExpertWeights came with w2, b13 or b2 beside it. Expected all in the one. Put them into its fields."
         )
     return w13
+
+
+def _routing(
+    logits: Tensor | None,
+    weights: Tensor | None,
+    ids: Tensor | None,
+    top_k: int | None,
+    renormalize: bool,
+    x: Tensor,
+    experts: ExpertWeights,
+) -> tuple[Tensor, Tensor]:
+    """Top-k weights and ids, as given or by the logits."""
+    if logits is not None:
+        call_checks.require_tensors(router_logits=logits)
+        return _route(logits, weights, ids, top_k, renormalize, x, experts)
+    if weights is None or ids is None:
+        raise RoutingError(
+            "No routing given. Expected topk_weights and topk_ids, or router_logits and top_k. Pass one of the pairs."
+        )
+    call_checks.require_tensors(topk_weights=weights, topk_ids=ids)
+    if top_k is not None and top_k != ids.shape[-1]:
+        raise call_checks.another_top_k(top_k, ids)
+    return weights, ids
 
 
 def _route(

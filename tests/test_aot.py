@@ -18,7 +18,9 @@ import pytest
 from moelab import config_files, runtime
 from moelab.chips import TARGETS
 from moelab.config import KernelConfig
+from moelab.config_files import form_entries
 from moelab.errors import RuntimeModeError
+from moelab.formats import format_of_selector
 from moelab.kernels import aot, aot_cases
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +37,9 @@ TOGETHER = (("sm_90",), ("sm_80", "sm_100"), ("gfx942", "gfx950"))
 # On sm_90 it does not spill.
 SPILLS = {
     ("_gated_gemm_kernel", "bfloat16 64x64x32 g8 w4 s3 bias ragged K top_k 8", "sm_80"): 8,
+    # Of Kimi-K2-Thinking's tuned file, fastest all the same:
+    ("_packed_gemm_kernel", "int4_w4a16_group_32 16x256x128 g16 w8 s3", "sm_90"): 8,
+    ("_packed_gemm_kernel", "int4_w4a16_group_32 16x256x128 g32 w8 s3", "sm_90"): 8,
 }
 
 
@@ -115,17 +120,34 @@ def test_every_form_for_a_few_tokens_is_compiled() -> None:
         assert all(serves(form, tokens, top_k, hidden, size) for form in FORMS)
 
 
-def shipped_configs() -> list[KernelConfig]:
-    """Every config of the shipped files, once."""
-    files = sorted(runtime.config_dir().glob("triton_*/*.json"))
-    return list({c.short(): c for path in files for c in config_files.read_config_file(path).values()}.values())
+Shipped = tuple[str, KernelConfig]
+"""A format of weights, by name, and a config of a file for it."""
 
 
-def compile_shipped(configs: list[KernelConfig]) -> None:
-    entries = [config.to_json() for config in configs]
+def shipped_configs() -> list[Shipped]:
+    """Every config of the shipped files, once for each format. Files of forms hold none."""
+    found: dict[tuple[str, str], Shipped] = {}
+    for path in sorted(runtime.config_dir().glob("triton_*/*.json")):
+        name = config_files.parse_file_name(path.name)
+        if name.kernel == form_entries.KERNEL:
+            continue
+        format = "plain"
+        if name.dtype_selector == "int4_w4a16":  # the file says no group; what differs is in the steps of K
+            format = "int4_w4a16_group_32"
+        elif name.dtype_selector is not None:
+            of = {"per_channel_quant": name.per_channel_quant, "block_shape": name.block_shape}
+            format = format_of_selector(name.dtype_selector, **of).name
+        for config in config_files.read_config_file(path).values():
+            found[format, config.short()] = format, config
+    return list(found.values())
+
+
+def compile_shipped(configs: list[Shipped]) -> None:
+    entries = [(format, config.to_json()) for format, config in configs]
     rows = rows_of(
-        f"[row for entry in {entries!r} for row in aot.compile_case("
-        "aot_cases.product(aot_cases.grouped_gemm, KernelConfig.from_json(entry), 'bfloat16'), 'sm_90')]"
+        f"[row for format, entry in {entries!r} for row in aot.compile_case("
+        "aot_cases.product(aot_cases.grouped_gemm, KernelConfig.from_json(entry), 'bfloat16') if format == 'plain' "
+        "else aot_cases.quantised(format, KernelConfig.from_json(entry)), 'sm_90')]"
     )
     assert len(rows) == len(configs)
     judge(rows)
@@ -134,7 +156,7 @@ def compile_shipped(configs: list[KernelConfig]) -> None:
 def test_shipped_configs_compile() -> None:
     """The one of each shared memory and number of warps that comes first: the rest differ from one in its order of tiles."""
     configs = shipped_configs()
-    few = {(c.BLOCK_SIZE_M, c.BLOCK_SIZE_N, c.num_warps): c for c in configs}
+    few = {(format, c.BLOCK_SIZE_M, c.BLOCK_SIZE_N, c.num_warps): (format, c) for format, c in configs}
     compile_shipped(list(few.values()))
 
 

@@ -117,6 +117,23 @@ def test_a_row_that_is_read_too_is_told(device: str) -> None:
         layer(inputs, "triton", out=inputs.w2.view(-1, SHAPE.hidden_size)[:6])
 
 
+def test_an_engines_buffer_is_written_to_only_where_it_may_be(device: str) -> None:
+    from moelab.engines.checks import takes_result
+
+    x = small(6, device).hidden_states
+    assert takes_result(torch.empty_like(x), x)
+    for output in (x, x.new_empty(x.numel() + 1)[1:].view(x.shape), torch.empty_like(x, dtype=torch.float64),
+                   x.new_empty((x.shape[1], len(x))).T):  # fmt: skip
+        assert not takes_result(output, x)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 17])
+@pytest.mark.parametrize("impl", ["triton", "torch", "gated"])
+def test_any_number_of_tokens_and_int64_ids(impl: str, num_tokens: int, device: str) -> None:
+    inputs = small(num_tokens, device, SHAPE)
+    judge(dataclasses.replace(inputs, topk_ids=inputs.topk_ids.long()), impl)
+
+
 def test_it_has_no_gradient(device: str) -> None:
     inputs = small(device=device)
     with pytest.raises(RuntimeModeError, match="out requires a gradient"):

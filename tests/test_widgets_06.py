@@ -64,7 +64,7 @@ def test_the_doctor_follows_its_controls(trees: dict[str, Path]) -> None:
     box = widgets.config_doctor(trees, {"ill": specimen.planted})
     assert "moelab: " in title(box)
     control(box, "Tree").value = "ill"
-    assert title(box).startswith("sglang: 36") and "planted mistakes were found" in str(shown(box))
+    assert title(box).startswith("sglang: 37") and "planted mistakes were found" in str(shown(box))
     control(box, "Show").value = "errors"
     assert "unknown_device" not in str(shown(box)[0])
     control(box, "Rules").value = "vllm"
@@ -74,7 +74,7 @@ def test_the_doctor_follows_its_controls(trees: dict[str, Path]) -> None:
 def test_a_typed_folder_is_examined(trees: dict[str, Path], tmp_path: Path) -> None:
     box = widgets.config_doctor({"ours": trees["ours"]})
     control(box, "Folder").value = str(trees["ill"])
-    assert control(box, "Tree").value == "another folder" and title(box).startswith("sglang: 36")
+    assert control(box, "Tree").value == "another folder" and title(box).startswith("sglang: 37")
     control(box, "Folder").value = str(tmp_path / "nowhere")
     assert "There is no folder" in str(shown(box)) and "Expected" in str(shown(box))
     control(box, "Folder").value = ""

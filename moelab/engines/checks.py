@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from moelab.call_checks import OUT_BYTES
 from moelab.dtypes import dtype_name
 from moelab.errors import ConfigError, LayoutError, RuntimeModeError
 from moelab.implementations import IMPLEMENTATIONS, named, not_taken
@@ -119,3 +120,11 @@ def say(engine: str, log: Callable[[str], object], where: str, impl: str, w2: Te
     log(
         f"moelab: {impl!r} runs the experts of {where}, and of all layers like it ({sizes}). Layers taken: {taken[engine]}."
     )
+
+
+def takes_result(output: Tensor, hidden_states: Tensor) -> bool:
+    """Whether the last kernel may write to an engine's buffer: of the input's dtype, whole rows, aligned, and not the input
+    itself, as where an engine works in place."""
+    apart = output.untyped_storage().data_ptr() != hidden_states.untyped_storage().data_ptr()
+    aligned = output.is_contiguous() and output.data_ptr() % OUT_BYTES == 0
+    return output.dtype == hidden_states.dtype and aligned and apart

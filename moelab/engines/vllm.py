@@ -176,9 +176,12 @@ def _experts_class(logger: Any) -> type:
                 checks.say("vllm", logger.info, self.where, self.impl, w2, name)
             if apply_router_weight_on_input:
                 topk_weights = torch.ones_like(topk_weights)
-            fused_moe(
+            out = output if checks.takes_result(output, hidden_states) else None
+            found = fused_moe(
                 hidden_states, w1, w2, topk_weights=topk_weights, topk_ids=local_ids(topk_ids, expert_map),
-                impl=self.impl, activation=name, expected_rows=checks.expected_rows(topk_ids, global_num_experts), out=output,
+                impl=self.impl, activation=name, expected_rows=checks.expected_rows(topk_ids, global_num_experts), out=out,
             )  # fmt: skip
+            if out is None:
+                output.copy_(found)
 
     return MoelabExperts
