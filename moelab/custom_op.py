@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -25,8 +24,8 @@ def _pack(config: Config) -> list[int]:
         return []
     if not isinstance(config, KernelConfig):
         return [0]
-    values = asdict(config)
-    return [-1 if values.get(name) is None else values[name] for name in _CONFIG_FIELDS]
+    values = [getattr(config, name) for name in _CONFIG_FIELDS]
+    return [-1 if value is None else value for value in values]
 
 
 def _unpack(values: list[int]) -> Config:

@@ -17,6 +17,7 @@ from moelab.call import Config, MoECall
 from moelab.custom_op import through_custom_op
 from moelab.dtypes import dtype_name
 from moelab.errors import RoutingError, ShapeError
+from moelab.formats import PLAIN
 from moelab.implementations import IMPLEMENTATIONS, LayerKind, named, taking
 from moelab.routers import softmax_topk
 from moelab.routing import check_ids
@@ -113,7 +114,8 @@ def fused_moe(
 
 def _weights(w13: Tensor | ExpertWeights, w2: Tensor | None, b13: Tensor | None, b2: Tensor | None) -> ExpertWeights:
     if not isinstance(w13, ExpertWeights):
-        return ExpertWeights(w13, w2, b13, b2)  # type: ignore[arg-type]  # a w2 of None is told by the next check
+        # A w2 of None is told by the next check. PLAIN by name: torch 2.11 does not trace a default that is no plain value.
+        return ExpertWeights(w13, w2, b13, b2, format=PLAIN)  # type: ignore[arg-type]
     if w2 is not None or b13 is not None or b2 is not None:
         raise ShapeError(
             "ExpertWeights came with w2, b13 or b2 beside it. Expected all in the one. Put them into its fields."

@@ -11,6 +11,7 @@ weight is copied, and `set_experts_implementation` switches back.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -108,7 +109,7 @@ def _forward(impl: str | None, configs: Configs = _looked_up) -> Forward:
         up, down = configs(weights, hidden_states)
         return fused_moe(
             hidden_states, weights, topk_weights=top_k_weights, topk_ids=top_k_index,
-            impl=impl or _preferred(block, hidden_states.dtype), config=up, down_config=down,
+            impl=impl or _preferred_here(block, hidden_states.dtype), config=up, down_config=down,
             activation=activation, gated=gated, expected_rows=expected,
         )  # fmt: skip
 
@@ -144,12 +145,16 @@ class Layer(NamedTuple):
 
 def layer_of(block: Any) -> tuple[ExpertWeights, str, bool]:
     """(the block's own tensors as `fused_moe` takes them, its activation, whether it has a gate). Raises what `register` says."""
-    _layer(block)
+    if torch.compiler.is_compiling():
+        _layer_at(id(block))
+    else:
+        _layer(block)
     activation, gated, has_bias, format = block._moelab_layer
     if not format.is_plain:
         return hf_fp8.weights_of(block, format, gated), activation, gated
     b13, b2 = _biases(block, gated) if has_bias else (None, None)
-    return ExpertWeights(block.gate_up_proj if gated else block.up_proj, block.down_proj, b13, b2), activation, gated
+    w13 = block.gate_up_proj if gated else block.up_proj
+    return ExpertWeights(w13, block.down_proj, b13, b2, format=PLAIN), activation, gated
 
 
 def _biases(block: nn.Module, gated: bool) -> tuple[Any, Any]:
@@ -158,8 +163,17 @@ def _biases(block: nn.Module, gated: bool) -> tuple[Any, Any]:
     )
 
 
-# Under torch.compile the answer is part of the graph: a block's activation and layout do not change under a model.
+# Under torch.compile the answer is part of the graph: a block's activation and layout do not change under a model. A module is no
+# constant that torch 2.11 would hand to such a function; the address of one that is being called is.
 @torch.compiler.assume_constant_result
+def _layer_at(address: int) -> None:
+    _layer(_at(address))
+
+
+def _at(address: int) -> Any:
+    return ctypes.cast(address, ctypes.py_object).value
+
+
 def _layer(block: nn.Module) -> Layer:
     """Of a block that the kernels compute as its own forward does; found once, kept on the block."""
     kept = block.__dict__.get("_moelab_layer")
@@ -191,6 +205,14 @@ def _read(block: nn.Module) -> Layer:
 
 
 @torch.compiler.assume_constant_result
+def _preferred_at(address: int, dtype: torch.dtype) -> str:
+    return _preferred(_at(address), dtype)
+
+
+def _preferred_here(block: Any, dtype: torch.dtype) -> str:
+    return _preferred_at(id(block), dtype) if torch.compiler.is_compiling() else _preferred(block, dtype)
+
+
 def _preferred(block: Any, dtype: torch.dtype) -> str:
     activation, gated, biases, format = _layer(block)
     return preferred(block.down_proj, activation, gated, biases, dtype, format)

@@ -208,7 +208,7 @@ class LayerKind:
     """What decides which implementations take a layer. Sizes in elements, None where they are not known."""
 
     dtype: str = "bfloat16"
-    format: Format = PLAIN
+    format: Format = field(default_factory=lambda: PLAIN)  # torch 2.11 traces no default that is an object
     activation: str = "silu"
     gated: bool = True
     biases: bool = False

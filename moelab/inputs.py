@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ class MoEInputs:
     w2_scale: Tensor | None = None
     w13_zero_point: Tensor | None = None
     w2_zero_point: Tensor | None = None
-    format: Format = PLAIN
+    format: Format = field(default_factory=lambda: PLAIN)  # torch 2.11 traces no default that is an object
     a1_scale: Tensor | None = None
     a2_scale: Tensor | None = None
 

