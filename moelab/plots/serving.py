@@ -46,15 +46,23 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
     return {name: LOOKS[UNLIKE[name]] if name in UNLIKE else rest[name] for name in names}
 
 
-def _gains(measured: Measured) -> list[dict[str, Any]]:
+def _gains(measured: Measured, first: str = FIRST) -> list[dict[str, Any]]:
     from moelab.serving.prediction import gains, recorded_layer
 
-    return _ordered(gains(measured.rows, FIRST, recorded_layer(f"{measured.model}/tp1")))
+    return _ordered(gains(measured.rows, first, recorded_layer(f"{measured.model}/tp1")))
+
+
+def _base(measured: Measured) -> str:
+    """Over whom gains are told: transformers' grouped_mm, or where it has no time the first contender that has one."""
+    timed = [row["impl"] for row in measured.rows if row["kind"] in KINDS and "samples_us" in row]
+    return FIRST if FIRST in timed or not timed else timed[0]
 
 
 def gains(measured: Measured) -> Panel:
-    """Of each contender over transformers' grouped_mm, by batch for a decode step, by prompt for a prefill."""
-    lines = _gains(measured)
+    """Of each contender over transformers' grouped_mm, or over the first that was timed, by batch for a decode step, by prompt
+    for a prefill."""
+    first = _base(measured)
+    lines = _gains(measured, first)
     shown = [kind for kind in KINDS if any(line["kind"] == kind for line in lines)]
     figure = grid("What its experts' implementation gains a step", measured.source, titles=[KINDS[kind] for kind in shown],
                   shared_y=True)  # fmt: skip
@@ -84,16 +92,16 @@ def gains(measured: Measured) -> Panel:
             row=1,
             col=column,
         )  # a label keeps within its plot
-    figure.update_yaxes(title=f"{FIRST}'s time / its time", col=1)
+    figure.update_yaxes(title=f"{first}'s time / its time", col=1)
     table = [
-        {"step": _where(line), "experts": line["impl"], "ms": line["us"] / 1e3, f"{FIRST}, ms": line["first_us"] / 1e3,
+        {"step": _where(line), "experts": line["impl"], "ms": line["us"] / 1e3, f"{first}, ms": line["first_us"] / 1e3,
          "gain": line["gain"]} | ({} if measured.single else {"tie": line["tie"]})
         for line in lines
     ]  # fmt: skip
     return Panel(
         figure,
         table,
-        f"**{_said_of_gains(measured, lines, shown)}**{_untold(measured)}{_where_it_pays(lines)}{_without_time(measured)}",
+        f"**{_said_of_gains(first, lines, shown)}**{_untold(measured)}{_where_it_pays(lines)}{_without_time(measured)}",
     )
 
 
@@ -104,15 +112,16 @@ def _span(measured: Measured, line: Row) -> tuple[float, float, float]:
     return line["gain"], line["first_us"] / high, line["first_us"] / low
 
 
-def _said_of_gains(measured: Measured, lines: Sequence[Row], shown: Sequence[str]) -> str:
+def _said_of_gains(first: str, lines: Sequence[Row], shown: Sequence[str]) -> str:
     said = []
     for kind in shown:
         fast = [line for line in lines if line["impl"] == FAST and line["kind"] == kind]
         if fast:
             most, least = (of(fast, key=lambda line: line["gain"]) for of in (max, min))
-            ends = f"{number(least['gain'])} (at {_cell(least)}) to {number(most['gain'])} (at {_cell(most)})"
-            said.append(f"{KINDS[kind]} takes {FIRST} {ends} times as long as moelab's fast layer")
-    text = "; ".join(said) or f"nothing is measured beside {FIRST}"
+            ends = f"{number(least['gain'])} (at {_cell(least)})"
+            ends += f" to {number(most['gain'])} (at {_cell(most)})" if len(fast) > 1 else ""
+            said.append(f"{KINDS[kind]} takes {first} {ends} times as long as moelab's fast layer")
+    text = "; ".join(said) or f"nothing is measured beside {first}"
     return f"{text[0].upper()}{text[1:]}."
 
 
@@ -251,9 +260,10 @@ def _why(line: Row, off: float, measured: Measured) -> str | None:
     if measured.single:
         return "the recorded layer lacks grouped_mm's sort, and its own order by expert"
     if line["alone"] and line["within"]:
-        both = (f"{name} {alone / 1e3:.3g} ms alone, {within / 1e3:.3g} within the step" for name, alone, within in zip(
-            (line["first"], line["impl"]), line["alone"], line["within"], strict=True))  # fmt: skip
-        return f"the experts of {'; of '.join(both)}"
+        names = line["first"], line["impl"]
+        both = (f"{name}'s {alone / 1e3:.3g} ms alone, {within / 1e3:.3g} within the step"
+                for name, alone, within in zip(names, line["alone"], line["within"], strict=True))  # fmt: skip
+        return f"experts take other times than alone: {'; '.join(both)}"
     return "the experts alone are not what they are between attention and gates"
 
 
