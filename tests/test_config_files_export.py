@@ -94,7 +94,6 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
 def test_what_a_loader_cannot_ask_for_is_not_written(tmp_path: Path) -> None:
     for name in (
         cf.FileName(8, 256, "NVIDIA_H200", down=True),
-        cf.FileName(8, 256, "NVIDIA_H200", "fp8_w8a8", per_channel_quant=True),
         cf.FileName(8, 256, "NVIDIA_H200", kernel="split_k_workspace"),
     ):
         with pytest.raises(ConfigFileError, match="no file of its own"):
@@ -104,6 +103,16 @@ def test_what_a_loader_cannot_ask_for_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="int8_w8a8"):
         put(tmp_path, cf.FileName(8, 256, "NVIDIA_H200", "int8_w8a8"), rules="vllm")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_does_not_say_per_channel_is_shared(tmp_path: Path) -> None:
+    """vLLM asks by it for per-channel experts too; a second file of that name is refused."""
+    name = cf.FileName(8, 256, "NVIDIA_H200", "fp8_w8a8", per_channel_quant=True)
+    written = put(tmp_path, name, rules="vllm").path
+    assert written.name == "E=8,N=256,device_name=NVIDIA_H200,dtype=fp8_w8a8.json"
+    assert written.name in str(cf.shared_name(name, "vllm")) and cf.shared_name(name, "sglang") is None
+    with pytest.raises(ConfigFileError, match="exists already"):
+        put(tmp_path, cf.FileName(8, 256, "NVIDIA_H200", "fp8_w8a8"), rules="vllm")
 
 
 @pytest.mark.parametrize(
@@ -167,7 +176,7 @@ def test_sources_of_a_file_a_folder_and_a_tree(tmp_path: Path) -> None:
 
 def test_there_and_back_again(tmp_path: Path) -> None:
     """Through all three formats, the bytes are the first ones."""
-    first = source = next(one for one in cf.sources(runtime.config_dir()) if cf.left_out(one.name, "vllm") is None)
+    first = source = next(one for one in cf.sources(runtime.config_dir()) if not one.name.unsaid("vllm"))
     for turn, rules in enumerate(("vllm", "sglang", "moelab")):
         done = cf.export(source.configs, source.name, rules=rules, out=tmp_path / str(turn), triton_version="3.6.0")
         source = cf.sources(done.path)[0]

@@ -204,10 +204,13 @@ def export(
 
 
 def _doubt(item: Source, rules: str) -> None:
-    """Say on stderr what would keep a loader from ever asking for a file: its device, or its sizes."""
+    """Say on stderr what would keep a loader from ever asking for a file, its device or its sizes, or have it ask for others."""
     from moelab import config_files
 
-    for doubt in (config_files.device_doubt(item.name.device_name), config_files.not_asked_for(item.name, rules)):
+    for doubt in (
+        config_files.device_doubt(item.name.device_name), config_files.not_asked_for(item.name, rules),
+        config_files.shared_name(item.name, rules),
+    ):  # fmt: skip
         if doubt:
             print(f"moelab: {item.origin.name}: {doubt}", file=sys.stderr)
 

@@ -16,7 +16,16 @@ from moelab.config_files.completing import Completed, complete, own_tree
 from moelab.config_files.content import read_config_file, write_config_file
 from moelab.config_files.devices import device_doubt
 from moelab.config_files.diagnosis import doctor
-from moelab.config_files.exporting import Exported, Source, export, export_path, export_together, left_out, sources
+from moelab.config_files.exporting import (
+    Exported,
+    Source,
+    export,
+    export_path,
+    export_together,
+    left_out,
+    shared_name,
+    sources,
+)  # fmt: skip
 from moelab.config_files.findings import Finding, Report
 from moelab.config_files.names import FileName, file_name, parse_file_name
 from moelab.config_files.near import Near, elsewhere, near, shipped_names
@@ -67,6 +76,7 @@ __all__ = [
     "question",
     "read_config_file",
     "rules_table",
+    "shared_name",
     "shipped_files",
     "shipped_names",
     "sources",

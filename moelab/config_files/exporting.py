@@ -154,11 +154,22 @@ def left_out(name: FileName, rules: str) -> str | None:
     loader = get_rules(rules)
     if name.kernel == form_entries.KERNEL:
         return "a file of forms holds no configs: only moelab's 'fast' reads it, as it is"
-    unsaid = name.unsaid(loader)
+    unsaid = tuple(part for part in name.unsaid(loader) if part != "per_channel_quant")  # `shared_name` tells of that
     if not unsaid:
         return None
     why = loader.reasons.get(f"names_{unsaid[0]}", "its names have no place for it")
     return f"{loader.name} has no file of its own for {', '.join(unsaid)}: {why}"
+
+
+def shared_name(name: FileName, rules: str) -> str | None:
+    """That this loader's name for such a file is also another layer's; None if it is not."""
+    loader = get_rules(rules)
+    if "per_channel_quant" not in name.unsaid(loader):
+        return None
+    return (
+        f"{loader.name}'s names do not say per channel: as {name.text(loader)} it also serves experts of these sizes with a "
+        "scale a matrix, which it was not tuned for"
+    )
 
 
 def _refuse_what_cannot_be_said(name: FileName, rules: Rules) -> None:
