@@ -47,7 +47,7 @@ def kinds(figure: Figure) -> set[str]:
 def doctor_follows(tab: Tab) -> None:
     figure = tab.figure("Folder")
     assert "nothing to repair" in figure.title()
-    assert redrawn(tab, figure, lambda: choose(tab, "Folder", "Tree", "specimen")).startswith("sglang: 36")
+    assert redrawn(tab, figure, lambda: choose(tab, "Folder", "Tree", "specimen")).startswith("sglang: 37")
     assert redrawn(tab, figure, lambda: choose(tab, "Folder", "Rules", "vllm")).startswith("vllm:")
     choose(tab, "Folder", "Rules", "auto")
     figure.wait_for_title("sglang")
