@@ -17,7 +17,7 @@ NBMAKE := --nbmake --nbmake-timeout=120
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cli lab test whole notebooks test-triton36 test-engines live fuzz lint html app pictures gpu sanitize record tuned configs clean
+.PHONY: help setup cli lab test whole notebooks test-triton36 test-torch211 test-engines live fuzz lint html app pictures gpu sanitize record tuned configs clean
 
 help:
 	@echo 'make lab        JupyterLab on the notebooks (LAB_ARGS="--no-browser --port=8888")'
@@ -25,6 +25,7 @@ help:
 	@echo 'make test       tests and notebooks, all that needs no GPU: $(LASTS) (ARGS="-k roofline" narrows them)'
 	@echo 'make whole      all of what those tests sample, as CI runs it: 6 to 10 minutes more'
 	@echo 'make test-triton36  the kernels under Triton 3.6.0, which configs and recordings are from: 90 s on two cores'
+	@echo 'make test-torch211  the op, the transformers door and serving under the oldest torch, a CUDA build, on a CPU: 4.5 GB, then 2 minutes'
 	@echo "make test-engines   the plugins under sglang's and vLLM's own classes, on a CPU: 420 MB of wheels, 1.1 GB, then 30 s"
 	@echo 'make fuzz       every kind of input spoiled in some hundred ways, and what became of each: minutes'
 	@echo 'make lint       ruff (lint, format) and mypy'
@@ -98,6 +99,20 @@ test-triton36: $(TRITON36)/.ready
 	$(PY) -m pytest -p first_and_last -n $(WORKERS) --dist worksteal -m 'not gpu and not whole' \
 		-k 'not compiled_against and (sm_90 or not test_aot)' \
 		$(TRITON36_TESTS) $(ARGS)
+
+# The oldest torch that is allowed, which GPU nodes have: what torch.compile traces there is not what a newer one does.
+TORCH211 := build/torch211
+TORCH211_TESTS := $(patsubst %,tests/test_%.py,fused_moe out hf hf_fp8 hf_compiled module quantised_layer serve_bench serve_fp8)
+
+$(TORCH211)/.ready: $(READY)
+	rm -rf $(TORCH211)
+	$(PY) -m pip install --quiet --no-compile --disable-pip-version-check --target $(TORCH211) torch==2.11.0
+	touch $@
+
+test-torch211: export PYTHONPATH := $(CURDIR)/$(TORCH211):$(CURDIR):$(CURDIR)/tests
+test-torch211: $(TORCH211)/.ready
+	$(PY) -c "import torch; assert torch.__version__.startswith('2.11.0'), torch"
+	$(PYTEST) -m 'not gpu' $(TORCH211_TESTS) $(ARGS)
 
 # Each engine's wheel alone, with what its classes import on a CPU, in an environment of its own over .venv's packages: the
 # engines pin one another's versions, and GPU packages by the gigabyte, so nothing comes by their requirements.
