@@ -35,11 +35,19 @@ def _unpack(values: list[int]) -> Config:
     return KernelConfig(**named)
 
 
+_ARGUMENTS = (
+    "Tensor hidden_states, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, Tensor? b13, Tensor? b2, "
+    "Tensor?[] scales, str format, str impl, SymInt[] config, SymInt[] down_config, str activation, bool gated, "
+    "float routed_scaling_factor, bool apply_router_weight_on_input, float? expected_rows=None, str? form=None"
+)
+"""Of both ops, in the order in which `_run` takes them after `out`."""
+
+
 def _run(
-    hidden_states: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, b13: Tensor | None,
-    b2: Tensor | None, scales: list[Tensor | None], format: str, impl: str, config: list[int], down_config: list[int],
+    out: Tensor | None, hidden_states: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+    b13: Tensor | None, b2: Tensor | None, scales: list[Tensor | None], format: str, impl: str, config: list[int], down_config: list[int],
     activation: str, gated: bool, routed_scaling_factor: float, apply_router_weight_on_input: bool,
-    expected_rows: float | None, form: str | None, out: Tensor | None = None,
+    expected_rows: float | None = None, form: str | None = None,
 ) -> Tensor:  # fmt: skip
     weights = ExpertWeights(
         w13, w2, b13, b2, scales[0], scales[1], scales[2], scales[3], get_format(format), *scales[4:]
@@ -56,68 +64,23 @@ def _run(
     return IMPLEMENTATIONS[impl](call)
 
 
-@torch.library.custom_op("moelab::fused_moe", mutates_args=())
-def _fused_moe_op(
-    hidden_states: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    b13: Tensor | None,
-    b2: Tensor | None,
-    scales: list[Tensor | None],
-    format: str,
-    impl: str,
-    config: list[int],
-    down_config: list[int],
-    activation: str,
-    gated: bool,
-    routed_scaling_factor: float,
-    apply_router_weight_on_input: bool,
-    expected_rows: float | None = None,
-    form: str | None = None,
-) -> Tensor:
-    return _run(
-        hidden_states, w13, w2, topk_weights, topk_ids, b13, b2, scales, format, impl, config, down_config, activation, gated,
-        routed_scaling_factor, apply_router_weight_on_input, expected_rows, form,
-    )  # fmt: skip
+@torch.library.custom_op("moelab::fused_moe", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
+def _fused_moe_op(*given: Any) -> Tensor:
+    return _run(None, *given)
 
 
 @_fused_moe_op.register_fake
-def _(hidden_states: Tensor, *args: object) -> Tensor:
+def _(hidden_states: Tensor, *given: object) -> Tensor:
     return torch.empty_like(hidden_states)
 
 
-@torch.library.custom_op("moelab::fused_moe_out", mutates_args=("out",))
-def _fused_moe_out_op(
-    out: Tensor,
-    hidden_states: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    b13: Tensor | None,
-    b2: Tensor | None,
-    scales: list[Tensor | None],
-    format: str,
-    impl: str,
-    config: list[int],
-    down_config: list[int],
-    activation: str,
-    gated: bool,
-    routed_scaling_factor: float,
-    apply_router_weight_on_input: bool,
-    expected_rows: float | None = None,
-    form: str | None = None,
-) -> None:
-    _run(
-        hidden_states, w13, w2, topk_weights, topk_ids, b13, b2, scales, format, impl, config, down_config, activation, gated,
-        routed_scaling_factor, apply_router_weight_on_input, expected_rows, form, out,
-    )  # fmt: skip
+@torch.library.custom_op("moelab::fused_moe_out", mutates_args=("out",), schema=f"(Tensor(a!) out, {_ARGUMENTS}) -> ()")
+def _fused_moe_out_op(out: Tensor, *given: Any) -> None:
+    _run(out, *given)
 
 
 @_fused_moe_out_op.register_fake
-def _(*args: object) -> None:
+def _(*given: object) -> None:
     return None
 
 
