@@ -45,8 +45,8 @@ _ARGUMENTS = (
 
 def _run(
     out: Tensor | None, hidden_states: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
-    b13: Tensor | None, b2: Tensor | None, scales: list[Tensor | None], format: str, impl: str, config: list[int], down_config: list[int],
-    activation: str, gated: bool, routed_scaling_factor: float, apply_router_weight_on_input: bool,
+    b13: Tensor | None, b2: Tensor | None, scales: list[Tensor | None], format: str, impl: str, config: list[int],
+    down_config: list[int], activation: str, gated: bool, routed_scaling_factor: float, apply_router_weight_on_input: bool,
     expected_rows: float | None = None, form: str | None = None,
 ) -> Tensor:  # fmt: skip
     weights = ExpertWeights(
