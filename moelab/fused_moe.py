@@ -135,7 +135,12 @@ def _routing(
     """Top-k weights and ids, as given or by the logits."""
     if logits is not None:
         call_checks.require_tensors(router_logits=logits)
-        return _route(logits, weights, ids, top_k, renormalize, x, experts)
+        if weights is not None or ids is not None or top_k is None:
+            raise RoutingError(
+                "router_logits came with topk_weights or topk_ids, or without top_k. Expected router_logits and top_k "
+                "alone. For another rule than softmax, call a function of moelab.routing and pass its result."
+            )
+        return _route(logits, top_k, renormalize, (*x.shape[:1], experts.num_experts))
     if weights is None or ids is None:
         raise RoutingError(
             "No routing given. Expected topk_weights and topk_ids, or router_logits and top_k. Pass one of the pairs."
@@ -146,22 +151,8 @@ def _routing(
     return weights, ids
 
 
-def _route(
-    logits: Tensor,
-    weights: Tensor | None,
-    ids: Tensor | None,
-    top_k: int | None,
-    renormalize: bool,
-    x: Tensor,
-    experts: ExpertWeights,
-) -> tuple[Tensor, Tensor]:
-    if weights is not None or ids is not None or top_k is None:
-        raise RoutingError(
-            "router_logits came with topk_weights or topk_ids, or without top_k. Expected router_logits and top_k "
-            "alone. For another rule than softmax, call a function of moelab.routing and pass its result."
-        )
+def _route(logits: Tensor, top_k: int, renormalize: bool, wanted: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     # A column too many would route to an expert that w13 lacks, which counts as another rank's: a sum too small.
-    wanted = (*x.shape[:1], experts.num_experts)
     if logits.ndim == 2 and tuple(logits.shape) != wanted:
         raise ShapeError(
             f"router_logits has shape {tuple(logits.shape)}. Expected {wanted}: a row per token, a column per expert of "

@@ -233,7 +233,7 @@ def joined(before: Recording | None, found: Recording) -> Recording:
 
 
 def record(on_rows: OnRows = ignore) -> Recording:
-    """Each model of LAYERS, five minutes at most each on an H200. Raises RuntimeModeError elsewhere."""
+    """Each model of LAYERS, by a Plan of its own with its limit. Raises RuntimeModeError without a GPU."""
     runtime.require_cuda("the suite 'serve_bench'")
     found: Recording | None = None
     for model, layers in LAYERS.items():
