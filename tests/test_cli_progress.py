@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from moelab.cli.tune_command import _Bar
+from moelab.cli.progress_bar import Bar
 from moelab.tuner.progress import Progress
 
 
@@ -25,7 +25,7 @@ def test_each_phase_is_seen_to_its_end(live: bool, monkeypatch: pytest.MonkeyPat
     """Before: the last bars of a replay were `[####......] 96/384`, for no later one came within a tenth of a second."""
     shown = Terminal() if live else io.StringIO()
     monkeypatch.setattr(sys, "stderr", shown)
-    bar = _Bar()
+    bar = Bar()
     for now in [*steps("compile", 50), *steps("layers", 30)]:
         bar.progress(now)
     bar.end()

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moelab.cli import asking, form_command, options, printing, resuming, terminal
+from moelab.cli import asking, form_command, options, printing, resuming
+from moelab.cli.progress_bar import Bar, minutes
 
 if TYPE_CHECKING:
     from moelab.tuner.evaluate import Evaluator
     from moelab.tuner.problem import Problem
-    from moelab.tuner.progress import Progress
     from moelab.tuner.results import TuneResult
     from moelab.tuner.session import TuneSession
 
@@ -153,7 +151,7 @@ def tune(
         raise typer.BadParameter("pass --model M; or --replay LANDSCAPE, or --resume RUN, which name their own.")
     if freeze is not None and replay is not None:
         raise typer.BadParameter("--freeze keeps measurements, and a replay makes none. Expected one of the two.")
-    shown = _Bar()
+    shown = Bar()
     run: Path | None
     asked = {
         "model": model, "tp_size": tp_size, "ep_size": ep_size, "rules": rules, "batch_sizes": batch_size, "routing": routing,
@@ -179,7 +177,7 @@ def tune(
 
 
 def _run(
-    session: TuneSession, run: Path | None, out: Path | None, freeze: Path | None, shown: _Bar
+    session: TuneSession, run: Path | None, out: Path | None, freeze: Path | None, shown: Bar
 ) -> tuple[TuneResult, list[Path]]:
     """To the end: search, landscape, config files."""
     result = session.run()
@@ -198,7 +196,7 @@ def _new(
     strategy: str,
     budget_s: float | None,
     out: Path | None,
-    shown: _Bar,
+    shown: Bar,
 ) -> tuple[TuneSession, Path | None]:
     from moelab.tuner.landscape import default_name
     from moelab.tuner.results import standing
@@ -261,7 +259,7 @@ def _routing(routing: str, num_experts: int) -> str:
     return str(Path(routing).resolve())
 
 
-def _resumed(run: Path, ray: str | None, gpus: tuple[int, ...], budget_s: float | None, shown: _Bar) -> TuneSession:
+def _resumed(run: Path, ray: str | None, gpus: tuple[int, ...], budget_s: float | None, shown: Bar) -> TuneSession:
     from moelab.tuner.session import TuneSession
     from moelab.tuner.starting import evaluator_of
 
@@ -274,54 +272,6 @@ def _resumed(run: Path, ray: str | None, gpus: tuple[int, ...], budget_s: float 
 
 
 # --- what is shown ------------------------------------------------------------------------------------------------
-
-
-class _Bar:
-    """Progress on stderr: one line that is rewritten on a terminal; elsewhere a line where a phase begins, and one where it is
-    through."""
-
-    def __init__(self) -> None:
-        self._live, self._phase, self._shown = sys.stderr.isatty(), "", 0.0
-
-    def progress(self, now: Progress) -> None:
-        """Show where a run stands: on a terminal at most ten times a second, but where a phase begins and ends always."""
-        edge = now.phase != self._phase or now.done >= now.total
-        if not self._live and edge:
-            self.line(_status(now))
-        elif edge or (self._live and time.monotonic() - self._shown > 0.1):
-            terminal.erase_line(sys.stderr)
-            print(_status(now), end="", file=sys.stderr, flush=True)
-            self._shown = time.monotonic()
-        self._phase = now.phase
-
-    def end(self) -> None:
-        """Leave the last bar where it stands: what follows begins a line."""
-        if self._live and self._phase:
-            print(file=sys.stderr, flush=True)
-
-    def line(self, text: str) -> None:
-        """A line of its own."""
-        if self._live:
-            terminal.erase_line(sys.stderr)
-        print(text, file=sys.stderr, flush=True)
-
-
-def _status(now: Progress) -> str:
-    share = now.done / now.total if now.total else 1.0
-    bar = "#" * round(20 * share) + "." * (20 - round(20 * share))
-    parts = [f"{now.phase:<10} [{bar}] {now.done}/{now.total}", f"{_minutes(now.spent_s)} spent"]
-    parts += [f"about {_minutes(now.eta_s)} to go"] if now.eta_s is not None else []
-    if now.best_us:
-        few = list(now.best_us.items())
-        few = [few[0], few[len(few) // 2], few[-1]] if len(few) > 3 else few
-        parts.append("best us " + ", ".join(f"{b}: {t:.1f}" for b, t in few))
-    if now.failures:
-        parts.append("failed " + ", ".join(f"{name} {count}" for name, count in now.failures.items()))
-    return "  ".join(parts)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def _report(result: TuneResult, run: Path | None, how: str | None, files: list[Path], as_json: bool) -> None:
@@ -340,8 +290,8 @@ def _report(result: TuneResult, run: Path | None, how: str | None, files: list[P
     own = result.problem.file_kernel
     print(f"{result.source}{f', kernel {own}' if own else ''}\n")
     print(printing.table([_shown_row(row) for row in result.rows()]))
-    phases = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in result.timeline)
-    print(f"\n{_minutes(result.spent_s)} in all: {phases}")
+    phases = ", ".join(f"{name} {minutes(seconds)}" for name, seconds in result.timeline)
+    print(f"\n{minutes(result.spent_s)} in all: {phases}")
     for sentence in result.coverage.sentences(how) if result.coverage else []:
         print(sentence)
     for path in files:
