@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from moelab.chips import get_target
 from moelab.config import MIN_DOT_BLOCK, KernelConfig, tma_shared_memory_bytes
+from moelab.config_files.form_entries import KERNEL as FORMS
 from moelab.dtypes import dtype_bytes
 from moelab.errors import (
     ConfigError,
@@ -94,8 +95,9 @@ def kernel_name(asked: str) -> str:
     names = {implementation: name for name, implementation in TUNED.items()} | {name: name for name in TUNED}
     if asked not in names:
         raise UnknownNameError(
-            f"Cannot tune the kernel {asked!r}.{nearest_names(asked, names)} Expected one of {', '.join(TUNED)}: "
-            "'grouped_gemm' is the kernel of fused_moe's 'triton', which sglang and vLLM run. Name one of them."
+            f"Cannot tune the kernel {asked!r}.{nearest_names(asked, [*names, FORMS])} Expected one of {', '.join(TUNED)}: "
+            "'grouped_gemm' is the kernel of fused_moe's 'triton', which sglang and vLLM run; or, in a shell, 'fast', its "
+            "forms raced. Name one of them."
         )
     return names[asked]
 
